@@ -1,0 +1,51 @@
+# Each target does all the set-up it needs on a machine with Python >= 3.11; nothing is installed outside .venv.
+# Options: PYTHON=python3.12, TESTS="tests/test_index.py -k pack".
+
+SHELL := /bin/bash
+adaptnet := .venv/bin/adaptnet
+TESTS ?= tests
+export PYTHON
+
+.PHONY: help venv demo test check bench clean
+
+help:
+	@echo "make demo    draw images, train a gated net on them, evaluate and register it"
+	@echo "make test    all tests; with ADAPTNET_DATA=FOLDER those on real images too"
+	@echo "make check   formatting, lint, types, import order"
+	@echo "make bench   our speed as ratios to named peers'"
+	@echo "make venv    only the set-up: .venv from constraints.txt"
+	@echo "make clean   remove .venv, caches and the demo's run; other runs stay"
+
+venv:
+	@infra/venv.sh
+
+demo: venv
+	$(adaptnet) data toy runs/toy-data
+	$(adaptnet) train convnet_aig/toy
+	$(adaptnet) evaluate runs/convnet_aig-toy
+	@echo
+	@echo "Look next:"
+	@echo "  .venv/bin/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db     curves, checkpoints, registry"
+	@echo "  $(adaptnet) evaluate runs/convnet_aig-toy --facts          which gates open for which class"
+	@echo "  $(adaptnet) train convnet_aig/toy family.target_rate=0.4 name=aig-cheaper"
+
+test: venv
+	.venv/bin/python -m pytest $(TESTS)
+
+check: venv
+	infra/check.sh
+
+bench: venv
+	$(adaptnet) bench loader --index-only
+	$(adaptnet) bench step baseline/cifar10_small
+ifdef ADAPTNET_DATA
+	$(adaptnet) data pack "$(ADAPTNET_DATA)/imagenet-sample" packed/imagenet-sample
+	$(adaptnet) bench loader packed/imagenet-sample
+	$(adaptnet) bench loader packed/imagenet-sample --read-latency-ms 5
+else
+	@echo "bench loader on photographs left out: set ADAPTNET_DATA"
+endif
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info runs/toy-data runs/convnet_aig-toy
+	find pipeline jobs tuning tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,98 @@
+"""`adaptnet bench`: our speed as a ratio to a named peer's, measured in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.cli import data_home
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    help="""Ratios to a named peer, interleaved A B A B in one run, medians.
+
+Examples:
+
+  adaptnet bench loader /data/imagenet-sample
+
+  adaptnet bench step baseline/cifar10_small
+""",
+)
+
+
+@app.command(
+    help="""Images/s of our loader, of DALI's own file reader with the same operators, and of torchvision's DataLoader.
+
+Examples:
+
+  adaptnet bench loader /data/imagenet-sample
+
+  adaptnet bench loader /data/imagenet-sample --read-latency-ms 5
+
+  adaptnet bench loader --index-only
+"""
+)
+def loader(
+    root: Annotated[Path | None, typer.Argument(help="class folders or shards of photographs")] = None,
+    read_latency_ms: Annotated[float, typer.Option(help="added to each read, as a networked store would")] = 0.0,
+    index_only: Annotated[bool, typer.Option("--index-only", help="time an index of 1,281,167 images")] = False,
+    seconds: Annotated[float, typer.Option(help="measured time of each turn")] = 8.0,
+    rounds: Annotated[int, typer.Option(help="turns of each loader")] = 5,
+    threads: Annotated[int, typer.Option(help="CPU threads of each loader")] = 2,
+) -> None:
+    from pipeline.bench import loader as bench
+    from pipeline.errors import ConfigError
+
+    if index_only:
+        _print(bench.index_only())
+        return
+    if root is None:
+        raise ConfigError("bench loader: give a folder of photographs, or --index-only")
+    rows = bench.loader(root, read_latency_s=read_latency_ms / 1e3, seconds=seconds, rounds=rounds, threads=threads)
+    _print(rows)
+
+
+@app.command(
+    help="""Training images/s of our loop against a bare PyTorch loop over the same net and tensors, and of two workers
+under Ray Train against two processes under torchrun.
+
+Examples:
+
+  adaptnet bench step baseline/cifar10_small
+
+  adaptnet bench step convnet_aig/cifar10_small --no-workers training.batch_size=64
+"""
+)
+def step(
+    recipe: Annotated[str, typer.Argument(help="family/recipe whose net is trained on random images")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    classes: Annotated[int, typer.Option(help="number of classes")] = 10,
+    steps: Annotated[int, typer.Option(help="timed steps of each turn")] = 20,
+    rounds: Annotated[int, typer.Option(help="turns of each loop")] = 5,
+    workers: Annotated[bool, typer.Option(help="measure two workers against torchrun too")] = True,
+) -> None:
+    from pipeline import run_config
+    from pipeline.bench import step as bench
+
+    config = run_config.load(recipe, [*(overrides or ()), "data.root=unused"], data_home=data_home())
+    rows = bench.loops(config, num_classes=classes, steps=steps, rounds=rounds)
+    if workers:
+        rows += bench.workers(config, num_classes=classes, steps=steps, rounds=rounds)
+    _print(rows)
+
+
+def _print(rows: Sequence[Any]) -> None:
+    from jobs import tables
+
+    cells = [["what", "rate", "unit", "ratio", "to"]]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+        rate = f"{row.rate:,.4g}" if row.rate < 10 else f"{row.rate:,.0f}"
+        cells.append([row.name, rate, row.unit, ratio, row.peer or ""])
+    typer.echo(tables.align(cells))

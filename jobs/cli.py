@@ -1,0 +1,88 @@
+"""The console command `adaptnet`: one verb a file; each parses, calls one function of the pipeline and prints."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from pipeline.errors import AdaptNetError
+
+VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
+    "train": "Train a recipe, or go on with the run in its folder.",
+    "evaluate": "Accuracy, MACs and latency of a trained net under each of its policies.",
+    "data": "Make, pack, check and describe image sets.",
+    "models": "Look trained nets up in the registry.",
+    "runs": "List runs and send their journals to the tracking server.",
+    "bench": "Our speed as a ratio to a named peer's, in one run.",
+}
+
+EXAMPLES = """Examples:
+
+  adaptnet data toy runs/toy-data
+
+  adaptnet train convnet_aig/toy
+
+  adaptnet evaluate runs/convnet_aig-toy
+"""
+
+
+class Verbs(TyperGroup):
+    """Loads a verb's module when it is used, so that --help need not import torch."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        return get_command(importlib.import_module(f"jobs.{name}").app) if name in VERBS else None
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+app = typer.Typer(
+    cls=Verbs,
+    help=f"Train, compare and ship image classifiers that spend compute only where an image needs it.\n\n{EXAMPLES}",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Verbs are added by `Verbs`."""
+
+
+def data_home() -> str | None:
+    """The folder that `${data_home}` in a recipe stands for: the environment variable ADAPTNET_DATA."""
+    home = os.environ.get("ADAPTNET_DATA")
+    return str(Path(home).absolute()) if home else None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a verb. User errors are printed without a traceback and exit with 2."""
+    try:
+        app(args=arguments, prog_name="adaptnet")
+    except AdaptNetError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from the newest checkpoint", 130)
+
+
+def fail(message: str, code: int = 2) -> Any:
+    print(f"adaptnet: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

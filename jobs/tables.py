@@ -1,0 +1,68 @@
+"""Tables for people, as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the seam imports torch, which takes seconds
+    from pipeline.family import Report
+
+MOST_FACTS = 64  # values of one fact that are printed
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text, the first one a heading; numbers to the right, the first column to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def of_reports(reports: Sequence[Report]) -> str:
+    """One row per policy: accuracy, price, share of the full network, latency by batch size."""
+    sizes = [entry["batch"] for entry in reports[0].latency]
+    heading = ["policy", "images", "top-1 %", "top-5 %", "MMACs mean", "MMACs p95", "% of full"]
+    heading += [text for size in sizes for text in (f"ms @{size}", f"img/s @{size}")]
+    rows = [heading, *(_row(report) for report in reports)]
+    text = align(rows)
+    if reports[0].latency:
+        entry = reports[0].latency[0]
+        text += f"\nlatency: medians on {entry['device']}, {entry['threads']} threads"
+    if reports[0].unreadable:
+        text += f"\nunreadable images, left out: {', '.join(reports[0].unreadable[:10])}"
+    return text
+
+
+def _row(report: Report) -> list[str]:
+    top5 = "-" if report.top5 is None else f"{100 * report.top5:.2f}"
+    row = [report.policy, f"{report.num_images:,}", f"{100 * report.top1:.2f}", top5]
+    row += [f"{report.macs_mean / 1e6:.3f}", f"{report.macs_p95 / 1e6:.3f}", f"{100 * report.full_share:.1f}"]
+    for entry in report.latency:
+        row += [f"{entry['median_ms']:.2f}", f"{entry['images_per_s']:.0f}"]
+    return row
+
+
+def of_facts(report: Report, classes: Sequence[str]) -> str:
+    """A family's facts under one policy: the mean of each value, then of each class."""
+    lines: list[str] = []
+    for name, values in report.facts.items():
+        lines.append(f"{report.policy}: {name}, mean over all images, then by class")
+        lines.append(f"  {'all':<24} {_numbers(values)}")
+        for label, row in zip(classes, report.facts_by_class[name], strict=False):
+            if row is not None:
+                lines.append(f"  {label[:24]:<24} {_numbers(row)}")
+    return "\n".join(lines)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    shown = " ".join(f"{value:.2f}" for value in values[:MOST_FACTS])
+    return shown + (" ..." if len(values) > MOST_FACTS else "")
+
+
+def of_pairs(pairs: Mapping[str, Any]) -> str:
+    """Names and values, one a line."""
+    width = max(map(len, pairs))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs.items())

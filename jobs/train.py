@@ -1,0 +1,89 @@
+"""`adaptnet train`: trains a recipe, or goes on with the run in its folder."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.cli import data_home
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+
+EXAMPLES = """Trains RECIPE, or goes on with the run in its folder: the same command does both.
+
+Examples:
+
+  adaptnet train convnet_aig/toy
+
+  adaptnet train convnet_aig/cifar10_small training.epochs=3 family.target_rate=0.6
+
+  adaptnet train my_recipe.yaml --run-dir /scratch/me/run7 compute.workers=8
+
+  adaptnet train baseline/imagenet_resnet50 data.root=/data/imagenet --show
+"""
+
+
+@app.command(help=EXAMPLES)
+def train(
+    recipe: Annotated[str, typer.Argument(help="family/recipe, or a path ending in .yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. training.epochs=3")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="the run's folder; default runs/NAME")] = None,
+    allow_changed: Annotated[
+        list[str] | None, typer.Option(help="a key that may differ from the run's checkpoints; repeatable")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="print the resolved config and stop")] = False,
+) -> None:
+    from pipeline import config as configs
+    from pipeline import run_config
+
+    config = run_config.load(recipe, overrides or (), data_home=data_home())
+    if show:
+        typer.echo(configs.dump_yaml(configs.as_mapping(config)), nl=False)
+        return
+    from jobs import progress
+    from pipeline import launch
+
+    folder = run_dir or Path("runs") / config.name
+    with progress.follow(folder) as shown, _stop_on_sigterm(folder):
+        result = launch.train(
+            config, folder, allow_changed=allow_changed or (), progress=shown.index, on_start=shown.start
+        )
+    _conclude(result)
+
+
+@contextmanager
+def _stop_on_sigterm(run_dir: Path) -> Iterator[None]:
+    """SIGTERM asks the run to save at its next step and end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(*_: Any) -> None:
+        (run_dir / "stop").touch()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _conclude(result: Any) -> None:
+    from jobs import tables
+
+    if not result.finished:
+        typer.echo(f"stopped at step {result.step}; the same command goes on from {result.checkpoint}")
+        return
+    typer.echo(f"finished at step {result.step}; best checkpoint {result.checkpoint}")
+    if result.reports:
+        typer.echo(tables.of_reports(result.reports))
+    if result.run_id:
+        typer.echo(f"MLflow run {result.run_id}")
+    if result.version:
+        typer.echo(f"registered as {result.version}")

@@ -1,0 +1,227 @@
+"""Training images/s of our loop against a bare PyTorch loop over the same net and tensors, and with two workers
+under Ray Train against two processes under torchrun. Each pair is measured in one run, interleaved.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import cluster, ranks
+from pipeline.bench.rows import Row, compare, interleave
+from pipeline.config import Duration
+from pipeline.errors import ResourceError
+from pipeline.run_config import ComputeConfig, RunConfig
+from pipeline.training import state, step
+from pipeline.training.loop import Plan, device_of, train
+from pipeline.training.state import TrainState
+from pipeline.training.step import Micro, Task
+
+WARM = 3  # steps that are not timed
+POOL = 4  # batches held in memory
+OURS, BARE, RAY, TORCHRUN = "our loop", "bare loop", "our loop, Ray Train x2", "bare DDP loop, torchrun x2"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both sides train: a recipe's net on random images [b, 3, S, S], b for each worker."""
+
+    config: RunConfig
+    num_classes: int
+    steps: int
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.training.batch_size
+
+
+def loops(config: RunConfig, *, num_classes: int = 10, steps: int = 20, rounds: int = 5) -> list[Row]:
+    """Our loop against the bare one, in this process."""
+    setting = Setting(config, num_classes, steps)
+    found = interleave({OURS: lambda: ours(setting), BARE: lambda: bare(setting)}, rounds)
+    return compare(found, OURS)
+
+
+def workers(config: RunConfig, *, num_classes: int = 10, steps: int = 20, rounds: int = 3) -> list[Row]:
+    """Our loop in two workers of Ray Train against a bare DDP loop in two processes of torchrun."""
+    setting = Setting(config, num_classes, steps)
+    with TemporaryDirectory(prefix="adaptnet-bench-") as folder, cluster.cluster(_compute(config)):
+        runs = {
+            RAY: lambda: _under_ray(setting, Path(folder)),
+            TORCHRUN: lambda: _under_torchrun(setting, Path(folder)),
+        }
+        found = interleave(runs, rounds)
+    return compare(found, RAY)
+
+
+def _compute(config: RunConfig) -> ComputeConfig:
+    return config.compute.model_copy(update={"workers": 2})
+
+
+def ours(setting: Setting) -> float:
+    """Images/s of `training.loop.train` on this rank's share."""
+    device, current = _fresh(setting)
+    task = _task(setting, current, device)
+    source = _micros(_batches(setting, device))
+    train(task, current, source, _plan(setting, WARM), _Nothing())
+    start = _now(device)
+    train(task, current, source, _plan(setting, WARM + setting.steps), _Nothing())
+    return setting.batch_size * setting.steps / (_now(device) - start)
+
+
+def bare(setting: Setting) -> float:
+    """Images/s of the loop that every PyTorch tutorial has, with DDP where there are ranks."""
+    device, current = _fresh(setting)
+    net: nn.Module = current.net
+    if ranks.world() > 1:
+        net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+    optimizer = torch.optim.SGD(current.net.parameters(), lr=0.01, momentum=0.9)
+    batches = _batches(setting, device)
+    amp = step.use_bf16(setting.config.training.precision, device)
+    for number in range(WARM + setting.steps):
+        if number == WARM:
+            start = _now(device)
+        images, labels = next(batches)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = net(images).logits
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        optimizer.step()
+    return setting.batch_size * setting.steps / (_now(device) - start)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _fresh(setting: Setting) -> tuple[torch.device, TrainState]:
+    from pipeline import family
+
+    config = setting.config
+    device = device_of(config.compute.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", ranks.rank() % torch.cuda.device_count())
+    training = config.training.model_copy(update={"ema_decay": None, "clip_norm": None, "label_smoothing": 0.0})
+    current = state.fresh(
+        family.find(config.family.name),
+        config.family,
+        training,
+        num_classes=setting.num_classes,
+        seed=1,
+        device=device,
+        channels_last=device.type == "cuda",
+    )
+    return device, current
+
+
+def _task(setting: Setting, current: TrainState, device: torch.device) -> Task:
+    from pipeline import family
+
+    config = setting.config
+    forward, remarks = step.wrap(current.net, config.training, device)
+    return Task(
+        family=family.find(config.family.name),
+        config=config.family,
+        training=config.training,
+        seed=1,
+        num_classes=setting.num_classes,
+        device=device,
+        epochs_per_step=1e-6,
+        forward=forward,
+        remarks=remarks,
+        autocast=step.use_bf16(config.training.precision, device),
+        channels_last=device.type == "cuda",
+    )
+
+
+def _plan(setting: Setting, total_steps: int) -> Plan:
+    never = Duration(value=1e9, unit="steps")
+    often = setting.config.logging.every
+    return Plan(total_steps, 1e-6, setting.batch_size, often, never, never)
+
+
+def _batches(setting: Setting, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same few random batches over and over: this rank's rows of them."""
+    rows = ranks.shard(setting.batch_size, ranks.rank(), ranks.world())
+    generator = torch.Generator().manual_seed(1)
+    side, pool = setting.config.data.side_px, []
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    for _ in range(POOL):
+        images = torch.randn(rows.stop - rows.start, 3, side, side, generator=generator)
+        labels = torch.randint(setting.num_classes, (len(images),), generator=generator)
+        pool.append((images.to(device).contiguous(memory_format=layout), labels.to(device)))
+    while True:
+        yield from pool
+
+
+def _micros(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Sequence[Micro]]:
+    for images, labels in batches:
+        yield [Micro(images, labels, labels)]
+
+
+class _Nothing:
+    """Events that are heard by nobody."""
+
+    def log(self, at: int, values: Mapping[str, float]) -> None: ...
+
+    def evaluate(self, current: TrainState) -> None: ...
+
+    def save(self, current: TrainState, *, wait: bool) -> None: ...
+
+    def last_good(self) -> str | None:
+        return None
+
+    def wants_to_stop(self) -> bool:
+        return False
+
+
+def _under_ray(setting: Setting, folder: Path) -> float:
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    gpu = device_of(setting.config.compute.device).type == "cuda"
+    path = folder / "ray.json"
+    TorchTrainer(
+        _measure_ours,
+        train_loop_config={"setting": setting, "path": str(path)},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=2, use_gpu=gpu),
+        run_config=RayRunConfig(name=f"bench-{time.time_ns()}", storage_path=str(folder)),
+    ).fit()
+    rate: float = json.loads(path.read_text())
+    return rate
+
+
+def _measure_ours(arguments: dict[str, Any]) -> None:
+    rate = ours(arguments["setting"])
+    if ranks.rank() == 0:
+        Path(arguments["path"]).write_text(json.dumps(rate))
+
+
+def _under_torchrun(setting: Setting, folder: Path) -> float:
+    order, path = folder / "setting.pt", folder / "torchrun.json"
+    torch.save(setting, order)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "-m", "pipeline.bench.torchrun", str(order), str(path)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise ResourceError(f"torchrun failed: {done.stderr.strip().splitlines()[-1]}")
+    rate: float = json.loads(path.read_text())
+    return rate

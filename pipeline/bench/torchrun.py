@@ -1,0 +1,27 @@
+"""What each process of `torchrun -m pipeline.bench.torchrun SETTING OUT` does: the bare loop, measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed import destroy_process_group, init_process_group
+
+from pipeline import ranks
+from pipeline.bench import step
+
+
+def main(order: str, path: str) -> None:
+    """Writes rank 0's images/s of the global batch to `path`."""
+    init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    setting: step.Setting = torch.load(order, weights_only=False)
+    rate = step.bare(setting)
+    if ranks.rank() == 0:
+        Path(path).write_text(json.dumps(rate))
+    destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,85 @@
+"""`with cluster(compute)`: Ray on this machine, or a running Ray cluster by its address."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.errors import ResourceError
+from pipeline.run_config import ComputeConfig
+
+HEALTH_CHECK_S = "0.5"  # how often Ray's controller polls the workers; a report waits for one poll
+
+
+@contextmanager
+def cluster(compute: ComputeConfig) -> Iterator[None]:
+    """Ray, connected, with what the workers need; ended afterwards if it was started here.
+
+    Raises ResourceError where the address does not answer or the cluster is too small.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_S)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(compute.start_patience_s))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    mine = not ray.is_initialized()
+    if mine:
+        _start(compute)
+    try:
+        _check_resources(compute)
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _start(compute: ComputeConfig) -> None:
+    import ray
+
+    quiet = {"include_dashboard": False} if compute.address is None else {}
+    try:
+        ray.init(
+            address=compute.address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            ignore_reinit_error=False,
+            configure_logging=False,
+            **quiet,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ResourceError(f"compute.address (={compute.address}): no Ray cluster can be reached ({error})") from None
+
+
+def demand(compute: ComputeConfig, workers: int, *, gpu: bool) -> dict[str, float]:
+    """CPUs and GPUs that `workers` workers need."""
+    gpus = compute.gpus_per_worker if compute.gpus_per_worker is not None else float(gpu)
+    needed = {"CPU": workers * compute.cpus_per_worker, "GPU": workers * gpus if gpu else 0.0}
+    return {name: amount for name, amount in needed.items() if amount}
+
+
+def _check_resources(compute: ComputeConfig) -> None:
+    """Waits up to `start_patience_s` on a cluster by address, not at all on this machine."""
+    import ray
+
+    gpu = compute.device == "cuda" or (compute.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    needed = demand(compute, compute.fewest_workers, gpu=gpu)
+    deadline = time.monotonic() + (compute.start_patience_s if compute.address else 0)
+    while lacking := _lacking(needed, ray.cluster_resources()):
+        if time.monotonic() >= deadline:
+            raise ResourceError(
+                f"compute.workers (={compute.workers}) x cpus_per_worker (={compute.cpus_per_worker:g}) needs "
+                f"{'; '.join(lacking)}. Ask for less or wait for more nodes (compute.start_patience_s)"
+            )
+        time.sleep(1)
+
+
+def _lacking(needed: dict[str, float], found: dict[str, float]) -> list[str]:
+    return [
+        f"{amount:g} {name}s, the Ray cluster has {found.get(name, 0):g}"
+        for name, amount in needed.items()
+        if found.get(name, 0) < amount
+    ]

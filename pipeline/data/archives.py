@@ -1,0 +1,65 @@
+"""Archives that only packing reads: compressed shards, and tars of class folders -> Listing."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+from pipeline.data.listing import Listing, read_classes
+from pipeline.data.sources import TAR, Layout
+from pipeline.data.store import Progress
+from pipeline.data.tars import from_shards, from_tree_tar
+from pipeline.errors import DataError
+
+
+def key_of_tars(found: Layout) -> str:
+    """16 hex digits that change when an archive or the list of classes does."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for _, path in found.tars]
+    return sha256(repr((stats, read_classes(found.root))).encode()).hexdigest()[:16]
+
+
+def listing_of_tars(found: Layout, scratch: Path, workers: int, progress: Progress | None) -> Listing:
+    """The images in the tars of a source; compressed ones are unpacked into `scratch`. Raises DataError if damaged."""
+    tars = _uncompressed(found.tars, scratch, workers, progress)
+    classes = read_classes(found.root)
+    if all(split is not None for split, _ in tars):
+        unpacked = all(scratch in path.parents for _, path in tars)
+        return from_shards(scratch if unpacked else found.root, tars, classes)
+    if len(tars) > 1:
+        names = ", ".join(path.name for _, path in found.tars[:3])
+        raise DataError(f"{found.root}: several tars ({names}), none of train or val by name; pack one at a time")
+    return from_tree_tar(tars[0][1], classes)
+
+
+def _uncompressed(
+    tars: Sequence[tuple[str | None, Path]], scratch: Path, workers: int, progress: Progress | None
+) -> tuple[tuple[str | None, Path], ...]:
+    """The tars, the compressed ones unpacked into `scratch`, which is kept until the pack is whole."""
+    plain = [
+        path if path.name.lower().endswith(".tar") else scratch / (split or "") / f"{TAR.sub('', path.name)}.tar"
+        for split, path in tars
+    ]
+    due = [(path, to) for (_, path), to in zip(tars, plain, strict=True) if to != path and not to.exists()]
+    with ThreadPoolExecutor(workers) as threads:
+        for done, _ in enumerate(threads.map(lambda pair: _unpack(*pair), due), 1):
+            if progress:
+                progress("unpacking archives", done, len(due))
+    return tuple((split, to) for (split, _), to in zip(tars, plain, strict=True))
+
+
+def _unpack(compressed: Path, tar: Path) -> None:
+    tar.parent.mkdir(parents=True, exist_ok=True)
+    aside = tar.with_name(f"{tar.name}.{os.getpid()}.part")
+    try:
+        with gzip.open(compressed) as source, open(aside, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        aside.unlink()
+        raise DataError(f"{compressed}: not a whole gzip file ({error}); fetch it again") from None
+    os.replace(aside, tar)

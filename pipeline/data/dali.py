@@ -1,0 +1,437 @@
+"""The only user of DALI: TrainLoader, EvalLoader and decode; CPU or GPU is one argument.
+
+A background thread reads ahead, hands whole batches of encoded bytes and views (views.py) to DALI, and keeps a few
+decoded batches ready. On a GPU DALI does all of it. On CPU DALI decodes the window, and the resize is torch's
+antialiased one of uint8, image by image in threads: torchvision's pixels, and faster than DALI's (bench/loader.py).
+b images of a rank's batch, S their side.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from pipeline import ranks
+from pipeline.data import views
+from pipeline.data.background import Background, Failed, Made
+from pipeline.data.bad import BadImages
+from pipeline.data.config import DataConfig
+from pipeline.data.encoded import MAX_PIXELS, looks_whole, upright_size
+from pipeline.data.feed import Asked, EvalSource, TrainSource, read_ahead
+from pipeline.data.index import ImageIndex
+from pipeline.data.reader import Reader
+from pipeline.data.stream import Ints, Stream
+from pipeline.data.views import Views
+from pipeline.errors import ConfigError, DataError
+
+RESIZED_PER_TASK = 8  # images
+
+
+OnEvent: TypeAlias = Callable[..., None]  # (kind, **facts)
+Pixels: TypeAlias = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One rank's share of a step. `rows` are the images shown, which stand in for bad ones."""
+
+    step: int
+    epoch: int
+    images: Tensor  # uint8 [b, S, S, 3] on the device
+    labels: Tensor  # [b] i64 on the device
+    flips: Tensor  # [b] bool on the device, yet to be done
+    rows: Ints  # [b]
+    positions: Ints  # [b], in the endless stream
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    images: Tensor  # uint8 [b, S, S, 3] on the device
+    labels: Tensor  # [b] i64 on the device
+    rows: Ints  # [b]
+
+
+class TrainLoader:
+    """This rank's share of every batch from `start_step` on, without end: pixels are a pure function of the seed, the
+    step, the images and which of them are known as bad.
+
+    A bad image is replaced by `BadImages.replacement`, with the window and flip drawn for the one it replaces. What
+    only decoding shows stops the background thread; the bad ones are found, and all goes on at the same step.
+    Batches count when they are handed over, not when they are made. Raises DataError above `data.max_bad_share`.
+    """
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        config: DataConfig,
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world: int,
+        device: torch.device,
+        threads: int,
+        start_step: int = 0,
+        bad: BadImages | None = None,
+        on_event: OnEvent | None = None,
+        read_latency_s: float = 0.0,
+    ) -> None:
+        """batch_size counts the images of all ranks; read_latency_s is added to each read, for benchmarks."""
+        self.index, self.config, self.device = index, config, device
+        self.stream = Stream(index, config, seed=seed, batch_size=batch_size)
+        self.bad = BadImages(index, config.max_bad_share) if bad is None else bad
+        self._step, self._rank, self._world, self._latency_s = start_step, rank, world, read_latency_s
+        self._on_event = on_event
+        self._named: set[int] = set()
+        self._setting = Setting(device, _on_gpu(config, device), threads, self.stream.most_rows(rank, world))
+        self._thread: Background | None = None
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        return self
+
+    def __next__(self) -> TrainBatch:
+        stopped_at = None
+        while True:
+            made = self._background().get()
+            assert isinstance(made, Made | Failed)  # the stream has no end
+            if isinstance(made, Failed):
+                stopped_at = stopped_at or time.monotonic()
+                self.close()
+                for row, reason in made.bad_rows(self._setting.alone):
+                    self.bad.add(row, reason)
+            elif any(int(row) in self.bad for row in made.asked.rows):  # another rank has found it since
+                self.close()
+            else:
+                break
+        for row, reason in made.asked.found:
+            self.bad.add(row, reason)
+        plan = made.asked.plan
+        assert plan is not None and plan.step == self._step
+        pause_s = 0.0 if stopped_at is None else time.monotonic() - stopped_at
+        self._name(plan.rows[plan.rows != made.asked.rows], pause_s)
+        self._step += 1
+        return TrainBatch(
+            step=plan.step,
+            epoch=plan.epoch,
+            images=_handed_over(made.images, self.device),
+            labels=_labels(self.index, made.asked.rows, self.device),
+            flips=torch.from_numpy(plan.flips).to(self.device, non_blocking=True),
+            rows=made.asked.rows,
+            positions=plan.positions,
+        )
+
+    def close(self) -> None:
+        """Ends the background thread and what it holds; the next batch, if asked for, starts it again."""
+        if self._thread is not None:
+            self._thread.close()
+            self._thread = None
+
+    def __enter__(self) -> TrainLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _background(self) -> Background:
+        if self._thread is None:
+            reader = Reader(self.index, self.config.io_threads, self._latency_s)
+            known = BadImages(self.index, max_share=1.0)
+            known.merge(self.bad.state())
+            source = TrainSource(self.stream, reader, known, self._rank, self._world)
+            asked = read_ahead(source, count(self._step), self.config.read_ahead)
+            self._thread = Background(asked, reader, self._setting.decoder)
+        return self._thread
+
+    def _name(self, rows: Ints, pause_s: float) -> None:
+        for row in {int(row) for row in rows} - self._named:
+            self._named.add(row)
+            if self._on_event is not None:
+                self._on_event("bad-image", file=self.index.file(row), reason=self.bad.reason(row), pause_s=pause_s)
+
+
+class EvalLoader:
+    """Every image of an index once over all ranks, as evaluation sees it; may be walked again and again.
+
+    Those that cannot be read are left out and listed in `unreadable`: after a walk, all of this rank's share.
+    """
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        rank: int,
+        world: int,
+        device: torch.device,
+        threads: int,
+        bad: BadImages | None = None,
+    ) -> None:
+        """batch_size counts this rank's images."""
+        self.index, self.config, self.device, self.batch_size = index, config, device, batch_size
+        self.rows = np.arange(len(index))[ranks.shard(len(index), rank, world)]
+        self._setting = Setting(device, _on_gpu(config, device), threads, batch_size)
+        self._lost = {int(row): _NO_SIZE for row in self.rows[index.height[self.rows] == 0]}
+        if bad is not None:
+            self._lost |= {int(row): bad.reason(int(row)) for row in self.rows if int(row) in bad}
+
+    @property
+    def unreadable(self) -> list[str]:
+        return [self.index.file(row) for row in sorted(self._lost)]
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        number = 0
+        while number < len(self):
+            thread = self._background(number)
+            try:
+                while isinstance(made := thread.get(), Made):
+                    number += 1
+                    self._lost |= dict(made.asked.found)
+                    if len(made.asked.rows):
+                        yield self._batch(made)
+            finally:
+                thread.close()
+            if isinstance(made, Failed):
+                self._lost |= dict(made.bad_rows(self._setting.alone))
+
+    def _background(self, number: int) -> Background:
+        reader = Reader(self.index, self.config.io_threads)
+        source = EvalSource(self.index, self.config, reader, self.rows, self.batch_size, dict(self._lost))
+        asked = read_ahead(source, range(number, len(self)), self.config.read_ahead)
+        return Background(asked, reader, self._setting.decoder)
+
+    def _batch(self, made: Made) -> EvalBatch:
+        rows = made.asked.rows
+        return EvalBatch(_handed_over(made.images, self.device), _labels(self.index, rows, self.device), rows)
+
+
+def decode(encoded: Sequence[bytes], config: DataConfig, device: torch.device | str, threads: int = 1) -> Tensor:
+    """Images from anywhere with the pixels of evaluation: uint8 [B, S, S, 3] on the device.
+
+    Raises DataError naming the positions that cannot be decoded.
+    """
+    device = torch.device(device)
+    setting = Setting(device, _on_gpu(config, device), threads, max(1, len(encoded)))
+    reasons = {position: reason for position, each in enumerate(encoded) if (reason := _unusable(each))}
+    usable = [position for position in range(len(encoded)) if position not in reasons]
+    sizes = np.array([upright_size(encoded[position]) for position in usable], dtype=np.int32).reshape(-1, 2)
+    asked = Asked(
+        rows=np.array(usable, dtype=np.int64),
+        encoded=[encoded[position] for position in usable],
+        views=views.for_evaluation(sizes, config),
+    )
+    images = torch.empty(0, config.side_for_eval, config.side_for_eval, 3, dtype=torch.uint8)
+    decoder = setting.decoder()
+    try:
+        if usable:
+            decoder.put(asked.encoded, asked.views)
+            images = decoder.take()
+    except RuntimeError as error:
+        reasons |= dict(Failed(error, [asked]).bad_rows(setting.alone))
+    finally:
+        decoder.close()
+    if reasons:
+        listed = "; ".join(f"image {position}: {reasons[position]}" for position in sorted(reasons))
+        raise DataError(f"{len(reasons)} of {len(encoded)} images, counted from 0, cannot be decoded: {listed}")
+    return _handed_over(images, device)
+
+
+# --- from bytes to pixels ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and with how much a decoder works."""
+
+    device: torch.device
+    gpu: bool  # decode there
+    threads: int
+    most: int  # images of a batch
+    resize: Literal["torch", "dali"] | None = None  # None: torch on CPU, DALI on a GPU
+
+    def decoder(self) -> Decoder:
+        return Decoder(self)
+
+    def alone(self) -> Decoder:
+        """To try images one at a time."""
+        return Decoder(replace(self, most=1, threads=1))
+
+    @property
+    def pinned(self) -> bool:
+        return self.device.type == "cuda" and not self.gpu
+
+
+class Decoder:
+    """Encoded images and views to uint8 [b, S, S, 3]; batches go in and come out in the same order.
+
+    An error of DALI's (RuntimeError) leaves it unusable: close it and make another.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.in_dali = setting.gpu or setting.resize == "dali"
+        self._pipeline = _pipeline(setting, self.in_dali)
+        self._threads = ThreadPoolExecutor(setting.threads, "adaptnet-resize") if not self.in_dali else None
+        self._stream: Any = torch.cuda.Stream(setting.device) if setting.gpu else None  # type: ignore[no-untyped-call]
+        self._views: deque[Views] = deque()
+
+    def put(self, encoded: Sequence[bytes], wanted: Views) -> None:
+        """Begins to decode a batch."""
+        self._views.append(wanted)
+        if not len(wanted):
+            return
+        feed = self._pipeline.feed_input
+        feed("encoded", [np.frombuffer(each, dtype=np.uint8) for each in encoded])
+        feed("start", np.ascontiguousarray(wanted.windows[:, :2]))
+        feed("shape", np.ascontiguousarray(wanted.windows[:, 2:]))
+        if self.in_dali:
+            feed("size", wanted.sizes.astype(np.float32))
+            feed("origin", wanted.origins)
+            feed("square", np.full_like(wanted.origins, wanted.side_px))
+        self._pipeline.schedule_run()
+
+    def take(self) -> Tensor:
+        """Waits for the oldest batch."""
+        wanted = self._views.popleft()
+        if not len(wanted):
+            return torch.empty(0, wanted.side_px, wanted.side_px, 3, dtype=torch.uint8, device=self.setting.device)
+        (pictures,) = self._pipeline.share_outputs()
+        if self.setting.gpu:
+            images = self._copied_on_gpu(pictures.as_tensor())
+        elif self.in_dali:
+            images = from_dlpack(pictures.as_tensor()).clone()
+        else:
+            images = self._squares([np.asarray(picture) for picture in pictures], wanted)
+        self._pipeline.release_outputs()
+        return images
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+        del self._pipeline
+
+    def _copied_on_gpu(self, pictures: Any) -> Tensor:
+        """A copy that torch owns, finished: DALI may use its buffers again."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        with torch.cuda.stream(self._stream):  # its own, so as not to wait for the net
+            images = torch.empty(pictures.shape(), dtype=torch.uint8, device=self.setting.device)
+            feed_ndarray(pictures, images, cuda_stream=self._stream)
+            self._stream.synchronize()
+        return images
+
+    def _squares(self, pictures: Sequence[Pixels], wanted: Views) -> Tensor:
+        side, everything = wanted.side_px, range(len(pictures))
+        images = torch.empty(len(pictures), side, side, 3, dtype=torch.uint8, pin_memory=self.setting.pinned)
+        squares, sizes, origins = images.numpy(), wanted.sizes.tolist(), wanted.origins.tolist()
+
+        def cut(positions: Sequence[int]) -> None:
+            for at in positions:
+                _cut(_resized(pictures[at], sizes[at]), origins[at], squares[at])
+
+        assert self._threads is not None
+        parts = [everything[at : at + RESIZED_PER_TASK] for at in everything[::RESIZED_PER_TASK]]
+        deque(self._threads.map(cut, parts), maxlen=0)
+        return images
+
+
+def _resized(picture: Pixels, size: list[int]) -> Pixels:
+    """A picture [h, w, 3] at another (height, width)."""
+    if list(picture.shape[:2]) == size:
+        return picture
+    planes = torch.from_numpy(picture)[None].permute(0, 3, 1, 2)  # channels_last, and is resized as such
+    resized: Pixels = F.interpolate(planes, size=size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)[0].numpy()
+    return resized
+
+
+def _cut(picture: Pixels, origin: list[int], square: Pixels) -> None:
+    """Writes into `square` [S, S, 3] what lies at `origin` (y, x) of a picture [h, w, 3], zeros beyond its edges.
+
+    In numpy: torch would split each small copy among all CPUs.
+    """
+    (y, x), side, (height, width, _) = origin, len(square), picture.shape
+    top, left, bottom, right = max(y, 0), max(x, 0), min(y + side, height), min(x + side, width)
+    if bottom - top < side or right - left < side:
+        square[:] = 0
+    if top < bottom and left < right:
+        square[top - y : bottom - y, left - x : right - x] = picture[top:bottom, left:right]
+
+
+def _pipeline(setting: Setting, in_dali: bool) -> Any:
+    from nvidia.dali import fn, pipeline_def, types
+
+    device_id = setting.device.index or 0 if setting.gpu else None
+
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=setting.most, num_threads=setting.threads, device_id=device_id, prefetch_queue_depth=1
+    )
+    def pipeline() -> Any:
+        def given(name: str, dtype: Any) -> Any:
+            return fn.external_source(name=name, dtype=dtype, ndim=1)
+
+        pictures = fn.decoders.image_slice(
+            given("encoded", types.UINT8),
+            start=given("start", types.INT32),
+            shape=given("shape", types.INT32),
+            axis_names="HW",
+            device="mixed" if setting.gpu else "cpu",
+            jpeg_fancy_upsampling=True,  # as libjpeg-turbo does, and so all that torchvision and Pillow read
+        )
+        if not in_dali:
+            return pictures
+        pictures = fn.resize(pictures, size=given("size", types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True)
+        return fn.slice(
+            pictures,
+            start=given("origin", types.INT32),
+            shape=given("square", types.INT32),
+            axis_names="HW",
+            out_of_bounds_policy="pad",
+            fill_values=0,
+        )
+
+    built = pipeline()
+    built.build()
+    return built
+
+
+def _on_gpu(config: DataConfig, device: torch.device) -> bool:
+    if config.decoder == "gpu" and device.type != "cuda":
+        raise ConfigError("data.decoder (=gpu) needs a run that computes on a GPU: compute.device=gpu, or decoder=auto")
+    return device.type == "cuda" and config.decoder != "cpu"
+
+
+def _handed_over(images: Tensor, device: torch.device) -> Tensor:
+    """On the device; what the caller's stream still reads is not given to another stream when it is dropped."""
+    if images.is_cuda:
+        images.record_stream(torch.cuda.current_stream(images.device))
+    return images.to(device, non_blocking=True)
+
+
+def _labels(index: ImageIndex, rows: Ints, device: torch.device) -> Tensor:
+    return torch.from_numpy(index.label[rows].astype(np.int64)).to(device, non_blocking=True)
+
+
+_NO_SIZE = "its header gives no size, or an absurd one"
+
+
+def _unusable(encoded: bytes) -> str | None:
+    if reason := looks_whole(encoded):
+        return reason
+    size = upright_size(encoded)
+    return _NO_SIZE if size is None or size[0] * size[1] > MAX_PIXELS else None

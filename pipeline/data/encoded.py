@@ -1,0 +1,150 @@
+"""What the bytes of an encoded image say of themselves, undecoded: its kind, its upright size, whether it is whole.
+
+Upright: as a viewer shows it, after the EXIF orientation, which the decoder applies too.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})  # lower case; any case is read
+MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a larger picture is a mistake or an attack
+HEAD_BYTES = 1 << 14  # enough to find the size of nearly every image
+_NO_PAYLOAD = frozenset({0x00, 0x01, 0xFF, *range(0xD0, 0xD9)})
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start-of-frame markers
+
+
+def kind(encoded: bytes) -> str | None:
+    """ "jpeg", "png", "webp", "bmp" or "tiff" by its first bytes; None for anything else."""
+    if encoded[:3] == b"\xff\xd8\xff":
+        return "jpeg"
+    if encoded[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
+        return "webp"
+    if encoded[:4] in (b"II*\0", b"MM\0*"):
+        return "tiff"
+    return "bmp" if encoded[:2] == b"BM" else None
+
+
+def looks_whole(encoded: bytes) -> str | None:
+    """Why `encoded` cannot be a whole image, or None. A few microseconds; garbage inside the picture passes.
+
+    A JPEG must hold its end marker after the start of its picture, a PNG its IEND chunk: that finds every truncation,
+    those too that a decoder passes over when the window it decodes ends above the break. Bytes after the end pass.
+    """
+    if not encoded:
+        return "empty file"
+    found = kind(encoded)
+    if found is None:
+        return "not an image (unknown first bytes)"
+    if found == "jpeg" and not _has_jpeg_end(encoded):
+        return "truncated JPEG (no end marker)"
+    if found == "png" and b"IEND" not in encoded[-64:] and b"IEND" not in encoded:
+        return "truncated PNG (no end chunk)"
+    return None
+
+
+def upright_size(encoded: bytes) -> tuple[int, int] | None:
+    """(height, width) in pixels after the EXIF orientation, or None where the bytes given do not tell.
+
+    `encoded` may be the head of a file: None then means that more of it is needed, or that it is no image.
+    """
+    found = kind(encoded)
+    if found == "jpeg":
+        size = _jpeg_size(encoded)
+    elif found == "png":
+        size = _png_size(encoded)
+    else:
+        return None if found is None else _size_by_pillow(encoded)
+    return size[::-1] if size and orientation(encoded) >= 5 else size
+
+
+def orientation(encoded: bytes) -> int:
+    """The EXIF orientation of a JPEG or PNG, 1 to 8; 1 where it has none."""
+    if kind(encoded) == "png":
+        chunks = _png_chunks(encoded)
+        return next((_exif_orientation(encoded[start:end]) for name, start, end in chunks if name == b"eXIf"), 1)
+    for marker, start, end in _jpeg_segments(encoded):
+        if marker == 0xE1 and encoded[start : start + 6] == b"Exif\0\0":
+            return _exif_orientation(encoded[start + 6 : end])
+    return 1
+
+
+def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+    for marker, start, end in _jpeg_segments(encoded):
+        if marker in _JPEG_FRAMES and end - start >= 5:
+            height, width = struct.unpack_from(">HH", encoded, start + 1)
+            return (height, width) if height and width else None
+    return None
+
+
+def _jpeg_segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start, end of payload) of each segment that lies in `encoded`, up to the start of the first scan."""
+    at, size = 2, len(encoded)
+    while at + 4 <= size:
+        marker = encoded[at + 1]
+        if encoded[at] != 0xFF or marker in _NO_PAYLOAD:  # stray bytes, which decoders pass over too
+            at += 1 if encoded[at] != 0xFF or marker == 0xFF else 2
+            continue
+        end = at + 2 + (encoded[at + 2] << 8) + encoded[at + 3]
+        if end > size:
+            return
+        yield marker, at + 4, end
+        if marker in (0xD9, 0xDA):
+            return
+        at = end
+
+
+def _has_jpeg_end(encoded: bytes) -> bool:
+    """Whether an end marker follows the start of the scan: a thumbnail, which lies before it, has one of its own."""
+    scan = next((end for marker, _, end in _jpeg_segments(encoded) if marker == 0xDA), None)
+    if scan is None:
+        return False
+    return encoded.find(b"\xff\xd9", max(scan, len(encoded) - 64)) >= 0 or encoded.find(b"\xff\xd9", scan) >= 0
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None or len(tiff) < 8:
+        return 1
+    (at,) = struct.unpack_from(order + "I", tiff, 4)
+    if at + 2 > len(tiff):
+        return 1
+    (count,) = struct.unpack_from(order + "H", tiff, at)
+    for entry in range(at + 2, min(at + 2 + 12 * count, len(tiff) - 11), 12):
+        tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, entry)
+        if tag == 0x0112:
+            return value if 1 <= value <= 8 else 1
+    return 1
+
+
+def _png_size(encoded: bytes) -> tuple[int, int] | None:
+    if len(encoded) < 24:
+        return None
+    width, height = struct.unpack_from(">II", encoded, 16)
+    return (height, width) if height and width else None
+
+
+def _png_chunks(encoded: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(name, start, end of payload) of each chunk that lies in `encoded`."""
+    at = 8
+    while at + 8 <= len(encoded):
+        (length,) = struct.unpack_from(">I", encoded, at)
+        if at + 8 + length > len(encoded):
+            return
+        yield encoded[at + 4 : at + 8], at + 8, at + 8 + length
+        at += 12 + length
+
+
+def _size_by_pillow(encoded: bytes) -> tuple[int, int] | None:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            turned = image.format == "WEBP" and image.getexif().get(0x0112, 1) >= 5  # Pillow turns TIFF by itself
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception:  # Pillow's plugins raise anything, struct.error included, on damaged headers
+        return None

@@ -1,0 +1,330 @@
+"""What images there are: class folders or tar shards -> ImageIndex, memory-mapped arrays in one folder.
+
+An index folder (`store`) is named by a hash of what it was made from (names, sizes, times): a set that changed gets
+another one, and processes that build at once come to the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.config import DataConfig
+from pipeline.data.listing import Listing
+from pipeline.data.sources import default_destination, find, folders_unchanged
+from pipeline.data.store import FORMAT, Progress, read_sizes, write
+from pipeline.errors import DataError
+
+COMPLETE = "COMPLETE.json"  # of a packed set: {"shards": {name: bytes}, "index": folder}, written last
+PACKING = ".packing"  # folder of work under way in a set that is being packed
+LARGEST_SHARD = 256 << 20  # bytes
+MANY_FILES = 100_000  # loose files above this: only the folders' times are looked at, not every file's
+Rows: TypeAlias = "slice | NDArray[np.int64]"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageIndex:
+    """Images in a fixed order. Pickles as paths and rows; arrays are mapped where they are first used.
+
+    shard [N] i32   which file holds the image: the tar's number, or for loose files the image's own number
+    offset [N] i64, length [N] i64   bytes of the encoded image in that file
+    label [N] i32   position in `classes`
+    height, width [N] i32   upright pixels (after the EXIF orientation); 0 where the header gives none, or an absurd one
+    name_hash [N] u64   of the image's name: what splits by seed are drawn from
+    """
+
+    folder: Path
+    root: Path
+    rows: Rows
+
+    def __len__(self) -> int:
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+
+    def subset(self, rows: NDArray[np.int64] | Sequence[int] | slice) -> ImageIndex:
+        """The images at `rows` of this index, in that order."""
+        if isinstance(self.rows, slice):
+            if isinstance(rows, slice):
+                start, stop, step = rows.indices(len(self))
+                if step == 1:
+                    return ImageIndex(
+                        self.folder, self.root, slice(self.rows.start + start, self.rows.start + max(start, stop))
+                    )
+                rows = np.arange(start, stop, step)
+            return ImageIndex(self.folder, self.root, np.asarray(rows, dtype=np.int64) + self.rows.start)
+        return ImageIndex(self.folder, self.root, self.rows[rows])
+
+    @property
+    def whole(self) -> ImageIndex:
+        """All images of the set that this is a part of."""
+        return ImageIndex(self.folder, self.root, slice(0, self.meta.images))
+
+    def file(self, row: int) -> str:
+        """The image's name for people: its path under the root, or tar/member."""
+        name = self._name(row)
+        return name if self.shards is None else f"{self.shards[int(self.shard[row])]}/{name}"
+
+    def location(self, row: int) -> tuple[str, int, int]:
+        """(path, offset, length) of the encoded image, for `os.preadv`."""
+        held_by = self._name(row) if self.shards is None else self.shards[int(self.shard[row])]
+        return f"{self.root}/{held_by}", int(self.offset[row]), int(self.length[row])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.meta.classes
+
+    @property
+    def shards(self) -> tuple[str, ...] | None:
+        """Tars relative to the root, by shard number; None for loose files."""
+        return self.meta.shards
+
+    @cached_property
+    def identity(self) -> str:
+        """16 hex digits, equal for the same names, sizes, labels and classes wherever they lie."""
+        rows = np.arange(self.rows.start, self.rows.stop) if isinstance(self.rows, slice) else self.rows
+        if np.array_equal(rows, np.arange(self.meta.images)):
+            return self.meta.identity
+        return hashlib.sha256(self.meta.identity.encode() + rows.astype("<i8").tobytes()).hexdigest()[:16]
+
+    @cached_property
+    def shard(self) -> NDArray[np.int32]:
+        return self._column("shard")
+
+    @cached_property
+    def offset(self) -> NDArray[np.int64]:
+        return self._column("offset")
+
+    @cached_property
+    def length(self) -> NDArray[np.int64]:
+        return self._column("length")
+
+    @cached_property
+    def label(self) -> NDArray[np.int32]:
+        return self._column("label")
+
+    @cached_property
+    def height(self) -> NDArray[np.int32]:
+        return self._column("height")
+
+    @cached_property
+    def width(self) -> NDArray[np.int32]:
+        return self._column("width")
+
+    @cached_property
+    def name_hash(self) -> NDArray[np.uint64]:
+        return self._column("name_hash")
+
+    @cached_property
+    def crc32(self) -> NDArray[np.uint32] | None:
+        """CRC-32 of the encoded bytes, where `data pack` stored it; `data check` compares."""
+        return self._column("crc32") if (self.folder / "crc32.npy").exists() else None
+
+    def _name(self, row: int) -> str:
+        at = int(self.rows.start + range(len(self))[row] if isinstance(self.rows, slice) else self.rows[row])
+        start, stop = self._names_start[at : at + 2]
+        return self._names[start:stop].tobytes().decode("utf-8", "surrogateescape")
+
+    @cached_property
+    def _names(self) -> NDArray[np.uint8]:
+        return _mapped(self.folder / "names.npy")
+
+    @cached_property
+    def _names_start(self) -> NDArray[np.int64]:
+        return _mapped(self.folder / "names_start.npy")
+
+    @cached_property
+    def meta(self) -> Meta:
+        return read_meta(self.folder)
+
+    def _column(self, name: str) -> NDArray[Any]:
+        return _mapped(self.folder / f"{name}.npy")[self.rows]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "root": self.root, "rows": self.rows}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """`held_out` are training images kept for calibration and not trained on; it may be empty, as may `val`."""
+
+    train: ImageIndex
+    held_out: ImageIndex
+    val: ImageIndex
+
+
+@dataclass(frozen=True)
+class Meta:
+    """meta.json of an index folder."""
+
+    images: int
+    num_train: int  # rows before this are the train split, where `has_splits`
+    has_splits: bool
+    classes: tuple[str, ...]
+    shards: tuple[str, ...] | None
+    identity: str
+    ignored: int  # files that are no images by extension
+    set_aside: tuple[tuple[str, str], ...]  # (name, reason): wrong labels and keys, not among the rows
+
+
+def open_splits(config: DataConfig, seed: int, progress: Progress | None = None) -> Splits:
+    """The train, held-out and validation images under `config.root`; builds the index where there is none.
+
+    A root without a val split gives `validation_share` of its images, the same for the same seed and names wherever
+    they lie; `held_out` is drawn from the rest likewise. Raises DataError where there are no images to be found.
+    """
+    index = open_index(config.root, config.index, progress)
+    meta = index.meta
+    if meta.has_splits:
+        train, val = index.subset(slice(0, meta.num_train)), index.subset(slice(meta.num_train, len(index)))
+    else:
+        val, train = _divide(index, config.validation_share, seed, "validation")
+    held_out, rest = _divide(train, config.held_out, seed, "held out")
+    return Splits(rest, held_out, val)
+
+
+def open_index(root: Path, folder: Path | None = None, progress: Progress | None = None) -> ImageIndex:
+    """All images under `root`, train first; the index is opened, or built and kept in `folder` (`_places` if None).
+
+    Raises DataError where there are no images, and where no place for the index can be written.
+    """
+    root = root.expanduser().absolute()
+    packed = root / COMPLETE
+    if packed.exists():
+        return _open_packed(root, packed)
+    if (root / PACKING).exists():
+        raise DataError(f"{root}: packing was not finished; run the same `adaptnet data pack` again, it goes on")
+    places = [folder.expanduser().absolute()] if folder else _places(root)
+    for kept in _kept(places):
+        if kept.meta.shards is None and kept.meta.images > MANY_FILES and folders_unchanged(root, kept.class_folders):
+            return ImageIndex(kept.folder, root, slice(0, kept.meta.images))
+    listing = find(root)
+    if listing.shards is None and len(listing.names) > MANY_FILES and progress:
+        many = f"{len(listing.names):,} loose files; packed, they are read faster and need no listing:"
+        progress(f"{many}\n  adaptnet data pack {root} {default_destination(root)}", 0, 0)
+    for place in places:
+        if (place / listing.key / "meta.json").exists():
+            return ImageIndex(place / listing.key, root, slice(0, len(listing.names)))
+    return build(listing, places, progress)
+
+
+def build(listing: Listing, places: Sequence[Path], progress: Progress | None = None) -> ImageIndex:
+    """Reads the headers of all images in parallel and writes the index into the first of `places` that can be written.
+
+    A header that cannot be read gives height and width 0. Raises DataError if no place can be written.
+    """
+    sizes = read_sizes(listing, progress)
+    folder = write(listing, sizes, places)
+    return ImageIndex(folder, listing.root, slice(0, len(listing.names)))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    folder: Path
+    meta: Meta
+
+    @property
+    def class_folders(self) -> dict[str, int]:
+        found: dict[str, int] = json.loads((self.folder / "folders.json").read_text(encoding="utf-8"))
+        return found
+
+
+def _kept(places: Sequence[Path]) -> Iterator[_Kept]:
+    for place in places:
+        for path in sorted(place.glob("*/meta.json")):
+            try:
+                yield _Kept(path.parent, read_meta(path.parent))
+            except DataError:
+                continue  # of another version: it is built anew under another name or by hand
+
+
+def _places(root: Path) -> list[Path]:
+    """Beside the data unless that is marked read-only, then the user's cache."""
+    beside = root / ".adaptnet-index"
+    writable = root.is_dir() and root.stat().st_mode & 0o222 and os.access(root, os.W_OK)
+    cache = Path.home() / ".cache" / "adaptnet" / "index"
+    return [beside, cache] if writable or beside.is_dir() else [cache]
+
+
+def _open_packed(root: Path, packed: Path) -> ImageIndex:
+    """The index that `data pack` wrote. Raises DataError if a shard is not of the size that was packed."""
+    try:
+        complete = json.loads(packed.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{packed}: cannot be read ({error})") from None
+    for name, size in complete["shards"].items():
+        found = (root / name).stat().st_size if (root / name).exists() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found:,} bytes"
+            raise DataError(f"{root / name}: {what}, packed were {size:,}; copy it again or pack again")
+    folder = root / complete["index"]
+    return ImageIndex(folder, root, slice(0, read_meta(folder).images))
+
+
+def _divide(index: ImageIndex, share: float, seed: int, purpose: str) -> tuple[ImageIndex, ImageIndex]:
+    """(round(share N) of the images, the others): every class gives its share to within one image.
+
+    Along the images, class by class and in an order of their names drawn from the seed, every 1/share-th is taken.
+    """
+    count = round(share * len(index))
+    if count == 0:
+        return index.subset(slice(0, 0)), index
+    key = int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:16], "little")
+    salt, factor, phase = np.random.Philox(key=key).random_raw(3)  # raw: the same in every version of numpy
+    order = np.lexsort(((index.name_hash ^ salt) * (factor | np.uint64(1)), index.label))
+    taken = np.zeros(len(index), dtype=bool)
+    taken[order[((np.arange(count) + phase / 2**64) * len(index) / count).astype(np.int64)]] = True
+    return index.subset(np.flatnonzero(taken)), index.subset(np.flatnonzero(~taken))
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    try:
+        mapped: NDArray[Any] = np.load(path, mmap_mode="r")
+        return mapped.view(np.ndarray)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); set data.index to a folder that every node sees"
+        ) from None
+
+
+def read_meta(folder: Path) -> Meta:
+    """Raises DataError where `folder` holds no index of this format."""
+    try:
+        found = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: no index can be read there ({error})") from None
+    if found.pop("format") != FORMAT:
+        raise DataError(f"{folder}: an index of another format; delete it and it is built anew")
+    shards = found.pop("shards")
+    found["set_aside"] = tuple((name, reason) for name, reason in found["set_aside"])
+    return Meta(**found | {"classes": tuple(found["classes"]), "shards": None if shards is None else tuple(shards)})
+
+
+def synthetic(images: int, classes: int, folder: Path) -> ImageIndex:
+    """An index of images that are nowhere, sized and sharded as a packed ImageNet, to measure what an index costs."""
+    draw = np.random.default_rng(0)
+    length = draw.lognormal(11.4, 0.6, images).astype(np.int64) + 1000
+    shard = (np.cumsum(length) // LARGEST_SHARD).astype(np.int32)
+    starts = np.cumsum(length) - length
+    listing = Listing(
+        root=folder,
+        classes=tuple(f"n{number:08d}" for number in range(classes)),
+        names=[f"n{number % classes:08d}/n{number % classes:08d}_{number}.jpg" for number in range(images)],
+        shards=tuple(f"train-{number:06d}.tar" for number in range(int(shard[-1]) + 1)),
+        shard=shard,
+        offset=starts - starts[np.searchsorted(shard, shard)],
+        length=length,
+        label=(np.arange(images) % classes).astype(np.int32),
+        num_train=images,
+        has_splits=False,
+        times=np.zeros(0, dtype=np.int64),
+    )
+    sizes = draw.integers(250, 600, (images, 2), dtype=np.int32)
+    return ImageIndex(write(listing, sizes, [folder]), folder, slice(0, images))

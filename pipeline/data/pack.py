@@ -1,0 +1,321 @@
+"""Any set -> tar shards with an index: every image decoded once, the bad ones set aside in a report.
+
+Source: class folders, tar shards (.tar, .tar.gz), or a tar of class folders. Destination: train-000000.tar … and
+val-000000.tar … of KEY.jpg|png with KEY.cls, classes.txt, index/, report.json and, last, COMPLETE.json. The bytes
+depend on the source and the options alone, not on the number of processes. Train is mixed by a fixed seed, so that a
+window over a few shards holds all classes. A pack that was stopped goes on where it was: finished shards are kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import shutil
+import tarfile
+import time
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.archives import key_of_tars, listing_of_tars
+from pipeline.data.check import StoredImage, stored_images
+from pipeline.data.encoded import kind, orientation, upright_size
+from pipeline.data.folders import from_folders
+from pipeline.data.index import COMPLETE, LARGEST_SHARD, PACKING
+from pipeline.data.listing import Listing
+from pipeline.data.parallel import in_processes, num_cpus
+from pipeline.data.sources import layout
+from pipeline.data.store import Progress, write
+from pipeline.errors import DataError, ResourceError
+
+QUALITY = 92  # of JPEGs that `side` makes anew
+MIX_SEED = 20_220  # of the order of train; part of the format, so never changed
+SHARDS_AIMED_AT = 64
+SMALLEST_SHARD = 4 << 20  # bytes
+_SUFFIX = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "bmp": ".bmp", "tiff": ".tif"}
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What a pack holds and what it left out."""
+
+    destination: Path
+    images: dict[str, int]  # by split
+    num_classes: int
+    shards: int
+    kept_shards: int  # of those, finished by an earlier call
+    bytes: int
+    set_aside: tuple[tuple[str, str], ...]  # (file, reason)
+    ignored: int  # files that are no images by extension
+    seconds: float
+
+
+def pack(
+    source: Path,
+    destination: Path,
+    *,
+    side: int | None = None,
+    quality: int = QUALITY,
+    shard_bytes: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> PackReport:
+    """Packs `source` into `destination`, in parallel; call it again after an interruption and it goes on.
+
+    Images pass byte for byte. With `side` (pixels), those whose shorter side is longer are turned upright, shrunk
+    (antialiased) and written as JPEG of `quality`; smaller ones pass.
+    Raises DataError where the source holds no images, or the destination something else; ResourceError on a full disk.
+    """
+    started = time.monotonic()
+    source, destination = source.expanduser().absolute(), destination.expanduser().absolute()
+    if destination == source or source in destination.parents:
+        raise DataError(f"{destination}: lies in the source {source}; pack to a folder outside of it")
+    options = {"side": side, "quality": quality if side else None, "shard_bytes": shard_bytes}
+    workers = workers or num_cpus()
+    try:
+        found = layout(source)
+        listing = None if found.tars else from_folders(source, found.folders)
+        made_from = {"source": listing.key if listing else key_of_tars(found), **options}
+        if not _claim(destination, made_from):
+            return _report_of(destination, time.monotonic() - started, kept=None)
+        with _only_one(destination):
+            listing = listing or listing_of_tars(found, destination / PACKING / "unpacked", workers, progress)
+            tasks = _plan(listing, destination, shard_bytes, side, quality)
+            due = [task for task in tasks if task.finished() is None]
+            _pack_shards(due, workers, len(listing.names), progress)
+            _finish(listing, destination, tasks, made_from)
+    except OSError as error:
+        raise ResourceError(
+            f"{error.filename or destination}: {error.strerror or error}; free space or permit access, then run the "
+            "same command again: finished shards are kept"
+        ) from error
+    return _report_of(destination, time.monotonic() - started, kept=len(tasks) - len(due))
+
+
+def _pack_shards(due: Sequence[ShardTask], workers: int, total: int, progress: Progress | None) -> None:
+    done = total - sum(len(task.images) for task in due)
+    for position, _ in in_processes(pack_shard, due, workers):
+        done += len(due[position].images)
+        if progress:
+            progress("packing", done, total)
+
+
+def shrink(encoded: bytes, side: int, quality: int) -> bytes:
+    """A JPEG with the shorter side `side` pixels long, upright; `encoded` itself where it is upright and not larger.
+
+    The decoder's colours: RGB without alpha, 16 bits by their high byte.
+    """
+    from PIL import Image, ImageOps
+
+    size = upright_size(encoded)
+    assert size is not None
+    if min(size) <= side and orientation(encoded) == 1:
+        return encoded
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(encoded)) as stored:
+            image = _rgb(ImageOps.exif_transpose(stored))
+    scale = min(1.0, side / min(image.size))
+    shape = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    buffer = io.BytesIO()
+    image.resize(shape, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _rgb(image: Any) -> Any:
+    """Pillow clips 16-bit grey at 255 where it converts; a picture keeps its high byte."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard: the images that belong in it, in order, and where it goes."""
+
+    name: str
+    destination: Path
+    images: tuple[StoredImage, ...]
+    side: int | None
+    quality: int
+
+    @property
+    def record(self) -> Path:
+        return self.destination / PACKING / f"{self.name}.json"
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record of this shard if it was packed before and is of the size noted then."""
+        try:
+            record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+            size = (self.destination / self.name).stat().st_size
+        except (OSError, ValueError):
+            return None
+        return record if record["bytes"] == size and record["images"] == len(self.images) else None
+
+
+def _claim(destination: Path, made_from: dict[str, Any]) -> bool:
+    """Marks the destination as this pack's; False if it holds the whole of it. Raises DataError if it holds another."""
+    claim = destination / PACKING / "claim.json"
+    holder = destination / COMPLETE if (destination / COMPLETE).exists() else claim
+    if holder.exists():
+        held = json.loads(holder.read_text(encoding="utf-8"))["made_from"]
+        if held != made_from:
+            differing = ", ".join(key for key in made_from if held.get(key) != made_from[key])
+            raise DataError(f"{destination}: holds a pack of another {differing}; give another folder or delete it")
+        return holder == claim
+    strange = [path.name for path in destination.iterdir() if path.name != PACKING] if destination.exists() else []
+    if strange:
+        raise DataError(f"{destination}: not empty ({', '.join(sorted(strange)[:3])}); give a new folder")
+    _write_json(claim, {"made_from": made_from})
+    return True
+
+
+@contextmanager
+def _only_one(destination: Path) -> Iterator[None]:
+    """Raises ResourceError while another process packs into `destination`."""
+    with open(destination / PACKING / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResourceError(f"{destination}: another process packs into it just now; wait for it") from None
+        yield
+
+
+def _plan(
+    listing: Listing, destination: Path, shard_bytes: int | None, side: int | None, quality: int
+) -> list[ShardTask]:
+    images = list(stored_images(listing))
+    mixed = np.argsort(np.random.Philox(key=MIX_SEED).random_raw(listing.num_train), kind="stable")
+    tasks = []
+    for split, rows in (("train", mixed), ("val", np.arange(listing.num_train, len(images)))):
+        for number, part in enumerate(_cut(listing.length[rows], shard_bytes)):
+            chosen = tuple(images[row] for row in rows[part])
+            tasks.append(ShardTask(f"{split}-{number:06d}.tar", destination, chosen, side, quality))
+    return tasks
+
+
+def _cut(lengths: NDArray[np.int64], shard_bytes: int | None) -> list[slice]:
+    """Runs of images of about equal bytes; about 64 shards unless that makes them too small or too large."""
+    if not len(lengths):
+        return []
+    total = int(lengths.sum())
+    aim = shard_bytes or min(max(total // SHARDS_AIMED_AT, SMALLEST_SHARD), LARGEST_SHARD)
+    count = min(max(1, round(total / aim)), len(lengths))
+    ends = np.searchsorted(np.cumsum(lengths), np.arange(1, count) * total / count, side="left") + 1
+    bounds = np.unique(np.concatenate([[0], ends, [len(lengths)]]))
+    return [slice(int(start), int(stop)) for start, stop in pairwise(bounds)]
+
+
+def pack_shard(task: ShardTask) -> None:
+    """Writes one shard aside, renames it, then writes its record."""
+    rows: list[list[Any]] = []
+    bad: list[list[str]] = []
+    aside = task.destination / PACKING / f"{task.name}.part"
+    with open(aside, "wb") as tar:
+        for image in task.images:
+            encoded, reason = image.read_whole()
+            if reason:
+                bad.append([image.name, reason])
+                continue
+            if task.side is not None:
+                encoded = shrink(encoded, task.side, task.quality)
+            name = image.key + _SUFFIX[kind(encoded) or "jpeg"]
+            offset = _add(tar, name, encoded)
+            _add(tar, f"{image.key}.cls", str(image.label).encode())
+            size = upright_size(encoded)
+            assert size is not None
+            rows.append([name, image.label, offset, len(encoded), *size, zlib.crc32(encoded)])
+        tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE or tarfile.RECORDSIZE))
+        tar.flush()
+        os.fsync(tar.fileno())
+        size_of_tar = tar.tell()
+    os.replace(aside, task.destination / task.name)
+    _write_json(task.record, {"bytes": size_of_tar, "images": len(task.images), "rows": rows, "bad": bad})
+
+
+def _add(tar: Any, name: str, content: bytes) -> int:
+    """Appends a member; where its bytes start."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.write(member.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape"))
+    start: int = tar.tell()
+    tar.write(content)
+    tar.write(bytes(-len(content) % tarfile.BLOCKSIZE))
+    return start
+
+
+def _finish(listing: Listing, destination: Path, tasks: Sequence[ShardTask], made_from: dict[str, Any]) -> None:
+    """Index, classes, report and, last, the mark that the pack is whole."""
+    records = [task.finished() for task in tasks]
+    assert None not in records
+    shards = {task.name: record["bytes"] for task, record in zip(tasks, records, strict=True) if record}
+    rows = [(number, *row) for number, record in enumerate(records) if record for row in record["rows"]]
+    if not rows:
+        raise DataError(f"{listing.root}: not one of {len(listing.names)} images can be used")
+    columns = np.array([row[2:] for row in rows], dtype=np.int64)  # label, offset, length, height, width, crc32
+    num_train = sum(tasks[row[0]].name.startswith("train") for row in rows)
+    packed = Listing(
+        root=destination,
+        classes=listing.classes,
+        names=[row[1] for row in rows],
+        shards=tuple(shards),
+        shard=np.array([row[0] for row in rows], dtype=np.int32),
+        offset=columns[:, 1].copy(),
+        length=columns[:, 2].copy(),
+        label=columns[:, 0].astype(np.int32),
+        num_train=num_train,
+        has_splits=listing.has_splits,
+        times=np.zeros(len(shards), dtype=np.int64),
+    )
+    folder = write(packed, columns[:, 3:5].astype(np.int32), [destination / "index"], columns[:, 5].astype(np.uint32))
+    (destination / "classes.txt").write_bytes(os.fsencode("".join(f"{name}\n" for name in listing.classes)))
+    bad = [*listing.set_aside, *(pair for record in records if record for pair in record["bad"])]
+    report = {
+        "images": {"train": num_train, "val": len(rows) - num_train},
+        "num_classes": len(listing.classes),
+        "bytes": sum(shards.values()),
+        "set_aside": [{"file": name, "reason": reason} for name, reason in sorted(map(tuple, bad))],
+        "ignored": listing.ignored,
+    }
+    _write_json(destination / "report.json", report)
+    index = folder.relative_to(destination).as_posix()
+    _write_json(destination / COMPLETE, {"made_from": made_from, "shards": shards, "index": index})
+    shutil.rmtree(destination / PACKING)
+
+
+def _report_of(destination: Path, seconds: float, kept: int | None) -> PackReport:
+    report = json.loads((destination / "report.json").read_text(encoding="utf-8"))
+    complete = json.loads((destination / COMPLETE).read_text(encoding="utf-8"))
+    return PackReport(
+        destination=destination,
+        images=report["images"],
+        num_classes=report["num_classes"],
+        shards=len(complete["shards"]),
+        kept_shards=len(complete["shards"]) if kept is None else kept,
+        bytes=report["bytes"],
+        set_aside=tuple((each["file"], each["reason"]) for each in report["set_aside"]),
+        ignored=report["ignored"],
+        seconds=seconds,
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

@@ -1,0 +1,126 @@
+"""Reads encoded images in threads, ahead of their use, from descriptors kept open."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.encoded import looks_whole
+from pipeline.data.index import ImageIndex
+
+READS_PER_TASK = 4
+DESCRIPTORS_KEPT = 256
+GAP = 1 << 16  # bytes between two images that are fetched in one go all the same
+
+
+@dataclass(frozen=True)
+class Read:
+    """The bytes of an image, or why there are none that can be decoded."""
+
+    encoded: bytes
+    reason: str | None = None
+
+
+Pending: TypeAlias = "Sequence[Future[list[Read]]]"
+
+
+class Reader:
+    """Reads rows of an index in `threads` threads; `latency_s` is added to every read, to measure what it costs."""
+
+    def __init__(self, index: ImageIndex, threads: int, latency_s: float = 0.0) -> None:
+        self.index, self.latency_s = index, latency_s
+        self._threads = ThreadPoolExecutor(threads, "adaptnet-read")
+        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def start(self, rows: Sequence[int] | NDArray[np.int64]) -> Pending:
+        """Begins to read `rows`."""
+        starts = range(0, len(rows), READS_PER_TASK)
+        return [self._threads.submit(self._read_all, rows[at : at + READS_PER_TASK]) for at in starts]
+
+    def fetch(self, rows: NDArray[np.int64]) -> None:
+        """Asks the system to bring the bytes of `rows` near, without waiting; loose files are left alone."""
+        if len(rows) and self.index.shards is not None:
+            self._threads.submit(self._fetch, rows)
+
+    def read(self, row: int) -> Read:
+        """An image's bytes if they look whole. An error is met by opening the file anew, once."""
+        for last in (False, True):
+            try:
+                encoded = self._bytes(row)
+                return Read(encoded, looks_whole(encoded))
+            except OSError as error:
+                if last:
+                    return Read(b"", f"cannot be read: {error.strerror}")
+                self._forget(self.index.location(row)[0])
+        raise AssertionError
+
+    def close(self) -> None:
+        """Waits for the reads under way, gives up those that wait."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._open.clear()
+
+    def _read_all(self, rows: Iterable[int]) -> list[Read]:
+        return [self.read(int(row)) for row in rows]
+
+    def _bytes(self, row: int) -> bytes:
+        if self.latency_s:
+            time.sleep(self.latency_s)
+        path, offset, length = self.index.location(row)
+        descriptor = self._descriptor(path)
+        encoded = os.pread(descriptor.number, length, offset)
+        while len(encoded) < length:
+            more = os.pread(descriptor.number, length - len(encoded), offset + len(encoded))
+            if not more:  # the file ends within the image
+                break
+            encoded += more
+        return encoded
+
+    def _fetch(self, rows: NDArray[np.int64]) -> None:
+        index = self.index
+        rows = rows[np.lexsort((index.offset[rows], index.shard[rows]))]
+        starts, ends = index.offset[rows], index.offset[rows] + index.length[rows]
+        apart = np.flatnonzero((np.diff(index.shard[rows]) != 0) | (starts[1:] - ends[:-1] > GAP))
+        for first, last in zip(np.append(0, apart + 1), np.append(apart, -1), strict=True):
+            descriptor = self._descriptor(index.location(int(rows[first]))[0])
+            length = int(ends[last] - starts[first])
+            os.posix_fadvise(descriptor.number, int(starts[first]), length, os.POSIX_FADV_WILLNEED)
+
+    def _descriptor(self, path: str) -> _Descriptor:
+        """Open for reading; kept open for shards, as long as someone reads for a file that is pushed out."""
+        if self.index.shards is None:
+            return _Descriptor(path)
+        with self._lock:
+            if path in self._open:
+                self._open.move_to_end(path)
+                return self._open[path]
+        opened = _Descriptor(path)
+        with self._lock:
+            self._open[path] = opened
+            if len(self._open) > DESCRIPTORS_KEPT:
+                self._open.popitem(last=False)
+        return opened
+
+    def _forget(self, path: str) -> None:
+        with self._lock:
+            self._open.pop(path, None)
+
+
+class _Descriptor:
+    """An open file that closes when the last who holds it lets go."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)

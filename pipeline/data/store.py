@@ -1,0 +1,150 @@
+"""Writes an index folder: sizes read from the images' headers in parallel, one .npy per column, names as one blob.
+
+The folder is written aside and renamed, meta.json with it, so it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.encoded import HEAD_BYTES, MAX_PIXELS, upright_size
+from pipeline.data.listing import Listing
+from pipeline.errors import DataError
+
+FORMAT = 1
+Progress: TypeAlias = Callable[[str, int, int], None]  # (what, done, total); total 0: a message for people, once
+HEADER_THREADS = 16
+HEADERS_PER_TASK = 1024
+
+
+def read_sizes(listing: Listing, progress: Progress | None = None) -> NDArray[np.int32]:
+    """Upright (height, width) of each image, [N, 2]; (0, 0) where it cannot be read or is absurd."""
+    sizes = np.zeros((len(listing.names), 2), dtype=np.int32)
+    starts = range(0, len(sizes), HEADERS_PER_TASK)
+
+    def read(start: int) -> int:
+        rows = range(start, min(start + HEADERS_PER_TASK, len(sizes)))
+        sizes[rows.start : rows.stop] = _sizes_of(listing, rows)
+        return len(rows)
+
+    done = 0
+    with ThreadPoolExecutor(HEADER_THREADS) as threads:
+        for count in threads.map(read, starts):
+            done += count
+            if progress:
+                progress("reading image headers", done, len(sizes))
+    return sizes
+
+
+def _sizes_of(listing: Listing, rows: range) -> list[tuple[int, int]]:
+    opened: dict[str, int] = {}
+    sizes = []
+    try:
+        for row in rows:
+            path = (
+                f"{listing.root}/{listing.names[row] if listing.shards is None else listing.shards[listing.shard[row]]}"
+            )
+            sizes.append(_size_of(path, opened, int(listing.offset[row]), int(listing.length[row])))
+            if listing.shards is None and (descriptor := opened.pop(path, None)) is not None:
+                os.close(descriptor)
+    finally:
+        for descriptor in opened.values():
+            os.close(descriptor)
+    return sizes
+
+
+def _size_of(path: str, opened: dict[str, int], offset: int, length: int) -> tuple[int, int]:
+    try:
+        if path not in opened:
+            opened[path] = os.open(path, os.O_RDONLY)
+        head = os.pread(opened[path], min(length, HEAD_BYTES), offset)
+        size = upright_size(head)
+        if size is None and length > HEAD_BYTES:
+            size = upright_size(os.pread(opened[path], length, offset))
+    except OSError:
+        return 0, 0
+    return size if size and size[0] * size[1] <= MAX_PIXELS else (0, 0)
+
+
+def write(
+    listing: Listing,
+    sizes: NDArray[np.int32],
+    places: Sequence[Path],
+    crc32: NDArray[np.uint32] | None = None,
+) -> Path:
+    """Writes an index folder, named by the listing's key, into the first of `places` that can be written.
+
+    Written aside and renamed; if another process was first, its folder stands. Raises DataError if none can be written.
+    """
+    columns: dict[str, NDArray[Any]] = {
+        "shard": listing.shard,
+        "offset": listing.offset,
+        "length": listing.length,
+        "label": listing.label,
+        "height": np.ascontiguousarray(sizes[:, 0]),
+        "width": np.ascontiguousarray(sizes[:, 1]),
+    }
+    columns |= {"crc32": crc32} if crc32 is not None else {}
+    columns |= _name_columns(listing.names)
+    meta = {
+        "format": FORMAT,
+        "images": len(listing.names),
+        "num_train": listing.num_train,
+        "has_splits": listing.has_splits,
+        "classes": listing.classes,
+        "shards": listing.shards,
+        "identity": listing.identity,
+        "ignored": listing.ignored,
+        "set_aside": listing.set_aside,
+    }
+    refused = []
+    for place in places:
+        try:
+            return _write_aside(place, listing.key, columns, meta, listing.folders)
+        except OSError as error:
+            refused.append(f"{place} ({error.strerror})")
+    raise DataError(f"the index of {listing.root} can be written nowhere: {', '.join(refused)}; set data.index")
+
+
+def _write_aside(
+    place: Path, key: str, columns: dict[str, NDArray[Any]], meta: dict[str, Any], folders: dict[str, int]
+) -> Path:
+    place.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".building-", dir=place))
+    try:
+        for name, column in columns.items():
+            np.save(aside / f"{name}.npy", column)
+        (aside / "folders.json").write_text(json.dumps(folders), encoding="utf-8")
+        (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        aside.chmod(0o755)
+        try:
+            os.rename(aside, place / key)
+        except OSError:
+            if not (place / key / "meta.json").exists():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return place / key
+
+
+def _name_columns(names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+    start = np.zeros(len(encoded) + 1, dtype=np.int64)
+    np.cumsum([len(each) for each in encoded], out=start[1:])
+    digests = b"".join(hashlib.blake2b(each, digest_size=8).digest() for each in encoded)
+    return {
+        "names": np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        "names_start": start,
+        "name_hash": np.frombuffer(digests, dtype="<u8"),
+    }

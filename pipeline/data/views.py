@@ -1,0 +1,61 @@
+"""What to cut from an image and where to put it: windows, sizes after the resize, and the square that is handed over.
+
+Every batch of every loader is made the same way: decode a window of the upright picture, resize it, take a square of
+side S from the result, zeros where the square reaches beyond it. b images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.config import DataConfig
+
+LONGEST = 64  # times the shorter side: an image that is longer is evaluated in its middle alone, to bound memory
+
+
+@dataclass(frozen=True)
+class Views:
+    """windows [b, 4]: y, x, height, width, inside the image and not empty; sizes [b, 2]: height and width after the
+    resize; origins [b, 2]: y, x of the square in the resized picture, negative where it begins outside; all i32."""
+
+    windows: NDArray[np.int32]
+    sizes: NDArray[np.int32]
+    origins: NDArray[np.int32]
+    side_px: int
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def only(self, position: int) -> Views:
+        at = slice(position, position + 1)
+        return Views(self.windows[at], self.sizes[at], self.origins[at], self.side_px)
+
+
+def for_training(crop: str, windows: NDArray[np.int32], image_sizes: NDArray[np.int32], side_px: int) -> Views:
+    """windows [b, 4] of the stream in images of `image_sizes` [b, 2], resized to the square.
+
+    Windows of random-pad are not resized; they may reach beyond the image.
+    """
+    if crop != "random-pad":
+        sizes = np.full((len(windows), 2), side_px, dtype=np.int32)
+        return Views(windows, sizes, np.zeros_like(sizes), side_px)
+    starts = np.clip(windows[:, :2], 0, image_sizes - 1)
+    ends = np.clip(windows[:, :2] + windows[:, 2:], starts + 1, image_sizes)
+    return Views(np.hstack([starts, ends - starts]), ends - starts, windows[:, :2] - starts, side_px)
+
+
+def for_evaluation(image_sizes: NDArray[np.int32], config: DataConfig) -> Views:
+    """Shorter side to `resize_for_eval`, then the square in the middle; rounded as torchvision rounds."""
+    image_sizes = image_sizes.astype(np.int64)
+    shorter = image_sizes.min(axis=1, keepdims=True)
+    extents = np.minimum(image_sizes, LONGEST * shorter)
+    starts = (image_sizes - extents) // 2
+    sizes = (config.resize_for_eval * extents / shorter).astype(np.int64)
+    side = config.side_for_eval
+    spare = sizes - side
+    origins = np.where(spare >= 0, np.rint(spare / 2), -(-spare // 2)).astype(np.int32)
+    windows = np.hstack([starts, extents]).astype(np.int32)
+    return Views(windows, sizes.astype(np.int32), origins, side)

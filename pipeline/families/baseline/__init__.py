@@ -1,0 +1,10 @@
+"""Fixed networks that the adaptive ones are compared against: torchvision's, and the CIFAR ResNets of the papers."""
+
+from __future__ import annotations
+
+from pipeline.families.baseline.inference import policies
+from pipeline.families.baseline.model import BaselineConfig, build
+from pipeline.families.baseline.objective import groups, loss, updates
+from pipeline.family import Family
+
+FAMILY = Family(config=BaselineConfig, build=build, loss=loss, groups=groups, updates=updates, policies=policies)

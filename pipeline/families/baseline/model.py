@@ -1,0 +1,175 @@
+"""torchvision's networks with an ImageNet or a CIFAR stem, and ResNet-110 and Pre-ResNet-110 for CIFAR.
+
+Letters: B images, K classes, H×W pixels, L residual blocks.
+Source: He et al., CVPR 2016 and ECCV 2016 (CIFAR ResNets, projection-free option A is replaced by option B, as in
+ConvNet-AIG's released backbone); Huang et al., ECCV 2016 (stochastic depth with the linear decay law).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torchvision
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torchvision.models.googlenet import GoogLeNetOutputs
+
+from pipeline.blocks import Logits, Stem, conv_bn, he_fan_out
+from pipeline.family import FamilyConfig
+
+TORCHVISION = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+    "googlenet",
+    "densenet121",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "mobilenet_v3_large",
+    "efficientnet_v2_s",
+    "efficientnet_v2_m",
+    "efficientnet_v2_l",
+    "vgg16",
+    "vgg16_bn",
+)
+MIN_SIDE_PX = {"googlenet": 15, "densenet121": 29, "vgg16": 32, "vgg16_bn": 32}  # below: an empty map; others take 8
+
+
+class BaselineConfig(FamilyConfig):
+    """`net` is torchvision's name, or cifar_resnet / cifar_preresnet of depth 6n+2."""
+
+    name: Literal["baseline"] = "baseline"
+    net: str = "resnet50"
+    stem: Stem = "imagenet"  # cifar: a 3x3 convolution of stride 1 and no pooling
+    depth: Annotated[int, Field(ge=8)] = 110  # of the CIFAR ResNets
+    stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the last block being dropped; CIFAR ResNets
+    resolutions_px: tuple[Annotated[int, Field(ge=8)], ...] = ()  # evaluated natively and down-and-up as well
+
+    @model_validator(mode="after")
+    def _rules(self) -> BaselineConfig:
+        known = (*TORCHVISION, "cifar_resnet", "cifar_preresnet")
+        if self.net not in known:
+            raise ValueError(f"net (={self.net}): no such net; known: {', '.join(known)}")
+        if self.net.startswith("cifar") and (self.depth - 2) % 6:
+            raise ValueError(f"depth (={self.depth}) of a CIFAR ResNet must be 6n+2, e.g. 20, 56, 110")
+        if self.stochastic_depth and not self.net.startswith("cifar"):
+            raise ValueError(f"stochastic_depth is for the CIFAR ResNets, not for {self.net}")
+        least = MIN_SIDE_PX.get(self.net, 8)
+        if any(side < least for side in self.resolutions_px):
+            raise ValueError(f"resolutions_px (={list(self.resolutions_px)}): {self.net} needs {least} px at least")
+        if self.stem == "cifar" and not self.net.startswith(("resnet", "wide_resnet", "cifar", "mobilenet")):
+            raise ValueError(f"stem: cifar is for ResNets and MobileNets, not for {self.net}")
+        return self
+
+
+def build(config: BaselineConfig, num_classes: int) -> nn.Module:
+    """The net on CPU, weights drawn from torch's default generator as its authors draw them."""
+    if config.net.startswith("cifar"):
+        return CifarResNet(config.depth, num_classes, config.net == "cifar_preresnet", config.stochastic_depth)
+    options = {"aux_logits": False, "init_weights": True} if config.net == "googlenet" else {}
+    net = torchvision.models.get_model(config.net, num_classes=num_classes, weights=None, **options)
+    if config.stem == "cifar":
+        _shrink_stem(net)
+    return Plain(net)
+
+
+class Plain(nn.Module):
+    """A torchvision net behind the pipeline's forward. GoogLeNet is built without its auxiliary classifiers."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def draw_noise(self, num_images: int) -> Tensor | None:
+        return None
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Logits:
+        output = self.net(images)
+        return Logits(output.logits if isinstance(output, GoogLeNetOutputs) else output)
+
+
+def _shrink_stem(net: nn.Module) -> None:
+    """The first convolution at stride 1 (3x3 for ResNets) and no max pooling, as papers do on 32 px images."""
+    if isinstance(net, torchvision.models.ResNet):
+        net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    else:
+        first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+        first.stride = (1, 1)
+
+
+class CifarResNet(nn.Module):
+    """3 stages of n basic blocks of widths 16, 32, 64; `pre` puts BatchNorm and ReLU before each convolution."""
+
+    def __init__(self, depth: int, num_classes: int, pre: bool, stochastic_depth: float) -> None:
+        super().__init__()
+        blocks, inputs = (depth - 2) // 6, 16
+        self.stem = nn.Sequential(*(conv_bn(3, 16, 3)[:1] if pre else [*conv_bn(3, 16, 3), nn.ReLU()]))
+        kind = PreBlock if pre else BasicBlock
+        layers = []
+        for stage, width in enumerate((16, 32, 64)):
+            for number in range(blocks):
+                layers.append(kind(inputs, width, 2 if stage and number == 0 else 1))
+                inputs = width
+        self.layers = nn.ModuleList(layers)
+        self.tail = nn.Sequential(nn.BatchNorm2d(64), nn.ReLU()) if pre else nn.Identity()
+        self.fc = nn.Linear(64, num_classes)
+        rates = torch.linspace(0, 1, len(layers) + 1)[1:] * stochastic_depth
+        self.register_buffer("survival", 1 - rates, persistent=False)  # [L], linear decay law
+        self.stochastic = stochastic_depth > 0
+        he_fan_out(self)
+
+    def draw_noise(self, num_images: int) -> Tensor | None:
+        """Uniform numbers [B, L], one per image and block; a block is dropped for an image above its survival."""
+        if not self.stochastic:
+            return None
+        return torch.rand(num_images, len(self.layers), device=self.fc.weight.device)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Logits:
+        survival = self.get_buffer("survival")
+        if self.stochastic and self.training and noise is None:
+            noise = self.draw_noise(len(images))
+        x = self.stem(images)  # [B, 16, H, W]
+        for number, layer in enumerate(self.layers):
+            scale = survival[number] if noise is None else (noise[:, number] < survival[number]).to(x.dtype)
+            x = layer(x, scale.view(-1, 1, 1, 1) if self.stochastic else None)
+        x = self.tail(x).mean(dim=(2, 3))  # [B, 64]
+        return Logits(self.fc(x))
+
+
+class BasicBlock(nn.Module):
+    """ReLU(shortcut(x) + scale · residual(x))."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(*conv_bn(inputs, outputs, 3, stride), nn.ReLU(), *conv_bn(outputs, outputs, 3))
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Sequential(*conv_bn(inputs, outputs, 1, stride))
+
+    def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        residual = self.residual(x)
+        return torch.relu(self.shortcut(x) + (residual if scale is None else scale * residual))
+
+
+class PreBlock(nn.Module):
+    """shortcut(a) + scale · residual(a) with a = ReLU(BN(x)); an identity shortcut takes x itself."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU())
+        head = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        tail = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.residual = nn.Sequential(head, nn.BatchNorm2d(outputs), nn.ReLU(), tail)
+        same = inputs == outputs and stride == 1
+        self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        a = self.first(x)
+        residual = self.residual(a)
+        shortcut: Tensor = x if self.shortcut is None else self.shortcut(a)
+        return shortcut + (residual if scale is None else scale * residual)

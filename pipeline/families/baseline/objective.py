@@ -1,0 +1,24 @@
+"""Cross-entropy, one group of parameters, one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from pipeline.blocks import Logits
+from pipeline.families.baseline.model import BaselineConfig
+from pipeline.family import Loss, Params, cross_entropy
+
+
+def loss(config: BaselineConfig, output: Logits, targets: Tensor) -> Loss:
+    ce = cross_entropy(output.logits, targets)
+    return Loss(ce, {"ce": ce.detach()})
+
+
+def groups(config: BaselineConfig, net: nn.Module) -> Mapping[str, Sequence[Params]]:
+    return {"main": [Params(list(net.parameters()))]}
+
+
+def updates(config: BaselineConfig, step: int) -> Sequence[str]:
+    return ["main"]

@@ -1,0 +1,10 @@
+"""ConvNet-AIG: residual networks whose blocks open per image by a learned gate (arXiv 1711.11503)."""
+
+from __future__ import annotations
+
+from pipeline.families.convnet_aig.inference import policies
+from pipeline.families.convnet_aig.model import AigConfig, build
+from pipeline.families.convnet_aig.objective import groups, loss, updates
+from pipeline.family import Family
+
+FAMILY = Family(config=AigConfig, build=build, loss=loss, groups=groups, updates=updates, policies=policies)

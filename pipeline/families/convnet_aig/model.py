@@ -1,0 +1,237 @@
+"""ConvNet-AIG's networks: y = ReLU(S(x) + z(x) · F(x)) with a gate z in {0, 1} for each image and block.
+
+Letters: B images, K classes, C channels, L blocks, G of them with a gate (the others are always open).
+Source: Veit & Belongie, ECCV 2018 (arXiv 1711.11503), and the code released with it. Where we differ from that code:
+a block with target rate 1 has no gate at all (there it is sampled like any other, but counted as executed); sampled
+noise is one logistic number per gate in fp32 (there two Gumbel numbers: the same distribution); the gates' pooling is
+adaptive, so that images need not be square; BatchNorm starts at weight 1 (torch 0.3.1 drew it from U(0, 1)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from pipeline.blocks import conv_bn, he_fan_out
+from pipeline.family import FamilyConfig
+
+Rate = Annotated[float, Field(ge=0, le=1)]
+STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+HIDDEN = 16  # of every gate
+OPEN_BIAS = (0.1, 2.0)  # logits of skip and execute at the start: open with probability sigmoid(1.9) = 0.87
+
+
+class AigConfig(FamilyConfig):
+    """depth 50, 101 or 152 for ImageNet; 6n+2 for CIFAR, the paper's is 110."""
+
+    name: Literal["convnet_aig"] = "convnet_aig"
+    depth: int = 110
+    target_rate: Rate | tuple[Rate, ...] = 0.7  # share of images that open a block; a list gives each block its own
+    schedule: Literal["uniform", "published"] = "uniform"  # published: the README's rates around t for 50 and 101
+    rate_weight: Annotated[float, Field(ge=0)] = 2.0  # of the rate loss; the code has 2 for CIFAR, 1 for ImageNet
+    rate_reduction: Literal["mean", "sum"] = "mean"  # over blocks; the paper sums, the code takes the mean
+    gate_batchnorm: bool = True  # in the code, not in the published figure
+    gate_lr_factor: Annotated[float, Field(gt=0)] = 1.0
+    thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # policies that open at this probability
+
+    @model_validator(mode="after")
+    def _rules(self) -> AigConfig:
+        if self.depth not in STAGES and (self.depth < 8 or (self.depth - 2) % 6):
+            raise ValueError(f"depth (={self.depth}): 50, 101, 152 for ImageNet, or 6n+2 for CIFAR, e.g. 20, 110")
+        if isinstance(self.target_rate, tuple) and len(self.target_rate) != self.num_blocks:
+            raise ValueError(
+                f"target_rate has {len(self.target_rate)} entries, depth {self.depth} has {self.num_blocks} blocks"
+            )
+        if self.schedule == "published" and (self.depth not in (50, 101) or isinstance(self.target_rate, tuple)):
+            raise ValueError("schedule: published is for depth 50 and 101 with one target_rate")
+        return self
+
+    @property
+    def for_imagenet(self) -> bool:
+        return self.depth in STAGES
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(STAGES[self.depth]) if self.for_imagenet else (self.depth - 2) // 2
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The target rate of each block, [L]; 1 means fixed open.
+
+        Source: the released code's README for `published`.
+        """
+        if isinstance(self.target_rate, tuple):
+            return self.target_rate
+        t = self.target_rate
+        if self.schedule == "uniform":
+            return (t,) * self.num_blocks
+        if self.depth == 50:
+            return (1, 1, 0.8, 1, t, t, t, 1, t, t, t, t, t, 1, 0.7, 1)
+        return (1,) * 8 + (t,) * 25
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits [B, K]; gates [B, L] f32, 1 where a block ran, with the straight-through gradient in training."""
+
+    logits: Tensor
+    gates: Tensor
+
+
+def build(config: AigConfig, num_classes: int) -> Aig:
+    return Aig(config, num_classes)
+
+
+class Gate(nn.Module):
+    """Decides from a block's input alone: pool, 16 hidden units, log-odds of execution. Always in fp32."""
+
+    def __init__(self, channels: int, batchnorm: bool) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, HIDDEN, 1)  # 1x1 convolutions, as the released code stores them
+        self.fc1bn = nn.BatchNorm2d(HIDDEN) if batchnorm else nn.Identity()
+        self.fc2 = nn.Conv2d(HIDDEN, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> log-odds that the block executes, [B] f32."""
+        with torch.autocast(x.device.type, enabled=False):
+            pooled = x.to(self.fc1.weight.dtype).mean(dim=(2, 3), keepdim=True)  # [B, C, 1, 1]
+            logits = self.fc2(torch.relu(self.fc1bn(self.fc1(pooled)))).flatten(1)  # [B, 2]: skip, execute
+            odds: Tensor = logits[:, 1] - logits[:, 0]
+            return odds
+
+
+def straight_through(odds: Tensor, noise: Tensor) -> Tensor:
+    """1 where odds + noise > 0, else 0, with the gradient of sigmoid(odds + noise): all [B].
+
+    With logistic noise a gate opens with probability sigmoid(odds). Source: §3.2, temperature 1.
+    """
+    soft = torch.sigmoid(odds + noise)
+    hard = (odds + noise > 0).to(soft.dtype)
+    return hard.detach() + (soft - soft.detach())
+
+
+class Block(nn.Module):
+    """A residual block: `residual(x)` without its last ReLU, `shortcut(x)`, and a gate unless it is fixed open."""
+
+    def __init__(self, residual: nn.Sequential, shortcut: nn.Module, gate: Gate | None) -> None:
+        super().__init__()
+        self.residual, self.shortcut, self.gate = residual, shortcut, gate
+
+    def forward(self, x: Tensor, gate: Tensor | None) -> Tensor:
+        """Masked, for training: every image runs the residual; gate [B] or None where fixed open."""
+        residual = self.residual(x)
+        if gate is not None:
+            residual = gate.view(-1, 1, 1, 1).to(residual.dtype) * residual
+        return torch.relu(self.shortcut(x) + residual)
+
+    def skipping(self, x: Tensor, open_rows: Tensor) -> Tensor:
+        """For inference: the residual runs on the images at `open_rows` [n] alone."""
+        if len(open_rows) == 0:
+            return torch.relu(self.shortcut(x))
+        if len(open_rows) == len(x):
+            return torch.relu(self.shortcut(x) + self.residual(x))
+        shortcut = self.shortcut(x)
+        y = shortcut.clone() if shortcut is x else shortcut
+        y = y.index_add(0, open_rows, self.residual(x[open_rows]).to(y.dtype))
+        return torch.relu(y)
+
+
+class Aig(nn.Module):
+    """Stem, gated blocks, pooled linear head; submodules `stem`, `blocks`, `fc`."""
+
+    def __init__(self, config: AigConfig, num_classes: int) -> None:
+        super().__init__()
+        imagenet = config.for_imagenet
+        width = 64 if imagenet else 16
+        stem: list[nn.Module] = [
+            nn.Conv2d(3, width, 7 if imagenet else 3, 2 if imagenet else 1, 3 if imagenet else 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        self.stem = nn.Sequential(*stem, *([nn.MaxPool2d(3, 2, 1)] if imagenet else []))
+        self.blocks = nn.ModuleList(_blocks(config))
+        self.fc = nn.Linear(2048 if imagenet else 64, num_classes)
+        if imagenet:
+            he_fan_out(self)  # CIFAR nets keep torch's defaults, as in the released code
+        for gate in self.gates():
+            _init_gate(gate)
+
+    def gates(self) -> list[Gate]:
+        """The gates there are, in the order of their blocks, [G]."""
+        return [block.gate for block in self.blocks if isinstance(block, Block) and block.gate is not None]
+
+    def draw_noise(self, num_images: int) -> Tensor | None:
+        """Logistic noise [B, G] from torch's default generator; None without gates."""
+        count = len(self.gates())
+        if count == 0:
+            return None
+        uniform = torch.rand(num_images, count, device=self.fc.weight.device, dtype=torch.float32)
+        return logistic(uniform)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Output:
+        """Masked: every block runs for every image. Gates are sampled in training or with `noise`, else by odds > 0."""
+        if noise is None and self.training:
+            noise = self.draw_noise(len(images))
+        x = self.stem(images)
+        gates, used = [], 0
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            gate = None
+            if block.gate is not None:
+                odds = block.gate(x)
+                gate = (odds > 0).to(odds.dtype) if noise is None else straight_through(odds, noise[:, used])
+                used += 1
+            gates.append(x.new_ones(len(x), dtype=self.fc.weight.dtype) if gate is None else gate)
+            x = block(x, gate)
+        logits = self.fc(x.mean(dim=(2, 3)))
+        return Output(logits, torch.stack(gates, dim=1))
+
+
+def logistic(uniform: Tensor) -> Tensor:
+    """Logistic numbers from uniform ones in [0, 1), kept finite."""
+    kept = uniform.clamp(1e-7, 1 - 1e-7)
+    return torch.log(kept) - torch.log1p(-kept)
+
+
+def _blocks(config: AigConfig) -> list[Block]:
+    stages = STAGES[config.depth] if config.for_imagenet else ((config.depth - 2) // 6,) * 3
+    widths = (64, 128, 256, 512) if config.for_imagenet else (16, 32, 64)
+    expansion = 4 if config.for_imagenet else 1
+    inputs = widths[0]
+    made: list[Block] = []
+    for stage, (count, width) in enumerate(zip(stages, widths, strict=True)):
+        for number in range(count):
+            stride = 2 if stage and number == 0 else 1
+            outputs = width * expansion
+            residual = _bottleneck(inputs, width, stride) if config.for_imagenet else _basic(inputs, width, stride)
+            gated = config.targets[len(made)] < 1
+            gate = Gate(inputs, config.gate_batchnorm) if gated else None
+            made.append(Block(residual, _shortcut(inputs, outputs, stride), gate))
+            inputs = outputs
+    return made
+
+
+def _basic(inputs: int, width: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(*conv_bn(inputs, width, 3, stride), nn.ReLU(), *conv_bn(width, width, 3))
+
+
+def _bottleneck(inputs: int, width: int, stride: int) -> nn.Sequential:
+    """The stride is on the 3x3 convolution ("v1.5")."""
+    reduce, middle, expand = conv_bn(inputs, width, 1), conv_bn(width, width, 3, stride), conv_bn(width, 4 * width, 1)
+    return nn.Sequential(*reduce, nn.ReLU(), *middle, nn.ReLU(), *expand)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    same = inputs == outputs and stride == 1
+    return nn.Identity() if same else nn.Sequential(*conv_bn(inputs, outputs, 1, stride))
+
+
+def _init_gate(gate: Gate) -> None:
+    assert gate.fc2.bias is not None
+    nn.init.normal_(gate.fc2.weight, 0.0, 0.001)
+    with torch.no_grad():
+        gate.fc2.bias.copy_(torch.tensor(OPEN_BIAS))

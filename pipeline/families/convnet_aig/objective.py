@@ -1,0 +1,46 @@
+"""Cross-entropy plus the target-rate loss over the whole batch of all ranks; gates may learn at their own rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from pipeline import ranks
+from pipeline.families.convnet_aig.model import Aig, AigConfig, Output
+from pipeline.family import Loss, Params, cross_entropy
+
+
+def rate_loss(gates: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Squared distance of each block's open rate from its target, over the global batch.
+
+    gates [B, L] in {0, 1}; target [L], where 1 means always open and adds nothing. "mean" divides by L, blocks without
+    a gate included, "sum" does not. Returns []. Collective: every rank calls it in every step.
+    Source: Veit & Belongie, ECCV 2018 (arXiv 1711.11503), target rate loss; the released code takes the mean. It
+    gathers the batch of all its GPUs before the loss; so do we, over all ranks.
+    """
+    gated = target < 1
+    distance = ((target - ranks.rank_mean(gates)) * gated).square().sum()
+    return distance / len(target) if reduction == "mean" else distance
+
+
+def loss(config: AigConfig, output: Output, targets: Tensor) -> Loss:
+    ce = cross_entropy(output.logits, targets)
+    wanted = output.gates.new_tensor(config.targets)
+    rate = rate_loss(output.gates, wanted, config.rate_reduction)
+    by_block = {f"rate/{number:02d}": value for number, value in enumerate(output.gates.detach().mean(0))}
+    parts = {"ce": ce.detach(), "rate_loss": rate.detach(), "open_rate": output.gates.detach().mean(), **by_block}
+    return Loss(ce + config.rate_weight * rate, parts)
+
+
+def groups(config: AigConfig, net: nn.Module) -> Mapping[str, Sequence[Params]]:
+    """The backbone, and the gates at `gate_lr_factor` of its learning rate."""
+    assert isinstance(net, Aig)
+    gates = [p for gate in net.gates() for p in gate.parameters()]
+    chosen = {id(p) for p in gates}
+    backbone = Params([p for p in net.parameters() if id(p) not in chosen])
+    return {"main": [backbone, Params(gates, lr_factor=config.gate_lr_factor)] if gates else [backbone]}
+
+
+def updates(config: AigConfig, step: int) -> Sequence[str]:
+    return ["main"]

@@ -1,0 +1,158 @@
+"""THE SEAM: all that the pipeline knows about one kind of network, and all that a family must give.
+
+A family is one value, `FAMILY = Family(...)`, in the package `pipeline.families.<name>`; the package's name is the
+family's name. There is no base class to inherit and nothing to register. Letters: B images, K classes, H×W pixels,
+n a family's own count (gates, exits, levels).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+
+class FamilyConfig(Config):
+    """The keys under `family:`; each family extends it and fixes `name` with a Literal."""
+
+    name: str
+
+
+class Output(Protocol):
+    """What a net returns: a dataclass with named tensors, `logits` [B, K] among them."""
+
+    @property
+    def logits(self) -> Tensor: ...
+
+
+class Net(Protocol):
+    """What the pipeline asks of a family's nn.Module.
+
+    `forward(images, noise=None)` takes images [B, 3, H, W], normalised, and returns an `Output`. `noise` is what
+    `draw_noise(B)` gives, a tensor whose first dimension is B, or None: then the net draws its own from torch's
+    default generator, which training re-seeds at each micro-step. `draw_noise` returns None where nothing is random.
+    """
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Output: ...
+
+    def draw_noise(self, num_images: int) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Loss:
+    """total [] with gradient; parts {name: []}, detached, for the log (`train/<name>`)."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameters that share a treatment: the learning rate is multiplied by lr_factor, weight decay may be off."""
+
+    parameters: Sequence[nn.Parameter]
+    lr_factor: float = 1.0
+    decay: bool = True
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Logits and their price: logits [B, K] f32, macs [B] f64 really spent on each, facts {name: [B] or [B, n]}."""
+
+    logits: Tensor
+    macs: Tensor
+    facts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one policy did on one split; every mean is over images, each counted once whatever the number of ranks.
+
+    top1, top5, ece, full_share in 0..1 (top5 is None below 5 classes); macs are multiply-accumulates per image,
+    full_share the mean over the MACs of the dearest policy's full network; latency one entry per batch size:
+    {"batch", "median_ms", "p95_ms", "images_per_s", "device", "threads"}; facts {name: mean over images, [n]};
+    facts_by_class {name: [K][n]}; top1_by_class [K], None for a class without images; unreadable lists bad images.
+    """
+
+    policy: str
+    num_images: int
+    top1: float
+    top5: float | None
+    ece: float
+    macs_mean: float
+    macs_p95: float
+    full_share: float
+    latency: Sequence[Mapping[str, Any]] = ()
+    facts: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    facts_by_class: Mapping[str, Sequence[Sequence[float] | None]] = field(default_factory=dict)
+    top1_by_class: Sequence[float | None] = ()
+    unreadable: Sequence[str] = ()
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """One way to run a trained net, e.g. "gates-hard", "exit-3", "160px"."""
+
+    @property
+    def name(self) -> str: ...
+
+    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Policy:
+        """This policy fitted on held-out (images [B,3,H,W], labels [B]); itself where there is nothing to fit."""
+        ...
+
+    def predict(self, net: nn.Module, images: Tensor) -> Prediction:
+        """Runs the net in eval mode without gradient on images [B, 3, H, W]; work that is not needed is not done."""
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of network, as callables over its own config.
+
+    build(config, num_classes)    -> net on CPU, weights set from torch's default generator
+    loss(config, output, targets) -> Loss; takes the OUTPUT, never the net; targets [B] i64, or [B, K] f32 if mixed
+    groups(config, net)           -> optimizer name -> its Params; together they partition the trainable parameters
+    updates(config, step)         -> names of the optimizers that move at this step, in order
+    policies(config, net)         -> the ways to run the trained net; the first is the default
+    """
+
+    config: type[FamilyConfig]
+    build: Callable[[Any, int], nn.Module]
+    loss: Callable[[Any, Any, Tensor], Loss]
+    groups: Callable[[Any, nn.Module], Mapping[str, Sequence[Params]]]
+    updates: Callable[[Any, int], Sequence[str]]
+    policies: Callable[[Any, nn.Module], Sequence[Policy]]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy [] in fp32 of logits [B, K] against classes [B] or class probabilities [B, K]."""
+    return F.cross_entropy(logits.float(), targets)
+
+
+def names() -> list[str]:
+    """The families there are: the packages of `pipeline.families`."""
+    return sorted(m.name for m in pkgutil.iter_modules(_families().__path__) if m.ispkg)
+
+
+def find(name: str) -> Family:
+    """The family called `name`. Raises ConfigError naming the known ones."""
+    if name not in names():
+        close = get_close_matches(name, names(), 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"family.name (={name}): no such family; known: {', '.join(names())}{hint}")
+    family: Family = importlib.import_module(f"pipeline.families.{name}").FAMILY
+    return family
+
+
+def _families() -> ModuleType:
+    return importlib.import_module("pipeline.families")

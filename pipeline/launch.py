@@ -1,0 +1,265 @@
+"""What the driver does: `train(config, run_dir)`. Idempotent: starting is resuming from nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from pipeline import cluster, registry, run_config, worker
+from pipeline import config as configs
+from pipeline.data.index import open_splits
+from pipeline.data.store import Progress
+from pipeline.errors import AdaptNetError, ConfigError, DataError, ResourceError
+from pipeline.family import Report
+from pipeline.lease import Lease
+from pipeline.run_config import ComputeConfig, RunConfig
+from pipeline.tracking import Shipper
+from pipeline.training import checkpoint
+from pipeline.training.evaluate import load_reports
+from pipeline.training.loop import device_of
+from pipeline.training.step import num_micros
+from pipeline.worker import Order
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has come to. `finished` is False where it was asked to stop; the same call goes on from there."""
+
+    run_dir: Path
+    finished: bool
+    step: int
+    reports: Sequence[Report]
+    checkpoint: str | None
+    run_id: str | None  # of the MLflow run
+    version: str | None  # `models:/NAME/VERSION`, where `tracking.register` is set
+
+
+def train(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    allow_changed: Sequence[str] = (),
+    progress: Progress | None = None,
+    on_start: Callable[[], None] | None = None,
+) -> Result:
+    """Trains `config` in `run_dir`, from its newest whole checkpoint or from nothing, tracks it and registers the best.
+
+    Another driver on the same folder is refused. `progress` hears of the index being built; `on_start` is called
+    once this driver holds the folder. Raises the AdaptNetError that a worker met, or ResourceError where workers were
+    lost more often than `compute.max_failures`.
+    """
+    config = _absolute(config)
+    run_dir = _make(run_dir)
+    lease = Lease(run_dir).acquire()
+    try:
+        (run_dir / "stop").unlink(missing_ok=True)
+        for left in run_dir.glob("error-*.json"):
+            left.unlink()
+        if on_start is not None:
+            on_start()
+        _check(config)
+        splits = open_splits(config.data, config.seed, progress)
+        fingerprint = run_config.fingerprint(config, splits.train.identity)
+        _write_config(run_dir, config, fingerprint, allow_changed)
+        recipe = configs.as_mapping(config)
+        with Shipper(run_dir, config.tracking, recipe, command=sys.argv, fence=lease.fence) as shipper:
+            if not _is_finished(run_dir, fingerprint):
+                _run(config, Order(recipe, str(run_dir), lease.fence, tuple(allow_changed)))
+            return _conclude(config, run_dir, shipper)
+    finally:
+        lease.release()
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Paths made absolute, since workers run in other folders."""
+    data = config.data.model_copy(update={"root": config.data.root.absolute()})
+    if data.index is not None:
+        data = data.model_copy(update={"index": data.index.absolute()})
+    storage = config.checkpoint.storage
+    if storage is not None and "://" not in storage:
+        storage = str(Path(storage).absolute())
+    saving = config.checkpoint.model_copy(update={"storage": storage})
+    return config.model_copy(update={"data": data, "checkpoint": saving})
+
+
+def _make(run_dir: Path) -> Path:
+    run_dir = run_dir.absolute()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ResourceError(f"run folder {run_dir}: cannot be written ({error.strerror}); take another") from None
+    return run_dir
+
+
+def _check(config: RunConfig) -> None:
+    """What can be refused before anything is started."""
+    compute = config.compute
+    most = max(1, compute.most_workers)
+    num_micros(config.training.batch_size, most, compute.max_batch_per_worker)
+    if device_of(compute.device).type == "cuda":
+        import torch
+
+        if not torch.cuda.is_available() and compute.address is None:
+            raise ConfigError(
+                "compute.device (=cuda): torch sees no GPU here; use auto or cpu, or a GPU build of torch"
+            )
+
+
+def _write_config(run_dir: Path, config: RunConfig, fingerprint: dict[str, Any], allowed: Sequence[str]) -> None:
+    """Dumps the recipe beside its fingerprint. Raises CheckpointError if the folder holds a run of another recipe."""
+    path = run_dir / "config.yaml"
+    if path.exists():
+        saved = configs.read_mapping(path).get("fingerprint", {})
+        checkpoint.check_fingerprint(saved, fingerprint, allowed, str(run_dir))
+    text = configs.dump_yaml({"recipe": configs.as_mapping(config), "fingerprint": fingerprint})
+    aside = run_dir / f".config-{os.getpid()}"
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _is_finished(run_dir: Path, fingerprint: dict[str, Any]) -> bool:
+    status = worker.read_status(run_dir)
+    return bool(status.get("finished")) and status.get("fingerprint") == fingerprint
+
+
+def _run(config: RunConfig, order: Order) -> None:
+    run_dir = Path(order.run_dir)
+    if config.compute.workers == 0:
+        worker.work(Order(**{**vars(order), "under_ray": False}))
+        return
+    with cluster.cluster(config.compute):
+        try:
+            _trainer(config.compute, order).fit()
+        except Exception as error:  # Ray wraps what a worker raised in kinds of its own
+            left = worker.error_left(run_dir)
+            if left is not None:
+                raise left from error
+            if isinstance(error, AdaptNetError):
+                raise
+            raise _lost(config, run_dir, error) from error
+
+
+def _lost(config: RunConfig, run_dir: Path, error: Exception) -> ResourceError:
+    last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    return ResourceError(
+        f"{run_dir}: the workers failed more often than compute.max_failures (={config.compute.max_failures}) or could "
+        f"not be started within compute.start_patience_s (={config.compute.start_patience_s:g}): {last[0][:500]}. The "
+        "same command goes on from the newest checkpoint"
+    )
+
+
+def _trainer(compute: ComputeConfig, order: Order) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    gpu = device_of(compute.device).type == "cuda"
+    return TorchTrainer(
+        worker.work,
+        train_loop_config=order,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=compute.workers,
+            use_gpu=gpu,
+            resources_per_worker=cluster.demand(compute, 1, gpu=gpu),
+        ),
+        run_config=RunConfig(
+            name=f"driver-{order.fence}",
+            storage_path=str(Path(order.run_dir) / "ray"),
+            failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=1),
+            callbacks=[_give_up_on_user_errors()],
+        ),
+    )
+
+
+def _give_up_on_user_errors() -> Any:
+    """A callback that ends the run where a worker met an AdaptNetError: trying again would meet it again."""
+    from ray.train import UserCallback
+
+    class GiveUp(UserCallback):  # type: ignore[misc]
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                cause = getattr(error, "cause", error)
+                if isinstance(cause, AdaptNetError):
+                    raise cause
+
+    return GiveUp()
+
+
+def _conclude(config: RunConfig, run_dir: Path, shipper: Shipper) -> Result:
+    """Reads what the workers left; publishes the best checkpoint where the run is finished and has a name for it."""
+    status = worker.read_status(run_dir)
+    best = status.get("best")
+    version = registry.conclude(run_dir, config.tracking, shipper)
+    storage = checkpoint.open_storage(config.checkpoint, run_dir)
+    return Result(
+        run_dir=run_dir,
+        finished=bool(status.get("finished")),
+        step=int(status.get("step", 0)),
+        reports=load_reports(run_dir / "evaluations" / worker.FINAL) if status.get("finished") else (),
+        checkpoint=storage.where(best) if best else None,
+        run_id=shipper.run_id,
+        version=version.reference if version else None,
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found, and where it is stored."""
+
+    what: str
+    root: Path
+    step: int
+    classes: tuple[str, ...]
+    reports: Sequence[Report]
+    folder: Path
+
+
+def evaluate(
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    data_home: str | None = None,
+    policies: Sequence[str] | None = None,
+    out: Path | None = None,
+    uri: str | None = None,
+) -> Evaluation:
+    """Runs the trained net `source` on the val split under its policies, in this process, and stores the reports.
+
+    source is a run's folder, a checkpoint's, or `models:/NAME@ALIAS`; overrides change its recipe, e.g. data.root.
+    Raises ConfigError where the images' classes are not the net's.
+    """
+    folder = registry.resolve(source, uri)
+    model = registry.describe(folder)
+    nested = reduce(configs.merge, map(configs.parse_override, overrides), dict(model.recipe))
+    config = run_config.from_mapping(configs.interpolate(nested, {"data_home": data_home}), f"recipe of {source}")
+    config = _absolute(config)
+    splits = open_splits(config.data, config.seed)
+    if splits.val.classes != model.classes:
+        raise ConfigError(
+            f"data.root (={config.data.root}): its {len(splits.val.classes)} classes "
+            f"({', '.join(splits.val.classes[:5])} ...) are not the net's {len(model.classes)} "
+            f"({', '.join(model.classes[:5])} ...)"
+        )
+    if len(splits.val) == 0:
+        raise DataError(f"data.root (={config.data.root}): it has no val split to evaluate on")
+    home = out or _home(source, folder) / f"{config.data.root.name}-{splits.val.identity}"
+    reports = worker.assess(config, model.weights, splits, policies, home)
+    about = {"source": source, "step": model.step, "data": splits.val.identity, "root": str(config.data.root)}
+    worker.write_json(home / "about.json", about)
+    return Evaluation(source, config.data.root, model.step, model.classes, reports, home)
+
+
+def _home(source: str, folder: Path) -> Path:
+    """Where an evaluation is stored: in the run's folder where there is one, else under runs/evaluations."""
+    for candidate in (Path(source), *folder.parents):
+        if (candidate / "config.yaml").is_file():
+            return candidate / "evaluations"
+    return Path("runs") / "evaluations" / source.replace("models:/", "").replace("/", "-")

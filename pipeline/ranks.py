@@ -1,0 +1,103 @@
+"""The only user of torch.distributed: shares of a batch, sums and means over all ranks.
+
+Without a process group every function acts as for one rank, so the same code runs on a laptop. Functions marked
+"Collective" must be called by every rank, in the same order, and never under a condition on the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def shard(length: int, rank: int, world: int) -> slice:
+    """The contiguous share of `length` items that belongs to `rank`; shares differ by one item at most."""
+    return slice(length * rank // world, length * (rank + 1) // world)
+
+
+def rank_sum(values: Tensor) -> Tensor:
+    """Sum of `values` over all ranks, not differentiable; the argument is left as it was. Collective."""
+    if world() == 1:
+        return values.detach().clone()
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """y = sum over ranks of x; every rank holds y, so x's gradient is the sum over ranks of y's gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return rank_sum(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return rank_sum(gradient)
+
+
+def rank_mean(values: Tensor) -> Tensor:
+    """Mean over the rows of all ranks, differentiable: values [b, ...] -> [...], where b may differ by rank.
+
+    Collective, in the forward and in the backward pass. A loss that is not linear in the batch takes this mean before
+    it squares or compares, so that the number of ranks changes nothing: with each rank's loss scaled by
+    rows·world/total rows and DDP's averaging, the gradient is that of one rank with the whole batch.
+    """
+    if world() == 1:
+        return values.mean(dim=0)
+    rows = rank_sum(torch.tensor(float(values.shape[0]), dtype=values.dtype, device=values.device))
+    total: Tensor = _AllReduceSum.apply(values.sum(dim=0))
+    return total / rows
+
+
+def agree(value: T) -> T:
+    """Rank 0's value on every rank; any picklable object. Collective."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, by rank, on every rank; any picklable object. Collective."""
+    if world() == 1:
+        return [value]
+    box: list[Any] = [None] * world()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def barrier() -> None:
+    """Waits until every rank is here. Collective."""
+    if world() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone where there is none yet, for code that asks for one."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

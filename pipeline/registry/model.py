@@ -1,0 +1,200 @@
+"""A trained net as a folder: written whole or not at all, checked before it is used, run on encoded images.
+
+Letters: N images, K classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pipeline import config as configs
+from pipeline import family as families
+from pipeline.data.config import DataConfig
+from pipeline.errors import CheckpointError, DataError, ResourceError
+from pipeline.family import Family, FamilyConfig, Policy, Report
+from pipeline.training import checkpoint
+from pipeline.training.evaluate import choose
+
+FORMAT = 1
+WEIGHTS, RECIPE, CARD = "net.safetensors", "recipe.yaml", "card.json"
+FIGURES = ("policy", "num_images", "top1", "top5", "ece", "macs_mean", "macs_p95", "full_share", "latency")
+
+
+def write_model_folder(source: Path, reports: Sequence[Report], destination: Path) -> Path:
+    """Writes the net of a checkpoint's folder as a model's folder, whole or not at all. Returns `destination`.
+
+    Raises CheckpointError where the checkpoint is damaged, ResourceError where the folder cannot be written.
+    """
+    checkpoint.verify(source)
+    meta = checkpoint.read_meta(source)
+    aside = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        (aside / "reports").mkdir(parents=True)
+        shutil.copyfile(weights_of(source), aside / WEIGHTS)
+        (aside / RECIPE).write_text(configs.dump_yaml(meta["recipe"]), encoding="utf-8")
+        whole = [asdict(report) for report in reports]
+        (aside / "reports" / "reports.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        (aside / CARD).write_text(json.dumps(_card(meta, whole, aside / WEIGHTS), indent=1), encoding="utf-8")
+        os.rename(aside, destination)
+    except OSError as error:
+        raise ResourceError(f"{destination}: the model cannot be written there ({error.strerror})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return destination
+
+
+def weights_of(folder: Path) -> Path:
+    """A checkpoint's weights to use: the moving average where there is one."""
+    ema = folder / "ema.safetensors"
+    return ema if ema.exists() else folder / WEIGHTS
+
+
+def _card(meta: Mapping[str, Any], reports: Sequence[Mapping[str, Any]], weights: Path) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "name": meta["recipe"].get("name"),
+        "family": meta["recipe"]["family"]["name"],
+        "step": meta["step"],
+        "epoch": meta.get("epoch"),
+        "data": meta["fingerprint"].get("data.identity"),
+        "classes": meta["classes"],
+        "weights": {"bytes": weights.stat().st_size, "sha256": checkpoint.sha256(weights)},
+        "reports": [{key: report.get(key) for key in FIGURES} for report in reports],
+        "fingerprint": meta["fingerprint"],
+    }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained net on disk: a checkpoint's folder or a model's."""
+
+    folder: Path
+    weights: Path
+    recipe: Mapping[str, Any]  # RunConfig
+    classes: tuple[str, ...]
+    step: int
+    card: Mapping[str, Any] = field(default_factory=dict)  # of a model's folder; empty for a checkpoint
+
+
+def describe(folder: Path) -> Trained:
+    """What lies in a checkpoint's or a model's folder, its weights checked against their checksum.
+
+    Raises CheckpointError where it is neither, damaged, or of a newer format.
+    """
+    if not (folder / CARD).is_file():
+        checkpoint.verify(folder)
+        meta = checkpoint.read_meta(folder)
+        return Trained(folder, weights_of(folder), meta["recipe"], tuple(meta["classes"]), meta["step"])
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        known = card["format"] <= FORMAT
+        entry, classes, step = card["weights"], tuple(card["classes"]), int(card["step"])
+        size, sum_expected = entry["bytes"], entry["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / CARD}: cannot be read ({type(error).__name__}: {error})") from None
+    if not known:
+        raise CheckpointError(f"{folder}: model format {card['format']}; this adaptnet reads up to {FORMAT}")
+    weights = folder / WEIGHTS
+    if not weights.is_file() or weights.stat().st_size != size or checkpoint.sha256(weights) != sum_expected:
+        raise CheckpointError(f"{weights}: not the weights that {CARD} was written for: damaged or exchanged")
+    return Trained(folder, weights, configs.read_mapping(folder / RECIPE), classes, step, card)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A net ready to predict, with all that its images and answers need."""
+
+    net: nn.Module  # in eval mode, on `device`
+    family: Family
+    family_config: FamilyConfig
+    data_config: DataConfig
+    classes: tuple[str, ...]
+    policies: Sequence[Policy]  # the first is the default
+    card: Mapping[str, Any]
+    device: torch.device
+
+
+def load_model(folder: Path, device: torch.device | None = None) -> LoadedModel:
+    """The net of a model's or a checkpoint's folder; no code in the folder is run and nothing is unpickled.
+
+    Raises CheckpointError where the weights are not those of the card or do not fit the family.
+    """
+    from safetensors.torch import load_file
+
+    found, device = describe(folder), device or torch.device("cpu")
+    section = found.recipe["family"]
+    family = families.find(section["name"])
+    family_config = configs.validate(family.config, section, f"{folder}: recipe.family")
+    data_config = configs.validate(DataConfig, found.recipe["data"], f"{folder}: recipe.data")
+    with torch.random.fork_rng(devices=[]):
+        net = family.build(family_config, len(found.classes))
+    try:
+        net.load_state_dict(load_file(found.weights), strict=True)
+    except Exception as error:  # safetensors and torch raise several kinds
+        raise CheckpointError(f"{found.weights}: weights do not load ({type(error).__name__}: {error})") from None
+    net = net.eval().to(device)
+    return LoadedModel(
+        net=net,
+        family=family,
+        family_config=family_config,
+        data_config=data_config,
+        classes=found.classes,
+        policies=family.policies(family_config, net),
+        card=found.card,
+        device=device,
+    )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """probabilities [N, K] f32 and the MACs [N] f64 that each image took."""
+
+    probabilities: NDArray[np.float32]
+    macs: NDArray[np.float64]
+
+
+def predict(
+    model: LoadedModel, encoded: Sequence[bytes], policy: str | None = None, *, batch_size: int = 64
+) -> Answers:
+    """Classifies encoded images (JPEG, PNG) with the evaluation's pixels under the policy called `policy`.
+
+    Raises DataError naming the positions of the images that cannot be decoded, ConfigError for an unknown policy.
+    """
+    from pipeline.data import dali, pixels
+
+    chosen = model.policies[0] if policy is None else choose(model.policies, [policy])[0]
+    probabilities = np.zeros((len(encoded), len(model.classes)), np.float32)
+    macs = np.zeros(len(encoded))
+    for start in range(0, len(encoded), batch_size):
+        rows = slice(start, start + batch_size)
+        with _positions_from(start), torch.inference_mode():
+            raw = dali.decode(encoded[rows], model.data_config, model.device, torch.get_num_threads())
+            images = pixels.normalise(raw, model.data_config.mean, model.data_config.std)
+            found = chosen.predict(model.net, images)
+        probabilities[rows] = found.logits.float().softmax(1).cpu().numpy()
+        macs[rows] = found.macs.double().cpu().numpy()
+    return Answers(probabilities, macs)
+
+
+@contextmanager
+def _positions_from(start: int) -> Iterator[None]:
+    """`decode` counts within its batch; the caller counts from the first image."""
+    try:
+        yield
+    except DataError as error:
+        if start == 0:
+            raise
+        raise DataError(f"in the images from position {start} on, counted from there: {error}") from None

@@ -1,0 +1,198 @@
+"""Makes versions in MLflow's registry: one for each net, whatever dies or is away while it is made."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline import config as configs
+from pipeline.errors import ResourceError
+from pipeline.family import Report
+from pipeline.provenance import without_secrets
+from pipeline.registry.finding import Version, asking, search, version_of
+from pipeline.registry.model import FIGURES, load_model, weights_of, write_model_folder
+from pipeline.tracking import Shipper, TrackingConfig, recipe_of, resolve_uri
+from pipeline.tracking.carrier import TAG_CHARS, Ledger, status_of
+from pipeline.training import checkpoint
+from pipeline.training.config import CheckpointConfig
+from pipeline.training.evaluate import load_reports
+
+FINAL = Path("evaluations") / "final"  # of a run's folder: the reports that go with the published net
+CANDIDATE = "candidate"
+REQUIREMENTS = (
+    *("mlflow", "torch", "torchvision", "numpy", "pydantic", "PyYAML", "safetensors", "pillow", "psutil"),
+    *("torchmetrics", "pandas"),
+)
+
+
+def publish(
+    source: Path, reports: Sequence[Report], name: str, *, run_id: str, uri: str, alias: str = CANDIDATE
+) -> Version:
+    """Registers the net of a checkpoint's folder as a new version of `name`, and points `alias` at it.
+
+    Idempotent: for the same run, step and weights the version that is there is given back, and only an alias that is
+    missing or older is moved. A version is made once all its files are there. Raises ResourceError where the server
+    does not answer, CheckpointError where the checkpoint is damaged.
+    """
+    checkpoint.verify(source)
+    meta, sha256 = checkpoint.read_meta(source), checkpoint.sha256(weights_of(source))
+    same = {"adaptnet.step": str(meta["step"]), "adaptnet.weights_sha256": sha256}
+    with asking(uri) as client:
+        found = [
+            v for v in search(client, f"name = '{name}' and run_id = '{run_id}'") if same.items() <= v.tags.items()
+        ]
+        if found:
+            made = min(found, key=lambda version: version.version)
+        else:
+            _make_name(client, name)
+            place = f"models/{checkpoint.name_of(meta['step'])}-{sha256[:8]}"
+            _upload(client, source, reports, run_id, place)
+            tags = same | _version_tags(meta, reports)
+            made = version_of(
+                client.create_model_version(
+                    name,
+                    f"{client.get_run(run_id).info.artifact_uri}/{place}",
+                    run_id,
+                    tags=tags,
+                    description=_description(meta, reports),
+                )
+            )
+        holder = client.get_registered_model(name).aliases.get(alias)
+        if holder is None or int(holder) < made.version:
+            client.set_registered_model_alias(name, alias, str(made.version))
+    return made
+
+
+def _make_name(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _upload(client: Any, source: Path, reports: Sequence[Report], run_id: str, place: str) -> None:
+    """Puts the MLflow model of a checkpoint among the run's artifacts; equal files if it is done again."""
+    with tempfile.TemporaryDirectory(prefix="adaptnet-publish-") as scratch:
+        folder = write_model_folder(source, reports, Path(scratch) / "model")
+        save_mlflow_model(folder, Path(scratch) / "mlflow")
+        client.log_artifacts(run_id, str(Path(scratch) / "mlflow"), place)
+
+
+def save_mlflow_model(folder: Path, destination: Path) -> None:
+    """Wraps a model's folder as an MLflow model: `served.py` as its code, this package beside it."""
+    import mlflow.pyfunc
+    import pandas  # type: ignore[import-untyped]
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array
+
+    default = load_model(folder).policies[0].name
+    columns = [("label", DataType.string), ("probability", DataType.double), ("macs", DataType.double)]
+    lists = [("labels", Array(DataType.string)), ("probabilities", Array(DataType.double))]
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary)]),
+        outputs=Schema([ColSpec(kind, name) for name, kind in [*columns, *lists]]),
+        params=ParamSchema([ParamSpec("policy", DataType.string, default), ParamSpec("top_k", DataType.long, 5)]),
+    )
+    package = Path(__file__).parents[1]
+    mlflow.pyfunc.save_model(
+        destination,
+        python_model=str(package / "registry" / "served.py"),
+        artifacts={"model": str(folder)},
+        code_paths=[str(package)],
+        signature=signature,
+        input_example=pandas.DataFrame({"image": [_example_image()]}),
+        pip_requirements=requirements(),
+    )
+
+
+def _example_image() -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (120, 90, 60)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def requirements() -> list[str]:
+    """What a process needs to run a published model, as installed here."""
+    dali = [
+        d.metadata["Name"] for d in metadata.distributions() if (d.metadata["Name"] or "").startswith("nvidia-dali")
+    ]
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in (*REQUIREMENTS, *sorted(set(dali)))]
+
+
+def _version_tags(meta: Mapping[str, Any], reports: Sequence[Report]) -> dict[str, str]:
+    figures = [{key: value for key, value in asdict(report).items() if key in FIGURES} for report in reports]
+    return {
+        "adaptnet.family": meta["recipe"]["family"]["name"],
+        "adaptnet.recipe": str(meta["recipe"].get("name")),
+        "adaptnet.data": str(meta["fingerprint"].get("data.identity")),
+        "adaptnet.fingerprint": configs.fingerprint(meta["fingerprint"]),
+        "adaptnet.reports": json.dumps(figures),
+    }
+
+
+def _description(meta: Mapping[str, Any], reports: Sequence[Report]) -> str:
+    text = f"{meta['recipe']['family']['name']} trained by {meta['recipe'].get('name')}, step {meta['step']}"
+    figures = [f"{r.policy}: top-1 {100 * r.top1:.2f} % at {r.macs_mean / 1e6:.3f} MMACs" for r in reports]
+    return "; ".join([text, *figures])[:TAG_CHARS]
+
+
+def publish_run(run_dir: Path, name: str, *, run_id: str, uri: str) -> Version | None:
+    """Registers a finished run's best checkpoint with the final reports; None where the run is not finished."""
+    status = status_of(run_dir)
+    if not status.get("finished") or not status.get("best"):
+        return None
+    section = configs.validate(CheckpointConfig, recipe_of(run_dir).get("checkpoint", {}), f"{run_dir}: recipe")
+    storage = checkpoint.open_storage(section, run_dir)
+    folder = storage.fetch(status["best"])
+    try:
+        return publish(folder, load_reports(run_dir / FINAL), name, run_id=run_id, uri=uri)
+    finally:
+        if isinstance(storage, checkpoint.RemoteStorage):
+            shutil.rmtree(folder, ignore_errors=True)  # a copy made for this
+
+
+def register_late(run_dir: Path, uri: str | None = None) -> Version | None:
+    """Registers a finished run that `tracking.sync` has sent, where its recipe names it; None where it does not."""
+    config = configs.validate(TrackingConfig, recipe_of(run_dir).get("tracking", {}), f"{run_dir}: recipe.tracking")
+    run_id = Ledger.peek(run_dir).run_id
+    if config.register is None or run_id is None:
+        return None
+    return publish_run(run_dir, config.register, run_id=run_id, uri=resolve_uri(uri or config.uri, run_dir))
+
+
+def conclude(run_dir: Path, config: TrackingConfig, shipper: Shipper) -> Version | None:
+    """Registers a finished run's best checkpoint where `tracking.register` names it; called before the shipper ends.
+
+    A server that is away is waited for, for `tracking.patience_s`; then the journal says how to register later, and
+    the answer is None, as it is where there is nothing to register.
+    """
+    if config.register is None or not status_of(run_dir).get("finished"):
+        return None
+    name, deadline, pause = config.register, time.monotonic() + config.patience_s, 1.0
+    while True:
+        try:
+            run_id = shipper.ready(max(0.0, deadline - time.monotonic()))
+            if run_id is None:
+                raise ResourceError("the tracking server has not answered")
+            return publish_run(run_dir, name, run_id=run_id, uri=shipper.uri)
+        except ResourceError as error:
+            if not shipper.sends or time.monotonic() + pause > deadline:
+                hint = f"adaptnet runs sync {run_dir}"
+                shipper.journal.event("not-registered", name=name, reason=without_secrets(str(error)), hint=hint)
+                return None
+        time.sleep(pause)
+        pause *= 2

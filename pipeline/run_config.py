@@ -1,0 +1,134 @@
+"""RunConfig: the sections of a recipe put together; `load` reads one with its overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializeAsAny, create_model, model_validator
+
+from pipeline import config as configs
+from pipeline import family as families
+from pipeline.config import Config
+from pipeline.data.config import DataConfig
+from pipeline.errors import ConfigError
+from pipeline.family import FamilyConfig
+from pipeline.tracking import TrackingConfig
+from pipeline.training.config import CheckpointConfig, Count, EvaluationConfig, LoggingConfig, TrainingConfig
+
+RECIPES = Path(__file__).parent / "families"
+
+
+class ComputeConfig(Config):
+    """Where a run computes; nothing here changes what is learned."""
+
+    workers: Annotated[int, Field(ge=0)] | tuple[Count, Count] = 1  # 0: in this process; [min, max]: elastic
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None  # null: 1 where the device is a GPU
+    max_batch_per_worker: Count | None = None  # images in memory at once; more are accumulated
+    start_patience_s: Annotated[float, Field(gt=0)] = 60.0  # for the workers to be there
+    max_failures: Annotated[int, Field(ge=0)] = 3  # lost workers that a run survives
+    address: str | None = None  # of a running Ray cluster; null: Ray here
+
+    @model_validator(mode="after")
+    def _rules(self) -> ComputeConfig:
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers (={list(self.workers)}): the minimum comes first")
+        return self
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+
+class RunConfig(Config):
+    """A whole recipe."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=120)]  # of the run and its folder
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    family: SerializeAsAny[FamilyConfig]
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()
+    compute: ComputeConfig = ComputeConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def recipes() -> list[str]:
+    """Every shipped recipe as `family/recipe`."""
+    return sorted(f"{path.parent.parent.name}/{path.stem}" for path in RECIPES.glob("*/recipes/*.yaml"))
+
+
+def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = None) -> RunConfig:
+    """The recipe `family/recipe`, or the YAML file at that path, with `a.b=c` overrides laid on top in order.
+
+    `${data_home}` in a value is replaced by `data_home`. Raises ConfigError naming each fault.
+    """
+    mapping = reduce(configs.merge, map(configs.parse_override, overrides), _read(source, ()))
+    mapping.setdefault("name", source.removesuffix(".yaml").strip("./").replace("/", "-"))
+    return from_mapping(configs.interpolate(mapping, {"data_home": data_home}), f"recipe {source}")
+
+
+def _read(source: str, above: tuple[str, ...]) -> dict[str, Any]:
+    """The recipe's mapping laid over the one that it extends."""
+    if source in above:
+        raise ConfigError(f"recipe {source} extends itself: {' -> '.join([*above, source])}")
+    mapping = configs.read_mapping(_path(source))
+    base = mapping.pop("extends", None)
+    if base is None:
+        return mapping
+    if not isinstance(base, str):
+        raise ConfigError(f"recipe {source}: extends (={base!r}): name one recipe, e.g. baseline/toy")
+    return configs.merge(_read(base, (*above, source)), mapping)
+
+
+def _path(source: str) -> Path:
+    if source.endswith((".yaml", ".yml")):
+        if not Path(source).is_file():
+            raise ConfigError(f"recipe {source}: no such file")
+        return Path(source)
+    known = recipes()
+    if source not in known:
+        close = get_close_matches(source, known, 1, 0.4)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(
+            f"recipe {source}: no such recipe; known: {', '.join(known)}, or a path ending in .yaml{hint}"
+        )
+    family, _, recipe = source.partition("/")
+    return RECIPES / family / "recipes" / f"{recipe}.yaml"
+
+
+def from_mapping(mapping: Mapping[str, Any], where: str) -> RunConfig:
+    """A mapping as a RunConfig whose `family` is of the class that `family.name` asks for."""
+    section = mapping.get("family")
+    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+        raise ConfigError(f"{where}: family.name: this key must be given; known: {', '.join(families.names())}")
+    family = families.find(section["name"])
+    model = create_model("RunConfig", __base__=RunConfig, family=(family.config, ...))
+    return configs.validate(model, mapping, where)
+
+
+def fingerprint(config: RunConfig, data_identity: str) -> dict[str, Any]:
+    """What a checkpoint must agree with to be continued, by dotted key.
+
+    Family, seed, the images and their order and augmentation, and what shapes the optimisation; not compute,
+    tracking, logging, evaluation, intervals or paths.
+    """
+    mapping = configs.as_mapping(config)
+    stream = ("held_out", "side_px", "side_schedule", "augment", "mean", "std", "shuffle")
+    data = {key: mapping["data"][key] for key in stream}
+    if config.data.shuffle == "block":
+        data |= {"lanes": config.data.lanes, "window": config.data.window}
+    training = {k: v for k, v in mapping["training"].items() if k not in ("compile", "channels_last")}
+    chosen = {"family": mapping["family"], "seed": config.seed, "data": data, "training": training}
+    return {**configs.flat(chosen), "data.identity": data_identity}

@@ -1,0 +1,46 @@
+"""What there is to say of the runs in a folder, from the folder alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import journal
+from pipeline.tracking.carrier import Ledger, status_of
+from pipeline.tracking.shipper import is_live, last_status
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run: how it stands, how far it is, and how much of its journal MLflow does not have."""
+
+    run_dir: Path
+    status: str  # RUNNING, FINISHED, FAILED or KILLED
+    step: int
+    top1: float | None  # newest `eval/<policy>/top1`, of the first policy
+    run_id: str | None
+    unsent_bytes: int
+
+
+def summaries(folder: Path) -> list[RunSummary]:
+    """The runs in `folder`, or `folder` itself where it is one, by name."""
+    own = (folder / "config.yaml").is_file()
+    return [_summary(place) for place in ([folder] if own else sorted(p.parent for p in folder.glob("*/config.yaml")))]
+
+
+def _summary(run_dir: Path) -> RunSummary:
+    written = run_dir / "journal" / f"rank0{journal.SUFFIX}"
+    metrics = [r for r in journal.read_all(written) if "event" not in r] if written.exists() else []
+    tops = [r["value"] for r in metrics if re.fullmatch("eval/.*/top1", r["key"])]
+    sent = Ledger.peek(run_dir)
+    unsaid = "FINISHED" if status_of(run_dir).get("finished") else "KILLED"
+    ended = (last_status(run_dir) or {}).get("status", unsaid)
+    return RunSummary(
+        run_dir=run_dir,
+        status="RUNNING" if is_live(run_dir) else ended,
+        step=max([r["step"] for r in metrics] + [status_of(run_dir).get("step", 0)]),
+        top1=tops[-1] if tops else None,
+        run_id=sent.run_id,
+        unsent_bytes=sum(p.stat().st_size - sent.offsets.get(p.name, 0) for p in journal.paths(run_dir / "journal")),
+    )

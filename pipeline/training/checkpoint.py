@@ -1,0 +1,421 @@
+"""Checkpoints: folders that are there whole or not at all, written beside the training, checked before they are used.
+
+`step-00000123/` holds net.safetensors, ema.safetensors (with a moving average), state.pt (optimizers and counters,
+loadable with weights_only), meta.json (what it is and of which recipe) and, written last, COMPLETE.json (bytes and
+sha256 of each file). Only a folder with COMPLETE.json counts.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import config as configs
+from pipeline.errors import AdaptNetError, CheckpointError, ResourceError
+from pipeline.family import Family, FamilyConfig, find
+from pipeline.training import state as states
+from pipeline.training.config import CheckpointConfig
+from pipeline.training.state import TrainState
+
+FORMAT = 1
+COMPLETE = "COMPLETE.json"
+
+
+class Storage(Protocol):
+    """A place for checkpoints; a name is listed only once all of it is there."""
+
+    def names(self) -> list[str]:
+        """Complete checkpoints, oldest step first."""
+        ...
+
+    def store(self, folder: Path, name: str) -> None:
+        """Moves a finished local folder here; COMPLETE.json becomes visible last."""
+        ...
+
+    def fetch(self, name: str) -> Path:
+        """A local folder with the checkpoint's files."""
+        ...
+
+    def meta(self, name: str) -> dict[str, Any]:
+        """Its meta.json, without fetching the rest."""
+        ...
+
+    def remove(self, name: str) -> None: ...
+
+    def where(self, name: str) -> str: ...
+
+
+class LocalStorage:
+    """A folder that all nodes see; storing is a rename."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def names(self) -> list[str]:
+        return sorted(path.parent.name for path in self.root.glob(f"step-*/{COMPLETE}"))
+
+    def store(self, folder: Path, name: str) -> None:
+        target = self.root / name
+        if target.exists():
+            aside = self.root / f".old-{uuid.uuid4().hex[:8]}"
+            os.rename(target, aside)
+            os.rename(folder, target)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(folder, target)
+        _sync_folder(self.root)
+
+    def fetch(self, name: str) -> Path:
+        return self.root / name
+
+    def meta(self, name: str) -> dict[str, Any]:
+        return read_meta(self.root / name)
+
+    def remove(self, name: str) -> None:
+        (self.root / name / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def where(self, name: str) -> str:
+        return str(self.root / name)
+
+
+class RemoteStorage:
+    """A folder on any file system that pyarrow or fsspec opens by URI; fetched copies live as long as this object."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/")
+        self._cache = tempfile.TemporaryDirectory(prefix="adaptnet-")
+        self._fs, self._root = _open_file_system(self.uri)
+        self._fs.create_dir(self._root, recursive=True)
+
+    def names(self) -> list[str]:
+        from pyarrow import fs
+
+        found = self._fs.get_file_info(fs.FileSelector(self._root, recursive=True, allow_not_found=True))
+        return sorted(Path(info.path).parent.name for info in found if info.base_name == COMPLETE)
+
+    def store(self, folder: Path, name: str) -> None:
+        from pyarrow import fs
+
+        target = f"{self._root}/{name}"
+        if self._fs.get_file_info(target).type != fs.FileType.NotFound:
+            self.remove(name)
+        self._fs.create_dir(target, recursive=True)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == COMPLETE):
+            fs.copy_files(str(file), f"{target}/{file.name}", destination_filesystem=self._fs)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def fetch(self, name: str) -> Path:
+        from pyarrow import fs
+
+        target = Path(self._cache.name) / uuid.uuid4().hex[:8]
+        target.mkdir()
+        fs.copy_files(f"{self._root}/{name}", str(target), source_filesystem=self._fs)
+        return target
+
+    def meta(self, name: str) -> dict[str, Any]:
+        with self._fs.open_input_stream(f"{self._root}/{name}/meta.json") as stream:
+            return _checked_meta(stream.read(), self.where(name))
+
+    def remove(self, name: str) -> None:
+        from pyarrow import fs
+
+        mark = f"{self._root}/{name}/{COMPLETE}"
+        if self._fs.get_file_info(mark).type == fs.FileType.File:
+            self._fs.delete_file(mark)
+        self._fs.delete_dir(f"{self._root}/{name}")
+
+    def where(self, name: str) -> str:
+        return f"{self.uri}/{name}"
+
+
+def _open_file_system(uri: str) -> tuple[Any, str]:
+    from pyarrow import ArrowException, fs
+
+    try:
+        return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
+    except (ArrowException, OSError) as first:
+        try:
+            from fsspec.core import url_to_fs
+
+            found, path = url_to_fs(uri)
+        except Exception as second:  # fsspec's plug-ins raise what they like
+            raise ResourceError(f"checkpoint.storage (={uri}): cannot be opened: {first}; {second}") from None
+        return fs.PyFileSystem(fs.FSSpecHandler(found)), path
+
+
+def open_storage(config: CheckpointConfig, run_dir: Path) -> Storage:
+    """The run's storage: `checkpoint.storage`/<run folder's name>, or `run_dir/checkpoints`."""
+    if config.storage is None:
+        return _local(run_dir / "checkpoints")
+    if "://" in config.storage:
+        return RemoteStorage(f"{config.storage.rstrip('/')}/{run_dir.name}")
+    return _local(Path(config.storage).absolute() / run_dir.name)
+
+
+def _local(root: Path) -> LocalStorage:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"checkpoint.storage: cannot make {root} ({error.strerror})") from None
+    return LocalStorage(root)
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+class Checkpointer:
+    """Rank 0's writer: takes a copy of the state at once and writes it in a thread, one at a time.
+
+    An error of the writing thread is raised by the next `save` or `wait`.
+    """
+
+    def __init__(self, storage: Storage, staging: Path, config: CheckpointConfig) -> None:
+        self.storage, self._config = storage, config
+        self._staging = staging
+        self._staging.mkdir(parents=True, exist_ok=True)
+        for left in self._staging.glob(".writing-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._scores = {name: _score(storage.meta(name), config.best) for name in storage.names()}
+
+    def save(self, state: TrainState, meta: Mapping[str, Any], extra: Mapping[str, Any], *, wait: bool) -> str:
+        """Saves `state`; `extra` goes into state.pt beside it. Returns where it will lie."""
+        self.wait()
+        mapping = _to_cpu({**states.to_mapping(state), **extra})
+        name = name_of(state.step)
+        self._thread = threading.Thread(target=self._run, args=(name, mapping, dict(meta)), name="checkpoint")
+        self._thread.start()
+        if wait:
+            self.wait()
+        return self.storage.where(name)
+
+    def wait(self) -> None:
+        """Until nothing is in flight. Raises what the writing thread met: ResourceError where the disk is full."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _run(self, name: str, mapping: dict[str, Any], meta: dict[str, Any]) -> None:
+        folder = self._staging / f".writing-{uuid.uuid4().hex[:8]}"
+        try:
+            write(folder, mapping, meta)
+            self.storage.store(folder, name)
+            self._scores[name] = _score(meta, self._config.best)
+            self._retire()
+        except OSError as error:
+            self._error = _disk_error(error, self.storage.where(name), self.storage.names())
+        except BaseException as error:  # handed to the caller of save or wait
+            self._error = error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _retire(self) -> None:
+        """Removes all but the newest `keep_last` and the best `keep_best`."""
+        names = sorted(self._scores)
+        ranked = sorted((n for n in names if self._scores[n] is not None), key=lambda n: (self._scores[n], n))
+        best = ranked[len(ranked) - self._config.keep_best :] if self._config.keep_best else []
+        for name in set(names) - set(names[-self._config.keep_last :]) - set(best):
+            self.storage.remove(name)
+            del self._scores[name]
+
+    def best(self) -> str | None:
+        """Name of the best checkpoint kept, else of the newest; None before the first."""
+        scored = [(score, name) for name, score in self._scores.items() if score is not None]
+        return max(scored)[1] if scored else max(self._scores, default=None)
+
+
+def _disk_error(error: OSError, where: str, kept: Sequence[str]) -> AdaptNetError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    reason = "the disk is full" if full else (error.strerror or str(error))
+    return ResourceError(
+        f"checkpoint {where}: {reason}; nothing of it was kept, complete before it: {', '.join(kept) or 'none'}. "
+        "Free space or set checkpoint.storage, then give the same command: the run goes on from the newest complete one"
+    )
+
+
+def _score(meta: Mapping[str, Any], key: str | None) -> float | None:
+    value = meta["metrics"].get(key or meta.get("best_key") or "")
+    return None if value is None else float(value)
+
+
+def _to_cpu(value: Any) -> Any:
+    """A copy of every tensor in nested containers, on the CPU and contiguous, sharing nothing with the state."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True).contiguous()
+    if isinstance(value, Mapping):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_cpu(item) for item in value)
+    return value
+
+
+def write(folder: Path, mapping: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Writes a checkpoint's files into a new folder, COMPLETE.json last, each flushed to the disk."""
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True)
+    rest = dict(mapping)
+    for name in ("net", "ema"):
+        if name in rest:
+            (folder / f"{name}.safetensors").write_bytes(save(rest.pop(name)))
+    buffer = io.BytesIO()  # torch's and safetensors' own writers hide why a disk refuses
+    torch.save(rest, buffer)
+    (folder / "state.pt").write_bytes(buffer.getbuffer())
+    _write_json(folder / "meta.json", {"format": FORMAT, **meta})
+    files = sorted(folder.iterdir())
+    for file in files:
+        _sync_file(file)
+    _write_json(folder / COMPLETE, {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files})
+    _sync_file(folder / COMPLETE)
+    _sync_folder(folder)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json of a checkpoint. Raises CheckpointError where it is missing, unreadable or of a newer format."""
+    try:
+        return _checked_meta((folder / "meta.json").read_bytes(), str(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: no readable meta.json, so this is no checkpoint ({error})") from None
+
+
+def _checked_meta(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        meta: dict[str, Any] = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: meta.json is damaged ({error})") from None
+    if meta.get("format", 0) > FORMAT:
+        raise CheckpointError(f"{where}: format {meta['format']}, this version of adaptnet reads up to {FORMAT}")
+    return meta
+
+
+def verify(folder: Path) -> None:
+    """Raises CheckpointError naming the file that is missing, short or changed."""
+    try:
+        expected = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise CheckpointError(f"{folder}: no {COMPLETE}: the checkpoint was not written to its end") from None
+    for name, entry in expected.items():
+        path = folder / name
+        size = path.stat().st_size if path.exists() else None
+        if size != entry["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes, not {entry['bytes']}"
+            raise CheckpointError(f"{path} {found}: the checkpoint is damaged")
+        if sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{path}: its checksum is not the one of {COMPLETE}: the checkpoint is damaged")
+
+
+def newest_good(storage: Storage, on_damaged: Callable[[str, str], None]) -> str | None:
+    """Name of the newest checkpoint that verifies, None where there is none at all.
+
+    on_damaged(name, reason) is called for each one passed over. Raises CheckpointError if all are damaged.
+    """
+    names = storage.names()
+    for name in reversed(names):
+        try:
+            verify(storage.fetch(name))
+            return name
+        except CheckpointError as error:
+            on_damaged(name, str(error))
+    if names:
+        raise CheckpointError(
+            f"{storage.where('')}: none of {len(names)} checkpoints is whole ({', '.join(names)}); remove them to "
+            "start anew, or bring back a copy"
+        )
+    return None
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The mapping that `state.restore` takes, with whatever `extra` was saved beside it; tensors on the CPU."""
+    from safetensors.torch import load_file
+
+    try:
+        mapping: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        for name in ("net", "ema"):
+            if (folder / f"{name}.safetensors").exists():
+                mapping[name] = load_file(folder / f"{name}.safetensors")
+    except Exception as error:  # torch and safetensors raise a dozen kinds for damaged files
+        raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from None
+    return mapping
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fingerprint keys whose values differ: {key: (saved, now)}."""
+    keys = sorted({*saved, *now})
+    return {key: (saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)}
+
+
+def check_fingerprint(
+    saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str], where: str
+) -> list[str]:
+    """The keys that differ and are allowed to. Raises CheckpointError naming those that are not."""
+    changed = differences(saved, now)
+    refused = {key: pair for key, pair in changed.items() if key not in allowed}
+    if refused:
+        lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
+        raise CheckpointError(
+            "\n".join(
+                [
+                    f"{where} is of another recipe:",
+                    *lines,
+                    "Use a new run folder, the old values, or --allow-changed KEY for each key meant to change",
+                ]
+            )
+        )
+    return sorted(changed)
+
+
+def load_net(folder: Path) -> tuple[nn.Module, Family, FamilyConfig, dict[str, Any]]:
+    """(net in eval mode on the CPU, family, its config, meta) of a checkpoint; its moving average if there is one."""
+    from safetensors.torch import load_file
+
+    meta = read_meta(folder)
+    family = find(meta["recipe"]["family"]["name"])
+    config = configs.validate(family.config, meta["recipe"]["family"], f"{folder}: recipe.family")
+    net = family.build(config, len(meta["classes"]))
+    ema = folder / "ema.safetensors"
+    try:
+        net.load_state_dict(load_file(ema if ema.exists() else folder / "net.safetensors"))
+    except Exception as error:  # safetensors and torch raise several kinds
+        raise CheckpointError(f"{folder}: weights do not load ({type(error).__name__}: {error})") from None
+    return net.eval(), family, config, meta

@@ -1,0 +1,88 @@
+"""The keys under `training:`, `checkpoint:`, `evaluation:` and `logging:`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Config, Duration, Span
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class OptimizerConfig(Config):
+    """One optimizer; the learning rate belongs to the global batch and never changes with the number of workers."""
+
+    kind: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive = 0.1
+    momentum: Share = 0.9  # sgd
+    nesterov: bool = False  # sgd
+    betas: tuple[Share, Share] = (0.9, 0.999)  # adamw
+    weight_decay: NotNegative = 1e-4
+
+
+class ScheduleConfig(Config):
+    """The learning rate's factor as a closed form of the epoch: linear warm-up, then the kind's curve."""
+
+    kind: Literal["cosine", "steps", "constant"] = "cosine"
+    warmup_epochs: NotNegative = 0.0
+    milestones: tuple[NotNegative, ...] = ()  # steps: epochs at which the rate is multiplied by `factor`
+    factor: Positive = 0.1
+    final_lr: NotNegative = 0.0  # cosine: share of the full rate at the end
+
+    @model_validator(mode="after")
+    def _rules(self) -> ScheduleConfig:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones (={list(self.milestones)}) must rise")
+        if self.kind == "steps" and not self.milestones:
+            raise ValueError("kind: steps needs milestones, e.g. [30, 60, 90]")
+        return self
+
+
+class TrainingConfig(Config):
+    """What shapes the optimisation; all of it is part of the fingerprint."""
+
+    batch_size: Count = 256  # global: over all workers and accumulation steps
+    epochs: Positive = 90.0
+    optimizer: OptimizerConfig = OptimizerConfig()
+    other_optimizers: dict[str, OptimizerConfig] = Field(default_factory=dict)  # by name, for phases
+    schedule: ScheduleConfig = ScheduleConfig()
+    decay_norms_and_biases: bool = False  # the papers of the four families decay everything
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    clip_norm: Positive | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
+    channels_last: Literal["auto"] | bool = "auto"  # auto: on a GPU
+    compile: bool = False  # torch.compile; without a C++ compiler the run says so and goes on eagerly
+    sync_batchnorm: bool = False  # BatchNorm over all ranks; GPU only
+
+
+class CheckpointConfig(Config):
+    """How often the state is saved, where, and which states are kept."""
+
+    every: Span = Duration(value=10, unit="minutes")
+    storage: str | None = None  # folder or URI that all nodes reach; null: the run folder
+    keep_last: Count = 2
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    best: str | None = None  # metric that is best when highest; null: the first policy's top-1
+
+
+class EvaluationConfig(Config):
+    """Evaluation on the val split: the first policy every so often, all policies after training."""
+
+    every: Span = Duration(value=1, unit="epochs")
+    batch_size: Count = 256  # over all workers
+    policies: tuple[str, ...] | None = None  # names of the policies to run at the end; null: all of them
+    latency_batches: tuple[Count, ...] = (1, 32)  # batch sizes whose latency is measured, on rank 0
+    latency_repeats: Annotated[int, Field(ge=0)] = 5  # timed runs per batch size after one to warm up; 0: none
+
+
+class LoggingConfig(Config):
+    """How often training metrics are written."""
+
+    every: Span = Duration(value=20, unit="steps")
+    system_every_s: Positive = 10.0  # system metrics of each node

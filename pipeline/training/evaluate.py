@@ -1,0 +1,276 @@
+"""One evaluator for all families: every policy on every image of a split once, whatever the number of ranks.
+
+It knows nothing of a policy but its name and its predictions; a family's facts are averaged and grouped by class
+without being understood. Letters: N images, B of them in a batch, K classes, n a fact's own length.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline import cost, ranks
+from pipeline.data import pixels
+from pipeline.data.config import DataConfig
+from pipeline.errors import ConfigError, DataError
+from pipeline.family import Policy, Prediction, Report
+
+BINS = 15  # of the calibration error
+Arrays = dict[str, NDArray[Any]]
+
+
+class EvalBatch(Protocol):
+    """What the loader gives: images uint8 [B, S, S, 3] and labels [B] i64 on the device, rows [B] of the index."""
+
+    images: Tensor
+    labels: Tensor
+    rows: NDArray[np.int64]
+
+
+class Batches(Protocol):
+    """A split that can be walked again, and the images that it could not read."""
+
+    @property
+    def unreadable(self) -> Sequence[str]: ...
+
+    def __iter__(self) -> Iterator[EvalBatch]: ...
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """How nets are run here: pixels' mean and std, device, autocast, and how latency is measured."""
+
+    data: DataConfig
+    device: torch.device
+    num_classes: int
+    autocast: bool = False
+    channels_last: bool = False
+    latency_batches: Sequence[int] = ()
+    latency_repeats: int = 0
+
+    def images(self, batch: EvalBatch) -> Tensor:
+        """Normalised images [B, 3, S, S] of a batch."""
+        images = pixels.normalise(batch.images, self.data.mean, self.data.std)
+        return images if self.channels_last else images.contiguous()
+
+    def predict(self, policy: Policy, net: nn.Module, images: Tensor) -> Prediction:
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return policy.predict(net, images)
+
+
+def choose(policies: Sequence[Policy], wanted: Sequence[str] | None) -> list[Policy]:
+    """The policies called `wanted`, all where it is None. Raises ConfigError listing those there are."""
+    by_name = {policy.name: policy for policy in policies}
+    unknown = [name for name in wanted or () if name not in by_name]
+    if unknown:
+        raise ConfigError(f"policy {', '.join(unknown)}: no such policy; this net has: {', '.join(by_name)}")
+    return list(policies) if wanted is None else [by_name[name] for name in wanted]
+
+
+def calibrate(policies: Sequence[Policy], net: nn.Module, batches: Batches | None, how: Evaluator) -> list[Policy]:
+    """Each policy fitted on held-out training images, or as it is where there are none."""
+    if batches is None:
+        return list(policies)
+    pairs = [(how.images(batch), batch.labels) for batch in batches]
+    return [policy.calibrated(net, pairs) for policy in policies]
+
+
+def evaluate(
+    net: nn.Module, policies: Sequence[Policy], batches: Batches, how: Evaluator, store: Path | None = None
+) -> list[Report]:
+    """One report per policy, on every rank; each image is decoded once. Collective.
+
+    With `store`, rank 0 writes reports.json and per-image arrays `<policy>.npz` into that folder. Latency is measured
+    on rank 0 alone while the others wait. Raises DataError where no image of the split can be read.
+    """
+    net.eval()
+    mine, sample = _run_all(net, policies, batches, how)
+    gathered = ranks.gather((mine, list(batches.unreadable)))
+    unreadable = [name for _, names in gathered for name in names]
+    merged = {policy.name: _merge([arrays[policy.name] for arrays, _ in gathered]) for policy in policies}
+    reports = []
+    if ranks.rank() == 0:
+        if sample is None or any(len(arrays.get("rows", ())) == 0 for arrays in merged.values()):
+            raise DataError(f"no image of the split could be read; unreadable: {', '.join(unreadable[:5]) or 'none'}")
+        full = cost.measure(net, sample[:1]).macs
+        for policy in policies:
+            latency = _latency(policy, net, sample, how)
+            reports.append(_report(policy.name, merged[policy.name], full, how.num_classes, latency, unreadable))
+        if store is not None:
+            _store(store, reports, merged)
+    return ranks.agree(reports)
+
+
+def _run_all(
+    net: nn.Module, policies: Sequence[Policy], batches: Batches, how: Evaluator
+) -> tuple[dict[str, Arrays], Tensor | None]:
+    """This rank's per-image arrays by policy, and its first batch of images."""
+    parts: dict[str, list[Arrays]] = {policy.name: [] for policy in policies}
+    sample: Tensor | None = None
+    for batch in batches:
+        images = how.images(batch)
+        sample = images if sample is None else sample
+        for policy in policies:
+            parts[policy.name].append(_per_image(how.predict(policy, net, images), batch))
+    return {name: _merge(arrays) for name, arrays in parts.items()}, sample
+
+
+def _per_image(prediction: Prediction, batch: EvalBatch) -> Arrays:
+    probabilities = prediction.logits.float().softmax(1)
+    confidence, predicted = probabilities.max(1)
+    rank_of_truth = (prediction.logits > prediction.logits.gather(1, batch.labels[:, None])).sum(1)
+    arrays = {
+        "labels": batch.labels,
+        "predicted": predicted,
+        "rank_of_truth": rank_of_truth,
+        "confidence": confidence,
+        "macs": prediction.macs.double(),
+        **{f"facts/{name}": fact.float() for name, fact in prediction.facts.items()},
+    }
+    return {"rows": batch.rows, **{name: value.cpu().numpy() for name, value in arrays.items()}}
+
+
+def _merge(parts: Iterable[Arrays]) -> Arrays:
+    """The parts joined and put in the order of the rows, so that the number of ranks leaves no trace."""
+    filled = [part for part in parts if part]
+    if not filled:
+        return {}
+    joined = {name: np.concatenate([part[name] for part in filled]) for name in filled[0]}
+    order = np.argsort(joined["rows"], kind="stable")
+    return {name: values[order] for name, values in joined.items()}
+
+
+def _report(
+    policy: str,
+    arrays: Arrays,
+    full: float,
+    num_classes: int,
+    latency: Sequence[Mapping[str, Any]],
+    unreadable: Sequence[str],
+) -> Report:
+    hit = arrays["predicted"] == arrays["labels"]
+    facts = {name.removeprefix("facts/"): values for name, values in arrays.items() if name.startswith("facts/")}
+    return Report(
+        policy=policy,
+        num_images=len(hit),
+        top1=float(hit.mean()),
+        top5=float((arrays["rank_of_truth"] < 5).mean()) if num_classes > 5 else None,
+        ece=_calibration_error(arrays["confidence"], hit),
+        macs_mean=float(arrays["macs"].mean()),
+        macs_p95=float(np.percentile(arrays["macs"], 95)),
+        full_share=float(arrays["macs"].mean()) / full,
+        latency=latency,
+        facts={name: _row(values.mean(0)) for name, values in facts.items()},
+        facts_by_class={name: _by_class(values, arrays["labels"], num_classes) for name, values in facts.items()},
+        top1_by_class=[None if row is None else row[0] for row in _by_class(hit, arrays["labels"], num_classes)],
+        unreadable=list(unreadable),
+    )
+
+
+def _calibration_error(confidence: NDArray[Any], hit: NDArray[Any]) -> float:
+    """Expected calibration error over BINS equal bins of the confidence in the predicted class."""
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    chosen = torch.from_numpy(confidence).clamp(0, 1)
+    return float(binary_calibration_error(chosen, torch.from_numpy(hit).int(), n_bins=BINS, norm="l1"))
+
+
+def _row(values: NDArray[Any]) -> list[float]:
+    return [float(value) for value in np.atleast_1d(values)]
+
+
+def _by_class(values: NDArray[Any], labels: NDArray[Any], num_classes: int) -> list[list[float] | None]:
+    """Mean of values [N] or [N, n] over the images of each class; None for a class without images."""
+    found = [values[labels == label] for label in range(num_classes)]
+    return [_row(rows.mean(0)) if len(rows) else None for rows in found]
+
+
+def _latency(policy: Policy, net: nn.Module, sample: Tensor, how: Evaluator) -> list[dict[str, Any]]:
+    """Median and 95th percentile of the time of `predict`, after a run to warm up, with the device synchronised."""
+    if how.latency_repeats == 0:
+        return []
+    return [_time_batch(policy, net, sample, size, how) for size in how.latency_batches]
+
+
+def _time_batch(policy: Policy, net: nn.Module, sample: Tensor, size: int, how: Evaluator) -> dict[str, Any]:
+    images = sample.repeat(-(-size // len(sample)), 1, 1, 1)[:size]
+    if how.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    times = []
+    for _ in range(how.latency_repeats + 1):
+        _synchronise(how.device)
+        start = time.perf_counter()
+        how.predict(policy, net, images)
+        _synchronise(how.device)
+        times.append(time.perf_counter() - start)
+    timed = times[1:]
+    return {
+        "batch": size,
+        "median_ms": median(timed) * 1e3,
+        "p95_ms": float(np.percentile(timed, 95)) * 1e3,
+        "images_per_s": size / median(timed),
+        "device": device_name(how.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "cpu"
+
+
+def _store(folder: Path, reports: Sequence[Report], merged: Mapping[str, Arrays]) -> None:
+    """Writes the evaluation aside and renames file by file; reports.json, last, makes it count."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for report in reports:
+        with _replaced(folder / f"{report.policy}.npz") as path, open(path, "wb") as file:
+            np.savez_compressed(file, **{n.replace("/", "."): v for n, v in merged[report.policy].items()})  # type: ignore[arg-type]
+    with _replaced(folder / "reports.json") as path:
+        path.write_text(json.dumps([asdict(report) for report in reports], indent=1), encoding="utf-8")
+
+
+class _replaced:
+    """A path beside `path` to write to; moved over it at the end of the block."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Path:
+        self._aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        return self._aside
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            os.replace(self._aside, self._path)
+        else:
+            self._aside.unlink(missing_ok=True)
+
+
+def load_reports(folder: Path) -> list[Report]:
+    """The reports stored in an evaluation's folder; an empty list where there are none."""
+    path = folder / "reports.json"
+    if not path.exists():
+        return []
+    return [Report(**mapping) for mapping in json.loads(path.read_text(encoding="utf-8"))]

@@ -1,0 +1,102 @@
+"""TrainState: all that changes while a net is trained. Saved and loaded whole; generators are made anew each step."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pipeline.family import Family, FamilyConfig
+from pipeline.training import optim
+from pipeline.training.config import TrainingConfig
+
+
+@dataclass
+class TrainState:
+    """The net itself (never a DDP or compiled wrapper), its moving average if any, optimizers, and how far it is."""
+
+    net: nn.Module
+    ema: nn.Module | None
+    optimizers: dict[str, Optimizer]
+    step: int = 0  # optimizer steps taken; the next batch is the batch of this number
+    images_seen: int = 0
+
+    @property
+    def best_net(self) -> nn.Module:
+        """The net to evaluate and publish: the moving average where there is one."""
+        return self.net if self.ema is None else self.ema
+
+
+def fresh(
+    family: Family,
+    config: FamilyConfig,
+    training: TrainingConfig,
+    *,
+    num_classes: int,
+    seed: int,
+    device: torch.device,
+    channels_last: bool = False,
+) -> TrainState:
+    """The state before the first step: weights drawn from `seed` alone, equal on every rank and device."""
+    torch.manual_seed(seed_of(seed, "weights"))
+    net = family.build(config, num_classes)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    net = net.to(device).to(memory_format=layout)
+    optimizers = optim.build(family.groups(config, net), net, training)
+    return TrainState(net=net, ema=_copy(net) if training.ema_decay else None, optimizers=optimizers)
+
+
+def _copy(net: nn.Module) -> nn.Module:
+    return copy.deepcopy(net).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, net: nn.Module, decay: float, step: int) -> None:
+    """Moves `ema` towards `net` by 1 - min(decay, (1 + step)/(10 + step)); the ramp lets it forget the start."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    theirs = dict(_tensors(net))
+    for name, mine in _tensors(ema):
+        if mine.is_floating_point():
+            mine.lerp_(theirs[name].to(mine.dtype), weight)
+        else:
+            mine.copy_(theirs[name])
+
+
+def _tensors(net: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*net.named_parameters(), *net.named_buffers()]
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed that is a pure function of `parts`, for a generator with one owner and one purpose."""
+    packed = b"".join(struct.pack("<q", p) if isinstance(p, int) else p.encode() + b"\0" for p in parts)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+def to_mapping(state: TrainState) -> dict[str, Any]:
+    """`state` as tensors and plain values, sharing memory with it: {net, ema?, optimizers, step, images_seen}."""
+    mapping: dict[str, Any] = {
+        "net": state.net.state_dict(),
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()},
+        "step": state.step,
+        "images_seen": state.images_seen,
+    }
+    if state.ema is not None:
+        mapping["ema"] = state.ema.state_dict()
+    return mapping
+
+
+def restore(state: TrainState, mapping: Mapping[str, Any]) -> None:
+    """Loads what `to_mapping` gave into `state`, in place and strictly."""
+    state.net.load_state_dict(mapping["net"])
+    if state.ema is not None:
+        state.ema.load_state_dict(mapping.get("ema", mapping["net"]))
+    for name, optimizer in state.optimizers.items():
+        optimizer.load_state_dict(mapping["optimizers"][name])
+    state.step, state.images_seen = mapping["step"], mapping["images_seen"]

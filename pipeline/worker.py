@@ -1,0 +1,466 @@
+"""What every rank does: restore, feed, train, evaluate. The only user of ray.train's report.
+
+A rank 0 writes the journal, the checkpoints and the evaluations; the rest take part in every collective.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline import config as configs
+from pipeline import family as families
+from pipeline import lease, ranks, run_config
+from pipeline.data.bad import BadImages
+from pipeline.data.dali import EvalLoader, TrainLoader
+from pipeline.data.index import ImageIndex, Splits, open_splits
+from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, ResourceError
+from pipeline.family import Family, Report
+from pipeline.journal import Journal, SystemSampler
+from pipeline.run_config import RunConfig
+from pipeline.training import checkpoint, state, step
+from pipeline.training.checkpoint import Checkpointer, Storage
+from pipeline.training.evaluate import Evaluator, calibrate, choose, evaluate
+from pipeline.training.loop import Plan, device_of, train
+from pipeline.training.state import TrainState
+from pipeline.training.step import Micro, Task
+
+FINAL = "final"  # the evaluation after training
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the driver hands to every rank; plain values, so that it travels to other nodes."""
+
+    recipe: Mapping[str, Any]  # RunConfig, with absolute paths
+    run_dir: str
+    fence: int
+    allow_changed: tuple[str, ...] = ()
+    under_ray: bool = True
+
+
+def work(order: Order) -> None:
+    """Trains the run in `order.run_dir` from its newest complete checkpoint, or from nothing, and evaluates it.
+
+    Returns when the run is finished or was asked to stop; `status.json` says which. An AdaptNetError is left in
+    `error.json` for the driver and raised. Collective.
+    """
+    run_dir = Path(order.run_dir)
+    try:
+        with ExitStack() as stack:
+            Run(order, run_dir, stack).go()
+    except AdaptNetError as error:
+        write_json(run_dir / f"error-{ranks.rank()}.json", {"kind": type(error).__name__, **_error_facts(error)})
+        raise
+
+
+def _error_facts(error: AdaptNetError) -> dict[str, Any]:
+    names = ("step", "checkpoint")
+    return {"message": str(error), **{name: getattr(error, name) for name in names if hasattr(error, name)}}
+
+
+@dataclass
+class Run:
+    """One rank's part of a run, from the recipe to the final reports. It is the loop's `Events`."""
+
+    order: Order
+    run_dir: Path
+    stack: ExitStack
+    latest: dict[str, float] = field(default_factory=dict)  # newest evaluation metrics
+
+    def __post_init__(self) -> None:
+        self.config: RunConfig = run_config.from_mapping(self.order.recipe, "the driver's recipe")
+        self.device = self._device()
+        self.splits: Splits = open_splits(self.config.data, self.config.seed)
+        self._check_sizes()
+        self.family: Family = families.find(self.config.family.name)
+        self.fingerprint = run_config.fingerprint(self.config, self.splits.train.identity)
+        self.storage: Storage = checkpoint.open_storage(self.config.checkpoint, self.run_dir)
+        self.bad = BadImages(self.splits.train, self.config.data.max_bad_share)
+        self.remarks: list[dict[str, Any]] = []  # events of this rank, not yet in the journal
+        self.attempt = ranks.agree(_next_attempt(self.run_dir) if ranks.rank() == 0 else 0)
+        self.journal = self._journal()
+        self.saver: Checkpointer | None = None
+
+    # --- the course of a run
+
+    def go(self) -> None:
+        config = self.config
+        current = self._fresh()
+        self._restore(current)
+        task = self._task(current.net)
+        for remark in task.remarks:
+            self._event("remark", text=remark)
+        if ranks.rank() == 0:
+            root = self.storage.root if isinstance(self.storage, checkpoint.LocalStorage) else self.run_dir / "staging"
+            self.saver = Checkpointer(self.storage, root, config.checkpoint)
+        plan = self._plan(task)
+        self._event("started", step=current.step, total_steps=plan.total_steps, workers=ranks.world())
+        with self._train_loader(current.step) as loader:
+            finished = train(task, current, self._micros(loader, task), plan, self)
+        if self.saver is not None:
+            self.saver.wait()
+        if finished:
+            self._evaluate_best(current)
+        self._conclude(current, finished)
+        ranks.barrier()
+
+    def _fresh(self) -> TrainState:
+        training = self.config.training
+        current = state.fresh(
+            self.family,
+            self.config.family,
+            training,
+            num_classes=len(self.splits.train.classes),
+            seed=self.config.seed,
+            device=self.device,
+            channels_last=self._channels_last,
+        )
+        if training.sync_batchnorm and self.device.type == "cuda":
+            current.net = nn.SyncBatchNorm.convert_sync_batchnorm(current.net)  # type: ignore[no-untyped-call]
+        elif training.sync_batchnorm:
+            self.remarks.append(
+                {"kind": "remark", "text": "training.sync_batchnorm needs a GPU; statistics stay local"}
+            )
+        return current
+
+    def _restore(self, current: TrainState) -> None:
+        """Loads the newest checkpoint that is whole, the same on every rank; checks that it is of this recipe."""
+        name = ranks.agree(self._newest() if ranks.rank() == 0 else None)
+        if name is None:
+            return
+        folder = self.storage.fetch(name)
+        saved = checkpoint.read_meta(folder)["fingerprint"]
+        allowed = self.order.allow_changed
+        changed = checkpoint.check_fingerprint(saved, self.fingerprint, allowed, self.storage.where(name))
+        mapping = checkpoint.read(folder)
+        state.restore(current, mapping)
+        self.bad.merge(mapping["bad"])
+        self._event("resumed", step=current.step, checkpoint=self.storage.where(name), changed=changed)
+
+    def _newest(self) -> str | None:
+        return checkpoint.newest_good(
+            self.storage, lambda name, why: self._event("damaged-checkpoint", name=name, why=why)
+        )
+
+    def _task(self, net: nn.Module) -> Task:
+        config, training = self.config, self.config.training
+        forward, remarks = step.wrap(net, training, self.device)
+        return Task(
+            family=self.family,
+            config=config.family,
+            training=training,
+            seed=config.seed,
+            num_classes=len(self.splits.train.classes),
+            device=self.device,
+            epochs_per_step=training.batch_size / len(self.splits.train),
+            forward=forward,
+            remarks=remarks,
+            autocast=step.use_bf16(training.precision, self.device),
+            channels_last=self._channels_last,
+        )
+
+    def _plan(self, task: Task) -> Plan:
+        config = self.config
+        return Plan(
+            total_steps=max(1, round(config.training.epochs / task.epochs_per_step)),
+            epochs_per_step=task.epochs_per_step,
+            batch_size=config.training.batch_size,
+            log_every=config.logging.every,
+            save_every=config.checkpoint.every,
+            evaluate_every=config.evaluation.every,
+        )
+
+    def _train_loader(self, start_step: int) -> TrainLoader:
+        return TrainLoader(
+            self.splits.train,
+            self.config.data,
+            seed=self.config.seed,
+            batch_size=self.config.training.batch_size,
+            rank=ranks.rank(),
+            world=ranks.world(),
+            device=self.device,
+            threads=self._threads,
+            start_step=start_step,
+            bad=self.bad,
+            on_event=lambda kind, **facts: self.remarks.append({"kind": kind, **facts}),
+        )
+
+    def _micros(self, loader: TrainLoader, task: Task) -> Iterator[Sequence[Micro]]:
+        compute = self.config.compute
+        parts = step.num_micros(self.config.training.batch_size, ranks.world(), compute.max_batch_per_worker)
+        for batch in loader:
+            yield step.prepare(task, self.config.data, batch, parts)
+
+    # --- the loop's events
+
+    def log(self, at: int, values: Mapping[str, float]) -> None:
+        """Writes metrics and what the ranks had to remark; agrees on the bad images. Collective."""
+        for found, remarks in ranks.gather((self.bad.state(), self.remarks)):
+            self.bad.merge(found)
+            for remark in remarks:
+                self._event(**remark)
+        self.remarks = []
+        if self.journal is not None:
+            self.journal.metrics(at, {**values, "data/bad_images": float(len(self.bad))})
+
+    def evaluate(self, current: TrainState) -> None:
+        """The first policy on the val split. Collective."""
+        if len(self.splits.val) == 0:
+            return
+        policies = self.family.policies(self.config.family, current.best_net)[:1]
+        reports = evaluate(
+            current.best_net, policies, self._eval_loader(self.splits.val), self._evaluator(latency=False)
+        )
+        current.net.train()
+        self.latest = metrics_of(reports)
+        if self.journal is not None:
+            self.journal.metrics(current.step, self.latest)
+
+    def save(self, current: TrainState, *, wait: bool) -> None:
+        """Saves the state, in a thread unless `wait`; tells Ray. Collective."""
+        if self.saver is not None:
+            self._check_fence()
+            assert self.journal is not None
+            where = self.saver.save(current, self._meta(current), {"bad": self.bad.state()}, wait=wait)
+            self.journal.event("checkpoint", step=current.step, where=where)
+            self.journal.sync()
+        if self.order.under_ray:
+            import ray.train
+
+            ray.train.report({"step": current.step, **self.latest})
+
+    def last_good(self) -> str | None:
+        names = self.storage.names()
+        return self.storage.where(names[-1]) if names else None
+
+    def wants_to_stop(self) -> bool:
+        return (self.run_dir / "stop").exists() or not lease.is_current(self.run_dir, self.order.fence)
+
+    # --- the end
+
+    def _evaluate_best(self, current: TrainState) -> None:
+        """Every policy on the val split, for the best checkpoint's net. Collective."""
+        best = ranks.agree(self.saver.best() if self.saver is not None else None)
+        assert best is not None  # the loop saves at its end
+        if len(self.splits.val) == 0:
+            self._event("remark", text="there is no val split, so nothing was evaluated")
+            return
+        net, family, config, meta = checkpoint.load_net(self.storage.fetch(best))
+        net = net.to(self.device)
+        how = self._evaluator(latency=True)
+        policies = choose(family.policies(config, net), self.config.evaluation.policies)
+        held_out = self._eval_loader(self.splits.held_out) if len(self.splits.held_out) else None
+        policies = calibrate(policies, net, held_out, how)
+        folder = self.run_dir / "evaluations" / FINAL
+        reports = evaluate(net, policies, self._eval_loader(self.splits.val), how, store=folder)
+        if ranks.rank() == 0:
+            write_json(
+                folder / "about.json",
+                {
+                    "checkpoint": self.storage.where(best),
+                    "step": meta["step"],
+                    "data": self.splits.val.identity,
+                    "root": str(self.config.data.root),
+                },
+            )
+            assert self.journal is not None
+            final = {key.replace("eval/", "final/", 1): value for key, value in metrics_of(reports).items()}
+            self.journal.metrics(current.step, final)
+
+    def _conclude(self, current: TrainState, finished: bool) -> None:
+        """Rank 0 says in status.json and in the journal what the run has come to."""
+        if self.saver is None:
+            return
+        best = self.saver.best()
+        status = {
+            "finished": finished,
+            "step": current.step,
+            "fingerprint": self.fingerprint,
+            "best": best,
+            "last": checkpoint.name_of(current.step),
+        }
+        write_json(self.run_dir / "status.json", status)
+        self._event("finished" if finished else "stopped", step=current.step, best=best)
+
+    # --- parts
+
+    def _device(self) -> torch.device:
+        device = device_of(self.config.compute.device)
+        if device.type == "cuda" and self.order.under_ray:
+            import ray.train.torch
+
+            found = ray.train.torch.get_device()
+            assert isinstance(found, torch.device)
+            return found
+        return torch.device("cuda", 0) if device.type == "cuda" else device
+
+    @property
+    def _channels_last(self) -> bool:
+        asked = self.config.training.channels_last
+        return self.device.type == "cuda" if asked == "auto" else asked
+
+    @property
+    def _threads(self) -> int:
+        return self.config.data.decode_threads or max(1, int(self.config.compute.cpus_per_worker))
+
+    def _check_sizes(self) -> None:
+        images, world = len(self.splits.train), ranks.world()
+        if images < world:
+            raise ConfigError(
+                f"compute.workers (={world}): the train split of {self.config.data.root} has {images} images"
+            )
+
+    def _journal(self) -> Journal | None:
+        """Rank 0's journal; on local rank 0 of each node also one of system metrics, filled by a thread."""
+        journal = None
+        if ranks.rank() == 0:
+            journal = Journal(self.run_dir / "journal", attempt=self.attempt, fence=self.order.fence)
+            self.stack.callback(journal.close)
+        node, local_rank = self._place()
+        if local_rank == 0:
+            system = Journal(self.run_dir / "journal", f"node{node}", attempt=self.attempt, fence=self.order.fence)
+            self.stack.callback(system.close)
+            self.stack.enter_context(SystemSampler(system, self.config.logging.system_every_s))
+        return journal
+
+    def _place(self) -> tuple[int, int]:
+        """(number of this node, number of this rank on it)."""
+        if not self.order.under_ray:
+            return 0, 0
+        import ray.train
+
+        context = ray.train.get_context()
+        return context.get_node_rank(), context.get_local_rank()
+
+    def _event(self, kind: str, **facts: Any) -> None:
+        if self.journal is not None:
+            self.journal.event(kind, **facts)
+
+    def _meta(self, current: TrainState) -> dict[str, Any]:
+        first = self.family.policies(self.config.family, current.net)[0].name
+        return {
+            "step": current.step,
+            "images_seen": current.images_seen,
+            "epoch": current.images_seen / len(self.splits.train),
+            "fence": self.order.fence,
+            "fingerprint": self.fingerprint,
+            "recipe": configs.as_mapping(self.config),
+            "classes": list(self.splits.train.classes),
+            "metrics": self.latest,
+            "best_key": f"eval/{first}/top1",
+        }
+
+    def _check_fence(self) -> None:
+        if not lease.is_current(self.run_dir, self.order.fence):
+            raise ResourceError(f"{self.run_dir}: another driver took this run over; this one stops without saving")
+
+    def _evaluator(self, *, latency: bool) -> Evaluator:
+        return evaluator(self.config, self.device, len(self.splits.train.classes), latency=latency)
+
+    def _eval_loader(self, split: ImageIndex) -> EvalLoader:
+        return eval_loader(self.config, split, self.device, self._threads)
+
+
+def evaluator(config: RunConfig, device: torch.device, num_classes: int, *, latency: bool) -> Evaluator:
+    """How the recipe's nets are evaluated on this device."""
+    asked = config.training.channels_last
+    return Evaluator(
+        data=config.data,
+        device=device,
+        num_classes=num_classes,
+        autocast=step.use_bf16(config.training.precision, device),
+        channels_last=device.type == "cuda" if asked == "auto" else asked,
+        latency_batches=config.evaluation.latency_batches,
+        latency_repeats=config.evaluation.latency_repeats if latency else 0,
+    )
+
+
+def eval_loader(config: RunConfig, split: ImageIndex, device: torch.device, threads: int) -> EvalLoader:
+    """This rank's share of a split, each image once over all ranks."""
+    return EvalLoader(
+        split,
+        config.data,
+        batch_size=max(1, config.evaluation.batch_size // ranks.world()),
+        rank=ranks.rank(),
+        world=ranks.world(),
+        device=device,
+        threads=threads,
+    )
+
+
+def assess(
+    config: RunConfig, weights: Path, splits: Splits, wanted: Sequence[str] | None, store: Path
+) -> Sequence[Report]:
+    """Runs the net with `weights` (safetensors) on the val split, in this process, under the `wanted` policies."""
+    from safetensors.torch import load_file
+
+    device = device_of(config.compute.device)
+    family = families.find(config.family.name)
+    net = family.build(config.family, len(splits.val.classes))
+    net.load_state_dict(load_file(weights))
+    net = net.to(device).eval()
+    how = evaluator(config, device, len(splits.val.classes), latency=True)
+    policies = choose(family.policies(config.family, net), wanted or config.evaluation.policies)
+    threads = config.data.decode_threads or torch.get_num_threads()
+    held_out = eval_loader(config, splits.held_out, device, threads) if len(splits.held_out) else None
+    policies = calibrate(policies, net, held_out, how)
+    return evaluate(net, policies, eval_loader(config, splits.val, device, threads), how, store=store)
+
+
+def metrics_of(reports: Sequence[Report]) -> dict[str, float]:
+    """What goes to the tracker of each report: `eval/<policy>/top1` and its like."""
+    values: dict[str, float] = {}
+    for report in reports:
+        found = {
+            "top1": report.top1,
+            "top5": report.top5,
+            "ece": report.ece,
+            "gmacs": report.macs_mean / 1e9,
+            "gmacs_p95": report.macs_p95 / 1e9,
+            "full_share": report.full_share,
+        }
+        values |= {f"eval/{report.policy}/{key}": value for key, value in found.items() if value is not None}
+    return values
+
+
+def _next_attempt(run_dir: Path) -> int:
+    path = run_dir / "attempt.json"
+    attempt: int = (json.loads(path.read_text())["attempt"] if path.exists() else 0) + 1
+    write_json(path, {"attempt": attempt})
+    return attempt
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` aside and moves it over `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """What the run had come to when it last ended by itself; empty where it never did."""
+    path = run_dir / "status.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def error_left(run_dir: Path) -> AdaptNetError | None:
+    """The error that a rank left in the run folder, of its own kind; None where there is none."""
+    from pipeline import errors
+
+    for path in sorted(run_dir.glob("error-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kind = getattr(errors, found.pop("kind"), CheckpointError)
+        message = found.pop("message")
+        error: AdaptNetError = kind(message, **found)
+        return error
+    return None

@@ -1,0 +1,164 @@
+"""Laws of checkpoints: there whole or not at all, the newest whole one counts, nothing stored is lost by an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from pipeline.errors import CheckpointError, ResourceError
+from pipeline.training import checkpoint, state
+from pipeline.training.checkpoint import Checkpointer, LocalStorage
+from pipeline.training.config import CheckpointConfig
+
+
+def saver(folder: Path, **settings: object) -> Checkpointer:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Checkpointer(LocalStorage(folder), folder, CheckpointConfig(**settings))  # type: ignore[arg-type]
+
+
+def save(to: Checkpointer, step: int, **metrics: float) -> None:
+    current = tiny.fresh(tiny.training(ema_decay=0.9))
+    current.step = step
+    to.save(current, tiny.meta(step, **metrics), {"bad": {}}, wait=True)
+
+
+def newest(folder: Path) -> tuple[str | None, list[str]]:
+    passed: list[str] = []
+    return checkpoint.newest_good(LocalStorage(folder), lambda name, why: passed.append(name)), passed
+
+
+def test_a_round_trip_is_bitwise_and_needs_no_pickle(tmp_path: Path) -> None:
+    current = tiny.fresh(tiny.training(ema_decay=0.9))
+    current.step, current.images_seen = 7, 56
+    saver(tmp_path).save(current, tiny.meta(7), {"bad": {"rows": [[1, "empty"]]}}, wait=True)
+    other = tiny.fresh(tiny.training(ema_decay=0.9))
+    torch.nn.init.zeros_(other.net.head.weight)
+    mapping = checkpoint.read(tmp_path / "step-00000007")
+    state.restore(other, mapping)
+    theirs = tiny.tensors(other)
+    assert all(torch.equal(theirs[name], value) for name, value in tiny.tensors(current).items())
+    assert (other.step, other.images_seen, mapping["bad"]) == (7, 56, {"rows": [[1, "empty"]]})
+
+
+def test_the_state_may_move_on_while_it_is_written(tmp_path: Path) -> None:
+    current, to = tiny.fresh(tiny.training()), saver(tmp_path)
+    before = current.net.head.weight.detach().clone()
+    to.save(current, tiny.meta(0), {"bad": {}}, wait=False)
+    with torch.no_grad():
+        current.net.head.weight.zero_()
+    to.wait()
+    assert torch.equal(checkpoint.read(tmp_path / "step-00000000")["net"]["head.weight"], before)
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "unfinished"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, harm: str) -> None:
+    to = saver(tmp_path)
+    save(to, 1)
+    save(to, 2)
+    victim = tmp_path / "step-00000002"
+    if harm == "unfinished":
+        (victim / "COMPLETE.json").unlink()
+        assert newest(tmp_path) == ("step-00000001", [])
+        return
+    weights = victim / "net.safetensors"
+    content = bytearray(weights.read_bytes())
+    if harm == "remove":
+        weights.unlink()
+    else:
+        content[-1] ^= 1
+        weights.write_bytes(content if harm == "flip" else content[:-5])
+    assert newest(tmp_path) == ("step-00000001", ["step-00000002"])
+    (tmp_path / "step-00000001" / "state.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of 2 checkpoints is whole"):
+        newest(tmp_path)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    to = saver(tmp_path, keep_last=2, keep_best=1)
+    for step, top1 in enumerate([0.1, 0.9, 0.5, 0.4, 0.3], 1):
+        save(to, step, top1=top1)
+    assert to.storage.names() == ["step-00000002", "step-00000004", "step-00000005"]
+    assert to.best() == "step-00000002"
+    again = saver(tmp_path, keep_last=1, keep_best=1)  # another process knows the scores too
+    save(again, 6, top1=0.2)
+    assert again.storage.names() == ["step-00000002", "step-00000006"]
+
+
+def test_a_uri_works_as_a_folder_does(tmp_path: Path) -> None:
+    config = CheckpointConfig(storage=f"local://{tmp_path}/far", keep_last=1, keep_best=0)
+    storage = checkpoint.open_storage(config, tmp_path / "run")
+    to = Checkpointer(storage, tmp_path / "staging", config)
+    save(to, 1)
+    save(to, 2)
+    assert storage.names() == ["step-00000002"]
+    assert storage.meta("step-00000002")["step"] == 2
+    checkpoint.verify(storage.fetch("step-00000002"))
+    assert checkpoint.read(storage.fetch("step-00000002"))["step"] == 2
+    assert not list((tmp_path / "staging").iterdir())
+
+
+def test_an_unknown_scheme_is_refused_with_a_reason(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"checkpoint\.storage \(=nowhere://x\): cannot be opened"):
+        checkpoint.open_storage(CheckpointConfig(storage="nowhere://x"), tmp_path / "run")
+
+
+FULL = """
+import sys, pathlib
+sys.path.insert(0, {tests!r})
+import test_checkpoint as t
+from pipeline.errors import ResourceError
+folder = pathlib.Path({folder!r})
+to = t.saver(folder)
+t.save(to, 1)
+(folder / "ballast").write_bytes(b"0" * (folder.stat().st_blksize * 0))
+left = __import__("shutil").disk_usage(folder).free
+(folder / "ballast").write_bytes(b"0" * max(0, left - 4096))
+try:
+    t.save(to, 2)
+except ResourceError as error:
+    print(error)
+print(to.storage.names(), sorted(p.name for p in folder.iterdir()))
+"""
+
+
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        code = FULL.format(tests=str(Path(__file__).parent), folder=str(disk))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert "the disk is full" in done.stdout, done.stdout + done.stderr
+    assert "complete before it: step-00000001" in done.stdout
+    assert done.stdout.splitlines()[-1] == "['step-00000001'] ['ballast', 'step-00000001']"
+
+
+def test_another_recipe_is_refused_by_its_differing_keys() -> None:
+    saved, now = (
+        {"training.epochs": 3, "seed": 1, "family.depth": 8},
+        {"training.epochs": 5, "seed": 2, "family.depth": 8},
+    )
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.check_fingerprint(saved, now, ["seed"], "runs/x")
+    assert "training.epochs: 3 there, 5 now" in str(caught.value)
+    assert "seed" not in str(caught.value)
+    assert checkpoint.check_fingerprint(saved, now, ["seed", "training.epochs"], "x") == ["seed", "training.epochs"]
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    save(saver(tmp_path), 1)
+    path = tmp_path / "step-00000001" / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        checkpoint.read_meta(tmp_path / "step-00000001")

@@ -1,0 +1,193 @@
+"""Laws of the recipe language: numbers, unknown keys, overrides, merging, names filled in, durations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.config import (
+    Config,
+    Duration,
+    Span,
+    as_mapping,
+    dump_yaml,
+    fingerprint,
+    flat,
+    interpolate,
+    merge,
+    parse_override,
+    parse_yaml,
+    read_mapping,
+    validate,
+)
+from pipeline.data.config import DataConfig
+from pipeline.errors import ConfigError
+
+
+class Optimizer(Config):
+    lr: float = 0.1
+    kind: Literal["sgd", "adamw"] = "sgd"
+
+
+class Recipe(Config):
+    batch_size: int
+    label: str = "x"
+    nesterov: bool = True
+    optimizer: Optimizer = Optimizer()
+    milestones: tuple[int, ...] = ()
+    every: Span = Duration(value=1, unit="epochs")
+
+
+def recipe(**keys: object) -> Recipe:
+    return validate(Recipe, {"batch_size": 4} | keys, "here")
+
+
+def refused(says: str, **keys: object) -> None:
+    with pytest.raises(ConfigError, match=says):
+        recipe(**keys)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3e-4", 3e-4), ("1e5", 1e5), ("3.0e-4", 3e-4), ("-.5e+2", -50.0), ("1_000e2", 1e5), ("7", 7), ("0.5", 0.5)],
+)
+def test_a_number_is_a_number(text: str, value: float) -> None:
+    found = parse_yaml(f"lr: {text}", "here")["lr"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["e5", "3e", "n02e7x", "1e5a", "'3e-4'"])
+def test_a_word_stays_a_word(text: str) -> None:
+    assert isinstance(parse_yaml(f"name: {text}", "here")["name"], str)
+
+
+def test_what_is_dumped_is_read_back_equal() -> None:
+    mapping = {"a": {"lr": 3e-4, "text": "3e-4", "yes": "yes", "none": None}, "list": [1, 2.5, "x"], "big": 1e20}
+    assert parse_yaml(dump_yaml(mapping), "here") == mapping
+    config = recipe(optimizer={"lr": 1e-5}, milestones=[3, 4], every="500 steps")
+    assert validate(Recipe, parse_yaml(dump_yaml(as_mapping(config)), "here"), "here") == config
+
+
+def test_an_unknown_key_is_refused_by_name_with_the_nearest_known_one() -> None:
+    refused(r"optimizer.lrr: no such key; known: kind, lr; did you mean optimizer.lr\?", optimizer={"lrr": 1})
+    refused(r"batchsize: no such key; .*did you mean batch_size\?", batchsize=1)
+    with pytest.raises(ConfigError, match=r"shufle: no such key; .*did you mean shuffle\?"):
+        validate(DataConfig, {"root": "/x", "shufle": "block"}, "here")
+
+
+def test_every_fault_is_named_at_once_with_its_value() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(Recipe, {"optimizer": {"lr": "fast", "kind": "adam"}, "extra": 1}, "recipe.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "recipe.yaml:" and len(lines) == 5
+    assert any(line.startswith("  batch_size: this key must be given") for line in lines)
+    assert any(line.startswith('  optimizer.lr (="fast"): ') for line in lines)
+    assert any("optimizer.kind (=\"adam\"): Input should be 'sgd' or 'adamw'" in line for line in lines)
+
+
+def test_nothing_is_taken_for_another_type() -> None:
+    refused("batch_size", batch_size="4")
+    refused("batch_size", batch_size=True)
+    refused("batch_size", batch_size=4.5)
+    refused("nesterov", nesterov=1)
+    refused("nesterov", nesterov="yes")
+    refused("label", label=3)
+    refused(r"optimizer\.lr", optimizer={"lr": float("nan")})
+    assert recipe(optimizer={"lr": 1}).optimizer.lr == 1.0  # an integer is a real number
+    assert recipe(milestones=[1, 2]).milestones == (1, 2)
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe().batch_size = 5  # type: ignore[misc]
+
+
+def test_an_override_is_a_nested_mapping_whose_value_is_yaml() -> None:
+    assert parse_override("training.optimizer.lr=3e-4") == {"training": {"optimizer": {"lr": 3e-4}}}
+    assert parse_override("data.root=/a=b") == {"data": {"root": "/a=b"}}
+    assert parse_override("workers=[1, 4]") == {"workers": [1, 4]}
+    assert parse_override("register=null") == {"register": None}
+    assert parse_override("name=") == {"name": None}
+    for wrong in ("lr", "=3", "a..b=1", ".a=1"):
+        with pytest.raises(ConfigError, match=r"write it as section\.key=value"):
+            parse_override(wrong)
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse_override("a=[1")
+
+
+def test_merging_goes_key_by_key_and_leaves_both_as_they_were() -> None:
+    base = {"a": {"x": 1, "y": [1, 2]}, "b": 1}
+    over = {"a": {"y": [3]}, "b": {"z": 1}}
+    assert merge(base, over) == {"a": {"x": 1, "y": [3]}, "b": {"z": 1}}
+    assert base == {"a": {"x": 1, "y": [1, 2]}, "b": 1} and over == {"a": {"y": [3]}, "b": {"z": 1}}
+
+
+def test_names_are_filled_in_everywhere_and_unknown_ones_refused() -> None:
+    filled = interpolate({"a": ["${home}/x", 3], "b": {"c": "${home}-${home}"}}, {"home": "/h"})
+    assert filled == {"a": ["/h/x", 3], "b": {"c": "/h-/h"}}
+    with pytest.raises(ConfigError, match=r"\$\{hme\}: nothing of that name can be filled in; known: home"):
+        interpolate("${hme}", {"home": "/h"})
+    with pytest.raises(ConfigError, match="ADAPTNET_DATA"):
+        interpolate("${home}", {"home": None})
+
+
+def test_a_key_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a: 1\nb:\n  c: 1\n  c: 2\n")
+    with pytest.raises(ConfigError, match=rf"{path}: not valid YAML: line \d: the key 'c' stands twice"):
+        read_mapping(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [("- 1\n", "a recipe is a mapping of keys, this is list"), ("a: [", "not valid YAML")]
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: str, says: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=f"{path}.*{says}"):
+        read_mapping(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_mapping(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_mapping(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "unit"),
+    [("500 steps", 500, "steps"), ("1 step", 1, "steps"), ("0.5 epochs", 0.5, "epochs"), ("10 minutes", 10, "minutes")],
+)
+def test_a_duration_is_read_and_printed(text: str, value: float, unit: str) -> None:
+    every = recipe(every=text).every
+    assert (every.value, every.unit) == (value, unit)
+    assert recipe(every=str(every)).every == every
+    assert as_mapping(recipe(every=text))["every"] == str(every)
+
+
+@pytest.mark.parametrize("text", ["0 steps", "-1 steps", "5", "5 hours", "steps", "", 5, None, "1e3 steps"])
+def test_what_is_no_duration_is_refused(text: object) -> None:
+    refused('a duration is "N steps", "N epochs" or "N minutes" with N > 0', every=text)
+
+
+def test_flat_names_and_fingerprints_follow_the_content() -> None:
+    mapping = {"a": {"b": 1, "c": {"d": [1, 2]}}, "e": {}}
+    assert flat(mapping) == {"a.b": 1, "a.c.d": [1, 2], "e": {}}
+    assert fingerprint({"x": 1, "y": 2}) == fingerprint({"y": 2, "x": 1}) != fingerprint({"x": 1, "y": 3})
+
+
+def test_the_data_section_says_which_of_its_rules_is_broken() -> None:
+    def data(**keys: object) -> DataConfig:
+        return validate(DataConfig, {"root": "/x"} | keys, "here")
+
+    with pytest.raises(ConfigError, match=r"epochs must rise, found \[5, 0\]"):
+        data(side_schedule=[[5, 160], [0, 128]])
+    with pytest.raises(ConfigError, match=r"augment.scale \(=\[0.5, 0.1\]\) must rise within \(0, 1\]"):
+        data(augment={"scale": [0.5, 0.1]})
+    with pytest.raises(ConfigError, match=r"max_bad_share \(=2\)"):
+        data(max_bad_share=2)
+    config = data(side_px=160, side_schedule=[[2, 192], [4, 224]])
+    assert [config.side_at(epoch) for epoch in (0, 1, 2, 3, 4, 99)] == [160, 160, 192, 192, 224, 224]
+    assert (config.side_for_eval, config.resize_for_eval) == (160, 183)

@@ -1,0 +1,497 @@
+"""Laws of the loaders: pixels a function of seed and step, odd images right, bad ones replaced, a clean end."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import v2
+
+from pipeline.data import dali, views
+from pipeline.data.bad import BadImages
+from pipeline.data.config import AugmentConfig, DataConfig
+from pipeline.data.dali import EvalLoader, Setting, TrainBatch, TrainLoader, decode
+from pipeline.data.feed import TrainSource, read_ahead
+from pipeline.data.index import ImageIndex, open_index
+from pipeline.data.pack import pack
+from pipeline.data.reader import Reader
+from pipeline.data.stream import Stream
+from pipeline.errors import ConfigError, DataError
+from tests import images
+
+CPU = torch.device("cpu")
+SHUFFLES = ("full", "block")
+PHOTO = images.photo()
+ODD = {
+    "grey JPEG": images.grey_jpeg(PHOTO),
+    "CMYK": images.cmyk_jpeg(PHOTO),
+    "YCCK": images.ycck_jpeg(PHOTO),
+    "palette": images.palette_png(PHOTO),
+    "16-bit PNG": images.png_16_bit(PHOTO),
+    "16-bit grey PNG": images.grey_png_16_bit(PHOTO),
+    "PNG": images.png(),
+    "RGBA PNG": images.encode(PHOTO.convert("RGBA"), "PNG"),
+    "progressive 4:2:0": images.jpeg(subsampling=2, progressive=True),
+    "WebP": images.encode(PHOTO, "WEBP", lossless=True),
+    **{f"EXIF {turn}": images.turned_jpeg(PHOTO, turn) for turn in range(2, 9)},
+}
+AUGMENTS = {
+    "random-resized": AugmentConfig(),
+    "random-pad": AugmentConfig(crop="random-pad", pad_px=4),
+    "none": AugmentConfig(crop="none"),
+}
+
+
+def upright(encoded: bytes, name: str = "") -> Image.Image:
+    picture = Image.open(io.BytesIO(encoded))
+    if name == "16-bit grey PNG":  # Pillow cuts 16 bits off at 255 where it should scale
+        picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8), "L")
+    return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """37 images in three classes, of different sizes and, some of them, odd forms."""
+    root = tmp_path_factory.mktemp("folder")
+    odd = list(ODD.values())
+    for number in range(37):
+        path = root / f"class-{number % 3}" / f"{number:02d}.JPEG"  # a PNG or WebP too
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(
+            odd[number // 2 % len(odd)] if number % 2 else images.jpeg(50 + 3 * number, 90 - number, number)
+        )
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    packed = tmp_path_factory.mktemp("packed") / "set"
+    assert pack(folder, packed, shard_bytes=20_000, workers=1).shards >= 5
+    return packed
+
+
+def loader(root: Path | ImageIndex, rank: int = 0, world: int = 1, **keys: Any) -> TrainLoader:
+    index = root if isinstance(root, ImageIndex) else open_index(root)
+    own = {name: keys.pop(name) for name in ("bad", "on_event", "start_step", "threads", "batch_size") if name in keys}
+    data = {"side_px": 32, "max_bad_share": 0.2, "lanes": 4, "window": 4} | keys
+    settings = {"seed": 5, "batch_size": 10, "device": CPU, "threads": 2} | own
+    return TrainLoader(index, DataConfig(root=index.root, **data), rank=rank, world=world, **settings)
+
+
+def batches(root: Path | ImageIndex, count: int, *where: int, **keys: Any) -> list[TrainBatch]:
+    with loader(root, *where, **keys) as made:
+        return list(islice(made, count))
+
+
+def same(one: TrainBatch, other: TrainBatch) -> bool:
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else np.array_equal(a, b)
+        for a, b in zip(vars(one).values(), vars(other).values(), strict=True)
+    )
+
+
+def merged(shares: list[TrainBatch]) -> dict[str, torch.Tensor]:
+    """One global batch of several ranks' shares, in the order of its positions."""
+    order = np.argsort(np.concatenate([share.positions for share in shares]))
+    names = ("images", "labels", "flips", "rows", "positions")
+    return {name: torch.cat([torch.as_tensor(getattr(share, name)) for share in shares])[order] for name in names}
+
+
+# --- the stream of batches
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+@pytest.mark.parametrize("crop", AUGMENTS)
+def test_a_restart_at_any_step_goes_on_bitwise(folder: Path, shards: Path, shuffle: str, crop: str) -> None:
+    root = shards if shuffle == "block" else folder
+    keys = {"shuffle": shuffle, "augment": AUGMENTS[crop]}
+    whole = batches(root, 8, **keys)
+    for start in (1, 4, 7):
+        again = batches(root, 8 - start, start_step=start, threads=1, **keys)
+        assert all(same(a, b) for a, b in zip(whole[start:], again, strict=True))
+    assert whole[0].images.shape == (10, 32, 32, 3) and whole[0].images.dtype == torch.uint8
+    assert [batch.step for batch in whole] == list(range(8)) and whole[4].epoch == 1
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+def test_global_batches_are_the_same_for_1_2_and_4_ranks(shards: Path, shuffle: str) -> None:
+    alone = batches(shards, 5, shuffle=shuffle)
+    assert np.array_equal(np.sort(np.concatenate([b.positions for b in alone])), np.arange(50))
+    for world in (2, 4):
+        shares = [batches(shards, 5, rank, world, shuffle=shuffle) for rank in range(world)]
+        for step, whole in enumerate(alone):
+            found, expected = merged([share[step] for share in shares]), merged([whole])
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_was_handed_over_counts_not_what_was_made(folder: Path) -> None:
+    whole = batches(folder, 6)
+    made = loader(folder)
+    first = list(islice(made, 3))
+    made.close()  # some batches are ready by now; they do not count
+    rest = list(islice(made, 3))
+    made.close()
+    assert all(same(a, b) for a, b in zip(whole, first + rest, strict=True))
+
+
+def test_windows_show_what_torchvision_cuts_from_what_pillow_decodes(folder: Path) -> None:
+    index = open_index(folder)
+    for crop, augment in AUGMENTS.items():
+        with loader(index, augment=augment, batch_size=37) as made:
+            batch, plan = next(made), made.stream.plan(0, 0, 1)
+        for position, row in enumerate(plan.rows):
+            encoded = (folder / index.file(row)).read_bytes()
+            name = next((name for name, odd in ODD.items() if odd == encoded), "")
+            picture = torch.from_numpy(np.array(upright(encoded, name))).permute(2, 0, 1)
+            y, x, height, width = plan.windows[position].tolist()
+            if crop == "random-pad":
+                expected = v2.functional.crop(picture, y, x, height, width)
+            else:
+                expected = v2.functional.resized_crop(picture, y, x, height, width, [32, 32], antialias=True)
+            difference = (batch.images[position].permute(2, 0, 1).int() - expected.int()).abs()
+            assert difference.max() <= (1 if name in ("CMYK", "YCCK") else 0), (crop, name)
+
+
+def test_the_side_changes_by_epoch_at_once(folder: Path) -> None:
+    sides, took = {}, []
+    with loader(folder, side_px=24, side_schedule=((1, 32), (2, 48))) as made:
+        for _ in range(11):
+            started = time.monotonic()
+            batch = next(made)
+            took.append(time.monotonic() - started)
+            sides[batch.epoch] = batch.images.shape[1]
+    assert sides == {0: 24, 1: 32, 2: 48} and max(took[1:]) < 1
+    (fixed,) = batches(folder, 1, start_step=5, side_px=32)
+    (changed,) = batches(folder, 1, start_step=5, side_px=24, side_schedule=((1, 32), (2, 48)))
+    assert same(fixed, changed)
+
+
+def test_block_shuffle_reads_the_set_once_over_four_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pages of 4 KiB, through a cache that holds a tenth of the set on each rank."""
+    for number in range(400):
+        path = tmp_path / "folder" / f"class-{number % 3}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(images.jpeg(60, 50, number))
+    pack(tmp_path / "folder", tmp_path / "packed", shard_bytes=100_000, workers=1)
+    index = open_index(tmp_path / "packed")
+    size = sum((index.root / shard).stat().st_size for shard in index.shards or ())
+    read = {
+        shuffle: sum(bytes_read(index, shuffle, rank, size // 10, monkeypatch) for rank in range(4))
+        for shuffle in SHUFFLES
+    }
+    assert read["block"] <= 1.05 * size
+    assert read["full"] > 1.2 * size
+
+
+def bytes_read(index: ImageIndex, shuffle: Any, rank: int, cache: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What `rank` of 4 reads from storage in an epoch, fetched ahead or not."""
+    page, cached, missed = 4096, OrderedDict[tuple[str, int], None](), 0
+
+    def touch(number: int, offset: int, length: int) -> None:
+        nonlocal missed
+        for at in range(offset // page, -(-(offset + length) // page)):
+            key = (os.readlink(f"/proc/self/fd/{number}"), at)
+            missed += key not in cached
+            cached[key] = None
+            cached.move_to_end(key)
+            if len(cached) * page > cache:
+                cached.popitem(last=False)
+
+    pread = os.pread
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", lambda n, length, offset: (touch(n, offset, length), pread(n, length, offset))[1])
+        patch.setattr(os, "posix_fadvise", lambda n, offset, length, advice: touch(n, offset, length))
+        config = DataConfig(root=index.root, shuffle=shuffle, lanes=4, window=2)
+        reader = Reader(index, threads=1)
+        source = TrainSource(Stream(index, config, seed=0, batch_size=4), reader, BadImages(index, 0), rank, 4)
+        assert len(list(read_ahead(source, range(len(index) // 4), 2))) == 100
+        reader.close()
+    return page * missed
+
+
+# --- odd and bad images
+
+
+def test_odd_images_come_out_as_the_right_picture() -> None:
+    config = DataConfig(root=Path("nowhere"), eval_side_px=64, eval_resize_px=64)
+    found = decode(list(ODD.values()), config, CPU)
+    for name, encoded, picture in zip(ODD, ODD.values(), found, strict=True):
+        expected = np.asarray(upright(encoded, name).crop((16, 0, 80, 64))).astype(int)
+        assert np.abs(picture.numpy() - expected).max() <= (1 if name in ("CMYK", "YCCK") else 0), name
+
+
+def undecodable(seed: int = 0) -> bytes:
+    """Whole by its ends, but its Huffman table is none: only decoding shows it."""
+    broken = bytearray(images.jpeg(70, 50, seed))
+    broken[broken.find(b"\xff\xc4") + 5] = 200
+    return bytes(broken)
+
+
+@pytest.fixture
+def damaged(folder: Path, tmp_path: Path) -> Iterator[tuple[ImageIndex, ImageIndex]]:
+    """(the set, a copy of it with two images damaged after the index was made)."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    broken = open_index(copy)
+    whole = (copy / broken.file(7)).read_bytes()
+    os.truncate(copy / broken.file(7), len(whole) * 3 // 4)
+    encoded = undecodable()
+    with open(copy / broken.file(20), "r+b") as file:
+        file.write(encoded)
+        file.truncate()
+    yield open_index(folder), broken
+
+
+def test_bad_images_are_replaced_by_rule_and_everything_else_stays(damaged: tuple[ImageIndex, ImageIndex]) -> None:
+    good, broken = damaged
+    events: list[dict[str, Any]] = []
+    expected = batches(good, 8)
+    with loader(broken, on_event=lambda kind, **facts: events.append({"kind": kind, **facts})) as made:
+        found = list(islice(made, 8))
+        assert sorted(row for row, _ in made.bad.state()["rows"]) == [7, 20]
+    plan = [made.stream.plan(step, 0, 1) for step in range(8)]
+    for a, b, planned in zip(expected, found, plan, strict=True):
+        untouched = ~np.isin(planned.rows, [7, 20])
+        assert torch.equal(a.images[untouched], b.images[untouched]) and torch.equal(a.labels, b.labels)
+        assert torch.equal(a.flips, b.flips) and np.array_equal(b.rows[untouched], planned.rows[untouched])
+        assert (b.rows[planned.rows == 7] == 8).all() and (b.rows[planned.rows == 20] == 21).all()
+    assert {(event["kind"], event["file"]) for event in events} == {("bad-image", broken.file(row)) for row in (7, 20)}
+    assert len(events) == 2 and all(0 <= event["pause_s"] < 5 for event in events)
+    assert {event["reason"].split(":")[0] for event in events} <= {
+        "truncated JPEG (no end marker)",
+        "does not decode",
+    } | {"truncated PNG (no end chunk)"}
+
+
+def test_a_restart_amid_bad_images_goes_on_bitwise(damaged: tuple[ImageIndex, ImageIndex]) -> None:
+    _, broken = damaged
+    with loader(broken) as made:
+        whole = []
+        for step, batch in enumerate(islice(made, 8)):
+            whole.append(batch)
+            if step == 3:
+                state = made.bad.state()
+    bad = BadImages(broken, 0.2)
+    bad.merge(state)
+    assert all(same(a, b) for a, b in zip(whole[4:], batches(broken, 4, start_step=4, bad=bad), strict=True))
+
+
+def test_two_ranks_go_on_and_what_one_finds_the_other_replaces_from_then_on(
+    damaged: tuple[ImageIndex, ImageIndex],
+) -> None:
+    _, broken = damaged
+    alone = batches(broken, 8)
+    shares = [loader(broken, rank, 2) for rank in range(2)]
+    for step in range(8):
+        found = merged([next(share) for share in shares])
+        for share in shares:  # as the trainer does when it logs; batches made before are made anew
+            for other in shares:
+                share.bad.merge(other.bad.state())
+        assert torch.equal(found["images"], merged([alone[step]])["images"])
+    for share in shares:
+        share.close()
+
+
+def test_a_file_that_is_gone_and_an_image_without_a_size_are_replaced_and_named(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "class-1/04.JPEG").write_bytes(images.TEXT)
+    index = open_index(copy)
+    gone = next(row for row in range(len(index)) if index.file(row) == "class-0/06.JPEG")
+    (copy / index.file(gone)).unlink()
+    named: dict[str, str] = {}
+    with loader(index, on_event=lambda kind, **facts: named.update({facts["file"]: facts["reason"]})) as made:
+        rows = np.concatenate([batch.rows for batch in islice(made, 4)])
+    assert named["class-0/06.JPEG"].startswith("cannot be read: No such file")
+    assert "header" in named["class-1/04.JPEG"] and len(named) == 2
+    assert gone not in rows
+
+
+def test_too_many_bad_images_end_the_run(damaged: tuple[ImageIndex, ImageIndex]) -> None:
+    _, broken = damaged
+    with pytest.raises(DataError, match=r"2 of 37 images .*data\.max_bad_share"):
+        batches(broken, 8, max_bad_share=0.03)
+    assert not background_threads()
+
+
+def test_an_error_that_no_image_explains_is_raised_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take, calls = dali.Decoder.take, []
+
+    def fail_once(decoder: dali.Decoder) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return take(decoder)
+
+    monkeypatch.setattr(dali.Decoder, "take", fail_once)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        batches(folder, 8)
+    assert not background_threads()
+
+
+# --- evaluation
+
+
+def walk(index: ImageIndex, rank: int = 0, world: int = 1, batch_size: int = 5, **data: Any) -> EvalLoader:
+    config = DataConfig(root=index.root, **{"side_px": 32, "eval_resize_px": 40} | data)
+    return EvalLoader(index, config, batch_size=batch_size, rank=rank, world=world, device=CPU, threads=2)
+
+
+def evaluated(index: ImageIndex, world: int = 1) -> tuple[dict[int, torch.Tensor], list[str]]:
+    found: dict[int, torch.Tensor] = {}
+    unreadable = []
+    for rank in range(world):
+        made = walk(index, rank, world)
+        for _ in range(2):  # it can be walked again
+            shown = [
+                (int(row), picture) for batch in made for row, picture in zip(batch.rows, batch.images, strict=True)
+            ]
+        assert not found.keys() & dict(shown).keys() and len(dict(shown)) == len(shown)
+        assert len(made) == -(-len(made.rows) // 5)
+        found |= dict(shown)
+        unreadable += made.unreadable
+    return found, unreadable
+
+
+def test_every_image_is_evaluated_once_for_any_number_of_ranks(damaged: tuple[ImageIndex, ImageIndex]) -> None:
+    good, broken = damaged
+    expected, none = evaluated(good)
+    assert sorted(expected) == list(range(37)) and not none
+    for world in (1, 2, 3):
+        found, unreadable = evaluated(broken, world)
+        assert sorted(found) == [row for row in range(37) if row not in (7, 20)]
+        assert sorted(unreadable) == sorted([broken.file(7), broken.file(20)])
+        assert all(torch.equal(found[row], expected[row]) for row in found)
+    assert torch.cat([batch.labels for batch in walk(good)]).tolist() == good.label.tolist()
+
+
+@pytest.mark.parametrize("resize", ["torch", "dali"])
+@pytest.mark.parametrize(("side", "resized"), [(32, 40), (33, 33), (48, 40), (64, 64), (31, 50)])
+def test_evaluation_shows_what_torchvisions_resize_and_centre_crop_show(side: int, resized: int, resize: Any) -> None:
+    """The graph that runs on a GPU runs here on CPU: its resize rounds otherwise, its windows must not."""
+    encoded = [images.jpeg(width, height) for width, height in ((97, 64), (64, 97), (33, 33), (40, 20), (350, 41))]
+    config = DataConfig(root=Path("nowhere"), eval_side_px=side, eval_resize_px=resized)
+    pictures = [torch.from_numpy(np.array(upright(each))).permute(2, 0, 1) for each in encoded]
+    sizes = np.array([picture.shape[1:] for picture in pictures], dtype=np.int32)
+    decoder = Setting(CPU, gpu=False, threads=2, most=8, resize=resize).decoder()
+    decoder.put(encoded, views.for_evaluation(sizes, config))
+    found = decoder.take().permute(0, 3, 1, 2)
+    decoder.close()
+    theirs = v2.Compose([v2.Resize(resized, antialias=True), v2.CenterCrop(side)])
+    for ours, picture in zip(found, pictures, strict=True):
+        difference = (ours.int() - theirs(picture).int()).abs()
+        assert difference.max() <= {"torch": 0, "dali": 2}[resize]
+
+
+def test_small_images_pass_as_they_are() -> None:
+    encoded = [images.png(32, 32, seed) for seed in range(3)]
+    config = DataConfig(root=Path("nowhere"), side_px=32, eval_resize_px=32)
+    expected = np.stack([np.array(upright(each)) for each in encoded])
+    assert np.array_equal(decode(encoded, config, "cpu").numpy(), expected)
+
+
+def test_an_extremely_long_image_is_evaluated_in_its_middle_within_bounds() -> None:
+    config = DataConfig(root=Path("nowhere"), side_px=32, eval_resize_px=32)
+    found = views.for_evaluation(np.array([[2, 50_000]], dtype=np.int32), config)
+    assert found.sizes.tolist() == [[32, 32 * views.LONGEST]]
+    assert found.windows.tolist() == [[0, 25_000 - views.LONGEST, 2, 2 * views.LONGEST]]
+
+
+@pytest.mark.data
+def test_evaluation_pixels_are_torchvisions_on_imagenet(imagenet: ImageIndex) -> None:
+    """Mean absolute difference of pixels in 0..1, before mean and std, over all images: at most 2/255."""
+    from torchvision.models import resnet50
+
+    config = DataConfig(root=imagenet.root)
+    theirs = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)])
+    torch.manual_seed(0)
+    net = resnet50(num_classes=1000).eval()
+    differences, agreed, tried = [], 0, 0
+    made = walk(imagenet, batch_size=32, side_px=224, eval_resize_px=None)
+    for batch in made:
+        pictures = [torch.from_numpy(np.array(upright(read(imagenet, row)))).permute(2, 0, 1) for row in batch.rows]
+        expected = torch.stack([theirs(picture) for picture in pictures])
+        found = batch.images.permute(0, 3, 1, 2)
+        differences += ((found.float() - expected.float()).abs() / 255).mean(dim=(1, 2, 3)).tolist()
+        if tried < 64:
+            with torch.inference_mode():
+                agreed += int((net(normalise(found)).argmax(1) == net(normalise(expected)).argmax(1)).sum())
+            tried += len(found)
+    assert not made.unreadable and len(differences) == len(imagenet)
+    print(f"\nmean |difference| {255 * np.mean(differences):.4f}/255, worst image {255 * max(differences):.4f}/255, "
+          f"top-1 agreement of a ResNet-50 with random weights {agreed}/{tried}")  # fmt: skip
+    assert np.mean(differences) <= 2 / 255
+
+
+def read(index: ImageIndex, row: int) -> bytes:
+    path, offset, length = index.location(int(row))
+    with open(path, "rb") as file:
+        return os.pread(file.fileno(), length, offset)
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path) -> ImageIndex:
+    if "ADAPTNET_DATA" not in os.environ:
+        pytest.skip("ADAPTNET_DATA is not set")
+    pack(Path(os.environ["ADAPTNET_DATA"]) / "imagenet-sample", tmp_path / "packed", workers=1)
+    return open_index(tmp_path / "packed")
+
+
+# --- decode, settings, the end
+
+
+def test_decode_names_the_positions_that_cannot_be_decoded() -> None:
+    config = DataConfig(root=Path("nowhere"), side_px=32)
+    encoded = [images.jpeg(), images.TEXT, images.jpeg(), undecodable(), images.truncated_jpeg(), images.bomb_png()]
+    with pytest.raises(DataError) as error:
+        decode(encoded, config, CPU)
+    for part in (
+        "4 of 6 images",
+        "image 1: not an image",
+        "image 3: does not decode",
+        "image 4: truncated",
+        "image 5: ",
+    ):
+        assert part in str(error.value)
+    assert decode([], config, CPU).shape == (0, 32, 32, 3)
+
+
+def test_a_gpu_decoder_without_a_gpu_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.decoder \(=gpu\)"):
+        loader(folder, decoder="gpu")
+
+
+def background_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("adaptnet")]
+
+
+def test_nothing_is_left_behind_by_an_end_at_any_time(folder: Path) -> None:
+    list(islice(loader(folder), 0))
+    assert not background_threads()  # nothing starts before it is asked for
+    batches(folder, 2)
+    native = len(os.listdir("/proc/self/task"))
+    for count in (1, 3, 30):
+        batches(folder, count)
+    with pytest.raises(KeyError), loader(folder) as made:
+        next(made)
+        raise KeyError
+    index = open_index(folder)
+    evaluation = iter(walk(index, batch_size=2))
+    next(evaluation)
+    evaluation.close()  # type: ignore[attr-defined]
+    assert not background_threads()
+    assert len(os.listdir("/proc/self/task")) <= native
+    assert not [path for path in Path("/proc/self/fd").iterdir() if path.resolve().suffix == ".JPEG"]

@@ -1,0 +1,160 @@
+"""The order in which modules may import one another, read from the source; who may use which service."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import distribution, packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+ORDER = """errors | config | ranks cost | data | family | blocks | families | training | frontier |
+robustness export report | journal lease provenance | tracking | registry | run_config |
+worker | cluster | launch | plan | bench | tuning | jobs"""  # a module imports what stands left of its own place
+PLACE = {name: place for place, names in enumerate(ORDER.split("|")) for name in names.split()}
+FAMILY_MAY = {"errors", "config", "ranks", "cost", "family", "blocks"}
+FAMILY_MAY_OUTSIDE = {"torch", "torchvision", "numpy", "pydantic", *sys.stdlib_module_names}
+DOORS = {  # what only these modules import; a benchmark also calls the peers that it measures
+    "nvidia": {"pipeline.data.dali", "pipeline.bench"},
+    "mlflow": {"pipeline.tracking", "pipeline.registry"},
+    "torch.distributed": {"pipeline.ranks", "pipeline.bench"},
+    "ray": {"pipeline.worker", "pipeline.cluster", "pipeline.launch", "pipeline.bench", "tuning"},
+    "submitit": {"jobs.slurm"},
+}
+SOURCES = sorted(path for top in ("pipeline", "tuning", "jobs") for path in (ROOT / top).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def part_of(module: str) -> str:
+    """The word in ORDER: what follows `pipeline`, or the top-level package."""
+    top, *rest = module.split(".")
+    return rest[0] if top == "pipeline" and rest else top
+
+
+def within(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, in functions too; `from a import b` as a.b."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; write it whole"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+ALL = [(module_of(path), found) for path in SOURCES for found in imports(path)]
+OURS = [(module, found) for module, found in ALL if found.split(".")[0] in {"pipeline", "tuning", "jobs", "tests"}]
+
+
+def test_every_module_has_a_place() -> None:
+    assert {part_of(module_of(path)) for path in SOURCES} - {"pipeline"} <= set(PLACE)
+
+
+def test_nothing_imports_what_stands_right_of_it() -> None:
+    end = len(PLACE)
+    wrong = [
+        f"{module} imports {found}"
+        for module, found in OURS
+        if part_of(module) != part_of(found) and PLACE.get(part_of(found), end) >= PLACE[part_of(module)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_family_imports_torch_and_the_seam_and_no_other_family() -> None:
+    wrong = [
+        f"{module} imports {found}"
+        for module, found in ALL
+        if within(module, "pipeline.families") and not _family_may(module, found)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def _family_may(module: str, found: str) -> bool:
+    top = found.split(".")[0]
+    if top != "pipeline":
+        return top in FAMILY_MAY_OUTSIDE
+    return part_of(found) in FAMILY_MAY or within(found, ".".join(module.split(".")[:3]))
+
+
+@pytest.mark.parametrize("service", DOORS)
+def test_each_outside_service_has_one_door(service: str) -> None:
+    users = {module for module, found in ALL if within(found, service)}
+    assert {user for user in users if not any(within(user, door) for door in DOORS[service])} == set()
+
+
+def test_nothing_below_jobs_prints_or_parses_arguments() -> None:
+    library = [path for path in SOURCES if path.is_relative_to(ROOT / "pipeline")]
+    calls = [
+        f"{path}:{node.lineno}"
+        for path in library
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not calls
+    assert not [pair for pair in ALL if within(pair[0], "pipeline") and pair[1].split(".")[0] in {"argparse", "typer"}]
+
+
+BARE = """
+import sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+
+class Bare:  # finds what Python's own finder does, but for what is hidden
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None if name.split(".")[0] in hidden else PathFinder.find_spec(name, path, target)
+
+hidden = set(sys.argv[2:])
+sys.meta_path = [BuiltinImporter, FrozenImporter, Bare]
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+
+import importlib, pkgutil
+import pipeline.families, pipeline.training
+for package in (pipeline.families, pipeline.training):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+
+import tiny
+from pipeline.training.step import Meter, train_step
+current = tiny.fresh(tiny.training())
+train_step(tiny.task(current.net, tiny.training()), current, next(tiny.batches(0)), 8, Meter())
+print("step", current.step)
+"""
+
+
+def test_families_and_training_run_where_only_torch_torchvision_numpy_pydantic_and_yaml_are() -> None:
+    bare = _with_requirements({"torch", "torchvision", "numpy", "pydantic", "pyyaml"})
+    hidden = {
+        module
+        for module, owners in packages_distributions().items()
+        if not bare & {_normal(owner) for owner in owners} and module not in ("pipeline", "jobs", "tuning")
+    }
+    assert {"ray", "mlflow", "safetensors", "torchmetrics", "typer", "psutil"} <= hidden
+    done = subprocess.run([sys.executable, "-c", BARE, ROOT, *hidden], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "step 1\n", done.stderr
+
+
+def _with_requirements(names: set[str]) -> set[str]:
+    """Distributions and all that they need here, by normal name."""
+    found: set[str] = set()
+    due = set(names)
+    while due:
+        found.add(name := due.pop())
+        needs = map(Requirement, distribution(name).requires or ())
+        due |= {_normal(need.name) for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})}
+        due -= found
+    return found
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")

@@ -1,0 +1,302 @@
+"""The registry: a version is made once, loads anywhere without a pickle, and is refused where it was tampered with."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mlflow_here import database, finish, run_folder, server, tracking_events
+from PIL import Image
+
+from jobs.cli import main
+from pipeline import config as configs
+from pipeline import family as families
+from pipeline import registry
+from pipeline.errors import CheckpointError, ConfigError, DataError, ResourceError
+from pipeline.family import Report
+from pipeline.registry import finding, publishing
+from pipeline.tracking import Shipper, TrackingConfig, connect, sync
+from pipeline.training import checkpoint
+
+SECTION = {"name": "convnet_aig", "depth": 14}
+CLASSES = ["cat", "dog", "emu"]
+REPORTS = [Report("native", 10, 0.9, None, 0.01, 3e7, 4e7, 1.0), Report("other", 10, 0.8, None, 0.01, 1e7, 2e7, 0.5)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with a checkpoint whose moving average differs from its net."""
+    run_dir, recipe = run_folder(tmp_path_factory.mktemp("trained") / "runs" / "aig")
+    recipe |= {"family": SECTION, "data": {"root": "/nowhere", "side_px": 32, "eval_resize_px": 32}}
+    (run_dir / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe}))
+    family = families.find(SECTION["name"])
+    torch.manual_seed(1)
+    nets = [family.build(configs.validate(family.config, SECTION, "test"), len(CLASSES)) for _ in range(2)]
+    meta = {"step": 7, "recipe": recipe, "fingerprint": {"seed": 1, "data.identity": "abc"}, "classes": CLASSES}
+    mapping = {"net": nets[0].state_dict(), "ema": nets[1].state_dict(), "step": 7}
+    checkpoint.write(run_dir / "checkpoints" / "step-00000007", mapping, {**meta, "metrics": {}})
+    (run_dir / publishing.FINAL).mkdir(parents=True)
+    (run_dir / publishing.FINAL / "reports.json").write_text(json.dumps([dataclasses.asdict(r) for r in REPORTS]))
+    finish(run_dir, best="step-00000007")
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run, with an empty registry beside it."""
+    shutil.copytree(trained, tmp_path / "runs" / "aig")
+    shutil.copyfile(database().path, tmp_path / "runs" / "mlflow.db")
+    return tmp_path / "runs" / "aig"
+
+
+def jpeg(colour: tuple[int, int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 32), colour).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+IMAGES = [jpeg((250, 20, 20)), jpeg((10, 240, 90)), jpeg((0, 0, 0))]
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(each) for each in arguments])
+    return int(ended.value.code or 0)
+
+
+# --- the folder
+
+
+def test_a_model_folder_holds_the_moving_average_and_answers_alike(trained: Path, tmp_path: Path) -> None:
+    source = trained / "checkpoints" / "step-00000007"
+    folder = registry.write_model_folder(source, REPORTS, tmp_path / "model")
+    assert (folder / "net.safetensors").read_bytes() == (source / "ema.safetensors").read_bytes()
+    before = torch.get_rng_state()
+    model = registry.load_model(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not model.net.training and model.classes == tuple(CLASSES) and model.data_config.side_px == 32
+    answers = registry.predict(model, IMAGES, batch_size=2)
+    again = registry.predict(registry.load_model(source), IMAGES)
+    assert answers.probabilities.shape == (3, 3) and answers.probabilities.sum(1) == pytest.approx(1)
+    assert np.allclose(answers.probabilities, again.probabilities, atol=1e-6)
+    assert (answers.macs > 0).all() and model.card["step"] == 7 and model.card["data"] == "abc"
+    net, family, config, _ = checkpoint.load_net(source)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.net.state_dict().values(), net.state_dict().values(), strict=True)
+    )
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
+    assert family.policies(config, net)[0].name == model.policies[0].name
+
+
+def test_weights_that_were_exchanged_are_refused(trained: Path, tmp_path: Path) -> None:
+    source = trained / "checkpoints" / "step-00000007"
+    folder = registry.write_model_folder(source, REPORTS, tmp_path / "model")
+    shutil.copyfile(source / "net.safetensors", folder / "net.safetensors")  # whole, of equal size, another net's
+    with pytest.raises(CheckpointError, match=r"net\.safetensors: not the weights"):
+        registry.load_model(folder)
+    (folder / "net.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="damaged or exchanged"):
+        registry.load_model(folder)
+    (folder / "card.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"card\.json"):
+        registry.load_model(folder)
+    with pytest.raises(ResourceError, match="cannot be written"):
+        registry.write_model_folder(source, REPORTS, trained)
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    with open(broken / "ema.safetensors", "rb+") as file:
+        file.truncate(1000)
+    with pytest.raises(CheckpointError, match="has 1000 bytes"):
+        registry.write_model_folder(broken, REPORTS, tmp_path / "other")
+    assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_what_cannot_be_decoded_is_named_by_position(trained: Path) -> None:
+    model = registry.load_model(trained / "checkpoints" / "step-00000007")
+    with pytest.raises(DataError, match="image 1"):
+        registry.predict(model, [IMAGES[0], IMAGES[0][:300], IMAGES[1]])
+    with pytest.raises(DataError, match="from position 2 on"):
+        registry.predict(model, [*IMAGES[:2], b"no image"], batch_size=2)
+    with pytest.raises(ConfigError, match="no such policy"):
+        registry.predict(model, IMAGES, "warp")
+
+
+# --- versions
+
+FRESH_PROCESS = """
+import base64, sys
+import mlflow, pandas
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/aig@candidate")
+images = [base64.b64decode(text) for text in sys.argv[2:]]
+table = model.predict(pandas.DataFrame({"image": images}))
+same = [model.predict(images), model.predict(sys.argv[2:]), model.predict(images, params={"top_k": 1})]
+assert [each.label.tolist() for each in same] == [table.label.tolist()] * 3
+assert [len(row) for row in same[2].probabilities] == [1] * len(images)
+from mlflow.pyfunc import scoring_server
+import json
+def ask(body):
+    try:
+        schema = model.metadata.get_input_schema()
+        answer = scoring_server.invocations(json.dumps(body), "application/json", model, schema)
+        return [row["label"] for row in json.loads(answer.response)["predictions"]]
+    except mlflow.MlflowException as error:
+        return error.get_http_status_code(), str(error)
+for body in ({"inputs": sys.argv[2:]}, {"dataframe_records": [{"image": text} for text in sys.argv[2:]]}):
+    assert ask(body) == table.label.tolist(), ask(body)
+for body, said in (
+    ({"inputs": ["%%%"]}, "image 0"),
+    ({"inputs": sys.argv[2:], "params": {"policy": "warp"}}, "no such policy"),
+    ({"pictures": sys.argv[2:]}, "'inputs'"),
+):
+    code, message = ask(body)
+    assert code == 400 and said in message, (code, message)
+import pipeline
+print(table.to_json(orient="records"))
+print(pipeline.__file__)
+"""
+
+
+def test_a_version_answers_in_a_process_of_its_own(run_dir: Path, tmp_path: Path) -> None:
+    uri = f"sqlite:///{run_dir.parent}/mlflow.db"
+    run_id = sync(run_dir).run_id
+    version = registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri)
+    assert version is not None and version.version == 1
+    encoded = [base64.b64encode(image).decode() for image in IMAGES]
+    words = [sys.executable, "-c", FRESH_PROCESS, uri, *encoded]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    table, code = done.stdout.splitlines()[-2:]
+    model = registry.load_model(run_dir / "checkpoints" / "step-00000007")
+    answers = registry.predict(model, IMAGES)
+    for row, probabilities, macs in zip(json.loads(table), answers.probabilities, answers.macs, strict=True):
+        assert row["label"] == CLASSES[probabilities.argmax()] and row["macs"] == macs
+        assert row["probabilities"] == pytest.approx(sorted(probabilities.tolist(), reverse=True), abs=1e-5)
+    assert code.startswith(str(tmp_path))  # the code that came with the version, not what is installed
+    place = registry.resolve("models:/aig@candidate", uri)
+    assert not [path for path in place.parents[1].rglob("*") if path.suffix in (".pkl", ".pt")]
+    assert registry.load_model(place).card["weights"]["sha256"] == version.tags["adaptnet.weights_sha256"]
+
+
+def test_publishing_twice_or_after_a_death_makes_one_version(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"sqlite:///{run_dir.parent}/mlflow.db"
+    run_id = sync(run_dir).run_id
+    client = connect(uri)
+    died = 0
+    while True:  # dies before its n-th call, for n = 1, 2, ...
+        monkeypatch.setattr(finding, "connect", lambda uri, n=died + 1: Mortal(client, n))
+        try:
+            version = registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri)
+            break
+        except MemoryError:
+            died += 1
+    monkeypatch.undo()
+    assert version is not None and died >= 5
+    assert registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri) == version
+    assert [(v.version, v.aliases) for v in registry.versions(uri)] == [(1, ("candidate",))]
+    other = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
+    newer = registry.publish_run(run_dir, "aig", run_id=other, uri=uri)
+    assert newer is not None and newer.version == 2
+    registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri)
+    assert registry.lookup("models:/aig@candidate", uri).version == 2  # an old run published again takes nothing
+
+
+class Mortal:
+    """A client whose n-th call is the process's last."""
+
+    def __init__(self, client: Any, n: int) -> None:
+        self._client, self._left = client, n
+
+    def __getattr__(self, name: str) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            raise MemoryError
+        return getattr(self._client, name)
+
+
+def test_a_server_s_version_is_fetched_once_and_checked(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "aig")
+    uri, name = server().uri, tmp_path.name
+    config = TrackingConfig(uri=uri, register=name)
+    recipe = configs.merge(
+        configs.read_mapping(trained / "config.yaml")["recipe"], {"tracking": configs.as_mapping(config)}
+    )
+    (tmp_path / "aig" / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe}))
+    with Shipper(tmp_path / "aig", config, recipe) as shipper:
+        version = registry.conclude(tmp_path / "aig", config, shipper)
+    assert version is not None and version.run_id == shipper.run_id
+    folder = registry.resolve(f"models:/{name}@candidate", uri, cache=tmp_path / "cache")
+    assert folder.is_relative_to(tmp_path / "cache") and registry.describe(folder).step == 7
+    stamp = (folder / "net.safetensors").stat().st_mtime_ns
+    assert registry.resolve(version.reference, uri, cache=tmp_path / "cache") == folder
+    assert (folder / "net.safetensors").stat().st_mtime_ns == stamp
+    tampered = folder / "net.safetensors"
+    tampered.write_bytes(tampered.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(CheckpointError, match="damaged or exchanged"):
+        registry.load_model(registry.resolve(version.reference, uri, cache=tmp_path / "cache"))
+
+
+def test_a_server_that_is_away_at_the_end_is_registered_with_later(run_dir: Path) -> None:
+    recipe = configs.read_mapping(run_dir / "config.yaml")["recipe"]
+    config = TrackingConfig(uri="http://127.0.0.1:9", register="aig", patience_s=1)
+    recipe["tracking"] = configs.as_mapping(config)
+    (run_dir / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe}))
+    with Shipper(run_dir, config, recipe) as shipper:
+        assert registry.conclude(run_dir, config, shipper) is None
+    assert "tracking-away" in tracking_events(run_dir)
+    assert "not-registered" in (run_dir / "journal" / "driver.jsonl").read_text()
+    uri = f"sqlite:///{run_dir.parent}/mlflow.db"
+    assert run("runs", "sync", run_dir, "--uri", uri) == 0
+    assert [v.reference for v in registry.versions(uri)] == ["models:/aig/1"]
+    assert run("runs", "sync", run_dir, "--uri", uri) == 0
+    assert len(registry.versions(uri)) == 1
+
+
+# --- looking up
+
+
+def test_names_resolve_to_folders_and_unknown_ones_list_what_there_is(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"sqlite:///{run_dir.parent}/mlflow.db"
+    registry.publish_run(run_dir, "aig", run_id=sync(run_dir).run_id, uri=uri)
+    best = run_dir / "checkpoints" / "step-00000007"
+    assert registry.resolve(str(run_dir)) == registry.resolve(str(best)) == best
+    for reference in ("models:/aig@candidate", "models:/aig/1", "models:/aig/latest"):
+        assert registry.describe(registry.resolve(reference, uri)).classes == tuple(CLASSES)
+    for reference, said in (
+        ("models:/other@candidate", "no model of that name; there are: aig"),
+        ("models:/aig@champion", "aig has: 1 @candidate"),
+        ("models:/aig/2", "aig has: 1 @candidate"),
+        ("models:/aig", "write models:/NAME@ALIAS"),
+        (str(run_dir.parent), "no run folder"),
+        ("nowhere", "no such folder"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            registry.resolve(reference, uri)
+    with pytest.raises(ConfigError, match="no registry here yet"):
+        registry.versions(f"sqlite:///{run_dir}/none.db")
+    assert not (run_dir / "none.db").exists()
+    shutil.rmtree(run_dir / "checkpoints")
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        registry.resolve(str(run_dir))
+    assert run("models", "list", "--uri", uri) == 0
+    assert f"models:/aig/1  candidate  {SECTION['name']}     7  native    90.00  30.000" in capsys.readouterr().out
+    assert run("models", "show", "models:/aig@candidate", "--uri", uri) == 0
+    said = capsys.readouterr().out
+    assert "family" in said and SECTION["name"] in said and "other" in said and "80.00" in said
+    assert run("runs", "list", run_dir.parent) == 0
+    assert "FINISHED" in capsys.readouterr().out
+    assert run("models", "show", "models:/aig@champion", "--uri", uri) == 2
+    assert run("runs", "sync", run_dir.parent) == 2
+    assert "no run folder" in capsys.readouterr().err

@@ -1,0 +1,234 @@
+"""Laws of the sample stream: every position once, the same for every world size, and torchvision's distributions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from pipeline.data.config import AugmentConfig, DataConfig
+from pipeline.data.index import ImageIndex, synthetic
+from pipeline.data.stream import BatchPlan, Ints, Lanes, Purpose, Stream, crops, flips, permutation, philox
+from pipeline.errors import ConfigError
+
+IMAGES = 1009  # a prime: no batch and no number of lanes divides it
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> ImageIndex:
+    """As packed into 12 shards, with heights and widths of 250 to 600."""
+    index = synthetic(IMAGES, 10, tmp_path_factory.mktemp("index"))
+    replaced = ImageIndex(index.folder, index.root, index.rows)
+    replaced.__dict__["shard"] = (np.arange(IMAGES) * 12 // IMAGES).astype(np.int32)
+    return replaced
+
+
+def stream(index: ImageIndex, shuffle: str = "full", batch_size: int = 48, seed: int = 3, **data: Any) -> Stream:
+    config = DataConfig(root=Path("nowhere"), shuffle=shuffle, **{"lanes": 8, "window": 16} | data)
+    return Stream(index, config, seed=seed, batch_size=batch_size)
+
+
+def merged(plans: list[BatchPlan]) -> dict[str, np.ndarray]:
+    """The arrays of several ranks' plans, in the order of their positions."""
+    order = np.argsort(np.concatenate([plan.positions for plan in plans]))
+    names = ("positions", "rows", "epochs", "windows", "flips")
+    return {name: np.concatenate([getattr(plan, name) for plan in plans])[order] for name in names}
+
+
+def test_philox_is_numpys() -> None:
+    words = np.random.default_rng(0).integers(0, 2**64, (50, 6), dtype=np.uint64)
+    words[:, 0] |= np.uint64(1)  # numpy counts up before it draws: stay clear of the carry
+    ours = np.stack(philox(words[:, :4].T, words[:, 4:].T), axis=-1)
+    before = words[:, :4] - np.array([1, 0, 0, 0], dtype=np.uint64)
+    theirs = [np.random.Philox(counter=c, key=k).random_raw(4) for c, k in zip(before, words[:, 4:], strict=True)]
+    assert np.array_equal(ours, np.stack(theirs))
+
+
+def test_a_permutation_is_the_same_on_every_machine_and_in_every_version() -> None:
+    assert permutation(10, 1, 0, Purpose.ORDER).tolist() == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4]
+    windows = crops(AugmentConfig(), 8, 7, np.arange(3), np.arange(3), np.full(3, 300), np.full(3, 400))
+    assert windows.tolist() == [[142, 86, 148, 163], [109, 17, 102, 114], [59, 131, 184, 178]]
+
+
+def test_permutations_differ_by_seed_epoch_and_purpose_and_groups_stay_in_their_place() -> None:
+    drawn = [permutation(500, *key) for key in ((1, 0, Purpose.ORDER), (2, 0, Purpose.ORDER), (1, 1, Purpose.ORDER))]
+    drawn.append(permutation(500, 1, 0, Purpose.SHARDS))
+    assert all(np.array_equal(np.sort(each), np.arange(500)) for each in drawn)
+    assert len({each.tobytes() for each in drawn}) == len(drawn)
+    group = np.arange(500) // 7
+    assert np.array_equal(permutation(500, 1, 0, Purpose.ORDER, group) // 7, group)
+
+
+@pytest.mark.parametrize("shuffle", ["full", "block"])
+@pytest.mark.parametrize("batch_size", [48, 10, 2000])
+def test_every_image_is_seen_once_an_epoch_and_batches_are_the_same_for_every_world(
+    index: ImageIndex, shuffle: str, batch_size: int
+) -> None:
+    steps = range(max(3, 2 * IMAGES // batch_size))
+    alone = [merged([stream(index, shuffle, batch_size).plan(step, 0, 1)]) for step in steps]
+    for world in (2, 3, 4):
+        ranks = [stream(index, shuffle, batch_size) for _ in range(world)]
+        for step in steps:
+            shared = merged([each.plan(step, rank, world) for rank, each in enumerate(ranks)])
+            assert all(np.array_equal(shared[name], alone[step][name]) for name in shared)
+    rows = np.concatenate([batch["rows"] for batch in alone])
+    assert np.array_equal(np.concatenate([batch["positions"] for batch in alone]), np.arange(len(rows)))
+    for epoch in range(len(rows) // IMAGES):
+        assert np.array_equal(np.sort(rows[epoch * IMAGES : (epoch + 1) * IMAGES]), np.arange(IMAGES))
+
+
+@pytest.mark.parametrize("shuffle", ["full", "block"])
+def test_a_plan_asked_for_alone_is_that_of_the_walk(index: ImageIndex, shuffle: str) -> None:
+    walk = stream(index, shuffle)
+    plans = [walk.plan(step, 1, 2) for step in range(70)]
+    for step in (69, 21, 0, 42):
+        alone = vars(stream(index, shuffle).plan(step, 1, 2))
+        assert all(np.array_equal(alone[name], value) for name, value in vars(plans[step]).items())
+
+
+def test_each_sample_is_drawn_by_its_own_epoch_and_the_side_by_that_of_the_first(index: ImageIndex) -> None:
+    whole = stream(index, side_px=32, side_schedule=((1, 64),))
+    step = IMAGES // 48
+    plan = whole.plan(step, 0, 1)
+    assert set(plan.epochs) == {0, 1} and (plan.epoch, plan.side_px, whole.epoch_of(step)) == (0, 32, 0)
+    assert whole.plan(step + 1, 0, 1).side_px == 64
+    for epoch in (0, 1):
+        here = plan.epochs == epoch
+        again = whole.windows(plan.epochs[here], plan.rows[here], plan.rows[here], plan.side_px)
+        assert np.array_equal(again, plan.windows[here])
+    other = whole.windows(1 - plan.epochs, plan.rows, plan.rows, plan.side_px)
+    assert (other != plan.windows).any(axis=1).mean() > 0.9
+
+
+# --- block shuffle
+
+
+def test_ranks_share_a_batch_evenly_and_none_is_without(index: ImageIndex) -> None:
+    for world, batch_size, lanes in ((4, 48, 8), (4, 10, 64), (3, 16, 64), (8, 8, 8), (2, 1500, 64)):
+        shares = np.array(
+            [
+                [len(each.plan(step, rank, world).rows) for step in range(60)]
+                for rank in range(world)
+                for each in [stream(index, "block", batch_size, lanes=lanes)]
+            ]
+        )
+        assert (shares.sum(axis=0) == batch_size).all()
+        assert shares.min() >= 1 and shares.max() <= -(-batch_size // world) + 2
+        bounds = [stream(index, "block", batch_size, lanes=lanes).most_rows(rank, world) for rank in range(world)]
+        assert (shares.max(axis=1) <= bounds).all()
+        if batch_size % lanes == 0:
+            assert (shares == batch_size // world).all()
+
+
+def test_a_shard_is_read_by_one_rank_but_where_a_share_ends_within_it(index: ImageIndex) -> None:
+    each = stream(index, "block", batch_size=40)
+    steps = range(IMAGES // 40)
+    readers: dict[int, set[int]] = {}
+    for rank in range(4):
+        for step in steps:
+            for shard in index.shard[each.plan(step, rank, 4).rows]:
+                readers.setdefault(int(shard), set()).add(rank)
+    assert len(readers) == 12 and sum(map(len, readers.values())) <= 12 + 3
+
+
+def test_a_lane_shuffles_within_its_window_and_fetches_the_image_stored_a_window_further_on(index: ImageIndex) -> None:
+    each = stream(index, "block", batch_size=8)  # a step is one image of each lane
+    lanes = each.lanes
+    assert lanes is not None
+    stored: list[list[int]] = [[] for _ in range(lanes.count)]
+    for order in (each.order(epoch) for epoch in range(3)):
+        assert order.stored is not None and order.starts is not None
+        for lane, walk in enumerate(stored):
+            walk += order.stored[order.starts[lane] : order.starts[lane + 1]].tolist()
+    read: list[list[int]] = [[] for _ in range(lanes.count)]
+    for step in range(2 * IMAGES // 8):
+        plan = each.plan(step, 0, 1)
+        assert sorted(each.ahead(plan)) == sorted(walk[step + 16] for walk in stored)
+        for lane, row in zip(lanes.at(plan.positions), plan.rows, strict=True):
+            read[lane].append(int(row))
+    for lane in range(lanes.count):
+        for at in range(0, IMAGES // 8 - 16, 16):
+            window = read[lane][at : at + 16]
+            assert sorted(window) == sorted(stored[lane][at : at + 16]) and window != stored[lane][at : at + 16]
+
+
+def test_more_workers_than_lanes_are_refused_with_the_way_out(index: ImageIndex) -> None:
+    with pytest.raises(ConfigError, match=r"data.lanes: 8 lanes .* for 9 workers.*data.shuffle=full"):
+        stream(index, "block").most_rows(0, 9)
+
+
+def test_loose_files_are_walked_in_runs(tmp_path: Path) -> None:
+    lanes = Lanes(np.array([0, 64, 128, 150]), 1, 10, seed=0)
+    order = lanes.order(0)
+    assert order.stored is not None
+    assert np.array_equal(np.sort(order.rows), np.arange(150))
+    assert (np.diff(order.stored) != 1).sum() <= 2
+
+
+# --- windows and flips
+
+
+def draws(augment: AugmentConfig, height: int, width: int, count: int = 20_000, side_px: int = 224) -> Ints:
+    rows = np.arange(count)
+    sizes = np.full(count, height), np.full(count, width)
+    return crops(augment, side_px, 5, np.full(count, 2), rows, *sizes).astype(np.int64)
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (60, 400)])
+def test_random_resized_windows_are_distributed_as_torchvisions(height: int, width: int) -> None:
+    augment = AugmentConfig()
+    ours = draws(augment, height, width)
+    transform = v2.RandomResizedCrop(224, scale=augment.scale, ratio=augment.ratio)
+    torch.manual_seed(0)
+    picture = torch.empty(3, height, width)
+    params = [transform.make_params([picture]) for _ in range(8000)]
+    theirs = np.array([[each[name] for name in ("top", "left", "height", "width")] for each in params])
+    assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
+    assert (ours[:, :2] + ours[:, 2:] <= [height, width]).all()
+    for quantity in (lambda w: w[:, 0], lambda w: w[:, 1], lambda w: w[:, 2] * w[:, 3], lambda w: w[:, 3] / w[:, 2]):
+        assert kolmogorov_smirnov(quantity(ours), quantity(theirs)) < 0.03
+
+
+def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
+    values = np.union1d(a, b)
+    below = [np.searchsorted(np.sort(each), values, side="right") / len(each) for each in (a, b)]
+    return float(np.abs(below[0] - below[1]).max())
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (20, 40), (300, 400)])
+def test_where_no_window_fits_the_middle_is_taken_as_torchvision_does(height: int, width: int) -> None:
+    augment = AugmentConfig(scale=(1.0, 1.0), ratio=(0.76, 1.34))  # as large as the image: hardly a ratio fits
+    transform = v2.RandomResizedCrop(224, scale=augment.scale, ratio=augment.ratio)
+    params = [transform.make_params([torch.empty(3, height, width)]) for _ in range(20)]
+    theirs = Counter(tuple(each[name] for name in ("top", "left", "height", "width")) for each in params)
+    ours = Counter(map(tuple, draws(augment, height, width, 50).tolist()))
+    assert ours.most_common(1)[0][0] == theirs.most_common(1)[0][0]
+
+
+def test_random_pad_takes_every_place_alike_and_none_the_middle() -> None:
+    windows = draws(AugmentConfig(crop="random-pad", pad_px=4), 32, 32, side_px=32)
+    assert (windows[:, 2:] == 32).all()
+    for axis in (0, 1):
+        places, counts = np.unique(windows[:, axis], return_counts=True)
+        assert places.tolist() == list(range(-4, 5)) and np.abs(counts / len(windows) - 1 / 9).max() < 0.01
+    assert draws(AugmentConfig(crop="random-pad", pad_px=1), 4, 9, 3, side_px=8)[:, 0].tolist() == [-2] * 3
+    assert draws(AugmentConfig(crop="none"), 300, 500, 2).tolist() == [[0, 100, 300, 300]] * 2
+
+
+def test_an_image_without_a_size_gets_an_empty_window() -> None:
+    for crop in ("random-resized", "random-pad", "none"):
+        assert draws(AugmentConfig(crop=crop), 0, 0, 4).tolist() == [[0, 0, 0, 0]] * 4
+
+
+def test_flips_come_as_often_as_asked_and_differ_by_epoch() -> None:
+    rows = np.arange(20_000)
+    drawn = [flips(AugmentConfig(flip=share), 1, np.full(20_000, epoch), rows) for share, epoch in ((0.3, 0), (0.3, 1))]
+    assert abs(drawn[0].mean() - 0.3) < 0.02 and abs((drawn[0] != drawn[1]).mean() - 0.42) < 0.02
+    assert (
+        not flips(AugmentConfig(flip=0.0), 1, rows, rows).any() and flips(AugmentConfig(flip=1.0), 1, rows, rows).all()
+    )

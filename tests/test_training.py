@@ -1,0 +1,208 @@
+"""Laws of the training loop, on a net small enough to reason about."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from pipeline import ranks
+from pipeline.errors import ConfigError, ContractError, DivergedError
+from pipeline.family import Params
+from pipeline.training import checkpoint, optim, state
+from pipeline.training.config import ScheduleConfig
+from pipeline.training.loop import train
+from pipeline.training.step import Meter, num_micros, smooth, train_step
+
+
+def test_schedules_are_closed_forms_of_the_epoch() -> None:
+    cosine = ScheduleConfig(warmup_epochs=5, final_lr=0.1)
+    assert optim.lr_factor(cosine, 2.5, 90) == 0.5
+    assert optim.lr_factor(cosine, 5, 90) == 1.0
+    assert optim.lr_factor(cosine, 47.5, 90) == pytest.approx(0.55)
+    assert optim.lr_factor(cosine, 90, 90) == pytest.approx(0.1)
+    steps = ScheduleConfig(kind="steps", milestones=(150, 250))
+    assert [optim.lr_factor(steps, e, 350) for e in (0, 149.9, 150, 250)] == pytest.approx([1, 1, 0.1, 0.01])
+
+
+def test_micro_batches_of_any_number_give_the_step_of_the_whole_batch() -> None:
+    found = []
+    for parts in (1, 2, 3):
+        current = tiny.fresh(tiny.training())
+        source = tiny.batches(0, parts)
+        for _ in range(4):
+            train_step(tiny.task(current.net, tiny.training()), current, next(source), 8, Meter())
+        found.append(tiny.tensors(current))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+
+
+def _two_ranks(rank: int, port: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    current = tiny.fresh(tiny.training())
+    task = tiny.task(current.net, tiny.training())
+    rows = slice(0, 3) if rank == 0 else slice(3, 8)  # unequal shares
+    source = tiny.batches(0, 1, rows)
+    meter = Meter()
+    for _ in range(4):
+        train_step(task, current, next(source), 8, meter)
+    means = meter.flush()
+    if rank == 0:
+        torch.save((tiny.tensors(current), means), f"{folder}/two.pt")
+    try:
+        bad = tiny.Recorder(Path(folder) / f"saves{rank}")
+        source = tiny.batches(current.step, 1, rows)
+
+        def poisoned():
+            for number, micros in enumerate(source):
+                if rank == 1 and number == 3:
+                    micros[0].images[0] = math.nan
+                yield micros
+
+        train(task, current, poisoned(), tiny.plan(100), bad)
+    except DivergedError as error:
+        torch.save((error.step, str(error)), f"{folder}/diverged{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_with_unequal_shares_equal_one_and_meet_a_divergence_together(tmp_path: Path) -> None:
+    mp.spawn(_two_ranks, args=(_free_port(), str(tmp_path)), nprocs=2)
+    theirs, their_means = torch.load(tmp_path / "two.pt")
+    current, meter = tiny.fresh(tiny.training()), Meter()
+    source = tiny.batches(0)
+    for _ in range(4):
+        train_step(tiny.task(current.net, tiny.training()), current, next(source), 8, meter)
+    for name, value in tiny.tensors(current).items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-5, atol=1e-6)
+    assert their_means == pytest.approx(meter.flush(), abs=1e-6)
+    for rank in (0, 1):
+        step, message = torch.load(tmp_path / f"diverged{rank}.pt")
+        assert step == 7
+        assert "step 7, rank 1" in message
+        assert "learning rate" in message
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_resumed_equals_uninterrupted_bitwise(tmp_path: Path, kind: str) -> None:
+    settings = tiny.training(
+        optimizer=optim.OptimizerConfig(kind=kind, lr=0.01), ema_decay=0.9, clip_norm=1.0, label_smoothing=0.1
+    )
+    noisy = tiny.TinyConfig(dropout=0.3)
+    whole = tiny.fresh(settings, noisy)
+    assert train(tiny.task(whole.net, settings, noisy), whole, tiny.batches(0), tiny.plan(12), tiny.Recorder(tmp_path))
+
+    again = tiny.fresh(settings, noisy)
+    torch.manual_seed(99)
+    state.restore(again, checkpoint.read(tmp_path / "step-00000005"))
+    assert again.step == 5
+    recorder = tiny.Recorder(tmp_path / "again")
+    train(tiny.task(again.net, settings, noisy), again, tiny.batches(5), tiny.plan(12), recorder)
+    theirs = tiny.tensors(again)
+    for name, value in tiny.tensors(whole).items():
+        assert torch.equal(theirs[name], value), name
+    assert recorder.saved == [10, 12]
+
+
+def test_stopping_saves_at_that_step_and_goes_on_from_it(tmp_path: Path) -> None:
+    current = tiny.fresh(tiny.training())
+    recorder = tiny.Recorder(tmp_path, stop_at=1)
+    finished = train(tiny.task(current.net, tiny.training()), current, tiny.batches(0), tiny.plan(12), recorder)
+    assert not finished
+    assert recorder.storage.names() == [checkpoint.name_of(current.step)]
+
+
+def test_events_in_epochs_fall_on_the_first_step_at_or_past_the_border(tmp_path: Path) -> None:
+    current = tiny.fresh(tiny.training())
+    recorder = tiny.Recorder(tmp_path)
+    every = tiny.plan(13, evaluate_every="0.5 epochs", log_every="100 steps", save_every="100 steps")
+    train(tiny.task(current.net, tiny.training()), current, tiny.batches(0), every, recorder)
+    assert recorder.evaluated == [3, 5, 8, 10, 13]  # half an epoch is 2.5 steps
+    assert list(recorder.logged) == [13]
+
+
+def test_times_are_shares_that_add_up(tmp_path: Path) -> None:
+    current = tiny.fresh(tiny.training())
+    recorder = tiny.Recorder(tmp_path)
+    train(tiny.task(current.net, tiny.training()), current, tiny.batches(0), tiny.plan(6), recorder)
+    for values in recorder.logged.values():
+        shares = [value for key, value in values.items() if key.endswith("_share")]
+        assert len(shares) == 4
+        assert sum(shares) == pytest.approx(1)
+
+
+def test_divergence_names_step_rate_and_last_good_checkpoint_and_saves_nothing_after_it(tmp_path: Path) -> None:
+    current = tiny.fresh(tiny.training())
+    recorder = tiny.Recorder(tmp_path)
+
+    def poisoned():
+        for step, micros in enumerate(tiny.batches(0)):
+            if step == 8:
+                micros[0].images[0] = math.inf
+            yield micros
+
+    with pytest.raises(DivergedError, match=r"step 8, rank 0.*learning rate.*step-00000005") as caught:
+        train(tiny.task(current.net, tiny.training()), current, poisoned(), tiny.plan(20), recorder)
+    assert (caught.value.step, caught.value.checkpoint) == (8, "step-00000005")
+    assert recorder.storage.names() == ["step-00000005"]
+
+
+def test_norms_and_biases_are_spared_decay_only_where_asked() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    groups = {"main": [Params(list(net.parameters()))]}
+    for spared in (False, True):
+        built = optim.build(groups, net, tiny.training(decay_norms_and_biases=not spared))["main"]
+        bare = sum(len(g["params"]) for g in built.param_groups if g["weight_decay"] == 0)
+        assert bare == (4 if spared else 0)
+
+
+def test_groups_that_are_no_partition_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(ContractError, match=r"missing: 1\.weight, 1\.bias"):
+        optim.build({"main": [Params(list(net[0].parameters()))]}, net, tiny.training())
+
+
+def test_the_moving_average_follows_and_forgets_the_start() -> None:
+    net, ema = nn.Linear(2, 2), nn.Linear(2, 2)
+    state.update_ema(ema, net, 0.999, 0)
+    assert torch.allclose(ema.weight, net.weight, atol=0.2)
+    before = ema.weight.clone()
+    state.update_ema(ema, net, 0.999, 10**6)
+    torch.testing.assert_close(ema.weight, before + 0.001 * (net.weight - before))
+
+
+def test_smoothing_spreads_mass_evenly() -> None:
+    soft = smooth(torch.tensor([1]), 4, 0.2)
+    torch.testing.assert_close(soft, torch.tensor([[0.05, 0.85, 0.05, 0.05]]))
+
+
+def test_micro_batches_fill_the_cap_and_impossible_ones_are_refused() -> None:
+    assert num_micros(256, 2, 64) == 2
+    assert num_micros(256, 3, 64) == 2
+    assert num_micros(256, 2, None) == 1
+    with pytest.raises(ConfigError, match="is below the 4 workers"):
+        num_micros(3, 4, None)
+    with pytest.raises(ConfigError, match="take a multiple of 2"):
+        num_micros(3, 2, 1)
+
+
+def test_shards_partition_any_length() -> None:
+    for length in (1, 7, 64):
+        for world in (1, 2, 3, 7):
+            covered = [i for rank in range(world) for i in range(length)[ranks.shard(length, rank, world)]]
+            assert covered == list(range(length))

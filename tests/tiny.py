@@ -1,0 +1,155 @@
+"""A family small enough to reason about: a linear net with BatchNorm off, and in-memory batches drawn by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Duration
+from pipeline.family import Family, FamilyConfig, Loss, Params, cross_entropy
+from pipeline.training import state
+from pipeline.training.checkpoint import Checkpointer, LocalStorage
+from pipeline.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from pipeline.training.loop import Plan
+from pipeline.training.state import TrainState
+from pipeline.training.step import Micro, Task, wrap
+
+SIDE, CLASSES, IMAGES = 4, 3, 40
+CPU = torch.device("cpu")
+
+
+class TinyConfig(FamilyConfig):
+    name: Literal["tiny"] = "tiny"
+    dropout: float = 0.0
+
+
+@dataclass
+class Logits:
+    logits: Tensor
+
+
+class Tiny(nn.Module):
+    def __init__(self, dropout: float, num_classes: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(3 * SIDE * SIDE, 8)
+        self.norm = nn.LayerNorm(8)
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Logits:
+        return Logits(self.head(self.drop(self.norm(self.hidden(images.flatten(1))).relu())))
+
+
+FAMILY = Family(
+    config=TinyConfig,
+    build=lambda config, num_classes: Tiny(config.dropout, num_classes),
+    loss=lambda config, output, targets: Loss(cross_entropy(output.logits, targets)),
+    groups=lambda config, net: {"main": [Params(list(net.parameters()))]},
+    updates=lambda config, step: ["main"],
+    policies=lambda config, net: [],
+)
+
+
+def fresh(training: TrainingConfig, config: TinyConfig | None = None) -> TrainState:
+    return state.fresh(FAMILY, config or TinyConfig(), training, num_classes=CLASSES, seed=3, device=CPU)
+
+
+def task(net: nn.Module, training: TrainingConfig, config: TinyConfig | None = None) -> Task:
+    forward, remarks = wrap(net, training, CPU)
+    return Task(
+        family=FAMILY,
+        config=config or TinyConfig(),
+        training=training,
+        seed=3,
+        num_classes=CLASSES,
+        device=CPU,
+        epochs_per_step=training.batch_size / IMAGES,
+        forward=forward,
+        remarks=remarks,
+    )
+
+
+def training(**changes: object) -> TrainingConfig:
+    base = {"batch_size": 8, "epochs": 4.0, "optimizer": OptimizerConfig(lr=0.1, nesterov=True)}
+    return TrainingConfig(**{**base, **changes})  # type: ignore[arg-type]
+
+
+def batch(step: int, size: int = 8) -> tuple[Tensor, Tensor]:
+    """The global batch of a step, whoever asks: images [B, 3, S, S] and labels [B]."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(size, 3, SIDE, SIDE, generator=generator)
+    return images, torch.randint(CLASSES, (size,), generator=generator)
+
+
+def batches(start: int, parts: int = 1, rows: slice = slice(None)) -> Iterator[list[Micro]]:
+    step = start
+    while True:
+        images, labels = (tensor[rows] for tensor in batch(step))
+        chunks = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+        yield [Micro(part, truth, truth) for part, truth in chunks]
+        step += 1
+
+
+def plan(total_steps: int, **changes: str) -> Plan:
+    def span(text: str) -> Duration:
+        value, unit = text.split()
+        return Duration(value=float(value), unit=unit)  # type: ignore[arg-type]
+
+    spans = {"log_every": "2 steps", "save_every": "5 steps", "evaluate_every": "1000 steps", **changes}
+    return Plan(
+        total_steps=total_steps,
+        epochs_per_step=8 / IMAGES,
+        batch_size=8,
+        **{name: span(text) for name, text in spans.items()},  # type: ignore[arg-type]
+    )
+
+
+class Recorder:
+    """The loop's events, remembered; saves into a folder. Stops at `stop_at` if that is given."""
+
+    def __init__(self, folder: Path, stop_at: int | None = None) -> None:
+        self.storage = LocalStorage(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.saver = Checkpointer(self.storage, folder, CheckpointConfig(keep_last=100))
+        self.logged: dict[int, dict[str, float]] = {}
+        self.saved: list[int] = []
+        self.evaluated: list[int] = []
+        self.stop_at, self.step = stop_at, 0
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.logged[step] = dict(values)
+
+    def evaluate(self, current: TrainState) -> None:
+        self.evaluated.append(current.step)
+
+    def save(self, current: TrainState, *, wait: bool) -> None:
+        self.saved.append(current.step)
+        self.saver.save(current, meta(current.step), {"bad": {}}, wait=wait)
+
+    def last_good(self) -> str | None:
+        self.saver.wait()
+        names = self.storage.names()
+        return names[-1] if names else None
+
+    def wants_to_stop(self) -> bool:
+        return self.stop_at is not None
+
+
+def meta(step: int, **metrics: float) -> dict[str, object]:
+    return {"step": step, "fingerprint": {}, "recipe": {}, "classes": [], "metrics": metrics, "best_key": "top1"}
+
+
+def tensors(current: TrainState) -> dict[str, Tensor]:
+    """Every tensor of a state by name, optimizers' included."""
+    found = {f"net.{name}": value for name, value in current.net.state_dict().items()}
+    for name, optimizer in current.optimizers.items():
+        for key, slots in optimizer.state_dict()["state"].items():
+            found |= {f"{name}.{key}.{slot}": value for slot, value in slots.items() if isinstance(value, Tensor)}
+    if current.ema is not None:
+        found |= {f"ema.{name}": value for name, value in current.ema.state_dict().items()}
+    return found
