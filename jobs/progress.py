@@ -17,7 +17,7 @@ from pipeline.journal import Tail
 
 LINE_EVERY_S = 5.0
 POLL_S = 0.5
-QUIET = ("checkpoint",)  # events too frequent to print
+QUIET = ("checkpoint", "driver-started", "driver-ended")  # events that say nothing to a person
 
 
 class View:

@@ -75,6 +75,7 @@ class Run:
     run_dir: Path
     stack: ExitStack
     latest: dict[str, float] = field(default_factory=dict)  # newest evaluation metrics
+    bad_written: int = 0  # bad images that bad_images.json names
 
     def __post_init__(self) -> None:
         self.config: RunConfig = run_config.from_mapping(self.order.recipe, "the driver's recipe")
@@ -209,6 +210,9 @@ class Run:
             for remark in remarks:
                 self._event(**remark)
         self.remarks = []
+        if ranks.rank() == 0 and len(self.bad) > self.bad_written:
+            write_json(self.run_dir / "bad_images.json", self.bad.report())
+            self.bad_written = len(self.bad)
         if self.journal is not None:
             self.journal.metrics(at, {**values, "data/bad_images": float(len(self.bad))})
 

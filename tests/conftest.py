@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-for library in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # read when torch and numpy load, here and in workers
-    os.environ.setdefault(library, "2")
+for library in (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+):  # read when torch and numpy load, here and in workers, which share the cores
+    os.environ.setdefault(library, "1")
 
 NEEDS_DATA = "needs real images: set ADAPTNET_DATA to their folder"
 

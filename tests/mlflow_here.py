@@ -90,9 +90,9 @@ def database() -> Database:
     racing = [CONTEXT.Process(target=_first_use, args=(uri, f"e{n}", start, answers)) for n in range(3)]
     for process in racing:
         process.start()
-    made = [answers.get(timeout=120) for _ in racing]
+    made = [answers.get(timeout=400) for _ in racing]
     for process in racing:
-        process.join(30)
+        process.join(120)
     return Database(folder / "deep" / "mlflow.db", made)
 
 
@@ -128,7 +128,7 @@ class Server:
                 words, env=environment, stdout=log, stderr=log, cwd=self._folder, start_new_session=True
             )
         atexit.register(self._end)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not self._answers():
             assert time.monotonic() < deadline, (self._folder / "log").read_text()
             time.sleep(0.1)

@@ -105,7 +105,7 @@ def test_a_uri_works_as_a_folder_does(tmp_path: Path) -> None:
 
 
 def test_an_unknown_scheme_is_refused_with_a_reason(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"checkpoint\.storage \(=nowhere://x\): cannot be opened"):
+    with pytest.raises(ResourceError, match=r"checkpoint\.storage \(=nowhere://x/run\): cannot be opened"):
         checkpoint.open_storage(CheckpointConfig(storage="nowhere://x"), tmp_path / "run")
 
 

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -164,15 +164,11 @@ def test_windows_show_what_torchvision_cuts_from_what_pillow_decodes(folder: Pat
             assert difference.max() <= (1 if name in ("CMYK", "YCCK") else 0), (crop, name)
 
 
-def test_the_side_changes_by_epoch_at_once(folder: Path) -> None:
-    sides, took = {}, []
-    with loader(folder, side_px=24, side_schedule=((1, 32), (2, 48))) as made:
-        for _ in range(11):
-            started = time.monotonic()
-            batch = next(made)
-            took.append(time.monotonic() - started)
-            sides[batch.epoch] = batch.images.shape[1]
-    assert sides == {0: 24, 1: 32, 2: 48} and max(took[1:]) < 1
+def test_the_side_changes_by_epoch_without_a_new_pipeline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, pipeline = [], dali._pipeline
+    monkeypatch.setattr(dali, "_pipeline", lambda *setting: built.append(1) or pipeline(*setting))
+    found = batches(folder, 11, side_px=24, side_schedule=((1, 32), (2, 48)))
+    assert {batch.epoch: batch.images.shape[1] for batch in found} == {0: 24, 1: 32, 2: 48} and len(built) == 1
     (fixed,) = batches(folder, 1, start_step=5, side_px=32)
     (changed,) = batches(folder, 1, start_step=5, side_px=24, side_schedule=((1, 32), (2, 48)))
     assert same(fixed, changed)
@@ -232,26 +228,23 @@ def test_odd_images_come_out_as_the_right_picture() -> None:
         assert np.abs(picture.numpy() - expected).max() <= (1 if name in ("CMYK", "YCCK") else 0), name
 
 
-def undecodable(seed: int = 0) -> bytes:
-    """Whole by its ends, but its Huffman table is none: only decoding shows it."""
-    broken = bytearray(images.jpeg(70, 50, seed))
+def undecodable(encoded: bytes) -> bytes:
+    """A JPEG whole by its ends, but its Huffman table is none: only decoding shows it."""
+    broken = bytearray(encoded)
     broken[broken.find(b"\xff\xc4") + 5] = 200
     return bytes(broken)
 
 
 @pytest.fixture
-def damaged(folder: Path, tmp_path: Path) -> Iterator[tuple[ImageIndex, ImageIndex]]:
-    """(the set, a copy of it with two images damaged after the index was made)."""
+def damaged(folder: Path, tmp_path: Path) -> tuple[ImageIndex, ImageIndex]:
+    """(the set, a copy of it with images 8 and 20 damaged after the index was made)."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     broken = open_index(copy)
-    whole = (copy / broken.file(7)).read_bytes()
-    os.truncate(copy / broken.file(7), len(whole) * 3 // 4)
-    encoded = undecodable()
-    with open(copy / broken.file(20), "r+b") as file:
-        file.write(encoded)
-        file.truncate()
-    yield open_index(folder), broken
+    for row, damage in ((8, lambda encoded: encoded[:-40]), (20, undecodable)):
+        path = copy / broken.file(row)
+        path.write_bytes(damage(path.read_bytes()))
+    return open_index(folder), broken
 
 
 def test_bad_images_are_replaced_by_rule_and_everything_else_stays(damaged: tuple[ImageIndex, ImageIndex]) -> None:
@@ -260,19 +253,18 @@ def test_bad_images_are_replaced_by_rule_and_everything_else_stays(damaged: tupl
     expected = batches(good, 8)
     with loader(broken, on_event=lambda kind, **facts: events.append({"kind": kind, **facts})) as made:
         found = list(islice(made, 8))
-        assert sorted(row for row, _ in made.bad.state()["rows"]) == [7, 20]
+        assert sorted(row for row, _ in made.bad.state()["rows"]) == [8, 20]
     plan = [made.stream.plan(step, 0, 1) for step in range(8)]
     for a, b, planned in zip(expected, found, plan, strict=True):
-        untouched = ~np.isin(planned.rows, [7, 20])
+        untouched = ~np.isin(planned.rows, [8, 20])
         assert torch.equal(a.images[untouched], b.images[untouched]) and torch.equal(a.labels, b.labels)
         assert torch.equal(a.flips, b.flips) and np.array_equal(b.rows[untouched], planned.rows[untouched])
-        assert (b.rows[planned.rows == 7] == 8).all() and (b.rows[planned.rows == 20] == 21).all()
-    assert {(event["kind"], event["file"]) for event in events} == {("bad-image", broken.file(row)) for row in (7, 20)}
+        assert (b.rows[planned.rows == 8] == 9).all() and (b.rows[planned.rows == 20] == 21).all()
+    assert {event["file"]: (event["kind"], event["reason"]) for event in events} == {
+        broken.file(8): ("bad-image", "truncated JPEG (no end marker)"),  # whatever its window shows of it
+        broken.file(20): ("bad-image", "does not decode"),
+    }
     assert len(events) == 2 and all(0 <= event["pause_s"] < 5 for event in events)
-    assert {event["reason"].split(":")[0] for event in events} <= {
-        "truncated JPEG (no end marker)",
-        "does not decode",
-    } | {"truncated PNG (no end chunk)"}
 
 
 def test_a_restart_amid_bad_images_goes_on_bitwise(damaged: tuple[ImageIndex, ImageIndex]) -> None:
@@ -302,6 +294,28 @@ def test_two_ranks_go_on_and_what_one_finds_the_other_replaces_from_then_on(
         assert torch.equal(found["images"], merged([alone[step]])["images"])
     for share in shares:
         share.close()
+
+
+def test_what_another_rank_finds_is_replaced_in_batches_that_were_ready(folder: Path) -> None:
+    with loader(folder) as made:
+        next(made)
+        time.sleep(0.5)  # the next ones are ready
+        row = int(made.stream.plan(1, 0, 1).rows[3])
+        made.bad.add(row, "found by another rank")
+        batch = next(made)
+    assert batch.rows[3] == made.bad.replacement(row) != row
+    bad = BadImages(made.index, 0.2)
+    bad.merge(made.bad.state())
+    assert same(batch, *batches(folder, 1, start_step=1, bad=bad))
+
+
+def test_a_class_without_a_good_image_ends_the_run(tmp_path: Path) -> None:
+    for name, encoded in {"a": images.jpeg(), "b": images.jpeg()[:-40]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "image.jpg").write_bytes(encoded)
+    with pytest.raises(DataError, match="no image of class 'b' can be decoded"):
+        batches(tmp_path, 3, batch_size=2, max_bad_share=1.0)
+    assert not background_threads()
 
 
 def test_a_file_that_is_gone_and_an_image_without_a_size_are_replaced_and_named(folder: Path, tmp_path: Path) -> None:
@@ -371,14 +385,14 @@ def test_every_image_is_evaluated_once_for_any_number_of_ranks(damaged: tuple[Im
     assert sorted(expected) == list(range(37)) and not none
     for world in (1, 2, 3):
         found, unreadable = evaluated(broken, world)
-        assert sorted(found) == [row for row in range(37) if row not in (7, 20)]
-        assert sorted(unreadable) == sorted([broken.file(7), broken.file(20)])
+        assert sorted(found) == [row for row in range(37) if row not in (8, 20)]
+        assert sorted(unreadable) == sorted([broken.file(8), broken.file(20)])
         assert all(torch.equal(found[row], expected[row]) for row in found)
     assert torch.cat([batch.labels for batch in walk(good)]).tolist() == good.label.tolist()
 
 
 @pytest.mark.parametrize("resize", ["torch", "dali"])
-@pytest.mark.parametrize(("side", "resized"), [(32, 40), (33, 33), (48, 40), (64, 64), (31, 50)])
+@pytest.mark.parametrize(("side", "resized"), [(32, 40), (33, 33), (48, 40), (47, 40), (64, 64), (31, 50)])
 def test_evaluation_shows_what_torchvisions_resize_and_centre_crop_show(side: int, resized: int, resize: Any) -> None:
     """The graph that runs on a GPU runs here on CPU: its resize rounds otherwise, its windows must not."""
     encoded = [images.jpeg(width, height) for width, height in ((97, 64), (64, 97), (33, 33), (40, 20), (350, 41))]
@@ -455,7 +469,14 @@ def imagenet(tmp_path: Path) -> ImageIndex:
 
 def test_decode_names_the_positions_that_cannot_be_decoded() -> None:
     config = DataConfig(root=Path("nowhere"), side_px=32)
-    encoded = [images.jpeg(), images.TEXT, images.jpeg(), undecodable(), images.truncated_jpeg(), images.bomb_png()]
+    encoded = [
+        images.jpeg(),
+        images.TEXT,
+        images.jpeg(),
+        undecodable(images.jpeg()),
+        images.truncated_jpeg(),
+        images.bomb_png(),
+    ]
     with pytest.raises(DataError) as error:
         decode(encoded, config, CPU)
     for part in (
@@ -475,14 +496,22 @@ def test_a_gpu_decoder_without_a_gpu_is_refused(folder: Path) -> None:
 
 
 def background_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("adaptnet")]
+    """Ours and DALI's that do not end within two seconds: the system lists a thread for a moment after its end."""
+    for _ in range(40):
+        found = [thread.name for thread in threading.enumerate() if thread.name.startswith("adaptnet")]
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(OSError):
+                name = (task / "comm").read_text()
+                found += [name] if "DALI" in name else []
+        if not found:
+            break
+        time.sleep(0.05)
+    return found
 
 
 def test_nothing_is_left_behind_by_an_end_at_any_time(folder: Path) -> None:
     list(islice(loader(folder), 0))
     assert not background_threads()  # nothing starts before it is asked for
-    batches(folder, 2)
-    native = len(os.listdir("/proc/self/task"))
     for count in (1, 3, 30):
         batches(folder, count)
     with pytest.raises(KeyError), loader(folder) as made:
@@ -493,5 +522,4 @@ def test_nothing_is_left_behind_by_an_end_at_any_time(folder: Path) -> None:
     next(evaluation)
     evaluation.close()  # type: ignore[attr-defined]
     assert not background_threads()
-    assert len(os.listdir("/proc/self/task")) <= native
     assert not [path for path in Path("/proc/self/fd").iterdir() if path.resolve().suffix == ".JPEG"]

@@ -174,7 +174,7 @@ def test_a_version_answers_in_a_process_of_its_own(run_dir: Path, tmp_path: Path
     assert version is not None and version.version == 1
     encoded = [base64.b64encode(image).decode() for image in IMAGES]
     words = [sys.executable, "-c", FRESH_PROCESS, uri, *encoded]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     table, code = done.stdout.splitlines()[-2:]
     model = registry.load_model(run_dir / "checkpoints" / "step-00000007")

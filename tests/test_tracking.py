@@ -103,7 +103,7 @@ def test_killed_between_any_two_calls_nothing_is_lost_or_doubled(runs: Path) -> 
     finish(run_dir, step=149)
     parent = CONTEXT.Process(target=die_at_every_moment, args=(run_dir, recipe, deaths := CONTEXT.Value("i")))
     parent.start()
-    parent.join(120)
+    parent.join(400)
     assert parent.exitcode == 0 and deaths.value > 20
     client = connect(resolve_uri(None, run_dir))
     run = sole_run(client)
@@ -120,7 +120,7 @@ def drive(run_dir: Path, recipe: dict[str, Any], attempt: int, last: int, ready:
     carrier.METRICS_PER_CALL = 20
     first = max(0, max((r["step"] for r in _metrics(run_dir)), default=0) - 30)
     with Shipper(run_dir, TrackingConfig(**NO_UPLOADS), recipe) as shipping:
-        assert shipping.ready(30)
+        assert shipping.ready(120)
         ready.set()
         for step in range(first, last):
             write_steps(run_dir, step, step + 1, attempt)
@@ -142,11 +142,11 @@ def test_a_driver_killed_at_random_goes_on_as_the_same_run(runs: Path) -> None:
         ready = CONTEXT.Event()
         driver = CONTEXT.Process(target=drive, args=(run_dir, recipe, attempt, 900, ready))
         driver.start()
-        assert ready.wait(60)
+        assert ready.wait(300)
         if attempt < 5:
             time.sleep(draw.uniform(0.02, 0.4))
             driver.kill()
-        driver.join(60)
+        driver.join(300)
     client = connect(resolve_uri(None, run_dir))
     run = sole_run(client)
     first: dict[int, float] = {}
@@ -175,10 +175,10 @@ def test_a_server_that_hangs_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
         shipping = Shipper(run_dir, config, recipe).__enter__()
         start = time.monotonic()
         write_steps(run_dir, 0, 50)
-        assert time.monotonic() - start < 1  # training does not wait
+        assert time.monotonic() - start < 5  # training does not wait
         assert shipping.ready(0.1) is None
         wait_for(lambda: tracking_events(run_dir) == ["tracking-away"])
-    run_id = shipping.ready(30)
+    run_id = shipping.ready(120)
     assert run_id is not None
     with there.frozen():
         write_steps(run_dir, 50, 100)
@@ -186,13 +186,13 @@ def test_a_server_that_hangs_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
         wait_for(lambda: tracking_events(run_dir).count("tracking-away") == 2)  # batches were sent and not answered
         closing = time.monotonic()
         shipping.__exit__(None, None, None)
-        assert time.monotonic() - closing < 5
+        assert time.monotonic() - closing < 15
         with pytest.raises(ResourceError, match=r"another process|Nothing is lost"):
             sync(run_dir)
     said = tracking_events(run_dir)
     assert said[:2] == ["tracking-away", "tracking-back"] and said[-1] == "tracking-left"
     assert said.count("tracking-away") == 2  # once each time, however often it tried
-    shipping._thread.join(30)
+    shipping._thread.join(120)
     done = sync(run_dir)
     assert (done.run_id, done.status) == (run_id, "FINISHED")
     assert sync(run_dir).num_metrics == 0
@@ -203,7 +203,7 @@ def test_a_server_that_hangs_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 
 def wait_for(fact: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not fact():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -223,7 +223,7 @@ def test_a_resumed_run_is_running_again_and_says_what_changed(runs: Path) -> Non
     (run_dir / "status.json").unlink()
     changed = configs.merge(recipe, {"seed": 2, "training": {"epochs": 9}})
     with pytest.raises(RuntimeError), Shipper(run_dir, TrackingConfig(), changed) as shipping:
-        assert shipping.ready(20) == run.info.run_id
+        assert shipping.ready(120) == run.info.run_id
         assert sole_run(client).info.status == "RUNNING"
         raise RuntimeError("no more: http://me:hush@host/ said so")
     run = sole_run(client)

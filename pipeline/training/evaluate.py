@@ -33,9 +33,14 @@ Arrays = dict[str, NDArray[Any]]
 class EvalBatch(Protocol):
     """What the loader gives: images uint8 [B, S, S, 3] and labels [B] i64 on the device, rows [B] of the index."""
 
-    images: Tensor
-    labels: Tensor
-    rows: NDArray[np.int64]
+    @property
+    def images(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def rows(self) -> NDArray[np.int64]: ...
 
 
 class Batches(Protocol):

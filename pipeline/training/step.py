@@ -30,10 +30,17 @@ from pipeline.training.state import TrainState, seed_of, update_ema
 class LoaderBatch(Protocol):
     """What the loader gives: images uint8 [b, S, S, 3], labels [b] i64, flips [b] bool, all on the device."""
 
-    step: int
-    images: Tensor
-    labels: Tensor
-    flips: Tensor
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def images(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def flips(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)

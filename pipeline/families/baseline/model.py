@@ -171,5 +171,6 @@ class PreBlock(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
         a = self.first(x)
         residual = self.residual(a)
-        shortcut: Tensor = x if self.shortcut is None else self.shortcut(a)
-        return shortcut + (residual if scale is None else scale * residual)
+        shortcut = x if self.shortcut is None else self.shortcut(a)
+        total: Tensor = shortcut + (residual if scale is None else scale * residual)
+        return total

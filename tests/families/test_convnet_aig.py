@@ -1,0 +1,439 @@
+"""Laws of ConvNet-AIG: the published sizes, the gate's distribution and gradient, and skipping that equals masking."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline import cost
+from pipeline.config import validate
+from pipeline.errors import ConfigError
+from pipeline.families.baseline.model import BaselineConfig
+from pipeline.families.baseline.model import build as build_baseline
+from pipeline.families.convnet_aig.inference import Gates, policies
+from pipeline.families.convnet_aig.model import Aig, AigConfig, Block, build, logistic, straight_through
+from pipeline.families.convnet_aig.objective import groups, loss, rate_loss
+from pipeline.family import Prediction, cross_entropy
+
+CLASSES = 10
+FIXED = 4  # the block of `mixed` that is always open
+MIXED = AigConfig(depth=20, target_rate=(0.5,) * FIXED + (1.0,) + (0.5,) * 4, thresholds=(0.2, 0.9))
+
+
+def num_params(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def images(count: int, side_px: int = 16) -> Tensor:
+    """Images of very different brightness and contrast, so that gates disagree about them."""
+    generator = torch.Generator().manual_seed(5)
+    scale = torch.linspace(0.1, 3, count).view(-1, 1, 1, 1)
+    colour = torch.randn(count, 3, 1, 1, generator=generator)
+    return scale * (torch.randn(count, 3, side_px, side_px, generator=generator) + colour)
+
+
+def decide(net: Aig, examples: Tensor) -> None:
+    """Gates that divide the images about in half, but for the first (always closed) and the second (always open)."""
+    settings = {0: -1e4, 1: 1e4}
+
+    def settle(gate: nn.Module, inputs: tuple[Tensor], odds: Tensor) -> Tensor:
+        shift = settings.get(net.gates().index(gate), -float(odds.median()) - 1e-3)
+        gate.fc2.bias[1] = shift
+        return odds + shift
+
+    for gate in net.gates():
+        nn.init.normal_(gate.fc2.weight)
+        nn.init.zeros_(gate.fc2.bias)
+    hooks = [gate.register_forward_hook(settle) for gate in net.gates()]
+    with torch.no_grad():
+        net.eval()(examples)
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Aig:
+    """A small net with open, closed and deciding gates, and one block that is fixed open."""
+    torch.manual_seed(0)
+    net = build(MIXED, CLASSES)
+    with torch.no_grad():
+        net(images(32))  # in training mode: running statistics that are not the initial ones
+    decide(net, images(8))
+    return net
+
+
+def predict(policy: Gates, net: Aig, batch: Tensor) -> Prediction:
+    with torch.no_grad():
+        return policy.predict(net.eval(), batch)
+
+
+# ---- sizes: Veit & Belongie and the code released with it
+
+
+@pytest.mark.parametrize(
+    ("depth", "classes", "params", "gate_params", "macs", "fixed"),
+    [
+        (110, 10, 1_766_630, 35_916, 253_183_040, 738_368),
+        (50, 1000, 25_768_264, 211_232, 4_089_394_688, 479_933_952),
+        (101, 1000, 45_040_314, 491_154, 7_801_894_944, 480_213_024),
+        (152, 1000, 60_931_116, 738_308, 11_514_362_432, 480_459_328),
+    ],
+)
+def test_parameters_and_macs_are_those_of_the_released_code(
+    depth: int, classes: int, params: int, gate_params: int, macs: int, fixed: int
+) -> None:
+    side_px = 32 if depth == 110 else 224
+    with FakeTensorMode():  # shapes only: nothing is computed
+        net = build(AigConfig(depth=depth), classes)
+        found = cost.measure(net, torch.empty(1, 3, side_px, side_px))
+    assert num_params(net) == params
+    assert sum(num_params(gate) for gate in net.gates()) == gate_params
+    assert found.macs == macs
+    assert found.macs - sum(found.by_module[f"blocks.{n}.residual"] for n in range(len(net.blocks))) == fixed
+
+
+def test_macs_of_a_real_forward_are_those_of_the_shapes() -> None:
+    net = build(AigConfig(depth=50), 1000)
+    assert cost.measure(net, torch.rand(1, 3, 224, 224)).macs == 4_089_394_688
+
+
+@pytest.mark.parametrize(("depth", "name"), [(50, "resnet50"), (101, "resnet101"), (152, "resnet152")])
+def test_the_backbone_is_as_large_as_torchvisions(depth: int, name: str) -> None:
+    with torch.device("meta"):
+        net = build(AigConfig(depth=depth), 1000)
+        plain = torchvision.models.get_model(name)
+    assert num_params(net) - sum(num_params(gate) for gate in net.gates()) == num_params(plain)
+
+
+def test_costs_of_blocks_and_gates_follow_the_closed_forms() -> None:
+    with FakeTensorMode():
+        found = cost.measure(build(AigConfig(depth=110), 10), torch.empty(1, 3, 32, 32)).by_module
+        net = build(AigConfig(depth=110), 10)
+    for number in range(54):
+        channels = (16, 32, 64)[(number - 1) // 18] if number else 16  # of the block's input
+        assert found[f"blocks.{number}.gate"] == 16 * channels + 32
+        assert num_params(net.blocks[number].gate) == 16 * channels + 82
+        assert found[f"blocks.{number}.residual"] == (3_538_944 if number in (18, 36) else 4_718_592)
+
+
+# ---- gates
+
+
+def test_a_block_of_target_1_has_no_gate_and_counts_as_open(mixed: Aig) -> None:
+    assert [block.gate is None for block in mixed.blocks] == [number == FIXED for number in range(9)]
+    assert mixed.draw_noise(3).shape == (3, 8)
+    noise = torch.full((6, 8), -1e6)
+    noise[:, 1] = -1e9
+    gates = mixed(images(6), noise).gates
+    assert torch.equal(gates, torch.eye(9)[FIXED].expand(6, 9))
+    assert predict(Gates("gates-hard"), mixed, images(6)).facts["gates"][:, FIXED].all()
+
+
+def test_a_net_without_any_gate_is_plain_and_trains() -> None:
+    config = AigConfig(depth=8, target_rate=1.0)
+    net = build(config, CLASSES)
+    assert net.draw_noise(2) is None
+    assert len(groups(config, net)["main"]) == 1
+    assert torch.isfinite(loss(config, net(images(4)), torch.arange(4)).total)
+    assert predict(policies(config, net)[1], net, images(2)).facts["gates"].all()
+
+
+def test_the_published_schedules_are_the_readmes() -> None:
+    fifty = AigConfig(depth=50, schedule="published", target_rate=0.4).targets
+    assert fifty == (1, 1, 0.8, 1, 0.4, 0.4, 0.4, 1, 0.4, 0.4, 0.4, 0.4, 0.4, 1, 0.7, 1)
+    assert AigConfig(depth=101, schedule="published", target_rate=0.3).targets == (1,) * 8 + (0.3,) * 25
+    with torch.device("meta"):
+        assert len(build(AigConfig(depth=50, schedule="published", target_rate=0.4), 10).gates()) == 10
+
+
+def test_gates_open_at_0_87_at_the_start() -> None:
+    torch.manual_seed(1)
+    net = build(AigConfig(depth=20), CLASSES)
+    with torch.no_grad():
+        gates = net.train()(images(400, 4)).gates
+    assert gates.mean().item() == pytest.approx(0.870, abs=0.02)
+    for gate in net.gates():
+        torch.testing.assert_close(gate.fc2.bias.detach(), torch.tensor([0.1, 2.0]))
+
+
+@pytest.mark.parametrize("odds", [-2.0, 0.0, 1.9])
+def test_a_gate_opens_with_the_probability_of_its_odds(odds: float) -> None:
+    uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(2))
+    gates = straight_through(torch.full_like(uniform, odds), logistic(uniform))
+    p = torch.sigmoid(torch.tensor(odds)).item()
+    assert gates.mean().item() == pytest.approx(p, abs=4 * (p * (1 - p) / 200_000) ** 0.5)
+
+
+def test_noise_is_finite_and_independent_across_images_and_gates(mixed: Aig) -> None:
+    assert logistic(torch.tensor([0.0, 1.0])).isfinite().all()
+    torch.manual_seed(3)
+    noise = mixed.draw_noise(20_000)
+    assert torch.corrcoef(noise.T).fill_diagonal_(0).abs().max() < 0.04
+    assert torch.corrcoef(torch.stack([noise[:-1, 0], noise[1:, 0]]))[0, 1].abs() < 0.04
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gates_are_exactly_0_or_1(training: bool) -> None:
+    torch.manual_seed(4)
+    net = build(AigConfig(depth=20), CLASSES).train(training)
+    gates = net(images(16), net.draw_noise(16)).gates
+    assert gates.requires_grad
+    assert set(gates.unique().tolist()) == {0.0, 1.0}
+
+
+def test_the_straight_through_gradient_is_that_of_the_sigmoid_at_the_same_noise() -> None:
+    generator = torch.Generator().manual_seed(6)
+    odds = torch.randn(50, generator=generator, dtype=torch.float64).requires_grad_()
+    noise = logistic(torch.rand(50, generator=generator, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(straight_through(odds, noise).sum(), odds)
+    step = 1e-6
+    soft = [torch.sigmoid(odds.detach() + noise + shift) for shift in (step, -step)]
+    torch.testing.assert_close(gradient, (soft[0] - soft[1]) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("source", ["ce", "rate"])
+def test_gradients_reach_every_gate_from_either_loss_alone(source: str) -> None:
+    torch.manual_seed(7)
+    config = AigConfig(depth=14, target_rate=0.5)
+    net = build(config, CLASSES).train()
+    output = net(images(16))
+    wanted = torch.tensor(config.targets)
+    alone = cross_entropy(output.logits, torch.arange(16) % 10) if source == "ce" else rate_loss(output.gates, wanted)
+    alone.backward()
+    for gate in net.gates():
+        assert gate.fc1.weight.grad.abs().max() > 0
+        assert gate.fc2.weight.grad.abs().max() > 0
+
+
+def test_evaluation_takes_the_likelier_choice_without_noise(mixed: Aig) -> None:
+    odds: list[Tensor] = []
+    hooks = [gate.register_forward_hook(lambda *a: odds.append(a[2])) for gate in mixed.gates()]
+    gates = mixed.eval()(images(8)).gates
+    for hook in hooks:
+        hook.remove()
+    gated = [number for number in range(9) if number != FIXED]
+    assert torch.equal(gates[:, gated] == 1, torch.stack(odds, 1) > 0)
+
+
+def test_bf16_autocast_keeps_the_gates_odds_in_fp32(mixed: Aig) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    hooks = [gate.register_forward_hook(lambda _, x, odds: seen.append((x[0], odds))) for gate in mixed.gates()]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = mixed.eval()(images(8))
+        skipped = Gates("gates-hard").predict(mixed, images(8))
+    for hook in hooks:
+        hook.remove()
+    assert seen[0][0].dtype == torch.bfloat16  # what the backbone computes in
+    assert all(odds.dtype == torch.float32 for _, odds in seen)
+    torch.testing.assert_close(seen[0][1], mixed.gates()[0](seen[0][0].float()).detach())
+    assert output.gates.dtype == torch.float32
+    assert skipped.logits.dtype == torch.float32
+    assert torch.equal(skipped.facts["gates"], output.gates == 1)
+
+
+# ---- the loss
+
+
+def test_the_rate_loss_of_a_worked_example() -> None:
+    gates = torch.tensor([[1.0, 0], [0, 0], [1, 0], [1, 1]])  # rates 3/4 and 1/4
+    half = torch.tensor([0.5, 0.5])
+    assert rate_loss(gates, half).item() == pytest.approx(0.0625)
+    assert rate_loss(gates, half, "sum").item() == pytest.approx(0.125)
+    with_fixed = torch.cat([gates, torch.zeros(4, 1)], 1)  # adds nothing, but counts in the mean
+    assert rate_loss(with_fixed, torch.tensor([0.5, 0.5, 1])).item() == pytest.approx(0.125 / 3)
+
+
+def test_the_rate_loss_is_flat_at_its_target_and_pulls_towards_it() -> None:
+    gates = torch.tensor([[1.0, 1, 0], [0, 1, 0]]).requires_grad_()
+    rate_loss(gates, torch.tensor([0.5, 0.5, 0.5])).backward()
+    assert gates.grad.sign().tolist() == [[0, 1, -1], [0, 1, -1]]  # at it, above it, below it
+
+
+def test_the_loss_is_cross_entropy_and_the_weighted_rate_loss(mixed: Aig) -> None:
+    labels = torch.arange(8)
+    output = mixed.eval()(images(8))
+    for weight, reduction in ((0.0, "mean"), (3.0, "mean"), (0.5, "sum")):
+        config = MIXED.model_copy(update={"rate_weight": weight, "rate_reduction": reduction})
+        wanted = cross_entropy(output.logits, labels)
+        wanted = wanted + weight * rate_loss(output.gates, torch.tensor(MIXED.targets), reduction)
+        torch.testing.assert_close(loss(config, output, labels).total, wanted)
+    parts = loss(MIXED, output, labels).parts
+    assert [parts[f"rate/{n:02d}"].item() for n in range(9)] == output.gates.mean(0).tolist()
+
+
+def test_gates_learn_at_their_own_rate(mixed: Aig) -> None:
+    config = MIXED.model_copy(update={"gate_lr_factor": 0.1})
+    backbone, gates = groups(config, mixed)["main"]
+    assert (backbone.lr_factor, gates.lr_factor) == (1.0, 0.1)
+    assert sum(p.numel() for p in gates.parameters) == sum(num_params(gate) for gate in mixed.gates())
+
+
+# ---- blocks
+
+
+def test_a_closed_gate_on_an_identity_shortcut_changes_no_bit() -> None:
+    net = build(AigConfig(depth=14), CLASSES).eval()
+    x = torch.rand(4, 16, 8, 8)
+    block = net.blocks[1]
+    assert torch.equal(block(x, torch.zeros(4)), x)
+    assert torch.equal(block.skipping(x, torch.tensor([], dtype=torch.long)), x)
+    down = net.blocks[2]  # with a projection
+    assert torch.equal(down(x, torch.zeros(4)), torch.relu(down.shortcut(x)))
+
+
+@pytest.mark.parametrize("rows", [[], [2], [0, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_skipping_block_equals_the_masked_one_and_leaves_its_input(rows: list[int], number: int) -> None:
+    block = build(AigConfig(depth=14), CLASSES).eval().blocks[number]
+    x = torch.rand(4, 16, 8, 8)
+    before, gate = x.clone(), torch.zeros(4)
+    gate[rows] = 1
+    torch.testing.assert_close(block.skipping(x, torch.tensor(rows, dtype=torch.long)), block(x, gate))
+    assert torch.equal(x, before)
+
+
+def test_all_gates_open_is_torchvisions_resnet() -> None:
+    net = build(AigConfig(depth=50), 10).eval()
+    plain = torchvision.models.resnet50(num_classes=10).eval()
+    ours = [value for name, value in net.state_dict().items() if ".gate." not in name]
+    plain.load_state_dict(dict(zip(plain.state_dict(), ours, strict=True)))
+    with torch.no_grad():
+        x = images(2, 32)
+        torch.testing.assert_close(net(x, torch.full((2, 16), 1e4)).logits, plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_all_gates_open_is_the_plain_cifar_resnet() -> None:
+    net = build(AigConfig(depth=14), 10).eval()
+    plain = build_baseline(BaselineConfig(net="cifar_resnet", depth=14), 10).eval()
+    ours = [value for name, value in net.state_dict().items() if ".gate." not in name]
+    plain.load_state_dict(dict(zip(plain.state_dict(), ours, strict=True)))
+    assert torch.equal(net(images(4), torch.full((4, 6), 1e4)).logits, plain(images(4)).logits)
+
+
+# ---- policies
+
+
+def test_skipping_equals_masking_and_runs_each_residual_on_its_open_images_alone(mixed: Aig) -> None:
+    x, rows = images(8), [0] * 9
+    before = x.clone()
+
+    def count(number: int) -> object:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            rows[number] += len(inputs[0])
+
+        return hook
+
+    with torch.no_grad():
+        masked = mixed.eval()(x)
+    policy = Gates("gates-hard")
+    predict(policy, mixed, x)  # prices known from here on
+    hooks = [block.residual.register_forward_hook(count(n)) for n, block in enumerate(mixed.blocks)]
+    skipped = predict(policy, mixed, x)
+    for hook in hooks:
+        hook.remove()
+    gates = skipped.facts["gates"]
+    assert torch.equal(gates, masked.gates == 1)
+    torch.testing.assert_close(skipped.logits, masked.logits, rtol=1e-4, atol=1e-4)
+    assert rows == gates.sum(0).tolist()
+    assert rows[0] == 0 and rows[1] == rows[FIXED] == 8 and any(0 < n < 8 for n in rows)
+    assert torch.equal(skipped.facts["layers"], gates.sum(1))
+    assert torch.equal(x, before)
+
+
+def test_skipping_equals_masking_in_the_bottleneck_net() -> None:
+    torch.manual_seed(8)
+    net = build(AigConfig(depth=50), 10)
+    with torch.no_grad():
+        net(images(8, 32))
+        decide(net, images(4, 32))
+        masked = net(images(4, 32))
+    skipped = predict(Gates("gates-hard"), net, images(4, 32))
+    assert torch.equal(skipped.facts["gates"], masked.gates == 1)
+    assert any(0 < n < 4 for n in masked.gates.sum(0))
+    torch.testing.assert_close(skipped.logits, masked.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_nan_in_a_block_that_is_always_closed_does_not_leak(mixed: Aig) -> None:
+    torch.manual_seed(9)
+    net = build(MIXED, CLASSES)
+    net.load_state_dict(mixed.state_dict())
+    first = net.blocks[0]
+    assert isinstance(first, Block)
+    nn.init.constant_(first.residual[0].weight, float("nan"))
+    assert net.eval()(images(8)).logits.isnan().all()  # the masked net multiplies it by 0, which is no cure
+    torch.testing.assert_close(
+        predict(Gates("gates-hard"), net, images(8)).logits, predict(Gates("gates-hard"), mixed, images(8)).logits
+    )
+
+
+@pytest.mark.parametrize("policy", policies(MIXED, build(MIXED, CLASSES)), ids=lambda policy: policy.name)
+def test_macs_are_those_counted_on_that_very_forward(policy: Gates, mixed: Aig) -> None:
+    for batch in (*images(4).split(1), images(8)):
+        predict(policy, mixed, batch)  # the prices of this size are known from here on
+        with FlopCounterMode(display=False) as counter:
+            found = predict(policy, mixed, batch)
+        assert found.macs.sum().item() == counter.get_total_flops() // 2
+
+
+def test_the_decisions_about_an_image_do_not_depend_on_the_others(mixed: Aig) -> None:
+    x = images(8)
+    together = predict(Gates("gates-hard"), mixed, x)
+    for number in range(8):
+        alone = predict(Gates("gates-hard"), mixed, x[number : number + 1])
+        assert torch.equal(alone.facts["gates"][0], together.facts["gates"][number])
+        assert alone.macs[0] == together.macs[number]
+        torch.testing.assert_close(alone.logits[0], together.logits[number], rtol=1e-4, atol=1e-4)
+
+
+def test_sampled_gates_repeat_and_open_by_their_odds() -> None:
+    torch.manual_seed(10)
+    net = build(AigConfig(depth=14), CLASSES).eval()
+    policy = policies(AigConfig(depth=14), net)[1]
+    assert policy.name == "gates-sampled"
+    state = torch.random.get_rng_state()
+    first, second = (predict(policy, net, images(256, 4)) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first.facts["gates"], second.facts["gates"])
+    assert torch.equal(first.logits, second.logits)
+    assert first.facts["gates"].double().mean().item() == pytest.approx(0.870, abs=0.03)
+    assert predict(Gates("gates-hard"), net, images(256, 4)).facts["gates"].all()
+
+
+def test_a_threshold_opens_where_execution_is_likelier_than_it(mixed: Aig) -> None:
+    hard, _, low, high = policies(MIXED, mixed)
+    assert [policy.name for policy in (hard, low, high)] == ["gates-hard", "gates-0.2", "gates-0.9"]
+    gated = [number for number in range(9) if number != FIXED]
+    for policy, p in ((low, 0.2), (hard, 0.5), (high, 0.9)):
+        predict(policy, mixed, images(8))
+        odds: list[Tensor] = []
+        hooks = [gate.register_forward_hook(lambda *a, odds=odds: odds.append(a[2])) for gate in mixed.gates()]
+        gates = predict(policy, mixed, images(8)).facts["gates"]
+        for hook in hooks:
+            hook.remove()
+        assert torch.equal(gates[:, gated], torch.stack(odds, 1).sigmoid() > p)
+
+
+# ---- config
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"depth": 20, "target_rate": [0.5, 0.5]}, "2 entries, depth 20 has 9 blocks"),
+        ({"depth": 33}, r"50, 101, 152 for ImageNet, or 6n\+2"),
+        ({"depth": 2}, "50, 101, 152"),
+        ({"depth": 110, "schedule": "published"}, "published is for depth 50 and 101"),
+        ({"depth": 152, "schedule": "published"}, "published is for depth 50 and 101"),
+        ({"depth": 50, "schedule": "published", "target_rate": [0.5] * 16}, "with one target_rate"),
+        ({"target_rate": 1.5}, "target_rate"),
+        ({"thresholds": [1.0]}, "thresholds"),
+        ({"target_rat": 0.5}, "did you mean target_rate"),
+    ],
+)
+def test_a_config_that_means_nothing_is_refused(keys: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        validate(AigConfig, {"name": "convnet_aig", **keys}, "family")

@@ -1,0 +1,217 @@
+"""What every family must keep, by `pipeline.family`: one set of laws, parametrised by small configs of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config import as_mapping, dump_yaml, parse_yaml, validate
+from pipeline.errors import ConfigError
+from pipeline.family import Family, FamilyConfig, Policy, find, names
+
+CASES: dict[str, dict[str, Any]] = {
+    "baseline": {"net": "cifar_resnet", "depth": 8, "resolutions_px": [8]},
+    "baseline-stochastic": {"net": "cifar_preresnet", "depth": 8, "stochastic_depth": 0.5},
+    "convnet_aig": {"depth": 8, "target_rate": 0.6, "gate_lr_factor": 0.5, "thresholds": [0.3, 0.7]},
+    "convnet_aig-fixed": {"depth": 14, "target_rate": [1.0, 0.5, 0.2, 1.0, 0.7, 0.9], "rate_reduction": "sum"},
+}
+IMAGES, CLASSES, SIDE_PX = 8, 5, 16
+SHARES = {"equal": 4, "unequal": 3}  # images of rank 0; rank 1 has the others
+
+
+def opened(case: str) -> tuple[Family, FamilyConfig, nn.Module]:
+    """The family, its config and a net of that case, always with the same weights."""
+    name = case.split("-")[0]
+    family = find(name)
+    config = validate(family.config, {"name": name, **CASES[case]}, "family")
+    torch.manual_seed(11)
+    return family, config, family.build(config, CLASSES)
+
+
+def batch(net: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The global batch: images f64, labels, and the noise of all its images from one draw."""
+    torch.manual_seed(12)
+    images = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX, dtype=torch.float64)
+    return images, torch.arange(IMAGES) % CLASSES, net.draw_noise(IMAGES)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_every_family_is_held_to_the_contract() -> None:
+    assert {case.split("-")[0] for case in CASES} == set(names())
+
+
+# ---- training
+
+
+def test_the_loss_is_finite_and_every_parameter_gets_a_gradient(case: str) -> None:
+    family, config, net = opened(case)
+    images, labels, _ = batch(net)
+    found = family.loss(config, net.train()(images.float()), labels)
+    assert found.total.shape == ()
+    assert found.total.isfinite()
+    found.total.backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        if parameter.dim() > 1:  # a bias before a BatchNorm has none in truth
+            assert parameter.grad.any(), name
+    assert all(not part.requires_grad and part.shape == () for part in found.parts.values())
+
+
+def test_class_probabilities_are_targets_too(case: str) -> None:
+    family, config, net = opened(case)
+    images, labels, noise = batch(net)
+    output = net.eval()(images.float(), noise)
+    hard = family.loss(config, output, labels).total
+    soft = family.loss(config, output, F.one_hot(labels, CLASSES).float()).total
+    torch.testing.assert_close(hard, soft)
+
+
+def test_groups_partition_the_parameters_and_each_moves(case: str) -> None:
+    family, config, net = opened(case)
+    groups = family.groups(config, net)
+    grouped = [id(p) for params in groups.values() for some in params for p in some.parameters]
+    assert sorted(grouped) == sorted(id(p) for p in net.parameters() if p.requires_grad)
+    assert all(list(some.parameters) for params in groups.values() for some in params)
+    assert {name for step in range(100) for name in family.updates(config, step)} == set(groups)
+
+
+def test_noise_is_one_row_per_image_and_decides_alone(case: str) -> None:
+    _, _, net = opened(case)
+    images, _, noise = batch(net)
+    assert noise is None or len(noise) == IMAGES
+    net.double().eval()
+    whole = net(images, noise).logits
+    half = net(images[3:], None if noise is None else noise[3:]).logits
+    torch.testing.assert_close(whole[3:], half, rtol=1e-9, atol=1e-9)
+
+
+def test_the_same_seed_gives_the_same_weights(case: str) -> None:
+    family, config, net = opened(case)
+    again = opened(case)[2].state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in net.state_dict().items())
+    other = dict(family.build(config, CLASSES).named_parameters())
+    assert not all(torch.equal(value, other[name]) for name, value in net.named_parameters())
+
+
+# ---- two ranks equal one
+
+
+def gradients(case: str, rows: slice) -> dict[str, Tensor]:
+    """Gradients of one rank's share as DDP would average them; BatchNorm in eval, everything in fp64."""
+    family, config, net = opened(case)
+    images, labels, noise = batch(net)
+    net.double().eval()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    output = net(images[rows], None if noise is None else noise[rows])
+    total = family.loss(config, output, labels[rows]).total
+    (total * (len(labels[rows]) * world / IMAGES)).backward()
+    found = {}
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None
+        if world > 1:
+            dist.all_reduce(parameter.grad)
+        found[name] = parameter.grad / world
+    return found
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        found = {}
+        for case in CASES:
+            for shares, cut in SHARES.items():
+                found[case, shares] = gradients(case, slice(0, cut) if rank == 0 else slice(cut, IMAGES))
+        if rank == 0:
+            torch.save(found, f"{folder}/gradients.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Tensor]]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_one_of_two, (str(folder),), nprocs=2)
+    found: dict[tuple[str, str], dict[str, Tensor]] = torch.load(folder / "gradients.pt")
+    return found
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_two_ranks_have_the_gradients_of_one_with_the_whole_batch(
+    case: str, shares: str, two_ranks: dict[tuple[str, str], dict[str, Tensor]]
+) -> None:
+    whole = gradients(case, slice(None))
+    assert any(value.any() for value in whole.values())
+    for name, value in two_ranks[case, shares].items():
+        torch.testing.assert_close(
+            value, whole[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+# ---- policies
+
+
+def test_each_policy_gives_logits_and_the_macs_of_that_very_forward(case: str) -> None:
+    family, config, net = opened(case)
+    images = batch(net)[0].float()
+    net.eval()
+    policies = family.policies(config, net)
+    assert len({policy.name for policy in policies}) == len(policies) > 0
+    for policy in policies:
+        assert isinstance(policy, Policy)
+        fitted = policy.calibrated(net, [(images, torch.arange(IMAGES) % CLASSES)])
+        for some in (images[:1], images):
+            _predicts(fitted, net, some)
+
+
+def _predicts(policy: Policy, net: nn.Module, images: Tensor) -> None:
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with torch.no_grad():
+        policy.predict(net, images)  # whatever it measures once is measured now
+        with FlopCounterMode(display=False) as counter:
+            found = policy.predict(net, images)
+    assert found.logits.shape == (len(images), CLASSES)
+    assert found.logits.dtype == torch.float32
+    assert found.logits.isfinite().all()
+    assert found.macs.shape == (len(images),)
+    assert found.macs.dtype == torch.float64
+    assert (found.macs > 0).all()
+    assert found.macs.sum().item() == counter.get_total_flops() // 2, policy.name
+    assert all(len(fact) == len(images) for fact in found.facts.values())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not net.training
+
+
+# ---- config
+
+
+def test_a_config_comes_back_from_its_yaml(case: str) -> None:
+    family, config, _ = opened(case)
+    assert validate(family.config, parse_yaml(dump_yaml(as_mapping(config)), "recipe"), "recipe") == config
+
+
+def test_a_key_that_is_not_known_is_refused_by_name(case: str) -> None:
+    family, config, _ = opened(case)
+    with pytest.raises(ConfigError, match=r"deptt: no such key.*did you mean depth"):
+        validate(family.config, {**as_mapping(config), "deptt": 8}, "family")
+    with pytest.raises(ConfigError, match="name"):
+        validate(family.config, {**as_mapping(config), "name": "another"}, "family")
+
+
+def test_a_family_that_is_not_there_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean convnet_aig"):
+        find("convnet_aigs")

@@ -1,0 +1,152 @@
+"""Laws of a whole run under Ray: kills cost the steps since the last checkpoint and change nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from pipeline import journal, launch, run_config
+from pipeline.data import toy
+from pipeline.errors import CheckpointError, ConfigError, DataError, DivergedError, ResourceError
+from pipeline.run_config import RunConfig
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small toy set: 320 training images, 80 to validate on."""
+    folder = tmp_path_factory.mktemp("toy") / "set"
+    toy.make(folder, num_classes=4, train=320, val=80, side_px=32, seed=5)
+    return folder
+
+
+def recipe(images: Path, *overrides: str) -> RunConfig:
+    """convnet_aig/toy made small: 40 steps of 32 images in two workers, saved every 5 steps."""
+    small = ["family.depth=8", "training.batch_size=32", "training.epochs=4", "checkpoint.every=5 steps"]
+    quiet = ["tracking.register=null", "evaluation.latency_repeats=0", "logging.every=5 steps", f"data.root={images}"]
+    return run_config.load("convnet_aig/toy", [*small, *quiet, "evaluation.every=2 epochs", *overrides])
+
+
+def weights(run_dir: Path) -> dict[str, bytes]:
+    found = load_file(run_dir / "checkpoints" / "step-00000040" / "net.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in found.items()}
+
+
+def logged(run_dir: Path) -> dict[tuple[str, int], float]:
+    """First values of what training logged, times left out."""
+    records = journal.first_values(journal.read_all(run_dir / "journal" / "rank0.jsonl"))
+    return {(r["key"], r["step"]): r["value"] for r in records if not r["key"].startswith("time/")}
+
+
+def events(run_dir: Path, kind: str) -> list[journal.Record]:
+    return [r for r in journal.read_all(run_dir / "journal" / "rank0.jsonl") if r.get("event") == kind]
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run's folder."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    result = launch.train(recipe(images), run_dir)
+    assert result.finished
+    assert result.step == 40
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run's folder, trained in this process."""
+    run_dir = tmp_path_factory.mktemp("runs") / "alone"
+    launch.train(recipe(images, "compute.workers=0"), run_dir)
+    return run_dir
+
+
+def start(images: Path, run_dir: Path) -> subprocess.Popen[bytes]:
+    """The same run driven by a process of its own."""
+    code = f"""
+import pathlib, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_launch
+test_launch.launch.train(test_launch.recipe(pathlib.Path({str(images)!r})), pathlib.Path({str(run_dir)!r}))
+"""
+    log = open(run_dir.parent / f"{run_dir.name}.log", "wb")  # noqa: SIM115
+    return subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
+
+
+def wait_for(done: Callable[[], bool], what: str, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def passed(run_dir: Path, step: int) -> bool:
+    return any((run_dir / "checkpoints" / f"step-{s:08d}" / "COMPLETE.json").exists() for s in range(step, 41))
+
+
+def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+
+
+def test_a_worker_killed_in_mid_epoch_leaves_no_trace_in_the_weights(images: Path, whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(images, run_dir)
+    wait_for(lambda: passed(run_dir, 5), "the first checkpoint")
+    victims = workers_of(process)
+    assert len(victims) == 2
+    victims[-1].send_signal(signal.SIGKILL)
+    assert process.wait(timeout=150) == 0, (tmp_path / "run.log").read_text()[-3000:]
+    assert len(events(run_dir, "started")) == 2
+    assert events(run_dir, "started")[1]["step"] >= 5
+    assert weights(run_dir) == weights(whole)
+
+
+def test_what_a_user_can_get_wrong_is_said_once_and_clearly(images: Path, alone: Path, tmp_path: Path) -> None:
+    here = ("compute.workers=0",)
+    with pytest.raises(CheckpointError, match=r"training\.optimizer\.lr: 0\.1 there, 0\.2 now"):
+        launch.train(recipe(images, "training.optimizer.lr=0.2", *here), alone)
+    with pytest.raises(ConfigError, match="is below the 8 workers"):
+        launch.train(recipe(images, "compute.workers=8", "training.batch_size=4"), tmp_path / "few")
+    with pytest.raises(DataError, match="nowhere"):
+        launch.train(recipe(images, f"data.root={tmp_path}/nowhere", *here), tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="cannot be written"):
+        launch.train(recipe(images, *here), tmp_path / "file" / "run")
+    with pytest.raises(DivergedError, match="step"):
+        hot = ("training.optimizer.lr=1e30", "training.schedule.kind=constant", "training.schedule.warmup_epochs=0")
+        launch.train(recipe(images, *hot, *here), tmp_path / "hot")
+
+
+def test_the_command_prints_user_errors_without_a_traceback_and_exits_2(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "adaptnet"), "train", "convnet_aig/toi", "training.epochs=1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ})
+    assert done.returncode == 2
+    assert "did you mean convnet_aig/toy?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_is_evaluated_from_its_folder_and_from_a_checkpoint(alone: Path, tmp_path: Path) -> None:
+    first = launch.evaluate(str(alone), ["evaluation.latency_repeats=0"], out=tmp_path / "a")
+    again = launch.evaluate(
+        str(alone / "checkpoints" / "step-00000040"),
+        ["evaluation.batch_size=7"],
+        policies=["gates-hard"],
+        out=tmp_path / "b",
+    )
+    stored = json.loads((alone / "evaluations" / "final" / "reports.json").read_text())
+    assert [report.policy for report in first.reports] == [report["policy"] for report in stored]
+    assert first.reports[0].num_images == 80
+    assert [report.policy for report in again.reports] == ["gates-hard"]
+    with pytest.raises(ConfigError, match="this net has: gates-hard"):
+        launch.evaluate(str(alone), policies=["gates-soft"], out=tmp_path / "c")
