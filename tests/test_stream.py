@@ -159,7 +159,9 @@ def test_a_lane_shuffles_within_its_window_and_fetches_the_image_stored_a_window
 
 def test_more_workers_than_lanes_are_refused_with_the_way_out(index: ImageIndex) -> None:
     with pytest.raises(ConfigError, match=r"data.lanes: 8 lanes .* for 9 workers.*data.shuffle=full"):
-        stream(index, "block").most_rows(0, 9)
+        [stream(index, "block").most_rows(rank, 9) for rank in range(9)]
+    with pytest.raises(ConfigError, match=r"training.batch_size \(=48\) is below the 49 workers"):
+        stream(index).most_rows(0, 49)
 
 
 def test_loose_files_are_walked_in_runs(tmp_path: Path) -> None:

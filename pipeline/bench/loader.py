@@ -25,13 +25,13 @@ from pipeline.data import index as indexes
 from pipeline.data import pixels
 from pipeline.data.config import DataConfig
 from pipeline.data.dali import TrainLoader
-from pipeline.data.index import ImageIndex, open_splits
+from pipeline.data.index import ImageIndex, open_index
 from pipeline.data.stream import Stream
 
 BATCH, SIDE = 64, 224
 MOST_IMAGES = 2048  # of the set, copied to loose files for the two peers
 WARM = 12  # batches at the start of a turn that are not timed: more than any loader holds ready
-OURS, WITH_LATENCY = "ours", "ours, local"
+OURS, WITHOUT_LATENCY = "ours", "ours without latency"
 NATIVE, TORCHVISION = "DALI file reader", "torchvision DataLoader"
 IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
 
@@ -40,11 +40,10 @@ def loader(
     root: Path, *, read_latency_s: float = 0.0, seconds: float = 8.0, rounds: int = 5, threads: int = 2
 ) -> list[Row]:
     """Our loader against both peers on `threads` CPUs; with `read_latency_s` added to each read, against itself."""
-    index = open_splits(DataConfig(root=root), seed=0).train
-    index = index.subset(slice(0, MOST_IMAGES))
+    index = open_index(root).subset(slice(0, MOST_IMAGES))
     with ExitStack() as stack, _on_cpus(threads):
         if read_latency_s:
-            makers = {OURS: _ours(index, threads, read_latency_s), WITH_LATENCY: _ours(index, threads, 0.0)}
+            makers = {OURS: _ours(index, threads, read_latency_s), WITHOUT_LATENCY: _ours(index, threads, 0.0)}
         else:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="adaptnet-bench-")))
             files = _loose(index, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import time
 from collections import OrderedDict
@@ -18,7 +19,8 @@ from pipeline.data.encoded import looks_whole
 from pipeline.data.index import ImageIndex
 
 READS_PER_TASK = 4
-DESCRIPTORS_KEPT = 256
+RETRIED_AFTER_S = (0.1, 1.0, 5.0)
+DESCRIPTORS_SHARE = 4  # a quarter of those that the process may have are kept open
 GAP = 1 << 16  # bytes between two images that are fetched in one go all the same
 
 
@@ -40,6 +42,7 @@ class Reader:
         self.index, self.latency_s = index, latency_s
         self._threads = ThreadPoolExecutor(threads, "adaptnet-read")
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // DESCRIPTORS_SHARE)
         self._lock = threading.Lock()
 
     def start(self, rows: Sequence[int] | NDArray[np.int64]) -> Pending:
@@ -53,15 +56,16 @@ class Reader:
             self._threads.submit(self._fetch, rows)
 
     def read(self, row: int) -> Read:
-        """An image's bytes if they look whole. An error is met by opening the file anew, once."""
-        for last in (False, True):
+        """An image's bytes if they look whole; a storage that does not answer is tried again, the file opened anew."""
+        for pause_s in (*RETRIED_AFTER_S, None):
             try:
                 encoded = self._bytes(row)
                 return Read(encoded, looks_whole(encoded))
             except OSError as error:
-                if last:
+                if pause_s is None or isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
                     return Read(b"", f"cannot be read: {error.strerror}")
                 self._forget(self.index.location(row)[0])
+                time.sleep(pause_s)
         raise AssertionError
 
     def close(self) -> None:
@@ -106,7 +110,7 @@ class Reader:
         opened = _Descriptor(path)
         with self._lock:
             self._open[path] = opened
-            if len(self._open) > DESCRIPTORS_KEPT:
+            if len(self._open) > self._most_open:
                 self._open.popitem(last=False)
         return opened
 

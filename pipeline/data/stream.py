@@ -129,7 +129,11 @@ class Stream:
         return np.empty(0, np.int64) if self.lanes is None else self.lanes.ahead(plan.positions, self.order)
 
     def most_rows(self, rank: int, world: int) -> int:
-        """What b never exceeds. Raises ConfigError where the rank would own no lane."""
+        """What b never exceeds. Raises ConfigError where a rank would get no image."""
+        if self.batch_size < world:
+            raise ConfigError(
+                f"training.batch_size (={self.batch_size}) is below the {world} workers: each needs an image"
+            )
         if self.lanes is None:
             share = ranks.shard(self.batch_size, rank, world)
             return int(share.stop) - int(share.start)
