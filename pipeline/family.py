@@ -58,11 +58,16 @@ class Loss:
 
 @dataclass(frozen=True)
 class Params:
-    """Parameters that share a treatment: the learning rate is multiplied by lr_factor, weight decay may be off."""
+    """Parameters that share a treatment: the learning rate is multiplied by lr_factor, weight decay may be off.
+
+    `apart` is for a few scalars that shape the net, with an optimizer to themselves: they stay out of DDP, their
+    update runs in fp32, takes gradients of them alone and averages these over the ranks as one vector.
+    """
 
     parameters: Sequence[nn.Parameter]
     lr_factor: float = 1.0
     decay: bool = True
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,11 +112,31 @@ class Policy(Protocol):
     def name(self) -> str: ...
 
     def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Policy:
-        """This policy fitted on held-out (images [B,3,H,W], labels [B]); itself where there is nothing to fit."""
+        """This policy fitted on held-out (images [B,3,H,W], labels [B]); itself where there is nothing to fit.
+
+        `batches` may be walked again and holds this rank's share; the same object comes to each policy of a net.
+        Collective.
+        """
         ...
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
-        """Runs the net in eval mode without gradient on images [B, 3, H, W]; work that is not needed is not done."""
+        """Runs a net that is in eval mode, without gradient, on images [B, 3, H, W]; needless work is not done.
+
+        The caller sets eval mode and no_grad or inference_mode, once for all batches.
+        """
+        ...
+
+
+@runtime_checkable
+class Fitted(Policy, Protocol):
+    """A policy whose calibration is kept with the trained net, e.g. RANet's thresholds."""
+
+    def state(self) -> Mapping[str, Any]:
+        """What calibration found, as plain values that JSON can hold; {} before it."""
+        ...
+
+    def restored(self, state: Mapping[str, Any]) -> Policy:
+        """This policy with what `state` gave, calibration done."""
         ...
 
 
@@ -124,6 +149,9 @@ class Family:
     groups(config, net)           -> optimizer name -> its Params; together they partition the trainable parameters
     updates(config, step)         -> names of the optimizers that move at this step, in order
     policies(config, net)         -> the ways to run the trained net; the first is the default
+    adopt(config, net, tensors)   -> fills a fresh net from foreign weights by name (released code's, torchvision's, a
+                                     smaller net's of ours); returns the net's names that keep their initial values;
+                                     raises ConfigError listing tensors that fit nowhere; strict and ours by default
     """
 
     config: type[FamilyConfig]
@@ -132,6 +160,35 @@ class Family:
     groups: Callable[[Any, nn.Module], Mapping[str, Sequence[Params]]]
     updates: Callable[[Any, int], Sequence[str]]
     policies: Callable[[Any, nn.Module], Sequence[Policy]]
+    adopt: Callable[[Any, nn.Module, Mapping[str, Tensor]], Sequence[str]] = lambda _, net, tensors: load(net, tensors)
+
+
+def load(net: nn.Module, tensors: Mapping[str, Tensor], keep: Callable[[str], bool] = lambda name: False) -> list[str]:
+    """Loads `tensors` into `net` by name, all of them; only names that `keep` allows may be absent, and are returned.
+
+    Nothing is loaded where it raises: ConfigError, listing what is missing, left over or of another shape.
+    """
+    own = net.state_dict()
+    absent = [name for name in own if name not in tensors]
+    problems = {
+        "missing": [name for name in absent if not keep(name) and not name.endswith("num_batches_tracked")],
+        "not used": [name for name in tensors if name not in own],
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)}, here {tuple(value.shape)}"
+            for name, value in own.items()
+            if name in tensors and tensors[name].shape != value.shape
+        ],
+    }
+    found = [f"{kind}: {_some(entries)}" for kind, entries in problems.items() if entries]
+    if found:
+        raise ConfigError(f"these weights do not fit the net: {'; '.join(found)}")
+    net.load_state_dict(dict(tensors), strict=False)
+    return [name for name in absent if keep(name)]
+
+
+def _some(entries: Sequence[str], most: int = 8) -> str:
+    more = f", and {len(entries) - most} more" if len(entries) > most else ""
+    return ", ".join(entries[:most]) + more
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
