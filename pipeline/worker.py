@@ -26,7 +26,7 @@ from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, Resourc
 from pipeline.family import Family, Report
 from pipeline.journal import Journal, SystemSampler
 from pipeline.run_config import RunConfig
-from pipeline.training import checkpoint, state, step
+from pipeline.training import checkpoint, optim, state, step
 from pipeline.training.checkpoint import Checkpointer, Storage
 from pipeline.training.evaluate import Evaluator, calibrate, choose, evaluate
 from pipeline.training.loop import Plan, device_of, train
@@ -97,7 +97,7 @@ class Run:
         config = self.config
         current = self._fresh()
         self._restore(current)
-        task = self._task(current.net)
+        task = self._task(current)
         for remark in task.remarks:
             self._event("remark", text=remark)
         if ranks.rank() == 0:
@@ -152,9 +152,10 @@ class Run:
             self.storage, lambda name, why: self._event("damaged-checkpoint", name=name, why=why)
         )
 
-    def _task(self, net: nn.Module) -> Task:
+    def _task(self, current: TrainState) -> Task:
         config, training = self.config, self.config.training
-        forward, remarks = step.wrap(net, training, self.device)
+        apart = optim.parameters_apart(current.optimizers)
+        forward, remarks = step.wrap(current.net, training, self.device, apart)
         return Task(
             family=self.family,
             config=config.family,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,44 @@ def test_a_uri_works_as_a_folder_does(tmp_path: Path) -> None:
     checkpoint.verify(storage.fetch("step-00000002"))
     assert checkpoint.read(storage.fetch("step-00000002"))["step"] == 2
     assert not list((tmp_path / "staging").iterdir())
+
+
+ENDLESS = """
+import sys, pathlib, itertools
+sys.path.insert(0, {tests!r})
+import test_checkpoint as t, torch
+to = t.far(pathlib.Path({folder!r}))
+current = t.tiny.fresh(t.tiny.training())
+for current.step in itertools.count(1):
+    extra = {{"bad": {{}}, "weight": torch.full((2_000_000,), 1.0 * current.step)}}
+    to.save(current, t.tiny.meta(current.step), extra, wait=True)
+    print(current.step, flush=True)
+"""
+
+
+def far(folder: Path) -> Checkpointer:
+    config = CheckpointConfig(storage=f"local://{folder}/far", keep_last=3, keep_best=0)
+    return Checkpointer(checkpoint.open_storage(config, folder / "run"), folder / "staging", config)
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.01, 0.02, 0.03])
+def test_a_writer_killed_during_an_upload_leaves_the_newest_complete_one(tmp_path: Path, pause_s: float) -> None:
+    code = ENDLESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    done = [int(writer.stdout.readline()) for _ in range(4)][-1]
+    time.sleep(pause_s)
+    writer.kill()
+    writer.wait()
+    done = max([done, *map(int, writer.stdout.read().split())])
+    again = far(tmp_path)
+    name = checkpoint.newest_good(again.storage, lambda name, why: pytest.fail(f"{name} counted and is damaged: {why}"))
+    assert name in (f"step-{done:08d}", f"step-{done + 1:08d}")  # the last may have ended before it was said
+    found = checkpoint.read(again.storage.fetch(name))
+    assert torch.equal(found["weight"], torch.full((2_000_000,), 1.0 * found["step"]))
+    assert list((tmp_path / "staging").iterdir()) == []
+    save(again, done + 2)
+    assert again.storage.names()[-1] == f"step-{done + 2:08d}"
 
 
 def test_an_unknown_scheme_is_refused_with_a_reason(tmp_path: Path) -> None:

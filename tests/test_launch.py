@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from pipeline import journal, launch, run_config
 from pipeline.data import toy
 from pipeline.errors import CheckpointError, ConfigError, DataError, DivergedError, ResourceError
 from pipeline.run_config import RunConfig
+from pipeline.tracking import connect
 
 pytestmark = pytest.mark.ray
 
@@ -53,6 +56,19 @@ def events(run_dir: Path, kind: str) -> list[journal.Record]:
     return [r for r in journal.read_all(run_dir / "journal" / "rank0.jsonl") if r.get("event") == kind]
 
 
+def tracking_run(run_dir: Path) -> str:
+    return str(json.loads((run_dir / "tracking.json").read_text())["run_id"])
+
+
+def tracked(run_dir: Path, run_id: str) -> list[tuple[str, int]]:
+    """Each (key, step) that MLflow holds, as often as it holds it; the tracking file has no other run."""
+    client = connect(f"sqlite:///{run_dir.parent}/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    assert [run.info.run_id for run in client.search_runs(experiments)] == [run_id]
+    keys = client.get_run(run_id).data.metrics
+    return sorted((key, point.step) for key in keys for point in client.get_metric_history(run_id, key))
+
+
 @pytest.fixture(scope="module")
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run's folder."""
@@ -71,23 +87,31 @@ def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def start(images: Path, run_dir: Path) -> subprocess.Popen[bytes]:
+def start(images: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
     """The same run driven by a process of its own."""
     code = f"""
 import pathlib, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_launch
-test_launch.launch.train(test_launch.recipe(pathlib.Path({str(images)!r})), pathlib.Path({str(run_dir)!r}))
+config = test_launch.recipe(pathlib.Path({str(images)!r}), *{overrides!r})
+test_launch.launch.train(config, pathlib.Path({str(run_dir)!r}))
 """
     log = open(run_dir.parent / f"{run_dir.name}.log", "wb")  # noqa: SIM115
     return subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
 
 
-def wait_for(done: Callable[[], bool], what: str, seconds: float = 300) -> None:
+def wait_for(
+    done: Callable[[], bool], what: str, seconds: float = 300, process: subprocess.Popen[bytes] | None = None
+) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        assert process is None or process.poll() is None, f"the driver ended before {what}"
         time.sleep(0.05)
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def passed(run_dir: Path, step: int) -> bool:
@@ -110,6 +134,73 @@ def test_a_worker_killed_in_mid_epoch_leaves_no_trace_in_the_weights(images: Pat
     assert len(events(run_dir, "started")) == 2
     assert events(run_dir, "started")[1]["step"] >= 5
     assert weights(run_dir) == weights(whole)
+
+
+def test_a_driver_killed_is_succeeded_by_the_same_command_in_the_same_mlflow_run(
+    images: Path, whole: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    process = start(images, run_dir)
+    wait_for(lambda: passed(run_dir, 10), "a checkpoint", process=process)
+    with pytest.raises(ResourceError, match=f"another driver is training here.*process {process.pid}"):
+        launch.train(recipe(images), run_dir)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    first_id = tracking_run(run_dir)
+    wait_for(lambda: not any(map(alive, family)), "the orphans of a killed driver to end")
+
+    result = launch.train(recipe(images), run_dir)
+    assert result.finished and result.run_id == first_id
+    assert events(run_dir, "resumed")[-1]["step"] >= 10
+    assert weights(run_dir) == weights(whole)
+    assert logged(run_dir) == logged(whole)
+    sent = tracked(run_dir, first_id)
+    assert {key for key in sent if not key[0].startswith("system/")} >= set(logged(run_dir))
+    assert len(sent) == len(set(sent))
+
+    before = (run_dir / "journal" / "rank0.jsonl").read_bytes()
+    assert launch.train(recipe(images), run_dir).run_id == first_id  # finished: nothing is done twice
+    assert (run_dir / "journal" / "rank0.jsonl").read_bytes() == before
+    assert tracked(run_dir, first_id) == sent
+
+
+def test_two_workers_pass_a_truncated_jpeg_stop_when_asked_and_one_goes_on(
+    images: Path, whole: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "set"
+    shutil.copytree(images, damaged)
+    victim = sorted((damaged / "train").rglob("*.jpg"))[7]
+    victim.write_bytes(victim.read_bytes()[:200])
+    run_dir = tmp_path / "run"
+    process = start(damaged, run_dir, "logging.every=2 steps")
+    wait_for(lambda: passed(run_dir, 10), "a full epoch", process=process)
+    (run_dir / "stop").touch()
+    assert process.wait(timeout=300) == 0, (tmp_path / "run.log").read_text()[-3000:]
+    stopped = json.loads((run_dir / "status.json").read_text())
+    assert not stopped["finished"] and 10 <= stopped["step"] < 40
+    assert [image["file"] for image in json.loads((run_dir / "bad_images.json").read_text())] == [
+        str(victim.relative_to(damaged))
+    ]
+    found = events(run_dir, "bad-image")
+    assert {event["file"] for event in found} == {str(victim.relative_to(damaged))}
+
+    result = launch.train(recipe(damaged, "compute.workers=0"), run_dir)
+    assert result.finished and result.step == 40
+    resumed = events(run_dir, "resumed")[-1]
+    assert resumed["step"] == stopped["step"] == events(run_dir, "started")[-1]["step"]
+    assert [event["workers"] for event in events(run_dir, "started")] == [2, 1]
+    seen = torch.load(run_dir / "checkpoints" / "step-00000040" / "state.pt", weights_only=True)["images_seen"]
+    assert seen == 40 * 32
+
+
+def test_more_bad_images_than_the_share_allowed_end_the_run(images: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "set"
+    shutil.copytree(images, damaged)
+    for victim in sorted((damaged / "train").rglob("*.jpg"))[:8]:
+        victim.write_bytes(b"")
+    with pytest.raises(DataError, match=r"max_bad_share"):
+        launch.train(recipe(damaged, "compute.workers=0", "data.max_bad_share=0.01"), tmp_path / "run")
 
 
 def test_what_a_user_can_get_wrong_is_said_once_and_clearly(images: Path, alone: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import ranks
 from pipeline.errors import ConfigError, ContractError, DivergedError
@@ -44,22 +45,29 @@ def test_micro_batches_of_any_number_give_the_step_of_the_whole_batch() -> None:
             torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
 
 
+SHAPED = tiny.TinyConfig(shaped=True)
+WITH_SHAPE = tiny.training(other_optimizers={"shape": optim.OptimizerConfig(lr=0.3)})
+
+
+def four_steps(rows: slice = slice(None)) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """A state with parameters apart after four steps of this rank's rows, and what the meter holds."""
+    current, meter = tiny.fresh(WITH_SHAPE, SHAPED), Meter()
+    task, source = tiny.task(current.net, WITH_SHAPE, SHAPED), tiny.batches(0, 1, rows)
+    for _ in range(4):
+        train_step(task, current, next(source), 8, meter)
+    return tiny.tensors(current), meter.flush()
+
+
 def _two_ranks(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    rows = slice(0, 3) if rank == 0 else slice(3, 8)  # unequal shares
+    torch.save(four_steps(rows), f"{folder}/two{rank}.pt")
     current = tiny.fresh(tiny.training())
     task = tiny.task(current.net, tiny.training())
-    rows = slice(0, 3) if rank == 0 else slice(3, 8)  # unequal shares
-    source = tiny.batches(0, 1, rows)
-    meter = Meter()
-    for _ in range(4):
-        train_step(task, current, next(source), 8, meter)
-    means = meter.flush()
-    if rank == 0:
-        torch.save((tiny.tensors(current), means), f"{folder}/two.pt")
     try:
         bad = tiny.Recorder(Path(folder) / f"saves{rank}")
-        source = tiny.batches(current.step, 1, rows)
+        source = tiny.batches(0, 1, rows)
 
         def poisoned():
             for number, micros in enumerate(source):
@@ -75,19 +83,30 @@ def _two_ranks(rank: int, port: int, folder: str) -> None:
 
 def test_two_ranks_with_unequal_shares_equal_one_and_meet_a_divergence_together(tmp_path: Path) -> None:
     mp.spawn(_two_ranks, args=(_free_port(), str(tmp_path)), nprocs=2)
-    theirs, their_means = torch.load(tmp_path / "two.pt")
-    current, meter = tiny.fresh(tiny.training()), Meter()
-    source = tiny.batches(0)
-    for _ in range(4):
-        train_step(tiny.task(current.net, tiny.training()), current, next(source), 8, meter)
-    for name, value in tiny.tensors(current).items():
-        torch.testing.assert_close(theirs[name], value, rtol=1e-5, atol=1e-6)
-    assert their_means == pytest.approx(meter.flush(), abs=1e-6)
+    mine, means = four_steps()
+    assert (mine["net.alpha"] - torch.tensor([0.5, -0.5])).abs().min() > 1e-3
+    for rank in (0, 1):
+        theirs, their_means = torch.load(tmp_path / f"two{rank}.pt")
+        for name, value in mine.items():
+            torch.testing.assert_close(theirs[name], value, rtol=1e-5, atol=1e-6, msg=name)
+        assert their_means == pytest.approx(means, abs=1e-6)
     for rank in (0, 1):
         step, message = torch.load(tmp_path / f"diverged{rank}.pt")
-        assert step == 7
-        assert "step 7, rank 1" in message
+        assert step == 3
+        assert "step 3, rank 1" in message
         assert "learning rate" in message
+
+
+def test_each_update_moves_its_own_parameters_alone() -> None:
+    current = tiny.fresh(WITH_SHAPE, SHAPED)
+    task, source, moved = tiny.task(current.net, WITH_SHAPE, SHAPED), tiny.batches(0), []
+    for name in ("main", "shape"):
+        family = dataclasses.replace(tiny.FAMILY, updates=lambda config, step, name=name: [name])
+        before = {key: value.clone() for key, value in current.net.state_dict().items()}
+        train_step(dataclasses.replace(task, family=family), current, next(source), 8, Meter())
+        moved.append({key for key, value in current.net.state_dict().items() if not torch.equal(value, before[key])})
+    assert moved == [set(before) - {"alpha"}, {"alpha"}]
+    assert current.net.alpha.requires_grad
 
 
 def _free_port() -> int:

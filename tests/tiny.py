@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
 class TinyConfig(FamilyConfig):
     name: Literal["tiny"] = "tiny"
     dropout: float = 0.0
+    shaped: bool = False  # two scalars apart, moved at every second step before the rest
 
 
 @dataclass
@@ -34,23 +35,33 @@ class Logits:
 
 
 class Tiny(nn.Module):
-    def __init__(self, dropout: float, num_classes: int) -> None:
+    def __init__(self, config: TinyConfig, num_classes: int) -> None:
         super().__init__()
+        if config.shaped:
+            self.alpha = nn.Parameter(torch.tensor([0.5, -0.5]))
         self.hidden = nn.Linear(3 * SIDE * SIDE, 8)
         self.norm = nn.LayerNorm(8)
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Dropout(config.dropout)
         self.head = nn.Linear(8, num_classes)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Logits:
-        return Logits(self.head(self.drop(self.norm(self.hidden(images.flatten(1))).relu())))
+        x = self.norm(self.hidden(images.flatten(1))).relu()
+        if hasattr(self, "alpha"):
+            x = x * self.alpha.repeat(4)
+        return Logits(self.head(self.drop(x)))
+
+
+def groups(config: TinyConfig, net: nn.Module) -> dict[str, list[Params]]:
+    weights = Params([p for name, p in net.named_parameters() if name != "alpha"])
+    return {"main": [weights]} | ({"shape": [Params([net.alpha], decay=False, apart=True)]} if config.shaped else {})
 
 
 FAMILY = Family(
     config=TinyConfig,
-    build=lambda config, num_classes: Tiny(config.dropout, num_classes),
+    build=Tiny,
     loss=lambda config, output, targets: Loss(cross_entropy(output.logits, targets)),
-    groups=lambda config, net: {"main": [Params(list(net.parameters()))]},
-    updates=lambda config, step: ["main"],
+    groups=groups,
+    updates=lambda config, step: ["shape", "main"] if config.shaped and step % 2 == 0 else ["main"],
     policies=lambda config, net: [],
 )
 
@@ -60,7 +71,7 @@ def fresh(training: TrainingConfig, config: TinyConfig | None = None) -> TrainSt
 
 
 def task(net: nn.Module, training: TrainingConfig, config: TinyConfig | None = None) -> Task:
-    forward, remarks = wrap(net, training, CPU)
+    forward, remarks = wrap(net, training, CPU, [net.alpha] if hasattr(net, "alpha") else [])
     return Task(
         family=FAMILY,
         config=config or TinyConfig(),

@@ -69,7 +69,21 @@ def _torch_groups(settings: OptimizerConfig, params: Sequence[Params], plain: se
         full = settings.lr * group.lr_factor
         for members, decay in ((decayed, settings.weight_decay), (bare, 0.0)):
             if members:
-                yield {"params": members, "lr": full, "full_lr": full, "weight_decay": decay}
+                yield {"params": members, "lr": full, "full_lr": full, "weight_decay": decay, "apart": group.apart}
+
+
+def is_apart(optimizer: Optimizer) -> bool:
+    """Whether its parameters stay out of DDP; `build` lets an optimizer hold one kind alone."""
+    return bool(optimizer.param_groups[0]["apart"])
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def parameters_apart(optimizers: Mapping[str, Optimizer]) -> list[nn.Parameter]:
+    """Of all optimizers, the parameters that stay out of DDP."""
+    return [p for optimizer in optimizers.values() if is_apart(optimizer) for p in parameters_of(optimizer)]
 
 
 def norms_and_biases(net: nn.Module) -> Iterator[nn.Parameter]:
@@ -82,6 +96,9 @@ def norms_and_biases(net: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _assert_partition(groups: Mapping[str, Sequence[Params]], net: nn.Module) -> None:
+    mixed = [name for name, params in groups.items() if len({group.apart for group in params}) > 1]
+    if mixed:
+        raise ContractError(f"optimizer {mixed[0]}: parameters apart need an optimizer to themselves")
     grouped = [id(p) for params in groups.values() for group in params for p in group.parameters]
     trainable = {id(p): name for name, p in net.named_parameters() if p.requires_grad}
     missing = [name for key, name in trainable.items() if key not in set(grouped)]

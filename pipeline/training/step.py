@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import ranks
 from pipeline.data import pixels
 from pipeline.data.config import DataConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ContractError
 from pipeline.family import Family, FamilyConfig
 from pipeline.training import optim
 from pipeline.training.config import TrainingConfig
@@ -108,19 +108,70 @@ def train_step(task: Task, state: TrainState, micros: Sequence[Micro], batch_siz
     epoch = state.step * task.epochs_per_step
     lr = optim.set_lr(state.optimizers, optim.lr_factor(task.training.schedule, epoch, task.training.epochs))
     for name in task.family.updates(task.config, state.step):
-        for number, micro in enumerate(micros):
-            with _synchronised(task, last=number == len(micros) - 1):
-                loss = _forward(task, state, micro, number, meter)
-                scale = len(micro.labels) * ranks.world() / batch_size
-                torch.autograd.backward(loss * scale)
+        apart = optim.is_apart(state.optimizers[name])
+        (_gradients_apart if apart else _gradients)(task, state, name, micros, batch_size, meter)
         _clip(task, state, name, meter)
         state.optimizers[name].step()
         state.net.zero_grad(set_to_none=True)
+        if apart:
+            _assert_equal(name, optim.parameters_of(state.optimizers[name]))
     if state.ema is not None and task.training.ema_decay is not None:
         update_ema(state.ema, state.net, task.training.ema_decay, state.step)
     state.step += 1
     state.images_seen += batch_size
     return lr
+
+
+def _gradients(
+    task: Task, state: TrainState, name: str, micros: Sequence[Micro], batch_size: int, meter: Meter
+) -> None:
+    """Leaves in `.grad` of all parameters but those apart the gradient of the global batch."""
+    with _constant(optim.parameters_apart(state.optimizers)):
+        for number, micro in enumerate(micros):
+            with _synchronised(task, last=number == len(micros) - 1):
+                loss = _forward(task, state, micro, number, meter)
+                torch.autograd.backward(loss * _share(micro, batch_size))
+
+
+def _gradients_apart(
+    task: Task, state: TrainState, name: str, micros: Sequence[Micro], batch_size: int, meter: Meter
+) -> None:
+    """Leaves in `.grad` of the optimizer's own parameters the gradient of the global batch: bare net, fp32."""
+    parameters = optim.parameters_of(state.optimizers[name])
+    total = torch.zeros(sum(p.numel() for p in parameters), device=task.device)
+    for number, micro in enumerate(micros):
+        torch.manual_seed(seed_of(task.seed, "noise", state.step, number, ranks.rank()))
+        output: Any = state.net(micro.images)
+        loss = task.family.loss(task.config, output, micro.targets).total
+        meter.watch(loss, state.step)
+        found = torch.autograd.grad(loss * _share(micro, batch_size), parameters)
+        total += torch.cat([gradient.float().flatten() for gradient in found])
+    mean = ranks.rank_sum(total) / ranks.world()
+    parts = torch.split(mean, [p.numel() for p in parameters])
+    for parameter, gradient in zip(parameters, parts, strict=True):
+        parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+
+
+def _share(micro: Micro, batch_size: int) -> float:
+    return len(micro.labels) * ranks.world() / batch_size
+
+
+@contextmanager
+def _constant(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _assert_equal(name: str, parameters: Sequence[nn.Parameter]) -> None:
+    """Parameters outside DDP must not drift apart: DDP would not notice. Collective."""
+    mine = [parameter.detach().flatten().tolist() for parameter in parameters]
+    if any(theirs != mine for theirs in ranks.gather(mine)):
+        raise ContractError(f"optimizer {name}: its parameters differ between ranks")
 
 
 def _forward(task: Task, state: TrainState, micro: Micro, number: int, meter: Meter) -> Tensor:
@@ -136,8 +187,7 @@ def _forward(task: Task, state: TrainState, micro: Micro, number: int, meter: Me
 
 def _clip(task: Task, state: TrainState, name: str, meter: Meter) -> None:
     if task.training.clip_norm is not None:
-        parameters = [p for group in state.optimizers[name].param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, task.training.clip_norm)
+        norm = nn.utils.clip_grad_norm_(optim.parameters_of(state.optimizers[name]), task.training.clip_norm)
         meter.add({"grad_norm": norm}, 1)
         meter.watch(norm, state.step)
 
@@ -197,8 +247,13 @@ def split(length: int, parts: int) -> Iterator[slice]:
         yield ranks.shard(length, part, parts)
 
 
-def wrap(net: nn.Module, training: TrainingConfig, device: torch.device) -> tuple[nn.Module, tuple[str, ...]]:
-    """The net compiled and under DDP as asked, with a remark for each thing that could not be had. Collective."""
+def wrap(
+    net: nn.Module, training: TrainingConfig, device: torch.device, apart: Sequence[nn.Parameter] = ()
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The net compiled and under DDP as asked, with a remark for each thing that could not be had. Collective.
+
+    Parameters in `apart` stay out of DDP.
+    """
     remarks: list[str] = []
     wrapped: nn.Module = net
     if training.compile:
@@ -208,6 +263,10 @@ def wrap(net: nn.Module, training: TrainingConfig, device: torch.device) -> tupl
             remarks.append("training.compile: no C++ compiler (g++ or clang++) here, so the net runs uncompiled")
     if ranks.world() > 1:
         ids = [device.index] if device.type == "cuda" else None
+        left_out = {id(parameter) for parameter in apart}
+        names = [name for name, parameter in wrapped.named_parameters() if id(parameter) in left_out]
+        names += [f".{name}" for name in names]  # DDP's own spelling of a parameter of the net itself
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, names)  # type: ignore[no-untyped-call]
         wrapped = DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)
     return wrapped, tuple(remarks)
 
