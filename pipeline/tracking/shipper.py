@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError, ResourceError
 from pipeline.journal import Journal
 from pipeline.provenance import without_secrets
 from pipeline.tracking.address import TrackingConfig, failures, locked, reason_of, resolve_uri, unusable
-from pipeline.tracking.carrier import STATUS_EVENTS, Carrier, status_of
+from pipeline.tracking.carrier import STATUS_EVENTS, Carrier, Ledger, status_of
 
 PAUSE_S = 2.0  # between two looks at the journals
 LONGEST_PAUSE_S = 60.0  # while the server is away
@@ -49,8 +49,9 @@ class Shipper:
 
     @property
     def run_id(self) -> str | None:
-        """Of the MLflow run; None until the server has answered once."""
-        return self._carrier.ledger.run_id if self._carrier else None
+        """Of the MLflow run; None until a server has answered once."""
+        ledger = self._carrier.ledger if self._carrier else Ledger.peek(self._run_dir)
+        return ledger.run_id
 
     @property
     def sends(self) -> bool:
