@@ -251,7 +251,8 @@ def evaluate(
     if len(splits.val) == 0:
         raise DataError(f"data.root (={config.data.root}): it has no val split to evaluate on")
     home = out or _home(source, folder) / f"{config.data.root.name}-{splits.val.identity}"
-    reports = worker.assess(config, model.weights, splits, policies, home)
+    known = model.card.get("reports", ())
+    reports = worker.assess(config, model.weights, splits, policies, home, known)
     about = {"source": source, "step": model.step, "data": splits.val.identity, "root": str(config.data.root)}
     worker.write_json(home / "about.json", about)
     return Evaluation(source, config.data.root, model.step, model.classes, reports, home)

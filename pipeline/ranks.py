@@ -6,7 +6,7 @@ Without a process group every function acts as for one rank, so the same code ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -82,6 +82,13 @@ def gather(value: T) -> list[T]:
     box: list[Any] = [None] * world()
     dist.all_gather_object(box, value)
     return box
+
+
+def take_from_rank_0(tensors: Iterable[Tensor]) -> None:
+    """Fills the tensors, the same ones on every rank, with rank 0's values. Collective."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def barrier() -> None:

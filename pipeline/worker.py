@@ -23,12 +23,12 @@ from pipeline.data.bad import BadImages
 from pipeline.data.dali import EvalLoader, TrainLoader
 from pipeline.data.index import ImageIndex, Splits, open_splits
 from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, ResourceError
-from pipeline.family import Family, Report
+from pipeline.family import Family, Fitted, Report
 from pipeline.journal import Journal, SystemSampler
 from pipeline.run_config import RunConfig
 from pipeline.training import checkpoint, optim, state, step
 from pipeline.training.checkpoint import Checkpointer, Storage
-from pipeline.training.evaluate import Evaluator, calibrate, choose, evaluate
+from pipeline.training.evaluate import Evaluator, calibrate, choose, evaluate, restored
 from pipeline.training.loop import Plan, device_of, train
 from pipeline.training.state import TrainState
 from pipeline.training.step import Micro, Task
@@ -154,6 +154,7 @@ class Run:
 
     def _task(self, current: TrainState) -> Task:
         config, training = self.config, self.config.training
+        self._check_policies(current.net)
         apart = optim.parameters_apart(current.optimizers)
         forward, remarks = step.wrap(current.net, training, self.device, apart)
         return Task(
@@ -221,6 +222,7 @@ class Run:
         """The first policy on the val split. Collective."""
         if len(self.splits.val) == 0:
             return
+        ranks.take_from_rank_0(current.best_net.buffers())  # BatchNorm's statistics, which DDP shares at the next step
         policies = self.family.policies(self.config.family, current.best_net)[:1]
         reports = evaluate(
             current.best_net, policies, self._eval_loader(self.splits.val), self._evaluator(latency=False)
@@ -324,6 +326,12 @@ class Run:
                 f"compute.workers (={world}): the train split of {self.config.data.root} has {images} images"
             )
 
+    def _check_policies(self, net: nn.Module) -> None:
+        """Before training, not after it: the policies asked for are there, and what they are fitted on."""
+        policies = choose(self.family.policies(self.config.family, net), self.config.evaluation.policies)
+        if len(self.splits.held_out) == 0:
+            calibrate(policies, net, None, self._evaluator(latency=False))
+
     def _journal(self) -> Journal | None:
         """Rank 0's journal; on local rank 0 of each node also one of system metrics, filled by a thread."""
         journal = None
@@ -403,9 +411,17 @@ def eval_loader(config: RunConfig, split: ImageIndex, device: torch.device, thre
 
 
 def assess(
-    config: RunConfig, weights: Path, splits: Splits, wanted: Sequence[str] | None, store: Path
+    config: RunConfig,
+    weights: Path,
+    splits: Splits,
+    wanted: Sequence[str] | None,
+    store: Path,
+    known: Sequence[Mapping[str, Any]] = (),
 ) -> Sequence[Report]:
-    """Runs the net with `weights` (safetensors) on the val split, in this process, under the `wanted` policies."""
+    """Runs the net with `weights` (safetensors) on the val split, in this process, under the `wanted` policies.
+
+    `known` are stored reports whose calibration stands; other policies are fitted on the held-out images.
+    """
     from safetensors.torch import load_file
 
     device = device_of(config.compute.device)
@@ -414,9 +430,10 @@ def assess(
     net.load_state_dict(load_file(weights))
     net = net.to(device).eval()
     how = evaluator(config, device, len(splits.val.classes), latency=True)
-    policies = choose(family.policies(config.family, net), wanted or config.evaluation.policies)
+    policies = restored(choose(family.policies(config.family, net), wanted or config.evaluation.policies), known)
     threads = config.data.decode_threads or torch.get_num_threads()
-    held_out = eval_loader(config, splits.held_out, device, threads) if len(splits.held_out) else None
+    fitted = all(policy.state() for policy in policies if isinstance(policy, Fitted))
+    held_out = None if fitted or not len(splits.held_out) else eval_loader(config, splits.held_out, device, threads)
     policies = calibrate(policies, net, held_out, how)
     return evaluate(net, policies, eval_loader(config, splits.val, device, threads), how, store=store)
 

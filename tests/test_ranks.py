@@ -45,6 +45,9 @@ def _rank(rank: int, folder: str) -> None:
         }
         for name, cut in CUTS.items():
             found[name] = gradient(slice(0, cut) if rank == 0 else slice(cut, ROWS))
+        buffers = [torch.full((2,), 1.0 + rank), torch.tensor(5 + rank)]
+        ranks.take_from_rank_0(buffers)
+        found["buffers"] = [buffer.tolist() for buffer in buffers]
         ranks.barrier()
         with ranks.one_rank():  # there is a group already: it stays
             found["inner world"] = ranks.world()
@@ -94,6 +97,7 @@ def test_every_rank_learns_the_same_sum_and_rank_0s_word(two: list[dict[str, Any
         assert found["sum"].tolist() == [3.0, 20.0]
         assert found["argument"].tolist() == [1.0 + rank, 10.0]  # left as it was
         assert found["agree"] == {"from": 0}
+        assert found["buffers"] == [[1.0, 1.0], 5]
         assert found["gather"] == [{"from": 0}, {"from": 1}]
 
 

@@ -26,11 +26,22 @@ from pipeline.data.config import DataConfig
 from pipeline.errors import CheckpointError, DataError, ResourceError
 from pipeline.family import Family, FamilyConfig, Policy, Report
 from pipeline.training import checkpoint
-from pipeline.training.evaluate import choose
+from pipeline.training.evaluate import choose, restored
 
 FORMAT = 1
 WEIGHTS, RECIPE, CARD = "net.safetensors", "recipe.yaml", "card.json"
-FIGURES = ("policy", "num_images", "top1", "top5", "ece", "macs_mean", "macs_p95", "full_share", "latency")
+FIGURES = (
+    "policy",
+    "num_images",
+    "top1",
+    "top5",
+    "ece",
+    "macs_mean",
+    "macs_p95",
+    "full_share",
+    "latency",
+    "calibration",
+)
 
 
 def write_model_folder(source: Path, reports: Sequence[Report], destination: Path) -> Path:
@@ -72,7 +83,7 @@ def _card(meta: Mapping[str, Any], reports: Sequence[Mapping[str, Any]], weights
         "data": meta["fingerprint"].get("data.identity"),
         "classes": meta["classes"],
         "weights": {"bytes": weights.stat().st_size, "sha256": checkpoint.sha256(weights)},
-        "reports": [{key: report.get(key) for key in FIGURES} for report in reports],
+        "reports": [{key: report.get(key) for key in (*FIGURES, "calibration")} for report in reports],
         "fingerprint": meta["fingerprint"],
     }
 
@@ -152,7 +163,7 @@ def load_model(folder: Path, device: torch.device | None = None) -> LoadedModel:
         family_config=family_config,
         data_config=data_config,
         classes=found.classes,
-        policies=family.policies(family_config, net),
+        policies=restored(family.policies(family_config, net), found.card.get("reports", ())),
         card=found.card,
         device=device,
     )

@@ -24,7 +24,7 @@ from pipeline import cost, ranks
 from pipeline.data import pixels
 from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.family import Policy, Prediction, Report
+from pipeline.family import Fitted, Policy, Prediction, Report
 
 BINS = 15  # of the calibration error
 Arrays = dict[str, NDArray[Any]]
@@ -83,12 +83,44 @@ def choose(policies: Sequence[Policy], wanted: Sequence[str] | None) -> list[Pol
     return list(policies) if wanted is None else [by_name[name] for name in wanted]
 
 
+@dataclass(frozen=True)
+class _Pairs:
+    """A split as (normalised images, labels), decoded anew at each walk: it need not fit into memory."""
+
+    batches: Batches
+    how: Evaluator
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.batches:
+            yield self.how.images(batch), batch.labels
+
+
 def calibrate(policies: Sequence[Policy], net: nn.Module, batches: Batches | None, how: Evaluator) -> list[Policy]:
-    """Each policy fitted on held-out training images, or as it is where there are none."""
+    """Each policy fitted on held-out training images. Collective.
+
+    Raises ConfigError where there are none and a policy cannot do without.
+    """
     if batches is None:
+        unfitted = [policy.name for policy in policies if isinstance(policy, Fitted) and not policy.state()]
+        if unfitted:
+            raise ConfigError(
+                f"policy {', '.join(unfitted)}: is fitted on held-out training images, and there are none; set "
+                "data.held_out, e.g. 0.1, before training, or name other policies"
+            )
         return list(policies)
-    pairs = [(how.images(batch), batch.labels) for batch in batches]
-    return [policy.calibrated(net, pairs) for policy in policies]
+    net.eval()
+    pairs = _Pairs(batches, how)
+    with torch.inference_mode(), torch.autocast(how.device.type, torch.bfloat16, enabled=how.autocast):
+        return [policy.calibrated(net, pairs) for policy in policies]
+
+
+def restored(policies: Sequence[Policy], reports: Iterable[Mapping[str, Any]]) -> list[Policy]:
+    """The policies with the calibration that stored reports hold; those without one as they are."""
+    states: dict[str, Mapping[str, Any]] = {report["policy"]: report.get("calibration") or {} for report in reports}
+    return [
+        policy.restored(states[policy.name]) if isinstance(policy, Fitted) and states.get(policy.name) else policy
+        for policy in policies
+    ]
 
 
 def evaluate(
@@ -111,7 +143,7 @@ def evaluate(
         full = cost.measure(net, sample[:1]).macs
         for policy in policies:
             latency = _latency(policy, net, sample, how)
-            reports.append(_report(policy.name, merged[policy.name], full, how.num_classes, latency, unreadable))
+            reports.append(_report(policy, merged[policy.name], full, how.num_classes, latency, unreadable))
         if store is not None:
             _store(store, reports, merged)
     return ranks.agree(reports)
@@ -157,7 +189,7 @@ def _merge(parts: Iterable[Arrays]) -> Arrays:
 
 
 def _report(
-    policy: str,
+    policy: Policy,
     arrays: Arrays,
     full: float,
     num_classes: int,
@@ -167,7 +199,7 @@ def _report(
     hit = arrays["predicted"] == arrays["labels"]
     facts = {name.removeprefix("facts/"): values for name, values in arrays.items() if name.startswith("facts/")}
     return Report(
-        policy=policy,
+        policy=policy.name,
         num_images=len(hit),
         top1=float(hit.mean()),
         top5=float((arrays["rank_of_truth"] < 5).mean()) if num_classes > 5 else None,
@@ -180,6 +212,7 @@ def _report(
         facts_by_class={name: _by_class(values, arrays["labels"], num_classes) for name, values in facts.items()},
         top1_by_class=[None if row is None else row[0] for row in _by_class(hit, arrays["labels"], num_classes)],
         unreadable=list(unreadable),
+        calibration=policy.state() if isinstance(policy, Fitted) else {},
     )
 
 

@@ -229,3 +229,9 @@ def test_prices_are_those_of_each_size_of_images_and_are_counted_on_that_forward
 def test_a_config_that_means_nothing_is_refused(keys: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         validate(BaselineConfig, {"name": "baseline", **keys}, "family")
+
+
+def test_batchnorms_momentum_is_the_nets_own_or_the_configs() -> None:
+    for asked, expected in ((None, 0.01), (0.1, 0.1)):
+        net = build(BaselineConfig(net="mobilenet_v3_small", batchnorm_momentum=asked), 5)
+        assert {m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {expected}

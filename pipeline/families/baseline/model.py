@@ -40,13 +40,18 @@ MIN_SIDE_PX = {"googlenet": 15, "densenet121": 29, "vgg16": 32, "vgg16_bn": 32} 
 
 
 class BaselineConfig(FamilyConfig):
-    """`net` is torchvision's name, or cifar_resnet / cifar_preresnet of depth 6n+2."""
+    """`net` is torchvision's name, or cifar_resnet / cifar_preresnet of depth 6n+2.
+
+    MobileNetV3's own `batchnorm_momentum` is 0.01: its running statistics need about 500 steps before the net in
+    eval mode is the net that was trained. Runs of a few hundred steps take 0.1.
+    """
 
     name: Literal["baseline"] = "baseline"
     net: str = "resnet50"
     stem: Stem = "imagenet"  # cifar: a 3x3 convolution of stride 1 and no pooling
     depth: Annotated[int, Field(ge=8)] = 110  # of the CIFAR ResNets
     stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the last block being dropped; CIFAR ResNets
+    batchnorm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None  # null: the net's own; see the docstring
     resolutions_px: tuple[Annotated[int, Field(ge=8)], ...] = ()  # evaluated natively and down-and-up as well
 
     @model_validator(mode="after")
@@ -68,6 +73,14 @@ class BaselineConfig(FamilyConfig):
 
 def build(config: BaselineConfig, num_classes: int) -> nn.Module:
     """The net on CPU, weights drawn from torch's default generator as its authors draw them."""
+    net = _build(config, num_classes)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d) and config.batchnorm_momentum is not None:
+            module.momentum = config.batchnorm_momentum
+    return net
+
+
+def _build(config: BaselineConfig, num_classes: int) -> nn.Module:
     if config.net.startswith("cifar"):
         return CifarResNet(config.depth, num_classes, config.net == "cifar_preresnet", config.stochastic_depth)
     options = {"aux_logits": False, "init_weights": True} if config.net == "googlenet" else {}
