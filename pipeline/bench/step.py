@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import cluster, ranks
 from pipeline.bench.rows import Row, compare, interleave
-from pipeline.config import Duration
+from pipeline.config import Duration, as_mapping
 from pipeline.errors import ResourceError
 from pipeline.run_config import ComputeConfig, RunConfig
 from pipeline.training import state, step
@@ -215,8 +215,9 @@ def _measure_ours(arguments: dict[str, Any]) -> None:
 
 
 def _under_torchrun(setting: Setting, folder: Path) -> float:
-    order, path = folder / "setting.pt", folder / "torchrun.json"
-    torch.save(setting, order)
+    order, path = folder / "setting.json", folder / "torchrun.json"
+    plain = {"recipe": as_mapping(setting.config), "num_classes": setting.num_classes, "steps": setting.steps}
+    order.write_text(json.dumps(plain), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*command, "-m", "pipeline.bench.torchrun", str(order), str(path)], capture_output=True, text=True

@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 from torch.distributed import destroy_process_group, init_process_group
 
-from pipeline import ranks
+from pipeline import ranks, run_config
 from pipeline.bench import step
 
 
 def main(order: str, path: str) -> None:
     """Writes rank 0's images/s of the global batch to `path`."""
     init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    setting: step.Setting = torch.load(order, weights_only=False)
+    plain = json.loads(Path(order).read_text(encoding="utf-8"))
+    config = run_config.from_mapping(plain["recipe"], order)
+    setting = step.Setting(config, plain["num_classes"], plain["steps"])
     rate = step.bare(setting)
     if ranks.rank() == 0:
         Path(path).write_text(json.dumps(rate))
