@@ -652,7 +652,7 @@ def test_a_net_cut_at_a_resolution_is_what_its_images_run(level: int) -> None:
         ({"drop": 1.2}, "less than or equal to 1"),
         ({"drop": (0.5, -0.1, 0.5)}, "greater than or equal to 0"),
         ({"drop": (0.5, 0.5)}, "drop has 2 entries, the net has 3 residuals"),
-        ({"drop": 0.5, "level_weights": (1, 1)}, "give one of them"),
+        ({"drop": 0.5, "level_weights": (1, 1)}, "say the same: give one of them"),
         ({"level_weights": (1, -1)}, "greater than or equal to 0"),
         ({"level_weights": (0, 0)}, "some image must enter somewhere"),
         ({"level_weights": (1, 1, 1, 1, 1)}, "level_weights has 5 entries, the net 4 resolutions"),

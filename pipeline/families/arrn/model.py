@@ -141,9 +141,8 @@ class Arrn(nn.Module):
             r = r[order.argsort().to(r.device)]
         y = F.silu(self.norm(self.head(self.final(r, len(r)))))  # [B, head width, R_N, R_N]
         logits = self.fc(y.mean(dim=(2, 3)))
-        return Output(
-            logits if idle is None else logits + idle.to(logits.dtype), torch.tensor(levels, device=images.device)
-        )
+        logits = logits if idle is None else logits + idle.to(logits.dtype)
+        return Output(logits, torch.tensor(levels, device=images.device))
 
     def _drawn(self, noise: Tensor | None, count: int) -> list[int]:
         """How many residuals each image drops: the length of the leading run of noise below p_n."""
@@ -167,9 +166,10 @@ class Arrn(nn.Module):
                 x, r, zero = self._step(n, x, r, entry, counts[n], top_up)
                 idle += [zero]
             elif top_up:
-                blank = x.new_zeros(top_up, residual.project.in_channels, *scaled(x, self.ladder[n]))
-                idle += [zero_of(residual.inner(blank, 0))]
-            entry = entry.then(residual.project)
+                size = (residual.project.in_channels, *scaled(x, self.ladder[n]))
+                idle += [zero_of(residual.inner(entry.weight.new_zeros(top_up, *size), 0))]
+            if len(x):
+                entry = entry.then(residual.project)
         rows = [] if r is None else [r]
         found = [zero for zero in idle if zero is not None]
         return _cat([*rows, entry(x)] if len(x) else rows), torch.stack(found).sum() if found else None
