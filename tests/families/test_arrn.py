@@ -315,6 +315,14 @@ def test_linear_maps_fold_into_one() -> None:
     torch.testing.assert_close(folded.linear(x) + folded.bias.view(1, -1, 1, 1), folded(x))
 
 
+def test_the_layout_of_memory_changes_nothing() -> None:
+    net, x = trained(small(drop=0.5)), images(4)
+    wanted = logits(net, x, noise_for([0, 1, 2, 0]))
+    net.to(memory_format=torch.channels_last)
+    found = logits(net, x.contiguous(memory_format=torch.channels_last), noise_for([0, 1, 2, 0]))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_bf16_autocast_leaves_filters_and_the_chain_in_fp32() -> None:
     net, seen = trained(small()).float(), []
     hooks = [r.register_forward_hook(lambda m, i, o: seen.append((i[0], i[1], o[0]))) for r in net.residuals]
@@ -327,7 +335,7 @@ def test_bf16_autocast_leaves_filters_and_the_chain_in_fp32() -> None:
         hook.remove()
     assert seen[0][0].dtype == torch.bfloat16  # what the layers compute in
     assert all(tensor.dtype == torch.float32 for row in seen for tensor in row if len(row) == 3)
-    assert apart(full.float(), skipped.float()) / apart(high.float(), skipped.float()) <= 0.03
+    assert apart(full.float(), skipped.float()) / apart(high.float(), skipped.float()) <= 0.01
 
 
 # ---- Laplacian dropout
@@ -553,15 +561,6 @@ def test_not_square_images_keep_their_shape_on_every_rung() -> None:
 # ---- growing
 
 
-def grown(start: int, **changes: object) -> tuple[Arrn, Arrn, list[str]]:
-    """A smaller net, a net of the whole ladder that took its weights, and the names that keep their initial values."""
-    smaller = trained(small(finest_px=LADDER[start], drop=0))
-    torch.manual_seed(9)
-    config = small(drop=0.5, **changes)
-    net = build(config, CLASSES).double().eval()
-    return smaller, net, list(adopt(config, net, smaller.state_dict()))
-
-
 @pytest.mark.parametrize("start", [1, 2, 3])
 @pytest.mark.parametrize("kind", ALL)
 def test_a_net_grown_on_top_of_a_smaller_one_has_its_function(kind: Filter, start: int) -> None:
@@ -569,6 +568,8 @@ def test_a_net_grown_on_top_of_a_smaller_one_has_its_function(kind: Filter, star
     torch.manual_seed(9)
     config = small(filters=kind)
     net = build(config, CLASSES).double().eval()
+    for layer in (net.stem, *(residual.project for residual in net.residuals)):
+        nn.init.normal_(layer.bias)
     initial = {name: value.clone() for name, value in net.state_dict().items()}
     kept = adopt(config, net, smaller.state_dict())
     x = images(4)
@@ -579,7 +580,8 @@ def test_a_net_grown_on_top_of_a_smaller_one_has_its_function(kind: Filter, star
 
 
 def test_a_grown_net_learns_in_its_new_residual() -> None:
-    _, net, _ = grown(1)
+    net = build(small(drop=0.5), CLASSES).double()
+    adopt(small(drop=0.5), net, trained(small(finest_px=16)).state_dict())
     net.train()(images(6), noise_for([0] * 6)).logits.square().sum().backward()
     first = net.residuals[0]
     assert isinstance(first, Residual)

@@ -112,9 +112,7 @@ class ArrnConfig(FamilyConfig):
     def _dropout(self) -> None:
         count = len(self.plan.inner)
         if self.drop is not None and self.level_weights:
-            raise ValueError(
-                "drop and level_weights say the same in two ways: give one of them ([] clears level_weights)"
-            )
+            raise ValueError("drop and level_weights say the same: give one of them (level_weights: [] clears that)")
         if isinstance(self.drop, tuple) and len(self.drop) != count:
             raise ValueError(f"drop has {len(self.drop)} entries, the net has {count} residuals")
         if len(self.level_weights) > count + 1:
