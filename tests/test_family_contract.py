@@ -17,7 +17,11 @@ from pipeline.config import as_mapping, dump_yaml, parse_yaml, validate
 from pipeline.errors import ConfigError
 from pipeline.family import Family, FamilyConfig, Policy, find, names
 
+ARRN = {"widths": [6, 8, 10], "final": "M2x1", "head_width": 12}
 CASES: dict[str, dict[str, Any]] = {
+    "arrn": {**ARRN, "ladder_px": [16, 8, 4], "inner": ["F2x2", "M2x1"], "resolutions_px": [12, 8, 4]},
+    "arrn-kaiser": {**ARRN, "ladder_px": [18, 13, 9], "inner": ["F1x1", "M2x2"], "filters": "kaiser", "drop": 0.4},
+    "arrn-box": {**ARRN, "ladder_px": [16, 12, 6], "inner": ["M2x1", "F2x1"], "filters": ["box", "dct"], "drop": 0},
     "baseline": {"net": "cifar_resnet", "depth": 8, "resolutions_px": [8]},
     "baseline-stochastic": {"net": "cifar_preresnet", "depth": 8, "stochastic_depth": 0.5},
     "convnet_aig": {"depth": 8, "target_rate": 0.6, "gate_lr_factor": 0.5, "thresholds": [0.3, 0.7]},
@@ -206,8 +210,9 @@ def test_a_config_comes_back_from_its_yaml(case: str) -> None:
 
 def test_a_key_that_is_not_known_is_refused_by_name(case: str) -> None:
     family, config, _ = opened(case)
-    with pytest.raises(ConfigError, match=r"deptt: no such key.*did you mean depth"):
-        validate(family.config, {**as_mapping(config), "deptt": 8}, "family")
+    key = next(key for key in as_mapping(config) if key != "name")
+    with pytest.raises(ConfigError, match=rf"{key}t: no such key.*did you mean {key}"):
+        validate(family.config, {**as_mapping(config), f"{key}t": 8}, "family")
     with pytest.raises(ConfigError, match="name"):
         validate(family.config, {**as_mapping(config), "name": "another"}, "family")
 

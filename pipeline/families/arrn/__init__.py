@@ -1,0 +1,14 @@
+"""ARRN: adaptive-resolution residual networks, whose first residuals low-resolution images skip (arXiv 2412.06195)."""
+
+from __future__ import annotations
+
+from pipeline.families.arrn.config import ArrnConfig
+from pipeline.families.arrn.growing import adopt
+from pipeline.families.arrn.inference import policies
+from pipeline.families.arrn.model import build
+from pipeline.families.arrn.objective import groups, loss, updates
+from pipeline.family import Family
+
+FAMILY = Family(
+    config=ArrnConfig, build=build, loss=loss, groups=groups, updates=updates, policies=policies, adopt=adopt
+)

@@ -1,0 +1,117 @@
+"""Ladders made longer and shorter without changing the function: train a small sub-network, then put residuals on top.
+
+Letters: k residuals that one net has and the other has not, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.families.arrn.config import ArrnConfig
+from pipeline.families.arrn.model import Affine, Arrn, Residual, affine
+from pipeline.family import load
+
+PART = "residuals."
+
+
+def adopt(config: ArrnConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
+    """Fills a fresh net from one of ours whose ladder is as long, or begins k resolutions lower.
+
+    In the second case the k new residuals add nothing at first, and the linear map below them is set so that it and
+    those above it give what the smaller net's stem gave: net(x) = smaller(D...D x). Returns the names that keep their
+    initial values. Raises ConfigError for weights of another net, and where a first weight does not fit the smaller
+    stem's place.
+    """
+    assert isinstance(net, Arrn)
+    count = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith(PART)), default=-1)
+    k = len(net.residuals) - count
+    if k < 0:
+        raise ConfigError(
+            f"these weights have {count} residuals, the net has {len(net.residuals)}: a net takes weights of its own "
+            "ladder or of a shorter one; give it the longer ladder (family.ladder_px, or finest_px left out)"
+        )
+    if k == 0:
+        return load(net, tensors)
+    moved = {_shifted(name, k): value for name, value in tensors.items()}
+    stem = _stem(net, moved, k)
+    left = load(net, moved, lambda name: name.startswith("stem.") or _number(name) in range(k))
+    names = {id(value): name for name, value in net.named_parameters()}
+    changed = {f"{PART}{k - 1}.project.weight", f"{PART}{k - 1}.project.bias"}
+    with torch.no_grad():
+        _take_over(net, stem, k)
+        for residual in net.residuals[:k]:
+            assert isinstance(residual, Residual)
+            for weight in residual.inner.gains:
+                weight.zero_()
+                changed.add(names[id(weight)])
+    return [name for name in left if name not in changed]
+
+
+def _shifted(name: str, k: int) -> str:
+    if not name.startswith(PART):
+        return name
+    _, number, rest = name.split(".", 2)
+    return f"{PART}{int(number) + k}.{rest}"
+
+
+def _number(name: str) -> int:
+    return int(name.split(".")[1]) if name.startswith(PART) else -1
+
+
+def _stem(net: Arrn, tensors: dict[str, Tensor], k: int) -> Affine:
+    """The smaller net's stem, taken out of its tensors."""
+    last = net.residuals[k - 1]
+    assert isinstance(last, Residual)
+    wanted = {"stem.weight": (last.project.out_channels, 3, 1, 1), "stem.bias": (last.project.out_channels,)}
+    for name, shape in wanted.items():
+        found = tuple(tensors[name].shape) if name in tensors else "nothing"
+        if found != shape:
+            raise ConfigError(
+                f"these weights do not fit the net: {name} of a ladder {k} shorter would be {shape}, found {found}"
+            )
+    return Affine(tensors.pop("stem.weight").flatten(1), tensors.pop("stem.bias"))
+
+
+def _take_over(net: Arrn, stem: Affine, k: int) -> None:
+    """Sets A_{k-1} so that the linear maps down to it are `stem`, nearest to its initial weights.
+
+    With V [C, 3] the maps above it, A + (W - A V) V⁺ is that, as V has its three columns independent.
+    """
+    above = _chain(net, k - 1)
+    last = net.residuals[k - 1]
+    assert isinstance(last, Residual) and last.project.bias is not None
+    v, a = above.weight.double(), last.project.weight.flatten(1).double()
+    a = a + (stem.weight.double().to(a.device) - a @ v) @ torch.linalg.pinv(v)
+    last.project.weight.copy_(a[:, :, None, None])
+    last.project.bias.copy_(stem.bias.double().to(a.device) - a @ above.bias.double())
+
+
+def _chain(net: Arrn, k: int) -> Affine:
+    """The stem and the first k linear maps, as one."""
+    found = affine(net.stem)
+    for residual in net.residuals[:k]:
+        assert isinstance(residual, Residual)
+        found = found.then(residual.project)
+    return found
+
+
+def cut(config: ArrnConfig, net: Arrn, finest_px: int) -> tuple[ArrnConfig, Arrn]:
+    """The sub-network that images of finest_px, a resolution of the ladder, run, as a net of its own without dropout.
+
+    Its stem is that of the whole net and the linear maps of the residuals left out, as one. Raises ConfigError for a
+    resolution that is not on the ladder.
+    """
+    if finest_px not in net.ladder:
+        raise ConfigError(f"a net cut at {finest_px} px: the ladder has {list(net.ladder)}")
+    k = net.ladder.index(finest_px)
+    smaller = config.model_copy(update={"finest_px": finest_px, "drop": 0.0, "level_weights": (), "resolutions_px": ()})
+    found = Arrn(smaller, net.fc.out_features).to(net.fc.weight.device, net.fc.weight.dtype)
+    tensors = {_shifted(name, -k): value for name, value in net.state_dict().items() if _number(name) not in range(k)}
+    stem = _chain(net, k)
+    tensors |= {"stem.weight": stem.weight.detach()[:, :, None, None], "stem.bias": stem.bias.detach()}
+    load(found, tensors)
+    return smaller, found.train(net.training)

@@ -1,0 +1,72 @@
+"""Policies of an adaptive-resolution net: one per resolution, skipping residuals, and the paper's comparison.
+
+`112px` reduces the images to 112 pixels and runs what such images need; `full-112px` reduces them as well, brings them
+back to the finest resolution and runs everything, as a net that cannot adapt has to. With the DCT and box filters both
+give the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from pipeline import cost
+from pipeline.blocks import per_image
+from pipeline.families.arrn.config import ArrnConfig
+from pipeline.families.arrn.model import Arrn, Output
+from pipeline.family import Prediction
+
+
+@dataclass(frozen=True)
+class AtResolution:
+    """The net on images of at most side_px on their shorter side, and back at its finest resolution if `full`.
+
+    Larger images are reduced by the net's own filters, which is part of the price; smaller ones stay as they are.
+    """
+
+    side_px: int
+    full: bool = False
+    prices: dict[tuple[int, ...], int] = field(default_factory=dict, compare=False)  # MACs by shape of one image
+
+    @property
+    def name(self) -> str:
+        return f"{'full-' if self.full else ''}{self.side_px}px"
+
+    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> AtResolution:
+        return self
+
+    def predict(self, net: nn.Module, images: Tensor) -> Prediction:
+        assert isinstance(net, Arrn)
+        shape = tuple(images.shape[1:])
+        if shape not in self.prices:
+            self.prices[shape] = cost.measure(_Under(self, net), images[:1]).macs
+        output = self.run(net, images)
+        ran = len(net.residuals) - output.levels  # [B]
+        return Prediction(output.logits.float(), per_image(self.prices[shape], images), {"residuals": ran})
+
+    def run(self, net: Arrn, images: Tensor) -> Output:
+        if min(images.shape[-2:]) > self.side_px:
+            images = net.at_side(images, self.side_px)
+        if self.full and net.level(images) > 0:
+            images = net.at_side(images, net.ladder[0])
+        output: Output = net(images)
+        return output
+
+
+class _Under(nn.Module):
+    """A net that is run under a policy, to be measured."""
+
+    def __init__(self, policy: AtResolution, net: Arrn) -> None:
+        super().__init__()
+        self.policy, self.net = policy, net
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.policy.run(self.net, images).logits
+
+
+def policies(config: ArrnConfig, net: nn.Module) -> Sequence[AtResolution]:
+    """The finest resolution first, then each lower one with residuals skipped and with all of them run."""
+    lower = [AtResolution(side, full) for side in config.evaluated_px for full in (False, True)]
+    return [AtResolution(config.plan.ladder[0]), *lower]

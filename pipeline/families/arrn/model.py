@@ -1,0 +1,255 @@
+"""Adaptive-resolution residual networks: a chain of Laplacian residuals, of which low-resolution images skip the first.
+
+A residual adds to an image's low-pass what its layers make of the rest, low-passed and without its mean:
+r_{n+1} = A_n(D r_n + D b_n(r_n - U D r_n) - mean). An image of lower resolution has no rest, b_n(0) is constant and so
+adds nothing: the residual need not run, and what remains is the linear map A_n.
+Letters: B images, C_n channels, K classes, N residuals; x images of 3 channels, r signals that have entered the chain.
+Source: Demeule et al., arXiv 2412.06195, reconstructed from its poster and reviews, for neither code nor equations
+are public. Ours: one linear map per border of resolutions; the filters' default (DCT, with which skipping is exact);
+layers that repeat the border; linear maps that keep the variance at the start; an ordinary stage at R_N before the
+pooling, without which the head would see the mean colour alone, as every residual's mean is 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.families.arrn.config import ArrnConfig
+from pipeline.families.arrn.filters import Pair
+from pipeline.families.arrn.inner import Stack
+
+LEAST_ROWS = 2  # that each residual runs in training, so that no parameter is without a gradient on some rank
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits [B, K]; levels [B] i64: how many residuals each image skipped."""
+
+    logits: Tensor
+    levels: Tensor
+
+
+def build(config: ArrnConfig, num_classes: int) -> Arrn:
+    return Arrn(config, num_classes)
+
+
+class Affine(NamedTuple):
+    """A map of channels: weight [C', C], bias [C']."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def then(self, layer: nn.Conv2d) -> Affine:
+        """This map and then a 1x1 convolution, as one.
+
+        By sums of products, not by a matrix product: a batch pays once, and the price of an image has no part of it.
+        """
+        assert layer.bias is not None
+        outer = layer.weight.flatten(1)
+        return Affine((outer[:, :, None] * self.weight).sum(1), (outer * self.bias).sum(1) + layer.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._apply(x, self.bias)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Without the bias."""
+        return self._apply(x, None)
+
+    def _apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x.to(self.weight.dtype), self.weight[:, :, None, None], bias)
+
+
+def affine(layer: nn.Conv2d) -> Affine:
+    assert layer.bias is not None
+    return Affine(layer.weight.flatten(1), layer.bias)
+
+
+class Residual(nn.Module):
+    """A Laplacian residual: `inner` is b_n, `project` A_n, `pair` D and U."""
+
+    def __init__(self, layers: str, inputs: int, outputs: int, gain: float, pair: Pair) -> None:
+        super().__init__()
+        self.pair = pair
+        self.inner = Stack(layers, inputs, "replicate", first_skip=False)
+        self.project = nn.Conv2d(inputs, outputs, 1)
+        _init(self.inner)
+        _init_linear(self.project)
+        for weight in self.inner.gains:
+            nn.init.constant_(weight, gain)
+
+    def forward(self, low: Tensor, rest: Tensor, kept: int) -> tuple[Tensor, Tensor | None]:
+        """The next signal, of low [b, C_n, h, w] = D r and rest [b', C_n, H, W] = r - U D r, where b = kept <= b'.
+
+        Rows of `rest` beyond b are run for the gradient's sake alone; the second result is the zero that they give.
+        """
+        h = self.inner(rest, kept)
+        idle = zero_of(h[kept:]) if len(h) > kept else None
+        h = self.pair.resize(h[:kept], _size(low))
+        return affine(self.project)(low + (h - h.mean(dim=(2, 3), keepdim=True))), idle
+
+
+class Arrn(nn.Module):
+    """Stem, residuals, final stage, head: `stem`, `residuals`, `final`, `head`, `norm`, `fc`."""
+
+    def __init__(self, config: ArrnConfig, num_classes: int) -> None:
+        super().__init__()
+        plan = config.plan
+        self.ladder, self.probabilities = plan.ladder, config.probabilities
+        self.pairs = [Pair(kind) for kind in config.kinds]
+        self.stem = nn.Conv2d(3, plan.widths[0], 1)
+        steps = zip(plan.inner, plan.widths, plan.widths[1:], strict=False)
+        self.residuals = nn.ModuleList(
+            Residual(*step, config.residual_gain, pair) for step, pair in zip(steps, self.pairs, strict=False)
+        )
+        self.final = Stack(plan.final, plan.widths[-1], "zeros", first_skip=True)
+        self.head = nn.Conv2d(plan.widths[-1], config.head_width, 1, bias=False)
+        self.norm = nn.BatchNorm2d(config.head_width)
+        self.fc = nn.Linear(config.head_width, num_classes)
+        _init_linear(self.stem)
+        _init(nn.ModuleList([self.final, self.head]))
+
+    def draw_noise(self, num_images: int) -> Tensor | None:
+        """Uniform numbers [B, N], on the CPU, so that the sizes they decide need no wait; None without dropout."""
+        return torch.rand(num_images, len(self.residuals)) if any(self.probabilities) else None
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Output:
+        """Residual n runs on the images that do not skip it: those above its resolution, but for the dropped.
+
+        Dropped are the first residuals of an image, in training or with `noise`; never others, and nothing is rescaled.
+        Where gradients are wanted each residual runs on LEAST_ROWS rows at least: dropped images', times 0.
+        Raises ConfigError for images smaller than the last resolution of the ladder.
+        """
+        if noise is None and self.training:
+            noise = self.draw_noise(len(images))
+        first = self.level(images)
+        x = self.at_side(images, self.ladder[first])
+        levels = [max(level, first) for level in self._drawn(noise, len(images))]
+        counts = list(accumulate(levels.count(n) for n in range(len(self.ladder))))
+        if len(set(levels)) == 1:
+            r, idle = self._chain(x, first, counts)
+        else:
+            order = torch.tensor(levels).argsort(stable=True)
+            r, idle = self._chain(x[order.to(x.device)], first, counts)
+            r = r[order.argsort().to(r.device)]
+        y = F.silu(self.norm(self.head(self.final(r, len(r)))))  # [B, head width, R_N, R_N]
+        logits = self.fc(y.mean(dim=(2, 3)))
+        logits = logits if idle is None else logits + idle.to(logits.dtype)
+        return Output(logits, torch.tensor(levels, device=images.device))
+
+    def _drawn(self, noise: Tensor | None, count: int) -> list[int]:
+        """How many residuals each image drops: the length of the leading run of noise below p_n."""
+        if noise is None or not self.residuals:
+            return [0] * count
+        dropped = noise.cpu() < torch.tensor(self.probabilities, dtype=noise.dtype)  # [B, N]
+        found: list[int] = dropped.long().cumprod(1).sum(1).tolist()
+        return found
+
+    def _chain(self, x: Tensor, first: int, counts: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Images x [B, 3, ...] at R_first, in the order in which they enter: r [B, C_N, ...] at R_N.
+
+        counts[n] of them run residual n. An image enters the chain at its level as W x + b, all linear maps above in
+        one. The second result is the zero of rows that ran for the gradient's sake, to be added to the logits.
+        """
+        top_up = min(LEAST_ROWS, len(x)) if torch.is_grad_enabled() else 0
+        entry, r, idle = affine(self.stem), None, []
+        for n, residual in enumerate(self.residuals):
+            assert isinstance(residual, Residual)
+            if n >= first:
+                x, r, zero = self._step(n, x, r, entry, counts[n], top_up)
+                idle += [zero]
+            elif top_up:
+                size = (residual.project.in_channels, *scaled(x, self.ladder[n]))
+                idle += [zero_of(residual.inner(entry.weight.new_zeros(top_up, *size), 0))]
+            if len(x):
+                entry = entry.then(residual.project)
+        rows = [] if r is None else [r]
+        found = [zero for zero in idle if zero is not None]
+        return _cat([*rows, entry(x)] if len(x) else rows), torch.stack(found).sum() if found else None
+
+    def _step(
+        self, n: int, x: Tensor, r: Tensor | None, entry: Affine, kept: int, top_up: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Images that have not entered, signals that have, both at R_{n+1}, and the zero of idle rows if any."""
+        residual = self.residuals[n]
+        assert isinstance(residual, Residual)
+        pair, low, rest = residual.pair, [], []
+        size = scaled(x if r is None else r, self.ladder[n + 1])
+        if r is not None:
+            low.append(pair.resize(r, size))
+            rest.append(r - pair.resize(low[0], _size(r)))
+        joining = kept - (0 if r is None else len(r))
+        run = joining + max(0, top_up - kept)
+        smaller = pair.resize(x, size) if len(x) else x
+        if run:  # on 3 channels, for the linear maps commute with the filters
+            rest.append(entry.linear(x[:run] - pair.resize(smaller[:run], _size(x))))
+        if joining:
+            low.append(entry(smaller[:joining]))
+        if low:
+            r, zero = residual(_cat(low), _cat(rest), kept)
+            return smaller[joining:], r, zero
+        return smaller, None, zero_of(residual.inner(rest[0], 0)) if rest else None
+
+    def level(self, images: Tensor) -> int:
+        """How many residuals images [B, 3, H, W] skip: those whose low-pass would already hold all of them."""
+        side = min(images.shape[-2:])
+        if side < self.ladder[-1]:
+            raise ConfigError(
+                f"images of {images.shape[-1]} x {images.shape[-2]} px: the ladder {list(self.ladder)} ends at "
+                f"{self.ladder[-1]} px, the least that a shorter side may have; give larger images or a longer ladder"
+            )
+        return max((n for n, rung in enumerate(self.ladder) if rung >= side), default=0)
+
+    def at_side(self, images: Tensor, side_px: int) -> Tensor:
+        """Images [B, 3, H, W] whose shorter side is side_px, by the filters of every resolution on the way."""
+        while (side := min(images.shape[-2:])) != side_px:
+            if side > side_px:
+                target = max(side_px, *(rung for rung in (0, *self.ladder) if rung < side))
+            else:
+                target = min(side_px, *(rung for rung in (side_px, *self.ladder) if rung > side))
+            finer = max((n for n, rung in enumerate(self.ladder) if rung >= max(side, target)), default=0)
+            images = self.pairs[min(finer, len(self.pairs) - 1)].resize(images, scaled(images, target))
+        return images
+
+
+def scaled(x: Tensor, side_px: int) -> tuple[int, int]:
+    """Height and width of x [..., H, W] once its shorter side is side_px, rounded to the nearest."""
+    side = min(x.shape[-2:])
+    height, width = ((2 * length * side_px + side) // (2 * side) for length in x.shape[-2:])
+    return height, width
+
+
+def zero_of(rows: Tensor) -> Tensor:
+    """0 times the sum of rows, []: joins them to the graph and changes nothing."""
+    return 0 * rows.float().sum()
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[-2], x.shape[-1]
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _init(net: nn.Module) -> None:
+    """Convolutions from N(0, 2 / (k² · C_in)), biases 0."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _init_linear(layer: nn.Conv2d) -> None:
+    """A map that keeps the signals' mean square: weights from N(0, 1 / C_in), biases 0."""
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
