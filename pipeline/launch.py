@@ -80,11 +80,13 @@ def _absolute(config: RunConfig) -> RunConfig:
     data = config.data.model_copy(update={"root": config.data.root.absolute()})
     if data.index is not None:
         data = data.model_copy(update={"index": data.index.absolute()})
+    start = config.training.start_from
+    training = config.training.model_copy(update={"start_from": start.absolute() if start else None})
     storage = config.checkpoint.storage
     if storage is not None and "://" not in storage:
         storage = str(Path(storage).absolute())
     saving = config.checkpoint.model_copy(update={"storage": storage})
-    return config.model_copy(update={"data": data, "checkpoint": saving})
+    return config.model_copy(update={"data": data, "training": training, "checkpoint": saving})
 
 
 def _make(run_dir: Path) -> Path:

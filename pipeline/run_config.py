@@ -129,6 +129,8 @@ def fingerprint(config: RunConfig, data_identity: str) -> dict[str, Any]:
     data = {key: mapping["data"][key] for key in stream}
     if config.data.shuffle == "block":
         data |= {"lanes": config.data.lanes, "window": config.data.window}
-    training = {k: v for k, v in mapping["training"].items() if k not in ("compile", "channels_last")}
+    training = {k: v for k, v in mapping["training"].items() if k not in ("compile", "channels_last", "start_from")}
+    if config.training.start_from is not None:
+        training["start_from"] = config.training.start_from.name  # the file may move
     chosen = {"family": mapping["family"], "seed": config.seed, "data": data, "training": training}
     return {**configs.flat(chosen), "data.identity": data_identity}

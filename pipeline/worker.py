@@ -95,8 +95,10 @@ class Run:
 
     def go(self) -> None:
         config = self.config
-        current = self._fresh()
-        self._restore(current)
+        name = ranks.agree(self._newest() if ranks.rank() == 0 else None)
+        current = self._fresh(adopt=name is None)
+        if name is not None:
+            self._restore(current, name)
         task = self._task(current)
         for remark in task.remarks:
             self._event("remark", text=remark)
@@ -114,8 +116,10 @@ class Run:
         self._conclude(current, finished)
         ranks.barrier()
 
-    def _fresh(self) -> TrainState:
+    def _fresh(self, *, adopt: bool) -> TrainState:
+        """The state at step 0, from other weights where the recipe names them and `adopt` says so."""
         training = self.config.training
+        weights = checkpoint.weights_at(training.start_from) if adopt and training.start_from is not None else None
         current = state.fresh(
             self.family,
             self.config.family,
@@ -124,6 +128,7 @@ class Run:
             seed=self.config.seed,
             device=self.device,
             channels_last=self._channels_last,
+            weights=weights,
         )
         if training.sync_batchnorm and self.device.type == "cuda":
             current.net = nn.SyncBatchNorm.convert_sync_batchnorm(current.net)  # type: ignore[no-untyped-call]
@@ -133,11 +138,8 @@ class Run:
             )
         return current
 
-    def _restore(self, current: TrainState) -> None:
+    def _restore(self, current: TrainState, name: str) -> None:
         """Loads the newest checkpoint that is whole, the same on every rank; checks that it is of this recipe."""
-        name = ranks.agree(self._newest() if ranks.rank() == 0 else None)
-        if name is None:
-            return
         folder = self.storage.fetch(name)
         saved = checkpoint.read_meta(folder)["fingerprint"]
         allowed = self.order.allow_changed

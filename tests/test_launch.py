@@ -194,6 +194,21 @@ def test_two_workers_pass_a_truncated_jpeg_stop_when_asked_and_one_goes_on(
     assert seen == 40 * 32
 
 
+def test_a_run_starts_from_the_weights_of_another(images: Path, alone: Path, tmp_path: Path) -> None:
+    here = ("compute.workers=0", "training.epochs=0.1", "training.optimizer.lr=1e-9")
+    launch.train(recipe(images, *here, f"training.start_from={alone}/checkpoints/step-00000040"), tmp_path / "run")
+    theirs = load_file(tmp_path / "run" / "checkpoints" / "step-00000001" / "net.safetensors")
+    for name, value in load_file(alone / "checkpoints" / "step-00000040" / "net.safetensors").items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(theirs[name], value)
+    with pytest.raises(ConfigError, match=r"do not fit the net: of another shape: fc\.weight|not used"):
+        start = f"training.start_from={alone}/checkpoints/step-00000040/net.safetensors"
+        launch.train(recipe(images, *here, start, "family.depth=14"), tmp_path / "other")
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(CheckpointError, match=r"empty\.pt: no weights can be read"):
+        launch.train(recipe(images, *here, f"training.start_from={tmp_path}/empty.pt"), tmp_path / "none")
+
+
 def test_more_bad_images_than_the_share_allowed_end_the_run(images: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "set"
     shutil.copytree(images, damaged)

@@ -379,6 +379,30 @@ def read(folder: Path) -> dict[str, Any]:
     return mapping
 
 
+def weights_at(path: Path) -> dict[str, Tensor]:
+    """Tensors by name of a checkpoint's or model's folder (its moving average if any), a .safetensors or a .pt file.
+
+    A .pt file is loaded with weights_only and may hold the tensors under `state_dict` or `model`. Raises
+    CheckpointError where there is no such file or it holds no tensors.
+    """
+    from safetensors.torch import load_file
+
+    if path.is_dir():
+        path = next((f for f in (path / "ema.safetensors", path / "net.safetensors") if f.exists()), path)
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise a dozen kinds
+        raise CheckpointError(f"{path}: no weights can be read ({type(error).__name__}: {error})") from None
+    for key in ("state_dict", "model"):
+        found = found[key] if isinstance(found, Mapping) and isinstance(found.get(key), Mapping) else found
+    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors by name, at its top, under state_dict or under model")
+    return tensors
+
+
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Fingerprint keys whose values differ: {key: (saved, now)}."""
     keys = sorted({*saved, *now})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -57,6 +58,7 @@ class TrainingConfig(Config):
     clip_norm: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
     channels_last: Literal["auto"] | bool = "auto"  # auto: on a GPU
+    start_from: Path | None = None  # weights to begin with: a checkpoint's or model's folder, .safetensors or .pt
     compile: bool = False  # torch.compile; without a C++ compiler the run says so and goes on eagerly
     sync_batchnorm: bool = False  # BatchNorm over all ranks; GPU only
 

@@ -43,10 +43,16 @@ def fresh(
     seed: int,
     device: torch.device,
     channels_last: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> TrainState:
-    """The state before the first step: weights drawn from `seed` alone, equal on every rank and device."""
+    """The state before the first step: weights drawn from `seed` alone, equal on every rank and device.
+
+    `weights` given, the family adopts them. Raises ConfigError where they do not fit.
+    """
     torch.manual_seed(seed_of(seed, "weights"))
     net = family.build(config, num_classes)
+    if weights is not None:
+        family.adopt(config, net, weights)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net = net.to(device).to(memory_format=layout)
     optimizers = optim.build(family.groups(config, net), net, training)
