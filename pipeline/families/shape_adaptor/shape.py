@@ -43,7 +43,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Plan:
-    """The penalty in (0, 1] and the size that each adaptor gives, [N]; plain numbers, so that a forward needs no read."""
+    """The penalty in (0, 1] and the size that each adaptor gives, [N]; plain numbers, so a forward needs no read."""
 
     penalty: float
     sizes: tuple[Size, ...]
