@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "convnet_aig-fixed": {"depth": 14, "target_rate": [1.0, 0.5, 0.2, 1.0, 0.7, 0.9], "rate_reduction": "sum"},
     "shape_adaptor": {"net": "vgg16_bn", "side_px": 16, "target_px": 5, "width": 0.125, "alpha_every": 7},
     "shape_adaptor-limit": {"net": "resnet50", "side_px": 16, "target_px": 5, "width": 0.125, "limit_px": 4},
-    "shape_adaptor-autosc": {"net": "mobilenet_v2", "mode": "autosc", "side_px": 16, "width": 0.25, "max_gmacs": 1.0},
+    "shape_adaptor-autosc": {"net": "mobilenet_v2", "mode": "autosc", "side_px": 16, "width": 0.25},
 }
 IMAGES, CLASSES, SIDE_PX = 8, 5, 16
 SHARES = {"equal": 4, "unequal": 3}  # images of rank 0; rank 1 has the others

@@ -38,7 +38,7 @@ MOBILENET = (  # inverted residuals: expansion, channels, stride
 
 @dataclass(frozen=True)
 class Cells:
-    """What adaptors need in a forward: sizes [N] as plain numbers, weights [N, 2] of their smaller and larger branch."""
+    """What adaptors need in a forward: sizes [N] as plain numbers, weights [N, 2] of their smaller, larger branch."""
 
     sizes: tuple[Size, ...]
     weights: Tensor

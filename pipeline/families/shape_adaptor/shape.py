@@ -3,8 +3,8 @@
 An adaptor joins a branch of half its input's side and a branch of the whole side, both resized to a learned size:
 y = (1 - b) · R(half) + b · R(whole), b = sigmoid(alpha) where no limit acts. Letters: N adaptors, H×W pixels.
 Source: Liu et al., ECCV 2020 (arXiv 2008.00892). Where we differ from the released code: nothing is kept on functions,
-so that any number of nets live in one process; the running length starts at each image's own height and width, not at
-a declared side, so that small and non-square images keep their shape; the penalty is made from the present alphas (there
+so that any number of nets live in one process; the running length starts at each image's own height and width, not at a
+declared side, so that small and non-square images keep their shape; the penalty is made from the present alphas (there
 from those of the forward before); the alphas are read once per update (there twice per adaptor and forward).
 """
 
