@@ -575,8 +575,7 @@ def test_the_price_of_uniform_factors_is_the_published_one(
     count = len(alphas(model))
     for s, expected in gmacs.items():
         drawn = plan([for_factor(s)] * count, (side_px, side_px), local(count))
-        price = model.price_list.price((side_px, side_px), drawn.sizes)
-        assert price.macs / 1e9 == pytest.approx(expected, rel=6e-3), s
+        assert model.price_list.macs((side_px, side_px), drawn.sizes) / 1e9 == pytest.approx(expected, rel=6e-3), s
 
 
 def test_lost_residuals_are_the_published_ones() -> None:
@@ -800,16 +799,17 @@ def test_predicted_prices_are_those_counted_on_the_very_forward(net: str, mode: 
                 alphas(model).add_(shift)
         values.clear()
         found = cost.measure(model, images(1, *size))
-        price = model.price_list.price(size, model.plan(size).sizes)
-        assert price.macs == found.macs
-        assert price.values == sum(values)
+        asked = (size, model.plan(size).sizes)
+        assert model.price_list.values(*asked) == model.price_list.values(*asked) == sum(values)
+        assert model.price_list.macs(*asked) == found.macs
 
 
 @pytest.mark.parametrize("key", ["max_mvalues", "max_gmacs"])
 def test_a_plan_above_its_budget_is_refused_before_anything_runs(key: str) -> None:
     free = opened(small())
-    price = free.price_list.price((SIDE, SIDE), free.plan((SIDE, SIDE)).sizes)
-    amount = {"max_mvalues": price.values / 1e6, "max_gmacs": price.macs / 1e9}[key]
+    asked = ((SIDE, SIDE), free.plan((SIDE, SIDE)).sizes)
+    prices = free.price_list
+    amount = prices.values(*asked) / 1e6 if key == "max_mvalues" else prices.macs(*asked) / 1e9
     with torch.no_grad():
         opened(small(**{key: amount}))(images())
         net = opened(small(**{key: amount}))

@@ -102,6 +102,8 @@ def resized(x: Tensor, size: Size) -> Tensor:
     """x [B, C, h, w] -> [B, C, *size], bilinear between the corner pixels; the identity at its own size."""
     if (x.shape[2], x.shape[3]) == size:
         return x
+    if x.is_meta:  # where only shapes count; torch would walk through the whole formula in Python
+        return x.new_empty(*x.shape[:2], *size)
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 

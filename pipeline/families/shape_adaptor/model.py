@@ -10,6 +10,7 @@ VGG-16 and MobileNetV2, `keep_residual`, sums that are not doubled, and the budg
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -128,8 +129,9 @@ class ShapeNet(nn.Module):
     def plan(self, size: Size) -> Plan:
         """The plan for images of `size`. Raises ConfigError, before anything is computed, where it breaks a budget."""
         found = self.shape.plan(size)
-        if self.config.max_mvalues is not None or self.config.max_gmacs is not None:
-            self._check(size, found)
+        prices = self.price_list
+        self._check("max_mvalues", lambda: prices.values(size, found.sizes) / 1e6, size, found)
+        self._check("max_gmacs", lambda: prices.macs(size, found.sizes) / 1e9, size, found)
         return found
 
     def cells(self, plan: Plan) -> Cells:
@@ -142,17 +144,17 @@ class ShapeNet(nn.Module):
         alphas = self.shape.alphas
         return Output(logits, logits.new_empty(0) if alphas is None else alphas.detach(), plan)
 
-    def _check(self, size: Size, plan: Plan) -> None:
-        price = self.price_list.price(size, plan.sizes)
-        found = {"max_mvalues": price.values / 1e6, "max_gmacs": price.macs / 1e9}
-        for key, amount in found.items():
-            budget = getattr(self.config, key)
-            if budget is not None and amount > budget:
-                raise ConfigError(
-                    f"images of {size[0]}x{size[1]} px would cost {amount:.4g} each with sides {list(plan.sides_px)} "
-                    f"px after the adaptors, above family.{key} (={budget:g}); raise it, or bound the shape by "
-                    f"family.limit_px (={self.config.limit_px}, the last side is {plan.sides_px[-1:]} px)"
-                )
+    def _check(
+        self, key: Literal["max_mvalues", "max_gmacs"], price: Callable[[], float], size: Size, plan: Plan
+    ) -> None:
+        budget: float | None = getattr(self.config, key)
+        if budget is None or (amount := price()) <= budget:
+            return
+        raise ConfigError(
+            f"images of {size[0]}x{size[1]} px would cost {amount:.4g} each with sides {list(plan.sides_px)} px after "
+            f"the adaptors, above family.{key} (={budget:g}); raise it, or bound the last side by family.limit_px "
+            f"(={self.config.limit_px})"
+        )
 
 
 def first_alphas(config: ShapeConfig) -> tuple[float, ...]:

@@ -14,39 +14,41 @@ from pipeline import cost
 from pipeline.families.shape_adaptor.bodies import Adaptor, Cells, Layout, build_body
 from pipeline.families.shape_adaptor.shape import Size
 
-
-@dataclass(frozen=True)
-class Price:
-    """Of one image: values is Σ C·h·w over what every convolution and every adaptor gives; macs as in `cost`."""
-
-    values: int
-    macs: int
+Asked = tuple[Size, tuple[Size, ...]]  # of an image, and of what its adaptors give, [N]
 
 
 @dataclass
 class PriceList:
-    """Prices bodies of a layout by size of image and of adaptors; each once."""
+    """Prices one image in a body of this layout, by its size and those of the adaptors; each once."""
 
     layout: Layout
     num_classes: int
     _body: nn.Module | None = None
-    _values: list[int] = field(default_factory=list)
-    _known: dict[tuple[Size, tuple[Size, ...]], Price] = field(default_factory=dict)
+    _given: list[int] = field(default_factory=list)  # values of each convolution and adaptor in the forward under way
+    _values: dict[Asked, int] = field(default_factory=dict)
+    _macs: dict[Asked, int] = field(default_factory=dict)
 
-    def price(self, size: Size, sizes: tuple[Size, ...]) -> Price:
-        """The price of an image of `size` where the adaptors give `sizes` [N]."""
-        if (size, sizes) not in self._known:
-            self._known[size, sizes] = self._measured(size, sizes)
-        return self._known[size, sizes]
+    def values(self, size: Size, sizes: tuple[Size, ...]) -> int:
+        """Σ C·h·w over what every convolution and every adaptor gives for one image: what memory grows with."""
+        if (size, sizes) not in self._values:
+            self._given.clear()
+            shaped, image = self._shaped(size, sizes)
+            with torch.no_grad():
+                shaped.eval()(image)
+            self._values[size, sizes] = sum(self._given)
+        return self._values[size, sizes]
 
-    def _measured(self, size: Size, sizes: tuple[Size, ...]) -> Price:
+    def macs(self, size: Size, sizes: tuple[Size, ...]) -> int:
+        """MACs of one image as `cost` defines them; the slower of the two questions."""
+        if (size, sizes) not in self._macs:
+            self._macs[size, sizes] = cost.measure(*self._shaped(size, sizes)).macs
+        return self._macs[size, sizes]
+
+    def _shaped(self, size: Size, sizes: tuple[Size, ...]) -> tuple[nn.Module, Tensor]:
         if self._body is None:
             self._body = self._on_meta()
-        self._values.clear()
         with torch.device("meta"):
-            images, weights = torch.empty(1, 3, *size), torch.empty(len(sizes), 2)
-        macs = cost.measure(_Shaped(self._body, Cells(sizes, weights)), images).macs
-        return Price(sum(self._values), macs)
+            return _Shaped(self._body, Cells(sizes, torch.empty(len(sizes), 2))), torch.empty(1, 3, *size)
 
     def _on_meta(self) -> nn.Module:
         with torch.device("meta"):
@@ -57,7 +59,7 @@ class PriceList:
         return body
 
     def _count(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        self._values.append(output.numel())
+        self._given.append(output.numel())
 
 
 class _Shaped(nn.Module):
