@@ -804,6 +804,11 @@ def test_predicted_prices_are_those_counted_on_the_very_forward(net: str, mode: 
         assert model.price_list.macs(*asked) == found.macs
 
 
+def test_asking_for_the_price_costs_nothing_where_macs_are_counted() -> None:
+    expected = cost.measure(opened(small()), images(1))
+    assert cost.measure(opened(small(max_mvalues=1e3, max_gmacs=1e3)), images(1)) == expected
+
+
 @pytest.mark.parametrize("key", ["max_mvalues", "max_gmacs"])
 def test_a_plan_above_its_budget_is_refused_before_anything_runs(key: str) -> None:
     free = opened(small())

@@ -1,6 +1,7 @@
 """What an image costs at given sizes, found by running the net's own body on torch's meta device: shapes alone.
 
-So a shape can be refused before anything of it is computed, and no formula stands beside the net.
+So a shape can be refused before anything of it is computed, and no formula stands beside the net. A price is asked for
+within a forward, which may itself be under a counter of MACs: dispatch modes are off meanwhile, so it counts nowhere.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pipeline import cost
 from pipeline.families.shape_adaptor.bodies import Adaptor, Cells, Layout, build_body
@@ -33,7 +35,7 @@ class PriceList:
         if (size, sizes) not in self._values:
             self._given.clear()
             shaped, image = self._shaped(size, sizes)
-            with torch.no_grad():
+            with torch.no_grad(), _disable_current_modes():
                 shaped.eval()(image)
             self._values[size, sizes] = sum(self._given)
         return self._values[size, sizes]
@@ -41,7 +43,9 @@ class PriceList:
     def macs(self, size: Size, sizes: tuple[Size, ...]) -> int:
         """MACs of one image as `cost` defines them; the slower of the two questions."""
         if (size, sizes) not in self._macs:
-            self._macs[size, sizes] = cost.measure(*self._shaped(size, sizes)).macs
+            shaped, image = self._shaped(size, sizes)
+            with _disable_current_modes():
+                self._macs[size, sizes] = cost.measure(shaped, image).macs
         return self._macs[size, sizes]
 
     def _shaped(self, size: Size, sizes: tuple[Size, ...]) -> tuple[nn.Module, Tensor]:
