@@ -1,0 +1,13 @@
+"""Shape Adaptor: networks that learn where and how much to shrink their feature maps (arXiv 2008.00892)."""
+
+from __future__ import annotations
+
+from pipeline.families.shape_adaptor.inference import policies
+from pipeline.families.shape_adaptor.model import ShapeConfig, build
+from pipeline.families.shape_adaptor.objective import groups, loss, updates
+from pipeline.families.shape_adaptor.weights import adopt
+from pipeline.family import Family
+
+FAMILY = Family(
+    config=ShapeConfig, build=build, loss=loss, groups=groups, updates=updates, policies=policies, adopt=adopt
+)

@@ -1,0 +1,116 @@
+"""Policies: the net with its shape as the alphas have it, and the frozen form with sizes and weights as constants.
+
+Letters: B images, K classes, N adaptors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import cost
+from pipeline.blocks import per_image
+from pipeline.errors import ConfigError
+from pipeline.families.shape_adaptor.bodies import Cells
+from pipeline.families.shape_adaptor.model import ShapeConfig, ShapeNet
+from pipeline.families.shape_adaptor.shape import Plan, Size
+from pipeline.family import Prediction
+
+
+class Frozen(nn.Module):
+    """A net whose shape is constant: for images of one size, without alphas, the same logits bit for bit.
+
+    It can be exported, compiled as one graph and captured. Raises ConfigError for images of another size.
+    """
+
+    def __init__(self, net: ShapeNet, size: Size) -> None:
+        super().__init__()
+        self.body, self.size, self.plan = net.body, size, net.plan(size)
+        self.register_buffer("weights", net.shape.weights(self.plan.penalty).detach().clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, *size] -> logits [B, K]."""
+        found = (images.shape[2], images.shape[3])
+        if found != self.size:
+            raise ConfigError(
+                f"this net's shape is frozen for images of {self.size[0]}x{self.size[1]} px, not {found[0]}x{found[1]};"
+                " freeze it anew for these"
+            )
+        logits: Tensor = self.body(images, Cells(self.plan.sizes, self.get_buffer("weights")))
+        return logits
+
+
+def freeze(net: nn.Module, size: Size) -> Frozen:
+    """The net's present shape for images of `size`, in eval mode, with weights of its own."""
+    assert isinstance(net, ShapeNet)
+    return copy.deepcopy(Frozen(net, size)).eval()
+
+
+Prices = dict[tuple[tuple[int, ...], tuple[Size, ...]], int]  # MACs by shape of one image and sizes of the adaptors
+
+
+@dataclass(frozen=True)
+class Live:
+    """The net with the shape that its alphas have now."""
+
+    name: str = "live"
+    prices: Prices = field(default_factory=dict, compare=False)
+
+    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Live:
+        return self
+
+    def predict(self, net: nn.Module, images: Tensor) -> Prediction:
+        assert isinstance(net, ShapeNet)
+        plan = net.plan((images.shape[2], images.shape[3]))
+        logits = net.body(images, net.cells(plan))
+        return Prediction(logits.float(), _macs(self.prices, net, plan, images), _facts(net, plan, images))
+
+
+@dataclass(frozen=True)
+class AtShape:
+    """The frozen form, made at the first batch of each size; alphas that move afterwards change nothing in it."""
+
+    name: str = "frozen"
+    prices: Prices = field(default_factory=dict, compare=False)
+    kept: dict[tuple[int, Size], tuple[nn.Module, Frozen]] = field(default_factory=dict, compare=False)  # by id of net
+
+    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> AtShape:
+        return self
+
+    def predict(self, net: nn.Module, images: Tensor) -> Prediction:
+        assert isinstance(net, ShapeNet)
+        frozen = self.frozen(net, (images.shape[2], images.shape[3]))
+        macs = _macs(self.prices, frozen, frozen.plan, images)
+        return Prediction(frozen(images).float(), macs, _facts(net, frozen.plan, images))
+
+    def frozen(self, net: ShapeNet, size: Size) -> Frozen:
+        key = (id(net), size)
+        if key not in self.kept:
+            self.kept[key] = (net, Frozen(net, size).eval())  # holding the net keeps its id from being used again
+        return self.kept[key][1]
+
+
+def _macs(prices: Prices, net: nn.Module, plan: Plan, images: Tensor) -> Tensor:
+    """The price of each image, [B] f64: constant, measured once for each shape that the net takes."""
+    key = (tuple(images.shape[1:]), plan.sizes)
+    if key not in prices:
+        prices[key] = cost.measure(net, images[:1]).macs
+    return per_image(prices[key], images)
+
+
+def _facts(net: ShapeNet, plan: Plan, images: Tensor) -> dict[str, Tensor]:
+    """The longer side after each adaptor in pixels, and the alphas, both [B, N]; none for a net of fixed shape."""
+    alphas = net.shape.alphas
+    if alphas is None:
+        return {}
+    sides = [torch.full((len(images),), float(side), device=images.device) for side in plan.sides_px]
+    return {"side_px": torch.stack(sides, dim=1), "alphas": alphas.detach().expand(len(images), -1)}
+
+
+def policies(config: ShapeConfig, net: nn.Module) -> Sequence[Live | AtShape]:
+    """`live` first, then `frozen`."""
+    return [Live(), AtShape()]

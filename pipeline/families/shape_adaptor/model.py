@@ -1,0 +1,221 @@
+"""Shape Adaptor's config, where its adaptors stand, and the net that learns its shape.
+
+Letters: B images, K classes, N adaptors.
+Source: Liu et al., ECCV 2020 (arXiv 2008.00892): SA replaces every fixed resizing of a network by N adaptors, AutoSC
+adds adaptors to the human-designed network so that it shrinks more, AutoTL turns exactly the human resizings into
+adaptors to fine-tune a trained network. Extensions of ours, all off by default: `width` of VGG and ResNet-50, AutoTL on
+VGG-16 and MobileNetV2, `keep_residual`, sums that are not doubled, and the budgets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.families.shape_adaptor.bodies import (
+    MOBILENET,
+    RESNET_STAGES,
+    VGG_POOLED,
+    VGG_WIDTHS,
+    Cells,
+    Kind,
+    Layout,
+    Mode,
+    build_body,
+    mobilenet_strides,
+)
+from pipeline.families.shape_adaptor.price import PriceList
+from pipeline.families.shape_adaptor.shape import Plan, Rule, Rules, Shape, Size, initial_alpha
+from pipeline.family import FamilyConfig
+
+SMALL_PX = 64  # up to this declared side a net has the layout for small images
+MODE_ALPHA = {"autosc": 2.19, "autotl": -2.19}  # initial; factors 0.9497 and 0.5503. The human shape is near to neither
+Positive = Annotated[float, Field(gt=0)]
+Side = Annotated[int, Field(ge=1)]
+
+
+class ShapeConfig(FamilyConfig):
+    """`mode: human` is the same network with fixed resizing, for comparison."""
+
+    name: Literal["shape_adaptor"] = "shape_adaptor"
+    net: Kind = "resnet50"
+    mode: Mode = "sa"
+    side_px: Annotated[int, Field(ge=4)] = 224  # of the images; chooses layout, number of adaptors and first alphas
+    width: Positive = 1.0  # multiplies all channels, rounded to 8; the paper varies MobileNetV2's only
+    adaptors: Annotated[int, Field(ge=1)] | None = None  # null: as many as the paper takes at this side
+    target_px: Side = 8  # sa: side after the last adaptor at the start, before truncation
+    rule: Rule | None = None  # of the integer sides; null: global for autosc, else local
+    limit_px: Side | None = None  # last side at most; the paper: 15 for ImageNet on 8 GPUs, 30 on one; none up to 64 px
+    doubled: bool = True  # weights of a residual cell sum to 2, so that alpha = 0 gives the ordinary residual sum
+    pool: Literal["floor", "ceil"] | None = None  # of odd sides; null: ceil for autosc, else floor
+    keep_residual: bool = False  # MobileNetV2: blocks with an adaptor add their input where shapes allow it
+    alpha_every: Annotated[int, Field(ge=1)] = 20  # steps between updates of alpha; the paper: 20, ImageNet 1500
+    max_mvalues: Positive | None = None  # budget per image: Σ C·h·w over convolutions and adaptors, in millions
+    max_gmacs: Positive | None = None  # budget per image in 1e9 MACs
+
+    @model_validator(mode="after")
+    def _rules(self) -> ShapeConfig:
+        if self.mode == "sa" and self.target_px >= self.side_px:
+            raise ValueError(f"target_px (={self.target_px}) must be below side_px (={self.side_px})")
+        if self.adaptors is not None and self.mode in ("human", "autotl"):
+            raise ValueError(f"adaptors (={self.adaptors}): mode {self.mode} fixes their number; leave it out")
+        most = self.most_adaptors
+        if self.mode in ("sa", "autosc") and self.num_adaptors > most:
+            raise ValueError(
+                f"adaptors (={self.num_adaptors}): {self.net} has {most} places for mode {self.mode} at side_px "
+                f"(={self.side_px})"
+            )
+        if self.keep_residual and self.net != "mobilenet_v2":
+            raise ValueError(f"keep_residual is for mobilenet_v2, not for {self.net}")
+        return self
+
+    @property
+    def small(self) -> bool:
+        return self.side_px <= SMALL_PX
+
+    @property
+    def num_adaptors(self) -> int:
+        """N. Source: the released code, where sa takes floor(log2(side / 2)) of the input side alone."""
+        if self.mode == "sa":
+            return self.adaptors or math.floor(math.log2(self.side_px / 2))
+        if self.mode == "autosc":
+            few, below = (3, 64) if self.net == "mobilenet_v2" else (2, 65 if self.net == "resnet50" else 64)
+            return self.adaptors or (few if self.side_px < below else 4)
+        return len(places(self))
+
+    @property
+    def most_adaptors(self) -> int:
+        """How many places there are; the last layer never carries an adaptor."""
+        if self.mode == "sa":
+            return {"resnet50": sum(RESNET_STAGES), "mobilenet_v2": 1 + len(MOBILENET)}.get(self.net, 12)
+        return len(_candidates(self))
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits [B, K]; alphas [N], detached; the plan that this forward ran with."""
+
+    logits: Tensor
+    alphas: Tensor
+    plan: Plan
+
+
+def build(config: ShapeConfig, num_classes: int) -> ShapeNet:
+    return ShapeNet(config, num_classes)
+
+
+class ShapeNet(nn.Module):
+    """A body whose adaptors take their sizes and weights from `shape`."""
+
+    def __init__(self, config: ShapeConfig, num_classes: int) -> None:
+        super().__init__()
+        layout = layout_of(config)
+        self.body, route = build_body(layout, num_classes)
+        residual = tuple(cell and config.doubled for cell in route.residual)
+        rule = config.rule or ("global" if config.mode == "autosc" else "local")
+        self.shape = Shape(first_alphas(config), Rules(tuple(route.fixed), residual, rule, config.limit_px))
+        self.price_list = PriceList(layout, num_classes)
+        self.config = config
+
+    def draw_noise(self, num_images: int) -> Tensor | None:
+        return None
+
+    def plan(self, size: Size) -> Plan:
+        """The plan for images of `size`. Raises ConfigError, before anything is computed, where it breaks a budget."""
+        found = self.shape.plan(size)
+        prices = self.price_list
+        self._check("max_mvalues", lambda: prices.values(size, found.sizes) / 1e6, size, found)
+        self._check("max_gmacs", lambda: prices.macs(size, found.sizes) / 1e9, size, found)
+        return found
+
+    def cells(self, plan: Plan) -> Cells:
+        return Cells(plan.sizes, self.shape.weights(plan.penalty))
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Output:
+        """images [B, 3, H, W] of any size; waits for the device only in the first forward after alphas moved."""
+        plan = self.plan((images.shape[2], images.shape[3]))
+        logits = self.body(images, self.cells(plan))
+        alphas = self.shape.alphas
+        return Output(logits, logits.new_empty(0) if alphas is None else alphas.detach(), plan)
+
+    def _check(
+        self, key: Literal["max_mvalues", "max_gmacs"], price: Callable[[], float], size: Size, plan: Plan
+    ) -> None:
+        budget: float | None = getattr(self.config, key)
+        if budget is None or (amount := price()) <= budget:
+            return
+        raise ConfigError(
+            f"images of {size[0]}x{size[1]} px would cost {amount:.4g} each with sides {list(plan.sides_px)} px after "
+            f"the adaptors, above family.{key} (={budget:g}); raise it, or bound the last side by family.limit_px "
+            f"(={self.config.limit_px})"
+        )
+
+
+def first_alphas(config: ShapeConfig) -> tuple[float, ...]:
+    """The same initial alpha for all N adaptors."""
+    count = config.num_adaptors
+    if config.mode == "sa":
+        return (initial_alpha(config.side_px, config.target_px, count),) * count
+    return (MODE_ALPHA[config.mode],) * count if count else ()
+
+
+def layout_of(config: ShapeConfig) -> Layout:
+    ceil = config.pool == "ceil" if config.pool else config.mode == "autosc"
+    return Layout(
+        kind=config.net,
+        mode=config.mode,
+        small=config.small,
+        places=places(config),
+        width=config.width,
+        ceil_pool=ceil,
+        keep_residual=config.keep_residual,
+    )
+
+
+def places(config: ShapeConfig) -> tuple[int, ...]:
+    """Numbers of the layers that carry an adaptor: a VGG's convolution, or 0 for a stem and 1... for its blocks.
+
+    Source: the released code's floor formulas, i in 0...N-1: convolution i·12/N, block i·16/N, block i·18/N for SA;
+    AutoSC spreads over the layers that do not shrink, with a spread of one more than ResNet-50 has candidates.
+    """
+    if config.mode == "human":
+        return ()
+    if config.mode == "autotl":
+        return _human_resizings(config)
+    count = config.num_adaptors
+    if config.mode == "sa":
+        spread = config.most_adaptors
+        return tuple(number * spread // count for number in range(count))
+    candidates = _candidates(config)
+    spread = len(candidates) + (config.net == "resnet50")
+    return tuple(candidates[number * spread // count] for number in range(count))
+
+
+def _candidates(config: ShapeConfig) -> list[int]:
+    """Layers where AutoSC may put an adaptor: none that shrinks or is the last."""
+    if config.net == "resnet50":
+        first = _first_blocks()
+        return [place for place in range(1, sum(RESNET_STAGES)) if place not in first]
+    if config.net == "mobilenet_v2":
+        strides = mobilenet_strides(config.small)
+        return [place for place in range(2, len(strides)) if strides[place] == 1]
+    return [number for number in range(len(VGG_WIDTHS) - 1) if number not in VGG_POOLED]
+
+
+def _human_resizings(config: ShapeConfig) -> tuple[int, ...]:
+    """The layers that shrink in the human net; a ResNet's stem shrinks twice."""
+    if config.net == "resnet50":
+        return (*(() if config.small else (0, 0)), *_first_blocks()[1:])
+    if config.net == "mobilenet_v2":
+        return tuple(place for place, stride in enumerate(mobilenet_strides(config.small)) if stride == 2)
+    return VGG_POOLED[:4] if config.small else VGG_POOLED
+
+
+def _first_blocks() -> list[int]:
+    return [1 + sum(RESNET_STAGES[:stage]) for stage in range(len(RESNET_STAGES))]

@@ -1,0 +1,47 @@
+"""Cross-entropy; weights and alphas each with their own optimizer, alphas every `alpha_every` steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.families.shape_adaptor.model import Output, ShapeConfig, ShapeNet
+from pipeline.family import Loss, Params, cross_entropy
+
+
+def loss(config: ShapeConfig, output: Output, targets: Tensor) -> Loss:
+    """Cross-entropy; the parts are the shape's curves: alpha and side of each adaptor, and the limit's penalty."""
+    ce = cross_entropy(output.logits, targets)
+    return Loss(ce, {"ce": ce.detach(), **_curves(output)})
+
+
+def _curves(output: Output) -> dict[str, Tensor]:
+    """Filled on the device from plain numbers, so that nothing waits for a copy."""
+    device = output.logits.device
+    numbers = {f"side_px/{number:02d}": float(side) for number, side in enumerate(output.plan.sides_px)}
+    if numbers:
+        numbers["penalty"] = output.plan.penalty
+    alphas = {f"alpha/{number:02d}": alpha for number, alpha in enumerate(output.alphas)}
+    return alphas | {name: torch.full((), value, device=device) for name, value in numbers.items()}
+
+
+def groups(config: ShapeConfig, net: nn.Module) -> Mapping[str, Sequence[Params]]:
+    """Weights under "main"; the alphas, which never decay, under "shape", with settings of their own."""
+    assert isinstance(net, ShapeNet)
+    alphas = net.shape.alphas
+    weights = Params(list(net.body.parameters()))
+    if alphas is None:
+        return {"main": [weights]}
+    return {"main": [weights], "shape": [Params([alphas], decay=False, apart=True)]}
+
+
+def updates(config: ShapeConfig, step: int) -> Sequence[str]:
+    """Alphas first, then the weights of the new shape, on the same batch.
+
+    Source: the released code, which counts steps anew in each epoch, so that each begins with an update of the alphas;
+    we count over the whole run, since a family does not know the length of an epoch.
+    """
+    due = config.mode != "human" and step % config.alpha_every == 0
+    return ["shape", "main"] if due else ["main"]

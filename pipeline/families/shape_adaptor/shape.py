@@ -1,0 +1,195 @@
+"""The shape of a net as a pure function of its alphas: factors, sides in pixels, limit, and the blend of two branches.
+
+An adaptor joins a branch of half its input's side and a branch of the whole side, both resized to a learned size:
+y = (1 - b) · R(half) + b · R(whole), b = sigmoid(alpha) where no limit acts. Letters: N adaptors, H×W pixels.
+Source: Liu et al., ECCV 2020 (arXiv 2008.00892). Where we differ from the released code: nothing is kept on functions,
+so that any number of nets live in one process; the running length starts at each image's own height and width, not at a
+declared side, so that small and non-square images keep their shape; the penalty is made from the present alphas (there
+from those of the forward before); the alphas are read once per update (there twice per adaptor and forward).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+SMALLER, LARGER = 0.5, 1.0  # factors of the two branches
+EPSILON = 1e-4  # of the initial alpha: the target that cannot be reached starts at ln EPSILON
+
+Size = tuple[int, int]  # height, width
+Rule = Literal["local", "global"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What turns alphas into sizes and blends; all of it fixed when a net is built.
+
+    fixed [N]: what the layers that always shrink, between the adaptor before and this one, multiply the side by.
+    residual [N]: whether the cell is a residual one, whose two weights sum to 2 (so that at alpha = 0 it is the
+    ordinary residual sum) instead of 1.
+    """
+
+    fixed: tuple[float, ...]
+    residual: tuple[bool, ...]
+    rule: Rule = "local"
+    limit_px: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The penalty in (0, 1] and the size that each adaptor gives, [N]; plain numbers, so a forward needs no read."""
+
+    penalty: float
+    sizes: tuple[Size, ...]
+
+    @property
+    def sides_px(self) -> tuple[int, ...]:
+        """The longer side that each adaptor gives."""
+        return tuple(max(size) for size in self.sizes)
+
+
+def factor(alpha: float) -> float:
+    """What an adaptor would multiply the side by: from 1/2 to 1, 3/4 at alpha = 0.
+
+    A NaN counts as 1/2: the blend is NaN then, so that the loss is, and training says where it diverged.
+    """
+    sigmoid = 0.5 * (1 + math.tanh(alpha / 2))
+    return SMALLER if math.isnan(alpha) else SMALLER + (LARGER - SMALLER) * sigmoid
+
+
+def plan(alphas: Sequence[float], size: Size, rules: Rules) -> Plan:
+    """The plan for images of `size`; a pure function of its arguments."""
+    factors = [factor(alpha) for alpha in alphas]
+    p = penalty(factors, max(size), rules)
+    shrunk = [p * s for s in factors]
+    heights, widths = (sides(length, shrunk, rules) for length in size)
+    return Plan(p, tuple(zip(heights, widths, strict=True)))
+
+
+def penalty(factors: Sequence[float], side_px: int, rules: Rules) -> float:
+    """p, the same for all adaptors, with side · Π (p · s) = limit; 1 where the side stays below the limit unaided.
+
+    It bounds the last side alone, not the sides before it, so it is no bound on memory. With p · s below 1/2 the blend
+    leaves [0, 1]. Units: pixels; `side_px` is the longer side of the image.
+    """
+    length = side_px * math.prod(factors) * math.prod(rules.fixed)
+    if rules.limit_px is None or length < rules.limit_px:
+        return 1.0
+    return float((rules.limit_px / length) ** (1 / len(factors)))
+
+
+def sides(side_px: int, factors: Sequence[float], rules: Rules) -> list[int]:
+    """The side after each adaptor, [N], never below 1.
+
+    "local" truncates the running length at each adaptor, so that each loses a pixel at least; "global" keeps it real
+    and rounds (half to even) only what it gives.
+    """
+    length: float = side_px
+    found = []
+    for fixed, s in zip(rules.fixed, factors, strict=True):
+        length = length * fixed * s
+        if rules.rule == "local":
+            length = math.trunc(length)
+        found.append(max(1, round(length)))
+    return found
+
+
+def blend(alphas: Tensor, p: float) -> Tensor:
+    """The weight of the larger branch before doubling, [N]: s = 1/2 + b/2 then is p times the factor of alpha.
+
+    No gradient flows through p or the sizes: dL/dalpha = p · sigmoid'(alpha) · <dL/dy, R(whole) - R(half)>.
+    """
+    return torch.sigmoid(alphas) * p + SMALLER / (LARGER - SMALLER) * (p - 1)
+
+
+def weights(alphas: Tensor, p: float, total: Tensor) -> Tensor:
+    """Weights [N, 2] of the smaller and the larger branch; they sum to `total` [N], 2 in residual cells, else 1."""
+    b = blend(alphas, p)
+    return torch.stack([total * (1 - b), total * b], dim=1)
+
+
+def initial_alpha(side_px: int, target_px: int, adaptors: int) -> float:
+    """The alpha with which equal adaptors lead from `side_px` to `target_px` before truncation.
+
+    ln EPSILON where even halving at each does not reach that far down; its gradient is almost zero there.
+    Source: the released code; it returns NaN where the target is not below the side.
+    """
+    assert target_px < side_px
+    if side_px * SMALLER**adaptors > target_px:
+        return math.log(EPSILON)
+    q = (target_px / side_px) ** (1 / adaptors)
+    return math.log((q - SMALLER) / (LARGER - q) + EPSILON)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Alphas as they were read, of which tensor at which version, and the plans made from them."""
+
+    alphas: Tensor
+    version: int | None
+    values: tuple[float, ...]
+    plans: dict[Size, Plan] = field(default_factory=dict)
+
+
+class Shape(nn.Module):
+    """Owns the alphas [N] (none: a net of fixed shape) and makes each plan once per update of them.
+
+    Alphas stay in fp32 when the net is cast to a shorter type: rounding them to bf16 moves sizes. That they moved is
+    seen by the tensor's version counter, which optimizers and load_state_dict advance, but neither writes through
+    `.data` nor torch's fused optimizers do.
+    """
+
+    def __init__(self, alphas: Sequence[float], rules: Rules) -> None:
+        super().__init__()
+        self.rules = rules
+        values = tuple(float(np.float32(alpha)) for alpha in alphas)
+        self.alphas = nn.Parameter(torch.tensor(values)) if values else None
+        total = [2.0 if residual else 1.0 for residual in rules.residual]
+        self.register_buffer("total", torch.tensor(total), persistent=False)
+        self._reading: _Reading | None = None
+        if self.alphas is not None:
+            self._reading = _Reading(self.alphas, _version(self.alphas), values)
+
+    def plan(self, size: Size) -> Plan:
+        """The plan for images of `size`; reads the alphas, which waits for the device, only if they moved."""
+        if self.alphas is None:
+            return Plan(1.0, ())
+        reading = self._read(self.alphas)
+        if size not in reading.plans:
+            reading.plans[size] = plan(reading.values, size, self.rules)
+        return reading.plans[size]
+
+    def weights(self, p: float) -> Tensor:
+        """Weights [N, 2] of the two branches, in fp32 or fp64, with the alphas' gradient."""
+        total = self.get_buffer("total")
+        return total.new_empty(0, 2) if self.alphas is None else weights(self.alphas, p, total)
+
+    def _read(self, alphas: Tensor) -> _Reading:
+        known, version = self._reading, _version(alphas)
+        if known is None or known.alphas is not alphas or known.version != version or version is None:
+            known = _Reading(alphas, version, tuple(alphas.detach().double().tolist()))
+            self._reading = known
+        return known
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Shape:
+        def kept(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype in (torch.float32, torch.float64) else tensor.to(moved.device)
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies read anew: their alphas count versions of their own."""
+        return {**self.__dict__, "_reading": None}
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often the tensor was written to; None where torch does not count, for tensors made in inference mode."""
+    return None if tensor.is_inference() else tensor._version
