@@ -165,33 +165,32 @@ def test_a_driver_killed_is_succeeded_by_the_same_command_in_the_same_mlflow_run
     assert tracked(run_dir, first_id) == sent
 
 
-def test_two_workers_pass_a_truncated_jpeg_stop_when_asked_and_one_goes_on(
-    images: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_two_workers_pass_a_truncated_jpeg_stop_when_asked_and_one_goes_on(images: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "set"
     shutil.copytree(images, damaged)
     victim = sorted((damaged / "train").rglob("*.jpg"))[7]
     victim.write_bytes(victim.read_bytes()[:200])
     run_dir = tmp_path / "run"
-    process = start(damaged, run_dir, "logging.every=2 steps")
-    wait_for(lambda: passed(run_dir, 10), "a full epoch", process=process)
+    long = ("training.epochs=20", "checkpoint.every=20 steps", "logging.every=2 steps")  # 200 steps
+    process = start(damaged, run_dir, *long)
+    wait_for(lambda: passed(run_dir, 20), "two full epochs", process=process)
     (run_dir / "stop").touch()
     assert process.wait(timeout=300) == 0, (tmp_path / "run.log").read_text()[-3000:]
     stopped = json.loads((run_dir / "status.json").read_text())
-    assert not stopped["finished"] and 10 <= stopped["step"] < 40
+    assert not stopped["finished"] and 20 <= stopped["step"] < 200
     assert [image["file"] for image in json.loads((run_dir / "bad_images.json").read_text())] == [
         str(victim.relative_to(damaged))
     ]
     found = events(run_dir, "bad-image")
     assert {event["file"] for event in found} == {str(victim.relative_to(damaged))}
 
-    result = launch.train(recipe(damaged, "compute.workers=0"), run_dir)
-    assert result.finished and result.step == 40
+    result = launch.train(recipe(damaged, "compute.workers=0", *long), run_dir)
+    assert result.finished and result.step == 200
     resumed = events(run_dir, "resumed")[-1]
     assert resumed["step"] == stopped["step"] == events(run_dir, "started")[-1]["step"]
     assert [event["workers"] for event in events(run_dir, "started")] == [2, 1]
-    seen = torch.load(run_dir / "checkpoints" / "step-00000040" / "state.pt", weights_only=True)["images_seen"]
-    assert seen == 40 * 32
+    seen = torch.load(run_dir / "checkpoints" / "step-00000200" / "state.pt", weights_only=True)["images_seen"]
+    assert seen == 200 * 32
 
 
 def test_a_run_starts_from_the_weights_of_another(images: Path, alone: Path, tmp_path: Path) -> None:

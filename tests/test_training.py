@@ -58,8 +58,8 @@ def four_steps(rows: slice = slice(None)) -> tuple[dict[str, Tensor], dict[str, 
     return tiny.tensors(current), meter.flush()
 
 
-def _two_ranks(rank: int, port: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _two_ranks(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     rows = slice(0, 3) if rank == 0 else slice(3, 8)  # unequal shares
     torch.save(four_steps(rows), f"{folder}/two{rank}.pt")
@@ -82,7 +82,7 @@ def _two_ranks(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_ranks_with_unequal_shares_equal_one_and_meet_a_divergence_together(tmp_path: Path) -> None:
-    mp.spawn(_two_ranks, args=(_free_port(), str(tmp_path)), nprocs=2)
+    mp.spawn(_two_ranks, args=(str(tmp_path),), nprocs=2)
     mine, means = four_steps()
     assert (mine["net.alpha"] - torch.tensor([0.5, -0.5])).abs().min() > 1e-3
     for rank in (0, 1):
@@ -107,14 +107,6 @@ def test_each_update_moves_its_own_parameters_alone() -> None:
         moved.append({key for key, value in current.net.state_dict().items() if not torch.equal(value, before[key])})
     assert moved == [set(before) - {"alpha"}, {"alpha"}]
     assert current.net.alpha.requires_grad
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

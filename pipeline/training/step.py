@@ -169,7 +169,7 @@ def _constant(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 def _assert_equal(name: str, parameters: Sequence[nn.Parameter]) -> None:
     """Parameters outside DDP must not drift apart: DDP would not notice. Collective."""
-    mine = [parameter.detach().flatten().tolist() for parameter in parameters]
+    mine = [parameter.detach().cpu().numpy().tobytes() for parameter in parameters]  # bits: NaN equals itself
     if any(theirs != mine for theirs in ranks.gather(mine)):
         raise ContractError(f"optimizer {name}: its parameters differ between ranks")
 

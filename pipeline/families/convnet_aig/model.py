@@ -134,10 +134,8 @@ class Block(nn.Module):
             return torch.relu(self.shortcut(x))
         if len(open_rows) == len(x):
             return torch.relu(self.shortcut(x) + self.residual(x))
-        shortcut = self.shortcut(x)
-        y = shortcut.clone() if shortcut is x else shortcut
-        y = y.index_add(0, open_rows, self.residual(x[open_rows]).to(y.dtype))
-        return torch.relu(y)
+        y = self.shortcut(x)
+        return torch.relu(y.index_add(0, open_rows, self.residual(x[open_rows]).to(y.dtype)))
 
 
 class Aig(nn.Module):
