@@ -171,6 +171,8 @@ def _fault(model: type[BaseModel], mapping: Mapping[str, Any], fault: dict[str, 
     if fault["type"] == "extra_forbidden":
         known = sorted(_keys_at(model, path[:-1]))
         close = get_close_matches(path[-1], known, 1)
+        nested = [f"{name}.{path[-1]}" for name in known if path[-1] in _keys_at(model, [*path[:-1], name])]
+        close = close or nested[:1]
         hint = f"; did you mean {'.'.join([*path[:-1], close[0]])}?" if close else ""
         return f"{key}: no such key; known: {', '.join(known)}{hint}"
     if fault["type"] == "missing":

@@ -252,7 +252,8 @@ def evaluate(
         )
     if len(splits.val) == 0:
         raise DataError(f"data.root (={config.data.root}): it has no val split to evaluate on")
-    home = out or _home(source, folder) / f"{config.data.root.name}-{splits.val.identity}"
+    part = f"-{'+'.join(policies)}" if policies else ""  # a part never replaces the whole
+    home = out or _home(source, folder) / f"{config.data.root.name}-{splits.val.identity}{part}"
     known = model.card.get("reports", ())
     reports = worker.assess(config, model.weights, splits, policies, home, known)
     about = {"source": source, "step": model.step, "data": splits.val.identity, "root": str(config.data.root)}

@@ -99,13 +99,20 @@ def _path(source: str) -> Path:
         return Path(source)
     known = recipes()
     if source not in known:
-        close = get_close_matches(source, known, 1, 0.4)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(
-            f"recipe {source}: no such recipe; known: {', '.join(known)}, or a path ending in .yaml{hint}"
-        )
+        raise ConfigError(f"recipe {source}: no such recipe{_hint(source, known)}")
     family, _, recipe = source.partition("/")
     return RECIPES / family / "recipes" / f"{recipe}.yaml"
+
+
+def _hint(source: str, known: Sequence[str]) -> str:
+    """The nearest recipe, and what there is: the recipes of that family, or the families."""
+    family = source.partition("/")[0]
+    families = sorted({name.partition("/")[0] for name in known})
+    near = get_close_matches(family, families, 1, 0.6)
+    own = [name for name in known if near and name.startswith(f"{near[0]}/")]
+    close = get_close_matches(source, own or known, 1, 0.4)
+    there = f"recipes of {near[0]}: {', '.join(own)}" if own else f"families: {', '.join(families)}"
+    return (f"; did you mean {close[0]}? " if close and own else ". ") + f"Known {there}; or a path ending in .yaml"
 
 
 def from_mapping(mapping: Mapping[str, Any], where: str) -> RunConfig:

@@ -249,6 +249,9 @@ def test_a_run_is_evaluated_from_its_folder_and_from_a_checkpoint(alone: Path, t
         policies=["gates-hard"],
         out=tmp_path / "b",
     )
+    part = launch.evaluate(str(alone), ["evaluation.latency_repeats=0"], policies=["gates-hard"])
+    whole = launch.evaluate(str(alone), ["evaluation.latency_repeats=0"])
+    assert part.folder.parent == whole.folder.parent and part.folder != whole.folder  # nothing is replaced by less
     stored = json.loads((alone / "evaluations" / "final" / "reports.json").read_text())
     assert [report.policy for report in first.reports] == [report["policy"] for report in stored]
     assert first.reports[0].num_images == 80

@@ -25,7 +25,7 @@ WHERE = {  # each command line of the README: the file that runs it, or why none
     "adaptnet data check /data/photos": "tests/test_jobs_data.py",
     "adaptnet data pack /data/photos packed/photos": "tests/test_jobs_data.py",
     "adaptnet data info packed/photos": "tests/test_jobs_data.py",
-    "adaptnet train baseline/flowers_mobilenetv3 data.root=packed/photos name=photos training.epochs=3": "too long",
+    "adaptnet train baseline/flowers_mobilenetv3 data.root=packed/photos name=photos tracking.register=photos": "long",
     "adaptnet evaluate runs/photos": "after the one before; Makefile evaluates the demo's run",
     "adaptnet data pack /data/imagenet packed/imagenet": "needs ImageNet",
     "adaptnet train convnet_aig/imagenet_50 data.root=packed/imagenet compute.workers=8": "needs ImageNet",
