@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+import two_ranks
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -134,36 +134,30 @@ def gradients(case: str, rows: slice) -> dict[str, Tensor]:
     return found
 
 
-def _one_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        found = {}
-        for case in CASES:
-            for shares, cut in SHARES.items():
-                found[case, shares] = gradients(case, slice(0, cut) if rank == 0 else slice(cut, IMAGES))
-        if rank == 0:
-            torch.save(found, f"{folder}/gradients.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def _one_of_two(rank: int, folder: Path) -> None:
+    found = {}
+    for case in CASES:
+        for shares, cut in SHARES.items():
+            found[case, shares] = gradients(case, slice(0, cut) if rank == 0 else slice(cut, IMAGES))
+    if rank == 0:
+        torch.save(found, folder / "gradients.pt")
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Tensor]]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Tensor]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_one_of_two, (str(folder),), nprocs=2)
+    two_ranks.run(_one_of_two, folder)
     found: dict[tuple[str, str], dict[str, Tensor]] = torch.load(folder / "gradients.pt")
     return found
 
 
 @pytest.mark.parametrize("shares", SHARES)
 def test_two_ranks_have_the_gradients_of_one_with_the_whole_batch(
-    case: str, shares: str, two_ranks: dict[tuple[str, str], dict[str, Tensor]]
+    case: str, shares: str, shared: dict[tuple[str, str], dict[str, Tensor]]
 ) -> None:
     whole = gradients(case, slice(None))
     assert any(value.any() for value in whole.values())
-    for name, value in two_ranks[case, shares].items():
+    for name, value in shared[case, shares].items():
         torch.testing.assert_close(
             value, whole[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import two_ranks
 from torch import Tensor
 
 from pipeline import ranks
@@ -31,37 +31,31 @@ def gradient(rows: slice) -> tuple[Tensor, Tensor]:
     return loss.detach(), ranks.rank_sum(weight.grad) / ranks.world()
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        kept = torch.tensor([1.0 + rank, 10.0])
-        found: dict[str, Any] = {
-            "rank": (ranks.rank(), ranks.world()),
-            "sum": ranks.rank_sum(kept),
-            "argument": kept,
-            "agree": ranks.agree({"from": rank}),
-            "gather": ranks.gather({"from": rank}),
-        }
-        for name, cut in CUTS.items():
-            found[name] = gradient(slice(0, cut) if rank == 0 else slice(cut, ROWS))
-        buffers = [torch.full((2,), 1.0 + rank), torch.tensor(5 + rank)]
-        ranks.take_from_rank_0(buffers)
-        found["buffers"] = [buffer.tolist() for buffer in buffers]
-        ranks.barrier()
-        with ranks.one_rank():  # there is a group already: it stays
-            found["inner world"] = ranks.world()
-        torch.save(found, f"{folder}/{rank}.pt")
-        ranks.barrier()
-    finally:
-        dist.destroy_process_group()
+def _rank(rank: int, folder: Path) -> None:
+    kept = torch.tensor([1.0 + rank, 10.0])
+    found: dict[str, Any] = {
+        "rank": (ranks.rank(), ranks.world()),
+        "sum": ranks.rank_sum(kept),
+        "argument": kept,
+        "agree": ranks.agree({"from": rank}),
+        "gather": ranks.gather({"from": rank}),
+    }
+    for name, cut in CUTS.items():
+        found[name] = gradient(slice(0, cut) if rank == 0 else slice(cut, ROWS))
+    buffers = [torch.full((2,), 1.0 + rank), torch.tensor(5 + rank)]
+    ranks.take_from_rank_0(buffers)
+    found["buffers"] = [buffer.tolist() for buffer in buffers]
+    ranks.barrier()
+    with ranks.one_rank():  # there is a group already: it stays
+        found["inner world"] = ranks.world()
+    torch.save(found, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (str(folder),), nprocs=2)
+    two_ranks.run(_rank, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

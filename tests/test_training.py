@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+import two_ranks
 from torch import Tensor, nn
 
 from pipeline import ranks
@@ -58,15 +57,13 @@ def four_steps(rows: slice = slice(None)) -> tuple[dict[str, Tensor], dict[str, 
     return tiny.tensors(current), meter.flush()
 
 
-def _two_ranks(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _two_ranks(rank: int, folder: Path) -> None:
     rows = slice(0, 3) if rank == 0 else slice(3, 8)  # unequal shares
-    torch.save(four_steps(rows), f"{folder}/two{rank}.pt")
+    torch.save(four_steps(rows), folder / f"two{rank}.pt")
     current = tiny.fresh(tiny.training())
     task = tiny.task(current.net, tiny.training())
     try:
-        bad = tiny.Recorder(Path(folder) / f"saves{rank}")
+        bad = tiny.Recorder(folder / f"saves{rank}")
         source = tiny.batches(0, 1, rows)
 
         def poisoned():
@@ -77,12 +74,11 @@ def _two_ranks(rank: int, folder: str) -> None:
 
         train(task, current, poisoned(), tiny.plan(100), bad)
     except DivergedError as error:
-        torch.save((error.step, str(error)), f"{folder}/diverged{rank}.pt")
-    dist.destroy_process_group()
+        torch.save((error.step, str(error)), folder / f"diverged{rank}.pt")
 
 
 def test_two_ranks_with_unequal_shares_equal_one_and_meet_a_divergence_together(tmp_path: Path) -> None:
-    mp.spawn(_two_ranks, args=(str(tmp_path),), nprocs=2)
+    two_ranks.run(_two_ranks, tmp_path)
     mine, means = four_steps()
     assert (mine["net.alpha"] - torch.tensor([0.5, -0.5])).abs().min() > 1e-3
     for rank in (0, 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,3 +28,5 @@ def main(order: str, path: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # DDP keeps gloo's threads alive beyond the group's end; one of them may abort an interpreter that ends

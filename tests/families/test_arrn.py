@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+import two_ranks
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
@@ -451,29 +450,24 @@ def test_gradients_of_dropped_images() -> None:
 STEPS_OF_TWO = 3
 
 
-def _lonely(rank: int, folder: str) -> None:
+def _lonely(rank: int, folder: Path) -> None:
     """Rank 0 drops every residual of every image, rank 1 none; weights, gradients and statistics after three steps."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        net = trained(small(drop=1.0 if rank == 0 else 0.0)).train()
-        wrapped = DistributedDataParallel(net, broadcast_buffers=False)
-        optimizer = torch.optim.SGD(net.parameters(), 0.05)
-        for step in range(STEPS_OF_TWO):
-            optimizer.zero_grad()
-            torch.manual_seed(step)
-            output = wrapped(images(8)[rank * 4 : rank * 4 + 4])
-            cross_entropy(output.logits, torch.arange(4)).backward()
-            optimizer.step()
-        found = {name: p.detach() for name, p in net.named_parameters()}
-        gradients = {name: p.grad for name, p in net.named_parameters()}
-        torch.save((found, gradients, dict(net.named_buffers())), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    net = trained(small(drop=1.0 if rank == 0 else 0.0)).train()
+    wrapped = DistributedDataParallel(net, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    for step in range(STEPS_OF_TWO):
+        optimizer.zero_grad()
+        torch.manual_seed(step)
+        output = wrapped(images(8)[rank * 4 : rank * 4 + 4])
+        cross_entropy(output.logits, torch.arange(4)).backward()
+        optimizer.step()
+    found = {name: p.detach() for name, p in net.named_parameters()}
+    gradients = {name: p.grad for name, p in net.named_parameters()}
+    torch.save((found, gradients, dict(net.named_buffers())), folder / f"{rank}.pt")
 
 
 def test_a_rank_that_drops_all_and_one_that_drops_none_train_together(tmp_path: Path) -> None:
-    mp.spawn(_lonely, (str(tmp_path),), nprocs=2)
+    two_ranks.run(_lonely, tmp_path)
     nets = [trained(small(drop=p)).train() for p in (1.0, 0.0)]
     start = dict(trained(small()).named_buffers())
     for step in range(STEPS_OF_TWO):
