@@ -27,6 +27,7 @@ Examples:
 
 
 @app.command(
+    short_help="Our loader against DALI's and torchvision's.",
     help="""Images/s of our loader, of DALI's own file reader with the same operators, and of torchvision's DataLoader.
 
 Examples:
@@ -36,7 +37,7 @@ Examples:
   adaptnet bench loader /data/imagenet-sample --read-latency-ms 5
 
   adaptnet bench loader --index-only
-"""
+""",
 )
 def loader(
     root: Annotated[Path | None, typer.Argument(help="class folders or shards of photographs")] = None,
@@ -59,6 +60,7 @@ def loader(
 
 
 @app.command(
+    short_help="Our training step against a bare loop, Ray against torchrun.",
     help="""Training images/s of our loop against a bare PyTorch loop over the same net and tensors, and of two workers
 under Ray Train against two processes under torchrun.
 
@@ -67,7 +69,7 @@ Examples:
   adaptnet bench step baseline/cifar10_small
 
   adaptnet bench step convnet_aig/cifar10_small --no-workers training.batch_size=64
-"""
+""",
 )
 def step(
     recipe: Annotated[str, typer.Argument(help="family/recipe whose net is trained on random images")],

@@ -6,14 +6,16 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from pipeline.errors import AdaptNetError
+from pipeline.errors import AdaptNetError, ConfigError
 
 VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "train": "Train a recipe, or go on with the run in its folder.",
@@ -43,6 +45,13 @@ class Verbs(TyperGroup):
     def get_command(self, ctx: Any, name: str) -> Any:
         return get_command(importlib.import_module(f"jobs.{name}").app) if name in VERBS else None
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            close = get_close_matches(args[0], VERBS, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{args[0]}: no such verb; known: {', '.join(VERBS)}{hint}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
@@ -58,8 +67,18 @@ app = typer.Typer(
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"adaptnet {version('adaptnet')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Verbs are added by `Verbs`."""
 
 

@@ -39,6 +39,7 @@ Examples:
 
 
 @app.command(
+    short_help="Draw a small set of JPEGs from a seed.",
     help="""Draws a small set of JPEGs from a seed: ten shapes, some plain to see, some small, pale and cluttered.
 
 Examples:
@@ -46,14 +47,14 @@ Examples:
   adaptnet data toy toy-data
 
   adaptnet data toy toy-data-large --classes 30 --train 6000 --val 1500 --side 96
-"""
+""",
 )
 def toy(
     out: Annotated[Path, typer.Argument(help="folder to make; train/<class>/ and val/<class>/ go into it")],
-    classes: Annotated[int, typer.Option(help="number of classes; above ten, a class is a shape and a hue")] = 10,
-    train: Annotated[int, typer.Option(help="training images in all")] = 1500,
-    val: Annotated[int, typer.Option(help="validation images in all")] = 500,
-    side: Annotated[int, typer.Option(help="shorter side in pixels")] = 48,
+    classes: Annotated[int, typer.Option(min=2, max=60, help="above ten, a class is a shape and a hue")] = 10,
+    train: Annotated[int, typer.Option(min=2, help="training images in all")] = 1500,
+    val: Annotated[int, typer.Option(min=2, help="validation images in all")] = 500,
+    side: Annotated[int, typer.Option(min=16, help="shorter side in pixels")] = 48,
     seed: Annotated[int, typer.Option(help="same seed, same bytes")] = 0,
 ) -> None:
     from pipeline.data.toy import make
@@ -64,6 +65,7 @@ def toy(
 
 
 @app.command(
+    short_help="Verify every image and pack the good ones into tar shards.",
     help="""Packs SOURCE into tar shards with an index in DESTINATION; decodes every image and sets bad ones aside in
 DESTINATION/report.json. Interrupted, the same command goes on where it was.
 
@@ -76,7 +78,7 @@ Examples:
   adaptnet data pack /data/imagenet packed/imagenet-256 --side 256 --workers 16
 
   adaptnet data pack photos.tar packed/photos
-"""
+""",
 )
 def pack(
     source: Annotated[Path, typer.Argument(help="class folders, tar shards, or a tar of class folders")],
@@ -118,6 +120,7 @@ def pack(
 
 
 @app.command(
+    short_help="Decode every image and list the bad ones.",
     help="""Decodes every image under ROOT where it lies and lists the bad ones: empty, truncated, no image, of absurd
 size, with a wrong label or a key that another has. In a packed set the bytes must be those that were packed.
 Exits with 1 if there are any.
@@ -127,7 +130,7 @@ Examples:
   adaptnet data check /data/imagenet
 
   adaptnet data check packed/imagenet --workers 16 --all
-"""
+""",
 )
 def check(
     root: Annotated[Path, typer.Argument(help="class folders or tar shards")],
@@ -148,6 +151,7 @@ def check(
 
 
 @app.command(
+    short_help="Splits, classes, sizes and bytes of a set.",
     help="""Splits, classes, sizes and bytes of a set, where its index lies, and how to shuffle it.
 
 Examples:
@@ -155,7 +159,7 @@ Examples:
   adaptnet data info packed/imagenet
 
   adaptnet data info /data/photos --validation-share 0.2 --seed 1
-"""
+""",
 )
 def info(
     root: Annotated[Path, typer.Argument(help="class folders or tar shards")],

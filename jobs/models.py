@@ -43,7 +43,7 @@ app = typer.Typer(
 Uri = Annotated[str | None, typer.Option(help="tracking server; default runs/mlflow.db")]
 
 
-@app.command("list", help=LIST)
+@app.command("list", short_help="One line for each version.", help=LIST)
 def list_models(
     name: Annotated[str | None, typer.Argument(help="only versions of this name")] = None, uri: Uri = None
 ) -> None:
@@ -66,7 +66,7 @@ def _row(version: Version) -> list[str]:
     return [version.reference, " ".join(version.aliases) or "-", *origin, *figures, _date(version.created)]
 
 
-@app.command(help=SHOW)
+@app.command(short_help="What a version is, and its frontier.", help=SHOW)
 def show(
     reference: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")], uri: Uri = None
 ) -> None:

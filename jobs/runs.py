@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import AdaptNetError, ResourceError
+from pipeline.errors import AdaptNetError, ConfigError, ResourceError
 
 EXAMPLES = """Lists runs, and sends what the tracking server does not have of them.
 
@@ -43,13 +43,15 @@ app = typer.Typer(
 )
 
 
-@app.command("list", help=LIST)
+@app.command("list", short_help="How each run stands.", help=LIST)
 def list_runs(folder: Annotated[Path, typer.Argument(help="a folder of run folders")] = Path("runs")) -> None:
     from jobs import tables
     from pipeline import tracking
 
     found = tracking.summaries(folder)
     if not found:
+        if not folder.is_dir() and folder != Path("runs"):
+            raise ConfigError(f"{folder}: no such folder; give one that holds run folders")
         typer.echo(f"{folder}: no runs here")
         return
     rows = [["run", "status", "step", "top-1 %", "MLflow run", "unsent bytes"]]
@@ -59,7 +61,7 @@ def list_runs(folder: Annotated[Path, typer.Argument(help="a folder of run folde
     typer.echo(tables.align(rows))
 
 
-@app.command(help=SYNC)
+@app.command(short_help="Send what MLflow does not have yet.", help=SYNC)
 def sync(
     run_dirs: Annotated[list[Path], typer.Argument(help="run folders")],
     uri: Annotated[str | None, typer.Option(help="tracking server; default: the one in the run's recipe")] = None,

@@ -30,10 +30,16 @@ def of_reports(reports: Sequence[Report]) -> str:
     text = align(rows)
     if reports[0].latency:
         entry = reports[0].latency[0]
-        text += f"\nlatency: medians on {entry['device']}, {entry['threads']} threads"
+        text += f"\nlatency: medians on {entry['device']}, {entry['threads']} threads{_spread(reports)}"
     if reports[0].unreadable:
         text += f"\nunreadable images, left out: {', '.join(reports[0].unreadable[:10])}"
     return text
+
+
+def _spread(reports: Sequence[Report]) -> str:
+    """How far the slowest of each 20 passes lies above the median, at the worst; much says that the machine is busy."""
+    worst = max(entry["p95_ms"] / entry["median_ms"] for report in reports for entry in report.latency)
+    return f"; p95 up to {worst:.1f} x the median" + (": a busy machine, measure again" if worst > 2 else "")
 
 
 def _row(report: Report) -> list[str]:

@@ -25,8 +25,19 @@ Examples:
 
   adaptnet train my_recipe.yaml --run-dir /scratch/me/run7 compute.workers=8
 
+  adaptnet train --list
+
   adaptnet train baseline/imagenet_resnet50 data.root=/data/imagenet --show
 """
+
+
+def _list_recipes(asked: bool) -> None:
+    from jobs import tables
+    from pipeline import run_config
+
+    if asked:
+        typer.echo(tables.of_pairs({name: run_config.title(name) for name in run_config.recipes()}))
+        raise typer.Exit
 
 
 @app.command(help=EXAMPLES)
@@ -38,6 +49,9 @@ def train(
         list[str] | None, typer.Option(help="a key that may differ from the run's checkpoints; repeatable")
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="print the resolved config and stop")] = False,
+    listed: Annotated[
+        bool, typer.Option("--list", is_eager=True, callback=_list_recipes, help="print every shipped recipe and stop")
+    ] = False,
 ) -> None:
     from pipeline import config as configs
     from pipeline import run_config
@@ -84,6 +98,6 @@ def _conclude(result: Any) -> None:
     if result.reports:
         typer.echo(tables.of_reports(result.reports))
     if result.run_id:
-        typer.echo(f"MLflow run {result.run_id}")
+        typer.echo(f"MLflow run {result.run_id} in {result.tracking_uri}")
     if result.version:
         typer.echo(f"registered as {result.version}")

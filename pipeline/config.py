@@ -161,8 +161,15 @@ def validate(model: type[M], mapping: Mapping[str, Any], where: str) -> M:
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        faults = [_fault(model, mapping, dict(fault)) for fault in error.errors(include_url=False)]
+        faults = [_fault(model, mapping, fault) for fault in _telling(mapping, error)]
         raise ConfigError("\n".join([f"{where}:", *(f"  {line}" for line in dict.fromkeys(faults))])) from None
+
+
+def _telling(mapping: Mapping[str, Any], error: ValidationError) -> list[dict[str, Any]]:
+    """Its faults, without those that say only that a value is not of a union's other type."""
+    faults = [(tuple(_follow(mapping, fault["loc"])[0]), dict(fault)) for fault in error.errors(include_url=False)]
+    ruled = {key for key, fault in faults if not str(fault["type"]).endswith("_type")}
+    return [fault for key, fault in faults if key not in ruled or not str(fault["type"]).endswith("_type")]
 
 
 def _fault(model: type[BaseModel], mapping: Mapping[str, Any], fault: dict[str, Any]) -> str:

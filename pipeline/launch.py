@@ -17,6 +17,7 @@ from pipeline.data.store import Progress
 from pipeline.errors import AdaptNetError, ConfigError, DataError, ResourceError
 from pipeline.family import Report
 from pipeline.lease import Lease
+from pipeline.provenance import without_secrets
 from pipeline.run_config import ComputeConfig, RunConfig
 from pipeline.tracking import Shipper
 from pipeline.training import checkpoint
@@ -36,6 +37,7 @@ class Result:
     reports: Sequence[Report]
     checkpoint: str | None
     run_id: str | None  # of the MLflow run
+    tracking_uri: str  # where that run is, without secrets
     version: str | None  # `models:/NAME/VERSION`, where `tracking.register` is set
 
 
@@ -54,6 +56,7 @@ def train(
     lost more often than `compute.max_failures`.
     """
     config = _absolute(config)
+    new = not run_dir.exists()
     run_dir = _make(run_dir)
     lease = Lease(run_dir).acquire()
     try:
@@ -64,6 +67,7 @@ def train(
             on_start()
         _check(config)
         splits = open_splits(config.data, config.seed, progress)
+        worker.check_policies(config, splits)
         fingerprint = run_config.fingerprint(config, splits.train.identity)
         _write_config(run_dir, config, fingerprint, allow_changed)
         recipe = configs.as_mapping(config)
@@ -72,7 +76,10 @@ def train(
                 _run(config, Order(recipe, str(run_dir), lease.fence, tuple(allow_changed)))
             return _conclude(config, run_dir, shipper)
     finally:
-        lease.release()
+        if new and not (run_dir / "config.yaml").exists():
+            lease.withdraw()
+        else:
+            lease.release()
 
 
 def _absolute(config: RunConfig) -> RunConfig:
@@ -208,6 +215,7 @@ def _conclude(config: RunConfig, run_dir: Path, shipper: Shipper) -> Result:
         reports=load_reports(run_dir / "evaluations" / worker.FINAL) if status.get("finished") else (),
         checkpoint=storage.where(best) if best else None,
         run_id=shipper.run_id,
+        tracking_uri=without_secrets(shipper.uri),
         version=version.reference if version else None,
     )
 
@@ -236,8 +244,10 @@ def evaluate(
     """Runs the trained net `source` on the val split under its policies, in this process, and stores the reports.
 
     source is a run's folder, a checkpoint's, or `models:/NAME@ALIAS`; overrides change its recipe, e.g. data.root.
-    Raises ConfigError where the images' classes are not the net's.
+    Raises ConfigError where the images' classes are not the net's, or an override changes nothing here.
     """
+    for override in overrides:
+        _check_evaluates(override)
     folder = registry.resolve(source, uri)
     model = registry.describe(folder)
     nested = reduce(configs.merge, map(configs.parse_override, overrides), dict(model.recipe))
@@ -259,6 +269,13 @@ def evaluate(
     about = {"source": source, "step": model.step, "data": splits.val.identity, "root": str(config.data.root)}
     worker.write_json(home / "about.json", about)
     return Evaluation(source, config.data.root, model.step, model.classes, reports, home)
+
+
+def _check_evaluates(override: str) -> None:
+    key = override.partition("=")[0]
+    used = ("data.", "evaluation.", "compute.", "training.precision", "training.channels_last", "seed")
+    if not key.startswith(used):
+        raise ConfigError(f"override {override!r}: an evaluation does not use {key}; it uses {', '.join(used)}")
 
 
 def _home(source: str, folder: Path) -> Path:

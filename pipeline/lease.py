@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -59,6 +60,15 @@ class Lease:
         with _locked(self._path):
             if is_current(self._path.parent, self.fence):
                 self._write(released=True)
+
+    def withdraw(self) -> None:
+        """Ends the lease and removes the run folder, for a run that was refused before anything was written."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        with _locked(self._path):
+            if is_current(self._path.parent, self.fence):
+                shutil.rmtree(self._path.parent, ignore_errors=True)
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):

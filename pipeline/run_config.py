@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, create_model, model_validator
+from pydantic import AfterValidator, Field, SerializeAsAny, create_model, model_validator
 
 from pipeline import config as configs
 from pipeline import family as families
@@ -20,6 +21,15 @@ from pipeline.tracking import TrackingConfig
 from pipeline.training.config import CheckpointConfig, Count, EvaluationConfig, LoggingConfig, TrainingConfig
 
 RECIPES = Path(__file__).parent / "families"
+
+
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,119}", name):
+        raise ValueError(
+            "a run's name is up to 120 letters, digits, '.', '_' and '-', and begins with a letter or a digit; "
+            "it may be given as name=NAME"
+        )
+    return name
 
 
 class ComputeConfig(Config):
@@ -52,7 +62,7 @@ class ComputeConfig(Config):
 class RunConfig(Config):
     """A whole recipe."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=120)]  # of the run and its folder
+    name: Annotated[str, AfterValidator(_plain_name)]  # of the run and its folder
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     family: SerializeAsAny[FamilyConfig]
     data: DataConfig
@@ -67,6 +77,11 @@ class RunConfig(Config):
 def recipes() -> list[str]:
     """Every shipped recipe as `family/recipe`."""
     return sorted(f"{path.parent.parent.name}/{path.stem}" for path in RECIPES.glob("*/recipes/*.yaml"))
+
+
+def title(recipe: str) -> str:
+    """The first line of a shipped recipe's header."""
+    return _path(recipe).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
 
 
 def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = None) -> RunConfig:

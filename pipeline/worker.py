@@ -156,7 +156,6 @@ class Run:
 
     def _task(self, current: TrainState) -> Task:
         config, training = self.config, self.config.training
-        self._check_policies(current.net)
         apart = optim.parameters_apart(current.optimizers)
         forward, remarks = step.wrap(current.net, training, self.device, apart)
         return Task(
@@ -328,12 +327,6 @@ class Run:
                 f"compute.workers (={world}): the train split of {self.config.data.root} has {images} images"
             )
 
-    def _check_policies(self, net: nn.Module) -> None:
-        """Before training, not after it: the policies asked for are there, and what they are fitted on."""
-        policies = choose(self.family.policies(self.config.family, net), self.config.evaluation.policies)
-        if len(self.splits.held_out) == 0:
-            calibrate(policies, net, None, self._evaluator(latency=False))
-
     def _journal(self) -> Journal | None:
         """Rank 0's journal; on local rank 0 of each node also one of system metrics, filled by a thread."""
         journal = None
@@ -383,6 +376,15 @@ class Run:
 
     def _eval_loader(self, split: ImageIndex) -> EvalLoader:
         return eval_loader(self.config, split, self.device, self._threads)
+
+
+def check_policies(config: RunConfig, splits: Splits) -> None:
+    """Before training, not after it: the policies asked for are there, and the images that they are fitted on."""
+    family, num_classes = families.find(config.family.name), len(splits.train.classes)
+    net = family.build(config.family, num_classes)
+    policies = choose(family.policies(config.family, net), config.evaluation.policies)
+    if len(splits.held_out) == 0:
+        calibrate(policies, net, None, evaluator(config, torch.device("cpu"), num_classes, latency=False))
 
 
 def evaluator(config: RunConfig, device: torch.device, num_classes: int, *, latency: bool) -> Evaluator:

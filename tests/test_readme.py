@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.main import get_command
 
 from jobs import cli
@@ -63,7 +64,10 @@ def parse(line: str) -> None:
     verb = next((verb for verb in VERBS if verb == tuple(words[: len(verb)])), None)
     assert verb, f"{line}: no such verb"
     rest = words[len(verb) :]
-    found = VERBS[verb].make_context(line, list(rest)).params
+    try:
+        found = VERBS[verb].make_context(line, list(rest)).params
+    except typer.Exit:  # an option that answers by itself, like --list
+        return
     recipe = found.get("recipe")
     if recipe and not recipe.endswith(".yaml"):
         assert recipe in run_config.recipes(), f"{line}: no such recipe"

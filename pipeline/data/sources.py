@@ -44,7 +44,9 @@ def layout(root: Path) -> Layout:
             raise DataError(f"{root}: a file, but no tar; looked for {_LOOKED_FOR}")
         return Layout(root.parent, tars=((None, root),))
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; looked there for {_LOOKED_FOR}. Set data.root")
+        raise DataError(
+            f"{root}: no such folder; looked there for {_LOOKED_FOR}. Name another folder (in a recipe: data.root)"
+        )
     splits = [(SPLITS[name], root / name) for name in SPLITS if (root / name).is_dir()]
     if any(subfolders(folder) for _, folder in splits):
         return Layout(root, folders=tuple(splits))

@@ -53,7 +53,10 @@ def versions(uri: str, name: str | None = None) -> list[Version]:
     """Every version of `name`, or of all names, newest first. Raises ConfigError listing the names there are."""
     path = database_file(uri)
     if path is not None and not path.exists():
-        raise ConfigError(f"{path}: there is no registry here yet; name another with --uri")
+        raise ConfigError(
+            f"{path}: there is no registry here yet; name another with --uri, e.g. "
+            "sqlite:////data/runs/mlflow.db, which lies beside the folders of its runs"
+        )
     with asking(uri) as client:
         models = _pages(client.search_registered_models)
         names = [model.name for model in models]
@@ -104,9 +107,12 @@ def resolve(reference: str, uri: str | None = None, *, cache: Path | None = None
         return _fetch(lookup(reference, address(uri)), address(uri), cache)
     folder = Path(reference)
     if not folder.is_dir():
-        raise ConfigError(f"{reference}: no such folder; give a run's, a checkpoint's, or models:/NAME@ALIAS")
+        what = "a file" if folder.is_file() else "no such folder"
+        raise ConfigError(f"{reference}: {what}; give a run's folder, a checkpoint's, or models:/NAME@ALIAS")
     if (folder / "meta.json").is_file() or (folder / CARD).is_file():
         return folder
+    if folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file():
+        raise ConfigError(f"{reference}: give the run's folder, {folder.parent}, or that of one checkpoint in this one")
     section = configs.validate(CheckpointConfig, recipe_of(folder).get("checkpoint", {}), f"{folder}: recipe")
     storage = checkpoint.open_storage(section, folder.absolute())
     names = storage.names()

@@ -1,0 +1,70 @@
+"""What the console command says to a user who errs, and what it leaves behind: nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs import cli
+from pipeline.data.toy import make
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]):
+    """Runs the command in this process: (exit code, what it printed)."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(arguments))
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out + printed.err
+
+    return run
+
+
+def test_a_mistyped_verb_gets_the_nearest(say) -> None:
+    code, text = say("tran", "convnet_aig/toy")
+    assert code == 2 and "tran: no such verb" in text and "did you mean train?" in text
+
+
+def test_version_and_recipes_are_told(say) -> None:
+    code, text = say("--version")
+    assert code == 0 and text.startswith("adaptnet 0.")
+    code, text = say("train", "--list")
+    lines = dict(line.split(maxsplit=1) for line in text.splitlines())
+    assert code == 0 and lines["convnet_aig/toy"].startswith("A gated ResNet-14")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "convnet_aig/toy", "name=a/b"), ['name (="a/b")', "up to 120 letters"]),
+        (("train", "convnet_aig/toy", "family.target_rate=2"), ["family.target_rate (=2)", "less than or equal to 1"]),
+        (("runs", "list", "nowhere"), ["nowhere: no such folder"]),
+        (("evaluate", "README.md"), ["README.md: no such folder", "run's folder"]),
+        (("evaluate", "nowhere", "training.epochs=3"), ["an evaluation does not use training.epochs"]),
+        (("data", "toy", "here", "--classes", "1"), ["--classes", "greater than or equal to 2"]),
+        (("data", "info", "nowhere"), ["nowhere: no such folder"]),
+        (("models", "list"), ["no registry here yet", "--uri"]),
+    ],
+)
+def test_an_error_names_the_thing_and_the_way_out(
+    say, arguments: tuple[str, ...], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, text = say(*arguments)
+    assert code == 2
+    for word in words:
+        assert word in text
+    assert "valid array" not in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("fault", ["evaluation.policies=[gates-soft]", "data.root=nowhere", "training.batch_size=1"])
+def test_a_refused_start_leaves_no_run_behind(say, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "toy", train=20, val=20)
+    code, text = say("train", "convnet_aig/toy", "data.root=toy", "compute.workers=2", fault)
+    assert code == 2 and fault.partition("=")[2].strip("[]") in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "toy"]
+    assert not list((tmp_path / "runs").iterdir())
