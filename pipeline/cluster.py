@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pipeline.errors import ResourceError
 from pipeline.run_config import ComputeConfig
@@ -25,6 +27,8 @@ def cluster(compute: ComputeConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let anything else on the node go first
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if compute.address is None or _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as Ray's own default, but for clusters by address too
     import ray
 
     mine = not ray.is_initialized()
@@ -38,9 +42,40 @@ def cluster(compute: ComputeConfig) -> Iterator[None]:
             ray.shutdown()
 
 
+def _has_token() -> bool:
+    """Whether this user holds a token of Ray's; a cluster without authentication takes it and looks away."""
+    places = [os.environ.get("RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"]
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or any(place and Path(place).is_file() for place in places)
+
+
+def _await_head(compute: ComputeConfig) -> None:
+    """Waits up to `start_patience_s` for something to listen at HOST:PORT; Ray itself would try for minutes."""
+    host, colon, port = (compute.address or "").rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return  # "auto" and its like
+    deadline = time.monotonic() + compute.start_patience_s
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=min(5.0, compute.start_patience_s)).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise _unreachable(compute, error) from None
+        time.sleep(0.5)
+
+
+def _unreachable(compute: ComputeConfig, error: Exception) -> ResourceError:
+    return ResourceError(
+        f"compute.address (={compute.address}): no Ray cluster can be reached ({error}). Is it HOST:PORT of a running "
+        f"head? It was tried for compute.start_patience_s (={compute.start_patience_s:g}). Where the cluster asks for "
+        "a token, put it into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+    )
+
+
 def _start(compute: ComputeConfig) -> None:
     import ray
 
+    _await_head(compute)
     quiet = {"include_dashboard": False} if compute.address is None else {}
     try:
         ray.init(
@@ -52,7 +87,7 @@ def _start(compute: ComputeConfig) -> None:
             **quiet,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ResourceError(f"compute.address (={compute.address}): no Ray cluster can be reached ({error})") from None
+        raise _unreachable(compute, error) from None
 
 
 def demand(compute: ComputeConfig, workers: int, *, gpu: bool) -> dict[str, float]:
