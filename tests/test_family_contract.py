@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "baseline": {"net": "cifar_resnet", "depth": 8, "resolutions_px": [8]},
     "baseline-stochastic": {"net": "cifar_preresnet", "depth": 8, "stochastic_depth": 0.5},
     "convnet_aig": {"depth": 8, "target_rate": 0.6, "gate_lr_factor": 0.5, "thresholds": [0.3, 0.7]},
+    "convnet_aig-scaled": {"depth": 8, "target_rate": 0.5, "scaled": ["rate", "prob"]},
     "convnet_aig-fixed": {"depth": 14, "target_rate": [1.0, 0.5, 0.2, 1.0, 0.7, 0.9], "rate_reduction": "sum"},
     "shape_adaptor": {"net": "vgg16_bn", "side_px": 16, "target_px": 5, "width": 0.125, "alpha_every": 7},
     "shape_adaptor-limit": {"net": "resnet50", "side_px": 16, "target_px": 5, "width": 0.125, "limit_px": 4},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torchvision
@@ -11,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import cost
 from pipeline.config import validate
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ContractError
 from pipeline.families.baseline.model import BaselineConfig
 from pipeline.families.baseline.model import build as build_baseline
-from pipeline.families.convnet_aig.inference import Gates, policies
+from pipeline.families.convnet_aig.inference import ExpectedProb, ExpectedRate, Gates, policies
 from pipeline.families.convnet_aig.model import Aig, AigConfig, Block, build, logistic, straight_through
 from pipeline.families.convnet_aig.objective import groups, loss, rate_loss
 from pipeline.family import Prediction, cross_entropy
@@ -401,6 +404,64 @@ def test_sampled_gates_repeat_and_open_by_their_odds() -> None:
     assert torch.equal(first.logits, second.logits)
     assert first.facts["gates"].double().mean().item() == pytest.approx(0.870, abs=0.03)
     assert predict(Gates("gates-hard"), net, images(256, 4)).facts["gates"].all()
+
+
+def constant(net: Aig, scales: Sequence[float], batch: Tensor) -> Tensor:
+    """Logits of the net whose blocks are scaled by these numbers for every image, by the masked forward."""
+    with torch.no_grad():
+        x = net.eval().stem(batch)
+        for block, scale in zip(net.blocks, scales, strict=True):
+            x = block(x, torch.full((len(x),), scale))
+        return net.fc(x.mean(dim=(2, 3)))
+
+
+def test_expected_rates_are_the_sampled_gates_and_scale_every_block(mixed: Aig) -> None:
+    batches = [(images(40), torch.zeros(40)), (images(25, 24), torch.zeros(25))]
+    with torch.no_grad():
+        fitted = ExpectedRate().calibrated(mixed.eval(), batches)
+        opened = sum(mixed(batch, mixed.draw_noise(len(batch))).gates.sum(0) for batch, _ in batches for _ in range(60))
+    assert fitted.rates[0] == 0 and fitted.rates[1] == fitted.rates[FIXED] == 1
+    assert torch.tensor(fitted.rates).sub(opened / (65 * 60)).abs().max() < 0.06
+    found = predict(fitted, mixed, images(6))
+    torch.testing.assert_close(found.logits, constant(mixed, fitted.rates, images(6)), rtol=1e-5, atol=1e-5)
+    assert (found.logits - predict(Gates("gates-hard"), mixed, images(6)).logits).abs().max() > 1e-2
+    again = ExpectedRate().restored(json.loads(json.dumps(fitted.state())))
+    assert again == fitted and ExpectedRate().state() == {}
+    with pytest.raises(ContractError, match="expected-rate"):
+        predict(ExpectedRate(), mixed, images(2))
+
+
+def test_expected_probabilities_scale_each_image_by_its_own_odds(mixed: Aig) -> None:
+    batch, policy, odds = images(6), ExpectedProb(), []
+    found = predict(policy, mixed, batch)
+    hooks = [gate.register_forward_hook(lambda *call: odds.append(call[2])) for gate in mixed.gates()]
+    predict(policy, mixed, batch)
+    for hook in hooks:
+        hook.remove()
+    probabilities = torch.stack(odds, 1).sigmoid()
+    rows = torch.cat([probabilities[:, :FIXED], torch.ones(6, 1), probabilities[:, FIXED:]], 1)
+    assert torch.equal(found.facts["probabilities"], rows)
+    for row in range(6):
+        alone = constant(mixed, rows[row].tolist(), batch[row : row + 1])
+        torch.testing.assert_close(found.logits[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+    assert (rows[0] - rows[5]).abs().max() > 0.01
+
+
+def test_the_rate_loss_alone_brings_the_open_rate_to_its_target() -> None:
+    config = AigConfig(depth=14, target_rate=0.4)
+    torch.manual_seed(0)
+    net = build(config, CLASSES).train()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    rates = []
+    for step in range(200):
+        generator = torch.Generator().manual_seed(step)
+        output = net(torch.randn(32, 3, 16, 16, generator=generator))
+        rates.append(float(output.gates.detach().mean()))
+        (2 * rate_loss(output.gates, output.gates.new_tensor(config.targets))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert rates[0] > 0.75
+    assert abs(sum(rates[100:]) / 100 - 0.4) < 0.1
 
 
 def test_a_threshold_opens_where_execution_is_likelier_than_it(mixed: Aig) -> None:

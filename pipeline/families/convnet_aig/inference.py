@@ -1,4 +1,4 @@
-"""Policies of a gated net: hard gates, sampled gates, gates at a threshold. All really skip closed blocks.
+"""Policies of a gated net: gates that really skip closed blocks, and the whole net with its blocks scaled.
 
 Letters: B images, L blocks, n images whose gate is open.
 """
@@ -6,15 +6,17 @@ Letters: B images, L blocks, n images whose gate is open.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline import cost
+from pipeline import cost, ranks
+from pipeline.errors import ContractError
 from pipeline.families.convnet_aig.model import Aig, AigConfig, Block, logistic
-from pipeline.family import Prediction
+from pipeline.family import Policy, Prediction
 
 SAMPLED_SEED = 0
 
@@ -77,7 +79,97 @@ class Gates:
         return self.prices[shape]
 
 
-def policies(config: AigConfig, net: nn.Module) -> Sequence[Gates]:
-    """`gates-hard` first: open where execution is the likelier; then sampled, then each threshold."""
+@dataclass(frozen=True)
+class ExpectedRate:
+    """All blocks run, each residual scaled by the share of images that opens it: y = ReLU(S(x) + rate · F(x)).
+
+    The rates, [L], are means over held-out training images of the gates' probabilities, along sampled gates. The net
+    has no gates left to compute, so that each image pays the plain ResNet's price.
+    Source: AIG-110* of Table 1; the released code has no such evaluation. The text read does not say whether an image's
+    own probability or the block's mean rate is meant: `ExpectedProb` is the other reading.
+    """
+
+    name: str = "expected-rate"
+    rates: tuple[float, ...] = ()
+    prices: dict[tuple[int, ...], int] = field(default_factory=dict, compare=False)  # by shape of one image
+
+    def state(self) -> Mapping[str, Any]:
+        return {"rates": list(self.rates)} if self.rates else {}
+
+    def restored(self, state: Mapping[str, Any]) -> ExpectedRate:
+        return replace(self, rates=tuple(state["rates"]))
+
+    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> ExpectedRate:
+        assert isinstance(net, Aig)
+        generator = torch.Generator().manual_seed(SAMPLED_SEED + ranks.rank())
+        device = net.fc.weight.device
+        total = torch.zeros(len(net.blocks) + 1, dtype=torch.float64, device=device)  # of each block, and of the images
+        for images, _ in batches:
+            uniform = torch.rand(len(images), len(net.gates()), generator=generator)
+            found = likelihoods(net, images, logistic(uniform).to(device)).double()
+            total += torch.cat([found.sum(0), found.new_tensor([len(images)])])
+        *sums, count = ranks.rank_sum(total).tolist()
+        return replace(self, rates=tuple(value / count for value in sums))
+
+    def predict(self, net: nn.Module, images: Tensor) -> Prediction:
+        assert isinstance(net, Aig)
+        if not self.rates:
+            raise ContractError(f"policy {self.name}: it is to be calibrated before it predicts")
+        x = net.stem(images)
+        for block, rate in zip(net.blocks, self.rates, strict=True):
+            assert isinstance(block, Block)
+            x = torch.relu(block.shortcut(x) + rate * block.residual(x))
+        shape = tuple(images.shape[1:])
+        if shape not in self.prices:
+            found = cost.measure(net, images[:1])
+            gates = (found.by_module.get(f"blocks.{number}.gate", 0) for number in range(len(net.blocks)))
+            self.prices[shape] = found.macs - sum(gates)
+        macs = torch.full((len(images),), float(self.prices[shape]), dtype=torch.float64, device=images.device)
+        return Prediction(net.fc(x.mean(dim=(2, 3))).float(), macs, {})
+
+
+@dataclass(frozen=True)
+class ExpectedProb:
+    """All blocks run, each residual scaled by that image's own probability of opening it: y = ReLU(S(x) + p(x) · F(x)).
+
+    Facts: the probabilities [B, L]. Source: as for `ExpectedRate`.
+    """
+
+    name: str = "expected-prob"
+    prices: dict[tuple[int, ...], int] = field(default_factory=dict, compare=False)
+
+    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> ExpectedProb:
+        return self
+
+    def predict(self, net: nn.Module, images: Tensor) -> Prediction:
+        assert isinstance(net, Aig)
+        x, found = net.stem(images), []
+        for block in net.blocks:
+            assert isinstance(block, Block)
+            probability = torch.ones(len(x), device=x.device) if block.gate is None else block.gate(x).sigmoid()  # [B]
+            x = block(x, probability)
+            found.append(probability)
+        shape = tuple(images.shape[1:])
+        if shape not in self.prices:
+            self.prices[shape] = cost.measure(net, images[:1]).macs
+        macs = torch.full((len(images),), float(self.prices[shape]), dtype=torch.float64, device=images.device)
+        return Prediction(net.fc(x.mean(dim=(2, 3))).float(), macs, {"probabilities": torch.stack(found, dim=1)})
+
+
+def likelihoods(net: Aig, images: Tensor, noise: Tensor) -> Tensor:
+    """Each block's probability of execution, [B, L], along the path that `noise` [B, G] draws; 1 where fixed open."""
+    x, found, drawn = net.stem(images), [], iter(noise.unbind(1))
+    for block in net.blocks:
+        assert isinstance(block, Block)
+        odds = x.new_full((len(x),), math.inf) if block.gate is None else block.gate(x)
+        opened = odds > 0 if block.gate is None else odds + next(drawn) > 0
+        x = block.skipping(x, opened.nonzero().flatten())
+        found.append(odds.sigmoid())
+    return torch.stack(found, dim=1)
+
+
+def policies(config: AigConfig, net: nn.Module) -> Sequence[Policy]:
+    """`gates-hard` first: open where execution is the likelier; sampled; each threshold; the whole net, scaled."""
     at = [Gates(f"gates-{p:g}", odds=math.log(p / (1 - p))) for p in config.thresholds]
-    return [Gates("gates-hard"), Gates("gates-sampled", sampled=True), *at]
+    scaled = {"rate": ExpectedRate, "prob": ExpectedProb}
+    return [Gates("gates-hard"), Gates("gates-sampled", sampled=True), *at, *(scaled[kind]() for kind in config.scaled)]

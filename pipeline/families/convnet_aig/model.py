@@ -37,6 +37,7 @@ class AigConfig(FamilyConfig):
     gate_batchnorm: bool = True  # in the code, not in the published figure
     gate_lr_factor: Annotated[float, Field(gt=0)] = 1.0
     thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # policies that open at this probability
+    scaled: tuple[Literal["rate", "prob"], ...] = ()  # policies that run all blocks, scaled by their likelihood
 
     @model_validator(mode="after")
     def _rules(self) -> AigConfig:
