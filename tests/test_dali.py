@@ -105,7 +105,7 @@ def same(one: TrainBatch, other: TrainBatch) -> bool:
 def merged(shares: list[TrainBatch]) -> dict[str, torch.Tensor]:
     """One global batch of several ranks' shares, in the order of its positions."""
     order = np.argsort(np.concatenate([share.positions for share in shares]))
-    names = ("images", "labels", "flips", "rows", "positions")
+    names = ("images", "labels", "flips", "levels", "rows", "positions")
     return {name: torch.cat([torch.as_tensor(getattr(share, name)) for share in shares])[order] for name in names}
 
 

@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from pipeline.data import pixels
 from pipeline.data.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
+from pipeline.families.arrn.filters import Pair
 
 CLASSES = 5
 
@@ -32,6 +33,21 @@ def test_normalise_is_torchvisions_and_mirrors_the_chosen_ones() -> None:
     assert torch.allclose(found, expected, atol=2e-6)
     assert found.shape == (5, 3, 7, 9) and found.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(images, before)
+
+
+def test_a_low_pass_keeps_what_arrns_filter_keeps_of_the_lower_resolution() -> None:
+    images, _ = batch()
+    levels = torch.tensor([0, 1, 2, 0, 3, 1])
+    sides = (9, 4, 20)  # the last is larger than the images: nothing to take away
+    found, pair = pixels.low_pass(images, levels, sides), Pair("dct")
+    assert found.is_contiguous(memory_format=torch.channels_last) and torch.equal(
+        found[levels == 0], images[levels == 0]
+    )
+    for row, level in enumerate(levels.tolist()):
+        px = min(sides[level - 1], 12) if level else 12
+        expected = pair.resize(pair.resize(images[row : row + 1], (px, px)), (12, 12))
+        assert torch.allclose(found[row : row + 1], expected, atol=2e-6)
+    assert (found[1] - images[1]).abs().max() > 0.1
 
 
 def test_mixup_is_torchvisions_for_the_same_share() -> None:

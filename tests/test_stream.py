@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from pipeline.data.config import AugmentConfig, DataConfig
 from pipeline.data.index import ImageIndex, synthetic
-from pipeline.data.stream import BatchPlan, Ints, Lanes, Purpose, Stream, crops, flips, permutation, philox
+from pipeline.data.stream import BatchPlan, Ints, Lanes, Purpose, Stream, crops, flips, levels, permutation, philox
 from pipeline.errors import ConfigError
 
 IMAGES = 1009  # a prime: no batch and no number of lanes divides it
@@ -36,7 +36,7 @@ def stream(index: ImageIndex, shuffle: str = "full", batch_size: int = 48, seed:
 def merged(plans: list[BatchPlan]) -> dict[str, np.ndarray]:
     """The arrays of several ranks' plans, in the order of their positions."""
     order = np.argsort(np.concatenate([plan.positions for plan in plans]))
-    names = ("positions", "rows", "epochs", "windows", "flips")
+    names = ("positions", "rows", "epochs", "windows", "flips", "levels")
     return {name: np.concatenate([getattr(plan, name) for plan in plans])[order] for name in names}
 
 
@@ -225,6 +225,17 @@ def test_random_pad_takes_every_place_alike_and_none_the_middle() -> None:
 def test_an_image_without_a_size_gets_an_empty_window() -> None:
     for crop in ("random-resized", "random-pad", "none"):
         assert draws(AugmentConfig(crop=crop), 0, 0, 4).tolist() == [[0, 0, 0, 0]] * 4
+
+
+def test_low_passes_step_down_with_the_probability_asked_each_time() -> None:
+    rows = np.arange(40_000)
+    augment = AugmentConfig(low_pass_px=(24, 16, 8), low_pass=0.4)
+    drawn = levels(augment, 1, np.zeros_like(rows), rows)
+    shares = [(drawn >= level).mean() for level in (1, 2, 3)]
+    assert shares == pytest.approx([0.4, 0.16, 0.064], abs=0.01) and drawn.max() == 3
+    assert (drawn != levels(augment, 1, np.ones_like(rows), rows)).mean() > 0.3
+    assert not levels(AugmentConfig(), 1, rows, rows).any()
+    assert (levels(AugmentConfig(low_pass_px=(8,), low_pass=1.0), 1, rows, rows) == 1).all()
 
 
 def test_flips_come_as_often_as_asked_and_differ_by_epoch() -> None:

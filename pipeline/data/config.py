@@ -21,6 +21,8 @@ class AugmentConfig(Config):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width : height of the window, random-resized
     pad_px: Annotated[int, Field(ge=0)] = 4  # zeros on each side before a window of side_px, random-pad (CIFAR)
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability of a horizontal flip
+    low_pass_px: tuple[Annotated[int, Field(ge=1)], ...] = ()  # falling sides; an image may keep only what fits one
+    low_pass: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability of each further step down low_pass_px
     mixup_alpha: Annotated[float, Field(ge=0)] = 0.0  # Beta(alpha, alpha) of MixUp; 0 is off
     cutmix_alpha: Annotated[float, Field(ge=0)] = 0.0  # with both on, each batch takes one of them by a fair draw
 
@@ -61,6 +63,8 @@ class DataConfig(Config):
             raise ValueError(f"augment.scale (={list(self.augment.scale)}) must rise within (0, 1]")
         if not 0 < self.augment.ratio[0] <= self.augment.ratio[1]:
             raise ValueError(f"augment.ratio (={list(self.augment.ratio)}) must be positive and rise")
+        if list(self.augment.low_pass_px) != sorted(set(self.augment.low_pass_px), reverse=True):
+            raise ValueError(f"augment.low_pass_px (={list(self.augment.low_pass_px)}): sides must fall")
         return self
 
     def side_at(self, epoch: int) -> int:

@@ -52,6 +52,7 @@ class TrainBatch:
     images: Tensor  # uint8 [b, S, S, 3] on the device
     labels: Tensor  # [b] i64 on the device
     flips: Tensor  # [b] bool on the device, yet to be done
+    levels: Tensor  # [b] i64 on the device: low-passes yet to be done
     rows: Ints  # [b]
     positions: Ints  # [b], in the endless stream
 
@@ -128,6 +129,7 @@ class TrainLoader:
             images=_handed_over(made.images, self.device),
             labels=_labels(self.index, made.asked.rows, self.device),
             flips=torch.from_numpy(plan.flips).to(self.device, non_blocking=True),
+            levels=torch.from_numpy(plan.levels).to(self.device, non_blocking=True),
             rows=made.asked.rows,
             positions=plan.positions,
         )

@@ -1,4 +1,4 @@
-"""What happens to pixels on the device: scaling, mirroring, MixUp and CutMix. B images of side S, K classes.
+"""What happens to pixels on the device: scaling, mirroring, low-pass, MixUp, CutMix. B images of side S, K classes.
 
 MixUp and CutMix have torchvision v2's mathematics (the partner of an image is the one before it in the micro-batch);
 their numbers come from Philox(seed, step, micro), so they depend on nothing else.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -40,6 +41,34 @@ def mirror(images: Tensor, flips: Tensor) -> Tensor:
     chosen = flips.nonzero()[:, 0]
     mirrored = images.index_select(0, chosen).permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # fast as channels_last
     return images.index_copy(0, chosen, mirrored)
+
+
+def low_pass(images: Tensor, levels: Tensor, sides_px: Sequence[int]) -> Tensor:
+    """Images [B, 3, S, S] that keep what a picture of sides_px[level - 1] pixels can hold; those of level 0 stay.
+
+    Both axes keep that many frequencies of the cosine transform, as a picture brought down to that side and back up by
+    ARRN's filter does: for nets that are to be compared with it at low resolution. levels [B].
+    """
+    side = images.shape[-1]
+    filters = _low_passes(side, tuple(sides_px), images.device)[levels].unsqueeze(1)  # [B, 1, S, S]
+    found = filters @ images.contiguous() @ filters.transpose(-1, -2)
+    return found.contiguous(memory_format=_memory_format_of(images))
+
+
+@cache
+def _low_passes(side_px: int, sides_px: tuple[int, ...], device: torch.device) -> Tensor:
+    """The projections onto each side's lowest frequencies, [levels + 1, S, S]; the first is the identity."""
+    samples, frequencies = np.arange(side_px)[None] + 0.5, np.arange(side_px)[:, None]
+    cosines = math.sqrt(2 / side_px) * np.cos(np.pi / side_px * frequencies * samples)  # orthonormal DCT-II
+    cosines[0] /= math.sqrt(2)
+    kept = (cosines[: min(px, side_px)] for px in sides_px)
+    found = [np.eye(side_px), *(rows.T @ rows for rows in kept)]
+    return torch.from_numpy(np.stack(found).astype(np.float32)).to(device)
+
+
+def _memory_format_of(images: Tensor) -> torch.memory_format:
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def mix(

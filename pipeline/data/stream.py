@@ -1,4 +1,4 @@
-"""The sample stream: order, crops and flips as a pure function of (seed, epoch, sample index); numpy only.
+"""The sample stream: order, crops, flips and low-passes as a pure function of (seed, epoch, sample index); numpy only.
 
 All numbers come from Philox, a counter-based generator: there is no state, so any sample of any epoch can be asked
 for at any time, by any rank. Positions count along the endless concatenation of epochs; batch k holds positions
@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     CROP = 2
     FLIP = 3
     MIX = 4
+    LOW_PASS = 5
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class BatchPlan:
     epochs: Ints  # [b], of each sample
     windows: NDArray[np.int32]
     flips: NDArray[np.bool_]  # [b]
+    levels: Ints  # [b], steps down augment.low_pass_px; 0: none
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Stream:
             epochs=epochs,
             windows=self.windows(epochs, rows, rows, self.config.side_at(first)),
             flips=flips(self.config.augment, self.seed, epochs, rows),
+            levels=levels(self.config.augment, self.seed, epochs, rows),
         )
 
     def windows(self, epochs: Ints, rows: Ints, images: Ints, side_px: int) -> NDArray[np.int32]:
@@ -308,6 +311,16 @@ def _offset(draw: Words, length: Ints, pad_px: int, side_px: int) -> Ints:
 def flips(augment: AugmentConfig, seed: int, epochs: Ints, rows: Ints) -> NDArray[np.bool_]:
     """Which samples [b] are mirrored."""
     return uniform(philox([rows, 0, 0, Purpose.FLIP], [seed, epochs])[0]) < augment.flip
+
+
+def levels(augment: AugmentConfig, seed: int, epochs: Ints, rows: Ints) -> Ints:
+    """How far down `low_pass_px` each sample goes, [b]: one step with probability p, each further one with p again."""
+    number = len(augment.low_pass_px)
+    if number == 0:
+        return np.zeros_like(rows)
+    drawn = uniform(philox([rows, 0, 0, Purpose.LOW_PASS], [seed, epochs])[0])
+    found: Ints = (drawn[:, None] < augment.low_pass ** np.arange(1, number + 1)).sum(1)
+    return found
 
 
 def uniform(words: Words) -> NDArray[np.float64]:

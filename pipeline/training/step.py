@@ -28,7 +28,7 @@ from pipeline.training.state import TrainState, seed_of, update_ema
 
 
 class LoaderBatch(Protocol):
-    """What the loader gives: images uint8 [b, S, S, 3], labels [b] i64, flips [b] bool, all on the device."""
+    """What the loader gives: images uint8 [b, S, S, 3], labels and levels [b] i64, flips [b] bool, on the device."""
 
     @property
     def step(self) -> int: ...
@@ -41,6 +41,9 @@ class LoaderBatch(Protocol):
 
     @property
     def flips(self) -> Tensor: ...
+
+    @property
+    def levels(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ def _synchronised(task: Task, *, last: bool) -> AbstractContextManager[object]:
 
 
 def prepare(task: Task, data: DataConfig, batch: LoaderBatch, parts: int) -> list[Micro]:
-    """This rank's share of a batch as micro-batches on the device: normalised, flipped, mixed, smoothed."""
+    """This rank's share of a batch as micro-batches on the device: normalised, flipped, filtered, mixed, smoothed."""
     return [_micro(task, data, batch, rows, number) for number, rows in enumerate(split(len(batch.labels), parts))]
 
 
@@ -210,6 +213,8 @@ def _micro(task: Task, data: DataConfig, batch: LoaderBatch, rows: slice, number
     images = pixels.normalise(batch.images[rows], data.mean, data.std, batch.flips[rows])
     if not task.channels_last:
         images = images.contiguous()
+    if data.augment.low_pass_px:
+        images = pixels.low_pass(images, batch.levels[rows], data.augment.low_pass_px)
     images, targets = pixels.mix(images, labels, task.num_classes, data.augment, task.seed, batch.step, number)
     return Micro(images, smooth(targets, task.num_classes, task.training.label_smoothing), labels)
 
