@@ -1,0 +1,14 @@
+"""RANet: easy images leave low-resolution sub-networks by exits, hard ones go on to finer ones (arXiv:2003.07326)."""
+
+from __future__ import annotations
+
+from pipeline.families.ranet.config import RanetConfig
+from pipeline.families.ranet.inference import policies
+from pipeline.families.ranet.model import build
+from pipeline.families.ranet.objective import groups, loss, updates
+from pipeline.families.ranet.released import adopt
+from pipeline.family import Family
+
+FAMILY = Family(
+    config=RanetConfig, build=build, loss=loss, groups=groups, updates=updates, policies=policies, adopt=adopt
+)

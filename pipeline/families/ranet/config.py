@@ -1,0 +1,177 @@
+"""What a resolution-adaptive net is made of: its keys, its rules, and the plan of its blocks.
+
+A net has S sub-networks, run from the lowest resolution to the highest, each a chain of blocks. The first blocks of a
+sub-network are fused with those of the one before; each of the others, the normal ones, ends in an exit. K exits in
+all. Source: Yang et al., CVPR 2020 (arXiv 2003.07326), and the code released with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import floor
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.blocks import Stem
+from pipeline.family import FamilyConfig
+
+Count = Annotated[int, Field(ge=1)]
+STEM_STRIDE = {"cifar": 1, "imagenet": 4}
+MIN_COARSEST_PX = 2
+
+
+class RanetConfig(FamilyConfig):
+    """The defaults are the paper's small net for CIFAR under a budget.
+
+    Refused, because the released code fails or builds another net than it says: scales that do not start at a single 1
+    and rise by 0 or 1, lists of unequal length, one layer in a fused block, a fused layer without a channel from below.
+    """
+
+    name: Literal["ranet"] = "ranet"
+    stem: Stem = "cifar"  # imagenet: reduces the image fourfold, and classifiers are as wide as their input
+    scales: tuple[Count, ...] = (1, 2, 3)  # of each sub-network's base map; each scale doubles the side of the last
+    width_factors: tuple[Count, ...] = (4, 2, 1)  # per sub-network, of `channels` and of `growth`
+    bottlenecks: tuple[Count, ...] | None = None  # inner width of a layer over its outputs; null: the width factors
+    first_blocks: Count = 2  # blocks of sub-network 1
+    more_blocks: Count = 2  # that each sub-network has more than the one before
+    layers: Count = 2  # of a block, see `depth`
+    depth: Literal["even", "growing"] = "growing"  # even: every block has `layers`; growing: block b has b times that
+    channels: Count = 16  # of the finest base map, times its width factor
+    growth: Count = 6  # channels that a layer adds, times its width factor
+    from_below: Annotated[float, Field(gt=0, lt=1)] = 0.25  # share of a fused layer's channels from the one before
+    reduction: Annotated[float, Field(gt=0, le=1)] = 0.5  # of the channels at a transition
+    budgets: tuple[Annotated[float, Field(gt=0)], ...] = ()  # a policy each: above 1 MACs per image, else share of all
+
+    @model_validator(mode="after")
+    def _rules(self) -> RanetConfig:
+        lengths = {"width_factors": self.width_factors, "bottlenecks": self.inner_factors}
+        for name, factors in lengths.items():
+            if len(factors) != len(self.scales):
+                raise ValueError(
+                    f"{name} has {len(factors)} entries, scales has {len(self.scales)}: one for each sub-network"
+                )
+        if not self.scales:
+            raise ValueError("scales: a net has at least one sub-network, e.g. [1, 2, 3]")
+        steps = [b - a for a, b in zip(self.scales, self.scales[1:], strict=False)]
+        if self.scales[0] != 1 or any(step not in (0, 1) for step in steps) or self.scales.count(1) > 1:
+            raise ValueError(
+                f"scales (={list(self.scales)}) must start with a single 1 and rise by 0 or 1, e.g. [1, 2, 3, 3]"
+            )
+        if len(self.scales) > 1 and self.layers < 2:
+            raise ValueError(f"layers (={self.layers}): fused blocks have at least 2")
+        for factor in self.width_factors[1:]:
+            if floor(self.growth * factor * self.from_below) < 1:
+                raise ValueError(
+                    f"growth (={self.growth}) x width factor {factor} x from_below (={self.from_below:g}) is below 1: "
+                    "a fused layer takes at least one channel from the sub-network before"
+                )
+        for blocks in self.plan:
+            for number, block in enumerate(blocks, 1):
+                if block.outputs < 1:
+                    raise ValueError(f"reduction (={self.reduction:g}) leaves block {number} without a channel")
+        if len({budget_name(budget) for budget in self.budgets}) < len(self.budgets):
+            raise ValueError(f"budgets (={list(self.budgets)}): each stands once")
+        return self
+
+    @property
+    def inner_factors(self) -> tuple[int, ...]:
+        return self.width_factors if self.bottlenecks is None else self.bottlenecks
+
+    @property
+    def num_blocks(self) -> tuple[int, ...]:
+        """N_s, the blocks of each sub-network, [S]."""
+        return tuple(self.first_blocks + self.more_blocks * s for s in range(len(self.scales)))
+
+    @property
+    def num_exits(self) -> int:
+        return self.num_blocks[-1]
+
+    @property
+    def subnetwork_of_exit(self) -> tuple[int, ...]:
+        """The sub-network, from 0, that each exit belongs to, [K]."""
+        return tuple(s for s, blocks in enumerate(self.plan) for block in blocks if not block.fused)
+
+    @property
+    def min_side_px(self) -> int:
+        """The smallest image whose lowest resolution has MIN_COARSEST_PX pixels."""
+        stride: int = STEM_STRIDE[self.stem] * 2 ** (self.scales[-1] - 1)
+        return stride * (MIN_COARSEST_PX - 1) + 1
+
+    @property
+    def plan(self) -> tuple[tuple[BlockPlan, ...], ...]:
+        """The blocks of each sub-network, [S][N_s]."""
+        made: list[tuple[BlockPlan, ...]] = []
+        for s in range(len(self.scales)):
+            made.append(_subnetwork(self, s, made[-1] if made else ()))
+        return tuple(made)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block: `layers` layers that add `growth` channels each to `inputs`.
+
+    A fused block also reads the tensors of the block of its number in the sub-network before, which have `below`
+    channels; `from_below` is that one's share of a layer's channels, `merged` what its last tensor adds at the end.
+    """
+
+    inputs: int
+    layers: int
+    growth: int
+    bottleneck: int
+    bottleneck_below: int  # of the convolutions on the sub-network before
+    below: tuple[int, ...]  # channels of its tensors, [layers + 1]; empty in a normal block
+    from_below: int
+    merged: int
+    down: bool  # the last layer halves the side
+    reduced: int | None  # channels after the transition, if there is one
+
+    @property
+    def fused(self) -> bool:
+        return bool(self.below)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels before the first layer and after each, [layers + 1]."""
+        return tuple(self.inputs + number * self.growth for number in range(self.layers + 1))
+
+    @property
+    def outputs(self) -> int:
+        return self.widths[-1] + self.merged if self.reduced is None else self.reduced
+
+
+def _subnetwork(config: RanetConfig, s: int, before: tuple[BlockPlan, ...]) -> tuple[BlockPlan, ...]:
+    """The blocks of sub-network s, from 0, after those of the one before.
+
+    Where scales repeat, transitions and halvings do not coincide; this is how the published nets are.
+    """
+    scale, factor, total = config.scales[s], config.width_factors[s], config.num_blocks[s]
+    halving = config.num_blocks[s - scale + 1 : s]  # the last scale-1 of the borders N_1 .. N_{s-1}
+    transitions = [j * total // scale for j in range(1, scale)]
+    growth, inputs = config.growth * factor, config.channels * factor
+    made: list[BlockPlan] = []
+    for number in range(1, total + 1):
+        below = before[number - 1].widths if number <= len(before) else ()
+        layers = config.layers * (number if config.depth == "growing" else 1)
+        widest = inputs + layers * growth
+        merged = floor(widest * config.from_below) if below else 0
+        block = BlockPlan(
+            inputs=inputs,
+            layers=layers,
+            growth=growth,
+            bottleneck=config.inner_factors[s],
+            bottleneck_below=config.inner_factors[s - 1] if below else 0,
+            below=below,
+            from_below=floor(growth * config.from_below) if below else 0,
+            merged=merged,
+            down=bool(below) and number in halving,
+            reduced=floor(config.reduction * (widest + merged)) if number in transitions else None,
+        )
+        made.append(block)
+        inputs = block.outputs
+    return tuple(made)
+
+
+def budget_name(budget: float) -> str:
+    """E.g. budget-0.5 for half of the full net, budget-20M for 20 million MACs per image."""
+    return f"budget-{budget:g}" if budget <= 1 else f"budget-{budget / 1e6:g}M"

@@ -1,0 +1,268 @@
+"""Resolution-adaptive nets: sub-networks from low to high resolution, each reading the one before, with exits.
+
+Letters: B images, n of them still running, C channels, K classes, E exits, S sub-networks. Source: Yang et al., CVPR
+2020 (arXiv 2003.07326), and the code released with it. Where we differ from that code: the classifiers'
+pooling is adaptive, the same at the published sizes, so that other sides work; the number of classes is an argument;
+a resize to the same size is left out; the tensors that the next sub-network reads are held once, see `Features`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.blocks import conv_bn, he_fan_out
+from pipeline.errors import ConfigError
+from pipeline.families.ranet.config import BlockPlan, RanetConfig
+
+CIFAR_CLASSIFIER = 128  # channels of a classifier's convolutions
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits [B, K] of the last exit; exits [B, E, K] of each."""
+
+    logits: Tensor
+    exits: Tensor
+
+
+def build(config: RanetConfig, num_classes: int) -> Ranet:
+    return Ranet(config, num_classes)
+
+
+class Features:
+    """The tensors x_0 .. x_L of a block, input first; `rows` are the images that they belong to, None for all.
+
+    Each layer appends channels to its input, so every tensor is a channel prefix of the widest of its resolution.
+    Without gradients that one alone is held, and a halved last one beside it; with them all are, for autograd holds
+    them anyway and slices would cost it zeros.
+    """
+
+    def __init__(self, x: Tensor, rows: Tensor | None) -> None:
+        self.rows = rows
+        self._widths = [x.shape[1]]
+        self._held = [x]
+
+    def append(self, x: Tensor) -> None:
+        self._widths.append(x.shape[1])
+        if not torch.is_grad_enabled() and self._held[-1].shape[-2:] == x.shape[-2:]:
+            self._held[-1] = x
+        else:
+            self._held.append(x)
+
+    def __getitem__(self, number: int) -> Tensor:
+        width, last = self._widths[number], number == len(self._widths) - 1
+        if last or len(self._held) == 1:
+            return self._held[-1][:, :width]
+        return self._held[min(number, len(self._held) - 2)][:, :width]
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The tensors that take memory."""
+        return list(self._held)
+
+    def take(self, rows: Tensor | None) -> None:
+        """Goes on with the images `rows`, a rising subset of those it has."""
+        if rows is not self.rows:
+            assert rows is not None
+            where = rows if self.rows is None else torch.searchsorted(self.rows, rows)
+            self._held = [tensor.index_select(0, where) for tensor in self._held]
+            self.rows = rows
+
+
+class FusedLayer(nn.Module):
+    """Appends channels made from the sub-network before and from x: cat[x, below, own], all at own's size."""
+
+    def __init__(self, plan: BlockPlan, number: int) -> None:
+        super().__init__()
+        down = plan.down and number == plan.layers - 1
+        own = plan.growth - plan.from_below
+        self.below = _bottleneck(plan.below[number], plan.from_below, plan.bottleneck_below, 1)
+        self.own = _bottleneck(plan.widths[number], own, plan.bottleneck, 2 if down else 1)
+
+    def forward(self, x: Tensor, below: Tensor) -> Tensor:
+        own = self.own(x)
+        return torch.cat([_resized(x, own), _resized(self.below(below), own), own], dim=1)
+
+
+class NormalLayer(nn.Module):
+    """Appends channels made from x alone."""
+
+    def __init__(self, plan: BlockPlan, number: int) -> None:
+        super().__init__()
+        self.own = _bottleneck(plan.widths[number], plan.growth, plan.bottleneck, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.own(x)], dim=1)
+
+
+class Block(nn.Module):
+    """A chain of layers; a fused one reads the tensors of the same block of the sub-network before."""
+
+    def __init__(self, plan: BlockPlan) -> None:
+        super().__init__()
+        layer = FusedLayer if plan.fused else NormalLayer
+        self.layers = nn.ModuleList([layer(plan, number) for number in range(plan.layers)])
+        self.merge = _basic(plan.below[-1], plan.merged, 1) if plan.fused else None
+        width = plan.widths[-1] + plan.merged
+        self.transition = None if plan.reduced is None else _basic(width, plan.reduced, 1)
+
+    def forward(self, features: Features, below: Features | None) -> Tensor:
+        """features: of x [B, C, H, W] alone, to be filled; gives the block's output."""
+        x = features[0]
+        for number, layer in enumerate(self.layers):
+            x = layer(x) if below is None else layer(x, below[number])
+            features.append(x)
+        if self.merge is not None:
+            assert below is not None
+            x = torch.cat([x, _resized(self.merge(below[len(self.layers)]), x)], dim=1)
+        return x if self.transition is None else self.transition(x)
+
+
+class Classifier(nn.Module):
+    """Two convolutions of stride 2, mean over what is left, linear."""
+
+    def __init__(self, channels: int, hidden: int, num_classes: int) -> None:
+        super().__init__()
+        self.reduce = nn.Sequential(_basic(channels, hidden, 3, 2), _basic(hidden, hidden, 3, 2))
+        self.fc = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.reduce(x).mean(dim=(2, 3)))
+        return logits
+
+
+class Base(nn.ModuleList):
+    """Base maps of all sub-networks from the one full image, made from the finest to the coarsest."""
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Coarsest first, [S] of [B, C, H, W]."""
+        maps = [images]
+        for layer in self:
+            maps.append(layer(maps[-1]))
+        return maps[:0:-1]
+
+
+class Ranet(nn.Module):
+    """Submodules `subnetworks` (lists of blocks), `classifiers` (one per exit) and `base`, in the released order."""
+
+    def __init__(self, config: RanetConfig, num_classes: int) -> None:
+        super().__init__()
+        exits = [block.outputs for blocks in config.plan for block in blocks if not block.fused]
+        self.subnetworks = nn.ModuleList([nn.ModuleList(map(Block, blocks)) for blocks in config.plan])
+        self.classifiers = nn.ModuleList(
+            [Classifier(c, CIFAR_CLASSIFIER if config.stem == "cifar" else c, num_classes) for c in exits]
+        )
+        self.base = Base(_base(config))
+        self.config = config
+        he_fan_out(self.subnetworks)
+        he_fan_out(self.classifiers)  # the base keeps torch's defaults, as in the released code
+        for classifier in self.classifiers:
+            assert isinstance(classifier, Classifier)
+            nn.init.zeros_(classifier.fc.bias)
+
+    def draw_noise(self, num_images: int) -> Tensor | None:
+        return None
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Output:
+        """All exits of all images. Raises ConfigError for images below the net's smallest."""
+        walk = Walk(self, images)
+        exits = [classifier(walk.to_next_exit()) for classifier in self.classifiers]
+        return Output(exits[-1], torch.stack(exits, dim=1))
+
+
+class Walk:
+    """A net on its way through its exits; images that need no more can be left behind at each of them.
+
+    `rows` [n] are the images still under way, rising, None for all. What later blocks read (base maps, features of the
+    sub-network before) follows them lazily, gathered once, where it is read; what none reads any more is let go.
+    """
+
+    def __init__(self, net: Ranet, images: Tensor) -> None:
+        side, least = min(images.shape[-2:]), net.config.min_side_px
+        if side < least:
+            raise ConfigError(
+                f"images of {images.shape[-2]}x{images.shape[-1]} px are too small: with {net.config.stem} stem and "
+                f"scales up to {net.config.scales[-1]} the shorter side has at least {least} px; use larger images or "
+                "fewer scales"
+            )
+        self.rows: Tensor | None = None
+        self._x = images
+        self._subnetworks = deque(net.subnetworks)
+        self._bases = deque(Features(base, None) for base in net.base(images))
+        self._blocks: deque[nn.Module] = deque()
+        self._below: deque[Features] = deque()
+        self._here: deque[Features] = deque()
+
+    def to_next_exit(self) -> Tensor:
+        """Runs the blocks up to the next exit: what its classifier reads, [n, C, h, w]."""
+        if not self._blocks:
+            self._next_subnetwork()
+        while self._below:  # fused blocks have no exit
+            self._next_block()
+        self._next_block()
+        return self._x
+
+    def keep(self, places: Tensor) -> None:
+        """Goes on with those images alone that stand at `places` (rising) of the present ones."""
+        self.rows = places if self.rows is None else self.rows[places]
+        if self._blocks:
+            self._x = self._x.index_select(0, places)
+
+    def held(self) -> list[Tensor]:
+        """The tensors held for later blocks."""
+        parts = (*self._bases, *self._below, *self._here)
+        return [self._x, *(tensor for features in parts for tensor in features.held)]
+
+    def _next_subnetwork(self) -> None:
+        self._below, self._here = self._here, deque()
+        subnetwork = self._subnetworks.popleft()
+        assert isinstance(subnetwork, nn.ModuleList)
+        self._blocks = deque(subnetwork)
+        base = self._bases.popleft()
+        base.take(self.rows)
+        self._x = base[0]
+
+    def _next_block(self) -> None:
+        below = self._below.popleft() if self._below else None
+        if below is not None:
+            below.take(self.rows)
+        features = Features(self._x, self.rows)
+        self._x = self._blocks.popleft()(features, below)
+        if self._subnetworks:  # no one reads the features of the last
+            self._here.append(features)
+
+
+def _bottleneck(inputs: int, outputs: int, factor: int, stride: int) -> nn.Sequential:
+    inner = min(inputs, factor * outputs)
+    return nn.Sequential(*_basic(inputs, inner, 1), *_basic(inner, outputs, 3, stride))
+
+
+def _basic(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(*conv_bn(inputs, outputs, kernel, stride), nn.ReLU(inplace=True))
+
+
+def _resized(x: Tensor, like: Tensor) -> Tensor:
+    """x at the height and width of `like`, bilinear with aligned corners and no antialias, as the released code."""
+    size = like.shape[-2:]
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+def _base(config: RanetConfig) -> list[nn.Module]:
+    """One layer per sub-network, finest first; stride 2 where the scale falls."""
+    widths = [config.channels * factor for factor in config.width_factors][::-1]
+    scales = config.scales[::-1]
+    if config.stem == "cifar":
+        made = [_basic(3, widths[0], 3)]
+    else:
+        convolution = nn.Conv2d(3, widths[0], 7, 2, 3)  # with a bias, alone among the convolutions
+        pool = nn.MaxPool2d(3, 2, 1)
+        made = [nn.Sequential(convolution, nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True), pool)]
+    for number in range(1, len(widths)):
+        stride = 1 if scales[number] == scales[number - 1] else 2
+        made.append(_basic(widths[number - 1], widths[number], 3, stride))
+    return list(made)

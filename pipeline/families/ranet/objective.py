@@ -1,0 +1,30 @@
+"""Cross-entropy summed over the exits with weight 1 each, one group of parameters, one optimizer.
+
+Source: the code released with arXiv 2003.07326, where the paper's reproductions speak of a weighted sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.families.ranet.config import RanetConfig
+from pipeline.families.ranet.model import Output
+from pipeline.family import Loss, Params, cross_entropy
+
+
+def loss(config: RanetConfig, output: Output, targets: Tensor) -> Loss:
+    """The sum over exits; parts: `ce` of the last exit and `ce/<exit>` of each."""
+    exits = torch.stack([cross_entropy(logits, targets) for logits in output.exits.unbind(1)])
+    by_exit = {f"ce/{number:02d}": value for number, value in enumerate(exits.detach(), 1)}
+    return Loss(exits.sum(), {"ce": exits[-1].detach(), **by_exit})
+
+
+def groups(config: RanetConfig, net: nn.Module) -> Mapping[str, Sequence[Params]]:
+    return {"main": [Params(list(net.parameters()))]}
+
+
+def updates(config: RanetConfig, step: int) -> Sequence[str]:
+    return ["main"]

@@ -1,0 +1,37 @@
+"""Weights by the names of the code released with arXiv 2003.07326, mapped onto ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from pipeline.families.ranet.config import RanetConfig
+from pipeline.family import load
+
+GROUPS = {"scale_flows": "subnetworks", "FirstLayer.layers": "base", "classifier": "classifiers"}
+PARTS = {
+    "net": "",
+    "conv_up": ".below",
+    "conv_normal": ".own",
+    "conv_last": ".merge",
+    "trans": ".transition",
+    "m": ".reduce",
+    "linear": ".fc",
+}
+
+
+def adopt(config: RanetConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
+    """Ours, or the released code's with or without the prefix of its DataParallel; every tensor is used."""
+    plain = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return load(net, {our_name(name): value for name, value in plain.items()})
+
+
+def our_name(name: str) -> str:
+    """The name here of a tensor there; any other name as it is."""
+    for theirs, ours in GROUPS.items():
+        if name.startswith(f"{theirs}."):
+            rest = name.removeprefix(theirs)
+            return ours + re.sub(r"\.([a-z_]+)", lambda part: PARTS.get(part[1], part[0]), rest)
+    return name

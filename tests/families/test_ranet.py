@@ -1,0 +1,630 @@
+"""Laws of RANet: the published sizes and prices, the literal threshold rule, and leaving early that equals deciding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from math import floor, log
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pipeline import cost, ranks
+from pipeline.config import validate
+from pipeline.errors import ConfigError
+from pipeline.families.ranet.budget import expected, shares, solve, thresholds
+from pipeline.families.ranet.config import RanetConfig
+from pipeline.families.ranet.inference import (
+    Anytime,
+    Budget,
+    batch_of,
+    confidence,
+    early_exit,
+    measure,
+    policies,
+)
+from pipeline.families.ranet.model import Ranet, Walk, build
+from pipeline.families.ranet.objective import loss
+from pipeline.families.ranet.released import adopt
+from pipeline.family import Fitted, Prediction
+
+IMAGENET = {"stem": "imagenet", "scales": [1, 2, 3, 4], "width_factors": [4, 2, 2, 1], "layers": 8, "depth": "even"}
+PUBLISHED = {  # the fact file's ids: keys, classes, parameters, entries of the state, millions of operations by exit
+    "C-any": (
+        {"scales": [1, 2, 3, 3], "width_factors": [4, 2, 1, 1], "layers": 4, "depth": "even"},
+        (10, 3_261_830, 1774),
+        "15.81 31.28 44.66 50.36 60.65 63.65 90.17 94.90",
+    ),
+    "C-any-100": (
+        {"scales": [1, 2, 3, 3], "width_factors": [4, 2, 1, 1], "layers": 4, "depth": "even"},
+        (100, 3_354_710, 1774),
+        "15.83 31.31 44.69 50.40 60.71 63.72 90.26 95.00",
+    ),
+    "C-b1": ({}, (10, 2_547_601, 1284), "8.36 21.77 32.84 41.52 53.23 58.92"),
+    "C-b1-100": ({}, (100, 2_617_261, 1284), "8.37 21.79 32.88 41.57 53.28 58.99"),
+    "C-b2": (
+        {"scales": [1, 2, 2, 3], "width_factors": [4, 2, 2, 1]},
+        (10, 5_094_107, 2728),
+        "10.73 24.13 35.21 43.89 93.01 114.61 163.94 175.65",
+    ),
+    "C-b3": (
+        {"scales": [1, 2, 3, 3], "width_factors": [4, 2, 1, 1]},
+        (10, 3_967_697, 2734),
+        "10.74 24.14 35.22 43.90 55.60 61.30 105.56 117.27",
+    ),
+    "C-def": ({"layers": 4, "depth": "even"}, (10, 2_451_158, 1020), "13.44 28.91 42.28 47.98 58.28 61.27"),
+    "I-32": (
+        {**IMAGENET, "channels": 32, "growth": 16},
+        (1000, 131_123_991, 3317),
+        "246.47 631.16 860.40 1041.14 1869.85 2160.38 2734.28 2828.31",
+    ),
+    "I-64": (
+        {**IMAGENET, "channels": 64, "growth": 16},
+        (1000, 149_144_186, 3317),
+        "434.97 888.67 1153.36 1352.45 2279.91 2588.47 3235.52 3333.48",
+    ),
+    "I-16": (
+        {**IMAGENET, "width_factors": [4, 2, 1, 1], "growth": 16},
+        (1000, 87_972_617, 3317),
+        "168.07 520.47 731.89 903.79 1052.25 1118.80 1589.01 1680.98",
+    ),
+}
+RECIPES = {
+    "C-any": ("cifar10_anytime",),
+    "C-any-100": ("cifar100_anytime",),
+    "C-b1": ("cifar10_b1",),
+    "C-b2": ("cifar10_b2",),
+    "C-b3": ("cifar10_b3",),
+    "I-32": ("imagenet_32",),
+    "I-64": ("imagenet_64",),
+}
+SMALL = {"channels": 4, "growth": 4, "budgets": [0.5, 0.8]}
+CLASSES, SIDE_PX = 5, 16
+
+
+def config_of(**keys: object) -> RanetConfig:
+    return validate(RanetConfig, {"name": "ranet", **keys}, "family")
+
+
+def images(count: int, seed: int = 5) -> Tensor:
+    """Images of different brightness and contrast, so that confidences differ."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(count, 1, 1, 1, generator=generator) * 3
+    colour = torch.randn(count, 3, 1, 1, generator=generator)
+    return scale * (torch.randn(count, 3, SIDE_PX, SIDE_PX, generator=generator) + colour)
+
+
+@pytest.fixture(scope="module", params=["even", "growing", "repeated"])
+def small(request: pytest.FixtureRequest) -> Ranet:
+    shape = {"scales": [1, 2, 2, 3], "width_factors": [3, 2, 2, 1]} if request.param == "repeated" else {}
+    torch.manual_seed(0)
+    net = build(config_of(**SMALL, **shape, depth="even" if request.param == "even" else "growing"), CLASSES)
+    with torch.no_grad():
+        net(images(32))  # in training mode: running statistics that are not the initial ones
+        for classifier in net.classifiers:
+            classifier.fc.weight.mul_(8)  # type: ignore[union-attr]
+    return net.eval()
+
+
+def exits_of(net: Ranet, batch: Tensor) -> Tensor:
+    with torch.no_grad():
+        exits: Tensor = net(batch).exits
+        return exits
+
+
+def fitted(net: Ranet, log_q: float, count: int = 64) -> list[float | None]:
+    found = thresholds(confidence(exits_of(net, images(count, seed=9))), shares(log_q, net.config.num_exits))
+    return [*found, 0.0]
+
+
+# ---- sizes and prices
+
+
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_parameters_exits_and_prices_are_the_published_ones(published: str) -> None:
+    keys, (classes, params, entries), operations = PUBLISHED[published]
+    config = config_of(**keys)
+    side_px = 32 if config.stem == "cifar" else 224
+    with FakeTensorMode():  # shapes only: nothing is computed
+        net = build(config, classes).eval()
+        found = released_count(net, torch.empty(1, 3, side_px, side_px))
+        prices = measure(net, torch.empty(1, 3, side_px, side_px)).cumulative
+        whole = cost.measure(net, torch.empty(1, 3, side_px, side_px)).macs
+    assert sum(p.numel() for p in net.parameters()) == params
+    assert len(net.state_dict()) == entries
+    assert [f"{value / 1e6:.2f}" for value in found] == operations.split()
+    assert prices == sorted(set(prices))
+    assert prices[-1] == whole
+    assert len(prices) == config.num_exits == config.first_blocks + config.more_blocks * (len(config.scales) - 1)
+    assert all(0.001 < 1 - ours / theirs < 0.009 for ours, theirs in zip(prices, found, strict=True))
+
+
+def released_count(net: Ranet, example: Tensor) -> list[int]:
+    """Operations until each exit as the released counter has them: convolutions, ReLU, pooling, linear with bias."""
+    spent, found = [0], []
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            spent[0] += module.weight[0].numel() * output.numel()
+        elif isinstance(module, nn.ReLU):
+            spent[0] += inputs[0].numel()
+        elif isinstance(module, nn.MaxPool2d):
+            spent[0] += 9 * output.numel()
+        elif isinstance(module, nn.Linear):
+            spent[0] += 4 * module.in_features + module.weight.numel() + module.out_features  # a 2x2 mean before it
+            found.append(spent[0])
+
+    hooks = [module.register_forward_hook(count) for module in net.modules()]
+    net(example)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("published", RECIPES)
+def test_the_recipes_are_the_published_nets(published: str) -> None:
+    from pipeline import run_config
+
+    keys = PUBLISHED[published][0]
+    for name in RECIPES[published]:
+        recipe = run_config.load(f"ranet/{name}", ["data.root=somewhere"])
+        assert recipe.data.held_out > 0
+        assert recipe.family.model_copy(update={"budgets": ()}) == config_of(**keys)
+
+
+def test_the_blocks_of_c_any_are_the_published_ones() -> None:
+    plan = config_of(**PUBLISHED["C-any"][0]).plan
+    outputs = [[block.outputs for block in blocks] for blocks in plan]
+    assert outputs == [
+        [160, 256],
+        [100, 92, 140, 188],
+        [50, 46, 87, 69, 93, 117],
+        [50, 46, 87, 138, 101, 156, 180, 204],
+    ]
+    assert [[b + 1 for b, block in enumerate(blocks) if block.down] for blocks in plan] == [[], [2], [2, 4], [4, 6]]
+    reduced = [[b + 1 for b, block in enumerate(blocks) if block.reduced] for blocks in plan]
+    assert reduced == [[], [2], [2, 4], [2, 5]]
+
+
+@pytest.mark.parametrize(("first", "more", "exits"), [(1, 2, 5), (3, 2, 7), (2, 1, 4)])
+def test_other_numbers_of_blocks_work(first: int, more: int, exits: int) -> None:
+    config = config_of(**SMALL, first_blocks=first, more_blocks=more)
+    assert exits_of(build(config, 3), torch.rand(2, 3, 32, 24)).shape == (2, exits, 3)
+    assert len(config.subnetwork_of_exit) == exits
+
+
+def test_every_exit_is_at_the_lowest_resolution(small: Ranet) -> None:
+    walk = Walk(small, images(1))
+    assert {walk.to_next_exit().shape[-1] for _ in small.classifiers} == {SIDE_PX // 4}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"scales": [1, 1, 2]}, "single 1 and rise by 0 or 1"),
+        ({"scales": [1, 2, 4]}, "single 1 and rise by 0 or 1"),
+        ({"scales": [2, 3, 4]}, "single 1 and rise by 0 or 1"),
+        ({"scales": [1, 3, 2]}, "single 1 and rise by 0 or 1"),
+        ({"scales": [1, 2]}, "width_factors has 3 entries, scales has 2"),
+        ({"bottlenecks": [4, 2]}, "bottlenecks has 2 entries, scales has 3"),
+        ({"layers": 1}, "fused blocks have at least 2"),
+        ({"growth": 3}, "takes at least one channel"),
+        ({"reduction": 0.001, "channels": 2}, "leaves block 2 without a channel"),
+        ({"scales": [], "width_factors": []}, "at least one sub-network"),
+        ({"budgets": [0.5, 0.5]}, "each stands once"),
+        ({"budgets": [0]}, "budgets"),
+    ],
+)
+def test_an_invalid_net_is_refused_with_the_rule(keys: dict[str, object], message: str) -> None:
+    with pytest.raises((ConfigError, ValidationError), match=message):
+        config_of(**keys)
+
+
+def test_images_that_are_too_small_are_refused_with_the_limit(small: Ranet) -> None:
+    exits_of(small, torch.rand(1, 3, 5, 5))
+    with pytest.raises(ConfigError, match=r"4x5 px.*at least 5 px"):
+        exits_of(small, torch.rand(1, 3, 4, 5))
+
+
+# ---- the function
+
+
+def test_resizing_and_order_are_those_of_the_paper(small: Ranet) -> None:
+    """An independent, literal composition of the released layers, block by block, gives the same logits."""
+    batch = images(3)
+    with torch.no_grad():
+        literal = literally(small, batch)
+    torch.testing.assert_close(exits_of(small, batch), literal, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(literally(small, batch, align_corners=False)[:, 2:], literal[:, 2:], atol=1e-3)
+    assert not torch.allclose(literally(small, batch, swapped=True)[:, 2:], literal[:, 2:], atol=1e-3)
+
+
+@torch.no_grad()
+def literally(net: Ranet, batch: Tensor, align_corners: bool = True, swapped: bool = False) -> Tensor:
+    def sized(x: Tensor, like: Tensor) -> Tensor:
+        return nn.functional.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=align_corners)
+
+    found, below = [], []
+    exits = iter(net.classifiers)
+    for x, blocks in zip(net.base(batch), net.subnetworks, strict=True):
+        here = []
+        for number, block in enumerate(blocks):  # type: ignore[arg-type]
+            tensors = [x]
+            for place, layer in enumerate(block.layers):
+                own = layer.own(x)
+                parts = [x, own]
+                if number < len(below):
+                    parts = [sized(x, own), sized(layer.below(below[number][place]), own), own]
+                    parts = [parts[1], parts[0], parts[2]] if swapped else parts
+                x = torch.cat(parts, 1)
+                tensors.append(x)
+            if block.merge is not None:
+                x = torch.cat([x, sized(block.merge(below[number][-1]), x)], 1)
+            x = x if block.transition is None else block.transition(x)
+            here.append(tensors)
+            if number >= len(below):
+                found.append(next(exits)(x))
+        below = here
+    return torch.stack(found, 1)
+
+
+def test_features_held_once_are_those_held_all(small: Ranet) -> None:
+    batch = images(3)
+    with_gradients = small(batch).exits
+    assert with_gradients.requires_grad
+    torch.testing.assert_close(exits_of(small, batch), with_gradients.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_images_do_not_depend_on_the_others(small: Ranet) -> None:
+    batch, order = images(8), torch.randperm(8)
+    whole = exits_of(small, batch)
+    singles = torch.cat([exits_of(small, batch[n : n + 1]) for n in range(8)])
+    torch.testing.assert_close(singles, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(exits_of(small, batch[order]), whole[order], rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_the_sum_over_exits() -> None:
+    config = config_of(**SMALL)
+    torch.manual_seed(1)
+    found = loss(config, build(config, 10)(torch.randn(64, 3, 32, 32)), torch.arange(64) % 10)
+    assert sum(found.parts[f"ce/{k:02d}"] for k in range(1, 7)) == pytest.approx(float(found.total))
+    assert found.parts["ce"] == found.parts["ce/06"]
+    assert float(found.total) == pytest.approx(6 * log(10), rel=0.2)
+
+
+# ---- thresholds
+
+
+def by_hand(confidences: list[list[float]], wanted: list[float]) -> list[float | None]:
+    """The literal rule, image by image."""
+    gone: set[int] = set()
+    found: list[float | None] = []
+    for k in range(len(wanted) - 1):
+        want, seen, threshold = floor(len(confidences) * wanted[k] + 1e-6), 0, None
+        for n in sorted(range(len(confidences)), key=lambda n: -confidences[n][k]):
+            if n in gone:
+                continue
+            seen += 1
+            if seen == want:
+                threshold = confidences[n][k]
+                break
+        if threshold is not None:
+            gone |= {n for n in range(len(confidences)) if confidences[n][k] >= threshold}
+        found.append(threshold)
+    return found
+
+
+@pytest.mark.parametrize("levels", [3, 8, 10_000])
+@pytest.mark.parametrize("seed", range(20))
+def test_thresholds_are_those_of_the_literal_rule_with_ties(seed: int, levels: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    confidences = (torch.randint(levels, (97, 5), generator=generator) + 1).float() / levels
+    for q in (0.05, 0.5, 1.0, 1.95, 40.0):
+        wanted = shares(log(q), 5)
+        assert thresholds(confidences, wanted) == by_hand(confidences.tolist(), wanted)
+
+
+def test_distinct_scores_leave_in_the_wanted_numbers() -> None:
+    confidences = torch.rand(1000, 4, generator=torch.Generator().manual_seed(3))
+    wanted = shares(0.0, 4)
+    found = [*thresholds(confidences, wanted), 0.0]
+    assert simulated(confidences, found).bincount()[1:].tolist() == [250] * 4
+
+
+def test_a_share_below_one_image_and_one_above_what_is_left_let_none_leave() -> None:
+    tied = torch.ones(10, 3)
+    assert thresholds(tied, [0.05, 0.5, 0.45]) == [None, 1.0]
+    assert thresholds(tied, [0.5, 0.3, 0.2]) == [1.0, None]
+    assert thresholds(torch.rand(300, 3), [1 / 3] * 3)[0] is not None
+
+
+def test_shares_are_geometric_and_the_price_follows_q() -> None:
+    prices = [8.0, 20.0, 30.0, 60.0]
+    for q in (0.05, 1.0, 1.95):
+        found = shares(log(q), 4)
+        assert sum(found) == pytest.approx(1)
+        assert all(b / a == pytest.approx(q) for a, b in pairwise(found))
+    spent = [expected(log_q / 5, prices) for log_q in range(-40, 40)]
+    assert spent == sorted(spent)
+    for budget in (8.0, 8.001, 15.0, 29.5, 59.9, 60.0):
+        assert expected(solve(budget, prices), prices) == pytest.approx(budget, rel=1e-9)
+    for budget in (7.9, 60.1):
+        with pytest.raises(ConfigError, match=r"out of reach.*shares 0\.133 to 1"):
+            solve(budget, prices)
+
+
+# ---- leaving early
+
+
+def simulated(confidences: Tensor, until: list[float | None]) -> Tensor:
+    """The exit of each image, from 1, decided on all confidences [n, E] afterwards."""
+    floors = torch.tensor([float("inf") if t is None else t for t in until])
+    return (confidences >= floors).int().argmax(1) + 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+@pytest.mark.parametrize("log_q", [-1.5, -0.5, 0.0, 0.5, 1.5])
+def test_leaving_early_equals_deciding_afterwards(small: Ranet, log_q: float, count: int) -> None:
+    until, batch = fitted(small, log_q), images(count)
+    exits = exits_of(small, batch)
+    confidences = confidence(exits)
+    with torch.no_grad():
+        found = early_exit(small, batch, until, measure(small, batch))
+    floors = torch.tensor([2.0 if t is None else t for t in until])
+    near = ((confidences - floors).abs() < 1e-6).any(1)
+    wanted = simulated(confidences, until)
+    taken = found.facts["exit"]
+    assert torch.equal(taken[~near], wanted[~near])
+    torch.testing.assert_close(found.logits, exits[torch.arange(count), taken - 1], rtol=1e-5, atol=1e-5)
+    assert count < 64 or len(taken.unique()) > 2
+
+
+def test_facts_count_each_image_once(small: Ranet) -> None:
+    with torch.no_grad():
+        facts = early_exit(small, images(64), fitted(small, 0.0), measure(small, images(1))).facts
+    assert torch.equal(facts["exits"].sum(1), torch.ones(64).long())
+    assert torch.equal(facts["exits"].argmax(1) + 1, facts["exit"])
+    owner = torch.tensor(small.config.subnetwork_of_exit)
+    for number in range(len(small.subnetworks)):
+        assert facts["subnetworks"][:, number].sum() == facts["exits"][:, owner == number].sum()
+
+
+def rows_by_module(net: Ranet, until: list[float | None], batch: Tensor) -> tuple[Prediction, dict[str, int]]:
+    seen: dict[str, int] = {}
+
+    def record(name: str) -> object:
+        return lambda module, inputs, output: seen.__setitem__(name, len(output))
+
+    hooks = [
+        module.register_forward_hook(record(name))  # type: ignore[arg-type]
+        for name, module in net.named_modules()
+        if (name.count(".") == 2 and name.startswith("sub")) or (name.count(".") == 1 and name.startswith("class"))
+    ]
+    prices = measure(net, batch)
+    seen.clear()
+    with torch.no_grad():
+        found = early_exit(net, batch, until, prices)
+    for hook in hooks:
+        hook.remove()
+    return found, seen
+
+
+def test_all_leave_at_the_first_exit_or_none_before_the_last(small: Ranet) -> None:
+    count = len(small.classifiers)
+    first, seen = rows_by_module(small, [0.0] * count, images(6))
+    assert set(seen) == {"subnetworks.0.0", "classifiers.0"}
+    assert first.facts["exit"].tolist() == [1] * 6
+    last, seen = rows_by_module(small, [None] * (count - 1) + [0.0], images(6))
+    assert [name for name in seen if name.startswith("class")] == [f"classifiers.{count - 1}"]
+    assert last.facts["exit"].tolist() == [count] * 6
+
+
+def test_blocks_run_on_the_images_still_under_way_alone(small: Ranet) -> None:
+    found, seen = rows_by_module(small, fitted(small, 0.0), images(64))
+    taken = found.facts["exit"]
+    exit_, place = 0, {}
+    for s, plans in enumerate(small.config.plan):
+        for number, plan in enumerate(plans):
+            place[f"subnetworks.{s}.{number}"] = exit_
+            exit_ += not plan.fused
+    for name, after in place.items():
+        under_way = int((taken > after).sum())
+        assert under_way <= seen[name] <= (64 if after == 0 else batch_of(under_way)), name
+    assert seen[f"subnetworks.{s}.{number}"] < 32
+
+
+def test_batches_are_rounded_up_to_few_sizes() -> None:
+    assert all(left <= batch_of(left) <= left * 4 / 3 + 1 for left in range(1, 2000))
+    assert [batch_of(left) for left in (1, 2, 3)] == [1, 2, 3]
+    assert all(batch_of(batch_of(left)) == batch_of(left) for left in range(1, 2000))
+
+
+def test_i32_holds_a_third_of_what_all_features_take() -> None:
+    config = config_of(**PUBLISHED["I-32"][0])
+    with FakeTensorMode():
+        net = build(config, 2).eval()
+        example = torch.empty(2, 3, 224, 224)
+        held = most_held(net, example)
+        stored = every_list(net, example)
+    assert 3 * held <= stored
+
+
+def most_held(net: Ranet, example: Tensor) -> int:
+    """The most bytes held for later blocks at any exit."""
+    with torch.no_grad():
+        walk = Walk(net, example)
+        most = 0
+        for _ in net.classifiers:
+            walk.to_next_exit()
+            storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in walk.held()}
+            most = max(most, sum(storages.values()))
+    return most
+
+
+def every_list(net: Ranet, example: Tensor) -> int:
+    """The most bytes of the list tensors of one sub-network, all stored, that the next one reads."""
+    most = 0
+    for blocks, base in zip(net.config.plan[:-1], net.base(example), strict=False):
+        side, total = base.shape[-1], 0
+        for block in blocks:
+            for number, width in enumerate(block.widths):
+                side = -(-side // 2) if block.down and number == block.layers else side
+                total += width * side * side * 4 * len(example)
+        most = max(most, total)
+    return most
+
+
+# ---- policies
+
+
+class Counted:
+    """Held-out batches that know how often they were walked."""
+
+    def __init__(self, *batches: Tensor) -> None:
+        self.batches, self.walks = batches, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.walks += 1
+        return iter([(batch, torch.zeros(len(batch)).long()) for batch in self.batches])
+
+
+def test_the_first_policy_is_the_last_exit_and_needs_no_calibration(small: Ranet) -> None:
+    found = policies(small.config, small)
+    count = len(small.classifiers)
+    exits = [f"exit-{count}", *(f"exit-{k}" for k in range(1, count))]
+    assert [policy.name for policy in found] == [*exits, "anytime", "budget-0.5", "budget-0.8"]
+    every = exits_of(small, images(3))
+    for policy in found[: count + 1]:
+        with torch.no_grad():
+            prediction = policy.predict(small, images(3))
+        number = int(prediction.facts["exit"][0])
+        torch.testing.assert_close(prediction.logits, every[:, number - 1])
+    assert not isinstance(found[0], Fitted)
+
+
+def test_anytime_tells_the_price_of_each_answer(small: Ranet) -> None:
+    with torch.no_grad():
+        found = Anytime().predict(small, images(3))
+    prices = measure(small, images(1)).cumulative
+    assert found.facts["exit_macs"].tolist() == [prices] * 3
+    assert found.macs.tolist() == [prices[-1]] * 3
+    assert found.facts["exit_agrees"][:, -1].all()
+
+
+def test_budgets_share_one_walk_and_keep_to_their_price(small: Ranet) -> None:
+    held_out = Counted(images(100, seed=7), images(60, seed=8))
+    budgets = policies(small.config, small)[-2:]
+    done = [policy.calibrated(small, held_out) for policy in budgets]
+    assert held_out.walks == 1
+    full = measure(small, images(1)).cumulative[-1]
+    for policy in done:
+        assert isinstance(policy, Budget)
+        assert policy.state()["num_images"] == 160
+        assert policy.state()["expected_macs"] == pytest.approx(policy.budget * full)
+        with torch.no_grad():
+            spent = torch.cat([policy.predict(small, batch).macs for batch in held_out.batches])
+        assert float(spent.mean()) / full == pytest.approx(policy.budget, abs=0.12)
+    with torch.no_grad():
+        small.classifiers[0].fc.bias.add_(0.0)  # type: ignore[union-attr]
+    budgets[0].calibrated(small, held_out)
+    assert held_out.walks == 2, "other weights, other confidences"
+
+
+def test_thresholds_travel_as_json(small: Ranet) -> None:
+    policy = policies(small.config, small)[-1]
+    assert isinstance(policy, Fitted)
+    assert policy.state() == {}
+    done = policy.calibrated(small, Counted(images(64)))
+    assert isinstance(done, Fitted)
+    state = json.loads(json.dumps(done.state()))
+    again = policy.restored(state)
+    assert again == done
+    assert isinstance(again, Fitted)
+    assert again.state() == done.state()
+    with pytest.raises(ConfigError, match=r"thresholds \(=2\) are those of another net"):
+        policy.restored({"thresholds": [0.5, 0.5]})
+
+
+def test_a_budget_without_thresholds_or_images_says_what_to_set(small: Ranet) -> None:
+    policy = policies(small.config, small)[-1]
+    with pytest.raises(ConfigError, match=r"data\.held_out"):
+        policy.predict(small, images(1))
+    with pytest.raises(ConfigError, match=r"data\.held_out"):
+        policy.calibrated(small, Counted())
+    with pytest.raises(ConfigError, match="out of reach"):
+        Budget(1000.0, small.config.num_exits).calibrated(small, Counted(images(4)))
+
+
+def test_confidences_of_all_ranks_count(small: Ranet, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policies(small.config, small)[-1]
+    whole = policy.calibrated(small, Counted(images(40), images(24, seed=6)))
+    theirs = (confidence(exits_of(small, images(24, seed=6))).numpy(), (3, SIDE_PX, SIDE_PX))
+    monkeypatch.setattr(ranks, "gather", lambda mine: [mine, theirs, (None, None)])
+    assert policies(small.config, small)[-1].calibrated(small, Counted(images(40))) == whole
+
+
+def test_confidence_is_fp32_under_autocast() -> None:
+    logits = torch.randn(2000, 10) * 4
+    with torch.autocast("cpu", torch.bfloat16):
+        found = confidence(logits.bfloat16())
+    assert found.dtype == torch.float32
+    assert torch.equal(found, logits.bfloat16().float().softmax(1).amax(1))
+    assert len(found.unique()) > 1500
+
+
+# ---- released weights
+
+
+def released_names(net: Ranet) -> list[str]:
+    """The names that the released code gives to the tensors of such a net, in its order."""
+    there = {"subnetworks": "scale_flows", "classifiers": "classifier", "base": "FirstLayer.layers"}
+    parts = {"below": "conv_up.net", "own": "conv_normal.net", "merge": "conv_last.net", "transition": "trans.net"}
+    found = []
+    for name in net.state_dict():
+        top, *rest = name.split(".")
+        words = [parts.get(word, word) for word in rest]
+        if top == "classifiers":
+            at = [w if w != "reduce" else "m" for w in words]
+            words = [*at[:3], "net", *at[3:]] if at[1] == "m" else [at[0], "linear", *at[2:]]
+        elif top == "base" and not (net.config.stem == "imagenet" and words[0] == "0"):
+            words = [words[0], "net", *words[1:]]
+        found.append(".".join(["module", there[top], *words]))
+    return found
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_released_weights_load_by_name_and_all_of_them(stem: str) -> None:
+    config = config_of(**SMALL, stem=stem)
+    source, net = build(config, 3), build(config, 3)
+    theirs = dict(zip(released_names(source), source.state_dict().values(), strict=True))
+    assert "module.scale_flows.1.0.layers.0.conv_up.net.0.weight" in theirs
+    assert "module.classifier.5.m.1.net.1.running_var" in theirs
+    first = "0.0.bias" if stem == "imagenet" else "0.net.0.weight"
+    assert f"module.FirstLayer.layers.{first}" in theirs
+    assert adopt(config, net, theirs) == []
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in source.state_dict().items())
+    assert adopt(config, net, source.state_dict()) == []
+    with pytest.raises(ConfigError, match=r"not used: odd\.weight"):
+        adopt(config, net, {**theirs, "odd.weight": torch.zeros(1)})
+    del theirs["module.classifier.0.linear.bias"]
+    with pytest.raises(ConfigError, match=r"missing: classifiers\.0\.fc\.bias"):
+        adopt(config, net, theirs)
+
+
+def test_a_small_net_learns_images_by_heart_at_every_exit() -> None:
+    torch.manual_seed(0)
+    net = build(config_of(channels=4, growth=4, layers=2, depth="even"), 10)
+    batch, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 10
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(30):
+        output = net(batch)
+        total = loss(net.config, output, labels).total
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    assert float(total) < 0.3
+    assert (output.exits.argmax(2) == labels[:, None]).all()
