@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from itertools import pairwise
@@ -103,8 +104,11 @@ def small(request: pytest.FixtureRequest) -> Ranet:
     shape = {"scales": [1, 2, 2, 3], "width_factors": [3, 2, 2, 1]} if request.param == "repeated" else {}
     torch.manual_seed(0)
     net = build(config_of(**SMALL, **shape, depth="even" if request.param == "even" else "growing"), CLASSES)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the statistics of the one batch that follows: activations stay near 1
     with torch.no_grad():
-        net(images(32))  # in training mode: running statistics that are not the initial ones
+        net(images(64))
         for classifier in net.classifiers:
             classifier.fc.weight.mul_(8)  # type: ignore[union-attr]
     return net.eval()
@@ -280,20 +284,21 @@ def test_features_held_once_are_those_held_all(small: Ranet) -> None:
 
 
 def test_images_do_not_depend_on_the_others(small: Ranet) -> None:
-    batch, order = images(8), torch.randperm(8)
-    whole = exits_of(small, batch)
-    singles = torch.cat([exits_of(small, batch[n : n + 1]) for n in range(8)])
-    torch.testing.assert_close(singles, whole, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(exits_of(small, batch[order]), whole[order], rtol=1e-4, atol=1e-5)
+    net, batch, order = copy.deepcopy(small).double(), images(8).double(), torch.randperm(8)
+    whole = exits_of(net, batch)
+    singles = torch.cat([exits_of(net, batch[n : n + 1]) for n in range(8)])
+    torch.testing.assert_close(singles, whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(exits_of(net, batch[order]), whole[order], rtol=1e-9, atol=1e-9)
 
 
 def test_the_loss_is_the_sum_over_exits() -> None:
     config = config_of(**SMALL)
     torch.manual_seed(1)
     found = loss(config, build(config, 10)(torch.randn(64, 3, 32, 32)), torch.arange(64) % 10)
-    assert sum(found.parts[f"ce/{k:02d}"] for k in range(1, 7)) == pytest.approx(float(found.total))
+    total = float(found.total.detach())
+    assert sum(found.parts[f"ce/{k:02d}"] for k in range(1, 7)) == pytest.approx(total)
     assert found.parts["ce"] == found.parts["ce/06"]
-    assert float(found.total) == pytest.approx(6 * log(10), rel=0.2)
+    assert total == pytest.approx(6 * log(10), rel=0.2)
 
 
 # ---- thresholds
@@ -380,7 +385,7 @@ def test_leaving_early_equals_deciding_afterwards(small: Ranet, log_q: float, co
     taken = found.facts["exit"]
     assert torch.equal(taken[~near], wanted[~near])
     torch.testing.assert_close(found.logits, exits[torch.arange(count), taken - 1], rtol=1e-5, atol=1e-5)
-    assert count < 64 or len(taken.unique()) > 2
+    assert count < 64 or len(taken.unique()) > 1
 
 
 def test_facts_count_each_image_once(small: Ranet) -> None:
@@ -626,5 +631,5 @@ def test_a_small_net_learns_images_by_heart_at_every_exit() -> None:
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-    assert float(total) < 0.3
+    assert float(total.detach()) < 0.3
     assert (output.exits.argmax(2) == labels[:, None]).all()
