@@ -27,8 +27,8 @@ def cluster(compute: ComputeConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let anything else on the node go first
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if compute.address is None or _has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as Ray's own default, but for clusters by address too
+    if compute.address is not None and _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray itself takes it along only to clusters of its own
     import ray
 
     mine = not ray.is_initialized()
@@ -65,6 +65,11 @@ def _await_head(compute: ComputeConfig) -> None:
 
 
 def _unreachable(compute: ComputeConfig, error: Exception) -> ResourceError:
+    if compute.address is None:
+        return ResourceError(
+            f"Ray could not be started on this machine ({error}). Its logs lie in /tmp/ray/session_latest/logs; "
+            "compute.workers=0 trains in this process without Ray"
+        )
     return ResourceError(
         f"compute.address (={compute.address}): no Ray cluster can be reached ({error}). Is it HOST:PORT of a running "
         f"head? It was tried for compute.start_patience_s (={compute.start_patience_s:g}). Where the cluster asks for "
