@@ -75,7 +75,7 @@ def step(
     recipe: Annotated[str, typer.Argument(help="family/recipe whose net is trained on random images")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
     classes: Annotated[int, typer.Option(help="number of classes")] = 10,
-    steps: Annotated[int, typer.Option(help="timed steps of each turn")] = 20,
+    steps: Annotated[int, typer.Option(help="timed steps of each turn")] = 60,
     rounds: Annotated[int, typer.Option(help="turns of each loop")] = 5,
     workers: Annotated[bool, typer.Option(help="measure two workers against torchrun too")] = True,
 ) -> None:

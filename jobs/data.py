@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from pipeline.data.index import ImageIndex
+    from pipeline.data.pack import PackReport
 
 LINE_EVERY_S = 5.0
 SHOWN = 20  # bad images that are printed; --all prints the rest
@@ -91,7 +92,6 @@ def pack(
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: the CPUs here")] = None,
     show_all: Annotated[bool, typer.Option("--all", help="print every image that was set aside")] = False,
 ) -> None:
-    from jobs import tables
     from pipeline.data.pack import pack as run
 
     with _progress() as progress:
@@ -104,6 +104,12 @@ def pack(
             workers=workers,
             progress=progress,
         )
+    _print_pack(report, destination, show_all)
+
+
+def _print_pack(report: PackReport, destination: Path, show_all: bool) -> None:
+    from jobs import tables
+
     kept = f", {report.kept_shards} of them kept from before" if report.kept_shards else ""
     facts = {
         "packed": str(report.destination),
@@ -117,6 +123,46 @@ def pack(
     _print_bad(report.set_aside, show_all)
     _print_ignored(report.ignored)
     typer.echo(f"Next: adaptnet train RECIPE data.root={destination}")
+
+
+@app.command(
+    "import",
+    short_help="Pack a known set from its publisher's own files.",
+    help="""Packs a known set from the files that its publisher gives out, under their own names: cifar10, cifar100,
+svhn, stl10, tiny-imagenet, aircraft, flowers102, cars, cub or imagenet. What the publisher tests on becomes val.
+Checksums are compared where they are known. Interrupted, the same command goes on where it was.
+
+ImageNet: ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar ILSVRC2012_devkit_t12.tar.gz; or a FOLDER with train/<wnid>/
+and a flat val/, beside the development kit or LOC_val_solution.csv.
+
+Examples:
+
+  adaptnet data import cifar10 cifar-10-python.tar.gz --out packed/cifar10
+
+  adaptnet data import svhn train_32x32.mat test_32x32.mat --out packed/svhn
+
+  adaptnet data import imagenet /data/imagenet ILSVRC2012_devkit_t12.tar.gz --out packed/imagenet --side 256
+""",
+)
+def import_set(
+    name: Annotated[str, typer.Argument(help="the set, e.g. cifar10")],
+    files: Annotated[list[Path], typer.Argument(help="its publisher's files")],
+    out: Annotated[Path, typer.Option(help="a new folder, or one of an interrupted import")],
+    checksum: Annotated[bool, typer.Option(help="compare with the publisher's md5 where it is known")] = True,
+    side: Annotated[
+        int | None, typer.Option(min=1, help="shrink to this shorter side in pixels; default: bytes as they are")
+    ] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="of JPEGs that --side makes anew")] = 92,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: the CPUs here")] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="print every image that was set aside")] = False,
+) -> None:
+    from pipeline.data.publishers import import_set as run
+
+    with _progress() as progress:
+        report = run(
+            name, files, out, checksums=checksum, side=side, quality=quality, workers=workers, progress=progress
+        )
+    _print_pack(report, out, show_all)
 
 
 @app.command(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from jobs.cli import data_home
+from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.registry import Version
@@ -35,6 +39,17 @@ Examples:
   adaptnet models show models:/aig-toy@candidate
 
   adaptnet models show models:/aig-toy/3 --uri sqlite:////data/runs/mlflow.db
+"""
+
+IMPORT = """Makes a run of weights that were trained elsewhere: a checkpoint of the released code of ConvNet-AIG, RANet
+or Shape Adaptor, or torchvision's of ResNets, MobileNets, VGG and its like. Every tensor is used, or an error lists
+those that fit nowhere. The run is evaluated on the recipe's val split, and registered where tracking.register names it.
+
+Examples:
+
+  adaptnet models import resnet50-11ad3fa6.pth --family baseline/imagenet_resnet50 data.root=/data/imagenet
+
+  adaptnet models import model_best.pth.tar --family convnet_aig/cifar10_110 --classes names.txt tracking.register=null
 """
 
 app = typer.Typer(
@@ -82,6 +97,39 @@ def show(
     if version.reports:
         typer.echo("")
         typer.echo(tables.align(_frontier(version)))
+
+
+@app.command("import", short_help="Make a run of weights that were trained elsewhere.", help=IMPORT)
+def import_weights(
+    file: Annotated[Path, typer.Argument(help=".pth, .pt, .tar or .safetensors, or a checkpoint's folder")],
+    family: Annotated[str, typer.Option(help="family/recipe whose net takes them, or a path ending in .yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. data.root=DIR")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="class names by label, one a line; default: those of data.root")
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="the new run's folder; default runs/NAME-imported")] = None,
+) -> None:
+    from jobs import tables
+    from pipeline import importing, run_config
+
+    home = data_home() or ("nowhere" if classes else None)
+    config = run_config.load(family, overrides or (), data_home=home)
+    folder = run_dir or Path("runs") / f"{config.name}-imported"
+    done = importing.import_weights(config, file, folder, classes=_names(classes))
+    kept = f"; {len(done.kept)} keep their initial values: {', '.join(done.kept[:4])} ..." if done.kept else ""
+    typer.echo(f"{file}: {done.num_tensors:,} tensors taken{kept}")
+    if done.result.reports:
+        typer.echo(tables.of_reports(done.result.reports))
+    typer.echo(f"run {folder}" + (f", registered as {done.result.version}" if done.result.version else ""))
+
+
+def _names(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        raise ConfigError(f"--classes (={path}): no such file; give one class name a line")
+    names = path.read_text(encoding="utf-8").split("\n")
+    return [name.strip() for name in names if name.strip()]
 
 
 def _frontier(version: Version) -> list[list[str]]:

@@ -133,6 +133,10 @@ class Policy(Protocol):
 class Fitted(Policy, Protocol):
     """A policy whose calibration is kept with the trained net, e.g. RANet's thresholds."""
 
+    def check(self, net: nn.Module, images: Tensor) -> None:
+        """Raises ConfigError where no calibration can make it work on images [1, 3, H, W] of this size."""
+        ...
+
     def state(self) -> Mapping[str, Any]:
         """What calibration found, as plain values that JSON can hold; {} before it."""
         ...

@@ -55,9 +55,9 @@ def train(
     once this driver holds the folder. Raises the AdaptNetError that a worker met, or ResourceError where workers were
     lost more often than `compute.max_failures`.
     """
-    config = _absolute(config)
+    config = absolute(config)
     new = not run_dir.exists()
-    run_dir = _make(run_dir)
+    run_dir = make_folder(run_dir)
     lease = Lease(run_dir).acquire()
     try:
         (run_dir / "stop").unlink(missing_ok=True)
@@ -69,12 +69,12 @@ def train(
         splits = open_splits(config.data, config.seed, progress)
         worker.check_policies(config, splits)
         fingerprint = run_config.fingerprint(config, splits.train.identity)
-        _write_config(run_dir, config, fingerprint, allow_changed)
+        write_config(run_dir, config, fingerprint, allow_changed)
         recipe = configs.as_mapping(config)
         with Shipper(run_dir, config.tracking, recipe, command=sys.argv, fence=lease.fence) as shipper:
             if not _is_finished(run_dir, fingerprint):
                 _run(config, Order(recipe, str(run_dir), lease.fence, tuple(allow_changed)))
-            return _conclude(config, run_dir, shipper)
+            return conclude(config, run_dir, shipper)
     finally:
         if new and not (run_dir / "config.yaml").exists():
             lease.withdraw()
@@ -82,7 +82,7 @@ def train(
             lease.release()
 
 
-def _absolute(config: RunConfig) -> RunConfig:
+def absolute(config: RunConfig) -> RunConfig:
     """Paths made absolute, since workers run in other folders."""
     data = config.data.model_copy(update={"root": config.data.root.absolute()})
     if data.index is not None:
@@ -96,7 +96,8 @@ def _absolute(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": data, "training": training, "checkpoint": saving})
 
 
-def _make(run_dir: Path) -> Path:
+def make_folder(run_dir: Path) -> Path:
+    """The run's folder, there and writable. Raises ResourceError where it is not."""
     run_dir = run_dir.absolute()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def _check(config: RunConfig) -> None:
             )
 
 
-def _write_config(run_dir: Path, config: RunConfig, fingerprint: dict[str, Any], allowed: Sequence[str]) -> None:
+def write_config(run_dir: Path, config: RunConfig, fingerprint: dict[str, Any], allowed: Sequence[str]) -> None:
     """Dumps the recipe beside its fingerprint. Raises CheckpointError if the folder holds a run of another recipe."""
     path = run_dir / "config.yaml"
     if path.exists():
@@ -202,7 +203,7 @@ def _give_up_on_user_errors() -> Any:
     return GiveUp()
 
 
-def _conclude(config: RunConfig, run_dir: Path, shipper: Shipper) -> Result:
+def conclude(config: RunConfig, run_dir: Path, shipper: Shipper) -> Result:
     """Reads what the workers left; publishes the best checkpoint where the run is finished and has a name for it."""
     status = worker.read_status(run_dir)
     best = status.get("best")
@@ -252,7 +253,7 @@ def evaluate(
     model = registry.describe(folder)
     nested = reduce(configs.merge, map(configs.parse_override, overrides), dict(model.recipe))
     config = run_config.from_mapping(configs.interpolate(nested, {"data_home": data_home}), f"recipe of {source}")
-    config = _absolute(config)
+    config = absolute(config)
     splits = open_splits(config.data, config.seed)
     if splits.val.classes != model.classes:
         raise ConfigError(
@@ -273,7 +274,7 @@ def evaluate(
 
 def _check_evaluates(override: str) -> None:
     key = override.partition("=")[0]
-    used = ("data.", "evaluation.", "compute.", "training.precision", "training.channels_last", "seed")
+    used = ("family.", "data.", "evaluation.", "compute.", "training.precision", "training.channels_last", "seed")
     if not key.startswith(used):
         raise ConfigError(f"override {override!r}: an evaluation does not use {key}; it uses {', '.join(used)}")
 

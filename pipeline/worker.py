@@ -379,10 +379,14 @@ class Run:
 
 
 def check_policies(config: RunConfig, splits: Splits) -> None:
-    """Before training, not after it: the policies asked for are there, and the images that they are fitted on."""
+    """Before training, not after it: the policies asked for are there, can work, and have images to be fitted on."""
     family, num_classes = families.find(config.family.name), len(splits.train.classes)
-    net = family.build(config.family, num_classes)
+    net = family.build(config.family, num_classes).eval()
     policies = choose(family.policies(config.family, net), config.evaluation.policies)
+    example = torch.zeros(1, 3, config.data.side_for_eval, config.data.side_for_eval)
+    for policy in policies:
+        if isinstance(policy, Fitted):
+            policy.check(net, example)
     if len(splits.held_out) == 0:
         calibrate(policies, net, None, evaluator(config, torch.device("cpu"), num_classes, latency=False))
 
@@ -431,7 +435,7 @@ def assess(
     device = device_of(config.compute.device)
     family = families.find(config.family.name)
     net = family.build(config.family, len(splits.val.classes))
-    net.load_state_dict(load_file(weights))
+    families.load(net, load_file(weights))
     net = net.to(device).eval()
     how = evaluator(config, device, len(splits.val.classes), latency=True)
     policies = restored(choose(family.policies(config.family, net), wanted or config.evaluation.policies), known)

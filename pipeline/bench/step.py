@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,11 @@ from pipeline.training.state import TrainState
 from pipeline.training.step import Micro, Task
 
 WARM = 3  # steps that are not timed
+LAP = (
+    10  # steps between two looks at the clock; a turn's rate is that of its median lap, for other loads come in bursts
+)
 POOL = 4  # batches held in memory
+T = TypeVar("T")
 OURS, BARE, RAY, TORCHRUN = "our loop", "bare loop", "our loop, Ray Train x2", "bare DDP loop, torchrun x2"
 
 
@@ -47,14 +53,14 @@ class Setting:
         return self.config.training.batch_size
 
 
-def loops(config: RunConfig, *, num_classes: int = 10, steps: int = 20, rounds: int = 5) -> list[Row]:
+def loops(config: RunConfig, *, num_classes: int = 10, steps: int = 60, rounds: int = 5) -> list[Row]:
     """Our loop against the bare one, in this process."""
     setting = Setting(config, num_classes, steps)
     found = interleave({OURS: lambda: ours(setting), BARE: lambda: bare(setting)}, rounds)
     return compare(found, OURS)
 
 
-def workers(config: RunConfig, *, num_classes: int = 10, steps: int = 20, rounds: int = 3) -> list[Row]:
+def workers(config: RunConfig, *, num_classes: int = 10, steps: int = 60, rounds: int = 5) -> list[Row]:
     """Our loop in two workers of Ray Train against a bare DDP loop in two processes of torchrun."""
     setting = Setting(config, num_classes, steps)
     with TemporaryDirectory(prefix="adaptnet-bench-") as folder, cluster.cluster(_compute(config)):
@@ -71,14 +77,11 @@ def _compute(config: RunConfig) -> ComputeConfig:
 
 
 def ours(setting: Setting) -> float:
-    """Images/s of `training.loop.train` on this rank's share."""
+    """Images/s of `training.loop.train`, of all ranks, timed on this one."""
     device, current = _fresh(setting)
-    task = _task(setting, current, device)
-    source = _micros(_batches(setting, device))
-    train(task, current, source, _plan(setting, WARM), _Nothing())
-    start = _now(device)
-    train(task, current, source, _plan(setting, WARM + setting.steps), _Nothing())
-    return setting.batch_size * setting.steps / (_now(device) - start)
+    task, laps = _task(setting, current, device), Laps(device)
+    train(task, current, laps.over(_micros(_batches(setting, device))), _plan(setting, _total(setting)), _Nothing())
+    return laps.rate(setting.batch_size)
 
 
 def bare(setting: Setting) -> float:
@@ -88,19 +91,37 @@ def bare(setting: Setting) -> float:
     if ranks.world() > 1:
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
     optimizer = torch.optim.SGD(current.net.parameters(), lr=0.01, momentum=0.9)
-    batches = _batches(setting, device)
-    amp = step.use_bf16(setting.config.training.precision, device)
-    for number in range(WARM + setting.steps):
-        if number == WARM:
-            start = _now(device)
-        images, labels = next(batches)
+    amp, laps = step.use_bf16(setting.config.training.precision, device), Laps(device)
+    for _, (images, labels) in zip(range(_total(setting)), laps.over(_batches(setting, device)), strict=False):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = net(images).logits
         loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         optimizer.step()
-    return setting.batch_size * setting.steps / (_now(device) - start)
+    return laps.rate(setting.batch_size)
+
+
+def _total(setting: Setting) -> int:
+    """Steps of a turn: whole laps, and one step more, at whose start the last lap ends."""
+    return WARM + max(1, round(setting.steps / LAP)) * LAP + 1
+
+
+class Laps:
+    """Looks at the clock where a loop asks for a batch: every LAP steps after the first WARM."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._times = device, list[float]()
+
+    def over(self, batches: Iterator[T]) -> Iterator[T]:
+        for number, batch in enumerate(batches):
+            if number >= WARM and (number - WARM) % LAP == 0:
+                self._times.append(_now(self._device))
+            yield batch
+
+    def rate(self, batch_size: int) -> float:
+        """Images/s of the median lap."""
+        return batch_size * LAP / median(b - a for a, b in pairwise(self._times))
 
 
 def _now(device: torch.device) -> float:

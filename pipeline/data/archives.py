@@ -47,13 +47,14 @@ def _uncompressed(
     ]
     due = [(path, to) for (_, path), to in zip(tars, plain, strict=True) if to != path and not to.exists()]
     with ThreadPoolExecutor(workers) as threads:
-        for done, _ in enumerate(threads.map(lambda pair: _unpack(*pair), due), 1):
+        for done, _ in enumerate(threads.map(lambda pair: unpack(*pair), due), 1):
             if progress:
                 progress("unpacking archives", done, len(due))
     return tuple((split, to) for (split, _), to in zip(tars, plain, strict=True))
 
 
-def _unpack(compressed: Path, tar: Path) -> None:
+def unpack(compressed: Path, tar: Path) -> None:
+    """Writes the tar inside a .tar.gz. Raises DataError where that is damaged."""
     tar.parent.mkdir(parents=True, exist_ok=True)
     aside = tar.with_name(f"{tar.name}.{os.getpid()}.part")
     try:

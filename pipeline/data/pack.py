@@ -17,7 +17,7 @@ import tarfile
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -76,20 +76,44 @@ def pack(
     (antialiased) and written as JPEG of `quality`; smaller ones pass.
     Raises DataError where the source holds no images, or the destination something else; ResourceError on a full disk.
     """
-    started = time.monotonic()
     source, destination = source.expanduser().absolute(), destination.expanduser().absolute()
     if destination == source or source in destination.parents:
         raise DataError(f"{destination}: lies in the source {source}; pack to a folder outside of it")
-    options = {"side": side, "quality": quality if side else None, "shard_bytes": shard_bytes}
     workers = workers or num_cpus()
+    found = layout(source)
+    listing = None if found.tars else from_folders(source, found.folders)
+    return pack_listing(
+        listing.key if listing else key_of_tars(found),
+        lambda scratch: listing or listing_of_tars(found, scratch, workers, progress),
+        destination,
+        side=side,
+        quality=quality,
+        shard_bytes=shard_bytes,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def pack_listing(
+    key: str,
+    make: Callable[[Path], Listing],
+    destination: Path,
+    *,
+    side: int | None = None,
+    quality: int = QUALITY,
+    shard_bytes: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> PackReport:
+    """As `pack`, of the images that `make(scratch)` lists; `key` changes when they do. The scratch folder is kept from
+    one call to the next until the pack is whole."""
+    started, workers = time.monotonic(), workers or num_cpus()
+    made_from = {"source": key, "side": side, "quality": quality if side else None, "shard_bytes": shard_bytes}
     try:
-        found = layout(source)
-        listing = None if found.tars else from_folders(source, found.folders)
-        made_from = {"source": listing.key if listing else key_of_tars(found), **options}
         if not _claim(destination, made_from):
             return _report_of(destination, time.monotonic() - started, kept=None)
         with _only_one(destination):
-            listing = listing or listing_of_tars(found, destination / PACKING / "unpacked", workers, progress)
+            listing = make(destination / PACKING / "unpacked")
             tasks = _plan(listing, destination, shard_bytes, side, quality)
             due = [task for task in tasks if task.finished() is None]
             _pack_shards(due, workers, len(listing.names), progress)

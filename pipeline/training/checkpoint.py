@@ -32,6 +32,7 @@ from pipeline.training.state import TrainState
 
 FORMAT = 1
 COMPLETE = "COMPLETE.json"
+PARALLEL = "module."  # before each name of a net that DataParallel or DDP held
 
 
 class Storage(Protocol):
@@ -382,8 +383,8 @@ def read(folder: Path) -> dict[str, Any]:
 def weights_at(path: Path) -> dict[str, Tensor]:
     """Tensors by name of a checkpoint's or model's folder (its moving average if any), a .safetensors or a .pt file.
 
-    A .pt file is loaded with weights_only and may hold the tensors under `state_dict` or `model`. Raises
-    CheckpointError where there is no such file or it holds no tensors.
+    A .pt file is loaded with weights_only and may hold the tensors under `state_dict` or `model`; a prefix that
+    DataParallel gave all names is taken off. Raises CheckpointError where there is no such file or it holds no tensors.
     """
     from safetensors.torch import load_file
 
@@ -400,6 +401,8 @@ def weights_at(path: Path) -> dict[str, Tensor]:
     tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors by name, at its top, under state_dict or under model")
+    if all(name.startswith(PARALLEL) for name in tensors):
+        return {name.removeprefix(PARALLEL): tensor for name, tensor in tensors.items()}
     return tensors
 
 

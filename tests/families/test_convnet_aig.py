@@ -18,8 +18,9 @@ from pipeline.errors import ConfigError, ContractError
 from pipeline.families.baseline.model import BaselineConfig
 from pipeline.families.baseline.model import build as build_baseline
 from pipeline.families.convnet_aig.inference import ExpectedProb, ExpectedRate, Gates, policies
-from pipeline.families.convnet_aig.model import Aig, AigConfig, Block, build, logistic, straight_through
+from pipeline.families.convnet_aig.model import STAGES, Aig, AigConfig, Block, build, logistic, straight_through
 from pipeline.families.convnet_aig.objective import groups, loss, rate_loss
+from pipeline.families.convnet_aig.released import adopt
 from pipeline.family import Prediction, cross_entropy
 
 CLASSES = 10
@@ -498,3 +499,61 @@ def test_a_threshold_opens_where_execution_is_likelier_than_it(mixed: Aig) -> No
 def test_a_config_that_means_nothing_is_refused(keys: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         validate(AigConfig, {"name": "convnet_aig", **keys}, "family")
+
+
+# ---- foreign weights
+
+
+def released_names(net: Aig) -> dict[str, str]:
+    """The name that the released code gives to each tensor of such a net."""
+    parts = {"residual.0": "conv1", "residual.1": "bn1", "residual.3": "conv2", "residual.4": "bn2"}
+    parts |= {"residual.6": "conv3", "residual.7": "bn3", "gate.fc1": "fc1", "gate.fc1bn": "fc1bn", "gate.fc2": "fc2"}
+    stages = STAGES[50] if net.fc.in_features == 2048 else (len(net.blocks) // 3,) * 3
+    places = [f"layer{stage + 1}.{number}" for stage, count in enumerate(stages) for number in range(count)]
+    found = {}
+    for name in net.state_dict():
+        top, *rest = name.split(".")
+        if top == "blocks":
+            number, part, rest = int(rest[0]), ".".join(rest[1:3]), rest[3:]
+            part = part if part.startswith("shortcut") else parts[part]
+            found[name] = ".".join([places[number], part, *rest])
+        else:
+            found[name] = {"stem.0": "conv1", "stem.1": "bn1"}.get(f"{top}.{rest[0]}", "linear") + f".{rest[-1]}"
+    return found
+
+
+@pytest.mark.parametrize("depth", [20, 50])
+def test_released_weights_load_by_name_and_all_of_them(depth: int) -> None:
+    config = AigConfig(depth=depth)
+    torch.manual_seed(0)
+    source, net = build(config, 7), build(config, 7)
+    names = released_names(source)
+    theirs = {f"module.{names[name]}": value for name, value in source.state_dict().items()}
+    theirs = {name: value for name, value in theirs.items() if not name.endswith("num_batches_tracked")}  # torch 0.3
+    assert "module.layer2.0.shortcut.0.weight" in theirs and "module.layer3.1.fc1bn.running_var" in theirs
+    assert adopt(config, net, theirs) == []
+    for name, value in source.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+    with pytest.raises(ConfigError, match=r"not used: blocks\.0\.odd\.weight"):
+        adopt(config, net, {**theirs, "module.layer1.0.odd.weight": torch.zeros(1)})
+    with pytest.raises(ConfigError, match=r"missing: fc\.bias"):
+        adopt(config, net, {name: value for name, value in theirs.items() if name != "module.linear.bias"})
+    fixed = AigConfig(depth=depth, target_rate=(1.0, *(0.5,) * (config.num_blocks - 1)))
+    with pytest.raises(ConfigError, match=r"gates in blocks 0, which a target rate of 1 fixes open"):
+        adopt(fixed, build(fixed, 7), theirs)
+
+
+def test_torchvisions_weights_fill_all_but_the_gates() -> None:
+    config = AigConfig(depth=50)
+    torch.manual_seed(0)
+    plain, net = torchvision.models.resnet50(num_classes=4).eval(), build(config, 4).eval()
+    kept = adopt(config, net, plain.state_dict())
+    assert kept and all(".gate." in name for name in kept)
+    batch = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        opened = net.stem(batch)
+        for block in net.blocks:
+            opened = block(opened, None)
+        torch.testing.assert_close(net.fc(opened.mean(dim=(2, 3))), plain(batch), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match="of another shape: fc"):
+        adopt(config, build(config, 5), plain.state_dict())

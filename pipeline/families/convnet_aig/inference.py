@@ -93,6 +93,8 @@ class ExpectedRate:
     rates: tuple[float, ...] = ()
     prices: dict[tuple[int, ...], int] = field(default_factory=dict, compare=False)  # by shape of one image
 
+    def check(self, net: nn.Module, images: Tensor) -> None: ...
+
     def state(self) -> Mapping[str, Any]:
         return {"rates": list(self.rates)} if self.rates else {}
 

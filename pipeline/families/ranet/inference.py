@@ -171,7 +171,7 @@ class Budget:
         assert isinstance(net, Ranet)
         held_out = self.shared.collect(net, batches)
         prices = held_out.prices.cumulative
-        log_q = solve(self.budget if self.budget > 1 else self.budget * prices[-1], prices)
+        log_q = solve(self._macs(prices), prices)
         fitted = thresholds(held_out.confidences, shares(log_q, self.num_exits))
         found = {
             "q": exp(min(log_q, 700.0)),
@@ -179,6 +179,15 @@ class Budget:
             "num_images": len(held_out.confidences),
         }
         return replace(self, thresholds=tuple(fitted), found=found)
+
+    def check(self, net: nn.Module, images: Tensor) -> None:
+        """Raises ConfigError for a budget that is out of reach on images of this size."""
+        assert isinstance(net, Ranet)
+        prices = self.shared.price(net, images).cumulative
+        solve(self._macs(prices), prices)
+
+    def _macs(self, prices: Sequence[int]) -> float:
+        return self.budget if self.budget > 1 else self.budget * prices[-1]
 
     def state(self) -> Mapping[str, Any]:
         """thresholds [E - 1], null where none leaves; q, expected_macs per image, num_images they were fitted on."""

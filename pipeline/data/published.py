@@ -1,0 +1,378 @@
+"""Readers of image sets as their publishers give them out: where each image's bytes lie, its label and its split.
+
+Nothing is extracted by the names in an archive. JPEGs stay where they lie, uncompressed; pixels that lie in arrays are
+written as PNG. What the publisher tests on becomes `val`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.archives import unpack
+from pipeline.data.encoded import EXTENSIONS
+from pipeline.data.listing import SCAN_THREADS
+from pipeline.data.sources import TAR
+from pipeline.data.store import Progress
+from pipeline.data.tars import tar_members
+from pipeline.errors import DataError
+
+Pixels: TypeAlias = NDArray[np.uint8]
+PICKLED = {  # all that a batch of CIFAR needs: arrays and bytes
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An encoded image where it lies."""
+
+    split: str  # train or val
+    name: str
+    label: int
+    path: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Found:
+    classes: tuple[str, ...]
+    entries: Sequence[Entry]
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where a reader works: the given files by their role, room for what it unpacks, and who hears of progress."""
+
+    files: Mapping[str, Path]
+    scratch: Path
+    progress: Progress | None = None
+
+    def archive(self, role: str) -> Archive:
+        """The members of a .tar, .tar.gz or .zip; compressed ones are made a plain tar in the scratch folder, once."""
+        path = self.files[role]
+        tar = path
+        if path.suffix.lower() != ".tar":
+            tar = self.scratch / f"{TAR.sub('', path.name)}.tar"
+            if not tar.exists():
+                tar.parent.mkdir(parents=True, exist_ok=True)
+                (_zip_to_tar if path.suffix.lower() == ".zip" else unpack)(path, tar)
+        return Archive(tar, {_plain(name): (offset, length) for name, offset, length in tar_members(tar)})
+
+    def pngs(self, split: str, images: Pixels, labels: Iterable[int]) -> Iterator[Entry]:
+        """images [N, H, W, 3] as PNGs in one file of the scratch folder."""
+        from PIL import Image
+
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        path = self.scratch / f"{split}.pngs"
+        with open(path, "ab") as file:
+            for number, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG", compress_level=6)
+                start = file.tell()
+                file.write(buffer.getvalue())
+                yield Entry(split, f"{label:04d}/{split}_{start:012d}.png", label, path, start, file.tell() - start)
+                if self.progress and number % 1000 == 0:
+                    self.progress(f"encoding {split}", number, len(images))
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A plain tar and where its members lie, by name without a leading `./`."""
+
+    path: Path
+    members: Mapping[str, tuple[int, int]]
+
+    def read(self, name: str) -> bytes:
+        """The one member whose path ends in `name`. Raises DataError where there is none."""
+        offset, length = self.members[self.find(name)]
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    def find(self, name: str) -> str:
+        found = [member for member in self.members if member == name or member.endswith(f"/{name}")]
+        if len(found) != 1:
+            raise DataError(f"{self.path.name}: {'no' if not found else 'more than one'} {name} in it; fetch it again")
+        return found[0]
+
+    def lines(self, name: str) -> list[str]:
+        return [line.strip() for line in self.read(name).decode("utf-8").splitlines() if line.strip()]
+
+    def entry(self, split: str, member: str, label: int) -> Entry:
+        """Raises DataError where an annotation names an image that is not there."""
+        if member not in self.members:
+            raise DataError(f"{self.path.name}: its lists name {member}, which is not in it; fetch it again")
+        return Entry(split, f"{label:04d}/{PurePosixPath(member).name}", label, self.path, *self.members[member])
+
+
+def cifar10(desk: Desk) -> Found:
+    return _cifar(desk, [f"data_batch_{n}" for n in range(1, 6)], "test_batch", "batches.meta", "label_names", "labels")
+
+
+def cifar100(desk: Desk) -> Found:
+    return _cifar(desk, ["train"], "test", "meta", "fine_label_names", "fine_labels")
+
+
+def _cifar(desk: Desk, train: Sequence[str], test: str, meta: str, names: str, labels: str) -> Found:
+    archive = desk.archive("archive")
+    entries: list[Entry] = []
+    for split, members in (("train", train), ("val", [test])):
+        batches = [unpickle(archive.read(member), f"{archive.path.name}: {member}") for member in members]
+        data = np.concatenate([np.asarray(batch["data"], dtype=np.uint8) for batch in batches])
+        images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        entries += desk.pngs(split, np.ascontiguousarray(images), [int(n) for b in batches for n in b[labels]])
+    return Found(tuple(map(_text, unpickle(archive.read(meta), meta)[names])), entries)
+
+
+def unpickle(content: bytes, where: str) -> dict[str, Any]:
+    """A batch of CIFAR, which its publisher pickled: arrays and plain values; anything else in it is refused."""
+
+    class Arrays(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) not in PICKLED:
+                raise DataError(f"{where}: its pickle asks for {module}.{name}, which no CIFAR batch needs")
+            return super().find_class(module, name)
+
+    try:
+        found = Arrays(io.BytesIO(content), encoding="bytes").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, ImportError) as error:
+        raise DataError(f"{where}: not a batch of CIFAR ({error}); fetch it again") from None
+    return {_text(key): value for key, value in found.items()}
+
+
+def svhn(desk: Desk) -> Found:
+    """The digit 0 has the label 10 there, and 0 here. `extra_32x32.mat` joins train where it is given."""
+    entries: list[Entry] = []
+    for role, split in (("train", "train"), ("extra", "train"), ("test", "val")):
+        if role in desk.files:
+            found = _mat(desk.files[role])
+            labels = [int(label) % 10 for label in np.asarray(found["y"]).reshape(-1)]
+            entries += desk.pngs(split, np.ascontiguousarray(np.transpose(found["X"], (3, 0, 1, 2))), labels)
+    return Found(tuple("0123456789"), entries)
+
+
+def stl10(desk: Desk) -> Found:
+    """The labelled images; the 100,000 without a label are left out."""
+    archive = desk.archive("archive")
+    entries: list[Entry] = []
+    for split, stem in (("train", "train"), ("val", "test")):
+        columns = np.frombuffer(archive.read(f"{stem}_X.bin"), dtype=np.uint8).reshape(-1, 3, 96, 96)
+        labels = np.frombuffer(archive.read(f"{stem}_y.bin"), dtype=np.uint8).astype(int) - 1
+        entries += desk.pngs(split, np.ascontiguousarray(columns.transpose(0, 3, 2, 1)), labels.tolist())
+    return Found(tuple(archive.lines("class_names.txt")), entries)
+
+
+def tiny_imagenet(desk: Desk) -> Found:
+    archive = desk.archive("archive")
+    classes = tuple(sorted(archive.lines("wnids.txt")))
+    label = {wnid: number for number, wnid in enumerate(classes)}
+    entries = []
+    for member in archive.members:
+        parts = PurePosixPath(member).parts
+        if len(parts) >= 4 and parts[-4] == "train" and parts[-2] == "images" and _is_image(member):
+            entries.append(archive.entry("train", member, label[parts[-3]]))
+    annotations = archive.find("val_annotations.txt")
+    folder = PurePosixPath(annotations).parent / "images"
+    for line in archive.lines("val_annotations.txt"):
+        name, wnid = line.split("\t")[:2]
+        entries.append(archive.entry("val", str(folder / name), label[wnid]))
+    return Found(classes, entries)
+
+
+def aircraft(desk: Desk) -> Found:
+    """Variants (100 classes), trained on train and val together. The pictures keep their 20 pixels of copyright."""
+    archive = desk.archive("archive")
+    classes = tuple(archive.lines("data/variants.txt"))
+    label = {variant: number for number, variant in enumerate(classes)}
+    folder = PurePosixPath(archive.find("data/variants.txt")).parent / "images"
+    entries = []
+    for split, stem in (("train", "trainval"), ("val", "test")):
+        for line in archive.lines(f"data/images_variant_{stem}.txt"):
+            number, _, variant = line.partition(" ")
+            entries.append(archive.entry(split, str(folder / f"{number}.jpg"), label[variant]))
+    return Found(classes, entries)
+
+
+def flowers102(desk: Desk) -> Found:
+    """Trained on train and validation together (2,040 images). The names are torchvision's: the publisher has none."""
+    from torchvision.datasets import Flowers102
+
+    archive = desk.archive("images")
+    labels = np.asarray(_mat(desk.files["labels"])["labels"]).reshape(-1)
+    splits = _mat(desk.files["splits"])
+    entries = []
+    for split, keys in (("train", ("trnid", "valid")), ("val", ("tstid",))):
+        for number in np.concatenate([np.asarray(splits[key]).reshape(-1) for key in keys]):
+            member = f"jpg/image_{int(number):05d}.jpg"
+            entries.append(archive.entry(split, member, int(labels[int(number) - 1]) - 1))
+    return Found(tuple(Flowers102.classes), entries)
+
+
+def cars(desk: Desk) -> Found:
+    kit = desk.archive("devkit")
+    names = np.asarray(_mat(io.BytesIO(kit.read("cars_meta.mat")))["class_names"]).reshape(-1)
+    classes = tuple(str(np.asarray(name).item()) for name in names)
+    train = _mat(io.BytesIO(kit.read("cars_train_annos.mat")))["annotations"]
+    test = _mat(desk.files["test labels"])["annotations"]
+    entries = []
+    for split, role, rows in (("train", "train", train), ("val", "test", test)):
+        archive = desk.archive(role)
+        for row in np.asarray(rows).reshape(-1):
+            member = f"cars_{role}/{np.asarray(row['fname']).item()}"
+            entries.append(archive.entry(split, member, int(np.asarray(row["class"]).item()) - 1))
+    return Found(classes, entries)
+
+
+def cub(desk: Desk) -> Found:
+    archive = desk.archive("archive")
+    listed = archive.find("images.txt")
+    folder = PurePosixPath(listed).parent
+
+    def table(name: str) -> dict[str, str]:
+        return dict(line.split(maxsplit=1) for line in archive.lines(str(folder / name)))
+
+    paths, labels, trained = table("images.txt"), table("image_class_labels.txt"), table("train_test_split.txt")
+    classes = table("classes.txt")
+    entries = [
+        archive.entry("train" if trained[n] == "1" else "val", str(folder / "images" / path), int(labels[n]) - 1)
+        for n, path in paths.items()
+    ]
+    return Found(tuple(classes[str(n + 1)] for n in range(len(classes))), entries)
+
+
+def imagenet(desk: Desk) -> Found:
+    """From the two tars, read in place, or from a folder with train/<wnid>/ and a flat val/."""
+    validation = _validation(desk)
+    if "folder" in desk.files:
+        images = list(_imagenet_folder(desk.files["folder"]))
+    else:
+        images = [*_imagenet_train(desk.files["train"]), *_imagenet_val(desk.files["val"])]
+    wnids = tuple(sorted({wnid for wnid, *_ in images if wnid is not None}))
+    label = {wnid: number for number, wnid in enumerate(wnids)}
+    entries = []
+    for wnid, name, path, offset, length in images:
+        split, known = ("train", wnid) if wnid is not None else ("val", validation.get(Path(name).stem))
+        if known not in label:
+            why = "no ground truth" if known is None else f"the class {known}, which train lacks"
+            raise DataError(f"{path}: {name} has {why}")
+        entries.append(Entry(split, f"{known}/{Path(name).name}", label[known], path, offset, length))
+    return Found(wnids, entries)
+
+
+Located: TypeAlias = tuple[str | None, str, Path, int, int]  # wnid or None for val, name, path, offset, length
+
+
+def _imagenet_train(path: Path) -> Iterator[Located]:
+    """The images of a tar of one tar for each class."""
+    classes = [(name, offset) for name, offset, _ in tar_members(path) if name.endswith(".tar")]
+    with ThreadPoolExecutor(SCAN_THREADS) as threads:
+        for (name, _), images in zip(classes, threads.map(lambda each: _inner(path, each[1]), classes), strict=True):
+            yield from ((Path(name).stem, image, path, offset, length) for image, offset, length in images)
+
+
+def _inner(path: Path, start: int) -> list[tuple[str, int, int]]:
+    """(name, offset in `path`, length) of each image in a tar that begins at byte `start` of another."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                return [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and _is_image(m.name)]
+        except tarfile.TarError as error:
+            raise DataError(f"{path}: the tar at its byte {start} is damaged ({error}); fetch it again") from None
+
+
+def _imagenet_val(path: Path) -> Iterator[Located]:
+    yield from ((None, name, path, offset, length) for name, offset, length in tar_members(path) if _is_image(name))
+
+
+def _imagenet_folder(root: Path) -> Iterator[Located]:
+    for folder in sorted((root / "train").iterdir()):
+        if folder.is_dir():
+            yield from ((folder.name, path.name, path, 0, size) for path, size in _images_in(folder))
+    yield from ((None, path.name, path, 0, size) for path, size in _images_in(root / "val"))
+
+
+def _images_in(folder: Path) -> list[tuple[Path, int]]:
+    return sorted((path, path.stat().st_size) for path in folder.iterdir() if _is_image(path.name))
+
+
+def _validation(desk: Desk) -> dict[str, str]:
+    """The wnid of each validation image, by stem: from the development kit, or from LOC_val_solution.csv."""
+    if "solution" in desk.files:
+        with open(desk.files["solution"], newline="", encoding="utf-8") as file:
+            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    kit = desk.archive("devkit")
+    synsets = np.asarray(_mat(io.BytesIO(kit.read("meta.mat")), squeeze_me=True)["synsets"]).reshape(-1)
+    wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
+    truth = kit.lines("ILSVRC2012_validation_ground_truth.txt")
+    return {f"ILSVRC2012_val_{number:08d}": wnid[int(line)] for number, line in enumerate(truth, 1)}
+
+
+READERS: Mapping[str, Callable[[Desk], Found]] = {
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "svhn": svhn,
+    "stl10": stl10,
+    "tiny-imagenet": tiny_imagenet,
+    "aircraft": aircraft,
+    "flowers102": flowers102,
+    "cars": cars,
+    "cub": cub,
+    "imagenet": imagenet,
+}
+
+
+def _mat(source: Path | io.BytesIO, **how: bool) -> Mapping[str, Any]:
+    from scipy.io import loadmat
+
+    try:
+        found: Mapping[str, Any] = loadmat(source, **how)
+    except Exception as error:  # scipy raises a dozen kinds for damaged files
+        raise DataError(f"{source if isinstance(source, Path) else 'a .mat file'}: cannot be read ({error})") from None
+    return found
+
+
+def _zip_to_tar(path: Path, to: Path) -> None:
+    aside = to.with_name(f"{to.name}.part")
+    try:
+        with zipfile.ZipFile(path) as source, tarfile.open(aside, "w") as target:
+            for member in source.infolist():
+                if not member.is_dir():
+                    info = tarfile.TarInfo(member.filename)
+                    info.size = member.file_size
+                    with source.open(member) as content:
+                        target.addfile(info, content)
+    except zipfile.BadZipFile as error:
+        aside.unlink(missing_ok=True)
+        raise DataError(f"{path}: not a whole zip file ({error}); fetch it again") from None
+    aside.replace(to)
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("./")
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _is_image(name: str) -> bool:
+    base = PurePosixPath(name).name
+    return not base.startswith(".") and PurePosixPath(base).suffix.lower() in EXTENSIONS

@@ -1,0 +1,61 @@
+"""Weights by the names of the code released with arXiv 1711.11503, or by torchvision's, mapped onto ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.families.convnet_aig.model import Aig, AigConfig, Block
+from pipeline.family import load
+
+PARTS = {"conv1": "residual.0", "bn1": "residual.1", "conv2": "residual.3", "bn2": "residual.4"}
+PARTS |= {"conv3": "residual.6", "bn3": "residual.7", "shortcut": "shortcut", "downsample": "shortcut"}
+PARTS |= {"fc1": "gate.fc1", "fc1bn": "gate.fc1bn", "fc2": "gate.fc2"}
+STEM = {"conv1": "stem.0", "bn1": "stem.1", "linear": "fc", "fc": "fc"}
+
+
+def adopt(config: AigConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
+    """Fills `net` from its own state, from the released code's, or from torchvision's ResNet of that depth.
+
+    From torchvision's the gates keep their initial values and are returned; else every tensor has its place. Raises
+    ConfigError listing what is missing or fits nowhere, gates of blocks that are fixed open here among it.
+    """
+    assert isinstance(net, Aig)
+    if any(name.startswith("blocks.") for name in tensors):
+        return load(net, tensors)
+    first = _first_blocks(tensors)
+    ours = {our_name(name.removeprefix("module."), first): tensor for name, tensor in tensors.items()}
+    gated = any(".gate." in name for name in ours)
+    fixed = [
+        str(number)
+        for number, block in enumerate(net.blocks)
+        if isinstance(block, Block) and block.gate is None and f"blocks.{number}.gate.fc2.weight" in ours
+    ]
+    if fixed:
+        raise ConfigError(
+            f"these weights have gates in blocks {', '.join(fixed)}, which a target rate of 1 fixes open here; the "
+            "released code samples them like any other: import with family.schedule=uniform and a family.target_rate "
+            "below 1"
+        )
+    return load(net, ours, keep=lambda name: ".gate." in name and not gated)
+
+
+def _first_blocks(tensors: Mapping[str, Tensor]) -> list[int]:
+    """The number, over the whole net, of each layer's first block."""
+    found = [re.match(r"(?:module\.)?layer(\d+)\.(\d+)\.", name) for name in tensors]
+    places = {(int(match[1]), int(match[2])) for match in found if match}
+    layers = sorted({layer for layer, _ in places})
+    return [sum(1 for layer, _ in places if layer < start) for start in layers]
+
+
+def our_name(name: str, first: Sequence[int]) -> str:
+    """The name here of a tensor there; any other name as it is."""
+    match = re.fullmatch(r"layer(\d+)\.(\d+)\.(\w+)\.(.+)", name)
+    if match is None:
+        top, _, rest = name.partition(".")
+        return f"{STEM.get(top, top)}.{rest}"
+    layer, number, part, rest = match.groups()
+    return f"blocks.{first[int(layer) - 1] + int(number)}.{PARTS.get(part, part)}.{rest}"
