@@ -47,9 +47,9 @@ those that fit nowhere. The run is evaluated on the recipe's val split, and regi
 
 Examples:
 
-  adaptnet models import resnet50-11ad3fa6.pth --family baseline/imagenet_resnet50 data.root=/data/imagenet
+  adaptnet models import resnet50-11ad3fa6.pth --family baseline/imagenet_resnet50
 
-  adaptnet models import model_best.pth.tar --family convnet_aig/cifar10_110 --classes names.txt tracking.register=null
+  adaptnet models import best.pth.tar --family ranet/cifar10_b1 --classes names.txt
 """
 
 app = typer.Typer(
