@@ -22,6 +22,8 @@ Examples:
   adaptnet bench loader /data/imagenet-sample
 
   adaptnet bench step baseline/cifar10_small
+
+  adaptnet bench inference ranet --threads 1
 """,
 )
 
@@ -87,6 +89,33 @@ def step(
     if workers:
         rows += bench.workers(config, num_classes=classes, steps=steps, rounds=rounds)
     _print(rows)
+
+
+@app.command(
+    short_help="What skipping saves in time, beside what it saves in MACs.",
+    help="""Wall time of each family's policies against the same net without skipping, beside the share of MACs; a
+quotient of 1 means that time falls as MACs do. Weights are random, gates and thresholds decide as often as published.
+
+Examples:
+
+  adaptnet bench inference
+
+  adaptnet bench inference ranet --threads 1
+""",
+)
+def inference(
+    families: Annotated[list[str] | None, typer.Argument(help="convnet_aig, ranet, arrn, shape_adaptor")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="turns of each side")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: as many as torch takes")] = None,
+) -> None:
+    from jobs import tables
+    from pipeline.bench import inference as bench
+
+    cells = [["policy", "batch", "threads", "% of MACs", "% of time", "quotient", "peer's ms", "peer"]]
+    for cut in bench.inference(families, rounds=rounds, threads=threads):
+        shares = [f"{100 * cut.macs:.1f}", f"{100 * cut.time:.1f}", f"{cut.quotient:.3f}", f"{cut.peer_ms:.1f}"]
+        cells.append([cut.name, str(cut.batch), str(cut.threads), *shares, cut.peer])
+    typer.echo(tables.align(cells))
 
 
 def _print(rows: Sequence[Any]) -> None:

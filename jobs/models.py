@@ -47,7 +47,7 @@ those that fit nowhere. The run is evaluated on the recipe's val split, and regi
 
 Examples:
 
-  adaptnet models import resnet50-11ad3fa6.pth --family baseline/imagenet_resnet50
+  adaptnet models import resnet50.pth --family baseline/imagenet_resnet50
 
   adaptnet models import best.pth.tar --family ranet/cifar10_b1 --classes names.txt
 """

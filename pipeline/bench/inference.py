@@ -1,0 +1,256 @@
+"""What skipping saves in wall time, beside what it saves in MACs: each policy against the same net without skipping.
+
+Nets have random weights; their gates and thresholds are set so that they decide as often as the published nets do.
+Each pair is measured in one run, interleaved.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import log
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import cost
+from pipeline.bench.rows import interleave
+from pipeline.config import validate
+from pipeline.errors import ConfigError
+from pipeline.families import arrn, baseline, convnet_aig, ranet, shape_adaptor
+from pipeline.families.arrn.inference import AtResolution
+from pipeline.families.convnet_aig.inference import Gates
+from pipeline.families.convnet_aig.model import Aig, AigConfig
+from pipeline.families.ranet.budget import shares, thresholds
+from pipeline.families.ranet.inference import confidence, early_exit, measure
+from pipeline.families.ranet.model import Classifier, Ranet
+from pipeline.families.shape_adaptor.bodies import Adaptor, Cells, resized
+from pipeline.families.shape_adaptor.inference import freeze
+from pipeline.family import Family
+
+CLASSES = 10
+SHORTEST_S = 0.3  # a turn lasts as long at least
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A policy and its peer on the same images; `macs` is the policy's share of the peer's."""
+
+    name: str
+    peer: str
+    batch: int
+    macs: float
+    ours: Callable[[], object]
+    theirs: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A pair measured: the policy's share of the peer's MACs and of its time, medians over the rounds."""
+
+    name: str
+    peer: str
+    batch: int
+    threads: int
+    macs: float
+    time: float
+    peer_ms: float
+
+    @property
+    def quotient(self) -> float:
+        """The share of time over the share of MACs."""
+        return self.time / self.macs
+
+
+def inference(kinds: Sequence[str] | None = None, *, rounds: int = 7, threads: int | None = None) -> Iterator[Cut]:
+    """Every pair of the families in `kinds` (default: all), on `threads` (default: as many as torch takes)."""
+    unknown = [kind for kind in kinds or () if kind not in PAIRS]
+    if unknown:
+        raise ConfigError(f"bench inference: {', '.join(unknown)} is not known; known: {', '.join(PAIRS)}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        for kind in kinds or PAIRS:
+            with torch.inference_mode():
+                pairs = PAIRS[kind]()
+                while (pair := next(pairs, None)) is not None:
+                    yield _timed(pair, rounds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _timed(pair: Pair, rounds: int) -> Cut:
+    found = interleave({"ours": lambda: _seconds(pair.ours), "theirs": lambda: _seconds(pair.theirs)}, rounds + 1)
+    ours, theirs = found["ours"][1:], found["theirs"][1:]  # the first round warms up
+    share = median(mine / his for mine, his in zip(ours, theirs, strict=True))
+    return Cut(pair.name, pair.peer, pair.batch, torch.get_num_threads(), pair.macs, share, 1e3 * median(theirs))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Of one pass: the median of as many as fill SHORTEST_S."""
+    passes: list[float] = []
+    while sum(passes) < SHORTEST_S:
+        start = time.perf_counter()
+        run()
+        passes.append(time.perf_counter() - start)
+    return median(passes)
+
+
+def _net(family: Family, **keys: object) -> nn.Module:
+    torch.manual_seed(0)
+    return family.build(validate(family.config, keys, "bench"), CLASSES).eval()
+
+
+def _images(count: int, side_px: int) -> Tensor:
+    """Random images of different contrast, so that a net does not decide the same about all."""
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.rand(count, 1, 1, 1, generator=generator) * 2 + 0.2
+    return scale * torch.randn(count, 3, side_px, side_px, generator=generator)
+
+
+def _settle(net: nn.Module, images: Tensor) -> None:
+    """Gives BatchNorm the statistics of these images, so that activations are of the size of a trained net's."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            module.reset_running_stats()
+    net.train()(images)
+    net.eval()
+
+
+# ---- ConvNet-AIG: gates that open as often as their published targets say
+
+
+def aig_pairs() -> Iterator[Pair]:
+    for t in (0.4, 0.7):
+        config = AigConfig(depth=50, target_rate=t, schedule="published")
+        torch.manual_seed(0)
+        net = convnet_aig.FAMILY.build(config, 1000)
+        assert isinstance(net, Aig)
+        _settle(net, _images(32, 224))
+        _set_gates(net, config, _images(32, 224))
+        full = cost.measure(net, _images(1, 224)).macs
+        for batch in (32, 1):
+            images, policy = _images(batch, 224), Gates("gates-hard")
+            macs = float(policy.predict(net, images).macs.mean()) / full
+            ours = _call(policy.predict, net, images)
+            yield Pair(
+                f"AIG-50 gates-hard, t = {t:g}", "the same, all blocks run", batch, macs, ours, _call(net, images)
+            )
+
+
+def _set_gates(net: Aig, config: AigConfig, images: Tensor) -> None:
+    """Shifts the gates one after the other, so that each opens for its target share of these images."""
+    x = net.stem(images)
+    for block, target in zip(net.blocks, config.targets, strict=True):
+        gate = block.gate
+        opened = None
+        if isinstance(gate, nn.Module):
+            nn.init.normal_(gate.fc2.weight)  # type: ignore[arg-type,union-attr]
+            shift = -float(gate(x).quantile(1 - target))
+            gate.fc2.bias[1] += shift  # type: ignore[index,operator,union-attr]
+            opened = (gate(x) > 0).float()
+        x = block(x, opened)
+
+
+# ---- RANet: thresholds that spread the images over the exits by q^k
+
+
+def ranet_pairs() -> Iterator[Pair]:
+    net = _net(ranet.FAMILY, name="ranet")  # C-b1
+    assert isinstance(net, Ranet)
+    images = _images(256, 32)
+    _settle(net, images)
+    exits = net(images).exits.float()
+    for classifier, spread in zip(net.classifiers, exits.std((0, 2)), strict=True):
+        assert isinstance(classifier, Classifier)
+        classifier.fc.weight.div_(float(spread))
+    found, prices = confidence(net(images).exits), measure(net, images)
+    for batch, qs in ((256, (0.5, 0.8, 1.0, 1.5)), (32, (0.5, 1.0, 1.5)), (8, (1.0, 1.5)), (1, (1.0,))):
+        for q in qs:
+            until = (*thresholds(found, shares(log(q), net.config.num_exits)), 0.0)
+            some = images[:batch]
+            macs = float(early_exit(net, some, until, prices).macs.mean()) / prices.cumulative[-1]
+            ours = _call(early_exit, net, some, until, prices)
+            yield Pair(
+                f"RANet C-b1, q = {q:g}", "the same, every exit of every image", batch, macs, ours, _call(net, some)
+            )
+    for peer, keys in {"ResNet-50": {"net": "resnet50", "stem": "cifar"}, "VGG-16": {"net": "vgg16_bn"}}.items():
+        plain = _net(baseline.FAMILY, name="baseline", **keys)
+        full, until = cost.measure(plain, images[:1]).macs, (*thresholds(found, shares(0.0, 6)), 0.0)
+        for batch in (256, 1):
+            some = images[:batch]
+            macs = float(early_exit(net, some, until, prices).macs.mean()) / full
+            ours = _call(early_exit, net, some, until, prices)
+            yield Pair("RANet C-b1, q = 1", f"{peer}, CIFAR-10", batch, macs, ours, _call(plain, some))
+
+
+# ---- ARRN: the net at a half and a quarter of its resolution
+
+
+def arrn_pairs() -> Iterator[Pair]:
+    for size, finest, batch in (("cifar", 32, 64), ("tiny-imagenet", 64, 64), ("T", 224, 8), ("S", 224, 8)):
+        net = _net(arrn.FAMILY, name="arrn", size=size)
+        images = _images(batch, finest)
+        full = float(AtResolution(finest).predict(net, images[:1]).macs)
+        for part in (2, 4):
+            small, policy = _images(batch, finest // part), AtResolution(finest // part)
+            macs = float(policy.predict(net, small).macs[0]) / full
+            name = f"ARRN {size} at {finest // part} px"
+            yield Pair(
+                name, f"the same at {finest} px", batch, macs, _call(policy.predict, net, small), _call(net, images)
+            )
+
+
+# ---- Shape Adaptor: the frozen net against one that resizes once where an adaptor blends two
+
+
+class _Resize(nn.Module):
+    """The larger branch at the adaptor's size: what a net pays that was designed with this shape."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, *given: object) -> Tensor:
+        *branches, cells = given
+        assert isinstance(cells, Cells)
+        x = branches[-1]
+        assert isinstance(x, Tensor)
+        return resized(x, cells.sizes[self.number])
+
+
+def shape_pairs() -> Iterator[Pair]:
+    for kind, side, batch in (("vgg16_bn", 32, 64), ("mobilenet_v2", 224, 8), ("resnet50", 224, 8)):
+        net = _net(shape_adaptor.FAMILY, name="shape_adaptor", net=kind, side_px=side)
+        images = _images(batch, side)
+        frozen = freeze(net, (side, side))
+        plain = copy.deepcopy(frozen)
+        for module in list(plain.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, Adaptor):
+                    setattr(module, name, _Resize(child.number))
+        macs = cost.measure(frozen, images[:1]).macs / cost.measure(plain, images[:1]).macs
+        yield Pair(
+            f"Shape Adaptor {kind}, frozen",
+            "one resize for each blend",
+            batch,
+            macs,
+            _call(frozen, images),
+            _call(plain, images),
+        )
+
+
+PAIRS: Mapping[str, Callable[[], Iterator[Pair]]] = {
+    "convnet_aig": aig_pairs,
+    "ranet": ranet_pairs,
+    "arrn": arrn_pairs,
+    "shape_adaptor": shape_pairs,
+}
+
+
+def _call(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
+    return lambda: function(*arguments)
