@@ -95,6 +95,13 @@ def _start(compute: ComputeConfig) -> None:
         raise _unreachable(compute, error) from None
 
 
+def computes_on_gpu(compute: ComputeConfig) -> bool:
+    """Whether the workers take GPUs: where "auto" leaves it open, if the connected cluster has any."""
+    import ray
+
+    return compute.device == "cuda" or (compute.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+
+
 def demand(compute: ComputeConfig, workers: int, *, gpu: bool) -> dict[str, float]:
     """CPUs and GPUs that `workers` workers need."""
     gpus = compute.gpus_per_worker if compute.gpus_per_worker is not None else float(gpu)
@@ -106,8 +113,7 @@ def _check_resources(compute: ComputeConfig) -> None:
     """Waits up to `start_patience_s` on a cluster by address, not at all on this machine."""
     import ray
 
-    gpu = compute.device == "cuda" or (compute.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-    needed = demand(compute, compute.fewest_workers, gpu=gpu)
+    needed = demand(compute, compute.fewest_workers, gpu=computes_on_gpu(compute))
     deadline = time.monotonic() + (compute.start_patience_s if compute.address else 0)
     while lacking := _lacking(needed, ray.cluster_resources()):
         if time.monotonic() >= deadline:

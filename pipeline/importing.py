@@ -70,6 +70,7 @@ def import_weights(config: RunConfig, file: Path, run_dir: Path, *, classes: Seq
                 "classes": list(names),
                 "imported": origin,
             }
+            checkpoint.claim_storage(checkpoint.open_storage(config.checkpoint, run_dir), run_dir)
             folder = _save(config, current, meta, run_dir)
             with closing(Journal(run_dir / "journal", attempt=1, fence=lease.fence)) as journal:
                 journal.event("imported", step=0, **origin)

@@ -6,15 +6,16 @@ one file per node its system metrics. A metric is
 time is in seconds since 1970, steps are optimizer steps (system metrics count their own samples). A process that dies
 may leave half a line: the next writer starts a new one and readers pass it over.
 
-Events that others build on: `started` and `finished` (status FINISHED, FAILED or KILLED; best and last: where those
-checkpoints lie) and `checkpoint` (location).
+Events that others build on: `started`, `finished` and `stopped` (best: the name of that checkpoint), `checkpoint`
+(where), and the driver's `driver-ended` (status FINISHED, FAILED or KILLED).
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
+import shutil
+import subprocess
 import threading
 import time
 from array import array
@@ -194,7 +195,7 @@ class SystemSampler:
     """A thread that writes this node's load into the node's own journal, under the names that MLflow's pages know.
 
     `system/<journal's name>/...`; the step counts samples and goes on where the journal ends. Runs between `with` and
-    its end. GPUs are read where pynvml can be imported.
+    its end. GPUs are read by nvidia-smi.
     """
 
     def __init__(self, journal: Journal, every_s: float = 10.0) -> None:
@@ -212,11 +213,10 @@ class SystemSampler:
 
     def _run(self) -> None:
         step = 1 + max((r["step"] for r in read_all(self._journal.path) if "event" not in r), default=-1)
-        gpus = _gpu_handles()
         try:
             _host_load(self._journal.path)  # psutil measures from the call before
             while not self._stop.wait(self._every_s):
-                values = {**_host_load(self._journal.path), **_gpu_load(gpus)}
+                values = {**_host_load(self._journal.path), **_gpu_load()}
                 self._journal.metrics(step, {f"system/{self._journal.name}/{key}": v for key, v in values.items()})
                 step += 1
         except (OSError, ResourceError):  # the folder is full or gone: training meets it, and says so, at its next line
@@ -237,25 +237,33 @@ def _host_load(where: Path) -> dict[str, float]:
     }
 
 
-def _gpu_handles() -> list[Any]:
-    """NVML's handles of this node's GPUs; none where pynvml or the driver is missing."""
+GPU_QUERY = "index,utilization.gpu,memory.used,memory.total"
+
+
+def _gpu_load() -> dict[str, float]:
+    """This node's GPUs by nvidia-smi, which comes with the driver; nothing where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
     try:
-        pynvml = importlib.import_module("pynvml")
-        pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    except Exception:  # pynvml raises kinds of its own, and what they are depends on its version
-        return []
+        words = ["nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return gpu_values(done.stdout)
 
 
-def _gpu_load(handles: list[Any]) -> dict[str, float]:
+def gpu_values(lines: str) -> dict[str, float]:
+    """Metrics of the lines that nvidia-smi gives for GPU_QUERY (memory in MiB); what it says in words is left out."""
     values: dict[str, float] = {}
-    for index, handle in enumerate(handles):
-        pynvml = importlib.import_module("pynvml")
-        try:
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            values[f"gpu_{index}_utilization_percentage"] = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
-            values[f"gpu_{index}_memory_usage_megabytes"] = memory.used / 1e6
-            values[f"gpu_{index}_memory_usage_percentage"] = memory.used / memory.total * 100
-        except pynvml.NVMLError:  # a MIG slice, say, has no rates
+    for line in lines.splitlines():
+        index, *rest = (word.strip() for word in line.split(","))
+        numbers = [float(word) if word.replace(".", "", 1).isdigit() else None for word in rest]
+        if len(numbers) != 3:
             continue
+        busy, used, total = numbers
+        if busy is not None:  # a MIG slice has no rate
+            values[f"gpu_{index}_utilization_percentage"] = busy
+        if used is not None and total:
+            values[f"gpu_{index}_memory_usage_megabytes"] = used * 1.048576
+            values[f"gpu_{index}_memory_usage_percentage"] = used / total * 100
     return values

@@ -12,8 +12,9 @@ from typing import Any
 
 from pipeline import cluster, registry, run_config, worker
 from pipeline import config as configs
-from pipeline.data.index import open_splits
+from pipeline.data.index import Splits, open_splits
 from pipeline.data.store import Progress
+from pipeline.data.stream import Stream
 from pipeline.errors import AdaptNetError, ConfigError, DataError, ResourceError
 from pipeline.family import Report
 from pipeline.lease import Lease
@@ -22,7 +23,6 @@ from pipeline.run_config import ComputeConfig, RunConfig
 from pipeline.tracking import Shipper
 from pipeline.training import checkpoint
 from pipeline.training.evaluate import load_reports
-from pipeline.training.loop import device_of
 from pipeline.training.step import num_micros
 from pipeline.worker import Order
 
@@ -67,7 +67,9 @@ def train(
             on_start()
         _check(config)
         splits = open_splits(config.data, config.seed, progress)
+        _check_batches(config, splits)
         worker.check_policies(config, splits)
+        checkpoint.claim_storage(checkpoint.open_storage(config.checkpoint, run_dir), run_dir)
         fingerprint = run_config.fingerprint(config, splits.train.identity)
         write_config(run_dir, config, fingerprint, allow_changed)
         recipe = configs.as_mapping(config)
@@ -111,16 +113,25 @@ def make_folder(run_dir: Path) -> Path:
 
 def _check(config: RunConfig) -> None:
     """What can be refused before anything is started."""
-    compute = config.compute
-    most = max(1, compute.most_workers)
-    num_micros(config.training.batch_size, most, compute.max_batch_per_worker)
-    if device_of(compute.device).type == "cuda":
-        import torch
+    if config.compute.address is None:
+        _check_device(config.compute)
 
-        if not torch.cuda.is_available() and compute.address is None:
-            raise ConfigError(
-                "compute.device (=cuda): torch sees no GPU here; use auto or cpu, or a GPU build of torch"
-            )
+
+def _check_device(compute: ComputeConfig) -> None:
+    import torch
+
+    if compute.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "compute.device (=cuda): torch sees no GPU here; set compute.device=cpu, or take a GPU build of torch"
+        )
+
+
+def _check_batches(config: RunConfig, splits: Splits) -> None:
+    """Every number of workers that the run may have gets its images, and no empty micro-batch."""
+    compute, batch_size = config.compute, config.training.batch_size
+    stream = Stream(splits.train, config.data, seed=config.seed, batch_size=batch_size)
+    for world in range(max(1, compute.fewest_workers), max(1, compute.most_workers) + 1):
+        num_micros(stream.row_bounds(world), world, compute.max_batch_per_worker)
 
 
 def write_config(run_dir: Path, config: RunConfig, fingerprint: dict[str, Any], allowed: Sequence[str]) -> None:
@@ -170,7 +181,7 @@ def _trainer(compute: ComputeConfig, order: Order) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    gpu = device_of(compute.device).type == "cuda"
+    gpu = cluster.computes_on_gpu(compute)
     return TorchTrainer(
         worker.work,
         train_loop_config=order,
@@ -254,6 +265,7 @@ def evaluate(
     nested = reduce(configs.merge, map(configs.parse_override, overrides), dict(model.recipe))
     config = run_config.from_mapping(configs.interpolate(nested, {"data_home": data_home}), f"recipe of {source}")
     config = absolute(config)
+    _check_device(config.compute)
     splits = open_splits(config.data, config.seed)
     if splits.val.classes != model.classes:
         raise ConfigError(

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from pipeline.errors import ResourceError
+from pipeline.provenance import without_secrets, write_whole
 
 SILENT_S = 60.0
 BEAT_S = 10.0
@@ -57,7 +56,7 @@ class Lease:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
-        with _locked(self._path):
+        with suppress(OSError), _locked(self._path):  # on a full disk it ends by itself, after SILENT_S
             if is_current(self._path.parent, self.fence):
                 self._write(released=True)
 
@@ -72,7 +71,7 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
-            with _locked(self._path):
+            with suppress(OSError), _locked(self._path):  # a full disk may have room again at the next beat
                 if not is_current(self._path.parent, self.fence):
                     return
                 self._write(released=False)
@@ -84,13 +83,11 @@ class Lease:
             "host": socket.gethostname(),
             "pid": process.pid,
             "started": process.create_time(),
-            "command": " ".join(sys.argv)[:300],
+            "command": without_secrets(" ".join(sys.argv))[:300],
             "heartbeat": time.time(),
             "released": released,
         }
-        aside = self._path.with_name(f".lease-{uuid.uuid4().hex[:8]}")
-        aside.write_text(json.dumps(entry), encoding="utf-8")
-        os.replace(aside, self._path)
+        write_whole(self._path, json.dumps(entry))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -99,6 +96,8 @@ def read(path: Path) -> dict[str, Any]:
         entry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except ValueError:
+        raise ResourceError(f"{path}: damaged; if no driver trains in this folder, delete the file") from None
     return entry
 
 
@@ -121,5 +120,6 @@ def _lives(held: dict[str, Any]) -> bool:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path.with_suffix(".lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):  # a file system without locks: the entry itself has to do
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -61,7 +61,7 @@ def rank_mean(values: Tensor) -> Tensor:
     """
     if world() == 1:
         return values.mean(dim=0)
-    rows = rank_sum(torch.tensor(float(values.shape[0]), dtype=values.dtype, device=values.device))
+    rows = rank_sum(torch.full((), float(values.shape[0]), dtype=values.dtype, device=values.device))
     total: Tensor = _AllReduceSum.apply(values.sum(dim=0))
     return total / rows
 

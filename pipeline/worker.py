@@ -6,9 +6,8 @@ A rank 0 writes the journal, the checkpoints and the evaluations; the rest take 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from pipeline.data.index import ImageIndex, Splits, open_splits
 from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, ResourceError
 from pipeline.family import Family, Fitted, Report
 from pipeline.journal import Journal, SystemSampler
+from pipeline.provenance import write_whole
 from pipeline.run_config import RunConfig
 from pipeline.training import checkpoint, optim, state, step
 from pipeline.training.checkpoint import Checkpointer, Storage
@@ -58,7 +58,8 @@ def work(order: Order) -> None:
         with ExitStack() as stack:
             Run(order, run_dir, stack).go()
     except AdaptNetError as error:
-        write_json(run_dir / f"error-{ranks.rank()}.json", {"kind": type(error).__name__, **_error_facts(error)})
+        with suppress(OSError):  # the disk may be full: that is then the error that is raised
+            write_json(run_dir / f"error-{ranks.rank()}.json", {"kind": type(error).__name__, **_error_facts(error)})
         raise
 
 
@@ -75,6 +76,8 @@ class Run:
     run_dir: Path
     stack: ExitStack
     latest: dict[str, float] = field(default_factory=dict)  # newest evaluation metrics
+    evaluated_at: int = -1  # the step that they are of
+    damaged: set[str] = field(default_factory=set)  # checkpoints that were passed over
     bad_written: int = 0  # bad images that bad_images.json names
 
     def __post_init__(self) -> None:
@@ -104,7 +107,7 @@ class Run:
             self._event("remark", text=remark)
         if ranks.rank() == 0:
             root = self.storage.root if isinstance(self.storage, checkpoint.LocalStorage) else self.run_dir / "staging"
-            self.saver = Checkpointer(self.storage, root, config.checkpoint)
+            self.saver = Checkpointer(self.storage, root, config.checkpoint, self.damaged)
         plan = self._plan(task)
         self._event("started", step=current.step, total_steps=plan.total_steps, workers=ranks.world())
         with self._train_loader(current.step) as loader:
@@ -150,9 +153,11 @@ class Run:
         self._event("resumed", step=current.step, checkpoint=self.storage.where(name), changed=changed)
 
     def _newest(self) -> str | None:
-        return checkpoint.newest_good(
-            self.storage, lambda name, why: self._event("damaged-checkpoint", name=name, why=why)
-        )
+        def pass_over(name: str, why: str) -> None:
+            self.damaged.add(name)
+            self._event("damaged-checkpoint", name=name, why=why)
+
+        return checkpoint.newest_good(self.storage, pass_over)
 
     def _task(self, current: TrainState) -> Task:
         config, training = self.config, self.config.training
@@ -200,7 +205,8 @@ class Run:
 
     def _micros(self, loader: TrainLoader, task: Task) -> Iterator[Sequence[Micro]]:
         compute = self.config.compute
-        parts = step.num_micros(self.config.training.batch_size, ranks.world(), compute.max_batch_per_worker)
+        rows = loader.stream.row_bounds(ranks.world())
+        parts = step.num_micros(rows, ranks.world(), compute.max_batch_per_worker)
         for batch in loader:
             yield step.prepare(task, self.config.data, batch, parts)
 
@@ -229,7 +235,7 @@ class Run:
             current.best_net, policies, self._eval_loader(self.splits.val), self._evaluator(latency=False)
         )
         current.net.train()
-        self.latest = metrics_of(reports)
+        self.latest, self.evaluated_at = metrics_of(reports), current.step
         if self.journal is not None:
             self.journal.metrics(current.step, self.latest)
 
@@ -257,13 +263,14 @@ class Run:
 
     def _evaluate_best(self, current: TrainState) -> None:
         """Every policy on the val split, for the best checkpoint's net. Collective."""
-        best = ranks.agree(self.saver.best() if self.saver is not None else None)
-        assert best is not None  # the loop saves at its end
+        best = ranks.agree(self.saver.best_whole() if self.saver is not None else None)
+        if best is None:  # the loop saves at its end
+            raise CheckpointError(f"{self.storage.where('')}: no checkpoint is whole any more; give the command again")
         if len(self.splits.val) == 0:
             self._event("remark", text="there is no val split, so nothing was evaluated")
             return
         net, family, config, meta = checkpoint.load_net(self.storage.fetch(best))
-        net = net.to(self.device)
+        net = placed(net, self.device, self._channels_last)
         how = self._evaluator(latency=True)
         policies = choose(family.policies(config, net), self.config.evaluation.policies)
         held_out = self._eval_loader(self.splits.held_out) if len(self.splits.held_out) else None
@@ -363,7 +370,7 @@ class Run:
             "fingerprint": self.fingerprint,
             "recipe": configs.as_mapping(self.config),
             "classes": list(self.splits.train.classes),
-            "metrics": self.latest,
+            "metrics": self.latest if self.evaluated_at == current.step else {},
             "best_key": f"eval/{first}/top1",
         }
 
@@ -376,6 +383,12 @@ class Run:
 
     def _eval_loader(self, split: ImageIndex) -> EvalLoader:
         return eval_loader(self.config, split, self.device, self._threads)
+
+
+def placed(net: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """The net where it computes, its weights laid out as the images are."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return net.to(device).to(memory_format=layout)
 
 
 def check_policies(config: RunConfig, splits: Splits) -> None:
@@ -436,8 +449,8 @@ def assess(
     family = families.find(config.family.name)
     net = family.build(config.family, len(splits.val.classes))
     families.load(net, load_file(weights))
-    net = net.to(device).eval()
     how = evaluator(config, device, len(splits.val.classes), latency=True)
+    net = placed(net, device, how.channels_last).eval()
     policies = restored(choose(family.policies(config.family, net), wanted or config.evaluation.policies), known)
     threads = config.data.decode_threads or torch.get_num_threads()
     fitted = all(policy.state() for policy in policies if isinstance(policy, Fitted))
@@ -472,9 +485,7 @@ def _next_attempt(run_dir: Path) -> int:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` aside and moves it over `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, json.dumps(value, indent=1))
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 # A module imports what stands left of its own place.
 ORDER = """errors | config | ranks cost | data | family | blocks | families | training | frontier |
-robustness export report | journal lease provenance | tracking | registry | run_config |
+robustness export report | journal provenance | lease | tracking | registry | run_config |
 worker | cluster | launch | importing | plan | bench | tuning | jobs"""
 PLACE = {name: place for place, names in enumerate(ORDER.split("|")) for name in names.split()}
 FAMILY_MAY = {"errors", "config", "ranks", "cost", "family", "blocks"}

@@ -199,13 +199,11 @@ def test_smoothing_spreads_mass_evenly() -> None:
 
 
 def test_micro_batches_fill_the_cap_and_impossible_ones_are_refused() -> None:
-    assert num_micros(256, 2, 64) == 2
-    assert num_micros(256, 3, 64) == 2
-    assert num_micros(256, 2, None) == 1
-    with pytest.raises(ConfigError, match="is below the 4 workers"):
-        num_micros(3, 4, None)
-    with pytest.raises(ConfigError, match="take a multiple of 2"):
-        num_micros(3, 2, 1)
+    assert num_micros((128, 128), 2, 64) == 2
+    assert num_micros((85, 86), 3, 64) == 2
+    assert num_micros((128, 128), 2, None) == 1
+    with pytest.raises(ConfigError, match=r"max_batch_per_worker \(=1\) asks for 2 micro-batches.*gets 1 images"):
+        num_micros((1, 2), 2, 1)
 
 
 def test_shards_partition_any_length() -> None:

@@ -414,7 +414,7 @@ def _pipeline(setting: Setting, in_dali: bool) -> Any:
 
 def _on_gpu(config: DataConfig, device: torch.device) -> bool:
     if config.decoder == "gpu" and device.type != "cuda":
-        raise ConfigError("data.decoder (=gpu) needs a run that computes on a GPU: compute.device=gpu, or decoder=auto")
+        raise ConfigError("data.decoder (=gpu) needs a run on a GPU: compute.device=cuda, or take data.decoder=auto")
     return device.type == "cuda" and config.decoder != "cpu"
 
 

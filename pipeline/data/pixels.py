@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -28,10 +28,17 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], flips
     if flips is not None:
         images = mirror(images, flips)
     count, height, width, channels = images.shape
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).repeat(width)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).repeat(width)
+    scale, shift = _affine(tuple(mean), tuple(std), width, images.device)
     rows = images.reshape(count, height, width * channels).float()  # long rows: a CPU is slow at steps of 3
     return rows.mul_(scale).add_(shift).view(images.shape).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=64)
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and summand of each number in a row of pixels, kept on the device: a copy there makes the host wait."""
+    scale = torch.tensor([1 / (255 * s) for s in std]).repeat(width)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).repeat(width)
+    return scale.to(device), shift.to(device)
 
 
 def mirror(images: Tensor, flips: Tensor) -> Tensor:

@@ -142,6 +142,14 @@ class Stream:
             return int(share.stop) - int(share.start)
         return -(-self.batch_size // self.lanes.count) * len(self.lanes.of_rank(rank, world))
 
+    def row_bounds(self, world: int) -> tuple[int, int]:
+        """(fewest, most) rows that a rank of `world` ever gets. Raises ConfigError where one would get none."""
+        most = [self.most_rows(rank, world) for rank in range(world)]
+        if self.lanes is None:
+            return min(most), max(most)
+        each = self.batch_size // self.lanes.count
+        return min(each * len(self.lanes.of_rank(rank, world)) for rank in range(world)), max(most)
+
     def order(self, epoch: int) -> Order:
         if epoch not in self._orders:
             if self.lanes is None:

@@ -146,8 +146,14 @@ def _initialise(uri: str, path: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    artifacts = (path.parent / "mlartifacts").as_uri()
     with locked(path.with_name(f"{path.name}.lock"), wait=True):
-        SqlAlchemyStore(uri, (path.parent / "mlartifacts").as_uri())
+        if not path.exists():  # made aside, for a process killed in between would leave tables that MLflow cannot mend
+            aside = path.with_name(f".{path.name}.new")
+            aside.unlink(missing_ok=True)
+            SqlAlchemyStore(f"sqlite:///{aside}", artifacts).engine.dispose()
+            os.replace(aside, path)
+        SqlAlchemyStore(uri, artifacts)
 
 
 def failures() -> tuple[type[Exception], ...]:

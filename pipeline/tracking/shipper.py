@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class Shipper:
         return self._thread.ident is not None
 
     def __enter__(self) -> Shipper:
+        with suppress(OSError):
+            provenance.record(self._run_dir, self._command)
         self.journal.event("driver-started", command=[without_secrets(word) for word in self._command])
         why = unusable(self.uri)
         if why is None:
@@ -111,7 +114,6 @@ class Shipper:
                 if not mine:
                     raise ResourceError("another process is sending this run to MLflow")
                 if self._carrier is None:
-                    provenance.record(self._run_dir, self._command)
                     self._carrier = Carrier(self._run_dir, self.uri, self._config, self._recipe)
                 self._carrier.carry(final=final)
         except Exception as error:  # of MLflow, requests or sqlalchemy; training must not end by it

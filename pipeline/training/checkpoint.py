@@ -16,7 +16,8 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import config as configs
-from pipeline.errors import AdaptNetError, CheckpointError, ResourceError
+from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, ResourceError
 from pipeline.family import Family, FamilyConfig, find
 from pipeline.training import state as states
 from pipeline.training.config import CheckpointConfig
@@ -32,6 +33,7 @@ from pipeline.training.state import TrainState
 
 FORMAT = 1
 COMPLETE = "COMPLETE.json"
+OWNER = "OWNER"  # in a storage that runs share: the id of the run folder whose checkpoints lie beside it
 PARALLEL = "module."  # before each name of a net that DataParallel or DDP held
 
 
@@ -55,6 +57,12 @@ class Storage(Protocol):
         ...
 
     def remove(self, name: str) -> None: ...
+
+    def owner(self) -> str | None:
+        """The id of the run that these checkpoints are of; None where none has claimed the place."""
+        ...
+
+    def claim(self, owner: str) -> None: ...
 
     def where(self, name: str) -> str: ...
 
@@ -85,6 +93,13 @@ class LocalStorage:
     def meta(self, name: str) -> dict[str, Any]:
         return read_meta(self.root / name)
 
+    def owner(self) -> str | None:
+        path = self.root / OWNER
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def claim(self, owner: str) -> None:
+        (self.root / OWNER).write_text(owner, encoding="utf-8")
+
     def remove(self, name: str) -> None:
         (self.root / name / COMPLETE).unlink(missing_ok=True)
         shutil.rmtree(self.root / name, ignore_errors=True)
@@ -100,7 +115,10 @@ class RemoteStorage:
         self.uri = uri.rstrip("/")
         self._cache = tempfile.TemporaryDirectory(prefix="adaptnet-")
         self._fs, self._root = _open_file_system(self.uri)
-        self._fs.create_dir(self._root, recursive=True)
+        try:
+            self._fs.create_dir(self._root, recursive=True)
+        except OSError as error:
+            raise ResourceError(f"checkpoint.storage: cannot make {self.uri} ({error})") from None
 
     def names(self) -> list[str]:
         from pyarrow import fs
@@ -126,6 +144,19 @@ class RemoteStorage:
         target.mkdir()
         fs.copy_files(f"{self._root}/{name}", str(target), source_filesystem=self._fs)
         return target
+
+    def owner(self) -> str | None:
+        from pyarrow import fs
+
+        path = f"{self._root}/{OWNER}"
+        if self._fs.get_file_info(path).type == fs.FileType.NotFound:
+            return None
+        with self._fs.open_input_stream(path) as stream:
+            return str(stream.read().decode())
+
+    def claim(self, owner: str) -> None:
+        with self._fs.open_output_stream(f"{self._root}/{OWNER}") as stream:
+            stream.write(owner.encode())
 
     def meta(self, name: str) -> dict[str, Any]:
         with self._fs.open_input_stream(f"{self._root}/{name}/meta.json") as stream:
@@ -167,6 +198,21 @@ def open_storage(config: CheckpointConfig, run_dir: Path) -> Storage:
     return _local(Path(config.storage).absolute() / run_dir.name)
 
 
+def claim_storage(storage: Storage, run_dir: Path) -> None:
+    """Makes the storage this run's. Raises ConfigError where another run folder of the same name has it."""
+    path = run_dir / "id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex, encoding="utf-8")
+    mine, owner = path.read_text(encoding="utf-8"), storage.owner()
+    if owner is None:
+        storage.claim(mine)
+    elif owner != mine:
+        raise ConfigError(
+            f"checkpoint.storage: {storage.where('')} holds the checkpoints of another run folder named "
+            f"{run_dir.name}; give this run another name or another storage"
+        )
+
+
 def _local(root: Path) -> LocalStorage:
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -185,7 +231,10 @@ class Checkpointer:
     An error of the writing thread is raised by the next `save` or `wait`.
     """
 
-    def __init__(self, storage: Storage, staging: Path, config: CheckpointConfig) -> None:
+    def __init__(
+        self, storage: Storage, staging: Path, config: CheckpointConfig, damaged: Collection[str] = ()
+    ) -> None:
+        """`damaged` names checkpoints that are left alone: neither counted nor removed."""
         self.storage, self._config = storage, config
         self._staging = staging
         self._staging.mkdir(parents=True, exist_ok=True)
@@ -193,7 +242,10 @@ class Checkpointer:
             shutil.rmtree(left, ignore_errors=True)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._scores = {name: _score(storage.meta(name), config.best) for name in storage.names()}
+        self._scores: dict[str, float | None] = {}
+        for name in set(storage.names()) - set(damaged):
+            with suppress(CheckpointError):  # one without a readable meta.json is left alone too
+                self._scores[name] = _score(storage.meta(name), config.best)
 
     def save(self, state: TrainState, meta: Mapping[str, Any], extra: Mapping[str, Any], *, wait: bool) -> str:
         """Saves `state`; `extra` goes into state.pt beside it. Returns where it will lie."""
@@ -242,6 +294,16 @@ class Checkpointer:
         """Name of the best checkpoint kept, else of the newest; None before the first."""
         scored = [(score, name) for name, score in self._scores.items() if score is not None]
         return max(scored)[1] if scored else max(self._scores, default=None)
+
+    def best_whole(self) -> str | None:
+        """The best one whose files are those that were written; others are no longer counted."""
+        while (name := self.best()) is not None:
+            try:
+                verify(self.storage.fetch(name))
+                break
+            except CheckpointError:
+                del self._scores[name]
+        return name
 
 
 def _disk_error(error: OSError, where: str, kept: Sequence[str]) -> AdaptNetError:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import Config, Duration, Span
 
@@ -45,7 +46,7 @@ class ScheduleConfig(Config):
 
 
 class TrainingConfig(Config):
-    """What shapes the optimisation; all of it is part of the fingerprint."""
+    """What shapes the optimisation; part of the fingerprint but for compile, channels_last and start_from's folder."""
 
     batch_size: Count = 256  # global: over all workers and accumulation steps
     epochs: Positive = 90.0
@@ -71,6 +72,16 @@ class CheckpointConfig(Config):
     keep_last: Count = 2
     keep_best: Annotated[int, Field(ge=0)] = 1
     best: str | None = None  # metric that is best when highest; null: the first policy's top-1
+
+    @field_validator("storage")
+    @classmethod
+    def _without_secrets(cls, storage: str | None) -> str | None:
+        if storage and "://" in storage and ("@" in urlsplit(storage).netloc or "secret" in urlsplit(storage).query):
+            raise ValueError(
+                "credentials do not belong into a recipe, which is stored and tracked; put them into the environment "
+                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, ...)"
+            )
+        return storage
 
 
 class EvaluationConfig(Config):

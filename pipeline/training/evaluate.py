@@ -138,8 +138,11 @@ def evaluate(
     merged = {policy.name: _merge([arrays[policy.name] for arrays, _ in gathered]) for policy in policies}
     reports = []
     if ranks.rank() == 0:
-        if sample is None or any(len(arrays.get("rows", ())) == 0 for arrays in merged.values()):
+        if any(len(arrays.get("rows", ())) == 0 for arrays in merged.values()):
             raise DataError(f"no image of the split could be read; unreadable: {', '.join(unreadable[:5]) or 'none'}")
+        if sample is None:  # other ranks had the images
+            side = how.data.side_for_eval
+            sample = torch.zeros(1, 3, side, side, device=how.device)
         full = cost.measure(net, sample[:1]).macs
         for policy in policies:
             latency = _latency(policy, net, sample, how)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from pipeline import ranks
 from pipeline.config import Duration
@@ -85,7 +86,7 @@ def train(
     """Trains `state` until `plan.total_steps`, or until rank 0 wants to stop; True if it reached the end.
 
     batches[i] is this rank's share of the batch of step `state.step + i`. The state is saved, and waited for, before
-    it returns. Collective.
+    it returns; each evaluation is followed by a save, so that the best of them is there. Collective.
     Raises DivergedError at a loss or gradient norm that is not finite; nothing is saved after that step.
     """
     meter, clock, pulse = Meter(), Clock(), Pulse(plan, state.step)
@@ -97,13 +98,15 @@ def train(
         lr = train_step(task, state, micros, plan.batch_size, meter)
         ended = state.step >= plan.total_steps
         agreed = pulse.agree(state.step, on)
-        if ended or agreed.stop or _due(plan.log_every, plan, before):
+        if ended or agreed.stop or agreed.log or _due(plan.log_every, plan, before):
             _log(meter, clock, plan, state, on, lr=lr, steps=state.step - logged_at)
             logged_at = state.step
-        if ended or agreed.evaluate or _due(plan.evaluate_every, plan, before):
+        evaluated = ended or agreed.evaluate or _due(plan.evaluate_every, plan, before)
+        if evaluated:
             _check_finite(meter, lr, on)
             clock.timed("evaluate", lambda: on.evaluate(state))
-        if ended or agreed.stop or agreed.save or _due(plan.save_every, plan, before):
+        if evaluated or agreed.stop or agreed.save or _due(plan.save_every, plan, before):
+            meter.watch(_finite(state), before)  # a gradient that is not finite leaves the loss of its step finite
             _check_finite(meter, lr, on)
             wait = ended or agreed.stop
             clock.timed("checkpoint", lambda: on.save(state, wait=wait))  # noqa: B023
@@ -144,6 +147,7 @@ class Agreed:
     """What rank 0 asked for and all ranks do at this same step."""
 
     stop: bool = False
+    log: bool = False
     save: bool = False
     evaluate: bool = False
 
@@ -154,7 +158,7 @@ class Pulse:
     def __init__(self, plan: Plan, step: int) -> None:
         self._plan = plan
         self._step, self._next = step, step + 1  # of the last pulse and of the next
-        self._time = self._saved = self._evaluated = time.monotonic()
+        self._time = self._logged = self._saved = self._evaluated = time.monotonic()
 
     def agree(self, step: int, on: Events) -> Agreed:
         """Collective at the agreed steps; at others nobody communicates."""
@@ -165,14 +169,16 @@ class Pulse:
 
     def _wishes(self, step: int, on: Events) -> tuple[Agreed, int]:
         now = time.monotonic()
+        log = self._over(self._plan.log_every, now - self._logged)
         save = self._over(self._plan.save_every, now - self._saved)
         evaluate = self._over(self._plan.evaluate_every, now - self._evaluated)
+        self._logged = now if log else self._logged
         self._saved = now if save else self._saved
         self._evaluated = now if evaluate else self._evaluated
         per_step = (now - self._time) / (step - self._step)
         self._step, self._time = step, now
         stride = max(1, min(1000, int(PULSE_S / max(per_step, 1e-6))))
-        return Agreed(on.wants_to_stop(), save, evaluate), step + stride
+        return Agreed(on.wants_to_stop(), log, save, evaluate), step + stride
 
     @staticmethod
     def _over(every: Duration, seconds: float) -> bool:
@@ -189,6 +195,13 @@ def _log(meter: Meter, clock: Clock, plan: Plan, state: TrainState, on: Events, 
     values["train/lr"] = lr
     values["train/epoch"] = state.step * plan.epochs_per_step
     on.log(state.step, values)
+
+
+def _finite(state: TrainState) -> Tensor:
+    """0 where every weight and statistic of the net is finite, NaN where one is not: []."""
+    floats = [value for value in state.net.state_dict().values() if value.is_floating_point()]
+    whole = torch.stack([value.isfinite().all() for value in floats]).all()
+    return torch.where(whole, 0.0, math.nan)
 
 
 def _check_finite(meter: Meter, lr: float, on: Events) -> None:

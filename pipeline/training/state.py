@@ -99,10 +99,16 @@ def to_mapping(state: TrainState) -> dict[str, Any]:
 
 
 def restore(state: TrainState, mapping: Mapping[str, Any]) -> None:
-    """Loads what `to_mapping` gave into `state`, in place and strictly."""
+    """Loads what `to_mapping` gave into `state`, in place and strictly.
+
+    Optimizers get their moments back, not their settings: those are the recipe's, which may be allowed to change.
+    """
     state.net.load_state_dict(mapping["net"])
     if state.ema is not None:
         state.ema.load_state_dict(mapping.get("ema", mapping["net"]))
     for name, optimizer in state.optimizers.items():
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(mapping["optimizers"][name])
+        for group, ours in zip(optimizer.param_groups, settings, strict=True):
+            group.update(ours)
     state.step, state.images_seen = mapping["step"], mapping["images_seen"]

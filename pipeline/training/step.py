@@ -227,21 +227,20 @@ def smooth(targets: Tensor, num_classes: int, amount: float) -> Tensor:
     return soft * (1 - amount) + amount / num_classes
 
 
-def num_micros(batch_size: int, world: int, cap: int | None) -> int:
+def num_micros(rows: tuple[int, int], world: int, cap: int | None) -> int:
     """Micro-batches per step, equal on all ranks, so that none holds more than `cap` images.
 
-    Raises ConfigError where a rank would have to run an empty micro-batch.
+    rows: the fewest and the most that a rank gets in a step. Raises ConfigError where a rank would have to run an empty
+    micro-batch.
     """
-    if batch_size < world:
-        raise ConfigError(f"training.batch_size (={batch_size}) is below the {world} workers: each needs an image")
+    fewest, most = rows
     if cap is None:
         return 1
-    largest, smallest = -(-batch_size // world), batch_size // world
-    micros = -(-largest // cap)
-    if micros > smallest:
+    micros = -(-most // cap)
+    if micros > fewest:
         raise ConfigError(
-            f"training.batch_size (={batch_size}) over {world} workers leaves a worker fewer images than the {micros} "
-            f"micro-batches that compute.max_batch_per_worker (={cap}) asks for; take a multiple of {world}"
+            f"compute.max_batch_per_worker (={cap}) asks for {micros} micro-batches; of a batch over {world} workers "
+            f"one gets {fewest} images at times; raise it, or take a training.batch_size that the workers divide"
         )
     return micros
 
@@ -262,10 +261,11 @@ def wrap(
     remarks: list[str] = []
     wrapped: nn.Module = net
     if training.compile:
-        if _has_compiler():
+        why = _why_uncompiled(device)
+        if why is None:
             wrapped = torch.compile(wrapped)  # type: ignore[assignment]
         else:
-            remarks.append("training.compile: no C++ compiler (g++ or clang++) here, so the net runs uncompiled")
+            remarks.append(f"training.compile: {why}, so the net runs uncompiled")
     if ranks.world() > 1:
         ids = [device.index] if device.type == "cuda" else None
         left_out = {id(parameter) for parameter in apart}
@@ -276,8 +276,19 @@ def wrap(
     return wrapped, tuple(remarks)
 
 
-def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+def _why_uncompiled(device: torch.device) -> str | None:
+    """What keeps torch.compile from working here, found by compiling a sum; None where it works."""
+    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
+        return "no C++ compiler (g++ or clang++) here"
+    try:
+        torch.compile(_probe)(torch.ones(4, device=device))
+    except Exception as error:  # torch's back ends raise what they like
+        return f"it does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
+    return None
+
+
+def _probe(x: Tensor) -> Tensor:
+    return (x * 2 + 1).sin()
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
+import torch
 from torch import Tensor, nn
 
 from pipeline import ranks
@@ -26,11 +28,17 @@ def rate_loss(gates: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
 
 def loss(config: AigConfig, output: Output, targets: Tensor) -> Loss:
     ce = cross_entropy(output.logits, targets)
-    wanted = output.gates.new_tensor(config.targets)
+    wanted = _targets(config.targets, output.gates.dtype, output.gates.device)
     rate = rate_loss(output.gates, wanted, config.rate_reduction)
     by_block = {f"rate/{number:02d}": value for number, value in enumerate(output.gates.detach().mean(0))}
     parts = {"ce": ce.detach(), "rate_loss": rate.detach(), "open_rate": output.gates.detach().mean(), **by_block}
     return Loss(ce + config.rate_weight * rate, parts)
+
+
+@cache
+def _targets(rates: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept on the device: a copy there at each step would make the host wait."""
+    return torch.tensor(rates, dtype=dtype, device=device)
 
 
 def groups(config: AigConfig, net: nn.Module) -> Mapping[str, Sequence[Params]]:
