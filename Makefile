@@ -41,7 +41,7 @@ bench: venv
 ifdef ADAPTNET_DATA
 	$(adaptnet) data pack "$(ADAPTNET_DATA)/imagenet-sample" packed/imagenet-sample
 	$(adaptnet) bench loader packed/imagenet-sample
-	$(adaptnet) bench loader packed/imagenet-sample --read-latency-ms 5
+	$(adaptnet) bench loader packed/imagenet-sample --read-latency 5ms
 else
 	@echo "bench loader on photographs left out: set ADAPTNET_DATA"
 endif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,14 +37,14 @@ Examples:
 
   adaptnet bench loader /data/imagenet-sample
 
-  adaptnet bench loader /data/imagenet-sample --read-latency-ms 5
+  adaptnet bench loader /data/imagenet-sample --read-latency 5ms
 
   adaptnet bench loader --index-only
 """,
 )
 def loader(
     root: Annotated[Path | None, typer.Argument(help="class folders or shards of photographs")] = None,
-    read_latency_ms: Annotated[float, typer.Option(help="added to each read, as a networked store would")] = 0.0,
+    read_latency: Annotated[str, typer.Option(help="added to each read, as by a networked store, e.g. 5ms")] = "0ms",
     index_only: Annotated[bool, typer.Option("--index-only", help="time an index of 1,281,167 images")] = False,
     seconds: Annotated[float, typer.Option(help="measured time of each turn")] = 8.0,
     rounds: Annotated[int, typer.Option(help="turns of each loader")] = 5,
@@ -57,7 +58,7 @@ def loader(
         return
     if root is None:
         raise ConfigError("bench loader: give a folder of photographs, or --index-only")
-    rows = bench.loader(root, read_latency_s=read_latency_ms / 1e3, seconds=seconds, rounds=rounds, threads=threads)
+    rows = bench.loader(root, read_latency_s=_seconds(read_latency), seconds=seconds, rounds=rounds, threads=threads)
     _print(rows)
 
 
@@ -116,6 +117,15 @@ def inference(
         shares = [f"{100 * cut.macs:.1f}", f"{100 * cut.time:.1f}", f"{cut.quotient:.3f}", f"{cut.peer_ms:.1f}"]
         cells.append([cut.name, str(cut.batch), str(cut.threads), *shares, cut.peer])
     typer.echo(tables.align(cells))
+
+
+def _seconds(text: str) -> float:
+    from pipeline.errors import ConfigError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s)", text.strip())
+    if match is None:
+        raise ConfigError(f"--read-latency (={text}): a time is a number with ms or s, e.g. 5ms")
+    return float(match[1]) / (1e3 if match[2] == "ms" else 1)
 
 
 def _print(rows: Sequence[Any]) -> None:

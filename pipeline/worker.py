@@ -144,13 +144,18 @@ class Run:
     def _restore(self, current: TrainState, name: str) -> None:
         """Loads the newest checkpoint that is whole, the same on every rank; checks that it is of this recipe."""
         folder = self.storage.fetch(name)
-        saved = checkpoint.read_meta(folder)["fingerprint"]
+        meta = checkpoint.read_meta(folder)
         allowed = self.order.allow_changed
-        changed = checkpoint.check_fingerprint(saved, self.fingerprint, allowed, self.storage.where(name))
+        changed = checkpoint.check_fingerprint(meta["fingerprint"], self.fingerprint, allowed, self.storage.where(name))
         mapping = checkpoint.read(folder)
         state.restore(current, mapping)
         self.bad.merge(mapping["bad"])
         self._event("resumed", step=current.step, checkpoint=self.storage.where(name), changed=changed)
+        before = meta.get("workers", ranks.world())
+        if before != ranks.world() and not self._batchnorm_over_all:
+            rows = self.config.training.batch_size / ranks.world()
+            text = f"{before} workers before, {ranks.world()} now: BatchNorm takes its statistics over {rows:g} images"
+            self._event("remark", text=f"{text} of a step, not {self.config.training.batch_size / before:g}")
 
     def _newest(self) -> str | None:
         def pass_over(name: str, why: str) -> None:
@@ -324,6 +329,10 @@ class Run:
         return self.device.type == "cuda" if asked == "auto" else asked
 
     @property
+    def _batchnorm_over_all(self) -> bool:
+        return self.config.training.sync_batchnorm and self.device.type == "cuda"
+
+    @property
     def _threads(self) -> int:
         return self.config.data.decode_threads or max(1, int(self.config.compute.cpus_per_worker))
 
@@ -367,6 +376,7 @@ class Run:
             "images_seen": current.images_seen,
             "epoch": current.images_seen / len(self.splits.train),
             "fence": self.order.fence,
+            "workers": ranks.world(),
             "fingerprint": self.fingerprint,
             "recipe": configs.as_mapping(self.config),
             "classes": list(self.splits.train.classes),

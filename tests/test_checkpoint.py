@@ -13,7 +13,8 @@ import pytest
 import tiny
 import torch
 
-from pipeline.errors import CheckpointError, ResourceError
+from pipeline.config import validate
+from pipeline.errors import CheckpointError, ConfigError, ResourceError
 from pipeline.training import checkpoint, state
 from pipeline.training.checkpoint import Checkpointer, LocalStorage
 from pipeline.training.config import CheckpointConfig
@@ -46,6 +47,41 @@ def test_a_round_trip_is_bitwise_and_needs_no_pickle(tmp_path: Path) -> None:
     theirs = tiny.tensors(other)
     assert all(torch.equal(theirs[name], value) for name, value in tiny.tensors(current).items())
     assert (other.step, other.images_seen, mapping["bad"]) == (7, 56, {"rows": [[1, "empty"]]})
+
+
+def test_what_is_damaged_is_neither_the_best_nor_in_the_way(tmp_path: Path) -> None:
+    to = saver(tmp_path, keep_last=9, keep_best=9)
+    for step, score in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6)):
+        save(to, step, top1=score)
+    (tmp_path / "step-00000004" / "meta.json").write_text("{")
+    weights = tmp_path / "step-00000002" / "net.safetensors"
+    stored = weights.read_bytes()
+    weights.write_bytes(stored[:-1] + bytes([stored[-1] ^ 1]))
+    name, passed = newest(tmp_path)
+    assert (name, passed) == ("step-00000003", ["step-00000004"])
+    for damaged in (passed, []):
+        again = Checkpointer(LocalStorage(tmp_path), tmp_path, CheckpointConfig(keep_best=9), damaged)
+        assert again.best_whole() == again.best() == "step-00000003"
+
+
+def test_a_storage_is_one_run_folders(tmp_path: Path) -> None:
+    runs = [tmp_path / home / "run" for home in "ab"]
+    for run_dir in runs:
+        run_dir.mkdir(parents=True)
+    for uri in (str(tmp_path / "store"), f"file://{tmp_path}/remote"):
+        config = CheckpointConfig(storage=uri)
+        for _ in range(2):
+            checkpoint.claim_storage(checkpoint.open_storage(config, runs[0]), runs[0])
+        with pytest.raises(ConfigError, match="another run folder named run"):
+            checkpoint.claim_storage(checkpoint.open_storage(config, runs[1]), runs[1])
+    with pytest.raises(ResourceError, match=r"checkpoint\.storage: cannot make file:///proc/nope"):
+        checkpoint.open_storage(CheckpointConfig(storage="file:///proc/nope"), runs[0])
+
+
+@pytest.mark.parametrize("uri", ["s3://KEY:hidden@bucket/runs", "s3://KEY@bucket", "gs://b/x?secret=hidden"])
+def test_credentials_in_a_storage_are_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="credentials do not belong into a recipe"):
+        validate(CheckpointConfig, {"storage": uri}, "checkpoint")
 
 
 def test_the_state_may_move_on_while_it_is_written(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline import journal
 from pipeline.errors import ResourceError
-from pipeline.journal import Journal, SystemSampler, Tail, first_values, read, read_all
+from pipeline.journal import Journal, SystemSampler, Tail, first_values, gpu_values, read, read_all
 
 
 def metric(step: int, value: float, key: str = "a", fence: int = 0) -> dict[str, Any]:
@@ -147,3 +147,14 @@ def test_system_metrics_go_on_counting_after_a_restart(tmp_path: Path) -> None:
     values = {r["key"].rpartition("/")[2]: r["value"] for r in records}
     assert 0 <= values["cpu_utilization_percentage"] <= 100 and 0 < values["system_memory_usage_percentage"] < 100
     assert values["process_memory_usage_megabytes"] > 5 and values["disk_available_megabytes"] > 0
+
+
+def test_gpus_are_read_as_nvidia_smi_tells_them() -> None:
+    values = gpu_values("0, 37, 1000, 4000\n1, [N/A], 512, 4000\n2, [N/A], [N/A], [N/A]\nno line of its own\n")
+    assert values == {
+        "gpu_0_utilization_percentage": 37,
+        "gpu_0_memory_usage_megabytes": pytest.approx(1048.576),
+        "gpu_0_memory_usage_percentage": 25,
+        "gpu_1_memory_usage_megabytes": pytest.approx(536.870912),
+        "gpu_1_memory_usage_percentage": 12.8,
+    }

@@ -186,6 +186,8 @@ def test_two_workers_pass_a_truncated_jpeg_stop_when_asked_and_one_goes_on(image
 
     result = launch.train(recipe(damaged, "compute.workers=0", *long), run_dir)
     assert result.finished and result.step == 200
+    remarks = [event["text"] for event in events(run_dir, "remark")]
+    assert any("2 workers before, 1 now: BatchNorm takes its statistics over" in text for text in remarks)
     resumed = events(run_dir, "resumed")[-1]
     assert resumed["step"] == stopped["step"] == events(run_dir, "started")[-1]["step"]
     assert [event["workers"] for event in events(run_dir, "started")] == [2, 1]
@@ -258,3 +260,11 @@ def test_a_run_is_evaluated_from_its_folder_and_from_a_checkpoint(alone: Path, t
     assert [report.policy for report in again.reports] == ["gates-hard"]
     with pytest.raises(ConfigError, match="this net has: gates-hard"):
         launch.evaluate(str(alone), policies=["gates-soft"], out=tmp_path / "c")
+    with pytest.raises(ConfigError, match=r"compute\.device \(=cuda\): torch sees no GPU here"):
+        launch.evaluate(str(alone), ["compute.device=cuda"], out=tmp_path / "d")
+
+
+def test_every_size_that_an_elastic_run_may_have_is_looked_at_first(images: Path, tmp_path: Path) -> None:
+    sizes = ["compute.workers=[3,5]", "training.batch_size=10", "compute.max_batch_per_worker=1"]
+    with pytest.raises(ConfigError, match=r"asks for 4 micro-batches; of a batch over 3 workers one gets 3 images"):
+        launch.train(recipe(images, *sizes), tmp_path / "run")

@@ -52,3 +52,25 @@ def test_a_silent_holder_on_another_host_is_succeeded_after_a_minute(tmp_path: P
             mine = Lease(tmp_path).acquire()
             assert mine.fence == 5
             mine.release()
+
+
+def test_a_lease_holds_no_secret_and_a_torn_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["adaptnet", "train", "x", "tracking.uri=postgresql://me:hidden@db/runs"])
+    mine = Lease(tmp_path).acquire()
+    assert "hidden" not in (tmp_path / "lease.json").read_text()
+    mine.release()
+    (tmp_path / "lease.json").write_text("")
+    with pytest.raises(ResourceError, match="damaged; if no driver trains"):
+        Lease(tmp_path).acquire()
+
+
+def test_a_folder_that_takes_nothing_more_does_not_break_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    mine = Lease(tmp_path).acquire()
+    monkeypatch.setattr(lease, "write_whole", full)
+    mine.release()
+    assert not lease.read(tmp_path / "lease.json")["released"]

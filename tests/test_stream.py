@@ -227,6 +227,16 @@ def test_an_image_without_a_size_gets_an_empty_window() -> None:
         assert draws(AugmentConfig(crop=crop), 0, 0, 4).tolist() == [[0, 0, 0, 0]] * 4
 
 
+@pytest.mark.parametrize("shuffle", ["full", "block"])
+@pytest.mark.parametrize(("batch_size", "world"), [(48, 3), (50, 4), (9, 2)])
+def test_row_bounds_are_what_ranks_get(index: ImageIndex, shuffle: str, batch_size: int, world: int) -> None:
+    made = stream(index, shuffle, batch_size)
+    counts = [len(made.plan(step, rank, world).rows) for step in range(60) for rank in range(world)]
+    fewest, most = made.row_bounds(world)
+    assert fewest <= min(counts) and max(counts) <= most
+    assert shuffle == "block" or (fewest, most) == (min(counts), max(counts))
+
+
 def test_low_passes_step_down_with_the_probability_asked_each_time() -> None:
     rows = np.arange(40_000)
     augment = AugmentConfig(low_pass_px=(24, 16, 8), low_pass=0.4)

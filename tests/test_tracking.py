@@ -43,6 +43,24 @@ def runs(tmp_path: Path) -> Path:
     return folder
 
 
+def _connect(uri: str) -> None:
+    connect(uri)
+
+
+def test_a_database_that_was_being_made_by_a_process_now_dead_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    process = CONTEXT.Process(target=_connect, args=(f"sqlite:///{path}",))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / ".mlflow.db.new").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)  # in the midst of its tables
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not path.exists()
+    assert [found.name for found in connect(f"sqlite:///{path}").search_experiments()] == ["Default"]
+
+
 def test_processes_that_find_no_database_make_one() -> None:
     client = connect(f"sqlite:///{database().path}")
     assert {"e0", "e1", "e2"} <= {found.name for found in client.search_experiments()}

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,10 +14,13 @@ import two_ranks
 from torch import Tensor, nn
 
 from pipeline import ranks
+from pipeline.data.config import DataConfig
+from pipeline.data.dali import EvalBatch
 from pipeline.errors import ConfigError, ContractError, DivergedError
-from pipeline.family import Params
-from pipeline.training import checkpoint, optim, state
+from pipeline.family import Params, Prediction
+from pipeline.training import checkpoint, loop, optim, state
 from pipeline.training.config import ScheduleConfig
+from pipeline.training.evaluate import Evaluator, evaluate
 from pipeline.training.loop import train
 from pipeline.training.step import Meter, num_micros, smooth, train_step
 
@@ -167,6 +171,82 @@ def test_divergence_names_step_rate_and_last_good_checkpoint_and_saves_nothing_a
         train(tiny.task(current.net, tiny.training()), current, poisoned(), tiny.plan(20), recorder)
     assert (caught.value.step, caught.value.checkpoint) == (8, "step-00000005")
     assert recorder.storage.names() == ["step-00000005"]
+
+
+def test_a_gradient_that_is_not_finite_is_met_before_its_weights_are_saved(tmp_path: Path) -> None:
+    current = tiny.fresh(tiny.training())
+    recorder = tiny.Recorder(tmp_path)
+
+    def poisoned():
+        for step, micros in enumerate(tiny.batches(0)):
+            if step == 9:  # the last before the save at 10: its loss is finite
+                current.net.head.weight.register_hook(lambda gradient: gradient * math.nan)
+            yield micros
+
+    with pytest.raises(DivergedError, match=r"step 9, rank 0.*step-00000005"):
+        train(tiny.task(current.net, tiny.training()), current, poisoned(), tiny.plan(20), recorder)
+    assert recorder.storage.names() == ["step-00000005"]
+
+
+def test_every_evaluation_is_followed_by_a_save(tmp_path: Path) -> None:
+    current = tiny.fresh(tiny.training())
+    recorder = tiny.Recorder(tmp_path)
+    plan = tiny.plan(10, evaluate_every="4 steps", save_every="7 steps")
+    train(tiny.task(current.net, tiny.training()), current, tiny.batches(0), plan, recorder)
+    assert (recorder.evaluated, recorder.saved) == ([4, 8, 10], [4, 7, 8, 10])
+
+
+def test_minutes_are_a_span_for_logging_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "PULSE_S", 0.0)
+    current = tiny.fresh(tiny.training())
+    recorder = tiny.Recorder(tmp_path)
+    plan = tiny.plan(12, log_every="0.00001 minutes", save_every="100 steps")
+    train(tiny.task(current.net, tiny.training()), current, tiny.batches(0), plan, recorder)
+    assert len(recorder.logged) > 3
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_setting_that_may_change_takes_hold_and_the_moments_stay(kind: str) -> None:
+    before = tiny.training(optimizer=optim.OptimizerConfig(kind=kind, lr=0.1, weight_decay=0.01))
+    after = tiny.training(optimizer=optim.OptimizerConfig(kind=kind, lr=0.02, weight_decay=0.3))
+    old, new = tiny.fresh(before), tiny.fresh(after)
+    source = tiny.batches(0)
+    for _ in range(3):
+        train_step(tiny.task(old.net, before), old, next(source), 8, Meter())
+    state.restore(new, state.to_mapping(old))
+    group = new.optimizers["main"].param_groups[0]
+    assert (group["full_lr"], group["weight_decay"]) == (0.02, 0.3)
+    moments = {name: value for name, value in tiny.tensors(old).items() if name.startswith("main.")}
+    assert moments and all(torch.equal(tiny.tensors(new)[name], value) for name, value in moments.items())
+
+
+def _evaluate_one(rank: int, folder: Path) -> None:
+    """One image over two ranks, which the second one has."""
+
+    class Batches:
+        unreadable = ()
+
+        def __iter__(self):
+            if rank == 1:
+                images = torch.zeros(1, tiny.SIDE, tiny.SIDE, 3, dtype=torch.uint8)
+                yield EvalBatch(images, torch.tensor([2]), np.array([0]))
+
+    class Whole:
+        name = "whole"
+
+        def predict(self, net: nn.Module, images: Tensor) -> Prediction:
+            return Prediction(net(images).logits, torch.ones(len(images), dtype=torch.float64))
+
+    data = DataConfig(root=Path("nowhere"), side_px=tiny.SIDE)
+    how = Evaluator(data=data, device=tiny.CPU, num_classes=tiny.CLASSES)
+    net = tiny.fresh(tiny.training()).net
+    (report,) = evaluate(net, [Whole()], Batches(), how)
+    torch.save(report.num_images, folder / f"{rank}.pt")
+
+
+def test_fewer_images_than_ranks_are_evaluated(tmp_path: Path) -> None:
+    two_ranks.run(_evaluate_one, tmp_path)
+    assert [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)] == [1, 1]
 
 
 def test_norms_and_biases_are_spared_decay_only_where_asked() -> None:

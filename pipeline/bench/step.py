@@ -32,6 +32,7 @@ from pipeline.training.state import TrainState
 from pipeline.training.step import Micro, Task
 
 WARM = 3  # steps that are not timed
+WARM_WORKERS = 150  # of workers: Ray's own actors start beside the first steps, and take their share of few cores
 LAP = (
     10  # steps between two looks at the clock; a turn's rate is that of its median lap, for other loads come in bursts
 )
@@ -47,6 +48,7 @@ class Setting:
     config: RunConfig
     num_classes: int
     steps: int
+    warm: int = WARM  # steps before them
 
     @property
     def batch_size(self) -> int:
@@ -62,7 +64,7 @@ def loops(config: RunConfig, *, num_classes: int = 10, steps: int = 60, rounds: 
 
 def workers(config: RunConfig, *, num_classes: int = 10, steps: int = 60, rounds: int = 5) -> list[Row]:
     """Our loop in two workers of Ray Train against a bare DDP loop in two processes of torchrun."""
-    setting = Setting(config, num_classes, steps)
+    setting = Setting(config, num_classes, steps, WARM_WORKERS)
     with TemporaryDirectory(prefix="adaptnet-bench-") as folder, cluster.cluster(_compute(config)):
         runs = {
             RAY: lambda: _under_ray(setting, Path(folder)),
@@ -79,7 +81,7 @@ def _compute(config: RunConfig) -> ComputeConfig:
 def ours(setting: Setting) -> float:
     """Images/s of `training.loop.train`, of all ranks, timed on this one."""
     device, current = _fresh(setting)
-    task, laps = _task(setting, current, device), Laps(device)
+    task, laps = _task(setting, current, device), Laps(device, setting.warm)
     train(task, current, laps.over(_micros(_batches(setting, device))), _plan(setting, _total(setting)), _Nothing())
     return laps.rate(setting.batch_size)
 
@@ -91,7 +93,7 @@ def bare(setting: Setting) -> float:
     if ranks.world() > 1:
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
     optimizer = torch.optim.SGD(current.net.parameters(), lr=0.01, momentum=0.9)
-    amp, laps = step.use_bf16(setting.config.training.precision, device), Laps(device)
+    amp, laps = step.use_bf16(setting.config.training.precision, device), Laps(device, setting.warm)
     for _, (images, labels) in zip(range(_total(setting)), laps.over(_batches(setting, device)), strict=False):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = net(images).logits
@@ -104,18 +106,18 @@ def bare(setting: Setting) -> float:
 
 def _total(setting: Setting) -> int:
     """Steps of a turn: whole laps, and one step more, at whose start the last lap ends."""
-    return WARM + max(1, round(setting.steps / LAP)) * LAP + 1
+    return setting.warm + max(1, round(setting.steps / LAP)) * LAP + 1
 
 
 class Laps:
-    """Looks at the clock where a loop asks for a batch: every LAP steps after the first WARM."""
+    """Looks at the clock where a loop asks for a batch: every LAP steps after the first `warm`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._times = device, list[float]()
+    def __init__(self, device: torch.device, warm: int) -> None:
+        self._device, self._warm, self._times = device, warm, list[float]()
 
     def over(self, batches: Iterator[T]) -> Iterator[T]:
         for number, batch in enumerate(batches):
-            if number >= WARM and (number - WARM) % LAP == 0:
+            if number >= self._warm and (number - self._warm) % LAP == 0:
                 self._times.append(_now(self._device))
             yield batch
 
@@ -237,7 +239,12 @@ def _measure_ours(arguments: dict[str, Any]) -> None:
 
 def _under_torchrun(setting: Setting, folder: Path) -> float:
     order, path = folder / "setting.json", folder / "torchrun.json"
-    plain = {"recipe": as_mapping(setting.config), "num_classes": setting.num_classes, "steps": setting.steps}
+    plain = {
+        "recipe": as_mapping(setting.config),
+        "num_classes": setting.num_classes,
+        "steps": setting.steps,
+        "warm": setting.warm,
+    }
     order.write_text(json.dumps(plain), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
