@@ -136,8 +136,15 @@ def test_a_uri_works_as_a_folder_does(tmp_path: Path) -> None:
     save(to, 2)
     assert storage.names() == ["step-00000002"]
     assert storage.meta("step-00000002")["step"] == 2
-    checkpoint.verify(storage.fetch("step-00000002"))
+    folder = checkpoint.open_storage(config, tmp_path / "run").fetch("step-00000002")
+    checkpoint.verify(folder)  # the copy outlives the storage that fetched it
+    (folder / "net.safetensors").write_bytes(b"")
     assert checkpoint.read(storage.fetch("step-00000002"))["step"] == 2
+    (tmp_path / "file").touch()
+    elsewhere = checkpoint.RemoteStorage(f"local://{tmp_path}/far/run", tmp_path / "file" / "no-folder")
+    checkpoint.verify(elsewhere.fetch("step-00000002"))
+    save(to, 3)
+    assert list((tmp_path / "run" / "fetched").iterdir()) == []
     assert not list((tmp_path / "staging").iterdir())
 
 

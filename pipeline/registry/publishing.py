@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -157,12 +156,7 @@ def publish_run(run_dir: Path, name: str, *, run_id: str, uri: str) -> Version |
         return None
     section = configs.validate(CheckpointConfig, recipe_of(run_dir).get("checkpoint", {}), f"{run_dir}: recipe")
     storage = checkpoint.open_storage(section, run_dir)
-    folder = storage.fetch(status["best"])
-    try:
-        return publish(folder, load_reports(run_dir / FINAL), name, run_id=run_id, uri=uri)
-    finally:
-        if isinstance(storage, checkpoint.RemoteStorage):
-            shutil.rmtree(folder, ignore_errors=True)  # a copy made for this
+    return publish(storage.fetch(status["best"]), load_reports(run_dir / FINAL), name, run_id=run_id, uri=uri)
 
 
 def register_late(run_dir: Path, uri: str | None = None) -> Version | None:

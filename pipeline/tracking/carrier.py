@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -250,8 +249,6 @@ class Carrier:
                 folder = storage.fetch(name)
                 checkpoint.verify(folder)
                 self._client.log_artifacts(self.ledger.run_id, str(folder), f"checkpoints/{name}")
-                if isinstance(storage, checkpoint.RemoteStorage):
-                    shutil.rmtree(folder, ignore_errors=True)  # a copy made for this
                 self.ledger.files[f"checkpoints/{name}"] = stamp
                 self.ledger.save()
             self._client.set_tag(self.ledger.run_id, f"adaptnet.checkpoint.{role}", f"checkpoints/{name}")

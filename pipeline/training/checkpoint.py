@@ -7,6 +7,7 @@ sha256 of each file). Only a folder with COMPLETE.json counts.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import io
@@ -18,6 +19,7 @@ import threading
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,11 +111,14 @@ class LocalStorage:
 
 
 class RemoteStorage:
-    """A folder on any file system that pyarrow or fsspec opens by URI; fetched copies live as long as this object."""
+    """A folder on any file system that pyarrow or fsspec opens by URI; copies lie in `cache` while they are kept here.
 
-    def __init__(self, uri: str) -> None:
+    Where `cache` cannot be written, as in somebody else's run folder, they lie in a temporary folder of this process.
+    """
+
+    def __init__(self, uri: str, cache: Path) -> None:
         self.uri = uri.rstrip("/")
-        self._cache = tempfile.TemporaryDirectory(prefix="adaptnet-")
+        self._cache = cache
         self._fs, self._root = _open_file_system(self.uri)
         try:
             self._fs.create_dir(self._root, recursive=True)
@@ -140,10 +145,30 @@ class RemoteStorage:
     def fetch(self, name: str) -> Path:
         from pyarrow import fs
 
-        target = Path(self._cache.name) / uuid.uuid4().hex[:8]
-        target.mkdir()
-        fs.copy_files(f"{self._root}/{name}", str(target), source_filesystem=self._fs)
+        home = self._cache if _writable(self._cache) else _temporary()
+        target = home / name
+        if self._is_copy(target, name):
+            return target
+        aside = home / f".{name}-{uuid.uuid4().hex[:8]}"
+        aside.mkdir()
+        try:
+            fs.copy_files(f"{self._root}/{name}", str(aside), source_filesystem=self._fs)
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(aside, target)
+        except OSError:
+            if not self._is_copy(target, name):  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
         return target
+
+    def _is_copy(self, folder: Path, name: str) -> bool:
+        try:
+            verify(folder)
+            with self._fs.open_input_stream(f"{self._root}/{name}/{COMPLETE}") as stream:
+                return bool(stream.read() == (folder / COMPLETE).read_bytes())
+        except (OSError, CheckpointError):
+            return False
 
     def owner(self) -> str | None:
         from pyarrow import fs
@@ -169,9 +194,23 @@ class RemoteStorage:
         if self._fs.get_file_info(mark).type == fs.FileType.File:
             self._fs.delete_file(mark)
         self._fs.delete_dir(f"{self._root}/{name}")
+        shutil.rmtree(self._cache / name, ignore_errors=True)
 
     def where(self, name: str) -> str:
         return f"{self.uri}/{name}"
+
+
+def _writable(folder: Path) -> bool:
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
+
+
+@cache
+def _temporary() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="adaptnet-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _open_file_system(uri: str) -> tuple[Any, str]:
@@ -194,7 +233,7 @@ def open_storage(config: CheckpointConfig, run_dir: Path) -> Storage:
     if config.storage is None:
         return _local(run_dir / "checkpoints")
     if "://" in config.storage:
-        return RemoteStorage(f"{config.storage.rstrip('/')}/{run_dir.name}")
+        return RemoteStorage(f"{config.storage.rstrip('/')}/{run_dir.name}", run_dir / "fetched")
     return _local(Path(config.storage).absolute() / run_dir.name)
 
 

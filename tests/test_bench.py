@@ -1,0 +1,41 @@
+"""Benchmarks: each compares like with like, in one run, turn by turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.bench import loader
+from pipeline.bench.rows import compare, interleave
+
+
+def test_turns_are_interleaved_and_ratios_taken_within_a_round() -> None:
+    turns: list[str] = []
+    rates = {"ours": iter([1.0, 20.0, 3.0]), "theirs": iter([2.0, 10.0, 6.0])}
+
+    def turn(name: str) -> Callable[[], float]:
+        return lambda: (turns.append(name), next(rates[name]))[1]
+
+    found = interleave({name: turn(name) for name in rates}, 3)
+    assert turns == ["ours", "theirs"] * 3
+    theirs, ours = compare(found, "ours")
+    assert (theirs.name, theirs.rate, theirs.ratio) == ("theirs", 6.0, None)
+    assert (ours.peer, ours.rate, ours.ratio) == ("theirs", 3.0, 0.5)
+
+
+def test_loaders_are_compared_on_the_same_images(data_home: Path, packed: Callable[[str], Path]) -> None:
+    rows = loader.loader(packed("flower-photos-subset"), seconds=0.1, rounds=1)
+    assert [row.peer for row in rows] == [None, loader.NATIVE, None, loader.TORCHVISION]
+    assert all(row.rate > 0 for row in rows)
+
+
+def test_a_slow_read_is_compared_with_a_quick_one(packed: Callable[[str], Path]) -> None:
+    rows = loader.loader(packed("flower-photos-subset"), read_latency_s=0.005, seconds=0.1, rounds=1)
+    assert [row.peer for row in rows] == [None, loader.WITHOUT_LATENCY]
+
+
+def test_an_indexs_costs_are_measured_in_a_process_of_its_own() -> None:
+    rows = {row.name.rpartition(": ")[2]: row for row in loader.index_only(20_000, 10)}
+    assert set(rows) == {"load", "memory added", "epoch order, full", "epoch order, block"}
+    assert [rows[name].unit for name in ("load", "memory added")] == ["s", "MB"]
+    assert 0 < rows["load"].rate < 60

@@ -1,0 +1,109 @@
+"""The reader: what a storage that fails, hangs up or ends early makes of an image."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from images import jpeg
+
+from pipeline.data import reader as readers
+from pipeline.data.index import ImageIndex, open_index
+from pipeline.data.reader import Reader
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> ImageIndex:
+    """Eight images of two classes in one shard."""
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for number in range(8):
+            for suffix, content in (("jpg", jpeg(seed=number)), ("cls", str(number % 2).encode())):
+                info = tarfile.TarInfo(f"{number}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return open_index(tmp_path, tmp_path / "index")
+
+
+class Storage:
+    """os.pread that fails `times` with `code`, and hands out at most `most` bytes a call."""
+
+    def __init__(self, times: int, code: int, most: int) -> None:
+        self.left, self.code, self.most, self.pread = times, code, most, os.pread
+        self.numbers: list[int] = []
+
+    def __call__(self, number: int, length: int, offset: int) -> bytes:
+        self.numbers.append(number)
+        if self.left:
+            self.left -= 1
+            raise OSError(self.code, os.strerror(self.code))
+        return self.pread(number, min(length, self.most), offset)
+
+
+def read(index: ImageIndex, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> readers.Read:
+    """Row 3 as `storage` hands it out."""
+    reader = Reader(index, threads=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", storage)
+        found = reader.read(3)
+    reader.close()
+    return found
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    found: list[float] = []
+    monkeypatch.setattr(readers.time, "sleep", found.append)
+    return found
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_storage_that_fails_for_a_while_costs_pauses_and_no_image(
+    index: ImageIndex, monkeypatch: pytest.MonkeyPatch, pauses: list[float], code: int
+) -> None:
+    whole = read(index, Storage(0, 0, 1 << 30), monkeypatch)
+    assert whole.reason is None and whole.encoded[:2] == b"\xff\xd8"
+    assert read(index, Storage(len(readers.RETRIED_AFTER_S), code, 1 << 30), monkeypatch) == whole
+    assert tuple(pauses) == readers.RETRIED_AFTER_S
+
+
+def test_a_storage_that_stays_away_is_a_reason_not_an_exception(
+    index: ImageIndex, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+) -> None:
+    found = read(index, Storage(99, errno.EIO, 1 << 30), monkeypatch)
+    assert found == readers.Read(b"", f"cannot be read: {os.strerror(errno.EIO)}")
+    assert len(pauses) == len(readers.RETRIED_AFTER_S)
+
+
+def test_a_file_that_is_gone_is_not_waited_for(index: ImageIndex, pauses: list[float]) -> None:
+    (index.root / "train-0.tar").unlink()
+    reader = Reader(index, threads=1)
+    assert reader.read(0).reason == f"cannot be read: {os.strerror(errno.ENOENT)}"
+    reader.close()
+    assert pauses == []
+
+
+def test_short_reads_are_put_together_and_a_file_that_ends_early_is_seen(
+    index: ImageIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read(index, Storage(0, 0, 1 << 30), monkeypatch)
+    assert read(index, Storage(0, 0, 100), monkeypatch) == whole
+    path, offset, length = index.location(3)
+    os.truncate(path, offset + length // 2)
+    cut = read(index, Storage(0, 0, 1 << 30), monkeypatch)
+    assert cut.encoded == whole.encoded[: length // 2] and cut.reason is not None
+
+
+def test_reads_under_way_keep_a_file_open_that_was_pushed_out(index: ImageIndex) -> None:
+    reader = Reader(index, threads=4)
+    reader._most_open = 0  # every file is pushed out at once
+    rows = np.arange(8).repeat(16)
+    found = [each for task in reader.start(rows) for each in task.result()]
+    reader.close()
+    assert [each.reason for each in found] == [None] * len(rows)
+    assert len({each.encoded for each in found}) == 8
