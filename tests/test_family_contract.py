@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -16,6 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config import as_mapping, dump_yaml, parse_yaml, validate
 from pipeline.errors import ConfigError
 from pipeline.family import Family, FamilyConfig, Policy, find, names
+from pipeline.training import checkpoint, optim, state, step
+from pipeline.training.config import OptimizerConfig
+from pipeline.training.loop import train
+from pipeline.training.state import TrainState
+from pipeline.training.step import Micro
 
 ARRN = {"widths": [6, 8, 10], "final": "M2x1", "head_width": 12}
 RANET = {"scales": [1, 2, 3], "channels": 4, "growth": 4, "first_blocks": 1, "more_blocks": 1}
@@ -35,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shape_adaptor-autosc": {"net": "mobilenet_v2", "mode": "autosc", "side_px": 16, "width": 0.25},
 }
 IMAGES, CLASSES, SIDE_PX = 8, 5, 16
+OFTEN = {"shape_adaptor": {"alpha_every": 2}}  # so that both phases come, before and after a cut
 SHARES = {"equal": 4, "unequal": 3}  # images of rank 0; rank 1 has the others
 
 
@@ -115,6 +123,50 @@ def test_the_same_seed_gives_the_same_weights(case: str) -> None:
     assert all(torch.equal(value, again[name]) for name, value in net.state_dict().items())
     other = dict(family.build(config, CLASSES).named_parameters())
     assert not all(torch.equal(value, other[name]) for name, value in net.named_parameters())
+
+
+def test_a_run_that_is_continued_ends_where_one_that_is_not_ends(case: str, tmp_path: Path) -> None:
+    straight = trained(case, 6, tmp_path / "straight")
+    trained(case, 3, tmp_path / "cut")
+    continued = trained(case, 6, tmp_path / "cut")
+    found = tiny.tensors(continued)
+    assert (continued.step, checkpoint.LocalStorage(tmp_path / "cut").names()[0]) == (6, "step-00000003")
+    assert all(torch.equal(value, found[name]) for name, value in tiny.tensors(straight).items())
+
+
+def trained(case: str, steps: int, folder: Path) -> TrainState:
+    """After `steps` steps of the case's net, as a new process would: from the checkpoint in `folder`, if any."""
+    name = case.split("-")[0]
+    family = find(name)
+    config = validate(family.config, {"name": name, **CASES[case]} | OFTEN.get(name, {}), "family")
+    training = tiny.training(ema_decay=0.9, other_optimizers={"shape": OptimizerConfig(lr=0.3)})
+    current = state.fresh(family, config, training, num_classes=CLASSES, seed=3, device=tiny.CPU)
+    events = tiny.Recorder(folder)
+    if (last := events.last_good()) is not None:
+        state.restore(current, checkpoint.read(folder / last))
+    forward, remarks = step.wrap(current.net, training, tiny.CPU, optim.parameters_apart(current.optimizers))
+    task = step.Task(
+        family=family,
+        config=config,
+        training=training,
+        seed=3,
+        num_classes=CLASSES,
+        device=tiny.CPU,
+        epochs_per_step=tiny.plan(6).epochs_per_step,
+        forward=forward,
+        remarks=remarks,
+    )
+    train(task, current, micros(current.step), tiny.plan(steps), events)
+    return current
+
+
+def micros(start: int) -> Iterator[list[Micro]]:
+    while True:
+        generator = torch.Generator().manual_seed(start)
+        images = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX, generator=generator)
+        labels = torch.randint(CLASSES, (IMAGES,), generator=generator)
+        yield [Micro(images, labels, labels)]
+        start += 1
 
 
 # ---- two ranks equal one
