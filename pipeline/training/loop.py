@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline import ranks
 from pipeline.config import Duration
 from pipeline.errors import DivergedError
+from pipeline.training.memory import keep_freed_memory
 from pipeline.training.state import TrainState
 from pipeline.training.step import Meter, Micro, Task, train_step
 
@@ -89,6 +90,7 @@ def train(
     it returns; each evaluation is followed by a save, so that the best of them is there. Collective.
     Raises DivergedError at a loss or gradient norm that is not finite; nothing is saved after that step.
     """
+    keep_freed_memory()
     meter, clock, pulse = Meter(), Clock(), Pulse(plan, state.step)
     logged_at = state.step
     if state.step >= plan.total_steps:
