@@ -54,7 +54,7 @@ def list_runs(folder: Annotated[Path, typer.Argument(help="a folder of run folde
             raise ConfigError(f"{folder}: no such folder; give one that holds run folders")
         typer.echo(f"{folder}: no runs here")
         return
-    rows = [["run", "status", "step", "top-1 %", "MLflow run", "unsent bytes"]]
+    rows = [["run", "status", "step", "best top-1 %", "MLflow run", "unsent bytes"]]
     for run in found:
         top1 = "-" if run.top1 is None else f"{100 * run.top1:.2f}"
         rows.append([str(run.run_dir), run.status, str(run.step), top1, run.run_id or "-", f"{run.unsent_bytes:,}"])

@@ -158,6 +158,7 @@ class Family:
     adopt(config, net, tensors)   -> fills a fresh net from foreign weights by name (released code's, torchvision's, a
                                      smaller net's of ours); returns the net's names that keep their initial values;
                                      raises ConfigError listing tensors that fit nowhere; strict and ours by default
+    remarks(config, side_px)      -> sentences on what training on images of at most side_px leaves unused
     """
 
     config: type[FamilyConfig]
@@ -167,6 +168,7 @@ class Family:
     updates: Callable[[Any, int], Sequence[str]]
     policies: Callable[[Any, nn.Module], Sequence[Policy]]
     adopt: Callable[[Any, nn.Module, Mapping[str, Tensor]], Sequence[str]] = lambda _, net, tensors: load(net, tensors)
+    remarks: Callable[[Any, int], Sequence[str]] = lambda _, side_px: ()
 
 
 def load(net: nn.Module, tensors: Mapping[str, Tensor], keep: Callable[[str], bool] = lambda name: False) -> list[str]:

@@ -168,6 +168,7 @@ class Run:
         config, training = self.config, self.config.training
         apart = optim.parameters_apart(current.optimizers)
         forward, remarks = step.wrap(current.net, training, self.device, apart)
+        largest_px = max(config.data.side_px, *(side for _, side in config.data.side_schedule), 0)
         return Task(
             family=self.family,
             config=config.family,
@@ -177,7 +178,7 @@ class Run:
             device=self.device,
             epochs_per_step=training.batch_size / len(self.splits.train),
             forward=forward,
-            remarks=remarks,
+            remarks=(*remarks, *self.family.remarks(config.family, largest_px)),
             autocast=step.use_bf16(training.precision, self.device),
             channels_last=self._channels_last,
         )

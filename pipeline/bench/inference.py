@@ -30,6 +30,7 @@ from pipeline.families.ranet.model import Classifier, Ranet
 from pipeline.families.shape_adaptor.bodies import Adaptor, Cells, resized
 from pipeline.families.shape_adaptor.inference import freeze
 from pipeline.family import Family
+from pipeline.training.memory import keep_freed_memory
 
 CLASSES = 10
 SHORTEST_S = 0.3  # a turn lasts as long at least
@@ -70,6 +71,7 @@ def inference(kinds: Sequence[str] | None = None, *, rounds: int = 7, threads: i
     unknown = [kind for kind in kinds or () if kind not in PAIRS]
     if unknown:
         raise ConfigError(f"bench inference: {', '.join(unknown)} is not known; known: {', '.join(PAIRS)}")
+    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -18,7 +18,7 @@ class RunSummary:
     run_dir: Path
     status: str  # RUNNING, FINISHED, FAILED or KILLED
     step: int
-    top1: float | None  # newest `eval/<policy>/top1`, of the first policy
+    top1: float | None  # the best `eval/<policy>/top1` while training, of the first policy
     run_id: str | None
     unsent_bytes: int
 
@@ -40,7 +40,7 @@ def _summary(run_dir: Path) -> RunSummary:
         run_dir=run_dir,
         status="RUNNING" if is_live(run_dir) else ended,
         step=max([r["step"] for r in metrics] + [status_of(run_dir).get("step", 0)]),
-        top1=tops[-1] if tops else None,
+        top1=max(tops, default=None),
         run_id=sent.run_id,
         unsent_bytes=sum(p.stat().st_size - sent.offsets.get(p.name, 0) for p in journal.paths(run_dir / "journal")),
     )

@@ -25,6 +25,7 @@ from pipeline.data import pixels
 from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.family import Fitted, Policy, Prediction, Report
+from pipeline.training.memory import keep_freed_memory
 
 BINS = 15  # of the calibration error
 Arrays = dict[str, NDArray[Any]]
@@ -131,6 +132,7 @@ def evaluate(
     With `store`, rank 0 writes reports.json and per-image arrays `<policy>.npz` into that folder. Latency is measured
     on rank 0 alone while the others wait. Raises DataError where no image of the split can be read.
     """
+    keep_freed_memory()
     net.eval()
     mine, sample = _run_all(net, policies, batches, how)
     gathered = ranks.gather((mine, list(batches.unreadable)))
@@ -144,8 +146,8 @@ def evaluate(
             side = how.data.side_for_eval
             sample = torch.zeros(1, 3, side, side, device=how.device)
         full = cost.measure(net, sample[:1]).macs
-        for policy in policies:
-            latency = _latency(policy, net, sample, how)
+        latencies = _latencies(policies, net, sample, how)
+        for policy, latency in zip(policies, latencies, strict=True):
             reports.append(_report(policy, merged[policy.name], full, how.num_classes, latency, unreadable))
         if store is not None:
             _store(store, reports, merged)
@@ -237,31 +239,42 @@ def _by_class(values: NDArray[Any], labels: NDArray[Any], num_classes: int) -> l
     return [_row(rows.mean(0)) if len(rows) else None for rows in found]
 
 
-def _latency(policy: Policy, net: nn.Module, sample: Tensor, how: Evaluator) -> list[dict[str, Any]]:
-    """Median and 95th percentile of the time of `predict`, after a run to warm up, with the device synchronised."""
+def _latencies(
+    policies: Sequence[Policy], net: nn.Module, sample: Tensor, how: Evaluator
+) -> list[list[dict[str, Any]]]:
+    """For each policy and batch size the median and the 95th percentile of the time of `predict`.
+
+    The policies take turns, so that other work on the machine falls on all of them; the first round warms up.
+    """
     if how.latency_repeats == 0:
-        return []
-    return [_time_batch(policy, net, sample, size, how) for size in how.latency_batches]
+        return [[] for _ in policies]
+    found: list[list[dict[str, Any]]] = [[] for _ in policies]
+    for size in how.latency_batches:
+        images = sample.repeat(-(-size // len(sample)), 1, 1, 1)[:size]
+        if how.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        rounds = [[_time(policy, net, images, how) for policy in policies] for _ in range(how.latency_repeats + 1)]
+        for entries, times in zip(found, zip(*rounds[1:], strict=True), strict=True):
+            entries.append(_entry(size, times, how.device))
+    return found
 
 
-def _time_batch(policy: Policy, net: nn.Module, sample: Tensor, size: int, how: Evaluator) -> dict[str, Any]:
-    images = sample.repeat(-(-size // len(sample)), 1, 1, 1)[:size]
-    if how.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    times = []
-    for _ in range(how.latency_repeats + 1):
-        _synchronise(how.device)
-        start = time.perf_counter()
-        how.predict(policy, net, images)
-        _synchronise(how.device)
-        times.append(time.perf_counter() - start)
-    timed = times[1:]
+def _time(policy: Policy, net: nn.Module, images: Tensor, how: Evaluator) -> float:
+    """Seconds of one `predict`, with the device synchronised."""
+    _synchronise(how.device)
+    start = time.perf_counter()
+    how.predict(policy, net, images)
+    _synchronise(how.device)
+    return time.perf_counter() - start
+
+
+def _entry(size: int, times: Sequence[float], device: torch.device) -> dict[str, Any]:
     return {
         "batch": size,
-        "median_ms": median(timed) * 1e3,
-        "p95_ms": float(np.percentile(timed, 95)) * 1e3,
-        "images_per_s": size / median(timed),
-        "device": device_name(how.device),
+        "median_ms": median(times) * 1e3,
+        "p95_ms": float(np.percentile(times, 95)) * 1e3,
+        "images_per_s": size / median(times),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
 

@@ -665,6 +665,13 @@ def test_a_wrong_setting_is_refused_with_its_rule(changes: dict[str, object], sa
         validate(ArrnConfig, {"name": "arrn", **changes}, "family")
 
 
+@pytest.mark.parametrize("side_px", [40, 32, 20, 16, 9, 8, 4])
+def test_a_remark_names_the_residuals_that_training_images_would_skip(side_px: int) -> None:
+    said = FAMILY.remarks(small(), side_px)
+    skipped = build(small(), CLASSES).level(torch.zeros(1, 3, side_px, side_px))
+    assert (len(said) == 1 and f"the first {skipped} of 3 residuals" in said[0]) if skipped else not said
+
+
 def test_images_below_the_last_rung_are_refused() -> None:
     net = trained(small())
     with pytest.raises(ConfigError, match=r"images of 9 x 3 px: the ladder \[32, 16, 8, 4\] ends at 4 px, the least"):

@@ -6,9 +6,16 @@ from pipeline.families.arrn.config import ArrnConfig
 from pipeline.families.arrn.growing import adopt
 from pipeline.families.arrn.inference import policies
 from pipeline.families.arrn.model import build
-from pipeline.families.arrn.objective import groups, loss, updates
+from pipeline.families.arrn.objective import groups, loss, remarks, updates
 from pipeline.family import Family
 
 FAMILY = Family(
-    config=ArrnConfig, build=build, loss=loss, groups=groups, updates=updates, policies=policies, adopt=adopt
+    config=ArrnConfig,
+    build=build,
+    loss=loss,
+    groups=groups,
+    updates=updates,
+    policies=policies,
+    adopt=adopt,
+    remarks=remarks,
 )

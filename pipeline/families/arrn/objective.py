@@ -22,3 +22,16 @@ def groups(config: ArrnConfig, net: nn.Module) -> Mapping[str, Sequence[Params]]
 
 def updates(config: ArrnConfig, step: int) -> Sequence[str]:
     return ["main"]
+
+
+def remarks(config: ArrnConfig, side_px: int) -> Sequence[str]:
+    """Names the residuals that images of side_px would skip in all of training."""
+    ladder = config.plan.ladder
+    skipped = sum(rung >= side_px for rung in ladder[1:])
+    if skipped == 0:
+        return []
+    number = f"{skipped} of {len(ladder) - 1} residuals"
+    return [
+        f"data.side_px (={side_px}): of the ladder {list(ladder)} such images skip the first {number}, whose weights "
+        f"stay as they are; set data.side_px={ladder[0]}, or a shorter ladder and grow it later"
+    ]
