@@ -130,7 +130,7 @@ class Run:
             num_classes=len(self.splits.train.classes),
             seed=self.config.seed,
             device=self.device,
-            channels_last=self._channels_last,
+            channels_last=self.config.training.channels_last,
             weights=weights,
         )
         if training.sync_batchnorm and self.device.type == "cuda":
@@ -180,7 +180,7 @@ class Run:
             forward=forward,
             remarks=(*remarks, *self.family.remarks(config.family, largest_px)),
             autocast=step.use_bf16(training.precision, self.device),
-            channels_last=self._channels_last,
+            channels_last=self.config.training.channels_last,
         )
 
     def _plan(self, task: Task) -> Plan:
@@ -276,7 +276,7 @@ class Run:
             self._event("remark", text="there is no val split, so nothing was evaluated")
             return
         net, family, config, meta = checkpoint.load_net(self.storage.fetch(best))
-        net = placed(net, self.device, self._channels_last)
+        net = placed(net, self.device, self.config.training.channels_last)
         how = self._evaluator(latency=True)
         policies = choose(family.policies(config, net), self.config.evaluation.policies)
         held_out = self._eval_loader(self.splits.held_out) if len(self.splits.held_out) else None
@@ -323,11 +323,6 @@ class Run:
             assert isinstance(found, torch.device)
             return found
         return torch.device("cuda", 0) if device.type == "cuda" else device
-
-    @property
-    def _channels_last(self) -> bool:
-        asked = self.config.training.channels_last
-        return self.device.type == "cuda" if asked == "auto" else asked
 
     @property
     def _batchnorm_over_all(self) -> bool:
@@ -417,13 +412,12 @@ def check_policies(config: RunConfig, splits: Splits) -> None:
 
 def evaluator(config: RunConfig, device: torch.device, num_classes: int, *, latency: bool) -> Evaluator:
     """How the recipe's nets are evaluated on this device."""
-    asked = config.training.channels_last
     return Evaluator(
         data=config.data,
         device=device,
         num_classes=num_classes,
         autocast=step.use_bf16(config.training.precision, device),
-        channels_last=device.type == "cuda" if asked == "auto" else asked,
+        channels_last=config.training.channels_last,
         latency_batches=config.evaluation.latency_batches,
         latency_repeats=config.evaluation.latency_repeats if latency else 0,
     )

@@ -149,7 +149,7 @@ def _fresh(setting: Setting) -> tuple[torch.device, TrainState]:
         num_classes=setting.num_classes,
         seed=1,
         device=device,
-        channels_last=device.type == "cuda",
+        channels_last=config.training.channels_last,
     )
     return device, current
 
@@ -170,7 +170,7 @@ def _task(setting: Setting, current: TrainState, device: torch.device) -> Task:
         forward=forward,
         remarks=remarks,
         autocast=step.use_bf16(config.training.precision, device),
-        channels_last=device.type == "cuda",
+        channels_last=config.training.channels_last,
     )
 
 
@@ -185,7 +185,7 @@ def _batches(setting: Setting, device: torch.device) -> Iterator[tuple[Tensor, T
     rows = ranks.shard(setting.batch_size, ranks.rank(), ranks.world())
     generator = torch.Generator().manual_seed(1)
     side, pool = setting.config.data.side_px, []
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    layout = torch.channels_last if setting.config.training.channels_last else torch.contiguous_format
     for _ in range(POOL):
         images = torch.randn(rows.stop - rows.start, 3, side, side, generator=generator)
         labels = torch.randint(setting.num_classes, (len(images),), generator=generator)

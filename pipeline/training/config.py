@@ -58,7 +58,7 @@ class TrainingConfig(Config):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     clip_norm: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
-    channels_last: Literal["auto"] | bool = "auto"  # auto: on a GPU
+    channels_last: bool = True  # images and weights lie in memory channel by channel of a pixel; faster on CPU too
     start_from: Path | None = None  # weights to begin with: a checkpoint's or model's folder, .safetensors or .pt
     compile: bool = False  # torch.compile; without a C++ compiler the run says so and goes on eagerly
     sync_batchnorm: bool = False  # BatchNorm over all ranks; GPU only
