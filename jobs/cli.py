@@ -26,6 +26,8 @@ VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "bench": "Our speed as a ratio to a named peer's, in one run.",
 }
 
+INTERRUPTED = 130  # the exit status after a second Ctrl-C
+
 EXAMPLES = """Examples:
 
   adaptnet data toy runs/toy-data
@@ -43,7 +45,7 @@ class Verbs(TyperGroup):
         return list(VERBS)
 
     def get_command(self, ctx: Any, name: str) -> Any:
-        return get_command(importlib.import_module(f"jobs.{name}").app) if name in VERBS else None
+        return _as_typed(get_command(importlib.import_module(f"jobs.{name}").app)) if name in VERBS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in VERBS and not args[0].startswith("-"):
@@ -55,6 +57,16 @@ class Verbs(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
+
+
+def _as_typed(command: Any) -> Any:
+    """The command, whose help and whose verbs' help show each example on one line, to be copied."""
+    paragraphs = (command.help or "").split("\n\n")
+    typed = ("\b\n  " + " ".join(p.split()) if p.lstrip().startswith("adaptnet ") else p for p in paragraphs)
+    command.help = "\n\n".join(typed)
+    for verb in getattr(command, "commands", {}).values():
+        _as_typed(verb)
+    return command
 
 
 app = typer.Typer(
@@ -94,8 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=arguments, prog_name="adaptnet")
     except AdaptNetError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from the newest checkpoint", 130)
+    except SystemExit as left:
+        if left.code == INTERRUPTED:
+            fail("interrupted; what was stored before stays", INTERRUPTED)
+        raise
 
 
 def fail(message: str, code: int = 2) -> Any:

@@ -67,6 +67,11 @@ def sync(
     uri: Annotated[str | None, typer.Option(help="tracking server; default: the one in the run's recipe")] = None,
 ) -> None:
     failed = []
+    others = [path for path in run_dirs if not (path / "config.yaml").is_file()]
+    if len(others) < len(run_dirs):  # as of `runs/*`
+        run_dirs = [path for path in run_dirs if path not in others]
+        for path in others:
+            typer.echo(f"{path}: no run folder, passed over")
     for run_dir in run_dirs:
         try:
             _sync(run_dir.absolute(), uri)

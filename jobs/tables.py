@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # the seam imports torch, which takes seconds
     from pipeline.family import Report
 
 MOST_FACTS = 64  # values of one fact that are printed
+WAITED = 0.1  # share of time that threads may wait for a core before a latency is called doubtful
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
@@ -37,9 +38,12 @@ def of_reports(reports: Sequence[Report]) -> str:
 
 
 def _spread(reports: Sequence[Report]) -> str:
-    """How far the slowest of each 20 passes lies above the median, at the worst; much says that the machine is busy."""
-    worst = max(entry["p95_ms"] / entry["median_ms"] for report in reports for entry in report.latency)
-    return f"; p95 up to {worst:.1f} x the median" + (": a busy machine, measure again" if worst > 2 else "")
+    """How far the slowest of each 20 passes lies above the median, at the worst, and whether others held the cores."""
+    entries = [entry for report in reports for entry in report.latency]
+    worst = max(entry["p95_ms"] / entry["median_ms"] for entry in entries)
+    waited = max(entry.get("waited_share", 0.0) for entry in entries)
+    busy = f": a busy machine (threads waited {waited:.0%} of the time for a core), measure again"
+    return f"; p95 up to {worst:.1f} x the median" + (busy if worst > 2 or waited > WAITED else "")
 
 
 def _row(report: Report) -> list[str]:

@@ -64,7 +64,7 @@ def train(
     from pipeline import launch
 
     folder = run_dir or Path("runs") / config.name
-    with progress.follow(folder) as shown, _stop_on_sigterm(folder):
+    with progress.follow(folder) as shown, _stop_on_signals(folder):
         result = launch.train(
             config, folder, allow_changed=allow_changed or (), progress=shown.index, on_start=shown.start
         )
@@ -72,20 +72,28 @@ def train(
 
 
 @contextmanager
-def _stop_on_sigterm(run_dir: Path) -> Iterator[None]:
-    """SIGTERM asks the run to save at its next step and end."""
+def _stop_on_signals(run_dir: Path) -> Iterator[None]:
+    """SIGTERM, and Ctrl-C once, ask the run to save at its next step and end; a second Ctrl-C ends it at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    asked = False
 
-    def ask(*_: Any) -> None:
+    def stop(number: int, _: Any) -> None:
+        nonlocal asked
+        if not run_dir.is_dir() or (asked and number == signal.SIGINT):
+            raise KeyboardInterrupt
         (run_dir / "stop").touch()
+        asked = True
+        if number == signal.SIGINT:
+            typer.echo("stopping: the next step is saved; Ctrl-C again leaves at once, to go on from the last save")
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _conclude(result: Any) -> None:
@@ -100,4 +108,4 @@ def _conclude(result: Any) -> None:
     if result.run_id:
         typer.echo(f"MLflow run {result.run_id} in {result.tracking_uri}")
     if result.version:
-        typer.echo(f"registered as {result.version}")
+        typer.echo(f"registered as {result.version}, from now on @candidate")

@@ -85,7 +85,8 @@ class Report:
 
     top1, top5, ece, full_share in 0..1 (top5 is None below 5 classes); macs are multiply-accumulates per image,
     full_share the mean over the MACs of the dearest policy's full network; latency one entry per batch size:
-    {"batch", "median_ms", "p95_ms", "images_per_s", "device", "threads"}; facts {name: mean over images, [n]};
+    {"batch", "median_ms", "p95_ms", "images_per_s", "device", "threads", "waited_share": of the threads' time, for a
+    core}; facts {name: mean over images, [n]};
     facts_by_class {name: [K][n]}; top1_by_class [K], None for a class without images; unreadable lists bad images;
     calibration is the policy's `state()` where it is `Fitted`, so that a stored report brings the policy back.
     """

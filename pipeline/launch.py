@@ -56,6 +56,7 @@ def train(
     lost more often than `compute.max_failures`.
     """
     config = absolute(config)
+    _check_place(run_dir)
     new = not run_dir.exists()
     run_dir = make_folder(run_dir)
     lease = Lease(run_dir).acquire()
@@ -111,8 +112,20 @@ def make_folder(run_dir: Path) -> Path:
     return run_dir
 
 
+def _check_place(run_dir: Path) -> None:
+    """Raises ConfigError for a folder of runs."""
+    inside = [path.parent.name for path in sorted(run_dir.glob("*/config.yaml"))]
+    if inside and not (run_dir / "config.yaml").exists():
+        raise ConfigError(
+            f"run folder {run_dir}: holds other runs ({', '.join(inside[:3])}); give the run a folder of its own, e.g. "
+            f"--run-dir {run_dir / 'NAME'}"
+        )
+
+
 def _check(config: RunConfig) -> None:
     """What can be refused before anything is started."""
+    if config.training.start_from is not None:
+        checkpoint.weights_file(config.training.start_from)
     if config.compute.address is None:
         _check_device(config.compute)
 
@@ -181,8 +194,13 @@ def _trainer(compute: ComputeConfig, order: Order) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        """Leaves Ctrl-C to the driver; Ray's own handler would end the workers before they have saved."""
+
+        def _register_sigint_handler(self, controller: Any) -> None: ...
+
     gpu = cluster.computes_on_gpu(compute)
-    return TorchTrainer(
+    return Trainer(
         worker.work,
         train_loop_config=order,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -276,7 +294,7 @@ def evaluate(
     if len(splits.val) == 0:
         raise DataError(f"data.root (={config.data.root}): it has no val split to evaluate on")
     part = f"-{'+'.join(policies)}" if policies else ""  # a part never replaces the whole
-    home = out or _home(source, folder) / f"{config.data.root.name}-{splits.val.identity}{part}"
+    home = out or _home(source, folder, model.step) / f"{config.data.root.name}-{splits.val.identity}{part}"
     known = model.card.get("reports", ())
     reports = worker.assess(config, model.weights, splits, policies, home, known)
     about = {"source": source, "step": model.step, "data": splits.val.identity, "root": str(config.data.root)}
@@ -291,9 +309,14 @@ def _check_evaluates(override: str) -> None:
         raise ConfigError(f"override {override!r}: an evaluation does not use {key}; it uses {', '.join(used)}")
 
 
-def _home(source: str, folder: Path) -> Path:
-    """Where an evaluation is stored: in the run's folder where there is one, else under runs/evaluations."""
-    for candidate in (Path(source), *folder.parents):
-        if (candidate / "config.yaml").is_file():
-            return candidate / "evaluations"
+def _home(source: str, folder: Path, step: int) -> Path:
+    """Where an evaluation is stored: in the run's folder, one checkpoint's apart from the run's own; else beside runs.
+
+    source is the user's word for the model's `folder`.
+    """
+    if (Path(source) / "config.yaml").is_file():
+        return Path(source) / "evaluations"
+    runs = [parent for parent in Path(source).absolute().parents if (parent / "config.yaml").is_file()]
+    if Path(source).exists() and runs:
+        return runs[0] / "evaluations" / checkpoint.name_of(step)
     return Path("runs") / "evaluations" / source.replace("models:/", "").replace("/", "-")

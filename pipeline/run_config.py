@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -80,8 +81,10 @@ def recipes() -> list[str]:
 
 
 def title(recipe: str) -> str:
-    """The first line of a shipped recipe's header."""
-    return _path(recipe).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+    """The first sentence of a shipped recipe's header."""
+    lines = takewhile(lambda line: line.startswith("#"), _path(recipe).read_text(encoding="utf-8").splitlines())
+    header = " ".join(line.lstrip("# ") for line in lines)
+    return re.split(r"\.(?= |$)", header, maxsplit=1)[0]
 
 
 def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = None) -> RunConfig:

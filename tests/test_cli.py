@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import cli
+from jobs import cli, tables
 from pipeline.data.toy import make
+from pipeline.family import Report
 
 
 @pytest.fixture
@@ -68,3 +69,23 @@ def test_a_refused_start_leaves_no_run_behind(say, fault: str, tmp_path: Path, m
     assert code == 2 and fault.partition("=")[2].strip("[]") in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "toy"]
     assert not list((tmp_path / "runs").iterdir())
+
+
+def test_every_verbs_help_shows_examples_that_can_be_copied(say) -> None:
+    for arguments in (("train",), ("evaluate",), ("data", "import"), ("data", "pack"), ("bench", "step"), ("runs",)):
+        _, text = say(*arguments, "--help")
+        examples = [line.strip() for line in text.splitlines() if line.strip().startswith("adaptnet ")]
+        assert examples and not any(line.rstrip().endswith("\\") for line in examples)
+        after = [text.splitlines()[n + 1] for n, line in enumerate(text.splitlines()) if line.strip() in examples]
+        assert not any(line.strip() for line in after), f"an example of {arguments} goes on in a second line"
+
+
+def test_a_latency_on_cores_that_others_held_is_called_doubtful() -> None:
+    entry = {"batch": 1, "median_ms": 1.0, "p95_ms": 1.1, "images_per_s": 1000.0, "device": "cpu", "threads": 2}
+    quiet, busy = (_report({**entry, "waited_share": share}) for share in (0.02, 0.4))
+    assert "busy" not in tables.of_reports([quiet])
+    assert "threads waited 40% of the time for a core), measure again" in tables.of_reports([quiet, busy])
+
+
+def _report(entry: dict[str, object]) -> Report:
+    return Report("a", 1, 1.0, None, 0.0, 1.0, 1.0, 1.0, latency=[entry])

@@ -36,9 +36,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(images: Path, *overrides: str) -> RunConfig:
     """convnet_aig/toy made small: 40 steps of 32 images in two workers, saved every 5 steps."""
+    return run_config.load("convnet_aig/toy", [*settings(images), *overrides])
+
+
+def settings(images: Path) -> list[str]:
     small = ["family.depth=8", "training.batch_size=32", "training.epochs=4", "checkpoint.every=5 steps"]
     quiet = ["tracking.register=null", "evaluation.latency_repeats=0", "logging.every=5 steps", f"data.root={images}"]
-    return run_config.load("convnet_aig/toy", [*small, *quiet, "evaluation.every=2 epochs", *overrides])
+    return [*small, *quiet, "evaluation.every=2 epochs"]
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:
@@ -165,17 +169,22 @@ def test_a_driver_killed_is_succeeded_by_the_same_command_in_the_same_mlflow_run
     assert tracked(run_dir, first_id) == sent
 
 
-def test_two_workers_pass_a_truncated_jpeg_stop_when_asked_and_one_goes_on(images: Path, tmp_path: Path) -> None:
+def test_two_workers_pass_a_truncated_jpeg_stop_at_ctrl_c_and_one_goes_on(images: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "set"
     shutil.copytree(images, damaged)
     victim = sorted((damaged / "train").rglob("*.jpg"))[7]
     victim.write_bytes(victim.read_bytes()[:200])
     run_dir = tmp_path / "run"
     long = ("training.epochs=20", "checkpoint.every=20 steps", "logging.every=2 steps")  # 200 steps
-    process = start(damaged, run_dir, *long)
+    adaptnet = str(Path(sys.executable).parent / "adaptnet")
+    command = [adaptnet, "train", "convnet_aig/toy", *settings(damaged), *long, "--run-dir", str(run_dir)]
+    with open(tmp_path / "run.log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     wait_for(lambda: passed(run_dir, 20), "two full epochs", process=process)
-    (run_dir / "stop").touch()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and to whatever it started
     assert process.wait(timeout=300) == 0, (tmp_path / "run.log").read_text()[-3000:]
+    assert "Ctrl-C again leaves at once" in (tmp_path / "run.log").read_text()
+    assert not events(run_dir, "resumed")  # no worker was lost
     stopped = json.loads((run_dir / "status.json").read_text())
     assert not stopped["finished"] and 20 <= stopped["step"] < 200
     assert [image["file"] for image in json.loads((run_dir / "bad_images.json").read_text())] == [
@@ -197,7 +206,7 @@ def test_two_workers_pass_a_truncated_jpeg_stop_when_asked_and_one_goes_on(image
 
 def test_a_run_starts_from_the_weights_of_another(images: Path, alone: Path, tmp_path: Path) -> None:
     here = ("compute.workers=0", "training.epochs=0.1", "training.optimizer.lr=1e-9")
-    launch.train(recipe(images, *here, f"training.start_from={alone}/checkpoints/step-00000040"), tmp_path / "run")
+    launch.train(recipe(images, *here, f"training.start_from={alone}"), tmp_path / "run")  # its best is its last
     theirs = load_file(tmp_path / "run" / "checkpoints" / "step-00000001" / "net.safetensors")
     for name, value in load_file(alone / "checkpoints" / "step-00000040" / "net.safetensors").items():
         if "running" not in name and "num_batches" not in name:
@@ -208,6 +217,9 @@ def test_a_run_starts_from_the_weights_of_another(images: Path, alone: Path, tmp
     (tmp_path / "empty.pt").touch()
     with pytest.raises(CheckpointError, match=r"empty\.pt: no weights can be read"):
         launch.train(recipe(images, *here, f"training.start_from={tmp_path}/empty.pt"), tmp_path / "none")
+    with pytest.raises(CheckpointError, match="a folder without weights; looked for ema"):
+        launch.train(recipe(images, *here, f"training.start_from={images}"), tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_more_bad_images_than_the_share_allowed_end_the_run(images: Path, tmp_path: Path) -> None:
@@ -230,6 +242,8 @@ def test_what_a_user_can_get_wrong_is_said_once_and_clearly(images: Path, alone:
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match="cannot be written"):
         launch.train(recipe(images, *here), tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match=rf"holds other runs \({alone.name}\); give the run a folder of its own"):
+        launch.train(recipe(images, *here), alone.parent)
     with pytest.raises(DivergedError, match="step"):
         hot = ("training.optimizer.lr=1e30", "training.schedule.kind=constant", "training.schedule.warmup_epochs=0")
         launch.train(recipe(images, *hot, *here), tmp_path / "hot")
@@ -254,6 +268,8 @@ def test_a_run_is_evaluated_from_its_folder_and_from_a_checkpoint(alone: Path, t
     part = launch.evaluate(str(alone), ["evaluation.latency_repeats=0"], policies=["gates-hard"])
     whole = launch.evaluate(str(alone), ["evaluation.latency_repeats=0"])
     assert part.folder.parent == whole.folder.parent and part.folder != whole.folder  # nothing is replaced by less
+    early = launch.evaluate(str(alone / "checkpoints" / "step-00000040"), ["evaluation.latency_repeats=0"])
+    assert early.folder.parent == alone / "evaluations" / "step-00000040"  # nor by another checkpoint's
     stored = json.loads((alone / "evaluations" / "final" / "reports.json").read_text())
     assert [report.policy for report in first.reports] == [report["policy"] for report in stored]
     assert first.reports[0].num_images == 80

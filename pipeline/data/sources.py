@@ -45,7 +45,8 @@ def layout(root: Path) -> Layout:
         return Layout(root.parent, tars=((None, root),))
     if not root.is_dir():
         raise DataError(
-            f"{root}: no such folder; looked there for {_LOOKED_FOR}. Name another folder (in a recipe: data.root)"
+            f"{root}: no such folder; looked there for {_LOOKED_FOR}. Name another folder (in a recipe: data.root), or "
+            f"draw a small set to try things on: adaptnet data toy {root}"
         )
     splits = [(SPLITS[name], root / name) for name in SPLITS if (root / name).is_dir()]
     if any(subfolders(folder) for _, folder in splits):

@@ -481,22 +481,46 @@ def read(folder: Path) -> dict[str, Any]:
     return mapping
 
 
+def weights_file(path: Path) -> Path:
+    """The file of weights that `path` stands for: itself, or that of a checkpoint's, a model's or a run's folder.
+
+    Of a run it is the best checkpoint's, where it lies in the run's folder. Raises CheckpointError where there is none.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder to take weights from")
+    if path.is_file():
+        return path
+    places = [path]
+    if (path / "status.json").is_file():
+        places.append(
+            path / "checkpoints" / str(json.loads((path / "status.json").read_text(encoding="utf-8"))["best"])
+        )
+    for place in places:
+        for file in (place / "ema.safetensors", place / "net.safetensors"):
+            if file.is_file():
+                return file
+    raise CheckpointError(
+        f"{path}: a folder without weights; looked for ema.safetensors and net.safetensors in "
+        f"{' and '.join(map(str, places))}. Name a checkpoint's folder or a finished run's"
+    )
+
+
 def weights_at(path: Path) -> dict[str, Tensor]:
-    """Tensors by name of a checkpoint's or model's folder (its moving average if any), a .safetensors or a .pt file.
+    """Tensors by name of what `weights_file` finds: a moving average if any, a .safetensors or a .pt file.
 
     A .pt file is loaded with weights_only and may hold the tensors under `state_dict` or `model`; a prefix that
     DataParallel gave all names is taken off. Raises CheckpointError where there is no such file or it holds no tensors.
     """
     from safetensors.torch import load_file
 
-    if path.is_dir():
-        path = next((f for f in (path / "ema.safetensors", path / "net.safetensors") if f.exists()), path)
+    path = weights_file(path)
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen kinds
-        raise CheckpointError(f"{path}: no weights can be read ({type(error).__name__}: {error})") from None
+        why = str(error).strip().partition("\n")[0][:200]
+        raise CheckpointError(f"{path}: no weights can be read ({type(error).__name__}{why and ': '}{why})") from None
     for key in ("state_dict", "model"):
         found = found[key] if isinstance(found, Mapping) and isinstance(found.get(key), Mapping) else found
     tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -253,10 +254,21 @@ def _latencies(
         images = sample.repeat(-(-size // len(sample)), 1, 1, 1)[:size]
         if how.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        before, start = _waited_s(), time.perf_counter()
         rounds = [[_time(policy, net, images, how) for policy in policies] for _ in range(how.latency_repeats + 1)]
+        waited = (_waited_s() - before) / (time.perf_counter() - start) / torch.get_num_threads()
         for entries, times in zip(found, zip(*rounds[1:], strict=True), strict=True):
-            entries.append(_entry(size, times, how.device))
+            entries.append({**_entry(size, times, how.device), "waited_share": waited})
     return found
+
+
+def _waited_s() -> float:
+    """Seconds that this process' threads were ready and no core was free for them; 0 where the system does not say."""
+    waited = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError, ValueError, IndexError):  # the thread has ended
+            waited += int(file.read_text().split()[1])
+    return waited / 1e9
 
 
 def _time(policy: Policy, net: nn.Module, images: Tensor, how: Evaluator) -> float:
