@@ -289,7 +289,7 @@ def _print_bad(bad: Sequence[tuple[str, str]], show_all: bool) -> None:
 
 def _print_ignored(ignored: int) -> None:
     if ignored:
-        typer.echo(f"{ignored:,} files are no images by extension and were passed over")
+        typer.echo(f"{ignored:,} files were passed over: no images by extension, or in no class folder")
 
 
 def _bytes(count: int) -> str:

@@ -131,12 +131,13 @@ def test_bad_images_are_set_aside_with_their_reasons_and_odd_ones_are_not(tmp_pa
     for name, encoded in odd.items():
         (source / "train/bee" / name).write_bytes(encoded)
     (source / "train/cow/notes.txt").touch()
+    (source / "train/lost.jpg").write_bytes(images.jpeg())
     report = packed(source, tmp_path / "out")
     assert reasons(report) == {name: reason for name, (_, reason) in bad.items()}
-    assert report.images["train"] == 12 + len(odd) and report.ignored == 1
+    assert report.images["train"] == 12 + len(odd) and report.ignored == 2
     assert set(odd.values()) <= {encoded for encoded, _ in content(open_index(tmp_path / "out"))}
     in_place = check(source, workers=1)
-    assert in_place.bad == report.set_aside and in_place.ignored == 1
+    assert in_place.bad == report.set_aside and in_place.ignored == 2
     stored = json.loads((tmp_path / "out/report.json").read_text())
     assert [(each["file"], each["reason"]) for each in stored["set_aside"]] == list(report.set_aside)
 

@@ -103,14 +103,20 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def _net(family: Family, **keys: object) -> nn.Module:
     torch.manual_seed(0)
-    return family.build(validate(family.config, keys, "bench"), CLASSES).eval()
+    return _placed(family.build(validate(family.config, keys, "bench"), CLASSES).eval())
+
+
+def _placed(net: nn.Module) -> nn.Module:
+    """Laid out in memory as nets are evaluated."""
+    return net.to(memory_format=torch.channels_last)
 
 
 def _images(count: int, side_px: int) -> Tensor:
     """Random images of different contrast, so that a net does not decide the same about all."""
     generator = torch.Generator().manual_seed(1)
     scale = torch.rand(count, 1, 1, 1, generator=generator) * 2 + 0.2
-    return scale * torch.randn(count, 3, side_px, side_px, generator=generator)
+    images = scale * torch.randn(count, 3, side_px, side_px, generator=generator)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _settle(net: nn.Module, images: Tensor) -> None:
@@ -130,7 +136,7 @@ def aig_pairs() -> Iterator[Pair]:
     for t in (0.4, 0.7):
         config = AigConfig(depth=50, target_rate=t, schedule="published")
         torch.manual_seed(0)
-        net = convnet_aig.FAMILY.build(config, 1000)
+        net = _placed(convnet_aig.FAMILY.build(config, 1000))
         assert isinstance(net, Aig)
         _settle(net, _images(32, 224))
         _set_gates(net, config, _images(32, 224))

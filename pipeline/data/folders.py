@@ -53,8 +53,13 @@ def from_folders(root: Path, folders: Sequence[tuple[str | None, Path]]) -> List
         has_splits=any(split == "val" for split, _ in work),
         times=np.array([each[2] for each in files], dtype=np.int64),
         folders={name: time for scan in scans for name, time in scan.folders},
-        ignored=sum(scan.ignored for scan in scans),
+        ignored=sum(scan.ignored for scan in scans) + sum(_beside(folder) for _, folder in folders),
     )
+
+
+def _beside(folder: Path) -> int:
+    """Images that lie in no class folder."""
+    return sum(path.suffix.lower() in EXTENSIONS and path.is_file() for path in folder.iterdir())
 
 
 @dataclass

@@ -170,7 +170,7 @@ class Meta:
     classes: tuple[str, ...]
     shards: tuple[str, ...] | None
     identity: str
-    ignored: int  # files that are no images by extension
+    ignored: int  # files that are no images by extension, images in no class folder
     set_aside: tuple[tuple[str, str], ...]  # (name, reason): wrong labels and keys, not among the rows
 
 

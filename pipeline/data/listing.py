@@ -38,7 +38,7 @@ class Listing:
     times: NDArray[np.int64]  # ns; of each loose file, or of each tar
     folders: dict[str, int] = field(default_factory=dict)  # ns, of every class folder and those within
     set_aside: list[tuple[str, str]] = field(default_factory=list)  # (name, reason): labels and keys that are wrong
-    ignored: int = 0  # files that are no images by extension
+    ignored: int = 0  # files that are no images by extension, images in no class folder
 
     def held_by(self, row: int) -> str:
         """The file that holds the image, relative to the root."""

@@ -56,7 +56,7 @@ class PackReport:
     kept_shards: int  # of those, finished by an earlier call
     bytes: int
     set_aside: tuple[tuple[str, str], ...]  # (file, reason)
-    ignored: int  # files that are no images by extension
+    ignored: int  # files that are no images by extension, images in no class folder
     seconds: float
 
 
