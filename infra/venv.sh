@@ -28,7 +28,9 @@ create() {
     return 1
 }
 
-# pip reads a site's own settings (a private index, say), uv does not: what uv cannot fetch, pip may.
+# pip reads a site's own settings (a private index, say), uv does not: what uv cannot fetch, pip may. The system's
+# certificates, which a site may have added to, serve both.
+export UV_SYSTEM_CERTS=${UV_SYSTEM_CERTS:-true}
 put() {
     if [ -n "$uv" ]; then
         "$uv" pip install --quiet --python .venv/bin/python --constraint constraints.txt "$@" && return
