@@ -119,6 +119,39 @@ def inference(
     typer.echo(tables.align(cells))
 
 
+@app.command(
+    short_help="Each family's training step against a plain net of the same MACs.",
+    help="""Time of a training step per MAC, each family's over that of a plain ResNet of nearly the same MACs, and the
+shares of time that either spends on convolutions (and matrix products), norms, pointwise operators, moves of data and
+the optimizer.
+
+Examples:
+
+  adaptnet bench training
+
+  adaptnet bench training arrn/cifar10_small --threads 1
+""",
+)
+def training(
+    recipes: Annotated[list[str] | None, typer.Argument(help="family/cifar10_small; default: of every family")] = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="images of a step")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="turns of each net")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: as many as torch takes")] = None,
+) -> None:
+    from jobs import tables
+    from pipeline.bench import training as bench
+
+    cells: list[list[str]] = []
+    for pair in bench.training(recipes, batch_size=batch_size, rounds=rounds, threads=threads):
+        for step in (pair.plain, pair.family):
+            name = step.name if step.depth is None else f"{step.name}-{step.depth}"
+            shares = [f"{100 * share:.0f}" for share in step.shares.values()]
+            quotient = "" if step.depth is not None else f"{pair.quotient:.2f}"
+            cells.append([name, f"{step.mmacs:.1f}", f"{step.ms:.2f}", quotient, *shares])
+            kinds = [f"{kind} %" for kind in step.shares]
+    typer.echo(tables.align([["net", "MMACs", "ms an image", "time per MAC", *kinds], *cells]))
+
+
 def _seconds(text: str) -> float:
     from pipeline.errors import ConfigError
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.bench import loader
+import pytest
+
+from pipeline.bench import loader, training
 from pipeline.bench.rows import compare, interleave
+from pipeline.errors import ConfigError
 
 
 def test_turns_are_interleaved_and_ratios_taken_within_a_round() -> None:
@@ -39,3 +42,15 @@ def test_an_indexs_costs_are_measured_in_a_process_of_its_own() -> None:
     assert set(rows) == {"load", "memory added", "epoch order, full", "epoch order, block"}
     assert [rows[name].unit for name in ("load", "memory added")] == ["s", "MB"]
     assert 0 < rows["load"].rate < 60
+
+
+def test_a_familys_step_is_compared_with_a_plain_net_of_nearly_the_same_macs() -> None:
+    (pair,) = training.training(["convnet_aig/cifar10_small"], batch_size=2, rounds=1)
+    assert pair.plain.mmacs == pytest.approx(pair.family.mmacs, rel=0.3)
+    assert pair.plain.depth == 14  # the same blocks without gates
+    for step in (pair.family, pair.plain):
+        assert sum(step.shares.values()) == pytest.approx(1) and min(step.shares.values()) > 0
+    assert pair.family.ms > 0 and pair.plain.ms > 0
+    assert pair.quotient == pytest.approx(pair.family.ms / pair.plain.ms * pair.plain.mmacs / pair.family.mmacs)
+    with pytest.raises(ConfigError, match="arrn/toy is not known; known: convnet_aig/cifar10_small"):
+        next(training.training(["arrn/toy"]))

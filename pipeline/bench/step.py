@@ -81,22 +81,22 @@ def _compute(config: RunConfig) -> ComputeConfig:
 
 def ours(setting: Setting) -> float:
     """Images/s of `training.loop.train`, of all ranks, timed on this one."""
-    device, current = _fresh(setting)
-    task, laps = _task(setting, current, device), Laps(device, setting.warm)
-    train(task, current, laps.over(_micros(_batches(setting, device))), _plan(setting, _total(setting)), _Nothing())
+    device, current = fresh(setting)
+    task, laps = task_of(setting, current, device), Laps(device, setting.warm)
+    train(task, current, laps.over(micros(batches(setting, device))), _plan(setting, _total(setting)), _Nothing())
     return laps.rate(setting.batch_size)
 
 
 def bare(setting: Setting) -> float:
     """Images/s of the loop of every PyTorch tutorial, with DDP where there are ranks; keeps memory as ours does."""
     keep_freed_memory()
-    device, current = _fresh(setting)
+    device, current = fresh(setting)
     net: nn.Module = current.net
     if ranks.world() > 1:
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
     optimizer = torch.optim.SGD(current.net.parameters(), lr=0.01, momentum=0.9)
     amp, laps = step.use_bf16(setting.config.training.precision, device), Laps(device, setting.warm)
-    for _, (images, labels) in zip(range(_total(setting)), laps.over(_batches(setting, device)), strict=False):
+    for _, (images, labels) in zip(range(_total(setting)), laps.over(batches(setting, device)), strict=False):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = net(images).logits
         loss = F.cross_entropy(logits.float(), labels)
@@ -134,7 +134,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _fresh(setting: Setting) -> tuple[torch.device, TrainState]:
+def fresh(setting: Setting) -> tuple[torch.device, TrainState]:
+    """This rank's device, and the net and optimizers on it."""
     from pipeline import family
 
     config = setting.config
@@ -154,7 +155,8 @@ def _fresh(setting: Setting) -> tuple[torch.device, TrainState]:
     return device, current
 
 
-def _task(setting: Setting, current: TrainState, device: torch.device) -> Task:
+def task_of(setting: Setting, current: TrainState, device: torch.device) -> Task:
+    """What `train_step` needs besides the state."""
     from pipeline import family
 
     config = setting.config
@@ -180,7 +182,7 @@ def _plan(setting: Setting, total_steps: int) -> Plan:
     return Plan(total_steps, 1e-6, setting.batch_size, often, never, never)
 
 
-def _batches(setting: Setting, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(setting: Setting, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The same few random batches over and over: this rank's rows of them."""
     rows = ranks.shard(setting.batch_size, ranks.rank(), ranks.world())
     generator = torch.Generator().manual_seed(1)
@@ -194,8 +196,9 @@ def _batches(setting: Setting, device: torch.device) -> Iterator[tuple[Tensor, T
         yield from pool
 
 
-def _micros(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Sequence[Micro]]:
-    for images, labels in batches:
+def micros(found: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Sequence[Micro]]:
+    """Each batch as one micro-batch."""
+    for images, labels in found:
         yield [Micro(images, labels, labels)]
 
 
