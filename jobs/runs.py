@@ -18,7 +18,7 @@ Examples:
   adaptnet runs sync runs/convnet_aig-toy
 """
 
-LIST = """One line for each run in FOLDER: how it stands, its step, its newest top-1, what MLflow does not have yet.
+LIST = """One line for each run in FOLDER: how it stands, its step, its best top-1, what MLflow does not have yet.
 
 Examples:
 
@@ -67,7 +67,7 @@ def sync(
     uri: Annotated[str | None, typer.Option(help="tracking server; default: the one in the run's recipe")] = None,
 ) -> None:
     failed = []
-    others = [path for path in run_dirs if not (path / "config.yaml").is_file()]
+    others = [path for path in run_dirs if path.exists() and not (path / "config.yaml").is_file()]
     if len(others) < len(run_dirs):  # as of `runs/*`
         run_dirs = [path for path in run_dirs if path not in others]
         for path in others:

@@ -42,8 +42,10 @@ def _spread(reports: Sequence[Report]) -> str:
     entries = [entry for report in reports for entry in report.latency]
     worst = max(entry["p95_ms"] / entry["median_ms"] for entry in entries)
     waited = max(entry.get("waited_share", 0.0) for entry in entries)
-    busy = f": a busy machine (threads waited {waited:.0%} of the time for a core), measure again"
-    return f"; p95 up to {worst:.1f} x the median" + (busy if worst > 2 or waited > WAITED else "")
+    text = f"; p95 up to {worst:.1f} x the median"
+    if waited > WAITED:
+        return f"{text}: a busy machine (threads waited {waited:.0%} of the time for a core), measure again"
+    return text + (": a busy machine, measure again" if worst > 2 else "")
 
 
 def _row(report: Report) -> list[str]:

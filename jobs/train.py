@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.cli import data_home
+from jobs.cli import INTERRUPTED, data_home
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -64,33 +64,38 @@ def train(
     from pipeline import launch
 
     folder = run_dir or Path("runs") / config.name
-    with progress.follow(folder) as shown, _stop_on_signals(folder):
+    with progress.follow(folder) as shown, _stop_on_signals(folder) as asked:
         result = launch.train(
             config, folder, allow_changed=allow_changed or (), progress=shown.index, on_start=shown.start
         )
     _conclude(result)
+    if signal.SIGINT in asked and not result.finished:  # so that a script does not go on to its next line
+        raise typer.Exit(INTERRUPTED)
 
 
 @contextmanager
-def _stop_on_signals(run_dir: Path) -> Iterator[None]:
-    """SIGTERM, and Ctrl-C once, ask the run to save at its next step and end; a second Ctrl-C ends it at once."""
+def _stop_on_signals(run_dir: Path) -> Iterator[set[int]]:
+    """SIGTERM, and Ctrl-C once, ask the run to save at its next step and end; a second Ctrl-C ends it at once.
+
+    Gives the signals that came. Ctrl-C stays ignored where it is, as behind `&` in a script.
+    """
+    asked: set[int] = set()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
-    asked = False
 
     def stop(number: int, _: Any) -> None:
-        nonlocal asked
-        if not run_dir.is_dir() or (asked and number == signal.SIGINT):
+        if not run_dir.is_dir() or (number == signal.SIGINT and number in asked):
             raise KeyboardInterrupt
         (run_dir / "stop").touch()
-        asked = True
+        asked.add(number)
         if number == signal.SIGINT:
-            typer.echo("stopping: the next step is saved; Ctrl-C again leaves at once, to go on from the last save")
+            typer.echo("stopping at the next save; Ctrl-C again leaves without it")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    heeded = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heeded}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -37,3 +37,22 @@ def he_fan_out(net: nn.Module) -> None:
 def per_image(macs: float, images: Tensor) -> Tensor:
     """The same price for each image: [B] f64."""
     return torch.full((len(images),), macs, dtype=torch.float64, device=images.device)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x [B, C, H, W] lies in memory pixel by pixel, and not channel by channel as well."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """The images `rows` [n] of x [B, C, H, W], in x's layout: torch's own selection gives up channels_last."""
+    if is_channels_last(x):
+        return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    return x.index_select(0, rows)
+
+
+def put(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """x [B, C, H, W], its images `rows` [n] overwritten by `values` [n, C, H, W]."""
+    if is_channels_last(x):
+        return x.permute(0, 2, 3, 1).index_copy_(0, rows, values.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return x.index_copy_(0, rows, values)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +84,7 @@ def _start(compute: ComputeConfig) -> None:
 
     _await_head(compute)
     quiet = {"include_dashboard": False} if compute.address is None else {}
+    at_term = signal.getsignal(signal.SIGTERM)  # Ray puts its own in place, by which a driver ends without saving
     try:
         ray.init(
             address=compute.address or "local",
@@ -93,6 +96,9 @@ def _start(compute: ComputeConfig) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise _unreachable(compute, error) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, at_term)
 
 
 def computes_on_gpu(compute: ComputeConfig) -> bool:

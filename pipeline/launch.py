@@ -70,7 +70,10 @@ def train(
         splits = open_splits(config.data, config.seed, progress)
         _check_batches(config, splits)
         worker.check_policies(config, splits)
-        checkpoint.claim_storage(checkpoint.open_storage(config.checkpoint, run_dir), run_dir)
+        storage = checkpoint.open_storage(config.checkpoint, run_dir)
+        checkpoint.claim_storage(storage, run_dir)
+        if config.training.start_from is not None and not storage.names():  # needed for the first step alone
+            checkpoint.weights_file(config.training.start_from)
         fingerprint = run_config.fingerprint(config, splits.train.identity)
         write_config(run_dir, config, fingerprint, allow_changed)
         recipe = configs.as_mapping(config)
@@ -124,8 +127,6 @@ def _check_place(run_dir: Path) -> None:
 
 def _check(config: RunConfig) -> None:
     """What can be refused before anything is started."""
-    if config.training.start_from is not None:
-        checkpoint.weights_file(config.training.start_from)
     if config.compute.address is None:
         _check_device(config.compute)
 
@@ -294,7 +295,7 @@ def evaluate(
     if len(splits.val) == 0:
         raise DataError(f"data.root (={config.data.root}): it has no val split to evaluate on")
     part = f"-{'+'.join(policies)}" if policies else ""  # a part never replaces the whole
-    home = out or _home(source, folder, model.step) / f"{config.data.root.name}-{splits.val.identity}{part}"
+    home = out or _home(source, f"{config.data.root.name}-{splits.val.identity}{part}", model.step)
     known = model.card.get("reports", ())
     reports = worker.assess(config, model.weights, splits, policies, home, known)
     about = {"source": source, "step": model.step, "data": splits.val.identity, "root": str(config.data.root)}
@@ -309,14 +310,11 @@ def _check_evaluates(override: str) -> None:
         raise ConfigError(f"override {override!r}: an evaluation does not use {key}; it uses {', '.join(used)}")
 
 
-def _home(source: str, folder: Path, step: int) -> Path:
-    """Where an evaluation is stored: in the run's folder, one checkpoint's apart from the run's own; else beside runs.
-
-    source is the user's word for the model's `folder`.
-    """
+def _home(source: str, name: str, step: int) -> Path:
+    """Where an evaluation is stored: in the run's folder, a checkpoint's apart from the run's own; else beside runs."""
     if (Path(source) / "config.yaml").is_file():
-        return Path(source) / "evaluations"
+        return Path(source) / "evaluations" / name
     runs = [parent for parent in Path(source).absolute().parents if (parent / "config.yaml").is_file()]
     if Path(source).exists() and runs:
-        return runs[0] / "evaluations" / checkpoint.name_of(step)
-    return Path("runs") / "evaluations" / source.replace("models:/", "").replace("/", "-")
+        return runs[0] / "evaluations" / f"{checkpoint.name_of(step)}-{name}"
+    return Path("runs") / "evaluations" / source.replace("models:/", "").replace("/", "-") / name

@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 from pydantic import ValidationError
 
+from pipeline import run_config
 from pipeline.config import (
     Config,
     Duration,
@@ -191,3 +192,7 @@ def test_the_data_section_says_which_of_its_rules_is_broken() -> None:
     config = data(side_px=160, side_schedule=[[2, 192], [4, 224]])
     assert [config.side_at(epoch) for epoch in (0, 1, 2, 3, 4, 99)] == [160, 160, 192, 192, 224, 224]
     assert (config.side_for_eval, config.resize_for_eval) == (160, 183)
+
+
+def test_a_recipe_that_was_stored_before_channels_last_became_plain_is_read() -> None:
+    assert run_config.load("baseline/toy", ["training.channels_last=auto"]).training.channels_last is True

@@ -57,7 +57,8 @@ def logged(run_dir: Path) -> dict[tuple[str, int], float]:
 
 
 def events(run_dir: Path, kind: str) -> list[journal.Record]:
-    return [r for r in journal.read_all(run_dir / "journal" / "rank0.jsonl") if r.get("event") == kind]
+    written = run_dir / "journal" / "rank0.jsonl"
+    return [r for r in journal.read_all(written) if r.get("event") == kind] if written.exists() else []
 
 
 def tracking_run(run_dir: Path) -> str:
@@ -102,6 +103,14 @@ test_launch.launch.train(config, pathlib.Path({str(run_dir)!r}))
 """
     log = open(run_dir.parent / f"{run_dir.name}.log", "wb")  # noqa: SIM115
     return subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
+
+
+def command(images: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    """The same by the command, in a session of its own as a terminal's are."""
+    adaptnet = str(Path(sys.executable).parent / "adaptnet")
+    words = [adaptnet, "train", "convnet_aig/toy", *settings(images), *overrides, "--run-dir", str(run_dir)]
+    with open(run_dir.parent / f"{run_dir.name}.log", "wb") as log:
+        return subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
 
 
 def wait_for(
@@ -176,14 +185,11 @@ def test_two_workers_pass_a_truncated_jpeg_stop_at_ctrl_c_and_one_goes_on(images
     victim.write_bytes(victim.read_bytes()[:200])
     run_dir = tmp_path / "run"
     long = ("training.epochs=20", "checkpoint.every=20 steps", "logging.every=2 steps")  # 200 steps
-    adaptnet = str(Path(sys.executable).parent / "adaptnet")
-    command = [adaptnet, "train", "convnet_aig/toy", *settings(damaged), *long, "--run-dir", str(run_dir)]
-    with open(tmp_path / "run.log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    process = command(damaged, run_dir, *long)
     wait_for(lambda: passed(run_dir, 20), "two full epochs", process=process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and to whatever it started
-    assert process.wait(timeout=300) == 0, (tmp_path / "run.log").read_text()[-3000:]
-    assert "Ctrl-C again leaves at once" in (tmp_path / "run.log").read_text()
+    assert process.wait(timeout=300) == 130, (tmp_path / "run.log").read_text()[-3000:]
+    assert "Ctrl-C again leaves without it" in (tmp_path / "run.log").read_text()
     assert not events(run_dir, "resumed")  # no worker was lost
     stopped = json.loads((run_dir / "status.json").read_text())
     assert not stopped["finished"] and 20 <= stopped["step"] < 200
@@ -204,6 +210,18 @@ def test_two_workers_pass_a_truncated_jpeg_stop_at_ctrl_c_and_one_goes_on(images
     assert seen == 200 * 32
 
 
+def test_a_driver_that_is_terminated_has_its_workers_save_and_ends_well(images: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = command(images, run_dir, "training.epochs=20", "checkpoint.every=100 steps", "evaluation.every=20 epochs")
+    wait_for(lambda: bool(events(run_dir, "started")), "training", process=process)
+    process.terminate()
+    assert process.wait(timeout=300) == 0, (tmp_path / "run.log").read_text()[-3000:]
+    stopped = json.loads((run_dir / "status.json").read_text())
+    assert not stopped["finished"]
+    assert (run_dir / "checkpoints" / stopped["last"] / "COMPLETE.json").exists()
+    assert not events(run_dir, "resumed")
+
+
 def test_a_run_starts_from_the_weights_of_another(images: Path, alone: Path, tmp_path: Path) -> None:
     here = ("compute.workers=0", "training.epochs=0.1", "training.optimizer.lr=1e-9")
     launch.train(recipe(images, *here, f"training.start_from={alone}"), tmp_path / "run")  # its best is its last
@@ -211,6 +229,8 @@ def test_a_run_starts_from_the_weights_of_another(images: Path, alone: Path, tmp
     for name, value in load_file(alone / "checkpoints" / "step-00000040" / "net.safetensors").items():
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(theirs[name], value)
+    gone = f"training.start_from={tmp_path}/gone"
+    assert launch.train(recipe(images, *here, gone), tmp_path / "run").finished  # they were needed at the start alone
     with pytest.raises(ConfigError, match=r"do not fit the net: of another shape: fc\.weight|not used"):
         start = f"training.start_from={alone}/checkpoints/step-00000040/net.safetensors"
         launch.train(recipe(images, *here, start, "family.depth=14"), tmp_path / "other")
@@ -269,7 +289,7 @@ def test_a_run_is_evaluated_from_its_folder_and_from_a_checkpoint(alone: Path, t
     whole = launch.evaluate(str(alone), ["evaluation.latency_repeats=0"])
     assert part.folder.parent == whole.folder.parent and part.folder != whole.folder  # nothing is replaced by less
     early = launch.evaluate(str(alone / "checkpoints" / "step-00000040"), ["evaluation.latency_repeats=0"])
-    assert early.folder.parent == alone / "evaluations" / "step-00000040"  # nor by another checkpoint's
+    assert early.folder.name == f"step-00000040-{whole.folder.name}"  # nor by another checkpoint's
     stored = json.loads((alone / "evaluations" / "final" / "reports.json").read_text())
     assert [report.policy for report in first.reports] == [report["policy"] for report in stored]
     assert first.reports[0].num_images == 80

@@ -28,10 +28,11 @@ RECIPES: Mapping[
     str, Sequence[str]
 ] = {  # with all that is dropped in training switched off, so that all MACs are spent
     "convnet_aig/cifar10_small": (),
-    "arrn/cifar10_small": ("family.drop=0",),
+    "arrn/cifar10_small": ("family.drop=0", "family.level_weights=[]"),
     "ranet/cifar10_small": (),
     "shape_adaptor/cifar10_small": ("family.alpha_every=20",),
 }
+COMMON = ("data.root=unused", "training.schedule.warmup_epochs=0", "compute.device=cpu")
 PLAIN = "baseline/cifar10_resnet110"  # whose depth is chosen by MACs
 DEPTHS = range(8, 111, 6)
 CLASSES, STEPS, PROFILED = 10, 12, 3
@@ -99,8 +100,8 @@ def _compared(recipe: str, batch_size: int, rounds: int) -> Compared:
 
 
 def _setting(recipe: str, batch_size: int, overrides: Sequence[str]) -> Setting:
-    asked = ["data.root=unused", f"training.batch_size={batch_size}", "training.schedule.warmup_epochs=0"]
-    return Setting(run_config.load(recipe, [*asked, *overrides]), CLASSES, STEPS)
+    asked = [*COMMON, f"training.batch_size={batch_size}", *overrides]
+    return Setting(run_config.load(recipe, asked), CLASSES, STEPS)
 
 
 def _macs(setting: Setting) -> int:

@@ -491,17 +491,17 @@ def weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     places = [path]
-    if (path / "status.json").is_file():
-        places.append(
-            path / "checkpoints" / str(json.loads((path / "status.json").read_text(encoding="utf-8"))["best"])
-        )
+    with suppress(OSError, ValueError, KeyError):
+        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+        places += [path / "checkpoints" / name for name in (status["best"],) if name]
     for place in places:
         for file in (place / "ema.safetensors", place / "net.safetensors"):
             if file.is_file():
                 return file
     raise CheckpointError(
         f"{path}: a folder without weights; looked for ema.safetensors and net.safetensors in "
-        f"{' and '.join(map(str, places))}. Name a checkpoint's folder or a finished run's"
+        f"{' and '.join(map(str, places))}. Name a checkpoint's folder, or a run's that is finished and keeps its "
+        "checkpoints in its own folder (checkpoint.storage=null)"
     )
 
 

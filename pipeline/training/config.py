@@ -63,6 +63,11 @@ class TrainingConfig(Config):
     compile: bool = False  # torch.compile; without a C++ compiler the run says so and goes on eagerly
     sync_batchnorm: bool = False  # BatchNorm over all ranks; GPU only
 
+    @field_validator("channels_last", mode="before")
+    @classmethod
+    def _of_older_recipes(cls, value: object) -> object:
+        return True if value == "auto" else value
+
 
 class CheckpointConfig(Config):
     """How often the state is saved, where, and which states are kept."""

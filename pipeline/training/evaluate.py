@@ -133,7 +133,8 @@ def evaluate(
     With `store`, rank 0 writes reports.json and per-image arrays `<policy>.npz` into that folder. Latency is measured
     on rank 0 alone while the others wait. Raises DataError where no image of the split can be read.
     """
-    keep_freed_memory()
+    if how.device.type == "cpu":
+        keep_freed_memory()
     net.eval()
     mine, sample = _run_all(net, policies, batches, how)
     gathered = ranks.gather((mine, list(batches.unreadable)))
@@ -256,7 +257,7 @@ def _latencies(
             images = images.contiguous(memory_format=torch.channels_last)
         before, start = _waited_s(), time.perf_counter()
         rounds = [[_time(policy, net, images, how) for policy in policies] for _ in range(how.latency_repeats + 1)]
-        waited = (_waited_s() - before) / (time.perf_counter() - start) / torch.get_num_threads()
+        waited = max(0.0, _waited_s() - before) / (time.perf_counter() - start) / torch.get_num_threads()
         for entries, times in zip(found, zip(*rounds[1:], strict=True), strict=True):
             entries.append({**_entry(size, times, how.device), "waited_share": waited})
     return found

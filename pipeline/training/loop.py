@@ -90,7 +90,8 @@ def train(
     it returns; each evaluation is followed by a save, so that the best of them is there. Collective.
     Raises DivergedError at a loss or gradient norm that is not finite; nothing is saved after that step.
     """
-    keep_freed_memory()
+    if task.device.type == "cpu":
+        keep_freed_memory()
     meter, clock, pulse = Meter(), Clock(), Pulse(plan, state.step)
     logged_at = state.step
     if state.step >= plan.total_steps:

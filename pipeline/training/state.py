@@ -111,4 +111,8 @@ def restore(state: TrainState, mapping: Mapping[str, Any]) -> None:
         optimizer.load_state_dict(mapping["optimizers"][name])
         for group, ours in zip(optimizer.param_groups, settings, strict=True):
             group.update(ours)
+        for parameter, kept in optimizer.state.items():  # laid out as the weights are, or each step pays for it
+            for key, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     state.step, state.images_seen = mapping["step"], mapping["images_seen"]

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import cost
+from pipeline.blocks import put, take
 from pipeline.config import validate
 from pipeline.errors import ConfigError, ContractError
 from pipeline.families.baseline.model import BaselineConfig
@@ -557,3 +558,14 @@ def test_torchvisions_weights_fill_all_but_the_gates() -> None:
         torch.testing.assert_close(net.fc(opened.mean(dim=(2, 3))), plain(batch), rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigError, match="of another shape: fc"):
         adopt(config, build(config, 5), plain.state_dict())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_images_are_taken_and_put_in_the_layout_that_they_have(layout: torch.memory_format) -> None:
+    x = torch.randn(5, 4, 3, 2).contiguous(memory_format=layout)
+    rows = torch.tensor([0, 3])
+    taken = take(x, rows)
+    assert torch.equal(taken, x[[0, 3]]) and taken.is_contiguous(memory_format=layout)
+    found = put(x.clone(), rows, taken + 1)
+    assert torch.equal(found[[0, 3]], x[[0, 3]] + 1) and torch.equal(found[[1, 2, 4]], x[[1, 2, 4]])
+    assert found.is_contiguous(memory_format=layout)

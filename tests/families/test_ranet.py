@@ -529,10 +529,10 @@ def test_budgets_share_one_walk_and_keep_to_their_price(small: Ranet) -> None:
     for policy in done:
         assert isinstance(policy, Budget)
         assert policy.state()["num_images"] == 160
-        assert policy.state()["expected_macs"] == pytest.approx(policy.budget * full)
         with torch.no_grad():
             spent = torch.cat([policy.predict(small, batch).macs for batch in held_out.batches])
-        assert float(spent.mean()) / full == pytest.approx(policy.budget, abs=0.12)
+        assert float(spent.mean()) == pytest.approx(policy.state()["expected_macs"])
+        assert 0.95 < float(spent.mean()) / full / policy.budget <= 1
     with torch.no_grad():
         small.classifiers[0].fc.bias.add_(0.0)  # type: ignore[union-attr]
     budgets[0].calibrated(small, held_out)
@@ -567,8 +567,8 @@ def test_a_budget_without_thresholds_or_images_says_what_to_set(small: Ranet) ->
 def test_confidences_of_all_ranks_count(small: Ranet, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policies(small.config, small)[-1]
     whole = policy.calibrated(small, Counted(images(40), images(24, seed=6)))
-    theirs = (confidence(exits_of(small, images(24, seed=6))).numpy(), (3, SIDE_PX, SIDE_PX))
-    monkeypatch.setattr(ranks, "gather", lambda mine: [mine, theirs, (None, None)])
+    theirs = (confidence(exits_of(small, images(24, seed=6))).numpy(), [24], (3, SIDE_PX, SIDE_PX))
+    monkeypatch.setattr(ranks, "gather", lambda mine: [mine, theirs, (None, [], None)])
     assert policies(small.config, small)[-1].calibrated(small, Counted(images(40))) == whole
 
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.blocks import is_channels_last
+
 Filter = Literal["dct", "box", "kaiser"]
 Matrix = NDArray[np.float64]
 ZERO_CROSSINGS, BETA, ROLLOFF = 6, 14.769656459379492, 0.99
@@ -44,7 +46,7 @@ class Pair:
 
     def _matrices(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         rows, columns = self._matrix(x, x.shape[-2], size[0]), self._matrix(x, x.shape[-1], size[1])
-        if not _is_channels_last(x):
+        if not is_channels_last(x):
             return torch.matmul(rows, torch.matmul(x, columns.t()))
         if x.shape[1] < FEW_CHANNELS:
             x = torch.matmul(rows, torch.matmul(x.contiguous(), columns.t()))
@@ -71,10 +73,6 @@ class Pair:
 
 def _whole(x: Tensor, size: tuple[int, int]) -> bool:
     return all(max(old, new) % min(old, new) == 0 for old, new in zip(x.shape[-2:], size, strict=True))
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def matrix(kind: Filter, old: int, new: int) -> Matrix:

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pipeline.blocks import conv_bn, he_fan_out
+from pipeline.blocks import conv_bn, he_fan_out, put, take
 from pipeline.family import FamilyConfig
 
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -130,13 +130,14 @@ class Block(nn.Module):
         return torch.relu(self.shortcut(x) + residual)
 
     def skipping(self, x: Tensor, open_rows: Tensor) -> Tensor:
-        """For inference: the residual runs on the images at `open_rows` [n] alone."""
+        """For inference, without gradients: the residual runs on the images at `open_rows` [n] alone."""
         if len(open_rows) == 0:
             return torch.relu(self.shortcut(x))
         if len(open_rows) == len(x):
             return torch.relu(self.shortcut(x) + self.residual(x))
-        y = self.shortcut(x)
-        return torch.relu(y.index_add(0, open_rows, self.residual(x[open_rows]).to(y.dtype)))
+        y, opened = self.shortcut(x), take(x, open_rows)
+        kept = opened if y is x else take(y, open_rows)
+        return put(torch.relu(y), open_rows, torch.relu(kept + self.residual(opened).to(y.dtype)))
 
 
 class Aig(nn.Module):

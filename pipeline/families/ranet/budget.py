@@ -7,7 +7,7 @@ and the code released with it, which sweeps q; here q is solved for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import exp, floor
 
 import torch
@@ -42,6 +42,20 @@ def solve(budget: float, prices: Sequence[float]) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if expected(middle, prices) < budget else (low, middle)
     return (low + high) / 2
+
+
+def lowered(log_q: float, budget: float, spent: Callable[[float], float]) -> float:
+    """log q, or a smaller one whose images cost no more than `budget` in the mean: spent(log q).
+
+    What batches carry along is above what is expected; classifiers that no image can leave by are below it.
+    """
+    if spent(log_q) <= budget:
+        return log_q
+    low, high = LOG_Q[0], log_q
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) <= budget else (low, middle)
+    return low
 
 
 def expected(log_q: float, prices: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import exp
+from math import exp, inf
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline import cost, ranks
 from pipeline.blocks import per_image
 from pipeline.errors import ConfigError
-from pipeline.families.ranet.budget import expected, shares, solve, thresholds
+from pipeline.families.ranet.budget import lowered, shares, solve, thresholds
 from pipeline.families.ranet.config import RanetConfig, budget_name
 from pipeline.families.ranet.model import Ranet, Walk
 from pipeline.family import Prediction
@@ -88,10 +88,30 @@ class Shared:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """confidences [n, E] f32 on the CPU, of all ranks; prices of one of these images."""
+    """confidences [n, E] f32 on the CPU, of all ranks; sizes of the batches they came in; prices of one image."""
 
     confidences: Tensor
+    sizes: tuple[int, ...]
     prices: Prices
+
+    def spent(self, until: Thresholds) -> float:
+        """Mean MACs of these images in these batches under `early_exit`, images that are carried along included."""
+        floors = torch.tensor([inf if threshold is None else threshold for threshold in (*until, 0.0)])
+        taken = (self.confidences >= floors).int().argmax(1)  # [n], from 0
+        total = 0
+        for batch in torch.split(taken, list(self.sizes)):
+            rows, staying = len(batch), len(batch)
+            leaving = batch.bincount(minlength=len(floors)).tolist()
+            for number, floor in enumerate(floors.tolist()):
+                total += rows * self.prices.blocks[number]
+                if floor == inf:
+                    continue
+                total += rows * self.prices.classifiers[number]
+                staying -= leaving[number]
+                if staying == 0:
+                    break
+                rows = min(rows, batch_of(staying))
+        return total / len(taken)
 
 
 @dataclass(frozen=True)
@@ -153,7 +173,8 @@ class Anytime:
 class Budget:
     """Images leave at the first exit that is confident enough, so that they cost `budget` MACs in the mean.
 
-    budget above 1: MACs per image; else a share of all the net's. The thresholds are fitted on held-out images.
+    budget above 1: MACs per image; else a share of all the net's. The thresholds are fitted on held-out images, in
+    batches as large as they come in; the released code's budget counts none of the images that a batch carries along.
     """
 
     budget: float
@@ -171,11 +192,16 @@ class Budget:
         assert isinstance(net, Ranet)
         held_out = self.shared.collect(net, batches)
         prices = held_out.prices.cumulative
-        log_q = solve(self._macs(prices), prices)
-        fitted = thresholds(held_out.confidences, shares(log_q, self.num_exits))
+
+        def fit(log_q: float) -> list[float | None]:
+            return thresholds(held_out.confidences, shares(log_q, self.num_exits))
+
+        macs = self._macs(prices)
+        log_q = lowered(solve(macs, prices), macs, lambda log_q: held_out.spent(fit(log_q)))
+        fitted = fit(log_q)
         found = {
             "q": exp(min(log_q, 700.0)),
-            "expected_macs": expected(log_q, prices),
+            "expected_macs": held_out.spent(fitted),
             "num_images": len(held_out.confidences),
         }
         return replace(self, thresholds=tuple(fitted), found=found)
@@ -280,18 +306,21 @@ def _facts(net: Ranet, taken: Tensor) -> dict[str, Tensor]:
 
 def _collect(net: Ranet, batches: Iterable[tuple[Tensor, Tensor]]) -> HeldOut:
     found: list[Tensor] = []
+    sizes: list[int] = []
     shape: tuple[int, ...] = ()
     with torch.no_grad():
         for images, _ in batches:
             found.append(confidence(net(images).exits).cpu())
+            sizes.append(len(images))
             shape = tuple(images.shape[1:])
     mine = torch.cat(found).numpy() if found else None
-    gathered = [share for share in ranks.gather((mine, shape)) if share[0] is not None]
+    gathered = [share for share in ranks.gather((mine, sizes, shape)) if share[0] is not None]
     if not gathered:
         raise ConfigError("there is no held-out image to fit thresholds on; set data.held_out, e.g. 0.1")
     weight = next(net.parameters())
-    example = torch.zeros((1, *gathered[0][1]), device=weight.device, dtype=weight.dtype)
-    return HeldOut(torch.cat([torch.from_numpy(share[0]) for share in gathered]), measure(net, example))
+    example = torch.zeros((1, *gathered[0][2]), device=weight.device, dtype=weight.dtype)
+    confidences = torch.cat([torch.from_numpy(share[0]) for share in gathered])
+    return HeldOut(confidences, tuple(size for share in gathered for size in share[1]), measure(net, example))
 
 
 def _versions(net: nn.Module) -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.blocks import conv_bn, he_fan_out
+from pipeline.blocks import conv_bn, he_fan_out, take
 from pipeline.errors import ConfigError
 from pipeline.families.ranet.config import BlockPlan, RanetConfig
 
@@ -70,7 +70,7 @@ class Features:
         if rows is not self.rows:
             assert rows is not None
             where = rows if self.rows is None else torch.searchsorted(self.rows, rows)
-            self._held = [tensor.index_select(0, where) for tensor in self._held]
+            self._held = [take(tensor, where) for tensor in self._held]
             self.rows = rows
 
 
@@ -211,7 +211,7 @@ class Walk:
         """Goes on with those images alone that stand at `places` (rising) of the present ones."""
         self.rows = places if self.rows is None else self.rows[places]
         if self._blocks:
-            self._x = self._x.index_select(0, places)
+            self._x = take(self._x, places)
 
     def held(self) -> list[Tensor]:
         """The tensors held for later blocks."""
