@@ -97,7 +97,7 @@ def _start(compute: ComputeConfig) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise _unreachable(compute, error) from None
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if at_term is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, at_term)
 
 

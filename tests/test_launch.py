@@ -229,7 +229,7 @@ def test_a_run_starts_from_the_weights_of_another(images: Path, alone: Path, tmp
     for name, value in load_file(alone / "checkpoints" / "step-00000040" / "net.safetensors").items():
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(theirs[name], value)
-    gone = f"training.start_from={tmp_path}/gone"
+    gone = f"training.start_from={tmp_path}/gone/{alone.name}"
     assert launch.train(recipe(images, *here, gone), tmp_path / "run").finished  # they were needed at the start alone
     with pytest.raises(ConfigError, match=r"do not fit the net: of another shape: fc\.weight|not used"):
         start = f"training.start_from={alone}/checkpoints/step-00000040/net.safetensors"
