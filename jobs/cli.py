@@ -26,7 +26,7 @@ VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "bench": "Our speed as a ratio to a named peer's, in one run.",
 }
 
-INTERRUPTED = 130  # the exit status after a second Ctrl-C
+INTERRUPTED = 130  # the exit status where Ctrl-C left something unfinished
 
 EXAMPLES = """Examples:
 

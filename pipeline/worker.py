@@ -168,7 +168,7 @@ class Run:
         config, training = self.config, self.config.training
         apart = optim.parameters_apart(current.optimizers)
         forward, remarks = step.wrap(current.net, training, self.device, apart)
-        largest_px = max(config.data.side_px, *(side for _, side in config.data.side_schedule), 0)
+        largest_px = max([config.data.side_px, *(side for _, side in config.data.side_schedule)])
         return Task(
             family=self.family,
             config=config.family,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from jobs import cli, tables
+from jobs import cli, tables, train
 from pipeline.data.toy import make
 from pipeline.family import Report
 
@@ -89,3 +91,31 @@ def test_a_latency_on_cores_that_others_held_is_called_doubtful() -> None:
 
 def _report(entry: dict[str, object]) -> Report:
     return Report("a", 1, 1.0, None, 0.0, 1.0, 1.0, 1.0, latency=[entry])
+
+
+def test_what_lies_beside_runs_is_passed_over_and_a_wrong_name_is_not(say, tmp_path: Path) -> None:
+    for name in ("run", "mlartifacts"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("recipe: {}")
+    code, text = say("runs", "sync", *map(str, (tmp_path / "run", tmp_path / "mlartifacts", tmp_path / "typo")))
+    assert code == 2
+    assert f"{tmp_path}/mlartifacts: no run folder, passed over" in text
+    assert f"{tmp_path}/typo: " in text.partition("adaptnet: ")[2]
+    code, text = say("runs", "sync", str(tmp_path / "mlartifacts"))
+    assert code == 2 and "passed over" not in text
+
+
+def test_ctrl_c_that_is_ignored_stays_so_and_a_second_one_leaves_at_once(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with train._stop_on_signals(tmp_path):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not (tmp_path / "stop").exists()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt), train._stop_on_signals(tmp_path) as asked:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert (tmp_path / "stop").exists() and asked == {signal.SIGINT}
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

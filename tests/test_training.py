@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +18,16 @@ import two_ranks
 from torch import Tensor, nn
 
 from pipeline import ranks
+from pipeline.config import validate
 from pipeline.data.config import DataConfig
 from pipeline.data.dali import EvalBatch
 from pipeline.errors import ConfigError, ContractError, DivergedError
-from pipeline.family import Params, Prediction
+from pipeline.family import Params, Prediction, find
 from pipeline.training import checkpoint, loop, optim, state
 from pipeline.training.config import ScheduleConfig
-from pipeline.training.evaluate import Evaluator, evaluate
+from pipeline.training.evaluate import Evaluator, _waited_s, evaluate
 from pipeline.training.loop import train
+from pipeline.training.state import TrainState
 from pipeline.training.step import Meter, num_micros, smooth, train_step
 
 
@@ -206,6 +212,25 @@ def test_minutes_are_a_span_for_logging_too(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_moments_that_were_saved_lie_in_memory_as_their_weights_do(tmp_path: Path, kind: str) -> None:
+    settings = tiny.training(optimizer=optim.OptimizerConfig(kind=kind))
+    baseline = find("baseline")
+    config = validate(baseline.config, {"name": "baseline", "net": "cifar_resnet", "depth": 8}, "family")
+
+    def fresh() -> TrainState:
+        return state.fresh(baseline, config, settings, num_classes=3, seed=1, device=tiny.CPU, channels_last=True)
+
+    old, new = fresh(), fresh()
+    torch.autograd.backward(old.net(torch.randn(2, 3, 8, 8)).logits.sum())
+    old.optimizers["main"].step()
+    tiny.Recorder(tmp_path).save(old, wait=True)
+    state.restore(new, checkpoint.read(tmp_path / "step-00000000"))
+    found = [(p, m) for p, kept in new.optimizers["main"].state.items() for m in kept.values() if m.dim() == 4]
+    assert found and all(moment.stride() == parameter.stride() for parameter, moment in found)
+    assert any(parameter.stride()[1] == 1 for parameter, _ in found)  # channels_last in truth
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_a_setting_that_may_change_takes_hold_and_the_moments_stay(kind: str) -> None:
     before = tiny.training(optimizer=optim.OptimizerConfig(kind=kind, lr=0.1, weight_decay=0.01))
     after = tiny.training(optimizer=optim.OptimizerConfig(kind=kind, lr=0.02, weight_decay=0.3))
@@ -291,3 +316,23 @@ def test_shards_partition_any_length() -> None:
         for world in (1, 2, 3, 7):
             covered = [i for rank in range(world) for i in range(length)[ranks.shard(length, rank, world)]]
             assert covered == list(range(length))
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/schedstat").exists(), reason="this system does not say how long threads waited"
+)
+def test_threads_that_share_a_core_have_waited_for_it() -> None:
+    cores = os.sched_getaffinity(0)
+    work = [threading.Thread(target=lambda: hashlib.sha256(bytes(200_000_000))) for _ in range(3)]
+    before = _waited_s()
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        for thread in work:
+            thread.start()
+        time.sleep(0.2)
+        while_they_ran = _waited_s() - before
+    finally:
+        os.sched_setaffinity(0, cores)
+        for thread in work:
+            thread.join()
+    assert while_they_ran > 0.1  # of three threads' 0.2 s, two thirds

@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import log
 from statistics import median
 
@@ -17,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import cost
-from pipeline.bench.rows import interleave
+from pipeline.bench.rows import chosen, interleave, on_threads
 from pipeline.config import validate
-from pipeline.errors import ConfigError
 from pipeline.families import arrn, baseline, convnet_aig, ranet, shape_adaptor
 from pipeline.families.arrn.inference import AtResolution
 from pipeline.families.convnet_aig.inference import Gates
@@ -30,7 +30,6 @@ from pipeline.families.ranet.model import Classifier, Ranet
 from pipeline.families.shape_adaptor.bodies import Adaptor, Cells, resized
 from pipeline.families.shape_adaptor.inference import freeze
 from pipeline.family import Family
-from pipeline.training.memory import keep_freed_memory
 
 CLASSES = 10
 SHORTEST_S = 0.3  # a turn lasts as long at least
@@ -68,20 +67,9 @@ class Cut:
 
 def inference(kinds: Sequence[str] | None = None, *, rounds: int = 7, threads: int | None = None) -> Iterator[Cut]:
     """Every pair of the families in `kinds` (default: all), on `threads` (default: as many as torch takes)."""
-    unknown = [kind for kind in kinds or () if kind not in PAIRS]
-    if unknown:
-        raise ConfigError(f"bench inference: {', '.join(unknown)} is not known; known: {', '.join(PAIRS)}")
-    keep_freed_memory()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        for kind in kinds or PAIRS:
-            with torch.inference_mode():
-                pairs = PAIRS[kind]()
-                while (pair := next(pairs, None)) is not None:
-                    yield _timed(pair, rounds)
-    finally:
-        torch.set_num_threads(before)
+    for kind in chosen("inference", kinds, PAIRS):
+        with on_threads(threads), torch.inference_mode():
+            yield from map(partial(_timed, rounds=rounds), PAIRS[kind]())
 
 
 def _timed(pair: Pair, rounds: int) -> Cut:

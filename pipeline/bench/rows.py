@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+
+import torch
+
+from pipeline.errors import ConfigError
+from pipeline.training.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -36,3 +42,23 @@ def compare(found: dict[str, list[float]], ours: str, unit: str = "images/s") ->
         ratio = median(mine / theirs for mine, theirs in zip(found[ours], rates, strict=True))
         rows += [Row(name, median(rates), unit), Row(ours, median(found[ours]), unit, peer=name, ratio=ratio)]
     return rows
+
+
+def chosen(bench: str, asked: Sequence[str] | None, known: Collection[str]) -> Sequence[str]:
+    """What is asked for; all there is where nothing is. Raises ConfigError for what is not known."""
+    unknown = [name for name in asked or () if name not in known]
+    if unknown:
+        raise ConfigError(f"bench {bench}: {', '.join(unknown)} is not known; known: {', '.join(known)}")
+    return asked or list(known)
+
+
+@contextmanager
+def on_threads(count: int | None) -> Iterator[None]:
+    """Torch on `count` CPU threads, None for as many as it takes; memory is kept as in training and evaluation."""
+    keep_freed_memory()
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -18,10 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline import cost, run_config
 from pipeline import family as families
-from pipeline.bench.rows import interleave
+from pipeline.bench.rows import chosen, interleave, on_threads
 from pipeline.bench.step import Setting, batches, fresh, micros, task_of
-from pipeline.errors import ConfigError
-from pipeline.training.memory import keep_freed_memory
 from pipeline.training.step import Meter, train_step
 
 RECIPES: Mapping[
@@ -68,17 +66,9 @@ def training(
     recipes: Sequence[str] | None = None, *, batch_size: int = 64, rounds: int = 5, threads: int | None = None
 ) -> Iterator[Compared]:
     """Each recipe's net (default: a CPU-sized one of each family) against the plain one, on `threads` CPU threads."""
-    unknown = [name for name in recipes or () if name not in RECIPES]
-    if unknown:
-        raise ConfigError(f"bench training: {', '.join(unknown)} is not known; known: {', '.join(RECIPES)}")
-    keep_freed_memory()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        for name in recipes or RECIPES:
+    with on_threads(threads):
+        for name in chosen("training", recipes, RECIPES):
             yield _compared(name, batch_size, rounds)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _compared(recipe: str, batch_size: int, rounds: int) -> Compared:

@@ -491,9 +491,10 @@ def weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     places = [path]
-    with suppress(OSError, ValueError, KeyError):
-        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
-        places += [path / "checkpoints" / name for name in (status["best"],) if name]
+    with suppress(OSError, ValueError):  # a checkpoint has no status, a killed run may have none yet
+        best = json.loads((path / "status.json").read_text(encoding="utf-8")).get("best")
+        if best is not None:
+            places.append(path / "checkpoints" / best)
     for place in places:
         for file in (place / "ema.safetensors", place / "net.safetensors"):
             if file.is_file():

@@ -98,6 +98,13 @@ def to_mapping(state: TrainState) -> dict[str, Any]:
     return mapping
 
 
+def _laid_out(value: Any, parameter: Tensor) -> Any:
+    """A moment in the memory format of its parameter, or every step pays for the difference; others as they are."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def restore(state: TrainState, mapping: Mapping[str, Any]) -> None:
     """Loads what `to_mapping` gave into `state`, in place and strictly.
 
@@ -111,8 +118,6 @@ def restore(state: TrainState, mapping: Mapping[str, Any]) -> None:
         optimizer.load_state_dict(mapping["optimizers"][name])
         for group, ours in zip(optimizer.param_groups, settings, strict=True):
             group.update(ours)
-        for parameter, kept in optimizer.state.items():  # laid out as the weights are, or each step pays for it
-            for key, value in kept.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        for parameter, moments in optimizer.state.items():
+            optimizer.state[parameter] = {key: _laid_out(value, parameter) for key, value in moments.items()}
     state.step, state.images_seen = mapping["step"], mapping["images_seen"]
