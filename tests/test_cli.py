@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from jobs import cli, tables, train
 from pipeline.data.toy import make
 from pipeline.family import Report
+from pipeline.journal import Journal
 
 
 @pytest.fixture
@@ -119,3 +121,15 @@ def test_ctrl_c_that_is_ignored_stays_so_and_a_second_one_leaves_at_once(tmp_pat
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_runs_are_listed_with_their_best_top1(say, tmp_path: Path) -> None:
+    run = tmp_path / "mine"
+    (run / "journal").mkdir(parents=True)
+    (run / "config.yaml").write_text("recipe: {}")
+    with closing(Journal(run / "journal", attempt=1, fence=1)) as journal:
+        for step, top1 in enumerate((0.5, 0.7, 0.6)):
+            journal.metrics(step, {"eval/native/top1": top1, "final/native/top1": 0.9})
+    code, text = say("runs", "list", str(tmp_path))
+    assert code == 0 and text.splitlines()[0].split()[3:6] == ["best", "top-1", "%"]
+    assert "70.00" in text and "mine" in text and "60.00" not in text

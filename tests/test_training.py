@@ -318,9 +318,7 @@ def test_shards_partition_any_length() -> None:
             assert covered == list(range(length))
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/schedstat").exists(), reason="this system does not say how long threads waited"
-)
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not say how long threads waited")
 def test_threads_that_share_a_core_have_waited_for_it() -> None:
     cores = os.sched_getaffinity(0)
     work = [threading.Thread(target=lambda: hashlib.sha256(bytes(200_000_000))) for _ in range(3)]
