@@ -36,9 +36,11 @@ def evaluate(
     uri: Annotated[str | None, typer.Option(help="tracking server of models:/; default runs/mlflow.db")] = None,
 ) -> None:
     from jobs import tables
-    from pipeline import launch
+    from pipeline import evaluations
 
-    done = launch.evaluate(source, overrides or (), data_home=data_home(), policies=policy or None, out=out, uri=uri)
+    done = evaluations.evaluate(
+        source, overrides or (), data_home=data_home(), policies=policy or None, out=out, uri=uri
+    )
     typer.echo(f"{done.what} on {done.root} (step {done.step})")
     typer.echo(tables.of_reports(done.reports))
     for report in done.reports if facts else ():

@@ -16,10 +16,12 @@ from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.figures import Figure
 
 
 class FamilyConfig(Config):
@@ -107,6 +109,36 @@ class Report:
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
 
+Curves = Mapping[str, Sequence[tuple[int, float]]]  # key: its (step, value), steps rising
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A trained net with one stored evaluation: what is compared, chosen from and drawn.
+
+    name is unique among those that are shown together. details(policy) gives the arrays by image that were stored
+    with it (rows of the split, labels, predicted, rank_of_truth, confidence, macs, facts.<name>, each [N] or [N, n]),
+    None where only the reports are at hand. curves() gives what training logged; empty where the run's folder is not
+    at hand. attacked holds evaluations of the same net on the same images under attack, by the attack's name.
+    superclasses {name: classes} groups the classes where the user gave a grouping.
+    """
+
+    name: str
+    family: str
+    config: FamilyConfig
+    recipe: Mapping[str, Any]  # RunConfig
+    classes: tuple[str, ...]
+    data: str  # identity of the evaluated split
+    side_px: int  # of the evaluated images
+    step: int
+    parameters: int
+    reports: Sequence[Report]
+    details: Callable[[str], Mapping[str, NDArray[Any]] | None] = lambda policy: None
+    curves: Callable[[], Curves] = dict
+    attacked: Mapping[str, Sequence[Report]] = field(default_factory=dict)
+    superclasses: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
 @runtime_checkable
 class Policy(Protocol):
     """One way to run a trained net, e.g. "gates-hard", "exit-3", "160px"."""
@@ -160,6 +192,11 @@ class Family:
                                      smaller net's of ours); returns the net's names that keep their initial values;
                                      raises ConfigError listing tensors that fit nowhere; strict and ours by default
     remarks(config, side_px)      -> sentences on what training on images of at most side_px leaves unused
+    figures(mine, others)         -> the family's own pictures of its trained nets `mine`; `others` are those of other
+                                     families that are shown beside them, to be compared with
+    static(config, net, reports)  -> {name: images -> module} of the ways to run the net that do the same whatever the
+                                     images hold: the module takes images of the given size [B, 3, H, W] and returns
+                                     logits [B, K], and torch.export can trace it; reports are the stored ones
     """
 
     config: type[FamilyConfig]
@@ -170,6 +207,10 @@ class Family:
     policies: Callable[[Any, nn.Module], Sequence[Policy]]
     adopt: Callable[[Any, nn.Module, Mapping[str, Tensor]], Sequence[str]] = lambda _, net, tensors: load(net, tensors)
     remarks: Callable[[Any, int], Sequence[str]] = lambda _, side_px: ()
+    figures: Callable[[Sequence[Evaluated], Sequence[Evaluated]], Sequence[Figure]] = lambda mine, others: ()
+    static: Callable[[Any, nn.Module, Sequence[Report]], Mapping[str, Callable[[Tensor], nn.Module]]] = (
+        lambda _, net, reports: {}
+    )
 
 
 def load(net: nn.Module, tensors: Mapping[str, Tensor], keep: Callable[[str], bool] = lambda name: False) -> list[str]:

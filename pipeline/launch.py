@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from pipeline import config as configs
 from pipeline.data.index import Splits, open_splits
 from pipeline.data.store import Progress
 from pipeline.data.stream import Stream
-from pipeline.errors import AdaptNetError, ConfigError, DataError, ResourceError
+from pipeline.errors import AdaptNetError, ConfigError, ResourceError
 from pipeline.family import Report
 from pipeline.lease import Lease
 from pipeline.provenance import without_secrets
@@ -128,10 +127,10 @@ def _check_place(run_dir: Path) -> None:
 def _check(config: RunConfig) -> None:
     """What can be refused before anything is started."""
     if config.compute.address is None:
-        _check_device(config.compute)
+        check_device(config.compute)
 
 
-def _check_device(compute: ComputeConfig) -> None:
+def check_device(compute: ComputeConfig) -> None:
     import torch
 
     if compute.device == "cuda" and not torch.cuda.is_available():
@@ -249,72 +248,3 @@ def conclude(config: RunConfig, run_dir: Path, shipper: Shipper) -> Result:
         tracking_uri=without_secrets(shipper.uri),
         version=version.reference if version else None,
     )
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` found, and where it is stored."""
-
-    what: str
-    root: Path
-    step: int
-    classes: tuple[str, ...]
-    reports: Sequence[Report]
-    folder: Path
-
-
-def evaluate(
-    source: str,
-    overrides: Sequence[str] = (),
-    *,
-    data_home: str | None = None,
-    policies: Sequence[str] | None = None,
-    out: Path | None = None,
-    uri: str | None = None,
-) -> Evaluation:
-    """Runs the trained net `source` on the val split under its policies, in this process, and stores the reports.
-
-    source is a run's folder, a checkpoint's, or `models:/NAME@ALIAS`; overrides change its recipe, e.g. data.root.
-    Raises ConfigError where the images' classes are not the net's, or an override changes nothing here.
-    """
-    for override in overrides:
-        _check_evaluates(override)
-    folder = registry.resolve(source, uri)
-    model = registry.describe(folder)
-    nested = reduce(configs.merge, map(configs.parse_override, overrides), dict(model.recipe))
-    config = run_config.from_mapping(configs.interpolate(nested, {"data_home": data_home}), f"recipe of {source}")
-    config = absolute(config)
-    _check_device(config.compute)
-    splits = open_splits(config.data, config.seed)
-    if splits.val.classes != model.classes:
-        raise ConfigError(
-            f"data.root (={config.data.root}): its {len(splits.val.classes)} classes "
-            f"({', '.join(splits.val.classes[:5])} ...) are not the net's {len(model.classes)} "
-            f"({', '.join(model.classes[:5])} ...)"
-        )
-    if len(splits.val) == 0:
-        raise DataError(f"data.root (={config.data.root}): it has no val split to evaluate on")
-    part = f"-{'+'.join(policies)}" if policies else ""  # a part never replaces the whole
-    home = out or _home(source, f"{config.data.root.name}-{splits.val.identity}{part}", model.step)
-    known = model.card.get("reports", ())
-    reports = worker.assess(config, model.weights, splits, policies, home, known)
-    about = {"source": source, "step": model.step, "data": splits.val.identity, "root": str(config.data.root)}
-    worker.write_json(home / "about.json", about)
-    return Evaluation(source, config.data.root, model.step, model.classes, reports, home)
-
-
-def _check_evaluates(override: str) -> None:
-    key = override.partition("=")[0]
-    used = ("family.", "data.", "evaluation.", "compute.", "training.precision", "training.channels_last", "seed")
-    if not key.startswith(used):
-        raise ConfigError(f"override {override!r}: an evaluation does not use {key}; it uses {', '.join(used)}")
-
-
-def _home(source: str, name: str, step: int) -> Path:
-    """Where an evaluation is stored: in the run's folder, a checkpoint's apart from the run's own; else beside runs."""
-    if (Path(source) / "config.yaml").is_file():
-        return Path(source) / "evaluations" / name
-    runs = [parent for parent in Path(source).absolute().parents if (parent / "config.yaml").is_file()]
-    if Path(source).exists() and runs:
-        return runs[0] / "evaluations" / f"{checkpoint.name_of(step)}-{name}"
-    return Path("runs") / "evaluations" / source.replace("models:/", "").replace("/", "-") / name

@@ -14,11 +14,11 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 # A module imports what stands left of its own place.
-ORDER = """errors | config | ranks cost | data | family | blocks | families | training | frontier |
+ORDER = """errors | config | ranks cost figures | data | family | blocks | families | training | frontier |
 robustness export report | journal provenance | lease | tracking | registry | run_config |
-worker | cluster | launch | importing | plan | bench | tuning | jobs"""
+worker | cluster | launch | evaluations importing | plan | bench | tuning | jobs"""
 PLACE = {name: place for place, names in enumerate(ORDER.split("|")) for name in names.split()}
-FAMILY_MAY = {"errors", "config", "ranks", "cost", "family", "blocks"}
+FAMILY_MAY = {"errors", "config", "ranks", "cost", "figures", "family", "blocks"}
 FAMILY_MAY_OUTSIDE = {"torch", "torchvision", "numpy", "pydantic", *sys.stdlib_module_names}
 DOORS = {  # what only these modules import; a benchmark also calls the peers that it measures
     "nvidia": {"pipeline.data.dali", "pipeline.bench"},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import importing, launch, registry, run_config
+from pipeline import evaluations, importing, registry, run_config
 from pipeline.data.toy import make
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.families.baseline import FAMILY as BASELINE
@@ -39,7 +39,7 @@ def test_an_import_is_a_finished_run_that_evaluates_and_registers(images: Path, 
     done = importing.import_weights(config, tmp_path / "model.pth.tar", tmp_path / "runs" / "foreign")
     assert done.result.finished and done.num_tensors == len(tensors) and list(done.kept) == []
     assert done.result.version == "models:/foreign/1"
-    again = launch.evaluate(str(tmp_path / "runs" / "foreign"), ["evaluation.latency_repeats=0"])
+    again = evaluations.evaluate(str(tmp_path / "runs" / "foreign"), ["evaluation.latency_repeats=0"])
     assert [r.top1 for r in again.reports] == [r.top1 for r in done.result.reports]
     model = registry.load_model(registry.resolve("models:/foreign/1", f"sqlite:///{tmp_path}/runs/mlflow.db"))
     for name, value in model.net.state_dict().items():

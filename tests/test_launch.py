@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import journal, launch, run_config
+from pipeline import evaluations, journal, launch, run_config
 from pipeline.data import toy
 from pipeline.errors import CheckpointError, ConfigError, DataError, DivergedError, ResourceError
 from pipeline.run_config import RunConfig
@@ -278,26 +278,26 @@ def test_the_command_prints_user_errors_without_a_traceback_and_exits_2(tmp_path
 
 
 def test_a_run_is_evaluated_from_its_folder_and_from_a_checkpoint(alone: Path, tmp_path: Path) -> None:
-    first = launch.evaluate(str(alone), ["evaluation.latency_repeats=0"], out=tmp_path / "a")
-    again = launch.evaluate(
+    first = evaluations.evaluate(str(alone), ["evaluation.latency_repeats=0"], out=tmp_path / "a")
+    again = evaluations.evaluate(
         str(alone / "checkpoints" / "step-00000040"),
         ["evaluation.batch_size=7"],
         policies=["gates-hard"],
         out=tmp_path / "b",
     )
-    part = launch.evaluate(str(alone), ["evaluation.latency_repeats=0"], policies=["gates-hard"])
-    whole = launch.evaluate(str(alone), ["evaluation.latency_repeats=0"])
+    part = evaluations.evaluate(str(alone), ["evaluation.latency_repeats=0"], policies=["gates-hard"])
+    whole = evaluations.evaluate(str(alone), ["evaluation.latency_repeats=0"])
     assert part.folder.parent == whole.folder.parent and part.folder != whole.folder  # nothing is replaced by less
-    early = launch.evaluate(str(alone / "checkpoints" / "step-00000040"), ["evaluation.latency_repeats=0"])
+    early = evaluations.evaluate(str(alone / "checkpoints" / "step-00000040"), ["evaluation.latency_repeats=0"])
     assert early.folder.name == f"step-00000040-{whole.folder.name}"  # nor by another checkpoint's
     stored = json.loads((alone / "evaluations" / "final" / "reports.json").read_text())
     assert [report.policy for report in first.reports] == [report["policy"] for report in stored]
     assert first.reports[0].num_images == 80
     assert [report.policy for report in again.reports] == ["gates-hard"]
     with pytest.raises(ConfigError, match="this net has: gates-hard"):
-        launch.evaluate(str(alone), policies=["gates-soft"], out=tmp_path / "c")
+        evaluations.evaluate(str(alone), policies=["gates-soft"], out=tmp_path / "c")
     with pytest.raises(ConfigError, match=r"compute\.device \(=cuda\): torch sees no GPU here"):
-        launch.evaluate(str(alone), ["compute.device=cuda"], out=tmp_path / "d")
+        evaluations.evaluate(str(alone), ["compute.device=cuda"], out=tmp_path / "d")
 
 
 def test_every_size_that_an_elastic_run_may_have_is_looked_at_first(images: Path, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ card.json (what it is, with the weights' checksum and the figures of each policy
 is that folder inside an MLflow model made from code: nothing is pickled, and the code that ran the net goes along.
 """
 
-from pipeline.registry.finding import Version, address, lookup, resolve, versions
+from pipeline.registry.finding import RUNS, Version, address, lookup, resolve, run_folder, versions
 from pipeline.registry.model import Answers, LoadedModel, Trained, describe, load_model, predict, write_model_folder
 from pipeline.registry.publishing import conclude, publish, publish_run, register_late
 
 __all__ = [
+    "RUNS",
     "Answers",
     "LoadedModel",
     "Trained",
@@ -24,6 +25,7 @@ __all__ = [
     "publish_run",
     "register_late",
     "resolve",
+    "run_folder",
     "versions",
     "write_model_folder",
 ]

@@ -19,7 +19,7 @@ from pipeline.provenance import without_secrets
 from pipeline.registry.model import CARD
 from pipeline.tracking import connect, recipe_of, resolve_uri
 from pipeline.tracking.address import database_file, failures, reason_of
-from pipeline.tracking.carrier import status_of
+from pipeline.tracking.carrier import Ledger, status_of
 from pipeline.training import checkpoint
 from pipeline.training.config import CheckpointConfig
 
@@ -90,6 +90,17 @@ def lookup(reference: str, uri: str) -> Version:
         there = [f"{v.version}{''.join(f' @{alias}' for alias in v.aliases)}" for v in found]
         raise ConfigError(f"{reference}: no such version or alias; {match['name']} has: {', '.join(there) or 'none'}")
     return wanted[0]
+
+
+def run_folder(version: Version, uri: str) -> Path | None:
+    """The folder of the run that a version came from, if it is on this machine and still that run's."""
+    if version.run_id is None:
+        return None
+    with asking(uri) as client:
+        tags = client.get_run(version.run_id).data.tags
+    folder = Path(tags.get("adaptnet.run_dir", ""))
+    here = (folder / "config.yaml").is_file() and Ledger.peek(folder).run_id == version.run_id
+    return folder if here else None
 
 
 def address(uri: str | None) -> str:

@@ -44,9 +44,12 @@ FIGURES = (
 )
 
 
-def write_model_folder(source: Path, reports: Sequence[Report], destination: Path) -> Path:
+def write_model_folder(
+    source: Path, reports: Sequence[Report], destination: Path, *, evaluated_on: str | None = None
+) -> Path:
     """Writes the net of a checkpoint's folder as a model's folder, whole or not at all. Returns `destination`.
 
+    evaluated_on is the identity of the images that the reports are of.
     Raises CheckpointError where the checkpoint is damaged, ResourceError where the folder cannot be written.
     """
     checkpoint.verify(source)
@@ -58,7 +61,8 @@ def write_model_folder(source: Path, reports: Sequence[Report], destination: Pat
         (aside / RECIPE).write_text(configs.dump_yaml(meta["recipe"]), encoding="utf-8")
         whole = [asdict(report) for report in reports]
         (aside / "reports" / "reports.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        (aside / CARD).write_text(json.dumps(_card(meta, whole, aside / WEIGHTS), indent=1), encoding="utf-8")
+        card = {**_card(meta, whole, aside / WEIGHTS), "evaluated_on": evaluated_on}
+        (aside / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
         os.rename(aside, destination)
     except OSError as error:
         raise ResourceError(f"{destination}: the model cannot be written there ({error.strerror})") from None

@@ -33,7 +33,14 @@ REQUIREMENTS = (
 
 
 def publish(
-    source: Path, reports: Sequence[Report], name: str, *, run_id: str, uri: str, alias: str = CANDIDATE
+    source: Path,
+    reports: Sequence[Report],
+    name: str,
+    *,
+    run_id: str,
+    uri: str,
+    alias: str = CANDIDATE,
+    evaluated_on: str | None = None,
 ) -> Version:
     """Registers the net of a checkpoint's folder as a new version of `name`, and points `alias` at it.
 
@@ -53,7 +60,7 @@ def publish(
         else:
             _make_name(client, name)
             place = f"models/{checkpoint.name_of(meta['step'])}-{sha256[:8]}"
-            _upload(client, source, reports, run_id, place)
+            _upload(client, source, reports, run_id, place, evaluated_on)
             tags = same | _version_tags(meta, reports)
             made = version_of(
                 client.create_model_version(
@@ -80,10 +87,12 @@ def _make_name(client: Any, name: str) -> None:
             raise
 
 
-def _upload(client: Any, source: Path, reports: Sequence[Report], run_id: str, place: str) -> None:
+def _upload(
+    client: Any, source: Path, reports: Sequence[Report], run_id: str, place: str, evaluated_on: str | None
+) -> None:
     """Puts the MLflow model of a checkpoint among the run's artifacts; equal files if it is done again."""
     with tempfile.TemporaryDirectory(prefix="adaptnet-publish-") as scratch:
-        folder = write_model_folder(source, reports, Path(scratch) / "model")
+        folder = write_model_folder(source, reports, Path(scratch) / "model", evaluated_on=evaluated_on)
         save_mlflow_model(folder, Path(scratch) / "mlflow")
         client.log_artifacts(run_id, str(Path(scratch) / "mlflow"), place)
 
@@ -156,7 +165,10 @@ def publish_run(run_dir: Path, name: str, *, run_id: str, uri: str) -> Version |
         return None
     section = configs.validate(CheckpointConfig, recipe_of(run_dir).get("checkpoint", {}), f"{run_dir}: recipe")
     storage = checkpoint.open_storage(section, run_dir)
-    return publish(storage.fetch(status["best"]), load_reports(run_dir / FINAL), name, run_id=run_id, uri=uri)
+    home = run_dir / FINAL
+    about = json.loads((home / "about.json").read_text(encoding="utf-8")) if (home / "about.json").is_file() else {}
+    best = storage.fetch(status["best"])
+    return publish(best, load_reports(home), name, run_id=run_id, uri=uri, evaluated_on=about.get("data"))
 
 
 def register_late(run_dir: Path, uri: str | None = None) -> Version | None:

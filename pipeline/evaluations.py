@@ -1,0 +1,268 @@
+"""Evaluations of trained nets: made on any images, stored, and found again for whoever compares, draws or chooses.
+
+An evaluation is a folder: reports.json, per-image arrays `<policy>.npz`, and about.json with source, step, data (the
+split's identity), root, policies (null: all), attack (null: none). A run keeps its own in RUN/evaluations, `final` the
+one after training; those of a registry version lie in runs/evaluations/NAME-VERSION.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import config as configs
+from pipeline import family as families
+from pipeline import journal, registry, run_config, worker
+from pipeline.data.config import DataConfig
+from pipeline.data.index import open_splits
+from pipeline.errors import ConfigError, DataError
+from pipeline.family import Curves, Evaluated, Report
+from pipeline.launch import absolute, check_device
+from pipeline.registry import Trained
+from pipeline.training import checkpoint
+from pipeline.training.evaluate import load_reports
+
+EVALUATIONS, ABOUT = "evaluations", "about.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found, and where it is stored."""
+
+    what: str
+    root: Path
+    step: int
+    classes: tuple[str, ...]
+    reports: Sequence[Report]
+    folder: Path
+
+
+def evaluate(
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    data_home: str | None = None,
+    policies: Sequence[str] | None = None,
+    out: Path | None = None,
+    uri: str | None = None,
+) -> Evaluation:
+    """Runs the trained net `source` on the val split under its policies, in this process, and stores the reports.
+
+    source is a run's folder, a checkpoint's, or `models:/NAME@ALIAS`; overrides change its recipe, e.g. data.root.
+    Raises ConfigError where the images' classes are not the net's, or an override changes nothing here.
+    """
+    for override in overrides:
+        _check_evaluates(override)
+    folder = registry.resolve(source, uri)
+    model = registry.describe(folder)
+    nested = reduce(configs.merge, map(configs.parse_override, overrides), dict(model.recipe))
+    config = run_config.from_mapping(configs.interpolate(nested, {"data_home": data_home}), f"recipe of {source}")
+    config = absolute(config)
+    check_device(config.compute)
+    splits = open_splits(config.data, config.seed)
+    if splits.val.classes != model.classes:
+        raise ConfigError(
+            f"data.root (={config.data.root}): its {len(splits.val.classes)} classes "
+            f"({', '.join(splits.val.classes[:5])} ...) are not the net's {len(model.classes)} "
+            f"({', '.join(model.classes[:5])} ...)"
+        )
+    if len(splits.val) == 0:
+        raise DataError(f"data.root (={config.data.root}): it has no val split to evaluate on")
+    part = f"-{'+'.join(policies)}" if policies else ""  # a part never replaces the whole
+    home = out or _home(source, f"{config.data.root.name}-{splits.val.identity}{part}", model.step)
+    known = model.card.get("reports", ())
+    reports = worker.assess(config, model.weights, splits, policies, home, known)
+    about = {"source": source, "step": model.step, "data": splits.val.identity, "root": str(config.data.root)}
+    worker.write_json(home / ABOUT, {**about, "policies": policies, "attack": None})
+    return Evaluation(source, config.data.root, model.step, model.classes, reports, home)
+
+
+def _check_evaluates(override: str) -> None:
+    key = override.partition("=")[0]
+    used = ("family.", "data.", "evaluation.", "compute.", "training.precision", "training.channels_last", "seed")
+    if not key.startswith(used):
+        raise ConfigError(f"override {override!r}: an evaluation does not use {key}; it uses {', '.join(used)}")
+
+
+def _home(source: str, name: str, step: int) -> Path:
+    """Where an evaluation is stored: in the run's folder, a checkpoint's apart from the run's own; else beside runs."""
+    if (Path(source) / "config.yaml").is_file():
+        return Path(source) / EVALUATIONS / name
+    runs = [parent for parent in Path(source).absolute().parents if (parent / "config.yaml").is_file()]
+    if Path(source).exists() and runs:
+        return runs[0] / EVALUATIONS / f"{checkpoint.name_of(step)}-{name}"
+    return _outside(source) / name
+
+
+def _outside(source: str) -> Path:
+    """Where evaluations of a registry version lie."""
+    return registry.RUNS / EVALUATIONS / source.replace("models:/", "").replace("/", "-")
+
+
+# ---- found again
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An evaluation on disk: its reports, its folder if there is one, and what about.json says of it."""
+
+    reports: Sequence[Report]
+    folder: Path | None
+    about: Mapping[str, Any]
+
+    @property
+    def data(self) -> str:
+        return str(self.about.get("data"))
+
+    @property
+    def attack(self) -> str | None:
+        return self.about.get("attack")
+
+    def details(self, policy: str) -> Mapping[str, NDArray[Any]] | None:
+        path = self.folder / f"{policy}.npz" if self.folder else None
+        if path is None or not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+
+@dataclass(frozen=True)
+class Net:
+    """A trained net that a user named, with all its stored evaluations, newest first, whole ones before parts."""
+
+    source: str
+    model: Trained
+    run_dir: Path | None  # where it was trained, if that is at hand
+    evaluations: Sequence[Stored]
+
+    @cached_property
+    def config(self) -> families.FamilyConfig:
+        section = self.model.recipe["family"]
+        return configs.validate(families.find(section["name"]).config, section, f"{self.source}: recipe.family")
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many numbers training may change."""
+        net = families.find(self.config.name).build(self.config, len(self.model.classes))
+        return sum(parameter.numel() for parameter in net.parameters())
+
+    def on(self, data: str) -> Stored | None:
+        """The evaluation on these images, without an attack."""
+        return next((found for found in self.evaluations if found.data == data and found.attack is None), None)
+
+    @property
+    def sets(self) -> list[str]:
+        """The images it was evaluated on, without an attack: identities, that of the first evaluation first."""
+        return list(dict.fromkeys(found.data for found in self.evaluations if found.attack is None))
+
+
+def find(source: str, uri: str | None = None) -> Net:
+    """The trained net that `source` names (a run's folder, a checkpoint's, a version) and its stored evaluations.
+
+    Raises ConfigError where none is stored.
+    """
+    folder = registry.resolve(source, uri)
+    model = registry.describe(folder)
+    run_dir = _run_of(source, uri)
+    homes = [run_dir / EVALUATIONS] if run_dir else []
+    homes += [_outside(source)] if source.startswith("models:") else []
+    found = [stored for home in homes for stored in _read_all(home) if stored.about.get("step") == model.step]
+    found.sort(key=lambda stored: (bool(stored.about.get("policies")), -_written(stored)))
+    card = [Report(**report) for report in _reports_inside(folder)]
+    if card:
+        found.append(Stored(card, None, {"data": model.card.get("evaluated_on") or "unknown", "step": model.step}))
+    net = Net(source, model, run_dir, found)
+    if not net.sets:
+        raise ConfigError(f"{source}: no evaluation of it is stored; make one with `adaptnet evaluate {source}`")
+    return net
+
+
+def _run_of(source: str, uri: str | None) -> Path | None:
+    """The run's folder behind a net, if it is on this machine."""
+    if source.startswith("models:"):
+        return registry.run_folder(registry.lookup(source, registry.address(uri)), registry.address(uri))
+    folder = Path(source).absolute()
+    return next((place for place in (folder, *folder.parents) if (place / "config.yaml").is_file()), None)
+
+
+def _read_all(home: Path) -> Iterator[Stored]:
+    for path in sorted(home.glob(f"*/{ABOUT}")):
+        reports = load_reports(path.parent)
+        if reports:
+            yield Stored(reports, path.parent, json.loads(path.read_text(encoding="utf-8")))
+
+
+def _written(stored: Stored) -> float:
+    return (stored.folder / ABOUT).stat().st_mtime if stored.folder else 0.0
+
+
+def _reports_inside(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "reports" / "reports.json"
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return found
+
+
+def together(nets: Sequence[Net]) -> list[Evaluated]:
+    """The nets' evaluations on images that all of them were evaluated on: the first net's newest such.
+
+    Raises ConfigError where there are no such images, or the classes differ.
+    """
+    first = nets[0]
+    for net in nets[1:]:
+        if net.model.classes != first.model.classes:
+            raise ConfigError(
+                f"{net.source} knows {len(net.model.classes)} classes ({', '.join(net.model.classes[:3])} ...), "
+                f"{first.source} {len(first.model.classes)} ({', '.join(first.model.classes[:3])} ...): they answer "
+                "different questions; give nets of the same classes"
+            )
+    shared = [data for data in first.sets if all(data in net.sets for net in nets)]
+    if not shared:
+        sets = "; ".join(f"{net.source} on {', '.join(net.sets)}" for net in nets)
+        raise ConfigError(
+            f"no images that all of these nets were evaluated on: {sets}. Evaluate them on the same ones, e.g. "
+            f"`adaptnet evaluate {nets[-1].source} data.root=FOLDER`"
+        )
+    names = _unique([net.source for net in nets])
+    return [_evaluated(net, name, shared[0]) for net, name in zip(nets, names, strict=True)]
+
+
+def _evaluated(net: Net, name: str, data: str) -> Evaluated:
+    stored = net.on(data)
+    assert stored is not None
+    section = configs.validate(DataConfig, net.model.recipe["data"], f"{net.source}: recipe.data")
+    attacks = {found.attack: found.reports for found in net.evaluations if found.attack and found.data == data}
+    return Evaluated(
+        name=name,
+        family=net.config.name,
+        config=net.config,
+        recipe=net.model.recipe,
+        classes=net.model.classes,
+        data=data,
+        side_px=section.side_for_eval,
+        step=net.model.step,
+        parameters=net.parameters,
+        reports=stored.reports,
+        details=stored.details,
+        curves=_curves(net.run_dir),
+        attacked=attacks,
+    )
+
+
+def _curves(run_dir: Path | None) -> Callable[[], Curves]:
+    return (lambda: journal.curves(run_dir / "journal")) if run_dir else dict
+
+
+def _unique(sources: Sequence[str]) -> list[str]:
+    """Short names: the last part of a path or the version's, the whole source where these clash."""
+    short = [source.removeprefix("models:/").rstrip("/") for source in sources]
+    short = [
+        name if source.startswith("models:") else Path(name).name for name, source in zip(short, sources, strict=True)
+    ]
+    return [source if short.count(name) > 1 else name for name, source in zip(short, sources, strict=True)]
