@@ -20,6 +20,8 @@ from pipeline.errors import AdaptNetError, ConfigError
 VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "train": "Train a recipe, or go on with the run in its folder.",
     "evaluate": "Accuracy, MACs and latency of a trained net under each of its policies.",
+    "compare": "A paired test of two trained nets on the same images, as they are and at equal cost.",
+    "predict": "What is in these images, under the most accurate policy within a budget.",
     "data": "Make, pack, check and describe image sets.",
     "models": "Look trained nets up in the registry.",
     "runs": "List runs and send their journals to the tracking server.",
