@@ -21,6 +21,8 @@ VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "train": "Train a recipe, or go on with the run in its folder.",
     "evaluate": "Accuracy, MACs and latency of a trained net under each of its policies.",
     "compare": "A paired test of two trained nets on the same images, as they are and at equal cost.",
+    "submit": "Run a verb as a job on SLURM, over as many nodes as it is given.",
+    "jobs": "List jobs; show, follow, cancel, requeue or resubmit one.",
     "predict": "What is in these images, under the most accurate policy within a budget.",
     "data": "Make, pack, check and describe image sets.",
     "models": "Look trained nets up in the registry.",
@@ -29,6 +31,7 @@ VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
 }
 
 INTERRUPTED = 130  # the exit status where Ctrl-C left something unfinished
+STOPPED = 75  # where it was asked to save and stop, and the same command goes on
 
 EXAMPLES = """Examples:
 
