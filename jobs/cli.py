@@ -27,6 +27,7 @@ VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "data": "Make, pack, check and describe image sets.",
     "models": "Look trained nets up in the registry.",
     "runs": "List runs and send their journals to the tracking server.",
+    "plan": "What a recipe needs on so many nodes: memory, steps, reading, decoding, saving, time.",
     "bench": "Our speed as a ratio to a named peer's, in one run.",
 }
 
