@@ -36,7 +36,7 @@ class Way:
 
 def figures(mine: Sequence[Evaluated], others: Sequence[Evaluated]) -> list[Figure]:
     ways = [way for net in (*mine, *others) for way in _ways(net)]
-    if not any(way.net.family == "arrn" for way in ways):
+    if not any(way.net in mine for way in ways):
         return []
     named = _names(ways)
     found = [_accuracy(ways, named), _time(ways, named), _macs(ways, named), _totals(ways), _dropout(mine)]

@@ -211,7 +211,7 @@ def _error_against_cost(mine: Sequence[Evaluated], others: Sequence[Evaluated]) 
         series.append(_swept(f"depth {depth}, MACs spent", same, [report.macs_mean for _, report in same]))
         series.append(_swept(f"depth {depth}, share of layers", same, [_by_layers(report) for _, report in same]))
     for net in others:
-        if net.family == "baseline" and net.reports:
+        if net.family == "baseline":
             plain = net.reports[0]
             series.append(Series(net.name, [plain.macs_mean / 1e6], [1 - plain.top1], [net.name], joined=False))
     return Lines(

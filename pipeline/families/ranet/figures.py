@@ -263,7 +263,7 @@ def _gallery(net: Evaluated, report: Report, arrays: Arrays) -> Gallery:
     return Gallery(
         name="ranet-easiest-and-hardest",
         title="Easiest and hardest images",
-        caption="Images that leave at the earliest exits, the surest first, and at the latest, the least sure first: "
-        f"of {report.num_images:,} under {report.policy}, and of the classes whose images differ most.",
+        caption=f"Of {report.num_images:,} images under {report.policy}, and of the classes whose images differ most: "
+        "those that leave at the earliest exits, the surest first, and at the latest, the least sure first.",
         groups=groups,
     )

@@ -56,7 +56,7 @@ def _learned(net: Evaluated) -> tuple[Size, ...] | None:
     """What the adaptors give for the evaluated images, which are square; none in a human net; None if not known."""
     if _config(net).mode == "human":
         return ()
-    found = net.reports[0].facts.get("side_px") if net.reports else None
+    found = net.reports[0].facts.get("side_px")
     return tuple((round(side), round(side)) for side in found) if found else None
 
 
@@ -97,7 +97,7 @@ def _over_training(net: Evaluated, key: str, title: str, what: str, y_label: str
     picture = Lines(
         name=f"shape-adaptor-{key.replace('_', '-')}-over-training",
         title=title,
-        caption=f"{what}; each point is a mean over the training images since the log's point before.",
+        caption=f"{what}; each point is a mean since the log's point before.",
         x_label="",
         y_label=y_label,
         series=(),
@@ -116,7 +116,7 @@ def _against_human(mine: Sequence[Evaluated]) -> Table | None:
         sizes, human = _learned(net), _human(_config(net))
         if sizes is None:
             continue
-        rows.append([net.name, _config(net).mode, *_priced(net, _config(net), sizes), _top1(net)])
+        rows.append([net.name, _config(net).mode, *_priced(net, _config(net), sizes), net.reports[0].top1])
         if layout_of(human) not in given:
             given.add(layout_of(human))
             rows.append([f"{net.name} as designed", "human", *_priced(net, human, ()), None])
@@ -127,7 +127,7 @@ def _against_human(mine: Sequence[Evaluated]) -> Table | None:
         title="Learned shapes against the human design",
         caption=f"What each shape costs for an image of {mine[0].side_px} px, and its top-1 on "
         f"{mine[0].reports[0].num_images:,} images; none where a human design was not among the nets, but only priced. "
-        "Activations are the values that convolutions and adaptors give, which training keeps.",
+        "Activations are the values that convolutions and adaptors give: what the memory of training grows with.",
         columns=["net", "shape", "parameters", "million MACs", "million activations", "last side in pixels", "top-1"],
         rows=rows,
     )
@@ -142,7 +142,3 @@ def _priced(net: Evaluated, config: ShapeConfig, sizes: tuple[Size, ...]) -> lis
         prices.values(image, sizes) / 1e6,
         prices.sides(image, sizes)[-1],
     ]
-
-
-def _top1(net: Evaluated) -> float | None:
-    return net.reports[0].top1 if net.reports else None
