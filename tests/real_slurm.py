@@ -28,17 +28,17 @@ class RealSlurm:
     nodes: list[str]
     spaces: set[str] = field(default_factory=set)  # the namespaces that it made
 
-    def run(self, *command: str | Path, seconds: float = 30) -> str:
+    def run(self, *words: str | Path, seconds: float = 30) -> str:
         """What the command prints; a failure of the test, with its words, where it fails."""
-        done = self.attempt(*command, seconds=seconds)
-        assert done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+        done = self.attempt(*words, seconds=seconds)
+        assert done.returncode == 0, f"{words}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
-    def attempt(self, *command: str | Path, seconds: float = 30) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=seconds, check=False)
+    def attempt(self, *words: str | Path, seconds: float = 30) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=seconds, check=False)
 
     def testcluster(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return testcluster(*words, root=self.root)
+        return command(*words, root=self.root)
 
     def sbatch(self, script: str, *options: str) -> str:
         """Submits a bash script and returns the job's id; its output goes nowhere unless an option says so."""
@@ -84,7 +84,7 @@ def real_slurm(mode: str, *options: str) -> Iterator[RealSlurm]:
     """A cluster of that mode, in a short folder; skips where SLURM is missing; fails where down leaves anything."""
     root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     root.chmod(0o755)
-    began = testcluster("up", "--mode", mode, *options, root=root)
+    began = command("up", "--mode", mode, *options, root=root)
     if began.returncode == 2:
         root.rmdir()
         pytest.skip(began.stderr.strip())
@@ -100,14 +100,15 @@ def real_slurm(mode: str, *options: str) -> Iterator[RealSlurm]:
         assert not residue(root, cluster.spaces)
 
 
-def testcluster(*words: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TESTCLUSTER), *words, "--root", str(root)]
-    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False)
+def command(*words: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """infra/slurm/testcluster with these words."""
+    line = [sys.executable, str(TESTCLUSTER), *words, "--root", str(root)]
+    return subprocess.run(line, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False)
 
 
 def environment(root: Path) -> dict[str, str]:
     """Ours without another SLURM's variables, and what `testcluster env` prints."""
-    printed = testcluster("env", root=root).stdout
+    printed = command("env", root=root).stdout
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SRUN"))}
     return {**plain, **dict(re.findall(r"^export (\w+)=(.*)$", printed, re.MULTILINE))}
 
@@ -126,7 +127,7 @@ def processes(words: str) -> list[Path]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             text = (process / "environ").read_bytes() + b"\0" + (process / "cmdline").read_bytes()
-            if words.encode() in text and process.name != str(os.getpid()):
+            if words.encode() in text.replace(b"\0", b" ") and process.name != str(os.getpid()):
                 found.append(process)
     return found
 

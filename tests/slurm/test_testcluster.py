@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_slurm import TESTCLUSTER, RealSlurm, environment, processes, real_slurm, residue, spaces, testcluster, until
+from real_slurm import TESTCLUSTER, RealSlurm, command, environment, processes, real_slurm, residue, spaces, until
 
 pytestmark = pytest.mark.slurm
 REPOSITORY = TESTCLUSTER.parents[2]
@@ -31,14 +31,15 @@ for _ in range(50):
         break
     except OSError:
         time.sleep(0.1)
-print("connected", flush=True)
+said = open(sys.argv[1], "a", buffering=1)
+print("connected", file=said)
 client.settimeout(6)
 try:
-    print("closed" if not client.recv(1) else "data", flush=True)
+    print("closed" if not client.recv(1) else "data", file=said)
 except TimeoutError:
-    print("silence", flush=True)
+    print("silence", file=said)
 except OSError as error:
-    print(error, flush=True)
+    print(error, file=said)
 time.sleep(600)
 """
 
@@ -50,7 +51,7 @@ def root() -> Iterator[Path]:
     path.rmdir()
     yield path
     left = residue(path)
-    testcluster("down", root=path)
+    command("down", root=path)
     assert not left
 
 
@@ -87,8 +88,11 @@ def test_what_requeue_and_preemption_rest_on_is_configured(cluster: RealSlurm) -
     assert int(found["KillWait"].split()[0]) >= 10
     assert (found["ReturnToService"], found["JobRequeue"]) == ("2", "1")
     assert os.access(found["Epilog"], os.X_OK)
-    assert abs(int(found["FIRST_JOB_ID"]) - 1000 - time.time() * 10 % 60_000_000) < 36_000  # the clock's, this hour's
-    assert f"AccountingStoragePass={cluster.root}/run/munge.sock" in Path(cluster.env["SLURM_CONF"]).read_text()
+    written = Path(cluster.env["SLURM_CONF"]).read_text()
+    assert f"AccountingStoragePass={cluster.root}/run/munge.sock" in written
+    (first,) = re.findall(r"^FirstJobId=(\d+)$", written, re.MULTILINE)
+    assert 0 <= 1000 + time.time() * 10 % 60_000_000 - int(first) < 36_000  # tenths of seconds: within this hour
+    assert int(first) <= int(cluster.sbatch("true")) < int(first) + 1000
     main, high = partition(cluster, "main"), partition(cluster, "high")
     assert (main["PriorityTier"], main["PreemptMode"], main["Default"]) == ("10", "REQUEUE", "YES")
     assert (high["PriorityTier"], high["PreemptMode"]) == ("20", "OFF")
@@ -179,7 +183,7 @@ def test_every_node_has_its_own_hostname_address_pids_and_memory(netns: RealSlur
 
 def test_nodes_reach_one_another_and_the_accounting_and_nothing_else(netns: RealSlurm) -> None:
     on_node = ("srun", "--nodelist", "node1")
-    assert "testcluster" in netns.run(*on_node, "sacctmgr", "--noheader", "show", "cluster")
+    assert "testcluster" in netns.run(*on_node, "sacctmgr", "--noheader", "--parsable2", "show", "cluster")
     assert netns.run(*on_node, "getent", "hosts", "node2").split()[1] == "node2"
     assert "default" not in netns.run(*on_node, "ip", "route")
 
@@ -206,7 +210,7 @@ def test_a_killed_node_takes_its_job_along_and_a_started_one_gets_it_back(cluste
 def test_a_power_cut_is_silence_to_peers_and_slurm_notices_by_itself(netns: RealSlurm, tmp_path: Path) -> None:
     program, said = tmp_path / "talk.py", tmp_path / "said"
     program.write_text(CLIENT_OF_A_NODE)
-    job = netns.sbatch(f"srun {sys.executable} {program}", "--nodes", "2", "--output", str(said))
+    job = netns.sbatch(f"srun {sys.executable} {program} {said}", "--nodes", "2")
     until(lambda: "connected" in lines(said), 15)
     try:
         netns.testcluster("node-kill", "1")
@@ -260,16 +264,16 @@ def test_two_clusters_do_not_see_each_other(mode: str) -> None:
 
 def test_two_clusters_can_be_started_at_once(root: Path) -> None:
     roots = [root, root.with_name(f"{root.name}x")]
-    command = [sys.executable, str(TESTCLUSTER), "up", "--no-accounting", "--nodes", "1", "--root"]
-    both = [subprocess.Popen([*command, str(path)], stderr=subprocess.PIPE, text=True) for path in roots]
+    line = [sys.executable, str(TESTCLUSTER), "up", "--no-accounting", "--nodes", "1", "--root"]
+    both = [subprocess.Popen([*line, str(path)], stderr=subprocess.PIPE, text=True) for path in roots]
     said = [process.communicate(timeout=60)[1] for process in both]
     if both[0].returncode == 2:
         pytest.skip(said[0].strip())
     try:
         assert [process.returncode for process in both] == [0, 0], said
-        assert [testcluster("status", root=path).returncode for path in roots] == [0, 0]
+        assert [command("status", root=path).returncode for path in roots] == [0, 0]
     finally:
-        assert [testcluster("down", root=path).returncode for path in roots] == [0, 0]
+        assert [command("down", root=path).returncode for path in roots] == [0, 0]
     assert not residue(roots[1])
 
 
@@ -278,45 +282,45 @@ def test_accounting_can_be_left_out() -> None:
         assert cluster.nodes == ["node1", "node2", "node3"]
         assert cluster.run("sinfo", "-h", "-p", "main", "-o", "%c %G").strip() == "2 (null)"
         assert "disabled" in cluster.attempt("sacct").stderr
-        assert not processes("mariadbd --no-defaults --user=" + str(cluster.root))
+        assert not processes(f"--datadir={cluster.root}")
 
 
 def test_a_cluster_whose_controller_died_says_so_and_goes_down(root: Path) -> None:
-    skip_unless_up(testcluster("up", "--no-accounting", root=root))
-    assert "a cluster is up" in testcluster("up", root=root).stderr
+    skip_unless_up(command("up", "--no-accounting", root=root))
+    assert "a cluster is up" in command("up", root=root).stderr
     (controller,) = [found for found in processes(f"{root}/") if (found / "comm").read_text() == "slurmctld\n"]
     os.kill(int(controller.name), signal.SIGKILL)
-    until(lambda: testcluster("status", root=root).returncode == 1, 5)
-    assert "DEAD: slurmctld" in testcluster("status", root=root).stdout
-    assert testcluster("down", root=root).returncode == 0
+    until(lambda: command("status", root=root).returncode == 1, 5)
+    assert "DEAD: slurmctld" in command("status", root=root).stdout
+    assert command("down", root=root).returncode == 0
 
 
 def test_a_start_after_the_machine_went_down_begins_afresh(root: Path) -> None:
-    skip_unless_up(testcluster("up", "--no-accounting", root=root))
+    skip_unless_up(command("up", "--no-accounting", root=root))
     for process in processes(f"{root}/"):
         os.kill(int(process.name), signal.SIGKILL)
     until(lambda: not processes(f"{root}/"), 5)
-    assert "died" in testcluster("status", root=root).stderr
-    assert testcluster("up", "--no-accounting", root=root).returncode == 0
-    assert testcluster("down", root=root).returncode == 0
+    assert "died" in command("status", root=root).stderr
+    assert command("up", "--no-accounting", root=root).returncode == 0
+    assert command("down", root=root).returncode == 0
 
 
 def test_a_daemon_that_does_not_start_is_told_with_its_words_and_nothing_stays(root: Path, tmp_path: Path) -> None:
-    skip_unless_up(testcluster("up", "--no-accounting", root=root))
-    testcluster("down", root=root)
+    skip_unless_up(command("up", "--no-accounting", root=root))
+    command("down", root=root)
     broken = tmp_path / "slurmctld"
     broken.write_text("#!/bin/sh\necho port is haunted\nexit 3\n")
     broken.chmod(0o755)
-    failed = testcluster("up", root=root, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    failed = command("up", root=root, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert failed.returncode == 1
     assert "slurmctld ended with 3" in failed.stderr and "port is haunted" in failed.stderr
     assert not residue(root)
 
 
 def test_an_interrupted_start_leaves_nothing(root: Path) -> None:
-    command = [sys.executable, str(TESTCLUSTER), "up", "--root", str(root)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    until(lambda: bool(processes("mariadbd --no-defaults")) or process.poll() is not None, 20)
+    line = [sys.executable, str(TESTCLUSTER), "up", "--root", str(root)]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    until(lambda: bool(processes(f"--datadir={root}")) or process.poll() is not None, 20)
     if process.poll() == 2:
         assert process.stderr
         pytest.skip(process.stderr.read().strip())
@@ -327,14 +331,15 @@ def test_an_interrupted_start_leaves_nothing(root: Path) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_mode_lo_needs_no_root(root: Path) -> None:
-    copied = shutil.copy(TESTCLUSTER, "/tmp/testcluster.py")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    copied = shutil.copy(TESTCLUSTER, folder)
     as_nobody = {"user": 65534, "group": 65534, "extra_groups": [], "capture_output": True, "text": True}
 
-    def ask(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, timeout=60, env={**environment(root), "HOME": "/"}, cwd="/", **as_nobody)  # type: ignore[call-overload,no-any-return]
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, timeout=60, env={**environment(root), "HOME": "/"}, cwd="/", **as_nobody)  # type: ignore[call-overload,no-any-return]
 
     try:
-        os.chmod(copied, 0o755)
+        folder.chmod(0o755)
         began = ask("/usr/bin/python3", copied, "up", "--root", str(root))
         skip_unless_up(began)
         assert ask("srun", "--nodes", "2", "id", "--user").stdout == "65534\n65534\n"
@@ -343,7 +348,7 @@ def test_mode_lo_needs_no_root(root: Path) -> None:
         ended = ask("/usr/bin/python3", copied, "down", "--root", str(root))
         assert ended.returncode == 0, ended.stderr
     finally:
-        os.unlink(copied)
+        shutil.rmtree(folder)
 
 
 def skip_unless_up(done: subprocess.CompletedProcess[str]) -> None:
@@ -366,27 +371,27 @@ def skip_unless_up(done: subprocess.CompletedProcess[str]) -> None:
     ],
 )
 def test_a_wrong_command_is_refused_in_one_sentence(words: str, answer: str, root: Path) -> None:
-    refused = testcluster(*words.split(), root=root)
+    refused = command(*words.split(), root=root)
     assert refused.returncode == 2
     assert answer in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
 def test_missing_packages_are_named_with_the_line_that_installs_them(root: Path, tmp_path: Path) -> None:
-    refused = testcluster("up", "--mode", "netns", root=root, PATH=str(tmp_path))
+    refused = command("up", "--mode", "netns", root=root, PATH=str(tmp_path))
     assert refused.returncode == 2
     line = "apt-get install -y --no-install-recommends slurm-wlm"
     assert line in refused.stderr and len(refused.stderr.splitlines()) == 1
-    without = testcluster("up", "--no-accounting", root=root, PATH=str(tmp_path)).stderr
+    without = command("up", "--no-accounting", root=root, PATH=str(tmp_path)).stderr
     assert line in without and "mariadb" not in without
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(lo: RealSlurm, tmp_path: Path) -> None:
-    deep = testcluster("up", root=tmp_path / ("x" * 61)).stderr
+    deep = command("up", root=tmp_path / ("x" * 61)).stderr
     assert "at most 60" in deep
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     (folder / "thesis.tex").touch()
-    assert "is not empty" in testcluster("up", root=folder).stderr
-    assert "no cluster" in testcluster("down", root=folder).stdout
+    assert "is not empty" in command("up", root=folder).stderr
+    assert "no cluster" in command("down", root=folder).stdout
     assert (folder / "thesis.tex").exists()
     shutil.rmtree(folder)
     assert "has nodes 1 to 2" in lo.testcluster("node-kill", "3").stderr
@@ -397,14 +402,14 @@ def test_without_rights_to_namespaces_the_other_mode_is_named(lo: RealSlurm, roo
         pytest.skip("another user is refused before")
     (tmp_path / "unshare").write_text("#!/bin/sh\necho unshare failed: Operation not permitted >&2\nexit 1\n")
     (tmp_path / "unshare").chmod(0o755)
-    refused = testcluster("up", "--mode", "netns", root=root, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    refused = command("up", "--mode", "netns", root=root, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert refused.returncode == 2
     assert "Operation not permitted" in refused.stderr and "--mode lo" in refused.stderr
 
 
 def test_the_commands_at_its_head_do_what_they_say(root: Path) -> None:
-    skip_unless_up(testcluster("up", "--no-accounting", root=root))
-    testcluster("down", root=root)
+    skip_unless_up(command("up", "--no-accounting", root=root))
+    command("down", root=root)
     head = ast.get_docstring(ast.parse(TESTCLUSTER.read_text())) or ""
     install, *commands = [line.strip() for line in head.splitlines() if line.startswith("  ")]
     packages = install.partition("recommends ")[2].split()
