@@ -148,7 +148,14 @@ def _spaces(process: Path) -> set[str]:
 def residue(root: Path, made: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
     """What is left of a cluster; looked for in other ways than testcluster does itself."""
     left = [f"process {process.name}: {(process / 'cmdline').read_bytes()!r}" for process in processes(str(root))]
+    left += [f"{process} has {opened} open" for process, opened in _open_files() if opened.startswith(f"{root}/")]
     left += [f"{process} in a namespace" for process in Path("/proc").glob("[0-9]*") if made & _spaces(process)]
     for table in ("/proc/mounts", "/proc/net/unix"):
         left += [line for line in Path(table).read_text().splitlines() if str(root) in line]
     return left + [str(path) for path in (root, *root.glob("**/*")) if path.exists()]
+
+
+def _open_files() -> Iterator[tuple[Path, str]]:
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            yield from ((process, os.readlink(opened)) for opened in [process / "cwd", *(process / "fd").iterdir()])
