@@ -101,9 +101,13 @@ def real_slurm(mode: str, *options: str) -> Iterator[RealSlurm]:
 
 
 def command(*words: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """infra/slurm/testcluster with these words."""
+    """infra/slurm/testcluster with these words.
+
+    Its mark stands first in the environment, where slurmstepd writes its title over it: the hard case.
+    """
+    marked = {"TESTCLUSTER_PART": "", "SLURM_CONF": "", **os.environ}
     line = [sys.executable, str(TESTCLUSTER), *words, "--root", str(root)]
-    return subprocess.run(line, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(line, env={**marked, **env}, capture_output=True, text=True, timeout=120, check=False)
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -148,14 +152,15 @@ def _spaces(process: Path) -> set[str]:
 def residue(root: Path, made: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
     """What is left of a cluster; looked for in other ways than testcluster does itself."""
     left = [f"process {process.name}: {(process / 'cmdline').read_bytes()!r}" for process in processes(str(root))]
-    left += [f"{process} has {opened} open" for process, opened in _open_files() if opened.startswith(f"{root}/")]
+    left += [f"{process} has {opened} open" for process, opened in open_files() if opened.startswith(f"{root}/")]
     left += [f"{process} in a namespace" for process in Path("/proc").glob("[0-9]*") if made & _spaces(process)]
     for table in ("/proc/mounts", "/proc/net/unix"):
         left += [line for line in Path(table).read_text().splitlines() if str(root) in line]
     return left + [str(path) for path in (root, *root.glob("**/*")) if path.exists()]
 
 
-def _open_files() -> Iterator[tuple[Path, str]]:
+def open_files() -> Iterator[tuple[Path, str]]:
+    """Each process with each file that it has open, and the folder that it is in."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             yield from ((process, os.readlink(opened)) for opened in [process / "cwd", *(process / "fd").iterdir()])

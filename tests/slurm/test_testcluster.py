@@ -15,7 +15,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_slurm import TESTCLUSTER, RealSlurm, command, environment, processes, real_slurm, residue, spaces, until
+from real_slurm import (
+    TESTCLUSTER,
+    RealSlurm,
+    command,
+    environment,
+    open_files,
+    processes,
+    real_slurm,
+    residue,
+    spaces,
+    until,
+)
 
 pytestmark = pytest.mark.slurm
 REPOSITORY = TESTCLUSTER.parents[2]
@@ -229,6 +240,8 @@ def test_a_node_that_lost_its_agent_is_started_again(netns: RealSlurm) -> None:
     assert "is running" not in netns.testcluster("node-start", "2").stderr
     assert netns.run("srun", "--nodelist", "node2", "hostname") == "node2\n"
     assert netns.testcluster("node-start", "2").returncode == 2
+    started = [(process / "comm").read_text() for process in processes(f"{netns.root}/node2")]
+    assert started.count("unshare\n") == 1
 
 
 # Coming and going ----------------------------------------------------------------------------------------------------
@@ -241,6 +254,11 @@ def test_down_leaves_nothing_of_a_job_that_ignores_everything(mode: str) -> None
         cluster.sbatch(stubborn)
         cluster.sbatch(f"srun bash -c '{stubborn}'")
         until(lambda: len(processes("1618.03")) >= 2, 10)
+        logs = {process for process, opened in open_files() if opened == f"{cluster.root}/log/node1.log"}
+        steps = [process for process in logs if (process / "comm").read_text() == "slurmstepd\n"]
+        assert len(steps) >= 2
+        for process in steps:  # so that none ends by itself because its job did
+            os.kill(int(process.name), signal.SIGSTOP)
         began = time.monotonic()
         assert cluster.testcluster("down").returncode == 0
         assert time.monotonic() - began < 5
