@@ -70,7 +70,7 @@ def evaluate(
     typer.echo(tables.of_reports(done.reports))
     for report in done.reports if facts else ():
         typer.echo(tables.of_facts(report, done.classes))
-    if attack or jpeg:
+    if (attack or jpeg) and not sides:
         typer.echo("\n" + _against(done))
     typer.echo(f"stored in {done.folder}")
 

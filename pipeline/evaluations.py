@@ -96,9 +96,9 @@ def evaluate(
 
 def _check_kind(home: Path, how: Mapping[str, Any]) -> None:
     """What was found on tampered images never replaces what was found on the images themselves."""
-    if not (home / ABOUT).is_file():
+    if not load_reports(home):
         return
-    about = json.loads((home / ABOUT).read_text(encoding="utf-8"))
+    about = json.loads((home / ABOUT).read_text(encoding="utf-8")) if (home / ABOUT).is_file() else {}
     if any(about.get(key) != value for key, value in how.items()):
         kind = " ".join(filter(None, (about.get("attack"), about.get("sides")))) or "the images as they are"
         raise ConfigError(f"{home}: holds an evaluation of another kind ({kind}); name another folder with --out")

@@ -9,6 +9,7 @@ through the gates are not published.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -114,10 +115,8 @@ def fgsm(net: nn.Module, batch: EvalBatch, how: Evaluator, step: int) -> Tensor:
     net.eval()
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            rows = range(0, len(batch.images), TOGETHER)
-            found = [
-                _signs(net, how.images(batch)[at : at + TOGETHER], batch.labels[at : at + TOGETHER]) for at in rows
-            ]
+            parts = zip(torch.split(how.images(batch), TOGETHER), torch.split(batch.labels, TOGETHER), strict=True)
+            found = [_signs(net, images, labels) for images, labels in parts]
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -134,12 +133,18 @@ def _signs(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def compressed(images: Tensor, quality: int) -> Tensor:
-    """Images uint8 [B, S, S, 3] written as JPEG and read again."""
-    from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+    """Images uint8 [B, S, S, 3] written as JPEG, colours at half the resolution as is usual, and read again."""
+    read = [_through_jpeg(image, quality) for image in images.cpu().numpy()]
+    return torch.from_numpy(np.stack(read)).to(images.device)
 
-    planes = images.cpu().permute(0, 3, 1, 2).contiguous()
-    read = [decode_jpeg(encode_jpeg(plane, quality), ImageReadMode.RGB) for plane in planes]
-    return torch.stack(read).permute(0, 2, 3, 1).contiguous().to(images.device)
+
+def _through_jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    with Image.open(buffer) as read:
+        return np.asarray(read.convert("RGB"))
 
 
 # ---- lower resolutions
