@@ -192,6 +192,16 @@ class Net:
         net = families.find(self.config.name).build(self.config, len(self.model.classes))
         return sum(parameter.numel() for parameter in net.parameters())
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weights' file."""
+        return checkpoint.sha256(self.model.weights)
+
+    @property
+    def newest(self) -> Stored:
+        """The newest evaluation, whole if there is a whole one, without an attack."""
+        return next(found for found in self.evaluations if found.attack is None)
+
     def on(self, data: str) -> Stored | None:
         """The evaluation on these images as they are."""
         return next((found for found in self.evaluations if found.data == data and found.plain), None)

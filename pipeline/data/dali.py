@@ -34,7 +34,7 @@ from pipeline.data.index import ImageIndex
 from pipeline.data.reader import Reader
 from pipeline.data.stream import Ints, Stream
 from pipeline.data.views import Views
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, UndecodableError
 
 RESIZED_PER_TASK = 8  # images
 
@@ -226,7 +226,7 @@ class EvalLoader:
 def decode(encoded: Sequence[bytes], config: DataConfig, device: torch.device | str, threads: int = 1) -> Tensor:
     """Images from anywhere with the pixels of evaluation: uint8 [B, S, S, 3] on the device.
 
-    Raises DataError naming the positions that cannot be decoded.
+    Raises UndecodableError naming the positions that cannot be decoded.
     """
     device = torch.device(device)
     setting = Setting(device, _on_gpu(config, device), threads, max(1, len(encoded)))
@@ -249,8 +249,7 @@ def decode(encoded: Sequence[bytes], config: DataConfig, device: torch.device | 
     finally:
         decoder.close()
     if reasons:
-        listed = "; ".join(f"image {position}: {reasons[position]}" for position in sorted(reasons))
-        raise DataError(f"{len(reasons)} of {len(encoded)} images, counted from 0, cannot be decoded: {listed}")
+        raise UndecodableError(len(encoded), reasons)
     return _handed_over(images, device)
 
 

@@ -5,7 +5,7 @@ card.json (what it is, with the weights' checksum and the figures of each policy
 is that folder inside an MLflow model made from code: nothing is pickled, and the code that ran the net goes along.
 """
 
-from pipeline.registry.finding import RUNS, Version, address, lookup, resolve, run_folder, versions
+from pipeline.registry.finding import RUNS, Version, address, lookup, newest_step, resolve, run_folder, versions
 from pipeline.registry.model import Answers, LoadedModel, Trained, describe, load_model, predict, write_model_folder
 from pipeline.registry.publishing import conclude, publish, publish_run, register_late
 
@@ -20,6 +20,7 @@ __all__ = [
     "describe",
     "load_model",
     "lookup",
+    "newest_step",
     "predict",
     "publish",
     "publish_run",

@@ -9,8 +9,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import nn
 from pipeline import config as configs
 from pipeline import family as families
 from pipeline.data.config import DataConfig
-from pipeline.errors import CheckpointError, DataError, ResourceError
+from pipeline.errors import CheckpointError, ResourceError, UndecodableError
 from pipeline.family import Family, FamilyConfig, Policy, Report
 from pipeline.training import checkpoint
 from pipeline.training.evaluate import choose, restored
@@ -160,7 +159,7 @@ def load_model(folder: Path, device: torch.device | None = None) -> LoadedModel:
         net.load_state_dict(load_file(found.weights), strict=True)
     except Exception as error:  # safetensors and torch raise several kinds
         raise CheckpointError(f"{found.weights}: weights do not load ({type(error).__name__}: {error})") from None
-    net = net.eval().to(device)
+    net = net.eval().to(device).to(memory_format=torch.channels_last)  # as the images come
     return LoadedModel(
         net=net,
         family=family,
@@ -186,30 +185,25 @@ def predict(
 ) -> Answers:
     """Classifies encoded images (JPEG, PNG) with the evaluation's pixels under the policy called `policy`.
 
-    Raises DataError naming the positions of the images that cannot be decoded, ConfigError for an unknown policy.
+    Raises UndecodableError naming the positions of images that cannot be decoded, ConfigError for an unknown policy.
     """
     from pipeline.data import dali, pixels
 
     chosen = model.policies[0] if policy is None else choose(model.policies, [policy])[0]
     probabilities = np.zeros((len(encoded), len(model.classes)), np.float32)
-    macs = np.zeros(len(encoded))
+    macs, undecodable = np.zeros(len(encoded)), dict[int, str]()
     for start in range(0, len(encoded), batch_size):
         rows = slice(start, start + batch_size)
-        with _positions_from(start), torch.inference_mode():
+        try:
             raw = dali.decode(encoded[rows], model.data_config, model.device, torch.get_num_threads())
+        except UndecodableError as error:
+            undecodable |= {start + position: reason for position, reason in error.reasons.items()}
+            continue
+        with torch.inference_mode():
             images = pixels.normalise(raw, model.data_config.mean, model.data_config.std)
             found = chosen.predict(model.net, images)
         probabilities[rows] = found.logits.float().softmax(1).cpu().numpy()
         macs[rows] = found.macs.double().cpu().numpy()
+    if undecodable:
+        raise UndecodableError(len(encoded), undecodable)
     return Answers(probabilities, macs)
-
-
-@contextmanager
-def _positions_from(start: int) -> Iterator[None]:
-    """`decode` counts within its batch; the caller counts from the first image."""
-    try:
-        yield
-    except DataError as error:
-        if start == 0:
-            raise
-        raise DataError(f"in the images from position {start} on, counted from there: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.families.convnet_aig.figures import figures
 from pipeline.families.convnet_aig.inference import policies
 from pipeline.families.convnet_aig.model import AigConfig, build
 from pipeline.families.convnet_aig.objective import groups, loss, updates
@@ -17,5 +18,6 @@ FAMILY = Family(
     updates=updates,
     policies=policies,
     adopt=adopt,
+    figures=figures,
     static=static,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.families.ranet.config import RanetConfig
+from pipeline.families.ranet.figures import figures
 from pipeline.families.ranet.inference import policies
 from pipeline.families.ranet.model import build
 from pipeline.families.ranet.objective import groups, loss, updates
@@ -18,5 +19,6 @@ FAMILY = Family(
     updates=updates,
     policies=policies,
     adopt=adopt,
+    figures=figures,
     static=static,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.families.shape_adaptor.figures import figures
 from pipeline.families.shape_adaptor.inference import policies
 from pipeline.families.shape_adaptor.model import ShapeConfig, build
 from pipeline.families.shape_adaptor.objective import groups, loss, updates
@@ -17,5 +18,6 @@ FAMILY = Family(
     updates=updates,
     policies=policies,
     adopt=adopt,
+    figures=figures,
     static=static,
 )
