@@ -20,6 +20,7 @@ from pipeline.errors import AdaptNetError, ConfigError
 VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "train": "Train a recipe, or go on with the run in its folder.",
     "evaluate": "Accuracy, MACs and latency of a trained net under each of its policies.",
+    "export": "A static policy of a trained net as a .pt2 or ONNX file.",
     "compare": "A paired test of two trained nets on the same images, as they are and at equal cost.",
     "submit": "Run a verb as a job on SLURM, over as many nodes as it is given.",
     "jobs": "List jobs; show, follow, cancel, requeue or resubmit one.",
