@@ -20,6 +20,7 @@ from pipeline.errors import AdaptNetError, ConfigError
 VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "train": "Train a recipe, or go on with the run in its folder.",
     "evaluate": "Accuracy, MACs and latency of a trained net under each of its policies.",
+    "report": "A page of trained nets: accuracy against cost under all their policies.",
     "data": "Make, pack, check and describe image sets.",
     "models": "Look trained nets up in the registry.",
     "runs": "List runs and send their journals to the tracking server.",

@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 # A module imports what stands left of its own place.
 ORDER = """errors | config | ranks cost figures | data | family | blocks | families | training | frontier |
-robustness export report | journal provenance | lease | tracking | registry | run_config |
-worker | cluster | launch | evaluations importing | plan | bench | tuning | jobs"""
+robustness export | journal provenance | lease | tracking | registry | run_config |
+worker | cluster | launch | evaluations importing | report | plan | bench | tuning | jobs"""
 PLACE = {name: place for place, names in enumerate(ORDER.split("|")) for name in names.split()}
 FAMILY_MAY = {"errors", "config", "ranks", "cost", "figures", "family", "blocks"}
 FAMILY_MAY_OUTSIDE = {"torch", "torchvision", "numpy", "pydantic", *sys.stdlib_module_names}
