@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -36,9 +37,10 @@ MARKERS = ("o", "D", "^", "v", "P", "X", "<", ">", "p", "*", "h", "8")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 BASELINE, BASELINE_MARKER = "baseline", "s"  # this group is drawn in ink
 COLOURS_OF_VALUES = "cividis"  # from dark blue to yellow for all kinds of sight
-WIDTH, HEIGHT = 720, 400  # px of a figure; a heat map takes what its cells need
-FONT, SMALL_FONT = 13, 12
-LETTER = 0.62 * FONT  # px, a letter's width on average
+WIDTH, HEIGHT = 640, 400  # px of a figure; a heat map takes what its cells need
+FONT = 13  # px; a page that is too narrow scrolls before it makes this smaller than 11
+LETTER = 0.58 * FONT  # px, a letter's width on average
+LINE = 22  # px, of a legend
 MOST_MARKED = 40  # points of a joined series that still get markers
 MOST_SPOTS = 2000  # points of a figure that can be asked for
 LONGEST_LABEL = 30  # letters
@@ -142,8 +144,12 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _canvas(width: float, height: float) -> Canvas:
-    return Canvas(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
+def _canvas(width: float, height: float, legend: float = 0.0) -> Canvas:
+    """A canvas of width x (height + legend) px; the legend's part is at the bottom."""
+    canvas = Canvas(figsize=(width / 72, (height + legend) / 72), dpi=72)
+    share = legend / (height + legend)
+    canvas.set_layout_engine(ConstrainedLayoutEngine(rect=(0, share, 1, 1 - share)))
+    return canvas
 
 
 def _short(words: str, most: int = LONGEST_LABEL) -> str:
@@ -164,12 +170,12 @@ def _(figure: Lines) -> Drawing:
     entries = [_key(figure, number) for number in range(len(figure.series))]
     names = [_short(series.name, 60) for series in figure.series]
     across = _across(names)
-    canvas = _canvas(WIDTH, HEIGHT + 22 * ceil(len(names) / across))
+    shown = len(names) > 1
+    canvas = _canvas(WIDTH, HEIGHT, LINE * ceil(len(names) / across) if shown else 0)
     axes = canvas.add_subplot(xlabel=cells.text(figure.x_label), ylabel=cells.text(figure.y_label))
     for number, series in enumerate(figure.series):
         _plot(axes, number, series, entries[number])
     _scale(axes, figure)
-    shown = len(names) > 1
     if shown:
         _legend(canvas, entries, names, across)
     _freeze(canvas)
@@ -244,7 +250,8 @@ def _across(names: Sequence[str]) -> int:
 
 def _legend(canvas: Canvas, entries: Sequence[Any], names: Sequence[str], across: int) -> None:
     shown = [name if not name.startswith("_") else f"\N{ZERO WIDTH SPACE}{name}" for name in names]
-    canvas.legend(entries, shown, loc="outside lower left", ncols=across, handlelength=2.2, borderpad=0)
+    look = {"handlelength": 2.2, "borderpad": 0.2, "labelspacing": 0.45, "borderaxespad": 0}
+    canvas.legend(entries, shown, loc="lower left", bbox_to_anchor=(0, 0), ncols=across, **look).set_in_layout(False)
 
 
 def _freeze(canvas: Canvas) -> None:
@@ -297,7 +304,7 @@ def _name_points(axes: Axes, series: Series, marks: Sequence[tuple[float, float,
     for x, y, words in zip(series.x, series.y, series.texts, strict=True):
         for right, up, ha, va in PLACES:
             offset = {"xytext": (right, up), "textcoords": "offset points", "ha": ha, "va": va}
-            note = axes.annotate(_short(words, 24), (x, y), fontsize=SMALL_FONT, annotation_clip=False, **offset)
+            note = axes.annotate(_short(words, 24), (x, y), annotation_clip=False, **offset)
             box = note.get_window_extent().extents
             if _inside(box, axes.bbox.extents) and not any(_overlap(box, other) for other in taken):
                 taken.append(tuple(box))
@@ -321,7 +328,7 @@ def _(figure: Bars) -> Drawing:
     upright = max((len(label) for label in labels), default=0) * LETTER * len(labels) > WIDTH - 100
     room = 7 * max((len(label) for label in labels), default=0) if upright else 0
     width = max(WIDTH, 90 + 9 * len(labels) * max(1, len(names)), 90 + 18 * len(labels))
-    canvas = _canvas(width, HEIGHT - 40 + room + (22 * ceil(len(names) / across) if len(names) > 1 else 0))
+    canvas = _canvas(width, HEIGHT - 60 + room, LINE * ceil(len(names) / across) if len(names) > 1 else 0)
     axes = canvas.add_subplot(ylabel=cells.text(figure.y_label))
     axes.grid(visible=False, axis="x")
     bars = _bars(axes, figure)

@@ -130,8 +130,9 @@ def _unbeaten(found: Frontier) -> list[Point]:
 def _series(found: Frontier, name: str) -> Series:
     mine = [(p, beaten) for p, beaten in zip(found.points, found.beaten, strict=True) if p.net.name == name]
     family = mine[0][0].net.family
+    kind = "iso-cost baseline" if family == BASELINE else family
     return Series(
-        name=f"{name} (iso-cost baseline)" if family == BASELINE else f"{name} ({family})",
+        name=name if kind in name else f"{name} ({kind})",
         x=[point.cost for point, _ in mine],
         y=[100 * point.report.top1 for point, _ in mine],
         texts=[point.name for point, _ in mine],
@@ -214,7 +215,7 @@ def policies(nets: Sequence[Evaluated], whole: Table) -> list[Table]:
     return [
         Table(
             f"policies-{name}",
-            f"{net.name} ({net.family})",
+            net.name if net.family in net.name else f"{net.name} ({net.family})",
             _about(net),
             whole.columns[2:],
             [row[2:] for row in whole.rows if row[0] == net.name],
