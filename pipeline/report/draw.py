@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import singledispatch
+from itertools import pairwise
 from math import ceil
 from typing import Any
 from xml.etree import ElementTree
@@ -36,7 +37,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "D", "^", "v", "P", "X", "<", ">", "p", "*", "h", "8")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 BASELINE, BASELINE_MARKER = "baseline", "s"  # this group is drawn in ink
-COLOURS_OF_VALUES = "cividis"  # from dark blue to yellow for all kinds of sight
+COLOURS_OF_VALUES = "viridis"  # from dark blue over green to yellow, lighter and lighter, for all kinds of sight
 WIDTH, HEIGHT = 640, 400  # px of a figure; a heat map takes what its cells need
 FONT = 13  # px; a page that is too narrow scrolls before it makes this smaller than 11
 LETTER = 0.58 * FONT  # px, a letter's width on average
@@ -223,13 +224,15 @@ def _plot(axes: Axes, number: int, series: Series, key: Line2D) -> None:
         return
     mark = {**look, "marker": key.get_marker(), "linestyle": "none"}
     edge = {"markeredgecolor": INK, "markeredgewidth": 0.6}
-    axes.plot(x[~pale], y[~pale], gid=f"series-{number}-marks", zorder=4, **mark, **edge)
     hollow = {"markerfacecolor": "none", "markeredgewidth": 1.3, "alpha": 0.5}
-    axes.plot(x[pale], y[pale], gid=f"series-{number}-faded", zorder=3, **mark, **hollow)
+    if not pale.all():
+        axes.plot(x[~pale], y[~pale], gid=f"series-{number}-marks", zorder=4, **mark, **edge)
+    if pale.any():
+        axes.plot(x[pale], y[pale], gid=f"series-{number}-faded", zorder=3, **mark, **hollow)
 
 
 def _scale(axes: Axes, figure: Lines) -> None:
-    axes.margins(0.05, 0.08)
+    axes.margins(0.05, 0.1)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     if figure.log_x:
         axes.set_xscale("log")
@@ -294,13 +297,14 @@ def _key_spots(canvas: Canvas, groups: Sequence[str]) -> list[Spot]:
     return spots
 
 
-PLACES = ((8, 6, "left", "bottom"), (-8, 6, "right", "bottom"), (8, -6, "left", "top"), (-8, -6, "right", "top"))
+PLACES = ((-8, 6, "right", "bottom"), (8, -6, "left", "top"), (8, 6, "left", "bottom"), (-8, -6, "right", "top"))
 
 
 def _name_points(axes: Axes, series: Series, marks: Sequence[tuple[float, float, float, float]]) -> None:
     """Writes the texts beside their points, each where it covers nothing; a text without such a place is left out."""
     height = _height(axes)
     taken = [(x + 3, height - y - h + 3, x + w - 3, height - y - 3) for x, y, w, h in marks]
+    taken += [(x - 1, y - 1, x + 1, y + 1) for x, y in _along(axes, series)]
     for x, y, words in zip(series.x, series.y, series.texts, strict=True):
         for right, up, ha, va in PLACES:
             offset = {"xytext": (right, up), "textcoords": "offset points", "ha": ha, "va": va}
@@ -310,6 +314,16 @@ def _name_points(axes: Axes, series: Series, marks: Sequence[tuple[float, float,
                 taken.append(tuple(box))
                 break
             note.remove()
+
+
+def _along(axes: Axes, series: Series) -> list[tuple[float, float]]:
+    """Places on the series' line, at most 4 px apart."""
+    corners = axes.transData.transform([(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None])
+    found: list[tuple[float, float]] = []
+    for start, end in pairwise(corners):
+        steps = np.linspace(0, 1, 2 + int(np.hypot(*(end - start)) / 4))
+        found += [(float(x), float(y)) for x, y in start + steps[:, None] * (end - start)]
+    return found
 
 
 def _inside(box: Sequence[float], frame: Sequence[float]) -> bool:

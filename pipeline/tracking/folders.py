@@ -60,7 +60,9 @@ def _send(run_dir: Path, address: str, run_id: str, folder: Path, place: str) ->
     why = unusable(address)
     if why is not None:
         raise ResourceError(why)
-    connect(address).log_artifacts(run_id, str(folder), place)
+    client = connect(address)
+    client.get_run(run_id)  # fails where the server is away, while artifacts may be reached without it
+    client.log_artifacts(run_id, str(folder), place)
 
 
 def _reason(error: Exception) -> str:
