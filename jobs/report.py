@@ -30,7 +30,9 @@ Examples:
 def report(
     sources: Annotated[list[str], typer.Argument(help="run folders, checkpoint folders or models:/NAME@ALIAS")],
     out: Annotated[Path, typer.Option(help="folder of the report: new, empty or an earlier report's")] = Path("report"),
-    groups: Annotated[Path | None, typer.Option(help="YAML or JSON {superclass: [class, ...]} to order classes")] = None,
+    groups: Annotated[
+        Path | None, typer.Option(help="YAML or JSON {superclass: [class, ...]} to order classes")
+    ] = None,
     track: Annotated[bool, typer.Option("--track/--no-track", help="log it to the nets' MLflow runs too")] = True,
     uri: Annotated[str | None, typer.Option(help="tracking server; default: runs/mlflow.db, each run's own")] = None,
 ) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.family import Evaluated, Family, FamilyConfig, Report
 from pipeline.figures import Bars, Figure, Gallery, HeatMap, Lines, Series, Table
 
-HOSTILE = ("<b>ant & \"bee\"</b>", "$x_1$", "=SUM(A1)", "bee, 'wasp'\nline", "_under", "naïve 猫", "bad \udcff\x01 name")
+HOSTILE = ('<b>ant & "bee"</b>', "$x_1$", "=SUM(A1)", "bee, 'wasp'\nline", "_under", "naïve 猫", "bad \udcff\x01 name")
 
 
 def report(policy: str, seed: int, num_classes: int, num_images: int = 10_000) -> Report:
@@ -31,7 +31,13 @@ def report(policy: str, seed: int, num_classes: int, num_images: int = 10_000) -
         macs_p95=float(draw.uniform(4e8, 5e8)),
         full_share=float(draw.uniform(0.2, 1.0)),
         latency=[
-            {**entry, "batch": size, "median_ms": float(m), "p95_ms": float(1.3 * m), "images_per_s": float(1e3 * size / m)}
+            {
+                **entry,
+                "batch": size,
+                "median_ms": float(m),
+                "p95_ms": float(1.3 * m),
+                "images_per_s": float(1e3 * size / m),
+            }
             for size, m in zip((1, 32), ms, strict=True)
         ],
         top1_by_class=[None if k == 1 else float(draw.uniform()) for k in range(num_classes)],
@@ -75,7 +81,14 @@ def figures(mine: Sequence[Evaluated], others: Sequence[Evaluated]) -> Sequence[
             "loss",
             [Series(each.name, [1, 2, 3], [1.5, None, 0.25]) for each in mine],
         ),
-        Bars("answered", "Answered", "By exit.", ["exit 1", "exit 2"], "images", {"all <b>": [7000, 3000], "few": [None, 5]}),
+        Bars(
+            "answered",
+            "Answered",
+            "By exit.",
+            ["exit 1", "exit 2"],
+            "images",
+            {"all <b>": [7000, 3000], "few": [None, 5]},
+        ),
         HeatMap(
             "rates",
             "Rates",
@@ -86,8 +99,15 @@ def figures(mine: Sequence[Evaluated], others: Sequence[Evaluated]) -> Sequence[
             "rate",
             groups={"animals": count - 1, "other <things>": 1},
         ),
-        Gallery("easy", "Easy images", "The cheapest.", {"<i>easy</i>": [(0, "1 layer"), (2, "<2> layers")], "hard": [(1, "9")]}),
-        Table("shapes", "Shapes", "Sides.", ["net", "side <px>", "alpha"], [["a & b", 16, 0.123456], ["c", None, 1e-7]]),
+        Gallery(
+            "easy",
+            "Easy images",
+            "The cheapest.",
+            {"<i>easy</i>": [(0, "1 layer"), (2, "<2> layers")], "hard": [(1, "9")]},
+        ),
+        Table(
+            "shapes", "Shapes", "Sides.", ["net", "side <px>", "alpha"], [["a & b", 16, 0.123456], ["c", None, 1e-7]]
+        ),
     ]
 
 

@@ -57,7 +57,12 @@ def test_what_is_no_budget_is_refused_with_the_ways_to_write_one(text: str) -> N
 
 
 def test_the_best_within_a_budget_is_the_most_accurate_then_the_cheapest() -> None:
-    reports = [report("a", 0.5, 1e6, 0.1), report("b", 0.7, 3e6, 0.3), report("c", 0.7, 2e6, 0.2), report("d", 0.9, 9e6, 0.9)]
+    reports = [
+        report("a", 0.5, 1e6, 0.1),
+        report("b", 0.7, 3e6, 0.3),
+        report("c", 0.7, 2e6, 0.2),
+        report("d", 0.9, 9e6, 0.9),
+    ]
     for text, best in (("3M", 2), ("1M", 0), ("20%", 2), ("100%", 3)):
         budget = parse_budget(text)
         assert best_within(reports, [budget.cost_of(r) for r in reports], budget) == best

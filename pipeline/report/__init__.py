@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -125,7 +125,7 @@ def _title(nets: Sequence[Evaluated]) -> str:
 
 
 def _facts(nets: Sequence[Evaluated]) -> list[str]:
-    names = ", ".join(f"{net.name} ({net.family})" for net in nets)
+    names = ", ".join(general.titled(net) for net in nets)
     unreadable = {name for net in nets for report in net.reports for name in report.unreadable}
     told = f"Evaluated on the images {nets[0].data}, {len(nets[0].classes):,} classes."
     if unreadable:
@@ -160,7 +160,9 @@ def families_own(name: str, nets: Sequence[Evaluated]) -> list[Figure]:
         if fault:
             raise ContractError(f"family {name}, figure {figure.name!r}: {fault}")
         seen.add(figure.name)
-        figures.append(figure if figure.name.startswith(f"{prefix}-") else replace(figure, name=f"{prefix}-{figure.name}"))
+        figures.append(
+            figure if figure.name.startswith(f"{prefix}-") else replace(figure, name=f"{prefix}-{figure.name}")
+        )
     return figures
 
 

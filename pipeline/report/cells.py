@@ -94,11 +94,11 @@ def _(figure: Bars, files: Mapping[int, str]) -> Sheet:
 @sheet.register
 def _(figure: HeatMap, files: Mapping[int, str]) -> Sheet:
     groups = [name for name, count in figure.groups.items() for _ in range(count)]
-    heads = [[group, row] for group, row in zip(groups, figure.rows, strict=True)] if groups else [[r] for r in figure.rows]
+    heads = (
+        [[group, row] for group, row in zip(groups, figure.rows, strict=True)] if groups else [[r] for r in figure.rows]
+    )
     columns = [*(["group", ""] if groups else [""]), *figure.columns]
-    rows = [
-        [*map(text, head), *map(number, values)] for head, values in zip(heads, figure.values, strict=True)
-    ]
+    rows = [[*map(text, head), *map(number, values)] for head, values in zip(heads, figure.values, strict=True)]
     return Sheet([text(column) for column in columns], rows, 2 if groups else 1)
 
 

@@ -224,7 +224,7 @@ def _plot(axes: Axes, number: int, series: Series, key: Line2D) -> None:
         return
     mark = {**look, "marker": key.get_marker(), "linestyle": "none"}
     edge = {"markeredgecolor": INK, "markeredgewidth": 0.6}
-    hollow = {"markerfacecolor": "none", "markeredgewidth": 1.3, "alpha": 0.5}
+    hollow = {"markerfacecolor": "none", "markeredgewidth": 1.3, "alpha": 0.65}
     if not pale.all():
         axes.plot(x[~pale], y[~pale], gid=f"series-{number}-marks", zorder=4, **mark, **edge)
     if pale.any():
@@ -349,7 +349,9 @@ def _(figure: Bars) -> Drawing:
     axes.set_xticks(range(len(labels)), labels, **({"rotation": 90} if upright else {}))
     axes.margins(x=0.02)
     if len(names) > 1:
-        entries = [Patch(facecolor=PALETTE[n % len(PALETTE)], edgecolor=INK, hatch=_hatch(n)) for n in range(len(names))]
+        entries = [
+            Patch(facecolor=PALETTE[n % len(PALETTE)], edgecolor=INK, hatch=_hatch(n)) for n in range(len(names))
+        ]
         _legend(canvas, entries, [_short(name, 60) for name in names], across)
     _freeze(canvas)
     return Drawing(canvas, [], [Spot(_box(patch, axes), words) for patch, words in bars])

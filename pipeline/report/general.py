@@ -85,8 +85,8 @@ def frontiers(nets: Sequence[Evaluated]) -> list[Figure]:
     """Accuracy against MACs and against the time of a pass, and the points between which one has to choose."""
     macs = by_macs(nets)
     told = (
-        f"Each point is one policy of one net on the same {_images(nets)}. Faded points are dominated: another point is "
-        "at least as accurate and costs at most as much. The dashed line joins the others. A baseline always does the "
+        f"Each point is one policy of one net on the same {_images(nets)}. Faded points are dominated: another point "
+        "is at least as accurate and costs at most as much. The dashed line joins the others. A baseline always does the "
         "same for every image."
     )
     found: list[Figure] = [_drawn(macs, "frontier-macs", "Accuracy against MACs", "MMACs per image", told)]
@@ -191,7 +191,7 @@ def all_policies(nets: Sequence[Evaluated]) -> Table:
     macs, times = by_macs(nets), {size: by_latency(nets, size) for size in sizes}
     columns = ["net", "family", "policy", TOP1, "top-5 (%)", "ECE", "MMACs mean", "MMACs p95", "% of full"]
     columns += [text for size in sizes for text in (f"ms @{size} median", f"ms @{size} p95")]
-    columns += ["dominated", *(f"dominated in ms @{size}" for size in sizes), "images"]
+    columns += ["dominated", *(f"dominated @{size}" for size in sizes), "images"]
     rows = []
     for net in nets:
         for report in net.reports:
@@ -215,7 +215,7 @@ def policies(nets: Sequence[Evaluated], whole: Table) -> list[Table]:
     return [
         Table(
             f"policies-{name}",
-            net.name if net.family in net.name else f"{net.name} ({net.family})",
+            titled(net),
             _about(net),
             whole.columns[2:],
             [row[2:] for row in whole.rows if row[0] == net.name],
@@ -224,15 +224,20 @@ def policies(nets: Sequence[Evaluated], whole: Table) -> list[Table]:
     ]
 
 
+def titled(net: Evaluated) -> str:
+    """The net's name, and its family's where that is not in it."""
+    return net.name if net.family in net.name else f"{net.name} ({net.family})"
+
+
 def _about(net: Evaluated) -> str:
     text = (
-        f"Step {net.step:,}, {net.parameters:,} parameters, images of {net.side_px} px. ECE is the expected calibration "
-        "error, % of full the mean share of the dearest policy's network; "
+        f"Step {net.step:,}, {net.parameters:,} parameters, images of {net.side_px} px. ECE is the expected "
+        "calibration error, % of full the mean share of the dearest policy's network; "
     )
     entries = [entry for report in net.reports for entry in report.latency]
     if entries:
         text += f"times are in ms per pass at each batch size (@), on {_listed(str(e['device']) for e in entries)}; "
-    return text + "dominated among all points of this report."
+    return text + "dominated among all points of this report, in MACs, and in ms at each batch size (@)."
 
 
 def names_of_files(names: Sequence[str]) -> list[str]:
@@ -258,8 +263,8 @@ def by_class(nets: Sequence[Evaluated], *, all_classes: bool = False) -> list[He
     caption = "Top-1 of the images of each class under each policy, in %."
     if len(chosen) < len(classes):
         caption += (
-            f" Of {len(classes):,} classes those {MOST_CLASSES // 2} with the lowest and those {MOST_CLASSES // 2} with "
-            "the highest mean over the policies are shown, the lowest first; all are in classes.csv."
+            f" Of {len(classes):,} classes those {MOST_CLASSES // 2} with the lowest and those {MOST_CLASSES // 2} "
+            "with the highest mean over the policies are shown, the lowest first; all are in classes.csv."
         )
     alone = len(nets) == 1
     return [

@@ -94,7 +94,8 @@ def _figure(shown: Shown) -> str:
     figure = shown.figure
     name, table = _html(figure.name), _table(shown.sheet)
     caption = f"<figcaption>{_html(figure.caption)}</figcaption>\n" if figure.caption else ""
-    opening = f'<figure id="{name}">\n<h3>{_html(figure.title)}</h3>\n'
+    side = ' class="beside"' if isinstance(figure, Lines | Bars) else ""  # its caption, where the screen is wide
+    opening = f'<figure id="{name}"{side}>\n<h3>{_html(figure.title)}</h3>\n'
     if isinstance(figure, Table):
         return f"{opening}{_box(figure.title, table)}{caption}</figure>\n"
     seen = _gallery(figure, shown.images or {}) if isinstance(figure, Gallery) else _box(figure.title, shown.svg)
@@ -126,7 +127,9 @@ def _table(sheet: Sheet) -> str:
 
 def _numeric(column: Sequence[str]) -> bool:
     filled = [words for words in column if words]
-    return bool(filled) and all(words.lstrip("-").replace(".", "", 1).replace("e-", "", 1).isdigit() for words in filled)
+    return bool(filled) and all(
+        words.lstrip("-").replace(".", "", 1).replace("e-", "", 1).isdigit() for words in filled
+    )
 
 
 def _kind(is_number: bool) -> str:
@@ -137,7 +140,7 @@ def _gallery(figure: Gallery, images: Mapping[int, Thumbnail]) -> str:
     parts = []
     for heading, group in figure.groups.items():
         inner = "".join(_item(images.get(row), row, words) for row, words in group)
-        parts.append(f"<h4>{_html(heading)}</h4>\n<ul class=\"gallery\">\n{inner}</ul>\n")
+        parts.append(f'<h4>{_html(heading)}</h4>\n<ul class="gallery">\n{inner}</ul>\n')
     return "".join(parts)
 
 

@@ -40,7 +40,9 @@ def send_folder(
         try:
             _send(run_dir, address, run_id, folder, place)
         except (*failures(), ResourceError) as error:
-            gone = getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"  # the server is there, the run is not
+            gone = (
+                getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+            )  # the server is there, the run is not
             where = without_secrets(address)
             faults[str(run_dir) if gone else address] = f"{where}: the report is not logged there ({_reason(error)})"
             continue

@@ -26,7 +26,7 @@ FLAGS = (
 
 
 class Chromium:
-    """One browser with one page, between `with` and its end. `errors` and `requests` hold what the page gave rise to."""
+    """One browser with one page, between `with` and its end; `errors` and `requests` are what the page gave rise to."""
 
     def __init__(self) -> None:
         assert EXECUTABLE, MISSING
