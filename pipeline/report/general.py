@@ -86,8 +86,8 @@ def frontiers(nets: Sequence[Evaluated]) -> list[Figure]:
     macs = by_macs(nets)
     told = (
         f"Each point is one policy of one net on the same {_images(nets)}. Faded points are dominated: another point "
-        "is at least as accurate and costs at most as much. The dashed line joins the others. A baseline always does the "
-        "same for every image."
+        "is at least as accurate and costs at most as much. The dashed line joins the others. A baseline always does "
+        "the same for every image."
     )
     found: list[Figure] = [_drawn(macs, "frontier-macs", "Accuracy against MACs", "MMACs per image", told)]
     for size in batches(nets):
