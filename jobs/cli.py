@@ -25,6 +25,7 @@ VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "submit": "Run a verb as a job on SLURM, over as many nodes as it is given.",
     "jobs": "List jobs; show, follow, cancel, requeue or resubmit one.",
     "predict": "What is in these images, under the most accurate policy within a budget.",
+    "report": "A page of trained nets: accuracy against cost under all their policies.",
     "data": "Make, pack, check and describe image sets.",
     "models": "Look trained nets up in the registry.",
     "runs": "List runs and send their journals to the tracking server.",

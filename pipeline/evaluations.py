@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipeline import config as configs
 from pipeline import family as families
 from pipeline import journal, registry, run_config, worker
 from pipeline.data.config import DataConfig
-from pipeline.data.index import open_splits
+from pipeline.data.index import ImageIndex, open_splits
 from pipeline.errors import ConfigError, DataError
 from pipeline.family import Curves, Evaluated, Report
 from pipeline.launch import absolute, check_device
@@ -280,6 +281,21 @@ def together(nets: Sequence[Net]) -> list[Evaluated]:
         )
     names = _unique([net.source for net in nets])
     return [_evaluated(net, name, shared[0]) for net, name in zip(nets, names, strict=True)]
+
+
+def images(nets: Sequence[Net], data: str) -> ImageIndex | None:
+    """The split whose identity is `data`, from where any of these nets was evaluated on it; None if it is not here."""
+    for net in nets:
+        stored = net.on(data)
+        root = stored.about.get("root") if stored else None
+        if root is None or not Path(root).is_dir():
+            continue
+        section = configs.validate(DataConfig, {**net.model.recipe["data"], "root": root}, f"{net.source}: recipe.data")
+        with suppress(DataError, OSError):
+            found = open_splits(section, int(net.model.recipe.get("seed", 0))).val
+            if found.identity == data:
+                return found
+    return None
 
 
 def _evaluated(net: Net, name: str, data: str) -> Evaluated:
