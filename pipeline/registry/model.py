@@ -60,7 +60,8 @@ def write_model_folder(
         (aside / RECIPE).write_text(configs.dump_yaml(meta["recipe"]), encoding="utf-8")
         whole = [asdict(report) for report in reports]
         (aside / "reports" / "reports.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        card = {**_card(meta, whole, aside / WEIGHTS), "evaluated_on": evaluated_on}
+        recipe = {"sha256": checkpoint.sha256(aside / RECIPE)}
+        card = {**_card(meta, whole, aside / WEIGHTS), "recipe": recipe, "evaluated_on": evaluated_on}
         (aside / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
         os.rename(aside, destination)
     except OSError as error:
@@ -117,6 +118,7 @@ def describe(folder: Path) -> Trained:
         known = card["format"] <= FORMAT
         entry, classes, step = card["weights"], tuple(card["classes"]), int(card["step"])
         size, sum_expected = entry["bytes"], entry["sha256"]
+        recipe_expected = card.get("recipe", {}).get("sha256")  # None in cards that were written before it was kept
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / CARD}: cannot be read ({type(error).__name__}: {error})") from None
     if not known:
@@ -124,7 +126,10 @@ def describe(folder: Path) -> Trained:
     weights = folder / WEIGHTS
     if not weights.is_file() or weights.stat().st_size != size or checkpoint.sha256(weights) != sum_expected:
         raise CheckpointError(f"{weights}: not the weights that {CARD} was written for: damaged or exchanged")
-    return Trained(folder, weights, configs.read_mapping(folder / RECIPE), classes, step, card)
+    recipe = configs.read_mapping(folder / RECIPE)
+    if recipe_expected not in (None, checkpoint.sha256(folder / RECIPE)):
+        raise CheckpointError(f"{folder / RECIPE}: not the recipe that {CARD} was written for: damaged or exchanged")
+    return Trained(folder, weights, recipe, classes, step, card)
 
 
 @dataclass(frozen=True)
