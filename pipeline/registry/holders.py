@@ -115,17 +115,24 @@ def append(
 
 
 def settle(client: Any, uri: str, name: str, alias: str) -> None:
-    """Moves the alias to where the last entry that counts wants it, if that has not been done yet."""
+    """Moves the alias to where the last entry that counts wants it, if that has not been done yet.
+
+    Whoever has moved it looks again: an entry that was made meanwhile is served too, although its own promoter may
+    have moved the alias before us.
+    """
+    moved: int | None = None
     while True:
         counted = history(uri, name, alias)
-        if not counted or counted[-1].done:
+        if not counted or (counted[-1].done and moved is None):
             return
         last = counted[-1]
+        if last.number == moved:
+            client.set_model_version_tag(name + SUFFIX, str(last.number), "adaptnet.done", "yes")
+            return
         client.set_registered_model_alias(name, alias, str(last.version))
         told = f"{last.when} by {last.who}, entry {last.number} of {name}{SUFFIX}: {last.why or 'no reason given'}"
         client.set_model_version_tag(name, str(last.version), f"adaptnet.{alias}", told)
-        if history(uri, name, alias)[-1].number == last.number:
-            client.set_model_version_tag(name + SUFFIX, str(last.number), "adaptnet.done", "yes")
+        moved = last.number
 
 
 def previous(counted: Sequence[Entry], present: int | None) -> int | None:
