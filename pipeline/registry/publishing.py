@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import tempfile
@@ -109,15 +110,22 @@ def save_mlflow_model(folder: Path, destination: Path) -> None:
     import pandas  # type: ignore[import-untyped]
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import Array
+    from mlflow.types.schema import AnyType, Array
 
-    default = load_model(folder).policies[0].name
+    load_model(folder)  # what does not load here is not published
     columns = [("label", DataType.string), ("probability", DataType.double), ("macs", DataType.double)]
+    columns += [("policy", DataType.string)]
     lists = [("labels", Array(DataType.string)), ("probabilities", Array(DataType.double))]
     signature = ModelSignature(
-        inputs=Schema([ColSpec(DataType.binary)]),
+        inputs=Schema([ColSpec(AnyType())]),  # base64 text, bytes, a path, or nested lists of an array
         outputs=Schema([ColSpec(kind, name) for name, kind in [*columns, *lists]]),
-        params=ParamSchema([ParamSpec("policy", DataType.string, default), ParamSpec("top_k", DataType.long, 5)]),
+        params=ParamSchema(
+            [
+                ParamSpec("policy", DataType.string, ""),  # "": the net's default
+                ParamSpec("budget", DataType.string, ""),
+                ParamSpec("top_k", DataType.long, 5),
+            ]
+        ),
     )
     package = Path(__file__).parents[1]
     mlflow.pyfunc.save_model(
@@ -126,7 +134,8 @@ def save_mlflow_model(folder: Path, destination: Path) -> None:
         artifacts={"model": str(folder)},
         code_paths=[str(package)],
         signature=signature,
-        input_example=pandas.DataFrame({"image": [_example_image()]}),
+        input_example=pandas.DataFrame({"image": [base64.b64encode(_example_image()).decode()]}),
+        model_config={"files": ""},
         pip_requirements=requirements(),
     )
 
