@@ -21,14 +21,18 @@ VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "train": "Train a recipe, or go on with the run in its folder.",
     "evaluate": "Accuracy, MACs and latency of a trained net under each of its policies.",
     "compare": "A paired test of two trained nets on the same images, as they are and at equal cost.",
+    "submit": "Run a verb as a job on SLURM, over as many nodes as it is given.",
+    "jobs": "List jobs; show, follow, cancel, requeue or resubmit one.",
     "predict": "What is in these images, under the most accurate policy within a budget.",
     "data": "Make, pack, check and describe image sets.",
     "models": "Look trained nets up in the registry.",
     "runs": "List runs and send their journals to the tracking server.",
+    "plan": "What a recipe needs on so many nodes: memory, steps, reading, decoding, saving, time.",
     "bench": "Our speed as a ratio to a named peer's, in one run.",
 }
 
 INTERRUPTED = 130  # the exit status where Ctrl-C left something unfinished
+STOPPED = 75  # where it was asked to save and stop, and the same command goes on
 
 EXAMPLES = """Examples:
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.registry.cards import Card, Difference, card, differences
     from pipeline.registry.catalogue import RUNS, Match, Version, address, lookup, matching, versions
-    from pipeline.registry.finding import pull, resolve, run_folder
+    from pipeline.registry.finding import newest_step, pull, resolve, run_folder
     from pipeline.registry.model import Answers, LoadedModel, Trained, describe, load_model, predict, write_model_folder
     from pipeline.registry.publishing import conclude, publish, publish_run, register_late
 
 HOMES = {
     "cards": ("Card", "Difference", "card", "differences"),
     "catalogue": ("RUNS", "Match", "Version", "address", "lookup", "matching", "versions"),
-    "finding": ("pull", "resolve", "run_folder"),
+    "finding": ("newest_step", "pull", "resolve", "run_folder"),
     "model": ("Answers", "LoadedModel", "Trained", "describe", "load_model", "predict", "write_model_folder"),
     "publishing": ("conclude", "publish", "publish_run", "register_late"),
 }

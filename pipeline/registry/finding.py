@@ -84,6 +84,15 @@ def pull(reference: str, folder: Path, uri: str | None = None, *, cache: Path | 
     return version
 
 
+def newest_step(run_dir: Path) -> int:
+    """The step of a run's newest whole checkpoint; 0 where there is none yet."""
+    if not (run_dir / "config.yaml").is_file():
+        return 0
+    section = configs.validate(CheckpointConfig, recipe_of(run_dir).get("checkpoint", {}), f"{run_dir}: recipe")
+    names = checkpoint.open_storage(section, run_dir).names()
+    return checkpoint.step_of(names[-1]) if names else 0
+
+
 def _fetch(version: Version, uri: str, cache: Path | None) -> Path:
     """The model's folder of a version: where it lies, if that is on this machine, else a copy of it."""
     import mlflow.artifacts
