@@ -42,6 +42,7 @@ __all__ = [
     "load_model",
     "lookup",
     "matching",
+    "newest_step",
     "predict",
     "publish",
     "publish_run",
