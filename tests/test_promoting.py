@@ -236,15 +236,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def make_run(path: Path, root: Path, seed: int) -> None:
+def make_run(path: Path, root: Path, seed: int, section: dict[str, Any] = SECTION) -> None:
+    """A finished run of an untrained net, with stored figures of its own."""
     run_dir, recipe = run_folder(path)
-    recipe |= {"family": SECTION, "data": {"root": str(root), "side_px": 32, "eval_resize_px": 32}}
+    recipe |= {"family": section, "data": {"root": str(root), "side_px": 32, "eval_resize_px": 32}}
     recipe |= {"training": {"start_from": "/weights/small"} if seed == 2 else {}}
     recipe |= {"evaluation": {"latency_repeats": 1, "latency_batches": [1]}}
     (run_dir / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe}))
-    family = families.find(SECTION["name"])
+    family = families.find(section["name"])
     torch.manual_seed(seed)
-    net = family.build(configs.validate(family.config, SECTION, "test"), 3)
+    net = family.build(configs.validate(family.config, section, "test"), 3)
     classes = sorted(path.name for path in (root / "train").iterdir())
     meta = {"step": seed, "recipe": recipe, "fingerprint": {"seed": seed, "data.identity": "abc"}, "classes": classes}
     name = checkpoint.name_of(seed)

@@ -29,18 +29,31 @@ from pipeline.tracking import sync
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 
 
+SECTION = {  # of a net that does less work at a lower resolution, whatever the image
+    "name": "arrn",
+    "ladder_px": [32, 16],
+    "widths": [12, 24],
+    "inner": ["F2x1"],
+    "final": "M2x1",
+    "head_width": 32,
+    "level_weights": [1, 1],
+    "resolutions_px": [16],
+}
+DEAR, CHEAP = "32px", "16px"
+
+
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A registry whose models:/gated@champion answers under two policies of different price."""
     home = tmp_path_factory.mktemp("served")
     root = toy.make(home / "images", num_classes=3, train=12, val=12, side_px=32, seed=3)
-    make_run(home / "runs" / "mine", root, 1)
+    make_run(home / "runs" / "mine", root, 1, section=SECTION)
     shutil.copyfile(database().path, home / "runs" / "mlflow.db")
     run_dir, uri = home / "runs" / "mine", f"sqlite:///{home}/runs/mlflow.db"
     path = run_dir / "evaluations" / "final" / "reports.json"
     found = json.loads(path.read_text())
-    found[0] |= {"policy": "gates-hard", "top1": 0.5, "macs_mean": 1e6, "full_share": 0.5}
-    found[1] |= {"policy": "gates-open", "top1": 0.6, "macs_mean": 2e6, "full_share": 1.0}
+    found[0] |= {"policy": CHEAP, "top1": 0.5, "macs_mean": 1e6, "full_share": 0.5}
+    found[1] |= {"policy": DEAR, "top1": 0.6, "macs_mean": 2e6, "full_share": 1.0}
     path.write_text(json.dumps(found))
     registry.publish_run(run_dir, "gated", run_id=sync(run_dir).run_id, uri=uri, alias="champion")
     return uri
@@ -109,10 +122,10 @@ def bomb() -> str:
 def test_a_plain_curl_is_answered_under_the_policy_asked_for(uri: str, address: str, tmp_path: Path) -> None:
     model = registry.load_model(registry.resolve("models:/gated@champion", uri))
     for params, policy in (
-        ({}, "gates-hard"),
-        ({"policy": "gates-open"}, "gates-open"),
-        ({"budget": "100%"}, "gates-open"),
-        ({"budget": "1.5M"}, "gates-hard"),
+        ({}, DEAR),
+        ({"policy": CHEAP}, CHEAP),
+        ({"budget": "100%"}, DEAR),
+        ({"budget": "1.5M"}, CHEAP),
     ):
         code, rows = ask(address, {"inputs": TEXTS, "params": params}, tmp_path)
         assert code == 200, rows
@@ -120,8 +133,8 @@ def test_a_plain_curl_is_answered_under_the_policy_asked_for(uri: str, address: 
         assert [row["policy"] for row in rows] == [policy] * 3
         assert [row["macs"] for row in rows] == pytest.approx(wanted.macs)
         assert [row["probability"] for row in rows] == pytest.approx(wanted.probabilities.max(1), abs=1e-5)
-    dear, cheap = (registry.predict(model, IMAGES, name).macs.mean() for name in ("gates-open", "gates-hard"))
-    assert cheap < dear  # the policies really differ in what is done
+    dear, cheap = (registry.predict(model, IMAGES, name).macs.mean() for name in (DEAR, CHEAP))
+    assert cheap < 0.6 * dear  # the policies really differ in what is done
 
 
 def test_arrays_and_records_are_images_too(uri: str, address: str, tmp_path: Path) -> None:
@@ -138,7 +151,7 @@ def test_arrays_and_records_are_images_too(uri: str, address: str, tmp_path: Pat
     ]
     answers = [ask(address, body, tmp_path) for body in bodies]
     assert [code for code, _ in answers] == [200] * 5, answers
-    assert all(rows == answers[0][1] for _, rows in answers)
+    assert [rows for _, rows in answers] == [answers[0][1]] * 5
 
 
 @pytest.mark.parametrize(
@@ -149,16 +162,16 @@ def test_arrays_and_records_are_images_too(uri: str, address: str, tmp_path: Pat
         ({"inputs": [base64.b64encode(b"GIF89a").decode()]}, "not an image"),
         ({"inputs": [bomb()]}, "absurd"),
         ({"inputs": [TEXTS[0]] * 1_000_000}, "at most 1,024 images, this one 1,000,000"),
-        ({"inputs": []}, "image"),
+        ({"inputs": []}, "0 inputs"),
         ({"inputs": [7]}, "found int"),
         ({"inputs": [None]}, "image 0"),
         ({"inputs": [[[[1, 2, 300]]]]}, "whole numbers from 0 to 255"),
         ({"inputs": [[[[1, 2]]]]}, "an array [H, W, 3]"),
         ({"inputs": TEXTS, "params": {"policy": "warp"}}, "warp: no such policy; this net has: "),
-        ({"inputs": TEXTS, "params": {"budget": "1k"}}, "the cheapest is gates-hard at 1 MMACs"),
+        ({"inputs": TEXTS, "params": {"budget": "1k"}}, "the cheapest is 16px at 1 MMACs"),
         ({"inputs": TEXTS, "params": {"budget": "much"}}, "write MACs as 0.8G"),
         ({"inputs": TEXTS, "params": {"budget": "5ms"}}, "a served net takes MACs"),
-        ({"inputs": TEXTS, "params": {"policy": "gates-open", "budget": "1G"}}, "give one of them"),
+        ({"inputs": TEXTS, "params": {"policy": DEAR, "budget": "1G"}}, "give one of them"),
         ({"inputs": TEXTS, "params": {"top_k": 0}}, "top_k (=0)"),
         ({"inputs": TEXTS, "params": {"policy": 5}}, "Invalid parameters"),
         ({"inputs": ["/etc/passwd.png"]}, "this server reads no files"),
@@ -166,7 +179,7 @@ def test_arrays_and_records_are_images_too(uri: str, address: str, tmp_path: Pat
         ({"pictures": TEXTS}, "exactly one of the input fields"),
         ("{", "valid JSON"),
     ],
-    ids=str,
+    ids=lambda each: each[:40] if isinstance(each, str) else "body",
 )
 def test_wrong_input_is_a_4xx_with_a_sentence(address: str, tmp_path: Path, body: Any, said: str) -> None:
     code, message = ask(address, body, tmp_path)
