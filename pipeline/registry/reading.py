@@ -83,6 +83,16 @@ def run(uri: str, run_id: str) -> Run | None:
     return Run(stages[0][0] == "deleted", tags) if stages else None
 
 
+def date(uri: str) -> str | None:
+    """The time that a server over HTTP puts on its answers, as it writes it."""
+    try:
+        with urlopen(f"{_bare(uri)}/health", timeout=TIMEOUT_S, context=_certificates()) as answer:
+            found: str | None = answer.headers["Date"]
+            return found
+    except OSError as error:
+        raise _unanswered(uri, reason_of(error)) from None
+
+
 def _is_web(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 

@@ -1,9 +1,10 @@
 """The code of a published MLflow model. MLflow runs this file when the model is loaded; nothing is pickled.
 
 Input: one column `image` (or no name) of encoded images as bytes or base64 text, paths of image files, or uint8 arrays
-[H, W, 3], in JSON as nested lists. Output, one row an image: `label` and its `probability`, the `macs` it took, the
-`policy` it was run under, and the `top_k` likeliest `labels` with their `probabilities`. Parameters: `policy`; or
-`budget`, e.g. "0.8G" MACs or "50%" of the full net, for the most accurate policy within it; `top_k`.
+[H, W, 3], in JSON as nested lists under `dataframe_records` or `dataframe_split`. Output, one row an image: `label` and
+its `probability`, the `macs` it took, the `policy` it was run under, and the `top_k` likeliest `labels` with their
+`probabilities`. Parameters: `policy`; or `budget`, e.g. "0.8G" MACs or "50%" of the full net, for the most accurate
+policy within it; `top_k`.
 
 A server reads no files, unless it is started with the model configuration {"files": FOLDER}, and then of that folder.
 """
@@ -163,7 +164,8 @@ def _encoded(value: Any, position: int) -> bytes:
     if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape or not whole:
         raise ConfigError(
             f"image {position}: an array [H, W, 3] of whole numbers from 0 to 255 is expected, found "
-            f"{list(array.shape)} of {array.dtype}"
+            f"{list(array.shape)} of {array.dtype}; in JSON it goes under dataframe_records or dataframe_split, for "
+            "MLflow spreads what stands under inputs over columns"
         )
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise ConfigError(f"image {position}: {array.shape[:2]} is above the limit of {MAX_PIXELS:,} pixels")
