@@ -141,11 +141,14 @@ def test_a_preempted_job_saves_at_its_very_step_and_comes_back(desk: Desk) -> No
 
 
 def test_a_lost_agent_costs_the_steps_since_the_last_checkpoint(desk: Desk) -> None:
-    desk.train("agent", "training.epochs=40", "checkpoint.every=20 steps", "compute.cpus_per_worker=1")
+    """The other node has room for both workers: the run goes on there, in the same start of the job."""
+    apart = ["compute.cpus_per_worker=1", "--cpus-per-task", "2"]
+    desk.train("agent", "training.epochs=40", "checkpoint.every=20 steps", *apart)
     desk.until(lambda: bool(desk.steps("agent")), "agent")
     (raylet,) = [pid for pid in _pids("raylet", desk.home) if b"--head" not in _command(pid)]
     os.kill(raylet, 9)
     desk.until(lambda: desk.finished("agent"), "agent", 300)
+    assert len(desk.starts("agent")) == 1
     check_whole(desk, "agent", 400)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.families.arrn.config import ArrnConfig
+from pipeline.families.arrn.figures import figures
 from pipeline.families.arrn.growing import adopt
 from pipeline.families.arrn.inference import policies
 from pipeline.families.arrn.model import build
@@ -18,4 +19,5 @@ FAMILY = Family(
     policies=policies,
     adopt=adopt,
     remarks=remarks,
+    figures=figures,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.families.convnet_aig.figures import figures
 from pipeline.families.convnet_aig.inference import policies
 from pipeline.families.convnet_aig.model import AigConfig, build
 from pipeline.families.convnet_aig.objective import groups, loss, updates
@@ -9,5 +10,12 @@ from pipeline.families.convnet_aig.released import adopt
 from pipeline.family import Family
 
 FAMILY = Family(
-    config=AigConfig, build=build, loss=loss, groups=groups, updates=updates, policies=policies, adopt=adopt
+    config=AigConfig,
+    build=build,
+    loss=loss,
+    groups=groups,
+    updates=updates,
+    policies=policies,
+    adopt=adopt,
+    figures=figures,
 )
