@@ -28,6 +28,7 @@ from pipeline.family import Curves, Evaluated, Report
 from pipeline.launch import absolute, check_device
 from pipeline.registry import Trained
 from pipeline.robustness import Attack, Sweep
+from pipeline.registry.model import CARD
 from pipeline.training import checkpoint
 from pipeline.training.evaluate import load_reports
 
@@ -122,8 +123,9 @@ def _check_evaluates(override: str) -> None:
 
 
 def _home(source: str, name: str, step: int) -> Path:
-    """Where an evaluation is stored: in the run's folder, a checkpoint's apart from the run's own; else beside runs."""
-    if (Path(source) / "config.yaml").is_file():
+    """Where an evaluation is stored: in the run's or model's folder, a checkpoint's apart from the run's own; else
+    beside runs."""
+    if any((Path(source) / file).is_file() for file in ("config.yaml", CARD)):
         return Path(source) / EVALUATIONS / name
     runs = [parent for parent in Path(source).absolute().parents if (parent / "config.yaml").is_file()]
     if Path(source).exists() and runs:
@@ -223,6 +225,7 @@ def find(source: str, uri: str | None = None) -> Net:
     run_dir = _run_of(source, uri)
     homes = [run_dir / EVALUATIONS] if run_dir else []
     homes += [_outside(source)] if source.startswith("models:") else []
+    homes += [Path(source) / EVALUATIONS] if (Path(source) / CARD).is_file() else []
     found = [stored for home in homes for stored in _read_all(home) if stored.about.get("step") == model.step]
     found.sort(key=lambda stored: (bool(stored.about.get("policies")), -_written(stored)))
     card = [Report(**report) for report in _reports_inside(folder)]
