@@ -6,11 +6,12 @@ adaptnet := .venv/bin/adaptnet
 TESTS ?= tests
 export PYTHON
 
-.PHONY: help venv demo test check bench clean
+.PHONY: help venv demo test test-faults check bench clean
 
 help:
 	@echo "make demo    draw images, train a gated net on them, evaluate and register it"
 	@echo "make test    all tests; with ADAPTNET_DATA=FOLDER those on real images too"
+	@echo "make test-faults  sweeps on a real Ray whose processes are killed, 10 minutes"
 	@echo "make check   formatting, lint, types, import order"
 	@echo "make bench   our speed as ratios to named peers'"
 	@echo "make venv    only the set-up: .venv from constraints.txt"
@@ -31,6 +32,9 @@ demo: venv
 
 test: venv
 	.venv/bin/python -m pytest $(TESTS)
+
+test-faults: venv
+	.venv/bin/python -m pytest tests/faults -m faults
 
 check: venv
 	infra/check.sh

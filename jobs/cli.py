@@ -25,6 +25,7 @@ VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "data": "Make, pack, check and describe image sets.",
     "models": "Look trained nets up in the registry.",
     "runs": "List runs and send their journals to the tracking server.",
+    "sweep": "Train every draw of a space, or go on with the sweep in its folder.",
     "bench": "Our speed as a ratio to a named peer's, in one run.",
 }
 

@@ -79,7 +79,7 @@ class Study:
             value = found[entry.key]
             if entry.kind == "choice":
                 return entry.of[value]
-            return space.shortened(value, entry) if isinstance(value, float) else value
+            return value if entry.kind == "integer" else space.shortened(value, entry)
 
         return case, space.assemble(self._cases[case], pick)
 
@@ -107,11 +107,11 @@ class Study:
 
 def _optuna() -> tuple[Any, Any]:
     try:
-        import optuna
+        import optuna  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise ConfigError(
-            "search.kind (=optuna) needs the extra `optuna`: pip install --constraint constraints.txt 'adaptnet[optuna]'"
-            "; search.kind=random draws without it"
+            "search.kind (=optuna) needs the extra `optuna`: pip install --constraint constraints.txt '.[optuna]'; "
+            "search.kind=random draws without it"
         ) from None
     from ray.tune.search.optuna import OptunaSearch
 

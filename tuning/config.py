@@ -179,6 +179,8 @@ def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = 
         if key.strip().startswith("space."):
             given = configs.parse_override(f"value={value}")["value"]
             mapping["space"] = _respaced(mapping.get("space"), key.strip().removeprefix("space."), given)
+        elif key.strip() in ("space", "objectives"):  # anew, not beside what is there
+            mapping[key.strip()] = configs.parse_override(f"value={value}")["value"]
         elif key.strip().partition(".")[0] in SweepConfig.model_fields:
             mapping = configs.merge(mapping, configs.parse_override(text))
         else:
@@ -224,4 +226,6 @@ def _check_kind(config: SweepConfig, cases: Sequence[Case]) -> None:
     if config.search.kind == "optuna":
         grids = [entry.key for case in cases for entry in case if entry.kind == "grid"]
         if grids:
-            raise ConfigError(f"search.kind (=optuna): {', '.join(grids)} is a grid, which is not searched: a choice is")
+            raise ConfigError(
+                f"search.kind (=optuna): {', '.join(grids)} is a grid, which is not searched: a choice is"
+            )

@@ -54,9 +54,9 @@ def check_objectives(config: SweepConfig, policies: Sequence[str]) -> None:
             close = get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise ConfigError(
-                f"objectives: {name}: no trial reports it; {hint}known: {', '.join(METRICS)} and mparameters (memory_mib "
-                f"with memory=true), of the first policy as they are, of another as POLICY/top1, of all as {MEAN}/top1; "
-                f"policies: {', '.join(policies)}"
+                f"objectives: {name}: no trial reports it; {hint}known: {', '.join(METRICS)} and mparameters "
+                f"(memory_mib with memory=true), of the first policy as they are, of another as POLICY/top1, of all as "
+                f"{MEAN}/top1; policies: {', '.join(policies)}"
             )
 
 
@@ -117,7 +117,11 @@ def best(config: SweepConfig, trials: Sequence[Trial]) -> Trial | None:
 
     def merit(trial: Trial) -> tuple[float, float, int]:
         spent = trial.metrics.get(config.cost, 0.0)
-        return config.sign(config.accuracy) * trial.metrics[config.accuracy], config.sign(config.cost) * spent, -trial.number
+        return (
+            config.sign(config.accuracy) * trial.metrics[config.accuracy],
+            config.sign(config.cost) * spent,
+            -trial.number,
+        )
 
     return max(able, key=merit, default=None)
 
@@ -168,9 +172,7 @@ def brief(config: SweepConfig, table: Sequence[Sequence[str]]) -> list[list[str]
     return [[row[place] for place in places] for row in table]
 
 
-def conclude(
-    sweep: Sweep, run_dir: Path, trials: Sequence[Trial], *, tracked: Mapping[str, str | None]
-) -> Outcome:
+def conclude(sweep: Sweep, run_dir: Path, trials: Sequence[Trial], *, tracked: Mapping[str, str | None]) -> Outcome:
     """Writes results.csv, results.json, note.md, status.json and the pictures; says what has come out."""
     from tuning import pictures
 
@@ -216,7 +218,9 @@ def _write_tables(run_dir: Path, config: SweepConfig, trials: Sequence[Trial], t
 # --- the registry
 
 
-def register(config: SweepConfig, run_dir: Path, found: Outcome, name: str, trial: str | None = None) -> registry.Version:
+def register(
+    config: SweepConfig, run_dir: Path, found: Outcome, name: str, trial: str | None = None
+) -> registry.Version:
     """Makes the best trial, or the one called `trial`, a version of `name` with the alias candidate."""
     from pipeline.tracking.carrier import Ledger
 
@@ -235,4 +239,3 @@ def register(config: SweepConfig, run_dir: Path, found: Outcome, name: str, tria
     if version is None:
         raise ConfigError(f"--trial (={chosen}): this trial was not trained to its end; register one that was")
     return version
-

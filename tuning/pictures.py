@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def draw(sweep: Sweep, run_dir: Path, trials: Sequence[Trial]) -> None:
     if sweep.config.profiles and any(_profile(trial) for trial in done):
         pictures["profiles"] = lambda axes: _profiles(axes, sweep, done)
     for number, wanted in enumerate(sweep.config.curves):
-        pictures[f"curves-{number}"] = lambda axes, wanted=wanted: _curves(axes, run_dir, trials, wanted)
+        pictures[f"curves-{number}"] = partial(_curves, run_dir=run_dir, trials=trials, wanted=wanted)
     (run_dir / "plots").mkdir(exist_ok=True)
     for name, fill in pictures.items():
         _save(run_dir / "plots" / f"{name}.png", fill, title=f"{sweep.config.name}: {name}")
@@ -119,8 +120,7 @@ def _curves(axes: Axes, run_dir: Path, trials: Sequence[Trial], wanted: str) -> 
         found = journal.curves(run_dir / "trials" / trial.name / "journal")
         chosen = {key: points for key, points in found.items() if re.fullmatch(wanted, key)}
         for place, points in enumerate(chosen.values()):
-            label = _short(trial) or trial.name
-            label = label if place == 0 and number < MOST_NAMED else None
+            label = (_short(trial) or trial.name) if place == 0 and number < MOST_NAMED else None
             axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", alpha=0.8, label=label)
     axes.set(xlabel="step", ylabel=wanted)
     axes.grid(alpha=0.3)
@@ -146,5 +146,3 @@ def _profiles(axes: Axes, sweep: Sweep, trials: Sequence[Trial]) -> None:
     axes.set(xlabel="convolution", ylabel="side, px")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-
-

@@ -30,8 +30,8 @@ def slots(compute: ComputeConfig) -> int:
             ", ".join(f"{node.get(name, 0):g} {name}s" for name in one) for node in nodes if any(map(node.get, one))
         )
         raise ResourceError(
-            f"a trial is {fewest} workers (compute.workers) of {needs} each; the cluster's nodes have {offers or 'none'}"
-            f", room for {workers}. Set compute.workers or compute.cpus_per_worker lower, or add nodes"
+            f"a trial is {fewest} workers (compute.workers) of {needs} each; the cluster's nodes have "
+            f"{offers or 'none'}: room for {workers}. Set compute.workers or cpus_per_worker lower, or add nodes"
         )
     return max(1, workers // most)
 

@@ -5,16 +5,17 @@ A space is one case or several, which are drawn one after another. A case maps k
   family.depth: 14                                        fixed
   family.target_rate: {grid: [0.4, 0.6]}                  each of these values with each of every other grid
   training.optimizer.lr: {loguniform: [1e-3, 1e-1]}       drawn; uniform, integer (both ends included), choice likewise
-  family.limit_px: {choice: [8, 16], when: {family.mode: sa}}     there only where an earlier key has that value
-  family.target_rate: {list: [$early, {value: $late, times: 3}]}  put together of other keys and values
+  family.limit_px: {choice: [8, 16], when: {family.mode: sa}}     where an earlier key has that value
+  family.target_rate: {list: [$early, {value: $late, times: 3}]}   put together of other keys and values
 
 A key that begins with $ is a name inside the sweep and no key of the recipe. Ray Tune's domains draw; each draw has a
-generator of its own, seeded by (seed, number of the sample, case, place in the grid), so that more samples do not change
-the first ones, and another key in one case changes no other case.
+generator of its own, seeded by (seed, number of the sample, case, place in the grid), so that more samples do not
+change the first ones, and another key in one case changes no other case.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ def written(value: Any) -> str:
     """A drawn value for people."""
     if isinstance(value, list | tuple):
         return "[" + ",".join(written(item) for item in value) + "]"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -249,7 +252,7 @@ def _filled(entry: Entry, value: Any, values: Values) -> Any:
 def sample(entry: Entry, random: np.random.Generator) -> Any:
     """A value of a random entry, by Ray Tune's domain of its kind."""
     value = _domain(entry).sample(random_state=random)
-    return shortened(value, entry) if isinstance(value, float) else value
+    return shortened(value, entry) if entry.kind in ("uniform", "loguniform") else value
 
 
 def shortened(value: float, entry: Entry) -> float:

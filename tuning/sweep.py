@@ -6,9 +6,9 @@ sweep itself decides is in RUN/journal/sweep.jsonl (`record`), and this process 
 
 Ray Tune gives its domains (`space`), its ASHA and its Optuna searcher (`advice`). Its Tuner is not used: it would put
 each trial's driver into an actor that takes a slot of its own beside the workers', hear of results through Ray Train's
-reports, a barrier over all ranks that we call at checkpoints alone, and restore after a kill neither a scheduler's rungs
-nor, in order, what a searcher was told, while checkpoints, retries and results are the run's own here. Driven by the
-loop below, all of it is replayed from the record in the order in which it happened.
+reports alone, a barrier over all ranks that we call at checkpoints only, and restore after a kill neither a scheduler's
+rungs nor what a searcher was told, in order; checkpoints, retries and results are the run's own here. Driven by the
+loop below, all that Tune decides is replayed from the record in the order in which it happened.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Nobody:
 def run(sweep: Sweep, run_dir: Path, *, retry_failed: bool = False, watcher: Watcher | None = None) -> Outcome:
     """Trains what is left of `sweep` in `run_dir`, tracks it under a parent run, and writes tables and pictures.
 
-    A file `stop` in the folder ends it at the next save of each running trial; the same call goes on. Raises ConfigError
-    for what no trial could report or train, ResourceError where another driver is at it or not one trial fits the
-    cluster, CheckpointError where the folder holds another sweep.
+    A file `stop` in the folder ends it at the next save of each running trial; the same call goes on. Raises
+    ConfigError for what no trial could report or train and where the folder holds another sweep, ResourceError where
+    another driver is at it or not one trial fits the cluster.
     """
     _check_place(run_dir)
     new = not run_dir.exists()
@@ -201,8 +201,8 @@ class Controller:
         trial, result, error = runner.trial, runner.result, runner.error
         if error is not None and self.sweep.base.compute.workers != 0 and not slots.alive():
             raise ResourceError(
-                f"the Ray cluster is gone ({error}). Start it again and give the same command: finished trials stay, the "
-                "others go on from their checkpoints"
+                f"the Ray cluster is gone ({error}). Start it again and give the same command: finished trials stay, "
+                "the others go on from their checkpoints"
             )
         if trial.ends_at is not None and error is None:
             self._end(trial, "stopped", trial.reason, trial.ends_at)
@@ -225,7 +225,9 @@ class Controller:
         self.record.write("ended", number=trial.number, state=state, reason=reason, step=step, metrics=metrics)
         self._tell(trial)
         shown = [f"{name} {metrics[name]:.4g}" for name in self._shown if name in metrics]
-        self._say(f"{trial.name}: {state}{f' ({reason})' if reason else ''} at step {step}  {'  '.join(shown)}".rstrip())
+        self._say(
+            f"{trial.name}: {state}{f' ({reason})' if reason else ''} at step {step}  {'  '.join(shown)}".rstrip()
+        )
         self._log_progress()
 
     def _tell(self, trial: Trial) -> None:
@@ -295,11 +297,10 @@ class Controller:
         policies = price.policies(self.sweep.base, self._num_classes)
         outcome.check_objectives(self.config, policies)
         self._first_policy = policies[0]
-        self._judged_sign = -1 if self.config.scheduler.metric in outcome.LOW_IS_GOOD else 1
-        if self.config.scheduler.metric not in outcome.METRICS:
-            raise ConfigError(
-                f"scheduler.metric (={self.config.scheduler.metric}): an evaluation reports {', '.join(outcome.METRICS)}"
-            )
+        metric = self.config.scheduler.metric
+        self._judged_sign = -1 if metric in outcome.LOW_IS_GOOD else 1
+        if metric not in outcome.METRICS:
+            raise ConfigError(f"scheduler.metric (={metric}): an evaluation reports {', '.join(outcome.METRICS)}")
 
     def _write_config(self) -> None:
         """config.yaml: the sweep, the recipe without draws, and what the folder must agree with."""
@@ -310,7 +311,9 @@ class Controller:
             if changed:
                 lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]
                 raise ConfigError(
-                    "\n".join([f"{self.run_dir} holds another sweep:", *lines, "Use the old values, or another --run-dir"])
+                    "\n".join(
+                        [f"{self.run_dir} holds another sweep:", *lines, "Use the old values, or another --run-dir"]
+                    )
                 )
         mapping = {"sweep": configs.as_mapping(self.config), "recipe": configs.as_mapping(self.sweep.base)}
         write_whole(path, configs.dump_yaml(mapping | {"fingerprint": identity}))
@@ -329,7 +332,7 @@ class Controller:
         """The recipe of a trial, as a run among the sweep's: tracked below its parent, registered by nobody."""
         config = self.sweep.recipe(trial.draw)
         tracking = config.tracking.model_copy(
-            update={"uri": self.shipper.uri, "register": None, "parent": str(self.run_dir)}
+            update={"uri": self.shipper.uri, "register": None, "parent": self.run_dir}
         )
         storage = config.checkpoint.storage
         if storage is not None:
