@@ -1,4 +1,4 @@
-"""Sweeps on a real Ray whose driver, worker or cluster is killed, and trials side by side. Minutes: make test-faults."""
+"""Sweeps on a real Ray whose driver, worker or cluster is killed, and trials side by side; asked for by name."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_whatever_is_killed_the_same_command_ends_with_the_same_table(
     for kind in kinds:
         process = start(images, run_dir)
         before = ended(run_dir)
-        wait_for(lambda before=before: ended(run_dir) > before, process, log)  # noqa: B023
+        wait_for(lambda before=before: ended(run_dir) > before, process, log)
         wait_for(lambda: any("RayTrainWorker" in " ".join(c.cmdline()) for c in family_of(process)), process, log)  # noqa: B023
         time.sleep(choose.uniform(0, 4))
         kill(kind, process)
