@@ -129,10 +129,10 @@ class Sweep:
         """What a sweep's folder must agree with to be gone on with, by dotted key; more samples may be asked for."""
         mapping = configs.as_mapping(self.config)
         kept = {key: mapping[key] for key in ("recipe", "scheduler", "bounds", "objectives")}
-        recipe = configs.as_mapping(self.base)
-        learned = {key: recipe[key] for key in recipe if key not in (*space.PLACES, "evaluation")}
         search = {key: value for key, value in mapping["search"].items() if key != "samples"}
-        return configs.flat({**kept, "search": search, "recipe": learned}) | {"space": mapping["space"]}
+        learned = {f"recipe.{key}": value for key, value in run_config.fingerprint(self.base, "").items()}
+        judged = {"recipe.evaluation.every": str(self.base.evaluation.every), "space": mapping["space"]}
+        return configs.flat({**kept, "search": search}) | learned | judged
 
 
 def names() -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 from pipeline import cost
 from pipeline import family as families
 from pipeline.run_config import RunConfig
-from pipeline.training import checkpoint
 from tuning.config import Bounds
 
 
@@ -46,10 +43,9 @@ def build(config: RunConfig, num_classes: int) -> nn.Module:
 
 
 def policies(config: RunConfig, num_classes: int) -> list[str]:
-    """Names of the policies that the recipe's trials are evaluated under, the default first."""
+    """Names of the net's policies; the first is the one that is evaluated while training."""
     family = families.find(config.family.name)
-    names = [policy.name for policy in family.policies(config.family, build(config, num_classes))]
-    return list(config.evaluation.policies or names)
+    return [policy.name for policy in family.policies(config.family, build(config, num_classes))]
 
 
 def memory_mib(net: nn.Module, side_px: int) -> float:
@@ -92,14 +88,6 @@ def profile(net: nn.Module, side_px: int) -> list[int]:
         for hook in hooks:
             hook.remove()
     return sides
-
-
-def of_trained(run_dir: Path, config: RunConfig, name: str) -> tuple[float, Sequence[int]]:
-    """(memory in MiB, sides along the net) of a run's checkpoint `name`, whose shape may have been learned."""
-    storage = checkpoint.open_storage(config.checkpoint, run_dir)
-    net = checkpoint.load_net(storage.fetch(name))[0]
-    side = config.data.side_for_eval
-    return memory_mib(net, side), profile(net, side)
 
 
 def _image(config: RunConfig) -> Tensor:

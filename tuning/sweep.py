@@ -156,7 +156,11 @@ class Controller:
             return None
         number = len(self.trials)
         trial = self.record.draw(Draw(number, *self._study.ask(number)))
-        self._price(trial)
+        try:
+            self._price(trial)
+            self.sweep.recipe(trial.draw)
+        except ConfigError as error:  # of the recipe, which not every draw need suit; a study learns from it
+            self._refuse(trial, f"invalid: {error}")
         return self._next()
 
     def _left(self) -> bool:
@@ -264,9 +268,12 @@ class Controller:
         self.record.write("priced", number=trial.number, macs=found.macs, parameters=found.parameters)
         reason = found.refusal(bounds)
         if reason is not None:
-            self.record.write("refused", number=trial.number, reason=reason)
-            self._say(f"{trial.name}: refused, {reason}")
-            self._tell(trial)
+            self._refuse(trial, reason)
+
+    def _refuse(self, trial: Trial, reason: str) -> None:
+        self.record.write("refused", number=trial.number, reason=reason)
+        self._say(f"{trial.name}: refused, {reason}")
+        self._tell(trial)
 
     def _replay(self) -> None:
         """Tells scheduler and study all that was decided before, in that order."""
@@ -295,7 +302,7 @@ class Controller:
 
     def _check_objectives(self) -> None:
         policies = price.policies(self.sweep.base, self._num_classes)
-        outcome.check_objectives(self.config, policies)
+        outcome.check_objectives(self.config, list(self.sweep.base.evaluation.policies or policies))
         self._first_policy = policies[0]
         metric = self.config.scheduler.metric
         self._judged_sign = -1 if metric in outcome.LOW_IS_GOOD else 1
@@ -321,7 +328,7 @@ class Controller:
     def _shipper(self) -> Shipper:
         """Of the sweep's own run, the parent of its trials'."""
         tracking = self.sweep.base.tracking.model_copy(update={"register": None, "upload_checkpoints": False})
-        recipe = {"sweep": configs.as_mapping(self.config), "recipe": configs.as_mapping(self.sweep.base)}
+        recipe = configs.as_mapping(self.sweep.base) | {"sweep": configs.as_mapping(self.config)}
         write_whole(self.run_dir / "note.md", f"{self.config.question}\n")
         return Shipper(self.run_dir, tracking, recipe, command=sys.argv, fence=self._fence)
 
@@ -354,9 +361,12 @@ class Controller:
 
     @cached_property
     def _num_classes(self) -> int:
-        """Of the recipe's images; opening them also says early where there are none."""
+        """Of the recipe's images. Raises what says early that there are none, or none to evaluate on."""
         base = launch.absolute(self.sweep.base)
-        return len(open_splits(base.data, base.seed).train.classes)
+        splits = open_splits(base.data, base.seed)
+        if len(splits.val) == 0:
+            raise ConfigError(f"data.root (={base.data.root}): no val split, so no trial would report anything")
+        return len(splits.train.classes)
 
     @property
     def trials(self) -> list[Trial]:
