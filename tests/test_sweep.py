@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
+from mlflow_here import database
 
 from pipeline import journal
 from pipeline.data import toy
@@ -273,6 +275,7 @@ def test_an_optuna_study_told_again_draws_as_one_that_was_never_ended(images: Pa
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted sweep's folder."""
     run_dir = tmp_path_factory.mktemp("sweeps") / "whole"
+    shutil.copyfile(database().path, run_dir.parent / "mlflow.db")
     found = sweep.run(load(images), run_dir)
     assert found.finished and found.best
     return run_dir
@@ -284,8 +287,9 @@ def test_a_sweep_tells_its_tables_and_its_runs_in_mlflow(images: Path, whole: Pa
     assert len(rows) == 4 and states == {"finished", "stopped (ASHA)"}
     assert {"frontier.png", "parallel.png"} <= {path.name for path in (whole / "plots").iterdir()}
     client = connect(f"sqlite:///{whole.parent}/mlflow.db")
-    (parent,) = client.search_runs(["1"], "attributes.run_name = 'whole'")
-    children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    experiment = client.get_experiment_by_name("adaptnet").experiment_id
+    (parent,) = client.search_runs([experiment], "attributes.run_name = 'whole'")
+    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert sorted(child.info.run_name for child in children) == [row[0] for row in rows]
     assert (
         "How does accuracy" in parent.data.tags["mlflow.note.content"]
@@ -395,6 +399,7 @@ def test_what_a_killed_writer_left_torn_is_passed_over(tmp_path: Path) -> None:
 
 def test_a_sweep_killed_twice_ends_as_one_that_was_not(images: Path, whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "whole"
+    shutil.copyfile(database().path, tmp_path / "mlflow.db")
     choose = random.Random(7)
     words = [sys.executable, "-m", "jobs.cli", "sweep", "toy", *settings(images), "--run-dir", str(run_dir)]
     for _ in range(2):
