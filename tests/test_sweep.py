@@ -44,7 +44,7 @@ def settings(images: Path) -> list[str]:
         "compute.workers=0",
         "training.batch_size=32",
         "checkpoint.every=3 steps",
-        "search.samples=2",
+        "logging.every=2 steps",
     ]
 
 

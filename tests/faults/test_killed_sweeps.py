@@ -32,7 +32,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(images: Path) -> list[str]:
     """Four trials of 40 steps of 32 images in two workers, of which ASHA ends some."""
-    small = ["training.batch_size=32", "checkpoint.every=5 steps", "search.samples=2"]
+    small = ["training.batch_size=32", "checkpoint.every=5 steps"]
     return [f"data.root={images}", *small]
 
 
