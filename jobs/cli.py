@@ -31,6 +31,7 @@ VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "doctor": "What this machine offers, and what is missing for what.",
     "runs": "List runs and send their journals to the tracking server.",
     "plan": "What a recipe needs on so many nodes: memory, steps, reading, decoding, saving, time.",
+    "sweep": "Train every draw of a space, or go on with the sweep in its folder.",
     "bench": "Our speed as a ratio to a named peer's, in one run.",
 }
 

@@ -27,8 +27,8 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.family import Curves, Evaluated, Report
 from pipeline.launch import absolute, check_device
 from pipeline.registry import Trained
-from pipeline.robustness import Attack, Sweep
 from pipeline.registry.model import CARD
+from pipeline.robustness import Attack, Sweep
 from pipeline.training import checkpoint
 from pipeline.training.evaluate import load_reports
 

@@ -492,10 +492,15 @@ def metrics_of(reports: Sequence[Report]) -> dict[str, float]:
 
 
 def _next_attempt(run_dir: Path) -> int:
-    path = run_dir / "attempt.json"
-    attempt: int = (json.loads(path.read_text())["attempt"] if path.exists() else 0) + 1
-    write_json(path, {"attempt": attempt})
+    attempt = attempts(run_dir) + 1
+    write_json(run_dir / "attempt.json", {"attempt": attempt})
     return attempt
+
+
+def attempts(run_dir: Path) -> int:
+    """How often the run in this folder has been started."""
+    path = run_dir / "attempt.json"
+    return int(json.loads(path.read_text())["attempt"]) if path.exists() else 0
 
 
 def write_json(path: Path, value: Any) -> None:

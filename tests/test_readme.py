@@ -31,6 +31,8 @@ WHERE = {  # each command line of the README: the file that runs it, or why none
     "adaptnet data pack /data/imagenet packed/imagenet": "needs ImageNet",
     "adaptnet train convnet_aig/imagenet_50 data.root=packed/imagenet compute.workers=8": "needs ImageNet",
     "adaptnet evaluate runs/convnet_aig-imagenet_50": "needs ImageNet",
+    "adaptnet sweep --list": ".ci/run",
+    "adaptnet sweep toy": "tests/test_sweep.py",
 }
 
 
