@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import singledispatch
 from itertools import pairwise
 from math import ceil
+from textwrap import wrap
 from typing import Any
 from xml.etree import ElementTree
 
@@ -108,30 +109,27 @@ def picture(figure: Lines | Bars | HeatMap) -> Picture:
 
 
 def contact_sheet(figure: Gallery, images: Mapping[int, Thumbnail]) -> bytes:
-    """A gallery as PNG: a line of images under each heading; an image that is not at hand by its name."""
+    """A gallery as PNG: lines of images under each heading; an image that is not at hand by its name."""
     across = max(1, min(8, max((len(group) for group in figure.groups.values()), default=1)))
-    lines = sum(1 + ceil(len(group) / across) for group in figure.groups.values())
+    heights = [h for group in figure.groups.values() for h in (0.25, *[1.0] * ceil(len(group) / across))] or [1.0]
     with _style():
-        canvas = _canvas(across * 112, max(1, lines) * 112)
-        place = 0
+        canvas = _canvas(max(320, across * 112), sum(heights) * 140)
+        grid = canvas.add_gridspec(len(heights), across, height_ratios=heights)
+        line = 0
         for heading, group in figure.groups.items():
-            _head(canvas, heading, place, lines)
+            axes = canvas.add_subplot(grid[line, :])
+            axes.axis("off")
+            axes.text(0, 0, cells.text(heading), fontweight="bold")
             for number, (row, words) in enumerate(group):
-                where = (place + 1 + number // across) * across + number % across
-                _image(canvas.add_subplot(lines, across, where + 1), images.get(row), row, words)
-            place += 1 + ceil(len(group) / across)
+                place = grid[line + 1 + number // across, number % across]
+                _image(canvas.add_subplot(place), images.get(row), row, words)
+            line += 1 + ceil(len(group) / across)
         return _png(canvas)
-
-
-def _head(canvas: Canvas, heading: str, place: int, lines: int) -> None:
-    axes = canvas.add_subplot(lines, 1, place + 1)
-    axes.axis("off")
-    axes.text(0, 0.1, cells.text(heading), fontweight="bold")
 
 
 def _image(axes: Axes, found: Thumbnail | None, row: int, words: str) -> None:
     axes.axis("off")
-    axes.set_title(_short(words, 16), fontsize=10)
+    axes.set_title("\n".join(wrap(_short(words, 3 * 16), 16)[:3]), fontsize=10)
     if found is not None and found.jpeg:
         axes.imshow(found.pixels())
     else:
