@@ -246,7 +246,7 @@ def test_classes_stand_by_their_groups_and_others_last(tmp_path: Path) -> None:
         ("animals: [ant, unicorn]", "the nets know no class unicorn"),
         ('{"animals": "ant"}', "write a list of classes"),
         ("animals: [ant]\nplants: [ant]", "ant: in two groups"),
-        ("- ant", "is a mapping"),
+        ("- ant", r"write {superclass: \[class, ...\]} as YAML or JSON; .*groups.yaml"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused_by_name(text: str, words: str, tmp_path: Path) -> None:

@@ -80,7 +80,10 @@ def grouped(nets: Sequence[Evaluated], path: Path) -> list[Evaluated]:
 
     Raises ConfigError for classes that the nets do not know, or that are in two groups.
     """
-    found = configs.read_mapping(path)
+    try:
+        found = configs.read_mapping(path)
+    except ConfigError as error:
+        raise ConfigError(f"--groups: write {{superclass: [class, ...]}} as YAML or JSON; {error}") from None
     known, seen = set(nets[0].classes), set[str]()
     for group, classes in found.items():
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from functools import singledispatch
 from itertools import pairwise
 from math import ceil
-from typing import Any
+from textwrap import wrap
+from typing import Any, TypeAlias
 from xml.etree import ElementTree
 
 import matplotlib
@@ -35,7 +36,7 @@ INK = "#1b1b1f"
 # Okabe and Ito's colours for all kinds of sight (jfly.uni-koeln.de/color), without black, which is the ink, and yellow
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "D", "^", "v", "P", "X", "<", ">", "p", "*", "h", "8")
-DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 BASELINE, BASELINE_MARKER = "baseline", "s"  # this group is drawn in ink
 COLOURS_OF_VALUES = "viridis"  # from dark blue over green to yellow, lighter and lighter, for all kinds of sight
 WIDTH, HEIGHT = 640, 400  # px of a figure; a heat map takes what its cells need
@@ -47,7 +48,7 @@ MOST_SPOTS = 2000  # points of a figure that can be asked for
 LONGEST_LABEL = 30  # letters
 MARKER = 8
 PNG_DPI = 144
-STYLE = {
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -70,6 +71,7 @@ STYLE = {
     "lines.markersize": MARKER,
     "lines.linewidth": 1.8,
 }
+Look: TypeAlias = dict[str, Any]  # what matplotlib takes by name
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 
@@ -108,30 +110,27 @@ def picture(figure: Lines | Bars | HeatMap) -> Picture:
 
 
 def contact_sheet(figure: Gallery, images: Mapping[int, Thumbnail]) -> bytes:
-    """A gallery as PNG: a line of images under each heading; an image that is not at hand by its name."""
+    """A gallery as PNG: lines of images under each heading; an image that is not at hand by its name."""
     across = max(1, min(8, max((len(group) for group in figure.groups.values()), default=1)))
-    lines = sum(1 + ceil(len(group) / across) for group in figure.groups.values())
+    heights = [h for group in figure.groups.values() for h in (0.25, *[1.0] * ceil(len(group) / across))] or [1.0]
     with _style():
-        canvas = _canvas(across * 112, max(1, lines) * 112)
-        place = 0
+        canvas = _canvas(max(320, across * 112), sum(heights) * 152)
+        grid = canvas.add_gridspec(len(heights), across, height_ratios=heights)
+        line = 0
         for heading, group in figure.groups.items():
-            _head(canvas, heading, place, lines)
+            axes = canvas.add_subplot(grid[line, :])
+            axes.axis("off")
+            axes.text(0, 0, cells.text(heading), fontweight="bold")
             for number, (row, words) in enumerate(group):
-                where = (place + 1 + number // across) * across + number % across
-                _image(canvas.add_subplot(lines, across, where + 1), images.get(row), row, words)
-            place += 1 + ceil(len(group) / across)
+                place = grid[line + 1 + number // across, number % across]
+                _image(canvas.add_subplot(place), images.get(row), row, words)
+            line += 1 + ceil(len(group) / across)
         return _png(canvas)
-
-
-def _head(canvas: Canvas, heading: str, place: int, lines: int) -> None:
-    axes = canvas.add_subplot(lines, 1, place + 1)
-    axes.axis("off")
-    axes.text(0, 0.1, cells.text(heading), fontweight="bold")
 
 
 def _image(axes: Axes, found: Thumbnail | None, row: int, words: str) -> None:
     axes.axis("off")
-    axes.set_title(_short(words, 16), fontsize=10)
+    axes.set_title("\n".join(wrap(_short(words, 64), 18)[:4]), fontsize=10)
     if found is not None and found.jpeg:
         axes.imshow(found.pixels())
     else:
@@ -216,15 +215,15 @@ def _plot(axes: Axes, number: int, series: Series, key: Line2D) -> None:
     x = np.asarray(series.x, dtype=float)
     y = np.asarray([np.nan if value is None else value for value in series.y], dtype=float)
     pale = np.asarray(series.faded or [False] * len(x), dtype=bool)
-    look: dict[str, Any] = {"color": key.get_color(), "clip_on": False}
+    look: Look = {"color": key.get_color(), "clip_on": False}
     if series.joined or series.reference:
-        line = {"linestyle": key.get_linestyle(), "linewidth": key.get_linewidth()}
+        line: Look = {"linestyle": key.get_linestyle(), "linewidth": key.get_linewidth()}
         axes.plot(x, y, gid=f"series-{number}-line", zorder=2, **look, **line)
     if series.reference or key.get_marker() in (None, "None"):
         return
-    mark = {**look, "marker": key.get_marker(), "linestyle": "none"}
-    edge = {"markeredgecolor": INK, "markeredgewidth": 0.6}
-    hollow = {"markerfacecolor": "none", "markeredgewidth": 1.3, "alpha": 0.65}
+    mark: Look = {**look, "marker": key.get_marker(), "linestyle": "none"}
+    edge: Look = {"markeredgecolor": INK, "markeredgewidth": 0.6}
+    hollow: Look = {"markerfacecolor": "none", "markeredgewidth": 1.3, "alpha": 0.65}
     if not pale.all():
         axes.plot(x[~pale], y[~pale], gid=f"series-{number}-marks", zorder=4, **mark, **edge)
     if pale.any():
@@ -253,7 +252,7 @@ def _across(names: Sequence[str]) -> int:
 
 def _legend(canvas: Canvas, entries: Sequence[Any], names: Sequence[str], across: int) -> None:
     shown = [name if not name.startswith("_") else f"\N{ZERO WIDTH SPACE}{name}" for name in names]
-    look = {"handlelength": 2.2, "borderpad": 0.2, "labelspacing": 0.45, "borderaxespad": 0}
+    look: Look = {"handlelength": 2.2, "borderpad": 0.2, "labelspacing": 0.45, "borderaxespad": 0}
     canvas.legend(entries, shown, loc="lower left", bbox_to_anchor=(0, 0), ncols=across, **look).set_in_layout(False)
 
 
@@ -281,7 +280,9 @@ def _point_spots(axes: Axes, figure: Lines) -> list[Spot]:
 
 
 def _height(axes: Axes) -> float:
-    return float(axes.get_figure(root=True).bbox.height)
+    canvas = axes.get_figure(root=True)
+    assert canvas is not None
+    return float(canvas.bbox.height)
 
 
 def _key_spots(canvas: Canvas, groups: Sequence[str]) -> list[Spot]:
@@ -289,6 +290,7 @@ def _key_spots(canvas: Canvas, groups: Sequence[str]) -> list[Spot]:
     legend, height = canvas.legends[0], float(canvas.bbox.height)
     spots = []
     for number, (handle, words) in enumerate(zip(legend.legend_handles, legend.get_texts(), strict=True)):
+        assert handle is not None
         left, right = handle.get_window_extent().x0, words.get_window_extent().x1
         low, high = words.get_window_extent().y0, words.get_window_extent().y1
         box = (left - 4, height - high - 4, right - left + 8, high - low + 8)
@@ -307,18 +309,19 @@ def _name_points(axes: Axes, series: Series, marks: Sequence[tuple[float, float,
     taken += [(x - 1, y - 1, x + 1, y + 1) for x, y in _along(axes, series)]
     for x, y, words in zip(series.x, series.y, series.texts, strict=True):
         for right, up, ha, va in PLACES:
-            offset = {"xytext": (right, up), "textcoords": "offset points", "ha": ha, "va": va}
+            offset: Look = {"xytext": (right, up), "textcoords": "offset points", "ha": ha, "va": va}
             note = axes.annotate(_short(words, 24), (x, y), annotation_clip=False, **offset)
             box = note.get_window_extent().extents
             if _inside(box, axes.bbox.extents) and not any(_overlap(box, other) for other in taken):
-                taken.append(tuple(box))
+                taken.append((box[0], box[1], box[2], box[3]))
                 break
             note.remove()
 
 
 def _along(axes: Axes, series: Series) -> list[tuple[float, float]]:
     """Places on the series' line, at most 4 px apart."""
-    corners = axes.transData.transform([(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None])
+    places = [(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None]
+    corners = axes.transData.transform(np.array(places, dtype=float).reshape(-1, 2))
     found: list[tuple[float, float]] = []
     for start, end in pairwise(corners):
         steps = np.linspace(0, 1, 2 + int(np.hypot(*(end - start)) / 4))
@@ -346,7 +349,7 @@ def _(figure: Bars) -> Drawing:
     axes = canvas.add_subplot(ylabel=cells.text(figure.y_label))
     axes.grid(visible=False, axis="x")
     bars = _bars(axes, figure)
-    axes.set_xticks(range(len(labels)), labels, **({"rotation": 90} if upright else {}))
+    axes.set_xticks(range(len(labels)), labels, rotation=90 if upright else 0)
     axes.margins(x=0.02)
     if len(names) > 1:
         entries = [
@@ -370,7 +373,7 @@ def _bars(axes: Axes, figure: Bars) -> list[tuple[Any, str]]:
         left = (number - (len(figure.series) - 1) / 2) * thick
         for place, value in enumerate(values):
             if value is not None:
-                look = {"color": PALETTE[number % len(PALETTE)], "edgecolor": INK, "linewidth": 0.6}
+                look: Look = {"color": PALETTE[number % len(PALETTE)], "edgecolor": INK, "linewidth": 0.6}
                 (bar,) = axes.bar(place + left, value, thick, hatch=_hatch(number), **look)
                 words = f"{figure.labels[place]}\n{name}: {cells.number(value)}"
                 found.append((bar, cells.text(words)))
@@ -397,10 +400,10 @@ def _(figure: HeatMap) -> Drawing:
     axes = canvas.add_subplot()
     values = np.array([[np.nan if v is None else v for v in row] for row in figure.values], dtype=float)
     values = np.ma.masked_invalid(values.reshape(len(rows), len(columns)))
-    look = {"cmap": COLOURS_OF_VALUES, "vmin": figure.low, "vmax": figure.high, "aspect": "auto"}
+    look: Look = {"cmap": COLOURS_OF_VALUES, "vmin": figure.low, "vmax": figure.high, "aspect": "auto"}
     image = axes.imshow(values, interpolation="none", gid="cells", **look)
     axes.grid(visible=False)
-    axes.set_xticks(range(len(columns)), columns, **({} if flat else {"rotation": 90}))
+    axes.set_xticks(range(len(columns)), columns, rotation=0 if flat else 90)
     axes.set_yticks(range(0, len(rows), step), rows[::step])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -417,7 +420,7 @@ def _divide(axes: Axes, figure: HeatMap) -> None:
     start = 0
     for name, count in figure.groups.items():
         axes.axhline(start - 0.5, color=INK, linewidth=1.5)
-        where = {"transform": axes.get_yaxis_transform(), "va": "center", "ha": "left"}
+        where: Look = {"transform": axes.get_yaxis_transform(), "va": "center", "ha": "left"}
         axes.text(1.01, start + (count - 1) / 2, _short(name), fontweight="bold", **where)
         start += count
 

@@ -175,7 +175,7 @@ def _measured(entries: Sequence[Any], size: int) -> str:
 
 
 def _spread(entries: Sequence[Any]) -> float:
-    return max(entry["p95_ms"] / entry["median_ms"] for entry in entries)
+    return max(float(entry["p95_ms"]) / float(entry["median_ms"]) for entry in entries)
 
 
 def _listed(words: Iterable[str]) -> str:

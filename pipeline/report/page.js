@@ -92,9 +92,10 @@ function isolate(group) {
 
 for (const svg of document.querySelectorAll("svg.drawing")) {
   const title = svg.closest("figure").querySelector("h3").textContent;
-  svg.setAttribute("role", "group");
-  svg.setAttribute("aria-label", `${title}. Arrow keys go through its points.`);
-  svg.setAttribute("tabindex", "0");
+  const walks = visible(svg).length > 0;
+  svg.setAttribute("role", walks ? "group" : "img");
+  svg.setAttribute("aria-label", walks ? `${title}. Arrow keys go through its points.` : title);
+  if (walks) svg.setAttribute("tabindex", "0");
   const image = svg.querySelector(".cells");
   for (const kind of ["pointermove", "pointerdown"]) {
     if (image) image.addEventListener(kind, (event) => value(image, event));

@@ -29,6 +29,7 @@ def send_folder(
     Returns the runs' ids, and what went wrong, a line for each address: nothing is raised. `uri` replaces the recipes'.
     """
     sent: list[str] = []
+    known: tuple[type[Exception], ...] = (*failures(), ResourceError)
     faults: dict[str, str] = {}
     for run_dir in run_dirs:
         run_id = Ledger.peek(run_dir).run_id
@@ -39,7 +40,7 @@ def send_folder(
             continue
         try:
             _send(run_dir, address, run_id, folder, place)
-        except (*failures(), ResourceError) as error:
+        except known as error:
             gone = (
                 getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
             )  # the server is there, the run is not
