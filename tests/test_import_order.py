@@ -23,7 +23,7 @@ FAMILY_MAY = {"errors", "config", "ranks", "cost", "figures", "family", "blocks"
 FAMILY_MAY_OUTSIDE = {"torch", "torchvision", "numpy", "pydantic", *sys.stdlib_module_names}
 DOORS = {  # what only these modules import; a benchmark also calls the peers that it measures
     "nvidia": {"pipeline.data.dali", "pipeline.bench"},
-    "mlflow": {"pipeline.tracking", "pipeline.registry"},
+    "mlflow": {"pipeline.tracking", "pipeline.registry", "pipeline.bench"},
     "torch.distributed": {"pipeline.ranks", "pipeline.bench"},
     "ray": {
         "pipeline.worker",
@@ -32,6 +32,7 @@ DOORS = {  # what only these modules import; a benchmark also calls the peers th
         "pipeline.launch",
         "pipeline.bench",
         "tuning",
+        "jobs.serve",
     },
     "submitit": {"jobs.slurm"},
 }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.registry.finding import newest_step, pull, resolve, run_folder
     from pipeline.registry.model import Answers, LoadedModel, Trained, describe, load_model, predict, write_model_folder
     from pipeline.registry.publishing import conclude, publish, publish_run, register_late
+    from pipeline.registry.requests import ANSWER_KEYS, check_rows, encoded_of, named, policy_for
 
 HOMES = {
     "cards": ("Card", "Difference", "card", "differences"),
@@ -23,9 +24,11 @@ HOMES = {
     "finding": ("newest_step", "pull", "resolve", "run_folder"),
     "model": ("Answers", "LoadedModel", "Trained", "describe", "load_model", "predict", "write_model_folder"),
     "publishing": ("conclude", "publish", "publish_run", "register_late"),
+    "requests": ("ANSWER_KEYS", "check_rows", "encoded_of", "named", "policy_for"),
 }
 
 __all__ = [
+    "ANSWER_KEYS",
     "RUNS",
     "Answers",
     "Card",
@@ -36,13 +39,17 @@ __all__ = [
     "Version",
     "address",
     "card",
+    "check_rows",
     "conclude",
     "describe",
     "differences",
+    "encoded_of",
     "load_model",
     "lookup",
     "matching",
+    "named",
     "newest_step",
+    "policy_for",
     "predict",
     "publish",
     "publish_run",

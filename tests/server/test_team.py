@@ -91,7 +91,8 @@ def test_smoke(team: TeamServer, images: Path, say: Callable[..., Any], tmp_path
         assert code == 0, text
     assert say("models", "promote", "smoke", 1, "--uri", team.uri)[0] == 0
     code, text = say("models", "lookup", "smoke", "--max-macs", "1.5M", "--uri", team.uri)
-    assert code == 0 and "models:/smoke/1  champion" in text and "models:/smoke/2  candidate" in text, text
+    found = {line.split()[0]: line.split()[1] for line in text.splitlines()[2:]}
+    assert code == 0 and found == {"models:/smoke/1": "champion", "models:/smoke/2": "candidate"}, text
     code, text = say("models", "pull", "models:/smoke@champion", tmp_path / "pulled", "--uri", team.uri)
     assert code == 0 and registry.load_model(tmp_path / "pulled").classes
     status = team.run("server.sh", "status")
