@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -382,6 +383,60 @@ def test_the_best_trial_is_registered_as_candidate(images: Path, whole: Path) ->
     ended = next(row[0] for row in table(whole) if row[table(whole)[0].index("state")] == "stopped (ASHA)")
     with pytest.raises(ConfigError, match="not trained to its end"):
         outcome.register(load(images).config, whole, found, "from-a-sweep", ended)
+
+
+def copied(whole: Path, folder: Path) -> Path:
+    shutil.copyfile(whole.parent / "mlflow.db", folder / "mlflow.db")
+    return Path(shutil.copytree(whole, folder / "whole"))
+
+
+def test_a_new_driver_tells_the_scheduler_what_the_one_before_it_judged(
+    images: Path, whole: Path, tmp_path: Path
+) -> None:
+    assert not Halving(load(images).config.scheduler, 4).ends("another", 1.0, 0.0)  # the first at a rung goes on
+    with ExitStack() as stack:
+        controller = sweep.Controller(load(images), copied(whole, tmp_path), 99, Said(), stack)
+        assert controller._halving.ends("another", 1.0, 0.0)
+
+
+def test_what_was_decided_and_saved_before_a_kill_is_not_trained_again(
+    images: Path, whole: Path, tmp_path: Path
+) -> None:
+    run_dir = copied(whole, tmp_path)
+    path = run_dir / "journal" / "sweep.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"state": "stopped"' not in line))
+    (run_dir / "results.csv").unlink()
+    said = Said()
+    assert sweep.run(load(images), run_dir, watcher=said).finished
+    assert table(run_dir) == table(whole)
+    assert not any("goes on" in line or "starts" in line for line in said.lines)
+
+
+class Stopping(Said):
+    """Asks the sweep to stop at the first evaluation that it hears of."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self._run_dir = run_dir
+
+    def say(self, text: str) -> None:
+        super().say(text)
+        if "at epoch" in text:
+            (self._run_dir / "stop").touch()
+
+
+def test_a_sweep_asked_to_stop_saves_its_trial_and_goes_on_from_there(
+    images: Path, whole: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "whole"
+    shutil.copyfile(database().path, tmp_path / "mlflow.db")
+    said = Stopping(run_dir)
+    found = sweep.run(load(images), run_dir, watcher=said)
+    assert not found.finished and len(list((run_dir / "trials").iterdir())) == 1
+    assert not json.loads((run_dir / "status.json").read_text())["finished"]
+    assert sweep.run(load(images), run_dir).finished
+    assert table(run_dir) == table(whole)
 
 
 def test_what_a_killed_writer_left_torn_is_passed_over(tmp_path: Path) -> None:

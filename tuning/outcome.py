@@ -166,7 +166,8 @@ def brief(config: SweepConfig, table: Sequence[Sequence[str]]) -> list[list[str]
     heading = table[0]
     end = heading.index("frontier") + 1
     wanted = [*config.objectives, config.cost]
-    wanted += [name for name in heading[end:] if name.endswith("/top1") and not name.startswith(MEAN)]
+    tops = [name for name in heading[end:] if name.endswith("/top1") and not name.startswith(MEAN)]
+    wanted += tops[1:] if "top1" in wanted else tops  # the first policy's goes without its name
     wanted += [name for name in heading[end:] if name.endswith("/layers")]
     places = list(range(end)) + [heading.index(name) for name in dict.fromkeys(wanted) if name in heading[end:]]
     return [[row[place] for place in places] for row in table]
