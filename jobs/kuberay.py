@@ -1,7 +1,7 @@
 """The fields of KubeRay's RayCluster and RayJob (ray.io/v1) that we write, with their rules.
 
-A model of our own, after KubeRay's API reference and Kubernetes' core/v1, with their names: a manifest that does not fit
-it is not written.
+A model of our own, after KubeRay's API reference and Kubernetes' core/v1, with their names. A manifest that does not
+fit it is not written.
 """
 
 from __future__ import annotations

@@ -109,15 +109,13 @@ def _machines(site: Launched) -> dict[str, Any]:
     if isinstance(site, OnPremise):
         provider = {"type": "local", "head_ip": site.head, "worker_ips": list(site.workers)}
         return {"provider": provider, "max_workers": len(site.workers)}
-    config = _aws if isinstance(site, Aws) else _gcp
-    kinds = {"head": _node_type(site.head, config(site, site.head)), "workers": {}}
-    kinds["workers"] = _node_type(site.workers, config(site, site.workers))
+    groups = {"head": site.head, "workers": site.workers}
     return {
         "provider": _provider(site),
         "max_workers": site.workers.max,
         "idle_timeout_minutes": site.idle_minutes,
         "head_node_type": "head",
-        "available_node_types": kinds,
+        "available_node_types": {name: _node_type(site, machine) for name, machine in groups.items()},
     }
 
 
@@ -128,10 +126,16 @@ def _provider(site: Aws | Gcp) -> dict[str, Any]:
     return {"type": "gcp", "region": site.region, "availability_zone": site.zone, "project_id": site.project}
 
 
-def _node_type(machine: Machine, config: Mapping[str, Any]) -> dict[str, Any]:
-    many = {"min_workers": machine.min, "max_workers": machine.max} if isinstance(machine, Machines) else {}
-    none = {} if many else {"min_workers": 0, "max_workers": 0}
-    return {**many, **none, "resources": _resources(machine), "node_config": configs.merge(config, machine.extra)}
+def _node_type(site: Aws | Gcp, machine: Machine) -> dict[str, Any]:
+    """Of the head's kind there are no more."""
+    fewest, most = (machine.min, machine.max) if isinstance(machine, Machines) else (0, 0)
+    config = _aws(site, machine) if isinstance(site, Aws) else _gcp(machine)
+    return {
+        "min_workers": fewest,
+        "max_workers": most,
+        "resources": _resources(machine),
+        "node_config": configs.merge(config, machine.extra),
+    }
 
 
 def _resources(size: Size) -> dict[str, int]:
@@ -150,7 +154,7 @@ def _aws(site: Aws, machine: Machine) -> dict[str, Any]:
     }
 
 
-def _gcp(site: Gcp, machine: Machine) -> dict[str, Any]:
+def _gcp(machine: Machine) -> dict[str, Any]:
     """Machines with GPUs cannot be moved while they run, nor can those that may be taken away."""
     disk = {"diskSizeGb": machine.disk_gb, **({"sourceImage": machine.image} if machine.image else {})}
     scheduling: dict[str, Any] = {"onHostMaintenance": "TERMINATE"} if machine.gpus or machine.spot else {}
@@ -336,5 +340,3 @@ def _probes(*, is_head: bool) -> dict[str, Any]:
         "readinessProbe": {**way, **patience, "failureThreshold": 12},
         "livenessProbe": {**way, **patience, "failureThreshold": 120},
     }
-
-

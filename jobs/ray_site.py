@@ -185,7 +185,7 @@ def load(name: str) -> Site:
         known = ", ".join(sorted(each.stem for each in SITES.glob("*.yaml"))) or "none"
         raise ConfigError(f"site (={name}): no such file; known: {known}; or a path ending in .yaml")
     found = configs.read_mapping(path)
-    kind = found.get("kind")
+    kind = str(found.get("kind"))
     if kind not in KINDS:
         raise ConfigError(f"site {path}:\n  kind (={kind}): one of {', '.join(KINDS)}")
     return configs.validate(KINDS[kind], found, f"site {path}")

@@ -24,7 +24,15 @@ DOORS = {  # what only these modules import; a benchmark also calls the peers th
     "nvidia": {"pipeline.data.dali", "pipeline.bench"},
     "mlflow": {"pipeline.tracking", "pipeline.registry"},
     "torch.distributed": {"pipeline.ranks", "pipeline.bench"},
-    "ray": {"pipeline.worker", "pipeline.allocation", "pipeline.cluster", "pipeline.launch", "pipeline.bench", "tuning", "jobs.ray_jobs"},
+    "ray": {
+        "pipeline.worker",
+        "pipeline.allocation",
+        "pipeline.cluster",
+        "pipeline.launch",
+        "pipeline.bench",
+        "tuning",
+        "jobs.ray_jobs",
+    },
     "submitit": {"jobs.slurm"},
 }
 SOURCES = sorted(path for top in ("pipeline", "tuning", "jobs") for path in (ROOT / top).rglob("*.py"))

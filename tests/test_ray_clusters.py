@@ -307,7 +307,7 @@ echo "left: $(ps -eo args | grep -E '[g]cs_server|[r]aylet' | wc -l)"
 
 @pytest.mark.ray
 def test_rays_launcher_brings_a_host_up_tells_of_it_and_takes_it_down(tmp_path: Path) -> None:
-    """`ray stop`, which Ray's launcher calls, would end every Ray of this user: it runs where it sees no other process."""
+    """Ray's launcher calls `ray stop`, which ends every Ray of this user: here it runs where it sees no other process."""
     can = subprocess.run([*ALONE, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
     if can.returncode != 0:
         pytest.skip("needs namespaces for processes and mounts, which this user may not make here (unshare)")
@@ -373,14 +373,15 @@ def test_two_trainings_share_a_cluster_of_this_machine_and_down_leaves_no_proces
         own = ["family.depth=8", "training.batch_size=32", "training.epochs=2", "tracking.register=null"]
         own += [f"data.root={images}", f"compute.address={address}", "evaluation.latency_repeats=0"]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN_PATH": token}
-        drivers = [
-            subprocess.Popen(
-                [sys.executable, "-m", "jobs.cli", "train", "convnet_aig/toy", f"name={name}", *own, *words],
-                **{"cwd": home, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
-            )
-            for name, words in {"first": ["compute.workers=2"], "second": ["compute.workers=2"]}.items()
-        ]
-        said = [driver.communicate(timeout=240)[0] for driver in drivers]
+        line = [sys.executable, "-m", "jobs.cli", "train", "convnet_aig/toy", "compute.workers=2", *own]
+        with open(home / "drivers.log", "w") as log:
+            drivers = [
+                subprocess.Popen([*line, f"name={name}"], cwd=home, env=env, stdout=log, stderr=log)
+                for name in ("first", "second")
+            ]
+        for driver in drivers:
+            driver.wait(timeout=240)
+        said = (home / "drivers.log").read_text()[-3000:]
         assert [driver.returncode for driver in drivers] == [0, 0], said
         first, second = (load_file(_weights(home / "runs" / name)) for name in ("first", "second"))
         assert all((first[key] == second[key]).all() for key in first), "the same recipe, on the same cluster"
@@ -446,7 +447,9 @@ def test_an_address_without_a_job_server_is_refused(say: Callable[..., tuple[int
     assert "http://HOST:8265" in say(*words, "--address", "10.0.0.1:6379", "--run-dir", tmp_path / "run")[1]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        code, text = say(*words, "--address", f"http://127.0.0.1:{taken.getsockname()[1]}", "--run-dir", tmp_path / "run")
+        code, text = say(
+            *words, "--address", f"http://127.0.0.1:{taken.getsockname()[1]}", "--run-dir", tmp_path / "run"
+        )
     assert code == 2 and "no job server answers" in text and "the extra `cluster`" in text
     assert "--address (=http://a:1) is for --where ray" in say(*words[:-1], "local", "--address", "http://a:1")[1]
 
@@ -469,7 +472,9 @@ def job_server(tmp_path: Path) -> Iterator[str]:
     ports = [_free_port() for _ in range(3)]
     token, scratch = tmp_path / "token", Path("/tmp") / f"adaptnet-jobs-{os.getpid()}"
     token.write_text("7" * 64)
-    words = f"start --head --block --port={ports[0]} --dashboard-port={ports[1]} --dashboard-agent-listen-port={ports[2]}"
+    words = (
+        f"start --head --block --port={ports[0]} --dashboard-port={ports[1]} --dashboard-agent-listen-port={ports[2]}"
+    )
     words += f" --num-cpus=3 --node-ip-address=127.0.0.1 --temp-dir={scratch} --include-dashboard=true"
     words += " --disable-usage-stats --object-store-memory=100000000"
     given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
@@ -551,7 +556,9 @@ def test_each_command_of_the_readme_that_needs_no_other_machine_works(
 ) -> None:
     """up, status and down --local are run above, as are up, status and down of a host; render is run here."""
     monkeypatch.chdir(tmp_path)
-    lines = [line.partition("  #")[0].strip() for line in README.splitlines() if line.startswith("adaptnet cluster render")]
+    lines = [
+        line.partition("  #")[0].strip() for line in README.splitlines() if line.startswith("adaptnet cluster render")
+    ]
     assert lines
     for line in lines:
         code, text = say(*shlex.split(line)[1:])
