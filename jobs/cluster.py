@@ -63,7 +63,7 @@ def up(
 
     found = _local(folder, name)
     shared = cpus or max(1, len(os.sched_getaffinity(0)) // max(1, local))
-    address = found.up(local, cpus=shared, gpus=ray_local.gpus_here() if gpus else [], patience_s=patience)
+    address = found.up(local, cpus=shared, gpus=ray_local.gpus_here(local) if gpus else [], patience_s=patience)
     typer.echo(f"{local} nodes with {shared} CPUs each; to train on them, here:\n")
     typer.echo(f"  export RAY_AUTH_TOKEN_PATH={found.token}")
     typer.echo(f"  adaptnet train convnet_aig/toy compute.address={address}")

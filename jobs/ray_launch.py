@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def down(site: Site, folder: Path) -> str:
         _kubectl(site, "delete", "--ignore-not-found", "--filename", str(path))
     else:
         _ray("down", str(path), "--yes")
-    shutil.rmtree(path.parent)
+    path.unlink()
+    with suppress(OSError):
+        path.parent.rmdir()
     return f"{site.name} is taken down"
 
 

@@ -74,9 +74,7 @@ class Local:
         """
         if not 1 <= num_nodes <= MOST:
             raise ConfigError(f"--local (={num_nodes}): 1 to {MOST} nodes")
-        if self.lives:
-            address = (self.read() or {}).get("address")
-            raise ResourceError(f"{self.folder}: this cluster runs at {address}; `adaptnet cluster down` ends it")
+        self._refuse_second()
         self._clear()
         each = len(gpus) // num_nodes
         nodes = [self._node(rank, num_nodes, cpus=cpus, gpus=each, patience_s=patience_s) for rank in range(num_nodes)]
@@ -88,19 +86,31 @@ class Local:
 
     def down(self) -> int:
         """Ends what `up` started and nothing else; how many nodes that were."""
-        found = self.read()
+        found = self._mine()
         if found is None:
             return 0
-        if found["host"] != socket.gethostname():
-            raise ResourceError(f"{self.folder}: this cluster was started on {found['host']}; end it there")
         keepers = list(_alive(found["keepers"]))
         for keeper in keepers:
             with suppress(psutil.Error):
                 keeper.terminate()
         _, left = psutil.wait_procs(keepers, timeout=ENDS_WITHIN_S)
         _kill([*left, *self._orphans()])
-        self._clear(len(found["keepers"]))
+        self._clear()
         return len(found["keepers"])
+
+    def _mine(self) -> dict[str, Any] | None:
+        """What is written down. Raises ResourceError where it is of another machine."""
+        found = self.read()
+        if found is not None and found["host"] != socket.gethostname():
+            raise ResourceError(
+                f"{self.folder}: this cluster was started on {found['host']}; end it there, or take another --name"
+            )
+        return found
+
+    def _refuse_second(self) -> None:
+        found = self._mine()
+        if found is not None and self.lives:
+            raise ResourceError(f"{self.folder}: it runs at {found['address']}; `adaptnet cluster down` ends it")
 
     def _start(self, nodes: Sequence[Node], gpus: Sequence[str]) -> str:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -130,21 +140,31 @@ class Local:
         ip, folder = f"127.0.0.{rank + 1}", self.folder.absolute()
         return Node(rank, names, ip, self.key, folder, cpus=cpus, gpus=gpus, patience_s=patience_s)
 
-    def _clear(self, num_nodes: int = MOST) -> None:
-        """Removes what an earlier cluster of this folder may have left; its keepers do this themselves if they can."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for rank in range(num_nodes):
+    def _clear(self) -> None:
+        """Removes what a cluster of this folder has left, also where its keepers could not; other files stay."""
+        for path in (self._record, *self.folder.glob(f"{self.key}-*")):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
+        for rank in range(MOST):
             shutil.rmtree(f"/tmp/adaptnet-{os.getuid()}-{self.key}-{rank}", ignore_errors=True)
 
 
-def gpus_here() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+def gpus_here(num_nodes: int) -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them.
+
+    Raises ResourceError where there is not one for each of `num_nodes` nodes.
+    """
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown is not None:
-        return [gpu for gpu in shown.split(",") if gpu and gpu != "-1"]
-    import torch
+        found = [gpu for gpu in shown.split(",") if gpu and gpu != "-1"]
+    else:
+        import torch
 
-    return [str(number) for number in range(torch.cuda.device_count())]
+        found = [str(number) for number in range(torch.cuda.device_count())]
+    if len(found) < num_nodes:
+        raise ResourceError(f"--gpus: {num_nodes} nodes, and {len(found)} GPUs here; start fewer, or leave --gpus out")
+    return found
 
 
 def _keeper(node: Node, gpus: Sequence[str]) -> subprocess.Popen[bytes]:

@@ -23,7 +23,7 @@ from test_readme import parse
 
 from jobs import kuberay, ray_jobs, ray_launch, ray_render, ray_site
 from jobs.cli import main
-from jobs.ray_local import Local
+from jobs.ray_local import Local, gpus_here
 from pipeline import config as configs
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError
@@ -307,7 +307,7 @@ echo "left: $(ps -eo args | grep -E '[g]cs_server|[r]aylet' | wc -l)"
 
 @pytest.mark.ray
 def test_rays_launcher_brings_a_host_up_tells_of_it_and_takes_it_down(tmp_path: Path) -> None:
-    """Ray's launcher calls `ray stop`, which ends every Ray of this user: here it runs where it sees no other process."""
+    """Ray's launcher calls `ray stop`, which ends every Ray of its user: it runs where it sees no other process."""
     can = subprocess.run([*ALONE, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
     if can.returncode != 0:
         pytest.skip("needs namespaces for processes and mounts, which this user may not make here (unshare)")
@@ -402,8 +402,9 @@ def test_a_strangers_driver_is_refused_and_killed_keepers_leave_nothing(tmp_path
     local = Local(tmp_path / "runs" / "clusters" / "local")
     stranger = subprocess.Popen(["sleep", "300"])
     try:
-        address = local.up(1, cpus=1, gpus=[], patience_s=60)
-        with pytest.raises(ResourceError, match="this cluster runs at"):
+        printed = command(tmp_path, "cluster", "up", "--local", "1")
+        (address,) = re.findall(r"compute\.address=(\S+)", "\n".join(printed))
+        with pytest.raises(ResourceError, match=f"it runs at {address}"):
             local.up(1, cpus=1, gpus=[], patience_s=60)
         code = f"import ray; ray.init(address={address!r})"
         env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
@@ -418,7 +419,7 @@ def test_a_strangers_driver_is_refused_and_killed_keepers_leave_nothing(tmp_path
         (local.folder / "cluster.json").write_text(json.dumps({**record, "keepers": [*record["keepers"], foreign]}))
     finally:
         local.down()
-    assert not ours(local)
+    assert not ours(local) and not local.folder.exists()
     assert stranger.poll() is None
     stranger.kill()
     stranger.wait()
@@ -429,8 +430,28 @@ def test_a_cluster_of_another_machine_is_left_alone(tmp_path: Path) -> None:
     me = [os.getpid(), psutil.Process().create_time()]
     (tmp_path / "cluster.json").write_text(json.dumps({"host": "elsewhere", "address": "a:1", "keepers": [me]}))
     assert not local.lives
-    with pytest.raises(ResourceError, match="was started on elsewhere; end it there"):
-        local.down()
+    for order in (local.down, lambda: local.up(1, cpus=1, gpus=[], patience_s=1)):
+        with pytest.raises(ResourceError, match="was started on elsewhere; end it there"):
+            order()
+    assert (tmp_path / "cluster.json").is_file()
+
+
+@pytest.mark.ray
+def test_a_head_that_is_late_is_said_and_nothing_is_left_but_foreign_files(tmp_path: Path) -> None:
+    local = Local(tmp_path / "mine")
+    local.folder.mkdir()
+    (local.folder / "notes.txt").write_text("not ours")
+    with pytest.raises(ResourceError, match="Ray's head did not start"):
+        local.up(1, cpus=1, gpus=[], patience_s=0.2)
+    assert [path.name for path in local.folder.iterdir()] == ["notes.txt"]
+    assert not ours(local)
+
+
+def test_gpus_are_shared_out_where_there_is_one_for_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-7,3")
+    assert gpus_here(3) == ["0", "GPU-7", "3"]
+    with pytest.raises(ResourceError, match="4 nodes, and 3 GPUs here"):
+        gpus_here(4)
 
 
 def test_a_number_of_nodes_that_is_none_is_refused(say: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
