@@ -23,6 +23,7 @@ VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "export": "A static policy of a trained net as a .pt2 or ONNX file.",
     "compare": "A paired test of two trained nets on the same images, as they are and at equal cost.",
     "submit": "Run a verb as a job on SLURM, over as many nodes as it is given.",
+    "cluster": "Ray clusters outside SLURM: on this machine, on hosts, in a cloud, under Kubernetes.",
     "jobs": "List jobs; show, follow, cancel, requeue or resubmit one.",
     "predict": "What is in these images, under the most accurate policy within a budget.",
     "report": "A page of trained nets: accuracy against cost under all their policies.",

@@ -33,6 +33,7 @@ DOORS = {  # what only these modules import; a benchmark also calls the peers th
         "pipeline.bench",
         "tuning",
         "jobs.serve",
+        "jobs.ray_jobs",
     },
     "submitit": {"jobs.slurm"},
 }
