@@ -38,7 +38,7 @@ WHERE = {  # each command line of the README: the file that runs it, or why none
     "adaptnet submit train convnet_aig/imagenet_50 data.root=packed/imagenet --site example --dry-run": ".ci/run",
     "adaptnet submit train convnet_aig/toy --where local --time 30m": ".ci/run",
     "adaptnet jobs list": ".ci/run",
-    "adaptnet plan convnet_aig/imagenet_50 data.root=packed/imagenet --nodes 2 --images 1281167 --images-per-s 1000": ".ci/run",
+    "adaptnet plan convnet_aig/imagenet_50 data.root=packed/imagenet --nodes 2 --images 1281167": ".ci/run",
     "adaptnet sweep --list": ".ci/run",
     "adaptnet sweep toy": "tests/test_sweep.py",
 }
