@@ -44,7 +44,7 @@ def test_every_net_is_torchvisions_and_takes_images_down_to_its_smallest(name: s
     least = MIN_SIDE_PX.get(name, 8)
     assert sized(net, 64) == sized(net, least) == (2, 1000)
     if name in MIN_SIDE_PX:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ConfigError, match=f"{name} needs {least} px at least"):
             sized(net, least - 1)
 
 
