@@ -273,7 +273,7 @@ def _point_spots(axes: Axes, figure: Lines) -> list[Spot]:
     spots = []
     for number, place in places[:: max(1, ceil(len(places) / MOST_SPOTS))]:
         series = figure.series[number]
-        x, y = axes.transData.transform((series.x[place], series.y[place]))
+        x, y = axes.transData.transform(np.array([series.x[place], series.y[place]], dtype=float))
         box = (x - MARKER, _height(axes) - y - MARKER, 2 * MARKER, 2 * MARKER)
         spots.append(Spot(box, cells.point(figure, number, place), series.group, number))
     return spots
