@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class AdaptNetError(Exception):
     """Something that a person must act on; the command prints it without a traceback and exits 2."""
@@ -13,6 +15,18 @@ class ConfigError(AdaptNetError):
 
 class DataError(AdaptNetError):
     """The user must mend the images, shards or labels, or point to others."""
+
+
+class UndecodableError(DataError):
+    """Some of the images given cannot be decoded; `reasons` says which, by position, and why."""
+
+    def __init__(self, num_images: int, reasons: Mapping[int, str]) -> None:
+        listed = "; ".join(f"image {position}: {reasons[position]}" for position in sorted(reasons))
+        super().__init__(f"{len(reasons)} of {num_images} images, counted from 0, cannot be decoded: {listed}")
+        self.num_images, self.reasons = num_images, dict(reasons)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (UndecodableError, (self.num_images, self.reasons))
 
 
 class ResourceError(AdaptNetError):

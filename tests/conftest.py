@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,3 +46,34 @@ def packed(data_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         return home / name
 
     return find
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of runs that were trained in this process on one toy set, by family; `elsewhere` saw other images.
+
+    They lie in HOME/runs beside their database; HOME/images5 is the set. The gated net is registered as `gated`.
+    """
+    from mlflow_here import database
+
+    from pipeline import launch, run_config
+    from pipeline.data import toy
+
+    home = tmp_path_factory.mktemp("finished")
+    (home / "runs").mkdir()
+    shutil.copyfile(database().path, home / "runs" / "mlflow.db")
+    sets = {
+        seed: toy.make(home / f"images{seed}", num_classes=4, train=160, val=60, side_px=32, seed=seed)
+        for seed in (5, 6)
+    }
+    runs = {
+        "convnet_aig": ("convnet_aig/toy", 5, ["family.depth=8", "tracking.register=gated"]),
+        "ranet": ("ranet/toy", 5, ["data.held_out=0.2", "tracking.register=null"]),
+        "elsewhere": ("convnet_aig/toy", 6, ["family.depth=8", "tracking.register=null"]),
+    }
+    small = ["training.batch_size=32", "training.epochs=2", "compute.workers=0", "checkpoint.every=5 steps"]
+    for name, (recipe, seed, overrides) in runs.items():
+        latency = ["evaluation.latency_repeats=2", "evaluation.latency_batches=[1]", "checkpoint.keep_last=5"]
+        config = run_config.load(recipe, [f"data.root={sets[seed]}", *small, *latency, *overrides])
+        launch.train(config, home / "runs" / name)
+    return {name: home / "runs" / name for name in runs}

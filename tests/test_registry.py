@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from jobs.cli import main
 from pipeline import config as configs
 from pipeline import family as families
 from pipeline import registry
-from pipeline.errors import CheckpointError, ConfigError, DataError, ResourceError
+from pipeline.errors import CheckpointError, ConfigError, DataError, ResourceError, UndecodableError
 from pipeline.family import Report
 from pipeline.registry import finding, publishing
 from pipeline.tracking import Shipper, TrackingConfig, connect, sync
@@ -125,8 +126,9 @@ def test_what_cannot_be_decoded_is_named_by_position(trained: Path) -> None:
     model = registry.load_model(trained / "checkpoints" / "step-00000007")
     with pytest.raises(DataError, match="image 1"):
         registry.predict(model, [IMAGES[0], IMAGES[0][:300], IMAGES[1]])
-    with pytest.raises(DataError, match="from position 2 on"):
-        registry.predict(model, [*IMAGES[:2], b"no image"], batch_size=2)
+    with pytest.raises(UndecodableError, match="2 of 4 images") as found:
+        registry.predict(model, [IMAGES[0], b"", IMAGES[1], b"no image"], batch_size=2)
+    assert set(found.value.reasons) == {1, 3} and pickle.loads(pickle.dumps(found.value)).reasons == found.value.reasons
     with pytest.raises(ConfigError, match="no such policy"):
         registry.predict(model, IMAGES, "warp")
 

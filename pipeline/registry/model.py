@@ -10,7 +10,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import nn
 from pipeline import config as configs
 from pipeline import family as families
 from pipeline.data.config import DataConfig
-from pipeline.errors import CheckpointError, DataError, ResourceError
+from pipeline.errors import CheckpointError, ResourceError, UndecodableError
 from pipeline.family import Family, FamilyConfig, Policy, Report
 from pipeline.training import checkpoint
 from pipeline.training.evaluate import choose, restored
@@ -61,7 +60,8 @@ def write_model_folder(
         (aside / RECIPE).write_text(configs.dump_yaml(meta["recipe"]), encoding="utf-8")
         whole = [asdict(report) for report in reports]
         (aside / "reports" / "reports.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        card = {**_card(meta, whole, aside / WEIGHTS), "evaluated_on": evaluated_on}
+        recipe = {"sha256": checkpoint.sha256(aside / RECIPE)}
+        card = {**_card(meta, whole, aside / WEIGHTS), "recipe": recipe, "evaluated_on": evaluated_on}
         (aside / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
         os.rename(aside, destination)
     except OSError as error:
@@ -118,6 +118,7 @@ def describe(folder: Path) -> Trained:
         known = card["format"] <= FORMAT
         entry, classes, step = card["weights"], tuple(card["classes"]), int(card["step"])
         size, sum_expected = entry["bytes"], entry["sha256"]
+        recipe_expected = card.get("recipe", {}).get("sha256")  # None in cards that were written before it was kept
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / CARD}: cannot be read ({type(error).__name__}: {error})") from None
     if not known:
@@ -125,7 +126,10 @@ def describe(folder: Path) -> Trained:
     weights = folder / WEIGHTS
     if not weights.is_file() or weights.stat().st_size != size or checkpoint.sha256(weights) != sum_expected:
         raise CheckpointError(f"{weights}: not the weights that {CARD} was written for: damaged or exchanged")
-    return Trained(folder, weights, configs.read_mapping(folder / RECIPE), classes, step, card)
+    recipe = configs.read_mapping(folder / RECIPE)
+    if recipe_expected not in (None, checkpoint.sha256(folder / RECIPE)):
+        raise CheckpointError(f"{folder / RECIPE}: not the recipe that {CARD} was written for: damaged or exchanged")
+    return Trained(folder, weights, recipe, classes, step, card)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,15 @@ class LoadedModel:
     policies: Sequence[Policy]  # the first is the default
     card: Mapping[str, Any]
     device: torch.device
+    _decoders: list[Any] = field(default_factory=list, compare=False, repr=False)  # none or one, kept between calls
+
+    def decoding(self, most: int) -> Any:
+        """What decodes up to `most` images at a time for this net."""
+        from pipeline.data import dali
+
+        if not self._decoders or self._decoders[0].most < most:
+            self._decoders[:] = [dali.Decoding(self.data_config, self.device, torch.get_num_threads(), most)]
+        return self._decoders[0]
 
 
 def load_model(folder: Path, device: torch.device | None = None) -> LoadedModel:
@@ -160,7 +173,7 @@ def load_model(folder: Path, device: torch.device | None = None) -> LoadedModel:
         net.load_state_dict(load_file(found.weights), strict=True)
     except Exception as error:  # safetensors and torch raise several kinds
         raise CheckpointError(f"{found.weights}: weights do not load ({type(error).__name__}: {error})") from None
-    net = net.eval().to(device)
+    net = net.eval().to(device).to(memory_format=torch.channels_last)  # as the images come
     return LoadedModel(
         net=net,
         family=family,
@@ -186,30 +199,39 @@ def predict(
 ) -> Answers:
     """Classifies encoded images (JPEG, PNG) with the evaluation's pixels under the policy called `policy`.
 
-    Raises DataError naming the positions of the images that cannot be decoded, ConfigError for an unknown policy.
+    Raises UndecodableError naming the positions of images that cannot be decoded, ConfigError for an unknown policy.
     """
-    from pipeline.data import dali, pixels
+    from pipeline.data import pixels
 
     chosen = model.policies[0] if policy is None else choose(model.policies, [policy])[0]
     probabilities = np.zeros((len(encoded), len(model.classes)), np.float32)
-    macs = np.zeros(len(encoded))
-    for start in range(0, len(encoded), batch_size):
-        rows = slice(start, start + batch_size)
-        with _positions_from(start), torch.inference_mode():
-            raw = dali.decode(encoded[rows], model.data_config, model.device, torch.get_num_threads())
+    macs, undecodable = np.zeros(len(encoded)), dict[int, str]()
+    for rows in _batches(encoded, batch_size):
+        try:
+            raw = model.decoding(batch_size)(encoded[rows])
+        except UndecodableError as error:
+            undecodable |= {rows.start + position: reason for position, reason in error.reasons.items()}
+            continue
+        with torch.inference_mode():
             images = pixels.normalise(raw, model.data_config.mean, model.data_config.std)
             found = chosen.predict(model.net, images)
         probabilities[rows] = found.logits.float().softmax(1).cpu().numpy()
         macs[rows] = found.macs.double().cpu().numpy()
+    if undecodable:
+        raise UndecodableError(len(encoded), undecodable)
     return Answers(probabilities, macs)
 
 
-@contextmanager
-def _positions_from(start: int) -> Iterator[None]:
-    """`decode` counts within its batch; the caller counts from the first image."""
-    try:
-        yield
-    except DataError as error:
-        if start == 0:
-            raise
-        raise DataError(f"in the images from position {start} on, counted from there: {error}") from None
+def _batches(encoded: Sequence[bytes], batch_size: int) -> Iterator[slice]:
+    """Runs of at most batch_size images whose pixels, decoded, fit into MAX_PIXELS together; or one alone."""
+    from pipeline.data.encoded import MAX_PIXELS, upright_size
+
+    start, pixels = 0, 0
+    for position, each in enumerate(encoded):
+        height, width = upright_size(each) or (0, 0)
+        if position - start == batch_size or (pixels + height * width > MAX_PIXELS and position > start):
+            yield slice(start, position)
+            start, pixels = position, 0
+        pixels += height * width
+    if start < len(encoded):
+        yield slice(start, len(encoded))

@@ -272,15 +272,15 @@ def _freeze(canvas: Canvas) -> None:
 def _point_spots(axes: Axes, figure: Lines) -> list[Spot]:
     """A box around each point that has a value; of very many points, evenly some."""
     places = [
-        (number, place)
+        (number, place, y)
         for number, series in enumerate(figure.series)
         for place, y in enumerate(series.y)
         if y is not None and not series.reference
     ]
     spots = []
-    for number, place in places[:: max(1, ceil(len(places) / MOST_SPOTS))]:
+    for number, place, value in places[:: max(1, ceil(len(places) / MOST_SPOTS))]:
         series = figure.series[number]
-        x, y = axes.transData.transform(np.array([series.x[place], series.y[place]], dtype=float))
+        x, y = axes.transData.transform((series.x[place], value))
         box = (x - MARKER, _height(axes) - y - MARKER, 2 * MARKER, 2 * MARKER)
         spots.append(Spot(box, cells.point(figure, number, place), series.group, number))
     return spots

@@ -43,6 +43,14 @@ def _shown(uri: str | None) -> str | None:
 RegisteredName = Annotated[str, AfterValidator(_registered_name)]
 
 
+def registered_name(name: str) -> str:
+    """`name`, if the registry takes it. Raises ConfigError where it does not."""
+    try:
+        return _registered_name(name)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
 with warnings.catch_warnings():
     # pydantic takes `register` for one of BaseModel's own names: its metaclass has a method of that name, instances not
     warnings.filterwarnings("ignore", message='Field name "register"')
@@ -55,6 +63,7 @@ with warnings.catch_warnings():
         experiment: Annotated[str, Field(min_length=1, max_length=500)] = "adaptnet"
         register: RegisteredName | None = None  # the best checkpoint becomes a new version of this name; null: none
         upload_checkpoints: bool = True  # the best and the last as artifacts; their places are sent in any case
+        parent: Path | None = None  # folder of the run that this one is a part of: the sweep's, for its trials
         patience_s: Annotated[float, Field(ge=0)] = 120.0  # at the end of the run, for what has not been sent yet
 
 

@@ -256,7 +256,7 @@ def _latencies(
         if how.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         before, start = _waited_s(), time.perf_counter()
-        rounds = [[_time(policy, net, images, how) for policy in policies] for _ in range(how.latency_repeats + 1)]
+        rounds = [[seconds_of(policy, net, images, how) for policy in policies] for _ in range(how.latency_repeats + 1)]
         waited = max(0.0, _waited_s() - before) / (time.perf_counter() - start) / torch.get_num_threads()
         for entries, times in zip(found, zip(*rounds[1:], strict=True), strict=True):
             entries.append({**_entry(size, times, how.device), "waited_share": waited})
@@ -272,7 +272,7 @@ def _waited_s() -> float:
     return waited / 1e9
 
 
-def _time(policy: Policy, net: nn.Module, images: Tensor, how: Evaluator) -> float:
+def seconds_of(policy: Policy, net: nn.Module, images: Tensor, how: Evaluator) -> float:
     """Seconds of one `predict`, with the device synchronised."""
     _synchronise(how.device)
     start = time.perf_counter()

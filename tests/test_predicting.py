@@ -1,0 +1,182 @@
+"""Predicting: answers are the evaluation's, the policy is the best within the budget, bad images stop no good one."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.cli import main
+from pipeline import evaluations, predicting
+from pipeline.data.index import open_index
+from pipeline.errors import ConfigError
+from pipeline.family import Report
+from pipeline.frontier import Budget, best_within, parse_budget
+from pipeline.predicting import Answer, Choice, Predictor, Unreadable
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(scope="module")
+def exits(finished: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return predicting.load(str(finished["ranet"]), device="cpu", cache=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def pictures(finished: dict[str, Path]) -> list[Path]:
+    """The val split's files, in the order of its rows."""
+    root = finished["ranet"].parents[1] / "images5"
+    val = sorted((root / "val").rglob("*.jpg"))
+    index = open_index(root)
+    names = [index.file(row) for row in range(len(index))]
+    return [root / name for name in names if name.startswith("val/") and len(val)]
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(each) for each in arguments])
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "unit"),
+    [("0.8G", 8e8, "macs"), ("300M", 3e8, "macs"), ("2e", None, None), ("5ms", 5, "ms"), ("0.1 s", 100, "ms"),
+     ("50%", 0.5, "share"), ("1200000", 1.2e6, "macs"), ("0%", None, None), ("-3G", None, None), ("fast", None, None)],
+)  # fmt: skip
+def test_budgets_are_read_in_their_units(text: str, amount: float | None, unit: str) -> None:
+    if amount is None:
+        with pytest.raises(ConfigError, match="write MACs as"):
+            parse_budget(text)
+    else:
+        assert parse_budget(text) == Budget(pytest.approx(amount), unit, text)  # type: ignore[arg-type]
+
+
+def test_no_policy_within_the_budget_beats_the_chosen_one() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        costs = generator.integers(1, 6, 5).astype(float)
+        reports = [
+            Report(f"p{n}", 10, top1 / 5, None, 0.0, 1, 1, 1.0) for n, top1 in enumerate(generator.integers(0, 5, 5))
+        ]
+        budget = Budget(float(generator.integers(1, 6)), "macs", "b")
+        affordable = [n for n in range(5) if costs[n] <= budget.amount]
+        if not affordable:
+            with pytest.raises(ConfigError, match=f"the cheapest is p{int(costs.argmin())} at {costs.min():g} MACs"):
+                best_within(reports, costs.tolist(), budget)
+            continue
+        best = best_within(reports, costs.tolist(), budget)
+        assert best in affordable
+        assert all((reports[n].top1, -costs[n]) <= (reports[best].top1, -costs[best]) for n in affordable)
+
+
+def test_answers_are_those_of_the_evaluation(exits: Predictor, pictures: Sequence[Path]) -> None:
+    net = evaluations.find(exits.source)
+    for report in exits.reports:
+        arrays = net.newest.details(report.policy)
+        assert arrays is not None
+        answers = [a for a in exits.answers(pictures, report.policy, top=1) if isinstance(a, Answer)]
+        assert [exits.model.classes.index(a.labels[0]) for a in answers] == arrays["predicted"].tolist()
+        if not report.policy.startswith("budget"):  # early exit rounds batches, so that its price depends on them
+            assert [a.macs for a in answers] == arrays["macs"].tolist()
+
+
+def test_the_budget_is_kept_on_the_images_it_was_promised_for(exits: Predictor, pictures: Sequence[Path]) -> None:
+    whole = predicting.full_macs(exits.reports)
+    for share in (0.3, 0.5, 0.7, 1.0):
+        choice = exits.choose(Budget(share, "share", f"{share:.0%}"), None, [])
+        answers = [a for a in exits.answers(pictures, choice.policy) if isinstance(a, Answer)]
+        assert np.mean([a.macs for a in answers]) <= 1.02 * share * whole
+        assert predicting.exceeded(choice, answers, whole) is None
+        dearer = [Answer(a.file, a.labels, a.probabilities, whole * share * 1.03) for a in answers]
+        assert "these are harder" in str(predicting.exceeded(choice, dearer, whole))
+
+
+def test_a_time_is_measured_once_for_a_net_and_device(exits: Predictor, pictures: Sequence[Path]) -> None:
+    first = exits.choose(parse_budget("10s"), None, pictures)
+    assert first.cost is not None and 0 < first.cost < 1e4
+    (stored,) = exits.cache.glob("*.json")
+    document = json.loads(stored.read_text())
+    assert set(document["milliseconds"]) == {report.policy for report in exits.reports} and document["batch"] == 1
+    document["milliseconds"] = dict.fromkeys(document["milliseconds"], 7.0)
+    stored.write_text(json.dumps(document))
+    assert exits.choose(parse_budget("8ms"), None, []).cost == 7.0
+    with pytest.raises(ConfigError, match=r"budget \(=6ms\): every policy costs more; the cheapest is .* at 7 ms"):
+        exits.choose(parse_budget("6ms"), None, [])
+
+
+def test_good_images_are_answered_and_bad_ones_listed(
+    exits: Predictor, pictures: Sequence[Path], tmp_path: Path
+) -> None:
+    bad = {"empty.jpg": b"", "text.jpg": b"no image", "cut.jpg": pictures[0].read_bytes()[:200]}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    mixed = [tmp_path / "gone.jpg", *pictures[:2], *(tmp_path / name for name in bad), pictures[2]]
+    found = list(exits.answers(mixed, "exit-1", batch_size=2))
+    assert [each.file for each in found] == [str(path) for path in mixed]
+    assert [isinstance(each, Unreadable) for each in found] == [True, False, False, True, True, True, False]
+    good = [each for each in found if isinstance(each, Answer)]
+    alone = [each for each in exits.answers(pictures[:3], "exit-1") if isinstance(each, Answer)]
+    assert [(each.file, each.labels, each.macs) for each in good] == [(a.file, a.labels, a.macs) for a in alone]
+    for one, other in zip(good, alone, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, rel=1e-4)
+
+
+def test_images_come_as_files_folders_patterns_and_by_standard_input(
+    finished: dict[str, Path],
+    pictures: Sequence[Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answered(*arguments: object) -> list[str]:
+        assert run("predict", finished["ranet"], *arguments, "--policy", "exit-1", "--json") == 0
+        return [each["file"] for each in json.loads(capsys.readouterr().out)["images"]]
+
+    folder = pictures[0].parent
+    inside = [str(path) for path in sorted(folder.iterdir())]
+    assert answered(folder) == answered(f"{folder}/*.jpg") == answered(*inside) == inside
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(inside)))
+    assert answered("-") == inside
+
+
+def test_the_verb_names_policy_reason_and_price(
+    finished: dict[str, Path],
+    pictures: Sequence[Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(finished["convnet_aig"].parents[1])
+    assert run("predict", "models:/gated@candidate", pictures[0], pictures[1], "--budget", "100%", "--top", 2) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "the most accurate within 100%" in printed[0] and "top-1" in printed[0]
+    assert printed[1].startswith(f"{pictures[0]}: ") and printed[1].count(" %") == 2 and "MACs)" in printed[1]
+    assert printed[-1].startswith("2 images, ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["nothing.jpg"], 1, "nothing.jpg: no answer: cannot be read: No such file or directory"),
+        (["--budget", "1%", "x.jpg"], 2, "every policy costs more; the cheapest is exit-1"),
+        (["--policy", "exit-9", "x.jpg"], 2, "policy exit-9: no such policy; this net has: exit-"),
+        (["--policy", "exit-1", "--budget", "50%", "x.jpg"], 2, "both choose a policy"),
+        (["nowhere/*.jpg"], 2, "no file matches this pattern"),
+        (["--budget", "5ms", "nothing.jpg"], 2, "none of them can be read"),
+    ],
+)
+def test_what_cannot_be_answered_is_said(
+    finished: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    arguments: list[str], code: int, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("predict", finished["ranet"], *arguments) == code
+    assert said in capsys.readouterr().err
+
+
+def test_a_choice_without_a_budget_is_the_nets_default(exits: Predictor) -> None:
+    default: Any = exits.reports[0].policy
+    assert exits.choose(None, None, []) == Choice(default, "the net's default; --budget chooses another")
