@@ -300,6 +300,16 @@ def test_marks_of_a_group_and_its_key_say_so_and_no_two_series_look_alike() -> N
     assert len({key.get_color() for key in looks}) == 2
 
 
+def test_a_legends_entries_stand_row_by_row_and_each_key_lies_on_its_own() -> None:
+    series = [Series(f"series {n}", [0, 1], [n, 1.0], group=f"g{n}") for n in range(7)]
+    drawing = draw.draw(Lines("a", "A", "", "x", "y", series))
+    keys = {spot.series: spot for spot in drawing.spots if spot.key}
+    assert all(spot.text == f"series {number}" and spot.group == f"g{number}" for number, spot in keys.items())
+    reading = sorted(keys, key=lambda number: (round(keys[number].box[1]), keys[number].box[0]))
+    assert reading == list(range(7)) and len({round(spot.box[1]) for spot in keys.values()}) == 2
+    assert all(spot.box[0] >= 0 for spot in keys.values())
+
+
 def test_spots_lie_on_the_marks_that_they_name() -> None:
     figure = Lines(
         "a", "A", "", "x", "y", [Series("s", [0, 10, 20], [0.0, None, 5.0], texts=["p", "q", "r"], joined=False)]

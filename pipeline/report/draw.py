@@ -184,7 +184,7 @@ def _(figure: Lines) -> Drawing:
     for series in figure.series:
         if series.reference and series.texts:
             _name_points(axes, series, [spot.box for spot in drawing.spots])
-    drawing.spots += _key_spots(canvas, drawing.groups) if shown else []
+    drawing.spots += _key_spots(canvas, drawing.groups, across) if shown else []
     return drawing
 
 
@@ -251,9 +251,16 @@ def _across(names: Sequence[str]) -> int:
 
 
 def _legend(canvas: Canvas, entries: Sequence[Any], names: Sequence[str], across: int) -> None:
-    shown = [name if not name.startswith("_") else f"\N{ZERO WIDTH SPACE}{name}" for name in names]
+    order = _row_by_row(len(names), across)
+    entries = [entries[number] for number in order]
+    shown = [f"\N{ZERO WIDTH SPACE}{names[n]}" if names[n].startswith("_") else names[n] for n in order]
     look: Look = {"handlelength": 2.2, "borderpad": 0.2, "labelspacing": 0.45, "borderaxespad": 0}
     canvas.legend(entries, shown, loc="lower left", bbox_to_anchor=(0, 0), ncols=across, **look).set_in_layout(False)
+
+
+def _row_by_row(count: int, across: int) -> list[int]:
+    """The order in which matplotlib, which fills a legend column by column, puts entries row by row."""
+    return [number for column in range(across) for number in range(column, count, across)]
 
 
 def _freeze(canvas: Canvas) -> None:
@@ -285,17 +292,18 @@ def _height(axes: Axes) -> float:
     return float(canvas.bbox.height)
 
 
-def _key_spots(canvas: Canvas, groups: Sequence[str]) -> list[Spot]:
+def _key_spots(canvas: Canvas, groups: Sequence[str], across: int) -> list[Spot]:
     """A box around each entry of the legend."""
     legend, height = canvas.legends[0], float(canvas.bbox.height)
     spots = []
-    for number, (handle, words) in enumerate(zip(legend.legend_handles, legend.get_texts(), strict=True)):
+    order = _row_by_row(len(groups), across)
+    for number, handle, words in zip(order, legend.legend_handles, legend.get_texts(), strict=True):
         assert handle is not None
         left, right = handle.get_window_extent().x0, words.get_window_extent().x1
         low, high = words.get_window_extent().y0, words.get_window_extent().y1
-        box = (left - 4, height - high - 4, right - left + 8, high - low + 8)
-        group = groups[number] if number < len(groups) else ""
-        spots.append(Spot(box, words.get_text(), group, number, key=True))
+        left = max(1.0, left - 4)
+        box = (left, height - high - 2, right - left + 4, high - low + 4)
+        spots.append(Spot(box, words.get_text(), groups[number], number, key=True))
     return spots
 
 

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(chromium.EXECUTABLE is None, reason=chromium.MISSING),
 ]
 DESKTOP, PHONE, NARROWEST = 1280, 390, 360
+PAPER = 718  # px of an A4 page between its margins
 FRONTIERS = ("frontier-macs", "frontier-latency-1", "frontier-latency-32")
 TIP = "document.getElementById('tip').hidden ? null : document.getElementById('tip').textContent"
 SHOWN = """[...document.querySelectorAll('#%s svg g[data-group]')]
@@ -185,7 +186,8 @@ def test_hostile_names_are_shown_as_they_are(browser: Chromium, page: Path) -> N
 
 
 def test_in_print_it_is_light_without_controls(browser: Chromium, page: Path) -> None:
-    browser.open(page, DESKTOP, dark=True, media="print")
+    browser.open(page, PAPER, dark=True, media="print")
+    assert browser.run("document.documentElement.scrollWidth") <= PAPER
     paper, ink = browser.run("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
     assert (paper, ink) == ("rgb(255, 255, 255)", "rgb(0, 0, 0)")
     for part in ("nav", "summary", ".key"):
