@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import io
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from pipeline.frontier import best_within, parse_budget
 from pipeline.registry.model import Answers, LoadedModel, predict
 
 MAX_ROWS = 1024  # images of a request
+SUFFIXES = tuple(EXTENSIONS)
 
 
 def check_rows(count: int) -> None:
@@ -62,7 +62,7 @@ def encoded_of(value: Any, position: int, *, files: Path | None = None, reads_fi
             f"image {position}: encoded bytes, base64 text, a path or a uint8 array [H, W, 3] is expected, found "
             f"{type(value).__name__}"
         )
-    if Path(value[-16:]).suffix.lower() in EXTENSIONS:
+    if value[-5:].lower().endswith(SUFFIXES):
         return _read(value, position, files, reads_files)
     decoded = _decoded(value.encode())
     if decoded is None:
@@ -100,8 +100,8 @@ def named(answers: Answers, classes: Sequence[str], policy: str, top_k: int) -> 
 
 def _decoded(text: bytes) -> bytes | None:
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
         return None
 
 
