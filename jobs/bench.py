@@ -152,6 +152,31 @@ def training(
     typer.echo(tables.align([["net", "MMACs", "ms an image", "time per MAC", *kinds], *cells]))
 
 
+@app.command(
+    short_help="What a sweep costs beside its trainings.",
+    help="""Seconds of a trial of a sweep against the same training alone, on one connected Ray, in turns.
+
+Examples:
+
+  adaptnet bench scaling --sweep
+
+  adaptnet bench scaling convnet_aig/toy training.epochs=4 --sweep --rounds 3
+""",
+)
+def scaling(
+    recipe: Annotated[str, typer.Argument(help="family/recipe that is trained")] = "convnet_aig/toy",
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="a trial of a sweep against the training alone")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="turns of each side")] = 1,
+) -> None:
+    from pipeline.errors import ConfigError
+    from tuning.overhead import overhead
+
+    if not sweep:
+        raise ConfigError("bench scaling: say what is measured: --sweep")
+    _print(overhead(recipe, overrides or (), rounds=rounds, data_home=data_home()))
+
+
 def _seconds(text: str) -> float:
     from pipeline.errors import ConfigError
 

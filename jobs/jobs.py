@@ -118,11 +118,13 @@ def logs(
 
 @app.command(help="Ends a job; a training saves first.\n\nExamples:\n\n  adaptnet jobs cancel 4711")
 def cancel(job: Wanted, runs: Runs = RUNS) -> None:
-    from jobs import queue
+    from jobs import queue, ray_jobs
 
     entry = queue.find(job, runs)
     if entry["where"] == "slurm":
         queue.tell("scancel", str(entry["id"]))
+    elif entry["where"] == "ray":
+        ray_jobs.stop(entry)
     elif queue.state_of(entry).lives:
         os.kill(int(entry["id"]), signal.SIGTERM)
     typer.echo(f"job {entry['id']} is asked to end; `adaptnet jobs resubmit {Path(entry['home']).name}` goes on")
@@ -145,7 +147,7 @@ def requeue(job: Wanted, runs: Runs = RUNS) -> None:
     "  adaptnet jobs resubmit convnet_aig-toy"
 )
 def resubmit(job: Wanted, runs: Runs = RUNS) -> None:
-    from jobs import queue, slurm
+    from jobs import queue, ray_jobs, slurm
     from jobs.site import Site
     from pipeline.errors import ResourceError
 
@@ -165,7 +167,9 @@ def resubmit(job: Wanted, runs: Runs = RUNS) -> None:
         fewest_nodes=resources.nodes[0],
         uses_ray=entry["verb"] in ("train", "sweep"),
     )
-    (made,) = slurm.submit(slurm.Submission(again, entry["name"], resources, site), entry["where"])
+    submission = slurm.Submission(again, entry["name"], resources, site)
+    on_ray = entry["where"] == "ray"
+    (made,) = ray_jobs.submit(submission, entry["address"]) if on_ray else slurm.submit(submission, entry["where"])
     typer.echo(f"job {made} goes on with {entry['home']}")
 
 

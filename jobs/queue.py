@@ -85,9 +85,22 @@ def find(wanted: str, runs: Path = Path("runs")) -> dict[str, Any]:
 
 def state_of(entry: Mapping[str, Any]) -> State:
     """What a job is doing now, or how it ended."""
+    if entry["where"] == "ray":
+        return _on_ray(entry)
     if entry["where"] != "slurm":
         return _local(entry)
     return _queued(str(entry["id"])) or _accounted(str(entry["id"])) or _by_folder(entry)
+
+
+def _on_ray(entry: Mapping[str, Any]) -> State:
+    """From the cluster's job server; from what the job left where that is gone."""
+    from jobs import ray_jobs
+
+    try:
+        name, reason = ray_jobs.state_of(entry)
+    except ResourceError:
+        return _by_folder(entry)
+    return State(name, reason if name != "COMPLETED" else "")
 
 
 def _queued(job: str) -> State | None:
@@ -120,7 +133,9 @@ def _by_folder(entry: Mapping[str, Any]) -> State:
         return State("COMPLETED")
     starts = _json(Path(entry.get("home") or entry["run_dir"]) / FOLDER / STARTS) or []
     started = any(str(each["job"]) == str(entry["id"]).partition("_")[0] for each in starts)
-    return State("UNKNOWN", "SLURM no longer knows it; it had " + ("started" if started else "not started"))
+    started = started or (entry["where"] == "ray" and Path(entry["log"]).is_file())
+    who = "its cluster is gone" if entry["where"] == "ray" else "SLURM no longer knows it"
+    return State("UNKNOWN", f"{who}; it had " + ("started" if started else "not started"))
 
 
 def _local(entry: Mapping[str, Any]) -> State:

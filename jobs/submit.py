@@ -33,6 +33,8 @@ Examples:
   adaptnet submit train convnet_aig/toy --array seed=1,2,3 --nodes 1 --time 30m --site example
 
   adaptnet submit evaluate runs/convnet_aig-toy --where local
+
+  adaptnet submit train convnet_aig/toy --run-dir /shared/runs/toy --where ray --address http://10.0.0.1:8265
 """
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
@@ -61,14 +63,17 @@ def submit(
         int | None, Option(min=10, help="seconds before its end that a job is told to save")
     ] = None,
     max_requeues: Annotated[int | None, Option(min=0, help="how often a job may be started again")] = None,
-    where: Annotated[str, Option(help="slurm; local: a process here; debug: this process")] = "slurm",
+    where: Annotated[str, Option(help="slurm; ray; local: a process here; debug: this process")] = "slurm",
+    address: Annotated[str | None, Option(help="of --where ray: http://HOST:8265, a head's dashboard")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="print the batch script and the config; submit nothing")] = False,
 ) -> None:
     if verb not in VERBS:
         raise ConfigError(f"submit {verb}: no such verb; known: {', '.join(VERBS)}")
-    if where not in ("slurm", "local", "debug"):
-        raise ConfigError(f"--where (={where}): slurm, local or debug")
-    from jobs import slurm
+    if where not in ("slurm", "ray", "local", "debug"):
+        raise ConfigError(f"--where (={where}): slurm, ray, local or debug")
+    if (where == "ray") != (address is not None):
+        raise ConfigError(f"--address (={address}) is for --where ray, which needs it: http://HOST:8265")
+    from jobs import ray_jobs, slurm
     from pipeline.config import as_mapping, dump_yaml
     from pipeline.provenance import write_whole
 
@@ -98,7 +103,7 @@ def submit(
         dependency=_dependency(dependency, after),
     )
     if dry_run:
-        _show(submission, configs)
+        _show(submission, configs, where)
         return
     for job in jobs:
         _refuse_second(Path(job.home))
@@ -106,7 +111,8 @@ def submit(
         path = Path(job.arguments[0])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, dump_yaml(as_mapping(config)))
-    ids = slurm.submit(submission, where)  # type: ignore[arg-type]
+    on_ray = where == "ray"
+    ids = ray_jobs.submit(submission, address) if on_ray else slurm.submit(submission, where)  # type: ignore[arg-type]
     for job, made_id in zip(jobs, ids, strict=True):
         typer.echo(f"job {made_id}: adaptnet {job.verb} in {job.home}; adaptnet jobs show {made_id} says how it goes")
 
@@ -242,10 +248,12 @@ def _refuse_second(home: Path) -> None:
             )
 
 
-def _show(submission: Submission, configs: Sequence[RunConfig]) -> None:
+def _show(submission: Submission, configs: Sequence[RunConfig], where: str) -> None:
+    from jobs import ray_jobs
     from pipeline import config
 
-    typer.echo(submission.script())
+    jobs = submission.array or (submission.job,)
+    typer.echo("\n".join(ray_jobs.entrypoint(job, "ID") for job in jobs) if where == "ray" else submission.script())
     for each in configs:
         typer.echo(f"# {each.name}")
         typer.echo(config.dump_yaml(config.as_mapping(each)), nl=False)

@@ -30,7 +30,8 @@ class Series:
     """Points that belong together: x and y of equal length, `texts` what each point is called.
 
     `faded` marks points that are shown, but not to be chosen; `group` is what series of one kind have in common (a
-    family): they share a colour and are shown or hidden together.
+    family): they share a colour and are shown or hidden together. A `reference` is what others are compared with: a
+    neutral line without markers, on which `texts` stand as labels where there is room.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Series:
     faded: Sequence[bool] = ()
     joined: bool = True
     group: str = ""
+    reference: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ def _plain_name(name: str) -> str:
     return name
 
 
+RunName = Annotated[str, AfterValidator(_plain_name)]
+
+
 class ComputeConfig(Config):
     """Where a run computes; nothing here changes what is learned."""
 
@@ -63,7 +66,7 @@ class ComputeConfig(Config):
 class RunConfig(Config):
     """A whole recipe."""
 
-    name: Annotated[str, AfterValidator(_plain_name)]  # of the run and its folder
+    name: RunName  # of the run and its folder
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     family: SerializeAsAny[FamilyConfig]
     data: DataConfig

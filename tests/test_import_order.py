@@ -15,8 +15,9 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 # A module imports what stands left of its own place.
 ORDER = """errors | config | ranks cost figures | data | family | blocks | families | training | frontier |
-robustness export report comparing | journal provenance | lease | tracking | registry | run_config |
-worker | allocation cluster | launch | evaluations importing | predicting promoting | plan | bench | tuning | jobs"""
+robustness comparing | journal provenance | lease | tracking | registry | run_config |
+worker | allocation cluster | launch | evaluations importing | report export predicting promoting | plan | bench |
+tuning | jobs"""
 PLACE = {name: place for place, names in enumerate(ORDER.split("|")) for name in names.split()}
 FAMILY_MAY = {"errors", "config", "ranks", "cost", "figures", "family", "blocks"}
 FAMILY_MAY_OUTSIDE = {"torch", "torchvision", "numpy", "pydantic", *sys.stdlib_module_names}
@@ -32,6 +33,7 @@ DOORS = {  # what only these modules import; a benchmark also calls the peers th
         "pipeline.bench",
         "tuning",
         "jobs.serve",
+        "jobs.ray_jobs",
     },
     "submitit": {"jobs.slurm"},
 }

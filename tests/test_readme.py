@@ -31,6 +31,16 @@ WHERE = {  # each command line of the README: the file that runs it, or why none
     "adaptnet data pack /data/imagenet packed/imagenet": "needs ImageNet",
     "adaptnet train convnet_aig/imagenet_50 data.root=packed/imagenet compute.workers=8": "needs ImageNet",
     "adaptnet evaluate runs/convnet_aig-imagenet_50": "needs ImageNet",
+    "adaptnet report runs/convnet_aig-toy --out report": ".ci/run",
+    "adaptnet compare runs/convnet_aig-toy models:/aig-toy@candidate": ".ci/run",
+    "adaptnet predict models:/aig-toy@candidate runs/toy-data/val/00-disc --budget 80%": ".ci/run",
+    "adaptnet export models:/aig-toy@candidate --policy all-open --format onnx": ".ci/run",
+    "adaptnet submit train convnet_aig/imagenet_50 data.root=packed/imagenet --site example --dry-run": ".ci/run",
+    "adaptnet submit train convnet_aig/toy --where local --time 30m": ".ci/run",
+    "adaptnet jobs list": ".ci/run",
+    "adaptnet plan convnet_aig/imagenet_50 data.root=packed/imagenet --nodes 2 --images 1281167": ".ci/run",
+    "adaptnet sweep --list": ".ci/run",
+    "adaptnet sweep toy": "tests/test_sweep.py",
 }
 
 

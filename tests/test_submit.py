@@ -89,7 +89,7 @@ def test_times_are_read_as_people_write_them(text: str, minutes: int) -> None:
         (["--site", "mars"], "known: container, example, testcluster"),
         (["--site", "odd.yaml"], "partitoin: no such key"),
         (["--array", "seed"], "write KEY=VALUE"),
-        (["--where", "moon"], "slurm, local or debug"),
+        (["--where", "moon"], "slurm, ray, local or debug"),
         (["training.epoch=3"], "did you mean training.epochs?"),
         ([], "this machine has no SLURM. --dry-run shows the script, --where local"),
     ],

@@ -63,6 +63,7 @@ with warnings.catch_warnings():
         experiment: Annotated[str, Field(min_length=1, max_length=500)] = "adaptnet"
         register: RegisteredName | None = None  # the best checkpoint becomes a new version of this name; null: none
         upload_checkpoints: bool = True  # the best and the last as artifacts; their places are sent in any case
+        parent: Path | None = None  # folder of the run that this one is a part of: the sweep's, for its trials
         patience_s: Annotated[float, Field(ge=0)] = 120.0  # at the end of the run, for what has not been sent yet
 
 

@@ -91,6 +91,8 @@ class Carrier:
         self._pending: list[Record] = []  # read and not yet sent
         self._events: list[Record] = []
         self._checkpoints_sent = 0
+        self._parent: str | None = None  # the parent's run, once it is named there
+        self._note = ""  # as MLflow has it
         self.status: str | None = None  # as MLflow has it
 
     def carry(self, *, final: bool) -> None:
@@ -105,6 +107,8 @@ class Carrier:
             self._client = client
         self._send_metrics()
         self._send_places()
+        self._send_parent()
+        self._send_note()
         if final:
             draw_curves(self._run_dir)
         self._send_files()
@@ -203,6 +207,22 @@ class Carrier:
         self._client.log_text(self.ledger.run_id, json.dumps(places, indent=1), "checkpoints.json")
         self._client.set_tag(self.ledger.run_id, "adaptnet.checkpoint", _text(places[-1]["where"])[:TAG_CHARS])
         self._checkpoints_sent = len(saved)
+
+    def _send_parent(self) -> None:
+        """Names the run that this one is a part of, as soon as that one is known to MLflow."""
+        parent = self._config.parent
+        run_id = Ledger.peek(parent).run_id if parent is not None else None
+        if run_id is not None and run_id != self._parent:
+            self._client.set_tag(self.ledger.run_id, "mlflow.parentRunId", run_id)
+            self._parent = run_id
+
+    def _send_note(self) -> None:
+        """note.md, where there is one, as the run's description."""
+        path = self._run_dir / "note.md"
+        note = without_secrets(path.read_text(encoding="utf-8"))[:TAG_CHARS] if path.is_file() else ""
+        if note != self._note:
+            self._client.set_tag(self.ledger.run_id, "mlflow.note.content", note)
+            self._note = note
 
     def _send_status(self, *, final: bool) -> None:
         """FINISHED, FAILED or KILLED once all else is there; RUNNING again where the run was taken up again."""
@@ -311,7 +331,7 @@ def _milliseconds(seconds: float) -> int:
 
 def _files(run_dir: Path) -> list[Path]:
     """The small files that go up as they are."""
-    patterns = ("*.yaml", "environment.json", "requirements.txt", "git.diff", "bad_images.json", "status.json")
+    patterns = ("*.yaml", "*.csv", "environment.json", "requirements.txt", "git.diff", "bad_images.json", "status.json")
     nested = ("evaluations/*/*.json", "plots/*.png")
     return sorted(path for pattern in (*patterns, *nested) for path in run_dir.glob(pattern) if path.is_file())
 

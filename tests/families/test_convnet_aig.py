@@ -151,6 +151,9 @@ def test_the_published_schedules_are_the_readmes() -> None:
     fifty = AigConfig(depth=50, schedule="published", target_rate=0.4).targets
     assert fifty == (1, 1, 0.8, 1, 0.4, 0.4, 0.4, 1, 0.4, 0.4, 0.4, 0.4, 0.4, 1, 0.7, 1)
     assert AigConfig(depth=101, schedule="published", target_rate=0.3).targets == (1,) * 8 + (0.3,) * 25
+    assert AigConfig(depth=14, target_rate=(0.2, 0.5, 1)).targets == (0.2, 0.2, 0.5, 0.5, 1, 1)
+    assert AigConfig(depth=50, target_rate=(1, 1, 1, 0.4)).targets == (1,) * 13 + (0.4,) * 3
+    assert AigConfig(depth=8, target_rate=(0.2, 0.5, 1)).targets == (0.2, 0.5, 1)
     with torch.device("meta"):
         assert len(build(AigConfig(depth=50, schedule="published", target_rate=0.4), 10).gates()) == 10
 
@@ -486,7 +489,7 @@ def test_a_threshold_opens_where_execution_is_likelier_than_it(mixed: Aig) -> No
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"depth": 20, "target_rate": [0.5, 0.5]}, "2 entries, depth 20 has 9 blocks"),
+        ({"depth": 20, "target_rate": [0.5, 0.5]}, "2 entries, depth 20 has 9 blocks in 3 stages"),
         ({"depth": 33}, r"50, 101, 152 for ImageNet, or 6n\+2"),
         ({"depth": 2}, "50, 101, 152"),
         ({"depth": 110, "schedule": "published"}, "published is for depth 50 and 101"),

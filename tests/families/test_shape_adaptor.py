@@ -392,6 +392,14 @@ def test_first_alphas_are_those_of_the_mode() -> None:
     assert first_alphas(ShapeConfig(side_px=32)) == (initial_alpha(32, 8, 4),) * 4
 
 
+def test_a_net_may_start_with_factors_of_its_own_and_keep_them() -> None:
+    factors = (0.55, 0.7, 0.9, 0.98)
+    config = ShapeConfig(net="vgg16_bn", side_px=32, width=0.125, factors=factors, alpha_every=None)
+    assert [factor(alpha) for alpha in first_alphas(config)] == pytest.approx(list(factors))
+    assert opened(config).plan((32, 32)).sides_px == (17, 11, 9, 8)  # 17.6, 11.9, 9.9, 8.82, each truncated
+    assert {tuple(updates(config, step)) for step in range(50)} == {("main",)}
+
+
 # ---- published sizes: Liu et al., ECCV 2020, and the code released with it
 
 
@@ -1145,6 +1153,8 @@ def test_options_change_what_they_say() -> None:
         ({"mode": "SA"}, "mode"),
         ({"limit_px": 0}, "limit_px"),
         ({"alpha_every": 0}, "alpha_every"),
+        ({"factors": [0.6, 0.7]}, "factors has 2 entries, the net 6 adaptors"),
+        ({"factors": [0.5] * 6}, "factors"),
         ({"width": -1.0}, "width"),
         ({"max_gmacs": 0}, "max_gmacs"),
         ({"limit": 15}, "did you mean limit_px"),

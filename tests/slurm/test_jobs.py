@@ -65,7 +65,9 @@ class Desk:
 
     def steps(self, name: str) -> list[int]:
         """Of the run's checkpoints."""
-        return sorted(int(path.parent.name[5:]) for path in self.home.glob(f"runs/{name}/checkpoints/*/COMPLETE.json"))
+        return sorted(
+            int(path.parent.name[5:]) for path in self.home.glob(f"runs/{name}/checkpoints/step-*/COMPLETE.json")
+        )
 
     def finished(self, name: str) -> bool:
         path = self.home / "runs" / name / "status.json"

@@ -8,6 +8,7 @@ from pipeline.families.arrn.growing import adopt
 from pipeline.families.arrn.inference import policies
 from pipeline.families.arrn.model import build
 from pipeline.families.arrn.objective import groups, loss, remarks, updates
+from pipeline.families.arrn.static import static
 from pipeline.family import Family
 
 FAMILY = Family(
@@ -20,4 +21,5 @@ FAMILY = Family(
     adopt=adopt,
     remarks=remarks,
     figures=figures,
+    static=static,
 )

@@ -7,6 +7,7 @@ from pipeline.families.convnet_aig.inference import policies
 from pipeline.families.convnet_aig.model import AigConfig, build
 from pipeline.families.convnet_aig.objective import groups, loss, updates
 from pipeline.families.convnet_aig.released import adopt
+from pipeline.families.convnet_aig.static import static
 from pipeline.family import Family
 
 FAMILY = Family(
@@ -18,4 +19,5 @@ FAMILY = Family(
     policies=policies,
     adopt=adopt,
     figures=figures,
+    static=static,
 )

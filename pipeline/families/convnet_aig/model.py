@@ -30,7 +30,7 @@ class AigConfig(FamilyConfig):
 
     name: Literal["convnet_aig"] = "convnet_aig"
     depth: int = 110
-    target_rate: Rate | tuple[Rate, ...] = 0.7  # share of images that open a block; a list gives each block its own
+    target_rate: Rate | tuple[Rate, ...] = 0.7  # share of images that open a block; a list: of each stage or each block
     schedule: Literal["uniform", "published"] = "uniform"  # published: the README's rates around t for 50 and 101
     rate_weight: Annotated[float, Field(ge=0)] = 2.0  # of the rate loss; the code has 2 for CIFAR, 1 for ImageNet
     rate_reduction: Literal["mean", "sum"] = "mean"  # over blocks; the paper sums, the code takes the mean
@@ -43,9 +43,10 @@ class AigConfig(FamilyConfig):
     def _rules(self) -> AigConfig:
         if self.depth not in STAGES and (self.depth < 8 or (self.depth - 2) % 6):
             raise ValueError(f"depth (={self.depth}): 50, 101, 152 for ImageNet, or 6n+2 for CIFAR, e.g. 20, 110")
-        if isinstance(self.target_rate, tuple) and len(self.target_rate) != self.num_blocks:
+        if isinstance(self.target_rate, tuple) and len(self.target_rate) not in (self.num_blocks, len(self.stages)):
             raise ValueError(
-                f"target_rate has {len(self.target_rate)} entries, depth {self.depth} has {self.num_blocks} blocks"
+                f"target_rate has {len(self.target_rate)} entries, depth {self.depth} has {self.num_blocks} blocks in "
+                f"{len(self.stages)} stages"
             )
         if self.schedule == "published" and (self.depth not in (50, 101) or isinstance(self.target_rate, tuple)):
             raise ValueError("schedule: published is for depth 50 and 101 with one target_rate")
@@ -71,7 +72,9 @@ class AigConfig(FamilyConfig):
         Source: the released code's README for `published`.
         """
         if isinstance(self.target_rate, tuple):
-            return self.target_rate
+            each = len(self.target_rate) == self.num_blocks
+            counts = (1,) * self.num_blocks if each else self.stages
+            return tuple(rate for rate, count in zip(self.target_rate, counts, strict=True) for _ in range(count))
         t = self.target_rate
         if self.schedule == "uniform":
             return (t,) * self.num_blocks

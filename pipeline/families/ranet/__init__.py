@@ -8,6 +8,7 @@ from pipeline.families.ranet.inference import policies
 from pipeline.families.ranet.model import build
 from pipeline.families.ranet.objective import groups, loss, updates
 from pipeline.families.ranet.released import adopt
+from pipeline.families.ranet.static import static
 from pipeline.family import Family
 
 FAMILY = Family(
@@ -19,4 +20,5 @@ FAMILY = Family(
     policies=policies,
     adopt=adopt,
     figures=figures,
+    static=static,
 )

@@ -6,6 +6,7 @@ from pipeline.families.shape_adaptor.figures import figures
 from pipeline.families.shape_adaptor.inference import policies
 from pipeline.families.shape_adaptor.model import ShapeConfig, build
 from pipeline.families.shape_adaptor.objective import groups, loss, updates
+from pipeline.families.shape_adaptor.static import static
 from pipeline.families.shape_adaptor.weights import adopt
 from pipeline.family import Family
 
@@ -18,4 +19,5 @@ FAMILY = Family(
     policies=policies,
     adopt=adopt,
     figures=figures,
+    static=static,
 )

@@ -31,13 +31,14 @@ from pipeline.families.shape_adaptor.bodies import (
     mobilenet_strides,
 )
 from pipeline.families.shape_adaptor.price import PriceList
-from pipeline.families.shape_adaptor.shape import Plan, Rule, Rules, Shape, Size, initial_alpha
+from pipeline.families.shape_adaptor.shape import LARGER, SMALLER, Plan, Rule, Rules, Shape, Size, initial_alpha
 from pipeline.family import FamilyConfig
 
 SMALL_PX = 64  # up to this declared side a net has the layout for small images
 MODE_ALPHA = {"autosc": 2.19, "autotl": -2.19}  # initial; factors 0.9497 and 0.5503. The human shape is near to neither
 Positive = Annotated[float, Field(gt=0)]
 Side = Annotated[int, Field(ge=1)]
+Factor = Annotated[float, Field(gt=SMALLER, lt=LARGER)]
 
 
 class ShapeConfig(FamilyConfig):
@@ -50,12 +51,16 @@ class ShapeConfig(FamilyConfig):
     width: Positive = 1.0  # multiplies all channels, rounded to 8; the paper varies MobileNetV2's only
     adaptors: Annotated[int, Field(ge=1)] | None = None  # null: as many as the paper takes at this side
     target_px: Side = 8  # sa: side after the last adaptor at the start, before truncation
+    factors: tuple[Factor, ...] | None = None  # with which the adaptors start; null: equal ones
     rule: Rule | None = None  # of the integer sides; null: global for autosc, else local
     limit_px: Side | None = None  # last side at most; the paper: 15 for ImageNet on 8 GPUs, 30 on one; none up to 64 px
     doubled: bool = True  # weights of a residual cell sum to 2, so that alpha = 0 gives the ordinary residual sum
     pool: Literal["floor", "ceil"] | None = None  # of odd sides; null: ceil for autosc, else floor
     keep_residual: bool = False  # MobileNetV2: blocks with an adaptor add their input where shapes allow it
-    alpha_every: Annotated[int, Field(ge=1)] = 20  # steps between updates of alpha; the paper: 20, ImageNet 1500
+    alpha_every: Annotated[int, Field(ge=1)] | None = (
+        20  # steps between updates of alpha (the paper: 20, ImageNet 1500)
+    )
+    # null: never, so that the net keeps the shape that it starts with
     max_mvalues: Positive | None = None  # budget per image: Σ C·h·w over convolutions and adaptors, in millions
     max_gmacs: Positive | None = None  # budget per image in 1e9 MACs
 
@@ -71,6 +76,8 @@ class ShapeConfig(FamilyConfig):
                 f"adaptors (={self.num_adaptors}): {self.net} has {most} places for mode {self.mode} at side_px "
                 f"(={self.side_px})"
             )
+        if self.factors is not None and len(self.factors) != self.num_adaptors:
+            raise ValueError(f"factors has {len(self.factors)} entries, the net {self.num_adaptors} adaptors")
         if self.keep_residual and self.net != "mobilenet_v2":
             raise ValueError(f"keep_residual is for mobilenet_v2, not for {self.net}")
         return self
@@ -158,8 +165,10 @@ class ShapeNet(nn.Module):
 
 
 def first_alphas(config: ShapeConfig) -> tuple[float, ...]:
-    """The same initial alpha for all N adaptors."""
+    """The initial alphas, [N]: those of the given factors, else the same for all."""
     count = config.num_adaptors
+    if config.factors is not None:
+        return tuple(math.log((s - SMALLER) / (LARGER - s)) for s in config.factors)
     if config.mode == "sa":
         return (initial_alpha(config.side_px, config.target_px, count),) * count
     return (MODE_ALPHA[config.mode],) * count if count else ()

@@ -43,5 +43,5 @@ def updates(config: ShapeConfig, step: int) -> Sequence[str]:
     Source: the released code, which counts steps anew in each epoch, so that each begins with an update of the alphas;
     we count over the whole run, since a family does not know the length of an epoch.
     """
-    due = config.mode != "human" and step % config.alpha_every == 0
+    due = config.mode != "human" and config.alpha_every is not None and step % config.alpha_every == 0
     return ["shape", "main"] if due else ["main"]

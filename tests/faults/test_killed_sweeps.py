@@ -1,0 +1,150 @@
+"""Sweeps on a real Ray whose driver, worker or cluster is killed, and trials side by side; asked for by name."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow_here import server
+from test_sweep import Said, ended, learned, records, table
+
+from pipeline.data import toy
+from pipeline.errors import ResourceError
+from pipeline.tracking import connect
+from tuning import config, sweep
+
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy") / "set"
+    return toy.make(folder, num_classes=4, train=320, val=80, side_px=32, seed=5)
+
+
+def settings(images: Path) -> list[str]:
+    """Four trials of 40 steps of 32 images in two workers, of which ASHA ends some."""
+    small = ["training.batch_size=32", "checkpoint.every=5 steps"]
+    return [f"data.root={images}", *small]
+
+
+def start(images: Path, run_dir: Path) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "jobs.cli", "sweep", "toy", *settings(images), "--run-dir", str(run_dir)]
+    with open(run_dir.parent / "log", "ab") as log:
+        return subprocess.Popen(words, stdout=log, stderr=log, cwd=Path(__file__).parents[2], start_new_session=True)
+
+
+def wait_for(done: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not done():
+        assert time.monotonic() < deadline and process.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.05)
+
+
+def family_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def wait_until_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=120)
+    assert not alive
+
+
+def kill(kind: str, process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the driver, to one worker, or to every process of the cluster and the driver."""
+    family = family_of(process)
+    if kind == "worker":
+        workers = [child for child in family if "RayTrainWorker" in " ".join(child.cmdline())]
+        workers[-1].send_signal(signal.SIGKILL)
+        return
+    if kind == "cluster":
+        for child in family:
+            if any(name in " ".join(child.cmdline()) for name in ("raylet", "gcs_server")):
+                child.send_signal(signal.SIGKILL)
+    else:
+        process.send_signal(signal.SIGKILL)
+    process.wait(timeout=200)
+    wait_until_gone(family)
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("sweeps") / "whole"
+    assert sweep.run(config.load("toy", settings(images)), run_dir).finished
+    return run_dir
+
+
+@pytest.mark.parametrize("kinds", [("driver", "driver"), ("worker", "cluster")], ids=" ".join)
+def test_whatever_is_killed_the_same_command_ends_with_the_same_table(
+    images: Path, whole: Path, tmp_path: Path, kinds: tuple[str, ...]
+) -> None:
+    run_dir, choose = tmp_path / "whole", random.Random(len(kinds[0]))
+    log = tmp_path / "log"
+    for kind in kinds:
+        process = start(images, run_dir)
+        before = ended(run_dir)
+        wait_for(lambda before=before: ended(run_dir) > before, process, log)
+        wait_for(lambda: any("RayTrainWorker" in " ".join(c.cmdline()) for c in family_of(process)), process, log)  # noqa: B023
+        time.sleep(choose.uniform(0, 4))
+        kill(kind, process)
+        if kind == "worker":
+            assert process.wait(timeout=400) == 0, log.read_text()[-3000:]
+            break
+    found = sweep.run(config.load("toy", settings(images)), run_dir)
+    assert found.finished and not found.failed
+    assert table(run_dir) == table(whole)
+    for name in (row[0] for row in table(whole)[1:]):
+        last = next(int(row[table(whole)[0].index("step")]) for row in table(whole)[1:] if row[0] == name)
+        assert learned(run_dir / "trials" / name, last) == learned(whole / "trials" / name, last)
+
+
+@pytest.fixture
+def three_nodes() -> Iterator[Any]:
+    """A Ray cluster of three nodes of one CPU each, and a head that has none."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(3):
+        cluster.add_node(num_cpus=1)
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.parametrize("where", ["sqlite", "server"])
+def test_with_three_slots_three_trials_run_and_no_metric_is_lost(
+    images: Path, tmp_path: Path, three_nodes: Any, where: str
+) -> None:
+    uri = server().uri if where == "server" else f"sqlite:///{tmp_path}/mlflow.db"
+    here = [f"compute.address={three_nodes.address}", "compute.workers=1", f"tracking.uri={uri}"]
+    said = Said()
+    loaded = config.load("toy", [*settings(images), *here, f"tracking.experiment=three-{where}"])
+    found = sweep.run(loaded, tmp_path / "sweep", watcher=said)
+    assert found.finished and not found.failed, found.failed
+    assert said.most == 3
+    assert "3 at a time" in said.lines[0]
+    client = connect(uri)
+    for folder in (tmp_path / "sweep" / "trials").iterdir():
+        from pipeline.tracking.carrier import Ledger
+
+        run_id = Ledger.peek(folder).run_id
+        wanted = {(record["key"], record["step"]) for record in records(folder)}
+        sent = [(key, m.step) for key in {key for key, _ in wanted} for m in client.get_metric_history(run_id, key)]
+        assert sorted(sent) == sorted(wanted)
+
+
+def test_what_fits_no_cluster_is_refused_at_once_with_the_numbers(images: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    loaded = config.load("toy", [*settings(images), "compute.cpus_per_worker=500"])
+    with pytest.raises(ResourceError, match=r"cpus_per_worker \(=500\) needs 1000 CPUs, the Ray cluster has"):
+        sweep.run(loaded, tmp_path / "sweep")
+    assert time.monotonic() - started < 60

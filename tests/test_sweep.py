@@ -1,0 +1,502 @@
+"""Laws of a sweep without Ray: draws, early endings, objectives, and a sweep that is killed and goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from mlflow_here import database
+
+from pipeline import journal
+from pipeline.data import toy
+from pipeline.errors import ConfigError
+from pipeline.tracking import connect
+from tuning import config, outcome, price, space, sweep
+from tuning.advice import Halving, Study
+from tuning.config import SchedulerConfig
+from tuning.record import Record, Trial
+from tuning.space import Draw
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy") / "set"
+    return toy.make(folder, num_classes=4, train=160, val=80, side_px=32, seed=5)
+
+
+def load(images: Path, *overrides: str) -> config.Sweep:
+    """tuning/sweeps/toy.yaml in this process: four trials of 20 steps of 32 images."""
+    return config.load("toy", [*settings(images), *overrides])
+
+
+def settings(images: Path) -> list[str]:
+    return [
+        f"data.root={images}",
+        "compute.workers=0",
+        "training.batch_size=32",
+        "checkpoint.every=3 steps",
+        "logging.every=2 steps",
+    ]
+
+
+def table(run_dir: Path) -> list[list[str]]:
+    return list(csv.reader((run_dir / "results.csv").read_text().splitlines()))
+
+
+class Said:
+    """Remembers what a sweep says, and how many trials it had running at most."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.most = 0
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def show(self, trials: Sequence[Trial], running: int) -> None:
+        self.most = max(self.most, running)
+
+
+# --- the space
+
+
+MIXED = {
+    "family.depth": {"grid": [8, 14]},
+    "$rate": {"uniform": [0.3, 0.9]},
+    "family.target_rate": {"list": ["$rate", {"value": 1, "times": 2}]},
+    "training.optimizer.lr": {"loguniform": [1e-3, 1e-1]},
+    "training.epochs": {"integer": [2, 4]},
+    "training.ema_decay": {"choice": [None, 0.9], "when": {"family.depth": 14}},
+}
+
+
+def test_the_same_seed_draws_the_same_and_more_samples_leave_the_first_alone() -> None:
+    cases = space.parse(MIXED)
+    first, more = (space.draws(cases, samples=samples, seed=3) for samples in (4, 40))
+    assert more[:8] == first == space.draws(cases, samples=4, seed=3) != space.draws(cases, samples=4, seed=4)
+    assert len(more) == 80 and len({draw.name for draw in more}) == 80
+    for draw in more:
+        values = draw.values
+        assert 0.3 <= values["$rate"] <= 0.9 and values["family.target_rate"] == [values["$rate"], 1, 1]
+        assert "$rate" not in draw.overrides and 1e-3 <= values["training.optimizer.lr"] <= 1e-1
+        assert ("training.ema_decay" in values) == (values["family.depth"] == 14)
+    assert {draw.values["training.epochs"] for draw in more} == {2, 3, 4}
+    assert {draw.values["family.depth"] for draw in more[::2]} == {8}
+    logs = sorted(draw.values["training.optimizer.lr"] for draw in more)
+    assert logs[40] < 0.03  # evenly in the logarithm: half lie below 0.01, not below 0.05
+
+
+def test_cases_are_drawn_one_after_another_and_what_is_fixed_once() -> None:
+    cases = space.parse([{"a.b": 1}, {"a.b": {"grid": [2, 3]}, "a.c": {"grid": [4, 5], "when": {"a.b": [3]}}}, MIXED])
+    found = space.draws(cases, samples=2, seed=1)
+    assert [draw.case for draw in found] == [0, 1, 1, 1, 2, 2, 2, 2]
+    assert [dict(draw.values) for draw in found[:4]] == [
+        {"a.b": 1},
+        {"a.b": 2},
+        {"a.b": 3, "a.c": 4},
+        {"a.b": 3, "a.c": 5},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"choice": []}, ["choice (=[])", "a value at least"]),
+        ({"uniform": [0.9, 0.1]}, ["uniform (=[0.9, 0.1])", "the lower bound comes first"]),
+        ({"loguniform": [0, 1]}, ["above 0"]),
+        ({"integer": [1, 2.5]}, ["two whole numbers"]),
+        ({"uniform": [1]}, ["[LOWEST, HIGHEST]"]),
+        ({"grid": [1], "choice": [2]}, ["say one of grid, choice"]),
+        ({"normal": [0, 1]}, ["draw 0", "normal"]),
+        ({"choice": [1], "when": {"family.depth": 8}}, ["family.depth must stand before it"]),
+        ({"list": ["$x"]}, ["$x is drawn nowhere"]),
+    ],
+)
+def test_what_a_key_cannot_be_is_said_with_its_name(images: Path, entry: object, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(images, f"space.family.target_rate={json.dumps(entry)}", "search.samples=1")
+    assert "family.target_rate" in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["space.family.target_rat={grid: [0.4]}"], ["draw 0", "family.target_rat: no such key", "did you mean"]),
+        (["space.family.depth={grid: [8, 9]}"], ["draw 1 (", "family.depth=9", "6n+2"]),
+        (
+            ["space.compute.workers={grid: [1, 2]}"],
+            ["compute.workers", "nothing under compute changes what is learned"],
+        ),
+        (["family.target_rate=0.4"], ["family.target_rate: the sweep's space sets it", "space.family.target_rate="]),
+        (["search.kind=grid"], ["training.optimizer.lr is drawn"]),
+        (["search.kind=optuna"], ["family.target_rate is a grid"]),
+        (["search.sample=3"], ["search.sample: no such key", "search.samples"]),
+        (["objectives={top1: max, gmacs: min, ece: min}"], ["one, or accuracy and cost"]),
+        (["curves=['(']"], ["no regular expression"]),
+    ],
+)
+def test_what_is_wrong_with_a_sweep_is_said_before_anything_starts(
+    images: Path, overrides: list[str], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(images, *overrides)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_every_shipped_sweep_draws_recipes_that_hold() -> None:
+    wanted = {"toy", "aig_target_rate", "arrn_laplacian_dropout", "ranet_growth", "shape_adaptor_init"}
+    assert wanted < set(config.names())
+    for name in wanted:
+        found = config.load(name, ["data.root=/data"])
+        assert found.draws() and config.title(name).endswith("?")
+    shapes = config.load("shape_adaptor_random_shapes", ["data.root=/data", "search.samples=3"])
+    assert [draw.case for draw in shapes.draws()] == [0, 1, 2, 2, 2]
+    nets = [price.build(shapes.recipe(draw), 100) for draw in shapes.draws()]
+    assert price.profile(nets[0], 32) == [32] * 2 + [16] * 2 + [8] * 3 + [4] * 3 + [2] * 3
+    assert len({tuple(price.profile(net, 32)) for net in nets}) == 5
+
+
+def test_objectives_that_no_trial_reports_are_refused() -> None:
+    policies = ["32px", "16px"]
+    for good in ({"top1": "max"}, {"16px/top1": "max", "mean/gmacs": "min"}, {"mparameters": "min"}):
+        outcome.check_objectives(config.SweepConfig(name="a", recipe="b", space={}, objectives=good), policies)
+    with pytest.raises(ConfigError, match=r"objectives: 18px/top1: no trial reports it; did you mean 16px/top1"):
+        wrong = config.SweepConfig(name="a", recipe="b", space={}, objectives={"18px/top1": "max"})
+        outcome.check_objectives(wrong, policies)
+    with pytest.raises(ConfigError, match="memory=true"):
+        wrong = config.SweepConfig(name="a", recipe="b", space={}, objectives={"top1": "max", "memory_mib": "min"})
+        outcome.check_objectives(wrong, policies)
+
+
+# --- what ends early, and what is chosen
+
+
+def test_a_scheduler_told_again_decides_as_one_that_was_never_ended() -> None:
+    """Trials report in one order; the scheduler is made anew after each report and told all that came before."""
+    choose = random.Random(1)
+    reports = [(trial, epoch, choose.random()) for epoch in range(1, 10) for trial in "abcdefghi"]
+
+    def decisions(ends: Collection[int]) -> list[bool]:
+        told: list[tuple[str, float, float]] = []
+        found, halving, over = list[bool](), Halving(ASHA, 9), set[str]()
+        for number, report in enumerate(reports):
+            if number in ends:
+                halving = Halving(ASHA, 9)
+                for earlier in told:
+                    halving.ends(*earlier)
+            if report[0] not in over:
+                told.append(report)
+                found.append(halving.ends(*report))
+                over |= {report[0]} if found[-1] else set()
+        return found
+
+    whole = decisions([])
+    assert whole == decisions([7, 8, 20, 41]) == decisions(range(1, 81))
+    assert 3 < sum(whole) < 9  # of nine trials some end early, not all
+
+
+ASHA = SchedulerConfig(kind="asha", grace_epochs=1, reduction=3)
+
+
+def test_a_trial_is_ended_where_it_is_not_among_the_best_third_so_far() -> None:
+    """Worked out by hand: the threshold is the two-thirds percentile of what came before at that rung."""
+    halving = Halving(ASHA, 9)
+    values = [0.5, 0.4, 0.6, 0.1, 0.55]
+    assert [halving.ends(str(n), 1, value) for n, value in enumerate(values)] == [False, True, False, True, False]
+    assert not halving.ends("0", 2, 0.0)  # between rungs nothing is judged
+    assert not any(Halving(SchedulerConfig(), 9).ends("a", epoch, -epoch) for epoch in range(1, 10))
+    with pytest.raises(ConfigError, match=r"grace_epochs \(=20\) is above training.epochs \(=9\)"):
+        Halving(SchedulerConfig(kind="asha", grace_epochs=20), 9)
+
+
+def trial(number: int, state: str, **metrics: float) -> Trial:
+    return Trial(Draw(number, 0, {"a": number}), state=state, metrics=metrics)  # type: ignore[arg-type]
+
+
+def test_the_frontier_is_of_finished_trials_and_the_best_is_the_first_objectives() -> None:
+    trials = [
+        trial(0, "finished", top1=0.7, gmacs=2.0),
+        trial(1, "finished", top1=0.8, gmacs=3.0),
+        trial(2, "finished", top1=0.6, gmacs=2.5),
+        trial(3, "stopped", top1=0.9, gmacs=1.0),
+        trial(4, "finished", top1=0.8, gmacs=4.0),
+    ]
+    setting = config.SweepConfig(name="a", recipe="b", space={})
+    assert [t.number for t in outcome.frontier(setting, trials)] == [0, 1]
+    chosen = outcome.best(setting, trials)
+    assert chosen is not None and chosen.number == 1
+    cheap = outcome.best(setting.model_copy(update={"objectives": {"gmacs": "min"}}), trials)
+    assert cheap is not None and cheap.number == 0
+
+
+def test_an_optuna_study_told_again_draws_as_one_that_was_never_ended(images: Path) -> None:
+    pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
+    searched = load(
+        images,
+        "space=[{$a: {uniform: [0, 1]}, $b: {choice: [[1], [2]]}}, {$c: {integer: [1, 9]}}]",
+        "search={kind: optuna, samples: 30, seed: 2}",
+        "objectives={top1: max}",
+    )
+
+    def result(values: dict[str, object]) -> dict[str, float]:
+        return {"top1": float(values.get("$a", 0.1))}  # type: ignore[arg-type]
+
+    def asked(study: Study, first: int, last: int) -> list[tuple[int, dict[str, object]]]:
+        found = []
+        for number in range(first, last):
+            found.append(study.ask(number))
+            study.tell(number, None if number == 4 else result(found[-1][1]))
+        return found
+
+    whole = asked(Study(searched.config, searched.cases), 0, 30)
+    again = Study(searched.config, searched.cases)
+    assert asked(again, 0, 17) == whole[:17]  # what a resumed sweep does first
+    assert asked(again, 17, 30) == whole[17:]
+    late = [values["$a"] for case, values in whole[15:] if case == 0]
+    assert len(late) > 8 and sum(late) / len(late) > 0.6  # it searches where top1 is high
+
+
+# --- whole sweeps, in this process
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted sweep's folder."""
+    run_dir = tmp_path_factory.mktemp("sweeps") / "whole"
+    shutil.copyfile(database().path, run_dir.parent / "mlflow.db")
+    found = sweep.run(load(images), run_dir)
+    assert found.finished and found.best
+    return run_dir
+
+
+def test_a_sweep_tells_its_tables_and_its_runs_in_mlflow(images: Path, whole: Path) -> None:
+    heading, *rows = table(whole)
+    states = {row[heading.index("state")] for row in rows}
+    assert len(rows) == 4 and states == {"finished", "stopped (ASHA)"}
+    assert {"frontier.png", "parallel.png"} <= {path.name for path in (whole / "plots").iterdir()}
+    client = connect(f"sqlite:///{whole.parent}/mlflow.db")
+    experiment = client.get_experiment_by_name("adaptnet").experiment_id
+    (parent,) = client.search_runs([experiment], "attributes.run_name = 'whole'")
+    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert sorted(child.info.run_name for child in children) == [row[0] for row in rows]
+    assert (
+        "How does accuracy" in parent.data.tags["mlflow.note.content"]
+        and rows[0][0] in parent.data.tags["mlflow.note.content"]
+    )
+    assert parent.info.status == "FINISHED" and parent.data.metrics["trials/ended"] == 4
+    artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert {"results.csv", "config.yaml", "plots"} <= artifacts
+    for child in children:
+        run_dir = whole / "trials" / child.info.run_name
+        wanted = {(r["key"], r["step"]) for r in records(run_dir)}
+        keys = {key for key, _ in wanted}
+        sent = [(key, point.step) for key in keys for point in client.get_metric_history(child.info.run_id, key)]
+        assert sorted(sent) == sorted(wanted)
+
+
+def records(run_dir: Path) -> list[journal.Record]:
+    return journal.first_values(journal.read_all(run_dir / "journal" / "rank0.jsonl"))
+
+
+def test_a_trial_ends_where_asha_says_and_the_others_at_their_own_end_each_step_once(whole: Path) -> None:
+    for event in json.loads((whole / "results.json").read_text()):
+        steps = sorted(r["step"] for r in records(whole / "trials" / event["trial"]) if r["key"] == "train/lr")
+        status = json.loads((whole / "trials" / event["trial"] / "status.json").read_text())
+        assert len(steps) == len(set(steps))
+        if event["state"] == "finished":
+            assert status["finished"] and status["step"] == 20
+        else:
+            assert event["step"] == max(map(int, event["judged"])) in (5, 10)  # of the rungs at epochs 1, 2 and 4
+            assert event["metrics"]["top1"] == event["judged"][str(event["step"])]
+
+
+def test_a_finished_sweep_is_not_trained_again_and_may_be_asked_for_more(images: Path, whole: Path) -> None:
+    before = {path: path.read_bytes() for path in whole.glob("trials/*/journal/rank0.jsonl")}
+    said = Said()
+    assert sweep.run(load(images), whole, watcher=said).finished
+    assert not any("starts" in line for line in said.lines)
+    assert before == {path: path.read_bytes() for path in whole.glob("trials/*/journal/rank0.jsonl")}
+
+
+def test_another_space_in_the_same_folder_is_refused_with_what_differs(images: Path, whole: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds another sweep:(.|\n)*space: (.|\n)*0\.5"):
+        sweep.run(load(images, "space.family.target_rate={grid: [0.4, 0.5]}"), whole)
+    with pytest.raises(ConfigError, match=r"recipe\.training\.epochs: 4\.0 there, 5\.0 now"):
+        sweep.run(load(images, "training.epochs=5"), whole)
+    trial_folder = next((whole / "trials").iterdir())
+    with pytest.raises(ConfigError, match="holds a run, not a sweep"):
+        sweep.run(load(images), trial_folder)
+
+
+def test_no_trial_can_report_is_said_and_leaves_nothing(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"objectives: gates-soft/top1: no trial reports it; did you mean gates-hard/top1"
+    ):
+        sweep.run(load(images, "objectives={gates-soft/top1: max}"), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_what_costs_too_much_is_refused_and_counted_and_a_failed_trial_fails_alone(
+    images: Path, tmp_path: Path
+) -> None:
+    lrs = "space.training.optimizer.lr={grid: [0.05, 1.0e+30]}"
+    asked = ["space.family.target_rate=0.5", "space.family.depth={grid: [8, 14]}", lrs, "bounds.max_gmacs=0.015"]
+    mine = load(
+        images, *asked, "training.schedule.kind=constant", "training.schedule.warmup_epochs=0", "training.epochs=1"
+    )
+    said = Said()
+    found = sweep.run(mine, tmp_path / "sweep", watcher=said)
+    assert found.tally == "1 finished, 1 failed, 2 refused (2 by max_gmacs)"
+    (reason,) = found.failed.values()
+    assert reason.startswith("step ") and "not finite" in reason
+    assert len(list((tmp_path / "sweep" / "trials").iterdir())) == 2
+    assert any("refused, max_gmacs: 0.0" in line for line in said.lines)
+    before = len(said.lines)
+    assert sweep.run(mine, tmp_path / "sweep", watcher=said).failed
+    assert not any("starts" in line or "goes on" in line for line in said.lines[before:])
+    assert sweep.run(mine, tmp_path / "sweep", watcher=said, retry_failed=True).failed
+    assert sum("starts" in line or "goes on" in line for line in said.lines[before:]) == 1
+
+
+def test_the_best_trial_is_registered_as_candidate(images: Path, whole: Path) -> None:
+    found = sweep.run(load(images), whole)
+    version = outcome.register(load(images).config, whole, found, "from-a-sweep")
+    client = connect(f"sqlite:///{whole.parent}/mlflow.db")
+    made = client.get_model_version_by_alias("from-a-sweep", "candidate")
+    assert int(made.version) == version.version
+    assert client.get_run(made.run_id).info.run_name == found.best
+    with pytest.raises(ConfigError, match=r"--trial \(=00\): no such trial"):
+        outcome.register(load(images).config, whole, found, "from-a-sweep", "00")
+    ended = next(row[0] for row in table(whole) if row[table(whole)[0].index("state")] == "stopped (ASHA)")
+    with pytest.raises(ConfigError, match="not trained to its end"):
+        outcome.register(load(images).config, whole, found, "from-a-sweep", ended)
+
+
+def copied(whole: Path, folder: Path) -> Path:
+    shutil.copyfile(whole.parent / "mlflow.db", folder / "mlflow.db")
+    return Path(shutil.copytree(whole, folder / "whole"))
+
+
+def test_a_new_driver_tells_the_scheduler_what_the_one_before_it_judged(
+    images: Path, whole: Path, tmp_path: Path
+) -> None:
+    assert not Halving(load(images).config.scheduler, 4).ends("another", 1.0, 0.0)  # the first at a rung goes on
+    with ExitStack() as stack:
+        controller = sweep.Controller(load(images), copied(whole, tmp_path), 99, Said(), stack)
+        assert controller._halving.ends("another", 1.0, 0.0)
+
+
+def test_what_was_decided_and_saved_before_a_kill_is_not_trained_again(
+    images: Path, whole: Path, tmp_path: Path
+) -> None:
+    run_dir = copied(whole, tmp_path)
+    path = run_dir / "journal" / "sweep.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"state": "stopped"' not in line))
+    (run_dir / "results.csv").unlink()
+    said = Said()
+    assert sweep.run(load(images), run_dir, watcher=said).finished
+    assert table(run_dir) == table(whole)
+    assert not any("goes on" in line or "starts" in line for line in said.lines)
+
+
+class Stopping(Said):
+    """Asks the sweep to stop at the first evaluation that it hears of."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self._run_dir = run_dir
+
+    def say(self, text: str) -> None:
+        super().say(text)
+        if "at epoch" in text:
+            (self._run_dir / "stop").touch()
+
+
+def test_a_sweep_asked_to_stop_saves_its_trial_and_goes_on_from_there(
+    images: Path, whole: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "whole"
+    shutil.copyfile(database().path, tmp_path / "mlflow.db")
+    said = Stopping(run_dir)
+    found = sweep.run(load(images), run_dir, watcher=said)
+    assert not found.finished and len(list((run_dir / "trials").iterdir())) == 1
+    assert not json.loads((run_dir / "status.json").read_text())["finished"]
+    assert sweep.run(load(images), run_dir).finished
+    assert table(run_dir) == table(whole)
+
+
+def test_what_a_killed_writer_left_torn_is_passed_over(tmp_path: Path) -> None:
+    first = Record(tmp_path, 1)
+    first.draw(Draw(0, 0, {"a": 1}))
+    first.close()
+    with open(tmp_path / "journal" / "sweep.jsonl", "a") as file:
+        file.write('{"event": "ended", "number": 0, "sta')
+    second = Record(tmp_path, 2)
+    assert [trial.state for trial in second.trials] == ["planned"]
+    second.write("ended", number=0, state="failed", reason="x", step=3, metrics={})
+    second.close()
+    assert [(trial.state, trial.step) for trial in Record(tmp_path, 3).trials] == [("failed", 3)]
+
+
+def test_a_sweep_killed_twice_ends_as_one_that_was_not(images: Path, whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "whole"
+    shutil.copyfile(database().path, tmp_path / "mlflow.db")
+    choose = random.Random(7)
+    words = [sys.executable, "-m", "jobs.cli", "sweep", "toy", *settings(images), "--run-dir", str(run_dir)]
+    for _ in range(2):
+        with open(tmp_path / "log", "ab") as log:
+            process = subprocess.Popen(words, stdout=log, stderr=log, cwd=Path(__file__).parents[1])
+        before = ended(run_dir)
+        wait_until(lambda before=before: ended(run_dir) > before or process.poll() is not None)  # noqa: B023
+        time.sleep(choose.uniform(0, 2))
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert sweep.run(load(images), run_dir).finished
+    assert table(run_dir) == table(whole)
+    for event in json.loads((whole / "results.json").read_text()):
+        here, there = (learned(place / "trials" / event["trial"], event["step"]) for place in (run_dir, whole))
+        assert here == there and len(here) > 10
+
+
+def learned(run_dir: Path, last: int) -> dict[tuple[str, int], float]:
+    """First values of what training logged up to step `last`, times left out."""
+    kinds = ("train/", "eval/")
+    return {
+        (r["key"], r["step"]): r["value"] for r in records(run_dir) if r["step"] <= last and r["key"].startswith(kinds)
+    }
+
+
+def ended(run_dir: Path) -> int:
+    path = run_dir / "journal" / "sweep.jsonl"
+    return path.read_text().count('"event": "ended"') if path.exists() else 0
+
+
+def wait_until(done, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_memory_of_a_step_is_what_autograd_keeps() -> None:
+    """A convolution keeps its input, the ReLU its output; both once, the weights not."""
+    import torch
+
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU())
+    assert price.memory_mib(net, 16) == pytest.approx((3 + 8) * 16 * 16 * 4 / 2**20)
+    assert price.profile(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2), torch.nn.Conv2d(4, 4, 3)), 17) == [8, 6]

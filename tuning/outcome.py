@@ -1,0 +1,242 @@
+"""What a sweep has come to: a row for each trial, which of them nothing beats, tables, pictures, and the chosen one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from statistics import fmean
+
+from pipeline import journal, registry, worker
+from pipeline.errors import ConfigError
+from pipeline.frontier import dominated
+from pipeline.provenance import write_whole
+from pipeline.run_config import RunConfig
+from pipeline.training.evaluate import load_reports
+from tuning import price
+from tuning.config import Sweep, SweepConfig
+from tuning.record import Trial
+from tuning.space import written
+
+METRICS = ("top1", "top5", "ece", "gmacs", "gmacs_p95", "full_share")  # of an evaluation, by policy
+OF_NET = ("mparameters", "memory_mib")  # memory_mib where the sweep measures it
+LOW_IS_GOOD = ("ece", "gmacs", "gmacs_p95", "full_share", *OF_NET)
+MEAN = "mean"  # over all policies
+NOTE_CHARS = 4800  # of the note in MLflow, which takes 5000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sweep stands. `rows` are the cells of results.csv, heading first; `frontier` the trials nothing beats."""
+
+    run_dir: Path
+    finished: bool  # nothing is left to do
+    rows: Sequence[Sequence[str]]
+    frontier: Sequence[str]
+    best: str | None
+    failed: Mapping[str, str]  # trial: why
+    tally: str
+    run_id: str | None
+    tracking_uri: str | None
+
+
+def check_objectives(config: SweepConfig, policies: Sequence[str]) -> None:
+    """Raises ConfigError for an objective that no trial reports, before anything is trained."""
+    known = [*METRICS, *(metric for metric in OF_NET if metric != "memory_mib" or config.memory)]
+    known += [f"{policy}/{metric}" for policy in (*policies, MEAN) for metric in METRICS]
+    for name in (*config.objectives, config.cost):
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ConfigError(
+                f"objectives: {name}: no trial reports it; {hint}known: {', '.join(METRICS)} and mparameters "
+                f"(memory_mib with memory=true), of the first policy as they are, of another as POLICY/top1, of all as "
+                f"{MEAN}/top1; policies: {', '.join(policies)}"
+            )
+
+
+# --- what a trial has come to
+
+
+def final_metrics(sweep: Sweep, folder: Path, config: RunConfig) -> dict[str, float]:
+    """All metrics of a finished trial, from its reports: POLICY/metric, the first policy's and the mean as well."""
+    reports = load_reports(folder / "evaluations" / worker.FINAL)
+    metrics = {key.removeprefix("eval/"): value for key, value in worker.metrics_of(reports).items()}
+    for report in reports:
+        metrics |= {f"{report.policy}/{fact}": float(sum(values)) for fact, values in report.facts.items()}
+    metrics |= _of_first(metrics, reports[0].policy) if reports else {}
+    for name in METRICS:
+        values = [metrics[f"{report.policy}/{name}"] for report in reports if f"{report.policy}/{name}" in metrics]
+        metrics |= {f"{MEAN}/{name}": fmean(values)} if values else {}
+    return metrics | _of_net(sweep, folder, config)
+
+
+def _of_first(metrics: Mapping[str, float], policy: str) -> dict[str, float]:
+    return {name: metrics[f"{policy}/{name}"] for name in METRICS if f"{policy}/{name}" in metrics}
+
+
+def _of_net(sweep: Sweep, folder: Path, config: RunConfig) -> dict[str, float]:
+    """Parameters of the trained net; where the sweep asks for it memory, and the sides along it (side_px/NN)."""
+    from pipeline.training import checkpoint
+
+    best = worker.read_status(folder).get("best")
+    if not best:
+        return {}
+    where = checkpoint.open_storage(config.checkpoint, folder).fetch(best)
+    net = checkpoint.load_net(where)[0]
+    found = {"mparameters": sum(p.numel() for p in net.parameters()) / 1e6}
+    side = config.data.side_for_eval
+    if sweep.config.memory:
+        found["memory_mib"] = price.memory_mib(net, side)
+    if sweep.config.profiles:
+        found |= {f"side_px/{place:02d}": float(px) for place, px in enumerate(price.profile(net, side))}
+    return found
+
+
+def metrics_at(folder: Path, step: int, policy: str) -> dict[str, float]:
+    """What a trial that ended early had at `step`: the first policy's metrics of its newest evaluation up to then."""
+    found: dict[str, float] = {}
+    for key, points in journal.curves(folder / "journal").items():
+        earlier = [value for at, value in points if at <= step]
+        if key.startswith("eval/") and earlier:
+            found[key.removeprefix("eval/")] = earlier[-1]
+    return found | _of_first(found, policy)
+
+
+# --- which trial is best
+
+
+def best(config: SweepConfig, trials: Sequence[Trial]) -> Trial | None:
+    """The finished trial that is best by the first objective; of equals the one of less cost, then the earlier."""
+    able = [trial for trial in trials if trial.state == "finished" and config.accuracy in trial.metrics]
+
+    def merit(trial: Trial) -> tuple[float, float, int]:
+        spent = trial.metrics.get(config.cost, 0.0)
+        return (
+            config.sign(config.accuracy) * trial.metrics[config.accuracy],
+            config.sign(config.cost) * spent,
+            -trial.number,
+        )
+
+    return max(able, key=merit, default=None)
+
+
+def frontier(config: SweepConfig, trials: Sequence[Trial]) -> list[Trial]:
+    """The finished trials that no other beats in accuracy and cost, cheapest first."""
+    able = [t for t in trials if t.state == "finished" and {config.accuracy, config.cost} <= set(t.metrics)]
+    costs = [-config.sign(config.cost) * trial.metrics[config.cost] for trial in able]
+    merits = [config.sign(config.accuracy) * trial.metrics[config.accuracy] for trial in able]
+    beaten = dominated(costs, merits)
+    return [able[n] for n in sorted(range(len(able)), key=lambda n: costs[n]) if not beaten[n]]
+
+
+# --- tables
+
+
+def rows(config: SweepConfig, trials: Sequence[Trial]) -> list[list[str]]:
+    """Cells of results.csv, a heading first: the trial, what was drawn, how it ended, every metric. No times."""
+    unbeaten = {trial.name for trial in frontier(config, trials)}
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.draw.shown))
+    names = list(dict.fromkeys(name for trial in trials for name in trial.metrics if not name.startswith("side_px/")))
+    table = [["trial", *keys, "state", "step", "frontier", *names]]
+    for trial in trials:
+        drawn = [written(trial.draw.values[key]) if key in trial.draw.values else "" for key in keys]
+        state = f"{trial.state} ({trial.reason})" if trial.reason else trial.state
+        figures = [f"{trial.metrics[name]:.6g}" if name in trial.metrics else "" for name in names]
+        table.append([trial.name, *drawn, state, str(trial.step), "*" if trial.name in unbeaten else "", *figures])
+    return table
+
+
+def tally(trials: Sequence[Trial]) -> str:
+    """How many trials are in which state; of the refused, by what."""
+    counts = Counter(trial.state for trial in trials)
+    why = Counter(trial.reason.partition(":")[0] for trial in trials if trial.state == "refused")
+    parts = [f"{counts[state]} {state}" for state in ("finished", "stopped", "failed", "refused", "running", "planned")]
+    text = ", ".join(part for part in parts if not part.startswith("0 ")) or "none drawn"
+    return text + (f" ({', '.join(f'{count} by {reason}' for reason, count in sorted(why.items()))})" if why else "")
+
+
+def brief(config: SweepConfig, table: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The columns of `table` that fit a screen: what was drawn, the state, and what the sweep is about."""
+    heading = table[0]
+    end = heading.index("frontier") + 1
+    wanted = [*config.objectives, config.cost]
+    tops = [name for name in heading[end:] if name.endswith("/top1") and not name.startswith(MEAN)]
+    wanted += tops[1:] if "top1" in wanted else tops  # the first policy's goes without its name
+    wanted += [name for name in heading[end:] if name.endswith("/layers")]
+    places = list(range(end)) + [heading.index(name) for name in dict.fromkeys(wanted) if name in heading[end:]]
+    return [[row[place] for place in places] for row in table]
+
+
+def conclude(sweep: Sweep, run_dir: Path, trials: Sequence[Trial], *, tracked: Mapping[str, str | None]) -> Outcome:
+    """Writes results.csv, results.json, note.md, status.json and the pictures; says what has come out."""
+    from tuning import pictures
+
+    config, table = sweep.config, rows(sweep.config, trials)
+    chosen, unbeaten = best(config, trials), frontier(config, trials)
+    _write_tables(run_dir, config, trials, table)
+    pictures.draw(sweep, run_dir, trials)
+    ended = all(trial.state in ("finished", "stopped", "failed", "refused") for trial in trials)
+    whole = ended and (config.search.kind != "optuna" or len(trials) >= config.search.samples)
+    status = {"finished": whole, "trials": tally(trials), "best_trial": chosen.name if chosen else None}
+    worker.write_json(run_dir / "status.json", status)
+    uri = tracked["uri"]
+    return Outcome(
+        run_dir=run_dir,
+        finished=whole,
+        rows=brief(config, table),
+        frontier=[trial.name for trial in unbeaten],
+        best=chosen.name if chosen else None,
+        failed={trial.name: trial.reason for trial in trials if trial.state == "failed"},
+        tally=tally(trials),
+        run_id=tracked["run_id"],
+        tracking_uri=uri,
+    )
+
+
+def _write_tables(run_dir: Path, config: SweepConfig, trials: Sequence[Trial], table: Sequence[Sequence[str]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(table)
+    write_whole(run_dir / "results.csv", text.getvalue())
+    entries = [
+        {"trial": t.name, "values": t.draw.values, "state": t.state, "reason": t.reason, "step": t.step}
+        | {"metrics": t.metrics, "judged": t.judged, "price": t.price}
+        for t in trials
+    ]
+    write_whole(run_dir / "results.json", json.dumps(entries, indent=1))
+    lines = [" | ".join(row) for row in brief(config, table)]
+    lines.insert(1, " | ".join("---" for _ in table[0][: len(brief(config, table)[0])]))
+    note = f"{config.question}\n\n{tally(trials)}\n\n" + "\n".join(f"| {line} |" for line in lines)
+    cut = note if len(note) <= NOTE_CHARS else note[: note[:NOTE_CHARS].rfind("\n")] + "\n\n(more in results.csv)"
+    write_whole(run_dir / "note.md", cut + "\n")
+
+
+# --- the registry
+
+
+def register(
+    config: SweepConfig, run_dir: Path, found: Outcome, name: str, trial: str | None = None
+) -> registry.Version:
+    """Makes the best trial, or the one called `trial`, a version of `name` with the alias candidate."""
+    from pipeline.tracking.carrier import Ledger
+
+    chosen = trial or found.best
+    if chosen is None:
+        raise ConfigError(f"{run_dir}: no trial has finished, so there is none to register")
+    folder = run_dir / "trials" / chosen
+    if not folder.is_dir():
+        there = sorted(path.name for path in (run_dir / "trials").glob("*"))
+        close = get_close_matches(chosen, there, 1)
+        raise ConfigError(f"--trial (={chosen}): no such trial{f'; did you mean {close[0]}?' if close else ''}")
+    run_id, uri = Ledger.peek(folder).run_id, found.tracking_uri
+    if run_id is None or uri is None:
+        raise ConfigError(f"{folder}: MLflow does not have this run yet; send it: adaptnet runs sync {folder}")
+    version = registry.publish_run(folder, name, run_id=run_id, uri=uri)
+    if version is None:
+        raise ConfigError(f"--trial (={chosen}): this trial was not trained to its end; register one that was")
+    return version

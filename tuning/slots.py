@@ -1,0 +1,67 @@
+"""How many trials the connected Ray cluster holds at once; what cannot be held at all is refused with the numbers.
+
+A trial's driver is a thread of the sweep's process and takes no slot of its own, so that a trial needs its workers and
+nothing else: where one fits, it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipeline import cluster
+from pipeline.errors import ResourceError
+from pipeline.run_config import ComputeConfig
+
+
+def slots(compute: ComputeConfig) -> int:
+    """Trials of this size that the cluster's nodes hold if nothing else runs on them.
+
+    Raises ResourceError where not one does.
+    """
+    import ray
+
+    one = cluster.demand(compute, 1, gpu=cluster.computes_on_gpu(compute))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    workers = sum(_fitting(node, one) for node in nodes)
+    most, fewest = max(1, compute.most_workers), max(1, compute.fewest_workers)
+    if workers < fewest:
+        needs = ", ".join(f"{amount:g} {name}s" for name, amount in one.items())
+        offers = "; ".join(
+            ", ".join(f"{node.get(name, 0):g} {name}s" for name in one) for node in nodes if any(map(node.get, one))
+        )
+        raise ResourceError(
+            f"a trial is {fewest} workers (compute.workers) of {needs} each; the cluster's nodes have "
+            f"{offers or 'none'}: room for {workers}. Set compute.workers or cpus_per_worker lower, or add nodes"
+        )
+    return max(1, workers // most)
+
+
+def free(compute: ComputeConfig, running: int) -> int:
+    """Trials that may be started beside the `running` ones, given what others hold of the cluster just now.
+
+    What our own trials take is counted as taken even while they start.
+    """
+    import ray
+
+    each = cluster.demand(compute, max(1, compute.fewest_workers), gpu=cluster.computes_on_gpu(compute))
+    whole, now = ray.cluster_resources(), ray.available_resources()
+    found = []
+    for name, amount in each.items():
+        ours = running * amount
+        others = max(0.0, whole.get(name, 0) - now.get(name, 0) - ours)
+        found.append(int((whole.get(name, 0) - ours - others + 1e-6) // amount))
+    return max(0, min([*found, max(0, slots(compute) - running)]))
+
+
+def alive() -> bool:
+    """Whether the cluster still answers."""
+    import ray
+
+    try:
+        return any(node["Alive"] for node in ray.nodes())
+    except Exception:  # of several kinds, where its head is gone
+        return False
+
+
+def _fitting(node: Mapping[str, float], one: Mapping[str, float]) -> int:
+    return min(int((node.get(name, 0) + 1e-6) // amount) for name, amount in one.items())

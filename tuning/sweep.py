@@ -1,0 +1,471 @@
+"""`run(sweep, run_dir)`: trains every draw of a space, each as a run of its own. Starting is resuming from nothing.
+
+RUN/trials/<name>/ is the folder of a trial, which `launch.train` starts or goes on with: so a trial has workers under
+Ray Train, restarts, checkpoints and a journal like any run, and a finished one is found by its status.json. What the
+sweep itself decides is in RUN/journal/sweep.jsonl (`record`), and this process may die at any line.
+
+Ray Tune gives its domains (`space`), its ASHA and its Optuna searcher (`advice`). Its Tuner is not used: it would put
+each trial's driver into an actor that takes a slot of its own beside the workers', hear of results through Ray Train's
+reports alone, a barrier over all ranks that we call at checkpoints only, and restore after a kill neither a scheduler's
+rungs nor what a searcher was told, in order; checkpoints, retries and results are the run's own here. Driven by the
+loop below, all that Tune decides is replayed from the record in the order in which it happened.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline import cluster, journal, launch, worker
+from pipeline import config as configs
+from pipeline.data.index import open_splits
+from pipeline.errors import AdaptNetError, ConfigError, ResourceError
+from pipeline.journal import FirstValues
+from pipeline.launch import Result
+from pipeline.lease import Lease
+from pipeline.provenance import write_whole
+from pipeline.run_config import RunConfig
+from pipeline.tracking import Shipper
+from pipeline.training import checkpoint
+from tuning import outcome, price, slots
+from tuning.advice import Halving, Study
+from tuning.config import Sweep
+from tuning.outcome import Outcome
+from tuning.record import ENDED, Record, Trial
+from tuning.space import Draw
+
+POLL_S = 0.5
+TRIALS = "trials"
+SAY_EVERY_S = 60.0  # that the cluster is full of others' work
+
+
+class Watcher(Protocol):
+    """Who looks on: `say` is called for each event, `show` at each look at the trials."""
+
+    def say(self, text: str) -> None: ...
+
+    def show(self, trials: Sequence[Trial], running: int) -> None: ...
+
+
+class Nobody:
+    def say(self, text: str) -> None: ...
+
+    def show(self, trials: Sequence[Trial], running: int) -> None: ...
+
+
+def run(sweep: Sweep, run_dir: Path, *, retry_failed: bool = False, watcher: Watcher | None = None) -> Outcome:
+    """Trains what is left of `sweep` in `run_dir`, tracks it under a parent run, and writes tables and pictures.
+
+    A file `stop` in the folder ends it at the next save of each running trial; the same call goes on. Raises
+    ConfigError for what no trial could report or train and where the folder holds another sweep, ResourceError where
+    another driver is at it or not one trial fits the cluster.
+    """
+    _check_place(run_dir)
+    new = not run_dir.exists()
+    run_dir = launch.make_folder(run_dir)
+    lease = Lease(run_dir).acquire()
+    try:
+        (run_dir / "stop").unlink(missing_ok=True)
+        with ExitStack() as stack:
+            controller = Controller(sweep, run_dir, lease.fence, watcher or Nobody(), stack)
+            return controller.go(retry_failed=retry_failed)
+    finally:
+        if new and not (run_dir / "config.yaml").exists():
+            lease.withdraw()
+        else:
+            lease.release()
+
+
+def _check_place(run_dir: Path) -> None:
+    if (run_dir / "config.yaml").exists() and "sweep" not in configs.read_mapping(run_dir / "config.yaml"):
+        raise ConfigError(f"{run_dir}: holds a run, not a sweep; give the sweep a folder of its own with --run-dir")
+
+
+class Controller:
+    """One driver's work on a sweep."""
+
+    def __init__(self, sweep: Sweep, run_dir: Path, fence: int, watcher: Watcher, stack: ExitStack) -> None:
+        self.sweep, self.config, self.run_dir, self.watcher = sweep, sweep.config, run_dir, watcher
+        self._fence, self._stack = fence, stack
+        self._running: dict[int, Runner] = {}
+        self._said_full = 0.0
+        self._check_objectives()
+        self._write_config()
+        self.record = Record(run_dir, fence)
+        stack.callback(self.record.close)
+        self._halving = Halving(self.config.scheduler, self._epochs())
+        self._study = Study(self.config, sweep.cases) if self.config.search.kind == "optuna" else None
+        self._replay()
+
+    # --- the course of a sweep
+
+    def go(self, *, retry_failed: bool) -> Outcome:
+        self._plan(retry_failed)
+        if self._left():
+            (self.run_dir / "status.json").unlink(missing_ok=True)
+        self.shipper = self._stack.enter_context(self._shipper())
+        if self._left():
+            base = self.sweep.base.compute
+            with cluster.cluster(base) if base.workers != 0 else nullcontext():
+                self._most = self._concurrency()
+                self._say(f"{len(self.trials)} trials drawn, {self._tally()}; {self._most} at a time")
+                while self._step():
+                    time.sleep(POLL_S)
+        found = outcome.conclude(self.sweep, self.run_dir, self.trials, tracked=self._tracked())
+        self._say(self._tally())
+        return found
+
+    def _step(self) -> bool:
+        """One look at what runs, and what may be started; False once there is nothing to do."""
+        stopping = (self.run_dir / "stop").exists()
+        for runner in list(self._running.values()):
+            ended = runner.ended
+            self._hear(runner)
+            if ended:
+                del self._running[runner.trial.number]
+                self._conclude(runner)
+            elif stopping or runner.is_to_stop:
+                runner.stop()
+        if not stopping:
+            self._start_more()
+        self.watcher.show(self.trials, len(self._running))
+        return bool(self._running) or (not stopping and self._left())
+
+    def _start_more(self) -> None:
+        room = self._most - len(self._running)
+        if room > 0 and self.sweep.base.compute.workers != 0 and self._left():
+            room = min(room, slots.free(self.sweep.base.compute, len(self._running)))
+            if room == 0 and not self._running:
+                self._say_full()
+        while room > 0 and (trial := self._next()) is not None:
+            if self._start(trial):
+                room -= 1
+
+    def _next(self) -> Trial | None:
+        """What to start: the trials in their order; where a study draws them, a new one if there may be one."""
+        due = [t for t in self.trials if t.state not in ENDED and t.number not in self._running]
+        if due:
+            return due[0]
+        if self._study is None or len(self.trials) >= self.config.search.samples:
+            return None
+        number = len(self.trials)
+        trial = self.record.draw(Draw(number, *self._study.ask(number)))
+        try:
+            self._price(trial)
+            self.sweep.recipe(trial.draw)
+        except ConfigError as error:  # of the recipe, which not every draw need suit; a study learns from it
+            self._refuse(trial, f"invalid: {error}")
+        return self._next()
+
+    def _left(self) -> bool:
+        drawn = [trial for trial in self.trials if trial.state not in ENDED and trial.number not in self._running]
+        return bool(drawn) or (self._study is not None and len(self.trials) < self.config.search.samples)
+
+    # --- one trial
+
+    def _start(self, trial: Trial) -> bool:
+        """Starts or goes on with a trial; ends it at once where all of it was done before a kill."""
+        config, folder = self._recipe(trial), self.folder(trial)
+        if trial.ends_at is not None and _saved_step(config, folder) >= trial.ends_at:
+            self._end(trial, "stopped", trial.reason, trial.ends_at)
+            return False
+        runner = Runner(trial, config, folder)
+        self._running[trial.number] = runner
+        self._say(f"{trial.name}: {'goes on' if runner.resumes else 'starts'}")
+        trial.state = "running"
+        runner.start()
+        return True
+
+    def _hear(self, runner: Runner) -> None:
+        """Judges each new evaluation of a trial, in its order, until one ends it."""
+        trial, key = runner.trial, f"eval/{self._first_policy}/{self.config.scheduler.metric}"
+        for found in runner.read():
+            if found.get("key") == key and found["step"] not in trial.judged and trial.ends_at is None:
+                self._judge(trial, found["step"], found["value"], runner.epochs_per_step)
+        most = self.config.bounds.max_minutes
+        if most is not None and trial.ends_at is None and runner.trained_s > 60 * most and not runner.ended:
+            self.record.write("overtime", number=trial.number, step=runner.reached)
+            self._say(f"{trial.name}: has trained for {most:g} minutes (bounds.max_minutes) and is stopped")
+
+    def _judge(self, trial: Trial, step: int, value: float, epochs_per_step: float) -> None:
+        epoch = round(step * epochs_per_step, 6)
+        ends = self._halving.ends(trial.name, epoch, self._judged_sign * value) and step < trial.total_steps
+        self.record.write("judged", number=trial.number, step=step, epoch=epoch, value=value, ends=ends)
+        trial.top1 = value
+        self._say(f"{trial.name}: {self.config.scheduler.metric} {value:.4f} at epoch {epoch:g}" + ends * ", ends here")
+
+    def _conclude(self, runner: Runner) -> None:
+        """What a trial whose driver has returned has come to."""
+        trial, result, error = runner.trial, runner.result, runner.error
+        if error is not None and self.sweep.base.compute.workers != 0 and not slots.alive():
+            raise ResourceError(
+                f"the Ray cluster is gone ({error}). Start it again and give the same command: finished trials stay, "
+                "the others go on from their checkpoints"
+            )
+        if trial.ends_at is not None and error is None:
+            self._end(trial, "stopped", trial.reason, trial.ends_at)
+        elif result is not None and result.finished:
+            self._end(trial, "finished", "", result.step)
+        elif error is not None:
+            self._end(trial, "failed", _words(error), trial.step)
+        elif (self.run_dir / "stop").exists():
+            trial.state = "planned"  # as all that is not done
+            self._say(f"{trial.name}: saved at step {trial.step}")
+        else:
+            self._end(trial, "stopped", "by a stop file in its own folder", trial.step)
+
+    def _end(self, trial: Trial, state: str, reason: str, step: int) -> None:
+        folder, metrics = self.folder(trial), {}
+        if state == "finished":
+            metrics = outcome.final_metrics(self.sweep, folder, self._recipe(trial))
+        elif state == "stopped":
+            metrics = outcome.metrics_at(folder, step, self._first_policy)
+        self.record.write("ended", number=trial.number, state=state, reason=reason, step=step, metrics=metrics)
+        self._tell(trial)
+        shown = [f"{name} {metrics[name]:.4g}" for name in self._shown if name in metrics]
+        self._say(
+            f"{trial.name}: {state}{f' ({reason})' if reason else ''} at step {step}  {'  '.join(shown)}".rstrip()
+        )
+        self._log_progress()
+
+    def _tell(self, trial: Trial) -> None:
+        if self._study is not None:
+            self._study.tell(trial.number, None if trial.state in ("failed", "refused") else trial.metrics)
+
+    def _log_progress(self) -> None:
+        """How the sweep stands, into its run in MLflow; a step is a trial that has ended."""
+        ended = [trial for trial in self.trials if trial.state in ("finished", "stopped", "failed")]
+        best = outcome.best(self.config, self.trials)
+        values = {"trials/ended": float(len(ended))}
+        if best is not None:
+            values |= {f"best/{name}": best.metrics[name] for name in self._shown if name in best.metrics}
+        self.record.metrics(len(ended), values)
+
+    # --- before and around it
+
+    def _plan(self, retry_failed: bool) -> None:
+        """Makes the draws that are not there yet, all of them before anything is trained; refuses the too costly."""
+        for draw in self.sweep.draws()[len(self.trials) :]:
+            self.record.draw(draw)
+        for trial in self.trials:
+            if trial.state == "planned":
+                self._price(trial)
+            if trial.state == "failed" and retry_failed:
+                self.record.write("retried", number=trial.number)
+
+    def _price(self, trial: Trial) -> None:
+        """Measures a draw's net where there is a bound on it; refuses the draw where it breaks one."""
+        bounds = self.config.bounds
+        if trial.price or (bounds.max_gmacs is None and bounds.max_mparameters is None):
+            return
+        found = price.of_recipe(self.sweep.recipe(trial.draw), self._num_classes)
+        self.record.write("priced", number=trial.number, macs=found.macs, parameters=found.parameters)
+        reason = found.refusal(bounds)
+        if reason is not None:
+            self._refuse(trial, reason)
+
+    def _refuse(self, trial: Trial, reason: str) -> None:
+        self.record.write("refused", number=trial.number, reason=reason)
+        self._say(f"{trial.name}: refused, {reason}")
+        self._tell(trial)
+
+    def _replay(self) -> None:
+        """Tells scheduler and study all that was decided before, in that order."""
+        for event in self.record.before:
+            trial = self.trials[event["number"]] if "number" in event else None
+            if trial is None:
+                continue
+            if event["event"] == "judged":
+                self._halving.ends(trial.name, event["epoch"], self._judged_sign * event["value"])
+            if self._study is None:
+                continue
+            if event["event"] == "drawn":
+                self._ask_again(trial)
+            elif event["event"] == "refused" or event["event"] == "ended":
+                bad = event["event"] == "refused" or event["state"] == "failed"
+                self._study.tell(trial.number, None if bad else event["metrics"])
+
+    def _ask_again(self, trial: Trial) -> None:
+        assert self._study is not None
+        found = self._study.ask(trial.number)
+        if found != (trial.draw.case, dict(trial.draw.values)):
+            raise ConfigError(
+                f"{self.run_dir}: Optuna {self._study.version} does not draw {trial.draw.text} again, as it did when "
+                "this sweep was begun; go on with the version in requirements.txt there, or begin a new sweep"
+            )
+
+    def _check_objectives(self) -> None:
+        policies = price.policies(self.sweep.base, self._num_classes)
+        outcome.check_objectives(self.config, list(self.sweep.base.evaluation.policies or policies))
+        self._first_policy = policies[0]
+        metric = self.config.scheduler.metric
+        self._judged_sign = -1 if metric in outcome.LOW_IS_GOOD else 1
+        if metric not in outcome.METRICS:
+            raise ConfigError(f"scheduler.metric (={metric}): an evaluation reports {', '.join(outcome.METRICS)}")
+
+    def _write_config(self) -> None:
+        """config.yaml: the sweep, the recipe without draws, and what the folder must agree with."""
+        path, identity = self.run_dir / "config.yaml", self.sweep.identity
+        if path.exists():
+            saved = configs.read_mapping(path).get("fingerprint", {})
+            changed = checkpoint.differences(saved, identity)
+            if changed:
+                lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]
+                raise ConfigError(
+                    "\n".join(
+                        [f"{self.run_dir} holds another sweep:", *lines, "Use the old values, or another --run-dir"]
+                    )
+                )
+        mapping = {"sweep": configs.as_mapping(self.config), "recipe": configs.as_mapping(self.sweep.base)}
+        write_whole(path, configs.dump_yaml(mapping | {"fingerprint": identity}))
+
+    def _shipper(self) -> Shipper:
+        """Of the sweep's own run, the parent of its trials'."""
+        tracking = self.sweep.base.tracking.model_copy(update={"register": None, "upload_checkpoints": False})
+        recipe = configs.as_mapping(self.sweep.base) | {"sweep": configs.as_mapping(self.config)}
+        write_whole(self.run_dir / "note.md", f"{self.config.question}\n")
+        return Shipper(self.run_dir, tracking, recipe, command=sys.argv, fence=self._fence)
+
+    def _tracked(self) -> dict[str, str | None]:
+        return {"run_id": self.shipper.run_id, "uri": self.shipper.uri}
+
+    def _recipe(self, trial: Trial) -> RunConfig:
+        """The recipe of a trial, as a run among the sweep's: tracked below its parent, registered by nobody."""
+        config = self.sweep.recipe(trial.draw)
+        tracking = config.tracking.model_copy(
+            update={"uri": self.shipper.uri, "register": None, "parent": self.run_dir}
+        )
+        storage = config.checkpoint.storage
+        if storage is not None:
+            storage = f"{storage.rstrip('/')}/{self.run_dir.name}/{trial.name}"
+        saving = config.checkpoint.model_copy(update={"storage": storage})
+        return config.model_copy(update={"name": trial.name, "tracking": tracking, "checkpoint": saving})
+
+    def _concurrency(self) -> int:
+        compute, asked = self.sweep.base.compute, self.config.concurrency
+        if compute.workers == 0:  # torch's seeds and threads are the process' own
+            return 1
+        return min(slots.slots(compute), asked or sys.maxsize)
+
+    def _epochs(self) -> float:
+        """The longest that a trial may train; a study's is the recipe's."""
+        if all(entry.key != "training.epochs" for case in self.sweep.cases for entry in case):
+            return self.sweep.base.training.epochs
+        return max([self.sweep.recipe(draw).training.epochs for draw in self.sweep.draws()], default=0.0)
+
+    @cached_property
+    def _num_classes(self) -> int:
+        """Of the recipe's images. Raises what says early that there are none, or none to evaluate on."""
+        base = launch.absolute(self.sweep.base)
+        splits = open_splits(base.data, base.seed)
+        if len(splits.val) == 0:
+            raise ConfigError(f"data.root (={base.data.root}): no val split, so no trial would report anything")
+        return len(splits.train.classes)
+
+    @property
+    def trials(self) -> list[Trial]:
+        return self.record.trials
+
+    @property
+    def _shown(self) -> list[str]:
+        return list(dict.fromkeys([*self.config.objectives, self.config.cost]))
+
+    def folder(self, trial: Trial) -> Path:
+        return self.run_dir / TRIALS / trial.name
+
+    def _tally(self) -> str:
+        return outcome.tally(self.trials)
+
+    def _say(self, text: str) -> None:
+        self.watcher.say(text)
+
+    def _say_full(self) -> None:
+        if time.monotonic() - self._said_full > SAY_EVERY_S:
+            self._said_full = time.monotonic()
+            self._say("others hold the cluster's resources; waiting for room for one trial")
+
+
+class Runner:
+    """A trial under way: its driver in a thread, and what its journal says."""
+
+    def __init__(self, trial: Trial, config: RunConfig, folder: Path) -> None:
+        self.trial, self._config, self._folder = trial, launch.absolute(config), folder
+        self.resumes = (folder / "config.yaml").exists()
+        self.result: Result | None = None
+        self.error: BaseException | None = None
+        self.reached = -1  # the newest step of this start
+        self.trained_s = 0.0  # over all starts
+        self._path = folder / "journal" / f"rank0{journal.SUFFIX}"
+        self._attempts = worker.attempts(folder)  # before this start
+        self._offset, self._first = 0, FirstValues()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._go, name=f"trial-{trial.name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _go(self) -> None:
+        try:
+            self.result = launch.train(self._config, self._folder)
+        except BaseException as error:  # the sweep says what it means for the trial
+            self.error = error
+        self._ended.set()
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    @property
+    def is_to_stop(self) -> bool:
+        """Whether it is decided that the trial ends, and this start has got as far as that."""
+        return self.trial.ends_at is not None and self.reached >= self.trial.ends_at
+
+    def stop(self) -> None:
+        """Asks it to save and end; asked again and again, since a driver that starts takes an old wish away."""
+        if (self._folder / "lease.json").exists() and not self.ended:
+            (self._folder / "stop").touch()
+
+    @cached_property
+    def epochs_per_step(self) -> float:
+        config = self._config
+        return config.training.batch_size / len(open_splits(config.data, config.seed).train)
+
+    def read(self) -> Iterator[Mapping[str, Any]]:
+        """Metrics that are new since the last call, each (key, step) once; those of earlier starts come first."""
+        moved = True
+        while moved and self._path.exists():
+            before = self._offset
+            records, self._offset = journal.read(self._path, before)
+            moved = self._offset > before
+            for record in records:
+                self._note(record)
+                if self._first.take(record):
+                    if record["key"] == "time/interval_s":
+                        self.trained_s += record["value"]
+                    yield record
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        self.trial.total_steps = record.get("total_steps", self.trial.total_steps)
+        if "key" in record:
+            self.trial.step = record["step"]
+            if record["attempt"] > self._attempts:
+                self.reached = max(self.reached, record["step"])
+
+
+def _saved_step(config: RunConfig, folder: Path) -> int:
+    """The newest step of which a trial has a whole checkpoint; -1 where it has none."""
+    if not folder.exists():
+        return -1
+    names = checkpoint.open_storage(launch.absolute(config).checkpoint, folder).names()
+    return int(names[-1].rpartition("-")[2]) if names else -1
+
+
+def _words(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (f"{'' if isinstance(error, AdaptNetError) else type(error).__name__ + ': '}" + " ".join(lines))[:500]
