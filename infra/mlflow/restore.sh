@@ -27,5 +27,6 @@ done
 if [ -e "$source_folder/artifacts.tar" ]; then
     tar -C "${MLFLOW_ARTIFACTS:-$home/artifacts}" -xf - <"$source_folder/artifacts.tar"
 fi
+rm -f "$home/upgraded" # a backup of an older MLflow's tables is brought up to date at the next start
 say "restored from $source_folder"
 if [ -n "${was_up:-}" ]; then "$here/server.sh" start; fi

@@ -33,7 +33,8 @@ check_packages() {
     fi
     find_postgres
     [ -x "$python" ] || die "$python: no such Python; run infra/venv.sh, or name one that has mlflow: MLFLOW_PYTHON"
-    "$python" -c 'import flask_wtf, mlflow, psycopg' 2>/dev/null ||
+    "$python" -c 'from importlib.util import find_spec as f; assert f("flask_wtf") and f("mlflow") and f("psycopg")' \
+        2>/dev/null ||
         die "$python lacks what the server needs: uv pip install --constraint constraints.txt '.[server]'"
 }
 
@@ -64,8 +65,12 @@ make_databases() {
         [ "$(sql postgres "SELECT 1 FROM pg_database WHERE datname = '$name'")" = 1 ] ||
             sql postgres "CREATE DATABASE $name"
     done
+    local version
+    version=$("$python" -c 'from importlib.metadata import version as v; print(v("mlflow"))')
+    [ "$(cat "$home/upgraded" 2>/dev/null)" != "$version" ] || return 0
     "$python" -m mlflow db upgrade "$database" >"$home/upgrade.log" 2>&1 ||
         die "the tables could not be brought up to date: $(tail -3 "$home/upgrade.log")"
+    echo "$version" >"$home/upgraded"
 }
 
 write_settings() {

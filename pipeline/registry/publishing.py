@@ -28,6 +28,7 @@ from pipeline.training.evaluate import load_reports
 
 FINAL = Path("evaluations") / "final"  # of a run's folder: the reports that go with the published net
 CANDIDATE = "candidate"
+LONGEST_PAUSE_S = 15.0  # between two tries while the server is away
 REQUIREMENTS = (
     *("mlflow", "torch", "torchvision", "numpy", "pydantic", "PyYAML", "safetensors", "pillow", "psutil"),
     *("torchmetrics", "pandas"),
@@ -238,4 +239,4 @@ def conclude(run_dir: Path, config: TrackingConfig, shipper: Shipper) -> Version
                 shipper.journal.event("not-registered", name=name, reason=without_secrets(str(error)), hint=hint)
                 return None
         time.sleep(pause)
-        pause *= 2
+        pause = min(2 * pause, LONGEST_PAUSE_S)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.encoded import EXTENSIONS, MAX_PIXELS
-from pipeline.errors import ConfigError
+from pipeline.errors import AdaptNetError, ConfigError, UndecodableError
 from pipeline.family import Report
 from pipeline.frontier import best_within, parse_budget
-from pipeline.registry.model import Answers, LoadedModel
+from pipeline.registry.model import Answers, LoadedModel, predict
 
 MAX_ROWS = 1024  # images of a request
+SUFFIXES = tuple(EXTENSIONS)
 
 
 def check_rows(count: int) -> None:
@@ -61,7 +62,7 @@ def encoded_of(value: Any, position: int, *, files: Path | None = None, reads_fi
             f"image {position}: encoded bytes, base64 text, a path or a uint8 array [H, W, 3] is expected, found "
             f"{type(value).__name__}"
         )
-    if Path(value[-16:]).suffix.lower() in EXTENSIONS:
+    if value[-5:].lower().endswith(SUFFIXES):
         return _read(value, position, files, reads_files)
     decoded = _decoded(value.encode())
     if decoded is None:
@@ -99,8 +100,8 @@ def named(answers: Answers, classes: Sequence[str], policy: str, top_k: int) -> 
 
 def _decoded(text: bytes) -> bytes | None:
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
         return None
 
 
@@ -122,3 +123,63 @@ def _as_png(value: Any, position: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array.astype(np.uint8)).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
+
+
+# ---- many requests at once
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request, checked: its encoded images and the policy they are run under."""
+
+    images: Sequence[bytes]
+    policy: str
+    top_k: int
+
+
+Answer = list[dict[str, Any]] | AdaptNetError
+
+
+def asked_of(model: LoadedModel, body: Any) -> Asked:
+    """Raises ConfigError, in a sentence, for what cannot be answered."""
+    if not isinstance(body, dict) or not isinstance(body.get("images"), list) or not body["images"]:
+        raise ConfigError('send a JSON object with "images", a list of base64 texts')
+    unknown = set(body) - {"images", "policy", "budget", "top_k"}
+    if unknown:
+        raise ConfigError(f"{', '.join(sorted(unknown))}: no such key; known: images, policy, budget, top_k")
+    check_rows(len(body["images"]))
+    top_k = body.get("top_k", 5)
+    if not isinstance(top_k, int) or top_k < 1:
+        raise ConfigError(f"top_k (={top_k}) must be a whole number, 1 or more")
+    images = [encoded_of(value, position) for position, value in enumerate(body["images"])]
+    texts = {key: str(body[key]) if body.get(key) else None for key in ("policy", "budget")}
+    policy = policy_for(model, **texts)
+    if policy not in {each.name for each in model.policies}:
+        raise ConfigError(f"policy {policy}: this net has: {', '.join(each.name for each in model.policies)}")
+    return Asked(images, policy, top_k)
+
+
+def answers(model: LoadedModel, together: Sequence[Asked], most: int) -> list[Answer]:
+    """One for each request, those of a policy in common passes; what cannot be decoded spoils its own request alone."""
+    found: list[Answer] = [[] for _ in together]
+    for policy in {asked.policy for asked in together}:
+        places = [place for place, asked in enumerate(together) if asked.policy == policy]
+        for place, answer in zip(places, _of_policy(model, [together[place] for place in places], most), strict=True):
+            found[place] = answer
+    return found
+
+
+def _of_policy(model: LoadedModel, together: Sequence[Asked], most: int) -> list[Answer]:
+    images = [image for asked in together for image in asked.images]
+    try:
+        every = predict(model, images, together[0].policy, batch_size=most)
+    except UndecodableError as error:
+        return [error] if len(together) == 1 else [_of_policy(model, [asked], most)[0] for asked in together]
+    found: list[Answer] = []
+    start = 0
+    for asked in together:
+        rows = slice(start, start + len(asked.images))
+        mine = Answers(every.probabilities[rows], every.macs[rows])
+        found.append(named(mine, model.classes, asked.policy, asked.top_k))
+        start = rows.stop
+    return found

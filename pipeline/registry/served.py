@@ -78,7 +78,7 @@ def _column(table: pandas.DataFrame) -> list[Any]:
         found = ", ".join(map(str, table.columns[:5])) or "none"
         raise ConfigError(f"one column `image` is expected, found: {found}")
     check_rows(len(table))
-    return list(table.iloc[:, 0])
+    return list(table.iloc[:, 0].array)
 
 
 set_model(Served())

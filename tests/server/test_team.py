@@ -186,7 +186,7 @@ def test_a_server_killed_in_training_and_in_publishing_loses_and_doubles_nothing
             time.sleep(0.01)
         writer.close()
         shutil.move(tmp_path / "status.json", run_dir / "status.json")
-        killer = threading.Thread(target=kill_in_upload, args=(team, artifacts))
+        killer = threading.Thread(target=kill_in_upload, args=(team, artifacts, str(shipping.run_id)))
         killer.start()
         version = registry.conclude(run_dir, config, shipping)
         killer.join()
@@ -209,10 +209,10 @@ def test_a_server_killed_in_training_and_in_publishing_loses_and_doubles_nothing
     assert model.card["weights"]["sha256"] == version.tags["adaptnet.weights_sha256"]
 
 
-def kill_in_upload(team: TeamServer, artifacts: Path) -> None:
+def kill_in_upload(team: TeamServer, artifacts: Path, run_id: str) -> None:
     """Kills the server once a file of the model has come in, and starts it after the outage."""
     deadline = time.monotonic() + 120
-    while not list(artifacts.rglob("models/*/*")):
+    while not list(artifacts.glob(f"*/{run_id}/artifacts/models/*/*")):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     team.kill()

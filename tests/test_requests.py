@@ -1,0 +1,128 @@
+"""Requests to a served net that come together: each is answered as if it were alone, and fails alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_promoting import make_run
+from test_served import CHEAP, DEAR, IMAGES, SECTION, TEXTS
+
+from pipeline import registry
+from pipeline.bench import serving
+from pipeline.data import toy
+from pipeline.errors import AdaptNetError, ConfigError, ResourceError
+from pipeline.family import Report
+from pipeline.registry import LoadedModel
+from pipeline.registry.requests import answers, asked_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder."""
+    home = tmp_path_factory.mktemp("requests")
+    root = toy.make(home / "images", num_classes=3, train=12, val=12, side_px=32, seed=3)
+    make_run(home / "run", root, 1, section=SECTION)
+    reports = [Report(DEAR, 10, 0.6, None, 0.0, 2e6, 2e6, 1.0), Report(CHEAP, 10, 0.5, None, 0.0, 1e6, 1e6, 0.5)]
+    checkpoint = next((home / "run" / "checkpoints").iterdir())
+    return registry.write_model_folder(checkpoint, reports, home / "model")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> LoadedModel:
+    return registry.load_model(folder)
+
+
+def test_together_and_alone_are_the_same(model: LoadedModel) -> None:
+    bodies: list[Any] = [
+        {"images": TEXTS[:2]},
+        {"images": TEXTS, "budget": "50%", "top_k": 1},
+        {"images": TEXTS[2:], "policy": DEAR},
+        {"images": TEXTS[:1], "policy": CHEAP},
+    ]
+    together = [asked_of(model, body) for body in bodies]
+    assert [asked.policy for asked in together] == [DEAR, CHEAP, DEAR, CHEAP]
+    found = answers(model, together, most=4)
+    for body, answer in zip(bodies, found, strict=True):
+        (alone,) = answers(model, [asked_of(model, body)], most=64)
+        assert isinstance(answer, list) and isinstance(alone, list) and len(answer) == len(body["images"])
+        for mine, other in zip(answer, alone, strict=True):
+            assert {**mine, "probability": 0, "probabilities": 0} == {**other, "probability": 0, "probabilities": 0}
+            assert np.allclose(mine["probabilities"], other["probabilities"], atol=1e-6)
+    assert len(found[1][0]["labels"]) == 1  # type: ignore[index]
+
+
+def test_a_bad_image_spoils_its_own_request_alone(model: LoadedModel) -> None:
+    broken = base64.b64encode(IMAGES[0][:300]).decode()
+    bodies = [{"images": TEXTS[:1]}, {"images": [TEXTS[1], broken]}, {"images": TEXTS[2:]}]
+    good, bad, other = answers(model, [asked_of(model, body) for body in bodies], most=64)
+    assert isinstance(good, list) and isinstance(other, list)
+    assert isinstance(bad, AdaptNetError) and "image 1" in str(bad)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ([], "a list of base64 texts"),
+        ({"images": []}, "a list of base64 texts"),
+        ({"images": ["%"]}, "image 0: this text is neither"),
+        ({"images": ["/etc/a.png"]}, "reads no files"),
+        ({"images": ["AA=="] * 1025}, "at most 1,024 images, this one 1,025"),
+        ({"images": ["AA=="], "polcy": "x"}, "polcy: no such key; known: images, policy"),
+        ({"images": ["AA=="], "top_k": "3"}, r"top_k \(=3\)"),
+        ({"images": ["AA=="], "policy": "warp"}, "policy warp: this net has: 32px"),
+        ({"images": ["AA=="], "budget": "1k"}, "the cheapest is 16px"),
+    ],
+)
+def test_what_cannot_be_answered_is_told_in_a_sentence(model: LoadedModel, body: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        asked_of(model, body)
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Answers after 20 ms; every tenth request with 503."""
+
+    protocol_version = "HTTP/1.1"
+    count = 0
+
+    def do_POST(self) -> None:
+        type(self).count += 1
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(0.02)
+        self.send_response(503 if type(self).count % 10 == 0 else 200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_load_counts_what_was_answered_and_how_long_it_took() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        found = serving.load("slow", f"http://127.0.0.1:{server.server_port}/", json.dumps({}), 4, 1.0)
+    finally:
+        server.shutdown()
+    assert found.clients == 4 and 20 <= found.p50_ms <= found.p99_ms
+    assert found.refused == Slow.count // 10 and 0 < found.requests_per_s <= 4 * 0.9 / 0.02
+    assert found.requests_per_s >= (Slow.count - found.refused) / 30  # it ends soon after its time
+    with pytest.raises(ResourceError, match="none of"):
+        serving.load("away", "http://127.0.0.1:9/", "{}", 2, 0.2)
+
+
+def test_ray_serve_answers_and_refuses(folder: Path) -> None:
+    """Only where the extra `serve` is installed: Ray Serve itself, as infra/ray/serve.yaml starts it."""
+    pytest.importorskip("ray.serve", exc_type=ImportError, reason="needs ray[serve]: pip install '.[serve]'")
+    with serving._ray(str(folder), "sqlite:////nowhere.db") as address:
+        many = serving.load("ray", address, json.dumps({"images": TEXTS[:1], "budget": "50%"}), 8, 2.0)
+        assert many.refused == 0 and many.requests_per_s > 1
+        with pytest.raises(ResourceError, match="none of"):
+            serving.load("ray", address, json.dumps({"images": ["%"]}), 1, 0.5)
