@@ -82,7 +82,7 @@ def sweep(
         found = sweeps.run(loaded, folder, retry_failed=retry_failed, watcher=view)
     _conclude(found)
     if register is not None and found.finished:
-        version = outcome.register(loaded.config, found.run_dir, found, register, trial)
+        version = outcome.register(found, register, trial)
         typer.echo(f"registered as {version.reference}, from now on @candidate")
     if signal.SIGINT in asked and not found.finished:
         raise typer.Exit(INTERRUPTED)
