@@ -6,12 +6,13 @@ adaptnet := .venv/bin/adaptnet
 TESTS ?= tests
 export PYTHON
 
-.PHONY: help venv demo test test-faults check bench clean
+.PHONY: help venv demo test test-slurm test-browser test-faults test-server check bench clean
 
 help:
 	@echo "make demo    draw images, train a gated net on them, evaluate and register it"
 	@echo "make test    all tests; with ADAPTNET_DATA=FOLDER those on real images too"
-	@echo "make test-faults  sweeps on a real Ray whose processes are killed, 10 minutes"
+	@echo "make test-slurm, test-browser, test-server, test-faults    those that make test leaves out: on a real SLURM, in"
+	@echo "             a real browser, with a real PostgreSQL, and of killed sweeps"
 	@echo "make check   formatting, lint, types, import order"
 	@echo "make bench   our speed as ratios to named peers'"
 	@echo "make venv    only the set-up: .venv from constraints.txt"
@@ -31,10 +32,10 @@ demo: venv
 	@echo "  $(adaptnet) train convnet_aig/toy family.target_rate=0.4 name=aig-cheaper"
 
 test: venv
-	.venv/bin/python -m pytest $(TESTS)
+	.venv/bin/python -m pytest -m "not slurm and not browser and not server and not faults" $(TESTS)
 
-test-faults: venv
-	.venv/bin/python -m pytest tests/faults -m faults
+test-slurm test-browser test-server test-faults: test-%: venv
+	.venv/bin/python -m pytest tests/$*
 
 check: venv
 	infra/check.sh

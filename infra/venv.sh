@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Makes .venv hold the packages of constraints.txt and this project, editable. Quick when nothing changed.
 # PYTHON names the interpreter for a new .venv; without it the first of python3, python3.14 … 3.11 that is new enough.
+# EXTRAS names the extras of pyproject.toml that are installed with it, EXTRAS=cluster,aws say; without it those of dev.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+extras=${EXTRAS:-dev}
 
 say() { echo "venv: $*" >&2; }
 
@@ -52,12 +54,12 @@ fill() {
     fi
     say "installing (about 7 GB on disk)"
     put setuptools wheel
-    put --no-build-isolation --editable '.[dev]'
+    put --no-build-isolation --editable ".[$extras]"
     rm .venv/unfinished
 }
 
 exec 9<constraints.txt && { flock 9 2>/dev/null || true; } # two makes at once take turns
-key="$PWD $(cat constraints.txt pyproject.toml | sha256sum)"
+key="$PWD $(cat constraints.txt pyproject.toml | sha256sum) $extras"
 made=$(cat .venv/key 2>/dev/null || true)
 if [ "$made" = "$key" ] && works .venv/bin/python; then exit; fi
 

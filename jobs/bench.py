@@ -186,6 +186,55 @@ def _seconds(text: str) -> float:
     return float(match[1]) / (1e3 if match[2] == "ms" else 1)
 
 
+@app.command(
+    short_help="Servers of a registered net under many clients.",
+    help="""MLflow's pyfunc against the bare net at one batch, then requests/s and latency of `mlflow models serve` and
+of Ray Serve (infra/ray/serve.yaml) for so many clients at once, each sending one image at a time.
+
+Examples:
+
+  adaptnet bench serve models:/aig-toy@champion photo.jpg
+
+  adaptnet bench serve models:/aig-toy@champion photo.jpg --server mlflow --clients 1 --clients 8
+""",
+)
+def serve(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
+    image: Annotated[Path, typer.Argument(help="an image to send, or a folder of them for the first part")],
+    clients: Annotated[list[int] | None, typer.Option(min=1, help="at once; repeatable; default 1, 8, 64")] = None,
+    server: Annotated[list[str] | None, typer.Option(help="mlflow or ray; repeatable; default both")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="for each number of clients")] = 10.0,
+    batch: Annotated[int, typer.Option(min=1, help="images of the first part")] = 64,
+    uri: Annotated[str | None, typer.Option(help="tracking server; default runs/mlflow.db")] = None,
+) -> None:
+    from jobs import tables
+    from pipeline.bench import serving
+    from pipeline.bench.rows import chosen
+
+    names = chosen("serve", server, ("mlflow", "ray"))
+    pictures = _pictures(image, batch)
+    _print(serving.in_process(model, pictures, uri))
+    rows = [["server", "clients", "requests/s", "p50 ms", "p99 ms", "refused"]]
+    for found in serving.servers(model, pictures[0], uri, clients=clients or (1, 8, 64), seconds=seconds, names=names):
+        times = [f"{found.requests_per_s:.1f}", f"{found.p50_ms:.1f}", f"{found.p99_ms:.1f}"]
+        rows.append([found.server, str(found.clients), *times, str(found.refused)])
+    typer.echo("\n" + tables.align(rows))
+
+
+def _pictures(path: Path, count: int) -> list[bytes]:
+    """That many images: a file's again and again, or a folder's in turn."""
+    from itertools import cycle, islice
+
+    from pipeline.data.encoded import EXTENSIONS
+    from pipeline.errors import ConfigError
+
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [each.read_bytes() for each in files if each.suffix.lower() in EXTENSIONS and each.is_file()]
+    if not found:
+        raise ConfigError(f"{path}: no image here")
+    return list(islice(cycle(found), count))
+
+
 def _print(rows: Sequence[Any]) -> None:
     from jobs import tables
 

@@ -20,16 +20,24 @@ from pipeline.errors import AdaptNetError, ConfigError
 VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "train": "Train a recipe, or go on with the run in its folder.",
     "evaluate": "Accuracy, MACs and latency of a trained net under each of its policies.",
+    "export": "A static policy of a trained net as a .pt2 or ONNX file.",
     "compare": "A paired test of two trained nets on the same images, as they are and at equal cost.",
+    "submit": "Run a verb as a job on SLURM, over as many nodes as it is given.",
+    "cluster": "Ray clusters outside SLURM: on this machine, on hosts, in a cloud, under Kubernetes.",
+    "jobs": "List jobs; show, follow, cancel, requeue or resubmit one.",
     "predict": "What is in these images, under the most accurate policy within a budget.",
+    "report": "A page of trained nets: accuracy against cost under all their policies.",
     "data": "Make, pack, check and describe image sets.",
-    "models": "Look trained nets up in the registry.",
+    "models": "Look trained nets up, register, promote and fetch them.",
+    "doctor": "What this machine offers, and what is missing for what.",
     "runs": "List runs and send their journals to the tracking server.",
+    "plan": "What a recipe needs on so many nodes: memory, steps, reading, decoding, saving, time.",
     "sweep": "Train every draw of a space, or go on with the sweep in its folder.",
     "bench": "Our speed as a ratio to a named peer's, in one run.",
 }
 
 INTERRUPTED = 130  # the exit status where Ctrl-C left something unfinished
+STOPPED = 75  # where it was asked to save and stop, and the same command goes on
 
 EXAMPLES = """Examples:
 

@@ -57,6 +57,21 @@ def _row(report: Report) -> list[str]:
     return row
 
 
+def of_attack(clean: Sequence[Report], attacked: Sequence[Report]) -> str:
+    """Policies of both evaluations: accuracy and price of clean images beside attacked ones, then the mean facts."""
+    before = {report.policy: report for report in clean}
+    pairs = [(before[report.policy], report) for report in attacked if report.policy in before]
+    rows = [["policy", "top-1 % clean", "attacked", "MMACs clean", "attacked"]]
+    lines: list[str] = []
+    for was, now in pairs:
+        accuracy = [f"{100 * report.top1:.2f}" for report in (was, now)]
+        rows.append([now.policy, *accuracy, *(f"{report.macs_mean / 1e6:.3f}" for report in (was, now))])
+        for name in (name for name in now.facts if name in was.facts):
+            lines += [f"{now.policy}: {name}", f"  clean     {_numbers(was.facts[name])}"]
+            lines += [f"  attacked  {_numbers(now.facts[name])}"]
+    return "\n".join([align(rows), *lines])
+
+
 def of_facts(report: Report, classes: Sequence[str]) -> str:
     """A family's facts under one policy: the mean of each value, then of each class."""
     lines: list[str] = []

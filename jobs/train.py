@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.cli import INTERRUPTED, data_home
+from jobs.cli import INTERRUPTED, STOPPED, data_home
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -69,8 +69,8 @@ def train(
             config, folder, allow_changed=allow_changed or (), progress=shown.index, on_start=shown.start
         )
     _conclude(result)
-    if signal.SIGINT in asked and not result.finished:  # so that a script does not go on to its next line
-        raise typer.Exit(INTERRUPTED)
+    if not result.finished:  # so that a script does not go on to its next line
+        raise typer.Exit(INTERRUPTED if signal.SIGINT in asked else STOPPED)
 
 
 @contextmanager

@@ -8,8 +8,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ResourceError
@@ -29,8 +30,8 @@ def cluster(compute: ComputeConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let anything else on the node go first
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if compute.address is not None and _has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray itself takes it along only to clusters of its own
+    if compute.address is not None:
+        offer_token()
     import ray
 
     mine = not ray.is_initialized()
@@ -42,6 +43,12 @@ def cluster(compute: ComputeConfig) -> Iterator[None]:
     finally:
         if mine:
             ray.shutdown()
+
+
+def offer_token() -> None:
+    """From now on Ray shows this user's token to any cluster; by itself it does so only to those it has started."""
+    if _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _has_token() -> bool:
@@ -99,6 +106,23 @@ def _start(compute: ComputeConfig) -> None:
     finally:
         if at_term is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, at_term)
+
+
+@dataclass(frozen=True)
+class NodeHere:
+    """A node of a running cluster: resources {"CPU": 4.0, "GPU": 1.0, "memory": bytes}."""
+
+    ip: str
+    alive: bool
+    resources: Mapping[str, float]
+
+
+def members(address: str, patience_s: float = 10.0) -> list[NodeHere]:
+    """The nodes of the cluster at HOST:PORT, the lost ones too. Raises ResourceError where it does not answer."""
+    with cluster(ComputeConfig(address=address, workers=0, device="cpu", start_patience_s=patience_s)):
+        import ray
+
+        return [NodeHere(each["NodeManagerAddress"], each["Alive"], each["Resources"]) for each in ray.nodes()]
 
 
 def computes_on_gpu(compute: ComputeConfig) -> bool:

@@ -1,14 +1,15 @@
 """Evaluations of trained nets: made on any images, stored, and found again for whoever compares, draws or chooses.
 
 An evaluation is a folder: reports.json, per-image arrays `<policy>.npz`, and about.json with source, step, data (the
-split's identity), root, policies (null: all), attack (null: none). A run keeps its own in RUN/evaluations, `final` the
-one after training; those of a registry version lie in runs/evaluations/NAME-VERSION.
+split's identity), root, policies (null: all), attack (null: none), sides (null: the images' own). A run keeps its own
+in RUN/evaluations, `final` the one after training; those of a registry version lie in runs/evaluations/NAME-VERSION.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -21,11 +22,13 @@ from pipeline import config as configs
 from pipeline import family as families
 from pipeline import journal, registry, run_config, worker
 from pipeline.data.config import DataConfig
-from pipeline.data.index import open_splits
+from pipeline.data.index import ImageIndex, open_splits
 from pipeline.errors import ConfigError, DataError
 from pipeline.family import Curves, Evaluated, Report
 from pipeline.launch import absolute, check_device
 from pipeline.registry import Trained
+from pipeline.registry.model import CARD
+from pipeline.robustness import Attack, Sweep
 from pipeline.training import checkpoint
 from pipeline.training.evaluate import load_reports
 
@@ -42,6 +45,7 @@ class Evaluation:
     classes: tuple[str, ...]
     reports: Sequence[Report]
     folder: Path
+    clean: Sequence[Report] = ()  # of an attacked one: what is stored of the same net on the same images untouched
 
 
 def evaluate(
@@ -52,11 +56,15 @@ def evaluate(
     policies: Sequence[str] | None = None,
     out: Path | None = None,
     uri: str | None = None,
+    attack: Attack | None = None,
+    sweep: Sweep | None = None,
 ) -> Evaluation:
     """Runs the trained net `source` on the val split under its policies, in this process, and stores the reports.
 
     source is a run's folder, a checkpoint's, or `models:/NAME@ALIAS`; overrides change its recipe, e.g. data.root.
-    Raises ConfigError where the images' classes are not the net's, or an override changes nothing here.
+    With an attack the images are tampered with first, with a sweep each policy runs at each of its sides; both are
+    stored apart. Raises ConfigError where the images' classes are not the net's, an override changes nothing here, or
+    the folder `out` holds an evaluation of another kind.
     """
     for override in overrides:
         _check_evaluates(override)
@@ -76,12 +84,35 @@ def evaluate(
     if len(splits.val) == 0:
         raise DataError(f"data.root (={config.data.root}): it has no val split to evaluate on")
     part = f"-{'+'.join(policies)}" if policies else ""  # a part never replaces the whole
-    home = out or _home(source, f"{config.data.root.name}-{splits.val.identity}{part}", model.step)
+    kinds = "".join(f"-{kind.name}" for kind in (attack, sweep) if kind is not None)
+    home = out or _home(source, f"{config.data.root.name}-{splits.val.identity}{part}{kinds}", model.step)
+    how = {"attack": attack.name if attack else None, "sides": sweep.name if sweep else None}
+    _check_kind(home, how)
     known = model.card.get("reports", ())
-    reports = worker.assess(config, model.weights, splits, policies, home, known)
+    reports = worker.assess(config, model.weights, splits, policies, home, known, attack=attack, sweep=sweep)
     about = {"source": source, "step": model.step, "data": splits.val.identity, "root": str(config.data.root)}
-    worker.write_json(home / ABOUT, {**about, "policies": policies, "attack": None})
-    return Evaluation(source, config.data.root, model.step, model.classes, reports, home)
+    worker.write_json(home / ABOUT, {**about, "policies": policies, **how})
+    clean = _clean(source, uri, splits.val.identity) if attack and not sweep else ()
+    return Evaluation(source, config.data.root, model.step, model.classes, reports, home, clean)
+
+
+def _check_kind(home: Path, how: Mapping[str, Any]) -> None:
+    """What was found on tampered images never replaces what was found on the images themselves."""
+    if not load_reports(home):
+        return
+    about = json.loads((home / ABOUT).read_text(encoding="utf-8")) if (home / ABOUT).is_file() else {}
+    if any(about.get(key) != value for key, value in how.items()):
+        kind = " ".join(filter(None, (about.get("attack"), about.get("sides")))) or "the images as they are"
+        raise ConfigError(f"{home}: holds an evaluation of another kind ({kind}); name another folder with --out")
+
+
+def _clean(source: str, uri: str | None, data: str) -> Sequence[Report]:
+    """The stored reports on these images untouched; none where there are none."""
+    try:
+        stored = find(source, uri).on(data)
+    except ConfigError:
+        return ()
+    return stored.reports if stored else ()
 
 
 def _check_evaluates(override: str) -> None:
@@ -92,8 +123,9 @@ def _check_evaluates(override: str) -> None:
 
 
 def _home(source: str, name: str, step: int) -> Path:
-    """Where an evaluation is stored: in the run's folder, a checkpoint's apart from the run's own; else beside runs."""
-    if (Path(source) / "config.yaml").is_file():
+    """Where an evaluation is stored: in the run's or model's folder, a checkpoint's apart from the run's own; else
+    beside runs."""
+    if any((Path(source) / file).is_file() for file in ("config.yaml", CARD)):
         return Path(source) / EVALUATIONS / name
     runs = [parent for parent in Path(source).absolute().parents if (parent / "config.yaml").is_file()]
     if Path(source).exists() and runs:
@@ -124,6 +156,16 @@ class Stored:
     @property
     def attack(self) -> str | None:
         return self.about.get("attack")
+
+    @property
+    def swept(self) -> bool:
+        """Whether its policies ran at sides other than the images' own."""
+        return self.about.get("sides") is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is of the images as they are."""
+        return self.attack is None and not self.swept
 
     def details(self, policy: str) -> Mapping[str, NDArray[Any]] | None:
         path = self.folder / f"{policy}.npz" if self.folder else None
@@ -164,13 +206,13 @@ class Net:
         return next(found for found in self.evaluations if found.attack is None)
 
     def on(self, data: str) -> Stored | None:
-        """The evaluation on these images, without an attack."""
-        return next((found for found in self.evaluations if found.data == data and found.attack is None), None)
+        """The evaluation on these images as they are."""
+        return next((found for found in self.evaluations if found.data == data and found.plain), None)
 
     @property
     def sets(self) -> list[str]:
-        """The images it was evaluated on, without an attack: identities, that of the first evaluation first."""
-        return list(dict.fromkeys(found.data for found in self.evaluations if found.attack is None))
+        """The images it was evaluated on as they are: identities, that of the first evaluation first."""
+        return list(dict.fromkeys(found.data for found in self.evaluations if found.plain))
 
 
 def find(source: str, uri: str | None = None) -> Net:
@@ -183,6 +225,7 @@ def find(source: str, uri: str | None = None) -> Net:
     run_dir = _run_of(source, uri)
     homes = [run_dir / EVALUATIONS] if run_dir else []
     homes += [_outside(source)] if source.startswith("models:") else []
+    homes += [Path(source) / EVALUATIONS] if (Path(source) / CARD).is_file() else []
     found = [stored for home in homes for stored in _read_all(home) if stored.about.get("step") == model.step]
     found.sort(key=lambda stored: (bool(stored.about.get("policies")), -_written(stored)))
     card = [Report(**report) for report in _reports_inside(folder)]
@@ -243,11 +286,27 @@ def together(nets: Sequence[Net]) -> list[Evaluated]:
     return [_evaluated(net, name, shared[0]) for net, name in zip(nets, names, strict=True)]
 
 
+def images(nets: Sequence[Net], data: str) -> ImageIndex | None:
+    """The split whose identity is `data`, from where any of these nets was evaluated on it; None if it is not here."""
+    for net in nets:
+        stored = net.on(data)
+        root = stored.about.get("root") if stored else None
+        if root is None or not Path(root).is_dir():
+            continue
+        section = configs.validate(DataConfig, {**net.model.recipe["data"], "root": root}, f"{net.source}: recipe.data")
+        with suppress(DataError, OSError):
+            found = open_splits(section, int(net.model.recipe.get("seed", 0))).val
+            if found.identity == data:
+                return found
+    return None
+
+
 def _evaluated(net: Net, name: str, data: str) -> Evaluated:
     stored = net.on(data)
     assert stored is not None
     section = configs.validate(DataConfig, net.model.recipe["data"], f"{net.source}: recipe.data")
-    attacks = {found.attack: found.reports for found in net.evaluations if found.attack and found.data == data}
+    attacked = [found for found in net.evaluations if found.attack and found.data == data and not found.swept]
+    attacks = {found.attack: found.reports for found in reversed(attacked) if found.attack}  # whole ones over parts
     return Evaluated(
         name=name,
         family=net.config.name,

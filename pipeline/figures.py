@@ -2,16 +2,27 @@
 
 Every figure has a `name` (of its files: lower case, digits, hyphens), a `title`, and a `caption` of a sentence or two
 that says what one sees and how it was measured. Values are finite; None stands where there is no value.
+Below the kinds of figures stands what families share in making them. Letters: N images, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 Number: TypeAlias = "float | None"
 Cell: TypeAlias = "str | float | int | None"
+
+OTHERS = "other classes"
+MOST_POINTS = 400  # of a training curve: more than a screen can tell apart
+TOLD_APART = 3  # classes of which a gallery shows images
+SHOWN = 8  # images under one heading of a gallery
 
 
 @dataclass(frozen=True)
@@ -19,7 +30,8 @@ class Series:
     """Points that belong together: x and y of equal length, `texts` what each point is called.
 
     `faded` marks points that are shown, but not to be chosen; `group` is what series of one kind have in common (a
-    family): they share a colour and are shown or hidden together.
+    family): they share a colour and are shown or hidden together. A `reference` is what others are compared with: a
+    neutral line without markers, on which `texts` stand as labels where there is room.
     """
 
     name: str
@@ -29,6 +41,7 @@ class Series:
     faded: Sequence[bool] = ()
     joined: bool = True
     group: str = ""
+    reference: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,3 +107,139 @@ class Table:
 
 
 Figure: TypeAlias = "Lines | Bars | HeatMap | Gallery | Table"
+
+
+# ---- what several families need
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
+
+
+def for_each(nets: Sequence[N], own: Callable[[N], Iterable[Figure | None]]) -> list[Figure]:
+    """The figures that `own` gives of each net, None left out; of several nets each says in name and title whose."""
+    found: list[Figure] = []
+    for net, mark in zip(nets, _marks([net.name for net in nets]), strict=True):
+        for figure in own(net):
+            if figure is not None and len(nets) > 1:
+                figure = replace(figure, name=f"{figure.name}--{mark}", title=f"{figure.title}: {net.name}")
+            found += [] if figure is None else [figure]
+    return found
+
+
+def _marks(names: Sequence[str]) -> list[str]:
+    """For each name one of its own in lower case, digits and single hyphens."""
+    found: list[str] = []
+    for name in names:
+        mark = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "net"
+        number, free = 1, mark
+        while free in found:
+            number += 1
+            free = f"{mark}-{number}"
+        found.append(free)
+    return found
+
+
+def by_superclass(picture: HeatMap, superclasses: Mapping[str, Sequence[str]]) -> HeatMap:
+    """A heat map with a row for each class, its rows in the order of the superclasses where there are any."""
+    groups = grouped(picture.rows, superclasses)
+    if not groups:
+        return picture
+    order = [number for numbers in groups.values() for number in numbers]
+    return replace(
+        picture,
+        rows=[picture.rows[number] for number in order],
+        values=[picture.values[number] for number in order],
+        groups={name: len(numbers) for name, numbers in groups.items()},
+    )
+
+
+def grouped(classes: Sequence[str], superclasses: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
+    """{superclass: numbers of its classes}; each class once, those that no superclass names last, as OTHERS."""
+    left = {name: number for number, name in enumerate(classes)}
+    groups: dict[str, list[int]] = {}
+    for superclass, members in superclasses.items():
+        numbers = [left.pop(name) for name in members if name in left]
+        if numbers:
+            groups[superclass] = numbers
+    if groups and left:
+        groups[OTHERS] = [*groups.pop(OTHERS, []), *left.values()]
+    return groups
+
+
+def over_training(
+    picture: Lines, curves: Mapping[str, Sequence[tuple[int, float]]], keys: Mapping[str, str]
+) -> Lines | None:
+    """`picture` with a series for each curve, {key: what it is called}, over epochs if logged, else over steps.
+
+    Of a long curve every so manieth point and the last. None where a curve is not there.
+    """
+    if not keys or not all(curves.get(key) for key in keys):
+        return None
+    epochs = dict(curves.get("train/epoch", ()))
+    known = all(step in epochs for key in keys for step, _ in curves[key])
+    series = []
+    for key, name in keys.items():
+        points = _thinned(curves[key])
+        x = [epochs[step] if known else float(step) for step, _ in points]
+        series.append(Series(name, x, [finite(value) for _, value in points]))
+    return replace(picture, x_label="epoch" if known else "step", series=series)
+
+
+def numbered(curves: Mapping[str, object], prefix: str) -> dict[int, str]:
+    """{number: key} of the curves whose key is the prefix and a number, rising."""
+    found = {key.removeprefix(prefix): key for key in curves if key.startswith(prefix)}
+    return {int(number): found[number] for number in sorted(filter(str.isdecimal, found), key=int)}
+
+
+def _thinned(points: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
+    every = math.ceil(len(points) / MOST_POINTS)
+    return points if every <= 1 else [*points[:-1:every], points[-1]]
+
+
+def finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Efforts:
+    """What each image of a split took: its arrays as stored with the evaluation, effort [N], and how that is said."""
+
+    arrays: Mapping[str, NDArray[Any]]
+    effort: NDArray[Any]
+    said: Callable[[float], str]
+    classes: Sequence[str]
+
+    def extremes(self, number: int | None = None) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+        """The SHOWN images of least effort, the surest first, and of most, the least sure first; none is in both.
+
+        Of class `number`, or of all images. Each as its row and what it took.
+        """
+        labels = self.arrays["labels"]
+        among = np.arange(len(labels)) if number is None else np.flatnonzero(labels == number)
+        rising = among[np.lexsort((-self.arrays["confidence"][among], self.effort[among]))]
+        count = min(SHOWN, len(rising) // 2)
+        return self._entries(rising[:count]), self._entries(rising[::-1][:count])
+
+    def widest(self) -> list[int]:
+        """The TOLD_APART classes whose images differ most in effort, by standard deviation, the widest first."""
+        labels = self.arrays["labels"]
+        spreads = {
+            number: float(self.effort[labels == number].std())
+            for number in range(len(self.classes))
+            if (labels == number).any()
+        }
+        wide = [number for number, spread in spreads.items() if spread > 0]
+        return sorted(wide, key=lambda number: -spreads[number])[:TOLD_APART]
+
+    def _entries(self, places: NDArray[Any]) -> list[tuple[int, str]]:
+        return [(int(self.arrays["rows"][place]), self._text(int(place))) for place in places]
+
+    def _text(self, place: int) -> str:
+        truth, answer = (self.classes[int(self.arrays[name][place])] for name in ("labels", "predicted"))
+        answer = truth if answer == truth else f"{truth} taken for {answer}"
+        return f"{self.said(float(self.effort[place]))}; {answer}, confidence {self.arrays['confidence'][place]:.2f}"

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import ConfigError
-from pipeline.family import Report
+
+if TYPE_CHECKING:  # the seam imports torch, which takes seconds
+    from pipeline.family import Report
 
 Unit = Literal["macs", "ms", "share"]
 FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}

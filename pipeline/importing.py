@@ -114,4 +114,6 @@ def _assessed(config: RunConfig, folder: Path, splits: Splits, run_dir: Path) ->
         wanted = tuple(policy.name for policy in family.policies(section, net) if not isinstance(policy, Fitted))
     store = run_dir / "evaluations" / worker.FINAL
     reports = worker.assess(config, folder / "net.safetensors", splits, wanted, store)
+    about = {"checkpoint": str(folder), "step": 0, "data": splits.val.identity, "root": str(config.data.root)}
+    worker.write_json(store / "about.json", about)
     return {key.replace("eval/", "final/", 1): value for key, value in worker.metrics_of(reports).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, median
@@ -120,8 +120,11 @@ class Predictor:
                 yield self._named(str(file), found.probabilities[row], float(found.macs[row]), top)
 
     def _predict(self, encoded: Sequence[bytes], policy: str, batch_size: int) -> registry.Answers:
-        model = LoadedModel(**{**vars(self.model), "policies": list(self.policies.values())})
-        return registry.predict(model, encoded, policy, batch_size=batch_size)
+        return registry.predict(self._ready, encoded, policy, batch_size=batch_size)
+
+    @cached_property
+    def _ready(self) -> LoadedModel:
+        return replace(self.model, policies=list(self.policies.values()))
 
     def _named(self, file: str, probabilities: NDArray[np.float32], macs: float, top: int) -> Answer:
         order = (-probabilities).argsort(kind="stable")[:top]

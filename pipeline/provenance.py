@@ -133,6 +133,11 @@ def _version(name: str) -> str | None:
         return None
 
 
+def who() -> str:
+    """USER@HOST of this process."""
+    return f"{_user()}@{socket.gethostname()}"
+
+
 def _user() -> str:
     try:
         return pwd.getpwuid(os.getuid()).pw_name

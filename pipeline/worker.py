@@ -25,10 +25,11 @@ from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, Resourc
 from pipeline.family import Family, Fitted, Report
 from pipeline.journal import Journal, SystemSampler
 from pipeline.provenance import write_whole
+from pipeline.robustness import Attack, Attacked, Sweep
 from pipeline.run_config import RunConfig
 from pipeline.training import checkpoint, optim, state, step
 from pipeline.training.checkpoint import Checkpointer, Storage
-from pipeline.training.evaluate import Evaluator, calibrate, choose, evaluate, restored
+from pipeline.training.evaluate import Batches, Evaluator, calibrate, choose, evaluate, restored
 from pipeline.training.loop import Plan, device_of, train
 from pipeline.training.state import TrainState
 from pipeline.training.step import Micro, Task
@@ -443,10 +444,14 @@ def assess(
     wanted: Sequence[str] | None,
     store: Path,
     known: Sequence[Mapping[str, Any]] = (),
+    *,
+    attack: Attack | None = None,
+    sweep: Sweep | None = None,
 ) -> Sequence[Report]:
     """Runs the net with `weights` (safetensors) on the val split, in this process, under the `wanted` policies.
 
-    `known` are stored reports whose calibration stands; other policies are fitted on the held-out images.
+    `known` are stored reports whose calibration stands; other policies are fitted on the held-out images. Images are
+    tampered with as `attack` says, and reduced to the sides of `sweep`, only after that.
     """
     from safetensors.torch import load_file
 
@@ -457,11 +462,17 @@ def assess(
     how = evaluator(config, device, len(splits.val.classes), latency=True)
     net = placed(net, device, how.channels_last).eval()
     policies = restored(choose(family.policies(config.family, net), wanted or config.evaluation.policies), known)
+    if sweep is not None:
+        sweep.check(net, config.data.side_for_eval)
     threads = config.data.decode_threads or torch.get_num_threads()
     fitted = all(policy.state() for policy in policies if isinstance(policy, Fitted))
     held_out = None if fitted or not len(splits.held_out) else eval_loader(config, splits.held_out, device, threads)
     policies = calibrate(policies, net, held_out, how)
-    return evaluate(net, policies, eval_loader(config, splits.val, device, threads), how, store=store)
+    policies = sweep.of(policies) if sweep is not None else policies
+    batches: Batches = eval_loader(config, splits.val, device, threads)
+    if attack is not None:
+        batches = Attacked(batches, net, how, attack)
+    return evaluate(net, policies, batches, how, store=store)
 
 
 def metrics_of(reports: Sequence[Report]) -> dict[str, float]:

@@ -15,16 +15,26 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 # A module imports what stands left of its own place.
 ORDER = """errors | config | ranks cost figures | data | family | blocks | families | training | frontier |
-robustness export report comparing | journal provenance | lease | tracking | registry | run_config |
-worker | cluster | launch | evaluations importing | predicting | plan | bench | tuning | jobs"""
+robustness comparing | journal provenance | lease | tracking | registry | run_config |
+worker | allocation cluster | launch | evaluations importing | report export predicting promoting | plan | bench |
+tuning | jobs"""
 PLACE = {name: place for place, names in enumerate(ORDER.split("|")) for name in names.split()}
 FAMILY_MAY = {"errors", "config", "ranks", "cost", "figures", "family", "blocks"}
 FAMILY_MAY_OUTSIDE = {"torch", "torchvision", "numpy", "pydantic", *sys.stdlib_module_names}
 DOORS = {  # what only these modules import; a benchmark also calls the peers that it measures
     "nvidia": {"pipeline.data.dali", "pipeline.bench"},
-    "mlflow": {"pipeline.tracking", "pipeline.registry"},
+    "mlflow": {"pipeline.tracking", "pipeline.registry", "pipeline.bench"},
     "torch.distributed": {"pipeline.ranks", "pipeline.bench"},
-    "ray": {"pipeline.worker", "pipeline.cluster", "pipeline.launch", "pipeline.bench", "tuning"},
+    "ray": {
+        "pipeline.worker",
+        "pipeline.allocation",
+        "pipeline.cluster",
+        "pipeline.launch",
+        "pipeline.bench",
+        "tuning",
+        "jobs.serve",
+        "jobs.ray_jobs",
+    },
     "submitit": {"jobs.slurm"},
 }
 SOURCES = sorted(path for top in ("pipeline", "tuning", "jobs") for path in (ROOT / top).rglob("*.py"))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
+from threading import Lock
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -228,29 +229,53 @@ def decode(encoded: Sequence[bytes], config: DataConfig, device: torch.device | 
 
     Raises UndecodableError naming the positions that cannot be decoded.
     """
-    device = torch.device(device)
-    setting = Setting(device, _on_gpu(config, device), threads, max(1, len(encoded)))
-    reasons = {position: reason for position, each in enumerate(encoded) if (reason := _unusable(each))}
-    usable = [position for position in range(len(encoded)) if position not in reasons]
-    sizes = np.array([upright_size(encoded[position]) for position in usable], dtype=np.int32).reshape(-1, 2)
-    asked = Asked(
-        rows=np.array(usable, dtype=np.int64),
-        encoded=[encoded[position] for position in usable],
-        views=views.for_evaluation(sizes, config),
-    )
-    images = torch.empty(0, config.side_for_eval, config.side_for_eval, 3, dtype=torch.uint8)
-    decoder = setting.decoder()
+    decoding = Decoding(config, device, threads, most=max(1, len(encoded)))
     try:
-        if usable:
-            decoder.put(asked.encoded, asked.views)
-            images = decoder.take()
-    except RuntimeError as error:
-        reasons |= dict(Failed(error, [asked]).bad_rows(setting.alone))
+        return decoding(encoded)
     finally:
-        decoder.close()
-    if reasons:
-        raise UndecodableError(len(encoded), reasons)
-    return _handed_over(images, device)
+        decoding.close()
+
+
+class Decoding:
+    """As `decode`, again and again with one decoder, for at most `most` images at a time; threads take turns."""
+
+    def __init__(self, config: DataConfig, device: torch.device | str, threads: int, most: int) -> None:
+        self.most, self._config, self._device = most, config, torch.device(device)
+        self._setting = Setting(self._device, _on_gpu(config, self._device), threads, most)
+        self._decoder: Decoder | None = None
+        self._lock = Lock()
+
+    def __call__(self, encoded: Sequence[bytes]) -> Tensor:
+        reasons = {position: reason for position, each in enumerate(encoded) if (reason := _unusable(each))}
+        usable = [position for position in range(len(encoded)) if position not in reasons]
+        sizes = np.array([upright_size(encoded[position]) for position in usable], dtype=np.int32).reshape(-1, 2)
+        asked = Asked(
+            rows=np.array(usable, dtype=np.int64),
+            encoded=[encoded[position] for position in usable],
+            views=views.for_evaluation(sizes, self._config),
+        )
+        images = torch.empty(0, self._config.side_for_eval, self._config.side_for_eval, 3, dtype=torch.uint8)
+        with self._lock:
+            try:
+                images = self._take(asked) if usable else images
+            except RuntimeError as error:
+                self.close()
+                reasons |= dict(Failed(error, [asked]).bad_rows(self._setting.alone))
+        if reasons:
+            raise UndecodableError(len(encoded), reasons)
+        return _handed_over(images, self._device)
+
+    def _take(self, asked: Asked) -> Tensor:
+        if self._decoder is None:
+            self._decoder = self._setting.decoder()
+        self._decoder.put(asked.encoded, asked.views)
+        return self._decoder.take()
+
+    def close(self) -> None:
+        """Ends the decoder; the next call makes another."""
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
 
 
 # --- from bytes to pixels ----------------------------------------------------------------------------------------

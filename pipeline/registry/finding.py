@@ -4,108 +4,36 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import config as configs
 from pipeline.errors import CheckpointError, ConfigError, ResourceError
 from pipeline.provenance import without_secrets
-from pipeline.registry.model import CARD
-from pipeline.tracking import connect, recipe_of, resolve_uri
-from pipeline.tracking.address import database_file, failures, reason_of
+from pipeline.registry import reading
+from pipeline.registry.catalogue import Version, address, lookup
+from pipeline.registry.model import CARD, describe
+from pipeline.tracking import connect, recipe_of
+from pipeline.tracking.address import failures, reason_of
 from pipeline.tracking.carrier import Ledger, status_of
 from pipeline.training import checkpoint
 from pipeline.training.config import CheckpointConfig
 
-RUNS = Path("runs")  # where runs lie, and their database, if nothing else is said
-REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w\-]+)|/(?P<version>\d+|latest))")
-
-
-@dataclass(frozen=True)
-class Version:
-    """One version of a registered model, as the registry knows it."""
-
-    name: str
-    version: int
-    aliases: tuple[str, ...]
-    run_id: str | None
-    created: float  # seconds since 1970
-    tags: Mapping[str, str]
-
-    @property
-    def reference(self) -> str:
-        return f"models:/{self.name}/{self.version}"
-
-    @property
-    def reports(self) -> list[dict[str, Any]]:
-        """The figures of each policy, first the default."""
-        found: list[dict[str, Any]] = json.loads(self.tags.get("adaptnet.reports", "[]"))
-        return found
-
-
-def versions(uri: str, name: str | None = None) -> list[Version]:
-    """Every version of `name`, or of all names, newest first. Raises ConfigError listing the names there are."""
-    path = database_file(uri)
-    if path is not None and not path.exists():
-        raise ConfigError(
-            f"{path}: there is no registry here yet; name another with --uri, e.g. "
-            "sqlite:////data/runs/mlflow.db, which lies beside the folders of its runs"
-        )
-    with asking(uri) as client:
-        models = _pages(client.search_registered_models)
-        names = [model.name for model in models]
-        if name is not None and name not in names:
-            raise ConfigError(
-                f"{name}: the registry has no model of that name; there are: {', '.join(names) or 'none'}"
-            )
-        aliases: dict[tuple[str, int], tuple[str, ...]] = {}
-        for model in models:
-            for alias, version in sorted(model.aliases.items()):
-                aliases[model.name, int(version)] = (*aliases.get((model.name, int(version)), ()), alias)
-        found = search(client, f"name = '{name}'" if name else None)
-    stamped = [replace(v, aliases=aliases.get((v.name, v.version), ())) for v in found]
-    return sorted(stamped, key=lambda version: (version.name, -version.version))
-
-
-def lookup(reference: str, uri: str) -> Version:
-    """The version behind `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/NAME/latest`.
-
-    Raises ConfigError listing what there is where the name, version or alias is unknown.
-    """
-    match = REFERENCE.fullmatch(reference)
-    if match is None:
-        raise ConfigError(f"{reference}: write models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest")
-    found = versions(uri, match["name"])
-    if match["alias"] is not None:
-        wanted = [version for version in found if match["alias"] in version.aliases]
-    else:
-        wanted = [v for v in found if match["version"] in ("latest", str(v.version))]
-    if not wanted:
-        there = [f"{v.version}{''.join(f' @{alias}' for alias in v.aliases)}" for v in found]
-        raise ConfigError(f"{reference}: no such version or alias; {match['name']} has: {', '.join(there) or 'none'}")
-    return wanted[0]
+ORIGIN = "origin.json"  # of a pulled folder: which version it is
 
 
 def run_folder(version: Version, uri: str) -> Path | None:
     """The folder of the run that a version came from, if it is on this machine and still that run's."""
     if version.run_id is None:
         return None
-    with asking(uri) as client:
-        tags = client.get_run(version.run_id).data.tags
-    folder = Path(tags.get("adaptnet.run_dir", ""))
+    run = reading.run(uri, version.run_id)
+    folder = Path(run.tags.get("adaptnet.run_dir", "") if run else "")
     here = (folder / "config.yaml").is_file() and Ledger.peek(folder).run_id == version.run_id
     return folder if here else None
-
-
-def address(uri: str | None) -> str:
-    """The registry's address in full; runs/mlflow.db here if none is given."""
-    return resolve_uri(uri, RUNS / "any")
 
 
 def resolve(reference: str, uri: str | None = None, *, cache: Path | None = None) -> Path:
@@ -133,6 +61,38 @@ def resolve(reference: str, uri: str | None = None, *, cache: Path | None = None
     return storage.fetch(best if best in names else names[-1])
 
 
+def pull(reference: str, folder: Path, uri: str | None = None, *, cache: Path | None = None) -> Version:
+    """Copies a version's model folder to `folder`, whole or not at all; it works there without MLflow.
+
+    Raises ConfigError where `folder` exists, CheckpointError where the version's files are damaged.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder}: exists already; name a new folder")
+    version = lookup(reference, address(uri))
+    source = _fetch(version, address(uri), cache)
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        shutil.copytree(source, aside)
+        describe(aside)
+        origin = {"version": version.reference, "registry": without_secrets(address(uri)), "run_id": version.run_id}
+        (aside / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
+        os.rename(aside, folder)
+    except OSError as error:
+        raise ResourceError(f"{folder}: the model cannot be written there ({error.strerror})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return version
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of a run's newest whole checkpoint; 0 where there is none yet."""
+    if not (run_dir / "config.yaml").is_file():
+        return 0
+    section = configs.validate(CheckpointConfig, recipe_of(run_dir).get("checkpoint", {}), f"{run_dir}: recipe")
+    names = checkpoint.open_storage(section, run_dir).names()
+    return checkpoint.step_of(names[-1]) if names else 0
+
+
 def _fetch(version: Version, uri: str, cache: Path | None) -> Path:
     """The model's folder of a version: where it lies, if that is on this machine, else a copy of it."""
     import mlflow.artifacts
@@ -158,6 +118,13 @@ def _model_in(folder: Path, version: Version) -> Path:
     cards = sorted(folder.glob(f"artifacts/*/{CARD}"))
     if not cards:
         raise CheckpointError(f"{version.reference}: its files at {folder} are missing or no model of adaptnet's")
+    registered = version.tags.get("adaptnet.weights_sha256")
+    try:
+        written = json.loads(cards[0].read_text(encoding="utf-8"))["weights"]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{cards[0]}: cannot be read ({type(error).__name__}: {error})") from None
+    if registered not in (None, written):
+        raise CheckpointError(f"{version.reference}: the weights at {folder} are not those that were registered")
     return cards[0].parent
 
 

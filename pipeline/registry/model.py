@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ def write_model_folder(
         (aside / RECIPE).write_text(configs.dump_yaml(meta["recipe"]), encoding="utf-8")
         whole = [asdict(report) for report in reports]
         (aside / "reports" / "reports.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        card = {**_card(meta, whole, aside / WEIGHTS), "evaluated_on": evaluated_on}
+        recipe = {"sha256": checkpoint.sha256(aside / RECIPE)}
+        card = {**_card(meta, whole, aside / WEIGHTS), "recipe": recipe, "evaluated_on": evaluated_on}
         (aside / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
         os.rename(aside, destination)
     except OSError as error:
@@ -117,6 +118,7 @@ def describe(folder: Path) -> Trained:
         known = card["format"] <= FORMAT
         entry, classes, step = card["weights"], tuple(card["classes"]), int(card["step"])
         size, sum_expected = entry["bytes"], entry["sha256"]
+        recipe_expected = card.get("recipe", {}).get("sha256")  # None in cards that were written before it was kept
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / CARD}: cannot be read ({type(error).__name__}: {error})") from None
     if not known:
@@ -124,7 +126,10 @@ def describe(folder: Path) -> Trained:
     weights = folder / WEIGHTS
     if not weights.is_file() or weights.stat().st_size != size or checkpoint.sha256(weights) != sum_expected:
         raise CheckpointError(f"{weights}: not the weights that {CARD} was written for: damaged or exchanged")
-    return Trained(folder, weights, configs.read_mapping(folder / RECIPE), classes, step, card)
+    recipe = configs.read_mapping(folder / RECIPE)
+    if recipe_expected not in (None, checkpoint.sha256(folder / RECIPE)):
+        raise CheckpointError(f"{folder / RECIPE}: not the recipe that {CARD} was written for: damaged or exchanged")
+    return Trained(folder, weights, recipe, classes, step, card)
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,15 @@ class LoadedModel:
     policies: Sequence[Policy]  # the first is the default
     card: Mapping[str, Any]
     device: torch.device
+    _decoders: list[Any] = field(default_factory=list, compare=False, repr=False)  # none or one, kept between calls
+
+    def decoding(self, most: int) -> Any:
+        """What decodes up to `most` images at a time for this net."""
+        from pipeline.data import dali
+
+        if not self._decoders or self._decoders[0].most < most:
+            self._decoders[:] = [dali.Decoding(self.data_config, self.device, torch.get_num_threads(), most)]
+        return self._decoders[0]
 
 
 def load_model(folder: Path, device: torch.device | None = None) -> LoadedModel:
@@ -187,17 +201,16 @@ def predict(
 
     Raises UndecodableError naming the positions of images that cannot be decoded, ConfigError for an unknown policy.
     """
-    from pipeline.data import dali, pixels
+    from pipeline.data import pixels
 
     chosen = model.policies[0] if policy is None else choose(model.policies, [policy])[0]
     probabilities = np.zeros((len(encoded), len(model.classes)), np.float32)
     macs, undecodable = np.zeros(len(encoded)), dict[int, str]()
-    for start in range(0, len(encoded), batch_size):
-        rows = slice(start, start + batch_size)
+    for rows in _batches(encoded, batch_size):
         try:
-            raw = dali.decode(encoded[rows], model.data_config, model.device, torch.get_num_threads())
+            raw = model.decoding(batch_size)(encoded[rows])
         except UndecodableError as error:
-            undecodable |= {start + position: reason for position, reason in error.reasons.items()}
+            undecodable |= {rows.start + position: reason for position, reason in error.reasons.items()}
             continue
         with torch.inference_mode():
             images = pixels.normalise(raw, model.data_config.mean, model.data_config.std)
@@ -207,3 +220,18 @@ def predict(
     if undecodable:
         raise UndecodableError(len(encoded), undecodable)
     return Answers(probabilities, macs)
+
+
+def _batches(encoded: Sequence[bytes], batch_size: int) -> Iterator[slice]:
+    """Runs of at most batch_size images whose pixels, decoded, fit into MAX_PIXELS together; or one alone."""
+    from pipeline.data.encoded import MAX_PIXELS, upright_size
+
+    start, pixels = 0, 0
+    for position, each in enumerate(encoded):
+        height, width = upright_size(each) or (0, 0)
+        if position - start == batch_size or (pixels + height * width > MAX_PIXELS and position > start):
+            yield slice(start, position)
+            start, pixels = position, 0
+        pixels += height * width
+    if start < len(encoded):
+        yield slice(start, len(encoded))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import tempfile
@@ -16,7 +17,8 @@ from pipeline import config as configs
 from pipeline.errors import ResourceError
 from pipeline.family import Report
 from pipeline.provenance import without_secrets
-from pipeline.registry.finding import Version, asking, search, version_of
+from pipeline.registry.catalogue import Version
+from pipeline.registry.finding import asking, search, version_of
 from pipeline.registry.model import FIGURES, load_model, weights_of, write_model_folder
 from pipeline.tracking import Shipper, TrackingConfig, recipe_of, resolve_uri
 from pipeline.tracking.carrier import TAG_CHARS, Ledger, status_of
@@ -41,15 +43,18 @@ def publish(
     uri: str,
     alias: str = CANDIDATE,
     evaluated_on: str | None = None,
+    remarks: Mapping[str, str] | None = None,
 ) -> Version:
     """Registers the net of a checkpoint's folder as a new version of `name`, and points `alias` at it.
 
     Idempotent: for the same run, step and weights the version that is there is given back, and only an alias that is
-    missing or older is moved. A version is made once all its files are there. Raises ResourceError where the server
-    does not answer, CheckpointError where the checkpoint is damaged.
+    missing or older is moved. A version is made once all its files are there. `remarks` (licence, note) become tags,
+    of a version that is there already too. Raises ResourceError where the server does not answer, CheckpointError
+    where the checkpoint is damaged.
     """
     checkpoint.verify(source)
     meta, sha256 = checkpoint.read_meta(source), checkpoint.sha256(weights_of(source))
+    told = {f"adaptnet.{key}": value for key, value in (remarks or {}).items()}
     same = {"adaptnet.step": str(meta["step"]), "adaptnet.weights_sha256": sha256}
     with asking(uri) as client:
         found = [
@@ -57,11 +62,13 @@ def publish(
         ]
         if found:
             made = min(found, key=lambda version: version.version)
+            for key, value in told.items():
+                client.set_model_version_tag(name, str(made.version), key, value)
         else:
             _make_name(client, name)
             place = f"models/{checkpoint.name_of(meta['step'])}-{sha256[:8]}"
             _upload(client, source, reports, run_id, place, evaluated_on)
-            tags = same | _version_tags(meta, reports)
+            tags = same | _version_tags(meta, reports, evaluated_on) | told
             made = version_of(
                 client.create_model_version(
                     name,
@@ -103,15 +110,22 @@ def save_mlflow_model(folder: Path, destination: Path) -> None:
     import pandas  # type: ignore[import-untyped]
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import Array
+    from mlflow.types.schema import AnyType, Array
 
-    default = load_model(folder).policies[0].name
+    load_model(folder)  # what does not load here is not published
     columns = [("label", DataType.string), ("probability", DataType.double), ("macs", DataType.double)]
+    columns += [("policy", DataType.string)]
     lists = [("labels", Array(DataType.string)), ("probabilities", Array(DataType.double))]
     signature = ModelSignature(
-        inputs=Schema([ColSpec(DataType.binary)]),
+        inputs=Schema([ColSpec(AnyType())]),  # base64 text, bytes, a path, or nested lists of an array
         outputs=Schema([ColSpec(kind, name) for name, kind in [*columns, *lists]]),
-        params=ParamSchema([ParamSpec("policy", DataType.string, default), ParamSpec("top_k", DataType.long, 5)]),
+        params=ParamSchema(
+            [
+                ParamSpec("policy", DataType.string, ""),  # "": the net's default
+                ParamSpec("budget", DataType.string, ""),
+                ParamSpec("top_k", DataType.long, 5),
+            ]
+        ),
     )
     package = Path(__file__).parents[1]
     mlflow.pyfunc.save_model(
@@ -120,7 +134,8 @@ def save_mlflow_model(folder: Path, destination: Path) -> None:
         artifacts={"model": str(folder)},
         code_paths=[str(package)],
         signature=signature,
-        input_example=pandas.DataFrame({"image": [_example_image()]}),
+        input_example=pandas.DataFrame({"image": [base64.b64encode(_example_image()).decode()]}),
+        model_config={"files": ""},
         pip_requirements=requirements(),
     )
 
@@ -141,15 +156,20 @@ def requirements() -> list[str]:
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in (*REQUIREMENTS, *sorted(set(dali)))]
 
 
-def _version_tags(meta: Mapping[str, Any], reports: Sequence[Report]) -> dict[str, str]:
+def _version_tags(meta: Mapping[str, Any], reports: Sequence[Report], evaluated_on: str | None) -> dict[str, str]:
     figures = [{key: value for key, value in asdict(report).items() if key in FIGURES} for report in reports]
-    return {
-        "adaptnet.family": meta["recipe"]["family"]["name"],
-        "adaptnet.recipe": str(meta["recipe"].get("name")),
+    recipe, started = meta["recipe"], meta["recipe"].get("training", {}).get("start_from")
+    tags = {
+        "adaptnet.family": recipe["family"]["name"],
+        "adaptnet.recipe": str(recipe.get("name")),
+        "adaptnet.dataset": Path(recipe.get("data", {}).get("root", "unknown")).name,
         "adaptnet.data": str(meta["fingerprint"].get("data.identity")),
         "adaptnet.fingerprint": configs.fingerprint(meta["fingerprint"]),
         "adaptnet.reports": json.dumps(figures),
     }
+    tags |= {"adaptnet.evaluated_on": evaluated_on} if evaluated_on else {}
+    tags |= {"adaptnet.start_from": str(started)} if started else {}
+    return tags | ({"adaptnet.imported": json.dumps(meta["imported"])} if meta.get("imported") else {})
 
 
 def _description(meta: Mapping[str, Any], reports: Sequence[Report]) -> str:
@@ -158,7 +178,15 @@ def _description(meta: Mapping[str, Any], reports: Sequence[Report]) -> str:
     return "; ".join([text, *figures])[:TAG_CHARS]
 
 
-def publish_run(run_dir: Path, name: str, *, run_id: str, uri: str) -> Version | None:
+def publish_run(
+    run_dir: Path,
+    name: str,
+    *,
+    run_id: str,
+    uri: str,
+    alias: str = CANDIDATE,
+    remarks: Mapping[str, str] | None = None,
+) -> Version | None:
     """Registers a finished run's best checkpoint with the final reports; None where the run is not finished."""
     status = status_of(run_dir)
     if not status.get("finished") or not status.get("best"):
@@ -168,7 +196,16 @@ def publish_run(run_dir: Path, name: str, *, run_id: str, uri: str) -> Version |
     home = run_dir / FINAL
     about = json.loads((home / "about.json").read_text(encoding="utf-8")) if (home / "about.json").is_file() else {}
     best = storage.fetch(status["best"])
-    return publish(best, load_reports(home), name, run_id=run_id, uri=uri, evaluated_on=about.get("data"))
+    return publish(
+        best,
+        load_reports(home),
+        name,
+        run_id=run_id,
+        uri=uri,
+        alias=alias,
+        evaluated_on=about.get("data"),
+        remarks=remarks,
+    )
 
 
 def register_late(run_dir: Path, uri: str | None = None) -> Version | None:

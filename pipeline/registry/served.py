@@ -1,87 +1,84 @@
 """The code of a published MLflow model. MLflow runs this file when the model is loaded; nothing is pickled.
 
-Input: one column of encoded images, as bytes or base64 text. Output, one row an image: `label` and its `probability`,
-the `macs` it took, and the `top_k` likeliest `labels` with their `probabilities`. Parameters: `policy`, `top_k`.
+Input: one column `image` (or no name) of encoded images as bytes or base64 text, paths of image files, or uint8 arrays
+[H, W, 3], in JSON as nested lists under `dataframe_records` or `dataframe_split`. Output, one row an image: `label` and
+its `probability`, the `macs` it took, the `policy` it was run under, and the `top_k` likeliest `labels` with their
+`probabilities`. Parameters: `policy`; or `budget`, e.g. "0.8G" MACs or "50%" of the full net, for the most accurate
+policy within it; `top_k`.
+
+A server reads no files, unless it is started with the model configuration {"files": FOLDER}, and then of that folder.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
+import re
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pandas  # type: ignore[import-untyped]
+from mlflow.environment_variables import _MLFLOW_IS_IN_SERVING_ENVIRONMENT
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from pipeline import registry
-from pipeline.errors import AdaptNetError
+from pipeline.errors import AdaptNetError, ConfigError
+from pipeline.registry.requests import check_rows, encoded_of, policy_for
 from pipeline.training.loop import device_of
+
+COLUMNS = ("image", 0, "0", "inputs")  # what the one column may be called
 
 
 class Served(PythonModel):  # type: ignore[misc]
     def load_context(self, context: PythonModelContext) -> None:
         self._model = registry.load_model(Path(context.artifacts["model"]), device_of("auto"))
+        files = (context.model_config or {}).get("files")
+        self._files = Path(files) if files else None
+        self._lock = Lock()  # MLflow's server answers in threads
 
     def predict(
         self, context: PythonModelContext, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
     ) -> pandas.DataFrame:
         asked = params or {}
-        images = [_bytes(value, position) for position, value in enumerate(_column(model_input))]
+        reads = self._files is not None or not _MLFLOW_IS_IN_SERVING_ENVIRONMENT.get()
         try:
-            answers = registry.predict(self._model, images, asked.get("policy"))
+            values = enumerate(_column(model_input))
+            images = [encoded_of(value, n, files=self._files, reads_files=reads) for n, value in values]
+            policy = policy_for(self._model, asked.get("policy"), asked.get("budget"))
+            with self._lock:
+                answers = registry.predict(self._model, images, policy)
+            return self._table(answers, policy, int(asked.get("top_k", 5)))
         except AdaptNetError as error:
-            raise _refused(str(error)) from None
-        return self._table(answers, int(asked.get("top_k", 5)))
+            raise Refused(str(error)) from None
 
-    def _table(self, answers: registry.Answers, top_k: int) -> pandas.DataFrame:
-        if top_k < 1:
-            raise _refused(f"params.top_k (={top_k}) must be 1 or more")
-        order = (-answers.probabilities).argsort(axis=1, kind="stable")[:, :top_k]
-        labels = [[self._model.classes[index] for index in row] for row in order]
-        probabilities = [answers.probabilities[i, row].tolist() for i, row in enumerate(order)]
-        return pandas.DataFrame(
-            {
-                "label": [row[0] for row in labels],
-                "probability": [row[0] for row in probabilities],
-                "macs": answers.macs,
-                "labels": labels,
-                "probabilities": probabilities,
-            }
-        )
+    def _table(self, answers: registry.Answers, policy: str, top_k: int) -> pandas.DataFrame:
+        found = registry.named(answers, self._model.classes, policy, top_k)
+        return pandas.DataFrame({key: [row[key] for row in found] for key in registry.ANSWER_KEYS})
+
+
+class Refused(MlflowException):  # type: ignore[misc]
+    """A 400 of MLflow's scoring server that says what is wrong, without the request: MLflow would put it in front."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
+
+    @property
+    def message(self) -> str:
+        return self._message
+
+    @message.setter
+    def message(self, text: str) -> None:
+        self._message = re.sub(r"^Failed to predict data .*\nError: ", "", str(text), flags=re.DOTALL)
 
 
 def _column(table: pandas.DataFrame) -> list[Any]:
-    if len(table.columns) != 1:
-        raise _refused(f"one column of images is expected, found {len(table.columns)}: {list(table.columns)[:5]}")
+    if len(table.columns) != 1 or table.columns[0] not in COLUMNS:
+        found = ", ".join(map(str, table.columns[:5])) or "none"
+        raise ConfigError(f"one column `image` is expected, found: {found}")
+    check_rows(len(table))
     return list(table.iloc[:, 0])
-
-
-def _bytes(value: Any, position: int) -> bytes:
-    """An image's bytes; text, and what MLflow's server makes of text under "inputs", is base64."""
-    if isinstance(value, bytes | bytearray | memoryview):
-        raw = bytes(value)
-        return raw if raw[:1] >= b"\x80" else _decoded(raw) or raw  # JPEG and PNG begin above ASCII
-    if not isinstance(value, str):
-        raise _refused(f"image {position}: encoded bytes or base64 text is expected, found {type(value).__name__}")
-    decoded = _decoded(value.encode())
-    if decoded is None:
-        raise _refused(f"image {position}: this text is not base64")
-    return decoded
-
-
-def _decoded(text: bytes) -> bytes | None:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        return None
-
-
-def _refused(message: str) -> MlflowException:
-    """Becomes a 400 of MLflow's scoring server."""
-    return MlflowException.invalid_parameter_value(message)
 
 
 set_model(Served())

@@ -7,6 +7,7 @@ away for as long as it likes: what is missing goes later, by the next driver or 
 """
 
 from pipeline.tracking.address import RegisteredName, TrackingConfig, connect, resolve_uri, unusable
+from pipeline.tracking.folders import send_folder
 from pipeline.tracking.shipper import Shipper, Sync, recipe_of, sync
 from pipeline.tracking.summary import RunSummary, summaries
 
@@ -19,6 +20,7 @@ __all__ = [
     "connect",
     "recipe_of",
     "resolve_uri",
+    "send_folder",
     "summaries",
     "sync",
     "unusable",

@@ -43,6 +43,14 @@ def _shown(uri: str | None) -> str | None:
 RegisteredName = Annotated[str, AfterValidator(_registered_name)]
 
 
+def registered_name(name: str) -> str:
+    """`name`, if the registry takes it. Raises ConfigError where it does not."""
+    try:
+        return _registered_name(name)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
 with warnings.catch_warnings():
     # pydantic takes `register` for one of BaseModel's own names: its metaclass has a method of that name, instances not
     warnings.filterwarnings("ignore", message='Field name "register"')

@@ -264,6 +264,11 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(name: str) -> int:
+    """The step in a checkpoint's name."""
+    return int(name.removeprefix("step-"))
+
+
 class Checkpointer:
     """Rank 0's writer: takes a copy of the state at once and writes it in a thread, one at a time.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pipeline.families.arrn.config import ArrnConfig
+from pipeline.families.arrn.figures import figures
 from pipeline.families.arrn.growing import adopt
 from pipeline.families.arrn.inference import policies
 from pipeline.families.arrn.model import build
 from pipeline.families.arrn.objective import groups, loss, remarks, updates
+from pipeline.families.arrn.static import static
 from pipeline.family import Family
 
 FAMILY = Family(
@@ -18,4 +20,6 @@ FAMILY = Family(
     policies=policies,
     adopt=adopt,
     remarks=remarks,
+    figures=figures,
+    static=static,
 )

@@ -47,12 +47,16 @@ class AtResolution:
         return Prediction(output.logits.float(), per_image(self.prices[shape], images), {"residuals": ran})
 
     def run(self, net: Arrn, images: Tensor) -> Output:
+        output: Output = net(self.sized(net, images))
+        return output
+
+    def sized(self, net: Arrn, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] as the net gets them."""
         if min(images.shape[-2:]) > self.side_px:
             images = net.at_side(images, self.side_px)
         if self.full and net.level(images) > 0:
             images = net.at_side(images, net.ladder[0])
-        output: Output = net(images)
-        return output
+        return images
 
 
 class _Under(nn.Module):

@@ -92,8 +92,12 @@ class Residual(nn.Module):
         """
         h = self.inner(rest, kept)
         idle = zero_of(h[kept:]) if len(h) > kept else None
-        h = self.pair.resize(h[:kept], _size(low))
-        return affine(self.project)(low + (h - h.mean(dim=(2, 3), keepdim=True))), idle
+        return self.joined(low, h[:kept]), idle
+
+    def joined(self, low: Tensor, h: Tensor) -> Tensor:
+        """The next signal, of low and of what `inner` made of the rest, h [b, C_n, H, W]."""
+        h = self.pair.resize(h, _size(low))
+        return affine(self.project)(low + (h - h.mean(dim=(2, 3), keepdim=True)))
 
 
 class Arrn(nn.Module):
@@ -139,10 +143,15 @@ class Arrn(nn.Module):
             order = torch.tensor(levels).argsort(stable=True)
             r, idle = self._chain(x[order.to(x.device)], first, counts)
             r = r[order.argsort().to(r.device)]
-        y = F.silu(self.norm(self.head(self.final(r, len(r)))))  # [B, head width, R_N, R_N]
-        logits = self.fc(y.mean(dim=(2, 3)))
+        logits = self.answer(r)
         logits = logits if idle is None else logits + idle.to(logits.dtype)
         return Output(logits, torch.tensor(levels, device=images.device))
+
+    def answer(self, r: Tensor) -> Tensor:
+        """Logits [B, K] of what the residuals leave, [B, C_N, ...] at R_N."""
+        y = F.silu(self.norm(self.head(self.final(r, r.shape[0]))))  # [B, head width, R_N, R_N]
+        logits: Tensor = self.fc(y.mean(dim=(2, 3)))
+        return logits
 
     def _drawn(self, noise: Tensor | None, count: int) -> list[int]:
         """How many residuals each image drops: the length of the leading run of noise below p_n."""

@@ -5,6 +5,15 @@ from __future__ import annotations
 from pipeline.families.baseline.inference import policies
 from pipeline.families.baseline.model import BaselineConfig, build
 from pipeline.families.baseline.objective import groups, loss, updates
+from pipeline.families.baseline.static import static
 from pipeline.family import Family
 
-FAMILY = Family(config=BaselineConfig, build=build, loss=loss, groups=groups, updates=updates, policies=policies)
+FAMILY = Family(
+    config=BaselineConfig,
+    build=build,
+    loss=loss,
+    groups=groups,
+    updates=updates,
+    policies=policies,
+    static=static,
+)

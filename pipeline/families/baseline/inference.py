@@ -32,14 +32,18 @@ class AtResolution:
         return self
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
-        if self.side_px is not None:
-            native = images.shape[-2:]
-            images = _resized(images, (self.side_px, self.side_px))
-            images = _resized(images, (native[0], native[1])) if self.up_again else images
+        images = self.sized(images)
         shape = tuple(images.shape[1:])
         if shape not in self.prices:
             self.prices[shape] = cost.measure(net, images[:1]).macs
         return Prediction(net(images).logits.float(), per_image(self.prices[shape], images))
+
+    def sized(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] as the net gets them."""
+        if self.side_px is None:
+            return images
+        smaller = _resized(images, (self.side_px, self.side_px))
+        return _resized(smaller, (images.shape[-2], images.shape[-1])) if self.up_again else smaller
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:

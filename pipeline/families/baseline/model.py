@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.googlenet import GoogLeNetOutputs
 
 from pipeline.blocks import Logits, Stem, conv_bn, he_fan_out
+from pipeline.errors import ConfigError
 from pipeline.family import FamilyConfig
 
 TORCHVISION = (
@@ -87,20 +88,25 @@ def _build(config: BaselineConfig, num_classes: int) -> nn.Module:
     net = torchvision.models.get_model(config.net, num_classes=num_classes, weights=None, **options)
     if config.stem == "cifar":
         _shrink_stem(net)
-    return Plain(net)
+    return Plain(net, config.net)
 
 
 class Plain(nn.Module):
     """A torchvision net behind the pipeline's forward. GoogLeNet is built without its auxiliary classifiers."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, name: str) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.name = net, name
 
     def draw_noise(self, num_images: int) -> Tensor | None:
         return None
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Logits:
+        side, least = min(images.shape[-2:]), MIN_SIDE_PX.get(self.name, 1)
+        if side < least:
+            raise ConfigError(
+                f"images of {images.shape[-2]}x{images.shape[-1]} px: {self.name} needs {least} px at least"
+            )
         output = self.net(images)
         return Logits(output.logits if isinstance(output, GoogLeNetOutputs) else output)
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from pipeline.families.convnet_aig.figures import figures
 from pipeline.families.convnet_aig.inference import policies
 from pipeline.families.convnet_aig.model import AigConfig, build
 from pipeline.families.convnet_aig.objective import groups, loss, updates
 from pipeline.families.convnet_aig.released import adopt
+from pipeline.families.convnet_aig.static import static
 from pipeline.family import Family
 
 FAMILY = Family(
-    config=AigConfig, build=build, loss=loss, groups=groups, updates=updates, policies=policies, adopt=adopt
+    config=AigConfig,
+    build=build,
+    loss=loss,
+    groups=groups,
+    updates=updates,
+    policies=policies,
+    adopt=adopt,
+    figures=figures,
+    static=static,
 )

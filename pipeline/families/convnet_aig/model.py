@@ -58,7 +58,7 @@ class AigConfig(FamilyConfig):
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """Blocks of each stage."""
+        """Blocks of each stage; the first block of each but the first halves the maps."""
         return STAGES[self.depth] if self.for_imagenet else ((self.depth - 2) // 6,) * 3
 
     @property
@@ -206,12 +206,11 @@ def logistic(uniform: Tensor) -> Tensor:
 
 
 def _blocks(config: AigConfig) -> list[Block]:
-    stages = config.stages
     widths = (64, 128, 256, 512) if config.for_imagenet else (16, 32, 64)
     expansion = 4 if config.for_imagenet else 1
     inputs = widths[0]
     made: list[Block] = []
-    for stage, (count, width) in enumerate(zip(stages, widths, strict=True)):
+    for stage, (count, width) in enumerate(zip(config.stages, widths, strict=True)):
         for number in range(count):
             stride = 2 if stage and number == 0 else 1
             outputs = width * expansion

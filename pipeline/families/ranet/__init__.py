@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pipeline.families.ranet.config import RanetConfig
+from pipeline.families.ranet.figures import figures
 from pipeline.families.ranet.inference import policies
 from pipeline.families.ranet.model import build
 from pipeline.families.ranet.objective import groups, loss, updates
 from pipeline.families.ranet.released import adopt
+from pipeline.families.ranet.static import static
 from pipeline.family import Family
 
 FAMILY = Family(
-    config=RanetConfig, build=build, loss=loss, groups=groups, updates=updates, policies=policies, adopt=adopt
+    config=RanetConfig,
+    build=build,
+    loss=loss,
+    groups=groups,
+    updates=updates,
+    policies=policies,
+    adopt=adopt,
+    figures=figures,
+    static=static,
 )

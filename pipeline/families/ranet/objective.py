@@ -16,10 +16,16 @@ from pipeline.family import Loss, Params, cross_entropy
 
 
 def loss(config: RanetConfig, output: Output, targets: Tensor) -> Loss:
-    """The sum over exits; parts: `ce` of the last exit and `ce/<exit>` of each."""
+    """The sum over exits; parts: `ce` of the last exit, `ce/<exit>` and `top1/<exit>` of each.
+
+    Of mixed images the top-1 asks for the class that has most of them.
+    """
     exits = torch.stack([cross_entropy(logits, targets) for logits in output.exits.unbind(1)])
     by_exit = {f"ce/{number:02d}": value for number, value in enumerate(exits.detach(), 1)}
-    return Loss(exits.sum(), {"ce": exits[-1].detach(), **by_exit})
+    truth = targets if targets.dim() == 1 else targets.argmax(1)
+    hits = output.exits.detach().argmax(2).eq(truth[:, None]).float().mean(0)  # [E]
+    top1 = {f"top1/{number:02d}": value for number, value in enumerate(hits, 1)}
+    return Loss(exits.sum(), {"ce": exits[-1].detach(), **by_exit, **top1})
 
 
 def groups(config: RanetConfig, net: nn.Module) -> Mapping[str, Sequence[Params]]:

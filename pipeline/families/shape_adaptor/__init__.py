@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from pipeline.families.shape_adaptor.figures import figures
 from pipeline.families.shape_adaptor.inference import policies
 from pipeline.families.shape_adaptor.model import ShapeConfig, build
 from pipeline.families.shape_adaptor.objective import groups, loss, updates
+from pipeline.families.shape_adaptor.static import static
 from pipeline.families.shape_adaptor.weights import adopt
 from pipeline.family import Family
 
 FAMILY = Family(
-    config=ShapeConfig, build=build, loss=loss, groups=groups, updates=updates, policies=policies, adopt=adopt
+    config=ShapeConfig,
+    build=build,
+    loss=loss,
+    groups=groups,
+    updates=updates,
+    policies=policies,
+    adopt=adopt,
+    figures=figures,
+    static=static,
 )

@@ -12,7 +12,7 @@ one rule in every net (there one net follows two rules at exactly 64 px).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,10 @@ class Route:
         return len(self.fixed) - 1
 
 
-def build_body(layout: Layout, num_classes: int) -> tuple[nn.Module, Route]:
+Body: TypeAlias = "Vgg16 | ResNet50 | MobileNetV2"
+
+
+def build_body(layout: Layout, num_classes: int) -> tuple[Body, Route]:
     """The body with its initial weights, and where its adaptors stand."""
     route = Route(layout.ceil_pool)
     if layout.kind == "resnet50":
@@ -172,6 +175,11 @@ class Vgg16(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """By their numbers, of which `places` are some."""
+        return list(self.convs)
+
     def forward(self, images: Tensor, cells: Cells) -> Tensor:
         """images [B, 3, H, W] -> logits [B, K]."""
         x = images
@@ -231,6 +239,11 @@ class ResNet50(nn.Module):
                 inputs = 4 * width
         self.fc = nn.Linear(inputs, num_classes)
         he_fan_out(self)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """By their numbers, of which `places` are some."""
+        return [self.conv1, *(block for layer in self._layers() for block in layer)]
 
     def _layers(self) -> tuple[nn.ModuleList, ...]:
         return self.layer1, self.layer2, self.layer3, self.layer4
@@ -308,6 +321,11 @@ class MobileNetV2(nn.Module):
         he_fan_out(self)
         nn.init.normal_(self.classifier.weight, 0, 0.01)
         nn.init.zeros_(self.classifier.bias)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """By their numbers, of which `places` are some, and the last convolution."""
+        return list(self.features)
 
     def forward(self, images: Tensor, cells: Cells) -> Tensor:
         """images [B, 3, H, W] -> logits [B, K]."""

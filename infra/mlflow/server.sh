@@ -1,0 +1,166 @@
+#!/usr/bin/env bash
+# A team's tracking server on a bare Debian host: PostgreSQL, MLflow with log-in, artifacts in a folder or in S3.
+#
+#   MLFLOW_AUTH_ADMIN_PASSWORD=... infra/mlflow/server.sh start     the password is needed the first time
+#   infra/mlflow/server.sh status|stop
+#
+# MLFLOW_HOST (127.0.0.1), MLFLOW_PORT (5000), MLFLOW_WORKERS (2), MLFLOW_AUTH_ADMIN_USERNAME (admin)
+# MLFLOW_ARTIFACTS   s3://BUCKET/PATH, with AWS_* and MLFLOW_S3_ENDPOINT_URL as MLflow takes them; default a folder
+# MLFLOW_ALLOWED_HOSTS   names under which people reach it, as HOST:PORT,...; default: this machine and private networks
+# and what common.sh names. The database listens on a socket alone, for its user and the one who started it: it has no password.
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+
+host=${MLFLOW_HOST:-127.0.0.1} port=${MLFLOW_PORT:-5000} workers=${MLFLOW_WORKERS:-2}
+artifacts=${MLFLOW_ARTIFACTS:-$home/artifacts}
+
+check_password() {
+    local password=${MLFLOW_AUTH_ADMIN_PASSWORD:-}
+    if [ -e "$home/initialised" ] && [ -z "$password" ]; then return; fi
+    [ -n "$password" ] || die "set MLFLOW_AUTH_ADMIN_PASSWORD: the first start makes the administrator with it"
+    case $password in
+        password1234 | password* | admin* | mlflow* | changeme* | secret*)
+            die "MLFLOW_AUTH_ADMIN_PASSWORD begins as well-known passwords do; take another" ;;
+    esac
+    [ ${#password} -ge 12 ] || die "MLFLOW_AUTH_ADMIN_PASSWORD has ${#password} characters; take at least 12"
+}
+
+check_packages() {
+    if [ "$(id -u)" = 0 ] && ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then
+        say "installing PostgreSQL from Debian's packages"
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends postgresql
+        } >/dev/null || die "apt-get could not install postgresql"
+    fi
+    find_postgres
+    [ -x "$python" ] || die "$python: no such Python; run infra/venv.sh, or name one that has mlflow: MLFLOW_PYTHON"
+    "$python" -c 'import flask_wtf, mlflow, psycopg' 2>/dev/null ||
+        die "$python lacks what the server needs: uv pip install --constraint constraints.txt '.[server]'"
+}
+
+make_home() {
+    (umask 077 && mkdir -p "$home")
+    chmod 711 "$home"
+    mkdir -p "$home/db" "$home/artifacts"
+    chmod 700 "$home/db" "$home/artifacts"
+    [ "$(id -u)" != 0 ] || chown "$user" "$home/db"
+    [ ! -e "$home/db/ready" ] || return 0
+    as_postgres rm -rf data # of a start that was broken off
+    as_postgres mkdir -p "$sockets"
+    as_postgres "$bin/initdb" -D data --auth-local=peer --auth-host=reject --username=mlflow --encoding=UTF8 \
+        --locale=C.UTF-8 >/dev/null
+    as_postgres tee -a data/postgresql.conf >/dev/null <<P
+listen_addresses = ''
+unix_socket_directories = '$sockets'
+max_connections = 200
+P
+    echo "local all all peer map=mlflow" | as_postgres tee data/pg_hba.conf >/dev/null
+    printf 'mlflow %s mlflow\n' $(printf '%s\n' "$user" "$(id -un)" | sort -u) | as_postgres tee data/pg_ident.conf >/dev/null
+    as_postgres touch ready
+}
+
+make_databases() {
+    local name
+    for name in mlflow mlflow_users; do
+        [ "$(sql postgres "SELECT 1 FROM pg_database WHERE datname = '$name'")" = 1 ] ||
+            sql postgres "CREATE DATABASE $name"
+    done
+    "$python" -m mlflow db upgrade "$database" >"$home/upgrade.log" 2>&1 ||
+        die "the tables could not be brought up to date: $(tail -3 "$home/upgrade.log")"
+}
+
+write_settings() {
+    [ -e "$home/session.key" ] || (umask 077 && head -c 32 /dev/urandom | base64 >"$home/session.key")
+    cat >"$home/auth.ini" <<P
+[mlflow]
+default_permission = EDIT
+database_uri = $users
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+auth_cache_ttl_seconds = 60
+P
+}
+
+launch() {
+    export MLFLOW_AUTH_CONFIG_PATH=$home/auth.ini MLFLOW_AUTH_ADMIN_USERNAME=${MLFLOW_AUTH_ADMIN_USERNAME:-admin}
+    export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
+    MLFLOW_FLASK_SERVER_SECRET_KEY=$(cat "$home/session.key")
+    export MLFLOW_FLASK_SERVER_SECRET_KEY
+    cd "$home"
+    setsid --fork sh -c 'echo $$ >server.pid && exec "$@"' - "$python" -m mlflow server --app-name basic-auth \
+        --backend-store-uri "$database" --artifacts-destination "$artifacts" --host "$host" --port "$port" \
+        --workers "$workers" ${MLFLOW_ALLOWED_HOSTS:+--allowed-hosts "$MLFLOW_ALLOWED_HOSTS"} \
+        >>"$home/server.log" 2>&1 9>&- </dev/null
+}
+
+answers() { "$python" -c "
+import sys, urllib.request as r
+sys.exit(r.urlopen('http://$1:$port/health', timeout=2).status != 200)" 2>/dev/null; }
+
+reach=$host
+[ "$host" = 0.0.0.0 ] && reach=127.0.0.1
+
+start() {
+    check_packages
+    check_password
+    make_home
+    exec 9>"$home/lock" && flock -w 120 9 || die "another start is under way"
+    start_database
+    if is_server_up && answers "$reach"; then say "runs already: http://$host:$port" && return; fi
+    make_databases
+    write_settings
+    launch
+    local left
+    for left in $(seq 240); do
+        if answers "$reach"; then
+            touch "$home/initialised"
+            say "http://$host:$port, log in as ${MLFLOW_AUTH_ADMIN_USERNAME:-admin}; all of it is in $home"
+            return
+        fi
+        sleep 0.5
+        [ "$left" -lt 8 ] || is_server_up || break
+    done
+    local last
+    last=$(grep -E "Error|Exception|error" "$home/server.log" | tail -2)
+    stop
+    die "the server does not answer; its last words: ${last:-none; see $home/server.log}"
+}
+
+stop() {
+    find_postgres
+    local group left
+    if is_server_up; then
+        group=$(cat "$home/server.pid")
+        kill -TERM -- "-$group" 2>/dev/null || true
+        for left in $(seq 100); do
+            kill -0 -- "-$group" 2>/dev/null || break
+            [ "$left" -lt 100 ] || kill -KILL -- "-$group" 2>/dev/null || true
+            sleep 0.1
+        done
+    fi
+    rm -f "$home/server.pid"
+    if [ -e "$home/db/ready" ] && is_database_up; then
+        as_postgres "$bin/pg_ctl" -D "$home/db/data" -m fast -w stop >/dev/null
+    fi
+    say "stopped"
+}
+
+status() {
+    find_postgres
+    local code=0
+    if [ -e "$home/db/ready" ] && is_database_up; then
+        echo "database   up, revision $(sql mlflow 'SELECT version_num FROM alembic_version' 2>/dev/null || echo none)"
+    else
+        echo "database   down: infra/mlflow/server.sh start" && code=1
+    fi
+    if is_server_up && answers "$reach"; then
+        echo "server     up: http://$host:$port"
+    else
+        echo "server     down: infra/mlflow/server.sh start; its log: $home/server.log" && code=1
+    fi
+    echo "artifacts  $artifacts"
+    return $code
+}
+
+case ${1:-} in
+    start | stop | status) "$1" ;;
+    *) die "say start, stop or status" ;;
+esac

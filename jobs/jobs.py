@@ -1,0 +1,179 @@
+"""`adaptnet jobs`: what has become of submitted jobs, and orders to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+HELP = """Jobs by id, or by the name or folder of their run.
+
+Examples:
+
+  adaptnet jobs list
+
+  adaptnet jobs show convnet_aig-toy
+
+  adaptnet jobs logs convnet_aig-toy -f
+
+  adaptnet jobs cancel 4711
+"""
+
+app = typer.Typer(
+    help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
+)
+Wanted = Annotated[str, typer.Argument(help="job id, or name or folder of a run")]
+Runs = Annotated[Path, typer.Option(help="folder of runs")]
+RUNS = Path("runs")
+
+
+@app.command("list", help="One line for the newest job of each run.\n\nExamples:\n\n  adaptnet jobs list")
+def list_jobs(runs: Runs = RUNS) -> None:
+    from jobs import queue, tables
+
+    entries = queue.everything(runs)
+    if not entries:
+        typer.echo(f"no jobs in {runs}; `adaptnet submit` makes one")
+        return
+    rows = [["run", "job", "state", "starts", "nodes", "elapsed", "submitted", "why"]]
+    for entry in entries:
+        state = queue.state_of(entry)
+        when = time.strftime("%m-%d %H:%M", time.localtime(entry["submitted"]))
+        facts = [state.name, str(len(_starts(entry))), state.nodes or "-", state.elapsed or "-", when, state.reason]
+        rows.append([Path(entry["home"]).name, str(entry["id"]), *facts])
+    typer.echo(tables.align(rows))
+
+
+@app.command(
+    help="What a job is, how it goes, why it waits or failed, and which MLflow run it writes.\n\nExamples:\n\n"
+    "  adaptnet jobs show convnet_aig-toy"
+)
+def show(job: Wanted, runs: Runs = RUNS) -> None:
+    from jobs import queue, tables
+    from pipeline.registry import newest_step
+
+    entry = queue.find(job, runs)
+    state = queue.state_of(entry)
+    facts: dict[str, Any] = {
+        "job": f"{entry['id']} ({entry['where']})",
+        "command": " ".join(["adaptnet", entry["verb"], *entry["arguments"]]),
+        "state": state.name + (f": {state.reason}" if state.reason else ""),
+        "nodes": state.nodes or "-",
+        "elapsed": state.elapsed or "-",
+        "starts": ", ".join(f"step {each['from']} to {_end_of(each)}" for each in _starts(entry)) or "none yet",
+        "log": entry["log"],
+    }
+    if entry["run_dir"]:
+        run_dir = Path(entry["run_dir"])
+        facts |= {"run": run_dir, "newest checkpoint": f"step {newest_step(run_dir)}", "MLflow run": _mlflow(run_dir)}
+    typer.echo(tables.of_pairs(facts))
+    if not state.lives and state.name != "COMPLETED":
+        typer.echo("\n".join(["", "last words:", *(f"  {line}" for line in queue.last_words(entry))]))
+
+
+def _starts(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    from jobs.slurm import Starts
+
+    job = str(entry["id"]).partition("_")[0] if entry["where"] == "slurm" else None
+    return [each for each in Starts(Path(entry["home"])).read() if job is None or _same(each["job"], entry["id"])]
+
+
+def _same(started: str | None, job: str) -> bool:
+    """An array's task has a job id of its own, which only its home tells."""
+    return started is not None and ("_" in job or started == job)
+
+
+def _end_of(start: dict[str, Any]) -> str:
+    return "now" if start["to"] is None else str(start["to"])
+
+
+def _mlflow(run_dir: Path) -> str:
+    from pipeline.tracking.carrier import Ledger
+
+    ledger = Ledger.peek(run_dir)
+    return f"{ledger.run_id} in {ledger.uri}" if ledger.run_id else "none yet"
+
+
+@app.command(help="A job's output.\n\nExamples:\n\n  adaptnet jobs logs convnet_aig-toy -f")
+def logs(
+    job: Wanted,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="as it grows, until the job has ended")] = False,
+    runs: Runs = RUNS,
+) -> None:
+    from jobs import queue
+
+    entry = queue.find(job, runs)
+    if follow:
+        for text in queue.follow(entry):
+            typer.echo(text, nl=False)
+    elif Path(entry["log"]).is_file():
+        typer.echo(Path(entry["log"]).read_text(encoding="utf-8", errors="replace"), nl=False)
+    else:
+        typer.echo(f"no log yet: {queue.state_of(entry).name}")
+
+
+@app.command(help="Ends a job; a training saves first.\n\nExamples:\n\n  adaptnet jobs cancel 4711")
+def cancel(job: Wanted, runs: Runs = RUNS) -> None:
+    from jobs import queue, ray_jobs
+
+    entry = queue.find(job, runs)
+    if entry["where"] == "slurm":
+        queue.tell("scancel", str(entry["id"]))
+    elif entry["where"] == "ray":
+        ray_jobs.stop(entry)
+    elif queue.state_of(entry).lives:
+        os.kill(int(entry["id"]), signal.SIGTERM)
+    typer.echo(f"job {entry['id']} is asked to end; `adaptnet jobs resubmit {Path(entry['home']).name}` goes on")
+
+
+@app.command(
+    help="Puts a running job back into the queue; it goes on from its newest checkpoint.\n\nExamples:\n\n"
+    "  adaptnet jobs requeue 4711"
+)
+def requeue(job: Wanted, runs: Runs = RUNS) -> None:
+    from jobs import queue
+
+    entry = queue.find(job, runs)
+    queue.tell("scontrol", "requeue", str(entry["id"]))
+    typer.echo(f"job {entry['id']} is requeued")
+
+
+@app.command(
+    help="Submits a job that has ended anew, with what it was submitted with: the run goes on.\n\nExamples:\n\n"
+    "  adaptnet jobs resubmit convnet_aig-toy"
+)
+def resubmit(job: Wanted, runs: Runs = RUNS) -> None:
+    from jobs import queue, ray_jobs, slurm
+    from jobs.site import Site
+    from pipeline.errors import ResourceError
+
+    entry = queue.find(job, runs)
+    state = queue.state_of(entry)
+    if state.lives:
+        raise ResourceError(f"job {entry['id']} is {state.name.lower()}; `adaptnet jobs requeue` starts it anew")
+    site = Site.model_validate_json(_text(entry["site"]))
+    resources = slurm.Resources(**{**entry["resources"], "nodes": tuple(entry["resources"]["nodes"])})
+    again = slurm.Job(
+        verb=entry["verb"],
+        arguments=tuple(entry["arguments"]),
+        home=str(Path(entry["home"]).absolute()),
+        run_dir=entry["run_dir"],
+        patience_s=site.patience_s,
+        max_requeues=site.max_requeues,
+        fewest_nodes=resources.nodes[0],
+        uses_ray=entry["verb"] in ("train", "sweep"),
+    )
+    submission = slurm.Submission(again, entry["name"], resources, site)
+    on_ray = entry["where"] == "ray"
+    (made,) = ray_jobs.submit(submission, entry["address"]) if on_ray else slurm.submit(submission, entry["where"])
+    typer.echo(f"job {made} goes on with {entry['home']}")
+
+
+def _text(site: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(site)

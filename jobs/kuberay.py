@@ -1,0 +1,180 @@
+"""The fields of KubeRay's RayCluster and RayJob (ray.io/v1) that we write, with their rules.
+
+A model of our own, after KubeRay's API reference and Kubernetes' core/v1, with their names. A manifest that does not
+fit it is not written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Config
+
+Label = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[KMGT]i?)?$")]
+Text = Annotated[str, Field(min_length=1)]
+Replicas = Annotated[int, Field(ge=0)]
+
+
+class Metadata(Config):
+    name: Label
+    namespace: Label
+
+
+class Variable(Config):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    value: str
+
+
+class Amounts(Config):
+    limits: Mapping[Literal["cpu", "memory", "nvidia.com/gpu"], Quantity]
+    requests: Mapping[Literal["cpu", "memory", "nvidia.com/gpu"], Quantity]
+
+
+class Port(Config):
+    containerPort: Annotated[int, Field(ge=1, le=65535)]
+    name: Label
+
+
+class Tcp(Config):
+    port: Annotated[int, Field(ge=1, le=65535)]
+
+
+class Exec(Config):
+    command: Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
+class Probe(Config):
+    """Exactly one way to ask."""
+
+    tcpSocket: Tcp | None = None
+    exec: Exec | None = None
+    initialDelaySeconds: Replicas
+    periodSeconds: Annotated[int, Field(ge=1)]
+    timeoutSeconds: Annotated[int, Field(ge=1)]
+    failureThreshold: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.tcpSocket is None) == (self.exec is None):
+            raise ValueError("a probe has one of tcpSocket and exec")
+        return self
+
+
+class Mount(Config):
+    name: Label
+    mountPath: Annotated[str, Field(pattern=r"^/")]
+
+
+class Container(Config):
+    name: Label
+    image: Text
+    resources: Amounts
+    env: tuple[Variable, ...] = ()
+    ports: tuple[Port, ...] = ()
+    volumeMounts: tuple[Mount, ...] = ()
+    readinessProbe: Probe
+    livenessProbe: Probe
+
+
+class Claim(Config):
+    claimName: Text
+
+
+class Volume(Config):
+    name: Label
+    persistentVolumeClaim: Claim
+
+
+class Reference(Config):
+    name: Text
+
+
+class SecurityContext(Config):
+    runAsNonRoot: Literal[True]
+    runAsUser: Annotated[int, Field(ge=1)]
+    fsGroup: Annotated[int, Field(ge=1)]
+
+
+class PodSpec(Config):
+    containers: Annotated[tuple[Container, ...], Field(min_length=1)]
+    securityContext: SecurityContext
+    volumes: tuple[Volume, ...] = ()
+    imagePullSecrets: tuple[Reference, ...] = ()
+    nodeSelector: Mapping[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _mounted(self) -> Self:
+        known = {volume.name for volume in self.volumes}
+        lost = {mount.name for each in self.containers for mount in each.volumeMounts} - known
+        if lost:
+            raise ValueError(f"no volume of the name {', '.join(sorted(lost))}")
+        return self
+
+
+class Template(Config):
+    spec: PodSpec
+
+
+class HeadGroup(Config):
+    rayStartParams: Mapping[str, str]
+    template: Template
+
+
+class WorkerGroup(Config):
+    groupName: Label
+    replicas: Replicas
+    minReplicas: Replicas
+    maxReplicas: Replicas
+    rayStartParams: Mapping[str, str]
+    template: Template
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.minReplicas <= self.replicas <= self.maxReplicas:
+            raise ValueError("minReplicas <= replicas <= maxReplicas does not hold")
+        return self
+
+
+class Authentication(Config):
+    mode: Literal["disabled", "token"]
+
+
+class Autoscaler(Config):
+    idleTimeoutSeconds: Replicas
+    version: Literal["v1", "v2"]
+
+
+class ClusterSpec(Config):
+    rayVersion: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
+    authOptions: Authentication
+    enableInTreeAutoscaling: bool
+    autoscalerOptions: Autoscaler | None = None
+    headGroupSpec: HeadGroup
+    workerGroupSpecs: tuple[WorkerGroup, ...]
+
+
+class JobSpec(Config):
+    entrypoint: Text
+    submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]
+    shutdownAfterJobFinishes: bool
+    ttlSecondsAfterFinished: Replicas
+    backoffLimit: Replicas
+    rayClusterSpec: ClusterSpec
+
+
+class RayCluster(Config):
+    apiVersion: Literal["ray.io/v1"]
+    kind: Literal["RayCluster"]
+    metadata: Metadata
+    spec: ClusterSpec
+
+
+class RayJob(Config):
+    apiVersion: Literal["ray.io/v1"]
+    kind: Literal["RayJob"]
+    metadata: Metadata
+    spec: JobSpec

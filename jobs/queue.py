@@ -1,0 +1,213 @@
+"""What has become of jobs: from SLURM's queue, its accounting where there is one, and the jobs' own folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from jobs.slurm import FOLDER, RECORD, STARTS, recorded
+from pipeline.errors import ConfigError, ResourceError
+
+LIVES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING"}
+WHY = {  # SLURM's reasons for waiting, in words
+    "Resources": "the nodes it needs are busy",
+    "Priority": "jobs of higher priority are before it",
+    "BeginTime": "requeued a moment ago, it may start again shortly",
+    "Dependency": "the job that it depends on has not ended",
+    "DependencyNeverSatisfied": "the job that it depends on failed, so it will never start: cancel it",
+    "ReqNodeNotAvail": "the nodes it needs are down, drained or reserved",
+    "PartitionDown": "the partition is down",
+    "PartitionNodeLimit": "it asks for more nodes than the partition gives to one job",
+    "PartitionTimeLimit": "it asks for more time than the partition allows",
+    "PartitionConfig": "the partition cannot give what it asks for",
+    "AssocGrpGRES": "the account's GPUs are in use",
+    "QOSMaxJobsPerUserLimit": "you have as many jobs running as your QOS allows",
+    "QOSMaxGRESPerUser": "you have as many GPUs as your QOS allows",
+    "QOSGrpGRES": "all GPUs of the QOS are in use",
+    "JobHeldUser": "you hold it: scontrol release starts it",
+    "JobHeldAdmin": "an administrator holds it",
+    "JobArrayTaskLimit": "as many tasks of the array run as it allows at once",
+    "launch failed requeued held": "it could not be started and is held: scontrol release starts it",
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """SLURM's word for a job's state, why it is so, and where and how long it has run."""
+
+    name: str
+    reason: str = ""
+    nodes: str = ""
+    elapsed: str = ""
+
+    @property
+    def lives(self) -> bool:
+        return self.name in LIVES
+
+
+def everything(runs: Path = Path("runs")) -> list[dict[str, Any]]:
+    """The newest job of each run and of each folder of jobs, newest first."""
+    homes = [
+        path.parents[1]
+        for pattern in (f"*/{FOLDER}/{RECORD}", f"jobs/*/{FOLDER}/{RECORD}")
+        for path in runs.glob(pattern)
+    ]
+    found = [recorded(home)[-1] | {"home": str(home)} for home in homes]
+    return sorted(found, key=lambda entry: -float(entry["submitted"]))
+
+
+def find(wanted: str, runs: Path = Path("runs")) -> dict[str, Any]:
+    """A job by its id, or the newest of a run by its name or folder. Raises ConfigError listing what there is."""
+    home = next((place for place in (Path(wanted), runs / wanted) if (place / FOLDER / RECORD).is_file()), None)
+    if home is not None:
+        return recorded(home)[-1] | {"home": str(home)}
+    entries = everything(runs)
+    homes = [Path(entry["home"]) for entry in entries]
+    old = (entry | {"home": str(home)} for home in homes for entry in reversed(recorded(home)))
+    for entry in old:
+        if str(entry["id"]) == wanted:
+            return entry
+    names = [Path(entry["home"]).name for entry in entries]
+    close = get_close_matches(wanted, [*names, *(str(entry["id"]) for entry in entries)], 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    there = ", ".join(f"{entry['id']} ({name})" for entry, name in zip(entries[:10], names, strict=False)) or "none"
+    raise ConfigError(f"{wanted}: no job of that id, run or folder; there are: {there}{hint}")
+
+
+def state_of(entry: Mapping[str, Any]) -> State:
+    """What a job is doing now, or how it ended."""
+    if entry["where"] == "ray":
+        return _on_ray(entry)
+    if entry["where"] != "slurm":
+        return _local(entry)
+    return _queued(str(entry["id"])) or _accounted(str(entry["id"])) or _by_folder(entry)
+
+
+def _on_ray(entry: Mapping[str, Any]) -> State:
+    """From the cluster's job server; from what the job left where that is gone."""
+    from jobs import ray_jobs
+
+    try:
+        name, reason = ray_jobs.state_of(entry)
+    except ResourceError:
+        return _by_folder(entry)
+    return State(name, reason if name != "COMPLETED" else "")
+
+
+def _queued(job: str) -> State | None:
+    """From squeue; None where it no longer knows the job, or is not there."""
+    lines = ask("squeue", "-h", "-j", job, "-o", "%T|%r|%N|%M")
+    fields = lines[0].split("|") if lines else []
+    if len(fields) != 4:
+        return None
+    name, reason, nodes, elapsed = fields
+    if name not in LIVES:
+        return None
+    text = WHY.get(reason, reason) if name == "PENDING" and reason != "None" else ""
+    return State(name, text, nodes, elapsed)
+
+
+def _accounted(job: str) -> State | None:
+    """From sacct: the last of a job's starts."""
+    for line in reversed(ask("sacct", "-nPX", "-j", job, "-o", "State,ExitCode,NodeList,Elapsed")):
+        fields = line.split("|")
+        if len(fields) == 4 and fields[0]:
+            name = fields[0].split()[0]
+            code = fields[1].partition(":")[0]
+            return State(name, f"exit code {code}" if code not in ("0", "") else "", fields[2], fields[3])
+    return None
+
+
+def _by_folder(entry: Mapping[str, Any]) -> State:
+    """Where SLURM has forgotten the job: from what it left."""
+    if entry["run_dir"] and _json(Path(entry["run_dir"]) / "status.json").get("finished"):
+        return State("COMPLETED")
+    starts = _json(Path(entry.get("home") or entry["run_dir"]) / FOLDER / STARTS) or []
+    started = any(str(each["job"]) == str(entry["id"]).partition("_")[0] for each in starts)
+    started = started or (entry["where"] == "ray" and Path(entry["log"]).is_file())
+    who = "its cluster is gone" if entry["where"] == "ray" else "SLURM no longer knows it"
+    return State("UNKNOWN", f"{who}; it had " + ("started" if started else "not started"))
+
+
+def _local(entry: Mapping[str, Any]) -> State:
+    results = Path(entry["folder"]) / f"{entry['id']}_0_result.pkl"
+    if results.is_file():
+        finished = not entry["run_dir"] or _json(Path(entry["run_dir"]) / "status.json").get("finished")
+        return State("COMPLETED" if finished else "FAILED")
+    alive = str(entry["id"]).isdigit() and psutil.pid_exists(int(entry["id"]))
+    return State("RUNNING") if alive else State("FAILED", "its process has ended without a result")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def ask(*command: str) -> list[str]:
+    """The lines that a command of SLURM's prints; none where it fails or is not there."""
+    if shutil.which(command[0]) is None:
+        return []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.SubprocessError:
+        return []
+    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def tell(*command: str) -> None:
+    """Gives SLURM an order. Raises ResourceError with its words where it is refused."""
+    if shutil.which(command[0]) is None:
+        raise ResourceError(f"{command[0]}: this machine has no SLURM; give the command where the job was submitted")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode != 0:
+        raise ResourceError(f"{' '.join(command)}: {' '.join(done.stderr.split())}")
+
+
+def last_words(entry: Mapping[str, Any], most: int = 12) -> list[str]:
+    """The lines of a job's log that matter: from its last error on, or the last ones."""
+    lines = _lines(Path(entry["log"]))
+    marks = [n for n, line in enumerate(lines) if line.startswith("adaptnet:") or "Error" in line]
+    mine = [line for line in lines if line.startswith("adaptnet:")]
+    if mine:
+        return mine[-3:]
+    return lines[marks[-1] :][:most] if marks else lines[-most:]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 65536))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+def follow(entry: Mapping[str, Any]) -> Iterator[str]:
+    """The log's text as it grows, until the job has ended; waits for it to begin."""
+    import time
+
+    path, offset = Path(entry["log"]), 0
+    while True:
+        alive = state_of(entry).lives
+        if path.is_file():
+            with open(path, encoding="utf-8", errors="replace") as file:
+                file.seek(offset)
+                text = file.read()
+                offset = file.tell()
+            if text:
+                yield text
+        if not alive:
+            return
+        time.sleep(1)

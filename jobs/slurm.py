@@ -1,0 +1,526 @@
+"""Jobs on SLURM: the only user of submitit.
+
+A job is one task per node. The first node's task runs the verb as on a workstation; the others lend their node to Ray.
+Correctness rests on checkpoints and on starting = resuming: SLURM starts a requeued job's script anew, that loads the
+same `Job`, and training goes on from its newest checkpoint. submitit's own handler would requeue at once, count each
+preemption of a short job as a time-out, and leave Ray's main thread in mid-step; it is replaced here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from jobs.site import Site
+from pipeline import allocation
+from pipeline.allocation import Member, Node
+from pipeline.errors import AdaptNetError, ConfigError, ResourceError
+from pipeline.provenance import write_whole
+
+Where = Literal["slurm", "local", "debug"]
+FOLDER, RECORD, STARTS = "slurm", "jobs.json", "starts.json"
+START_UP_S = 60  # imports, Ray, workers: before these are over nothing is saved
+SIGNALLED_EARLY_S = 60  # SLURM's warning may come so much before its time
+FRUITLESS = 3  # starts in a row that saved no step, after which a job ends
+PACKAGES = ("pipeline", "jobs", "tuning")
+NO_KILL = ("--no-kill", "--wait=0", "--kill-on-bad-exit=0")  # the step outlives the loss of a node
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks for; nodes (fewest, most)."""
+
+    nodes: tuple[int, int]
+    gpus_per_node: int
+    cpus_per_task: int
+    minutes: int
+    memory_gb: float | None = None
+
+    @property
+    def elastic(self) -> bool:
+        return self.nodes[0] < self.nodes[1]
+
+
+# ---- what runs on the nodes
+
+
+@dataclass(frozen=True)
+class Job:
+    """A verb of `adaptnet` and its arguments, to be run over a job's nodes; home is seen by all of them.
+
+    run_dir is that of a training, whose steps count as progress; None for a verb that is done again from its start.
+    """
+
+    verb: str
+    arguments: tuple[str, ...]
+    home: str
+    run_dir: str | None
+    patience_s: float
+    max_requeues: int
+    fewest_nodes: int = 1
+    uses_ray: bool = True
+
+    def __call__(self) -> str:
+        """Runs this node's part. What it gives back is for people: "finished", or why it is not.
+
+        A user's error is printed without a traceback and ends the task with exit code 2.
+        """
+        try:
+            return self._run()
+        except AdaptNetError as error:
+            print(f"adaptnet: {error}", flush=True)
+            raise SystemExit(2) from None
+
+    def _run(self) -> str:
+        node = node_here(Path(self.home), self.patience_s)
+        if node is None or (not self.uses_ray and node.is_head):
+            return self._drive(None)
+        if not self.uses_ray:
+            return "nothing to do on this node"
+        if not node.is_head:
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+            with allocation.joined(node) as member:
+                member.serve()
+            return "the head has ended"
+        warned = Warned()  # from now on: a job may be told to save while Ray comes up
+        with allocation.joined(node) as member:
+            alive = member.await_nodes(self.fewest_nodes)
+            print(f"Ray at {member.address}: {alive} of {len(node.names)} nodes", flush=True)
+            return self._drive(member, warned)
+
+    def checkpoint(self) -> Any:
+        """submitit's polite path, for a warning that comes before `__call__`: the same job again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def _drive(self, member: Member | None, warned: Warned | None = None) -> str:
+        warned = warned or Warned()
+        starts = Starts(Path(self.home))
+        starts.begin(self._step())
+        words = [*self.arguments, *([f"compute.address={member.address}"] if member else [])]
+        lost: ResourceError | None = None
+        try:
+            finished = run_verb(self.verb, words)
+        except ResourceError as error:  # a dead head or node: worth another start
+            finished, lost = False, error
+        starts.end(self._step())
+        if finished:
+            return "finished"
+        why = str(lost) if lost else "asked to save before its end"
+        if self._terminated and not warned.came:  # SLURM cancels or requeues by itself
+            return "stopped"
+        if lost and not (in_slurm() and starts.progressed()):
+            raise lost
+        if not in_slurm() or not (lost or warned.came):
+            return "stopped"
+        starts.check(why, self.max_requeues)
+        requeue(why)
+        raise SystemExit(0)  # SLURM ends this task; no result is left behind
+
+    @property
+    def _terminated(self) -> bool:
+        """Whether a training was asked to stop: then its workers may have been ended before they had saved."""
+        return self.run_dir is not None and (Path(self.run_dir) / "stop").exists()
+
+    def _step(self) -> int:
+        """The newest checkpoint's step."""
+        if self.run_dir is None:
+            return 0
+        from pipeline import registry
+
+        return registry.newest_step(Path(self.run_dir))
+
+
+class Warned:
+    """Whether SLURM's warning came; it is passed on as SIGTERM, by which every verb saves and stops."""
+
+    def __init__(self) -> None:
+        self.came = False
+        if in_slurm():
+            signal.signal(signal.SIGUSR2, self._take)
+
+    def _take(self, number: int, frame: Any) -> None:
+        self.came = True
+        print("SLURM's warning: saving, then the job is requeued", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Starts:
+    """What each start of a job came to, in home/slurm/starts.json: [{"job", "restart", "host", "from", "to"}]."""
+
+    home: Path
+
+    @property
+    def _path(self) -> Path:
+        return self.home / FOLDER / STARTS
+
+    def read(self) -> list[dict[str, Any]]:
+        try:
+            found: list[dict[str, Any]] = json.loads(self._path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return []
+        return found
+
+    def begin(self, step: int) -> None:
+        """A start that died without a word is closed by the step that the next one finds."""
+        found = self.read()
+        if found and found[-1]["to"] is None:
+            found[-1]["to"] = step
+        job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        entry = {"job": job, "restart": restart, "host": socket.gethostname(), "time": time.time()}
+        self._write([*found, {**entry, "from": step, "to": None}])
+
+    def end(self, step: int) -> None:
+        found = self.read()
+        found[-1]["to"] = step
+        self._write(found)
+
+    def progressed(self) -> bool:
+        """Whether this start has saved a step."""
+        last = self.read()[-1]
+        return bool(last["to"] > last["from"])
+
+    def check(self, why: str, max_requeues: int) -> None:
+        """Raises ResourceError where another start is not worth it, or not allowed."""
+        mine = [each for each in self.read() if each["job"] == os.environ.get("SLURM_JOB_ID")]
+        last = mine[-FRUITLESS:]
+        if len(last) == FRUITLESS and all(each["to"] <= each["from"] for each in last):
+            raise ResourceError(
+                f"{self.home}: the last {FRUITLESS} starts of this job saved no new step, so it is not started again "
+                f"({why}). Give it more --time, or save more often (checkpoint.every)"
+            )
+        if mine[-1]["restart"] >= max_requeues:
+            raise ResourceError(
+                f"{self.home}: requeued {mine[-1]['restart']} times, as often as --max-requeues (={max_requeues}) "
+                f"allows ({why}); `adaptnet jobs resubmit` goes on"
+            )
+
+    def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self._path, json.dumps(entries, indent=1))
+
+
+def run_verb(verb: str, words: Sequence[str]) -> bool:
+    """Runs a verb in this process; whether it came to its end."""
+    from jobs import cli
+
+    try:
+        cli.app(args=[verb, *words], prog_name="adaptnet")
+    except SystemExit as left:
+        if left.code in (None, 0):
+            return True
+        if left.code == cli.STOPPED:
+            return False
+        raise ResourceError(f"adaptnet {verb} ended with exit code {left.code}") from None
+    return True
+
+
+def requeue(why: str) -> None:
+    """Puts this job back into the queue; SLURM then ends its tasks."""
+    job = os.environ["SLURM_JOB_ID"]
+    print(f"requeueing job {job}: {why}", flush=True)
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+    if done.returncode != 0:
+        raise ResourceError(f"job {job} cannot be requeued: {' '.join(done.stderr.split())}")
+
+
+def in_slurm() -> bool:
+    return "SLURM_JOB_ID" in os.environ and os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
+def node_here(home: Path, patience_s: float) -> Node | None:
+    """This task's node as SLURM's variables say; None outside SLURM."""
+    if not in_slurm():
+        return None
+    from submitit.slurm.slurm import SlurmJobEnvironment
+
+    given = os.environ
+    job = SlurmJobEnvironment()
+    megabytes = given.get("SLURM_MEM_PER_NODE")
+    cpus = given.get("SLURM_CPUS_PER_TASK") or given.get("SLURM_CPUS_ON_NODE") or "1"
+    return Node(
+        rank=job.node,
+        names=tuple(job.hostnames),
+        ip=_address(given.get("SLURMD_NODENAME") or job.hostnames[job.node]),
+        key=f"{job.raw_job_id}-{given.get('SLURM_RESTART_COUNT', '0')}",
+        folder=home / FOLDER,
+        cpus=int(cpus),
+        gpus=len([gpu for gpu in given.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu and gpu != "NoDevFiles"]),
+        memory_bytes=int(megabytes) << 20 if megabytes else None,
+        patience_s=patience_s,
+    )
+
+
+def _address(name: str) -> str:
+    """A node's address: SLURM's own, by the resolver. Where it is a name that means loopback here, the route out."""
+    shown = subprocess.run(["scontrol", "show", "node", "-o", name], capture_output=True, text=True, timeout=60)
+    match = re.search(r"NodeAddr=(\S+)", shown.stdout)
+    found = socket.gethostbyname(match[1] if match else name)
+    if found == "127.0.1.1" or (found.startswith("127.") and match and match[1] == name):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # no packet is sent
+            probe.connect(("192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+    return found
+
+
+# ---- submission
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job as it was, or would be, handed to SLURM."""
+
+    job: Job
+    name: str
+    resources: Resources
+    site: Site
+    array: tuple[Job, ...] = ()
+    dependency: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """submitit's: pickles and logs."""
+        return Path(self.job.home) / FOLDER
+
+    def parameters(self, snapshot: Path) -> dict[str, Any]:
+        """sbatch's options, as submitit names them."""
+        asked, site = self.resources, self.site
+        given = {
+            "job_name": self.name,
+            "partition": site.partition,
+            "account": site.account,
+            "qos": site.qos,
+            "constraint": site.constraint,
+            "exclude": site.exclude,
+            "comment": site.comment,
+            "mail_user": site.mail_user,
+            "mail_type": site.mail_type if site.mail_user else None,
+            "time": asked.minutes,
+            "nodes": asked.nodes[0],
+            "ntasks_per_node": 1,
+            "cpus_per_task": asked.cpus_per_task,
+            "gpus_per_node": asked.gpus_per_node or None,
+            "mem": f"{math.ceil(asked.memory_gb * 1024)}MB" if asked.memory_gb else None,
+            "signal_delay_s": site.signal_delay_s,
+            "dependency": self.dependency,
+            "stderr_to_stdout": True,
+            "setup": self._setup(snapshot),
+            "srun_args": [f"--cpus-per-task={asked.cpus_per_task}", *(NO_KILL if asked.elastic else ())],
+            "additional_parameters": self._additional(),
+        }
+        return {key: value for key, value in given.items() if value is not None}
+
+    def _additional(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"requeue": True, **self.site.extra}
+        if self.resources.elastic:
+            found |= {"nodes": "{}-{}".format(*self.resources.nodes), "no-kill": True}
+        return found
+
+    def _setup(self, snapshot: Path) -> list[str]:
+        site = self.site
+        lines = [f"module load {' '.join(map(shlex.quote, site.modules))}"] if site.modules else []
+        lines += [f"export {key}={shlex.quote(value)}" for key, value in site.environment.items()]
+        lines += [f"export TMPDIR={shlex.quote(site.scratch)}"] if site.scratch else []
+        lines += [f'export PYTHONPATH={shlex.quote(str(snapshot))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+        return [*lines, *site.setup]
+
+    @property
+    def python(self) -> str:
+        """What starts Python on a node."""
+        box = self.site.container
+        if box is None:
+            return shlex.quote(sys.executable)
+        binds = [word for bind in box.binds for word in ("--bind", bind)]
+        return shlex.join(["apptainer", "exec", *box.options, *binds, box.image, *box.python.split()])
+
+    def script(self) -> str:
+        """The batch script, text for text as it is submitted."""
+        from submitit.slurm.slurm import _make_sbatch_string
+
+        count = {"map_count": len(self.array)} if self.array else {}
+        command = f"{self.python} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
+        return str(_make_sbatch_string(command=command, folder=self.folder, **self.parameters(self.snapshot), **count))
+
+    @property
+    def snapshot(self) -> Path:
+        """Where this code is kept for the job: by its content, so that equal code is kept once."""
+        return Path(self.job.home) / FOLDER / f"code-{_digest(_sources())[:12]}"
+
+
+def submit(submission: Submission, where: Where) -> list[str]:
+    """Submits; the jobs' ids, one for each array task. Raises ResourceError with SLURM's words where it is refused."""
+    submission.folder.mkdir(parents=True, exist_ok=True)
+    _snapshot(submission.snapshot)
+    jobs = submission.array or (submission.job,)
+    executor = _executor(submission, where)
+    from submitit.helpers import clean_env
+
+    which = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}  # clean_env hides that too
+    with clean_env():
+        os.environ.update(which)
+        try:
+            if len(jobs) == 1:
+                made = [executor.submit(jobs[0])]
+            else:
+                with executor.batch():
+                    made = [executor.submit(job) for job in jobs]
+        except Exception as error:
+            raise _refused(error) from None
+    for job, one in zip(jobs, made, strict=True):
+        remember(Path(job.home), _entry(submission, job, one, where))
+    if where == "debug":
+        made[0].result()
+    return [str(one.job_id) for one in made]
+
+
+def _entry(submission: Submission, job: Job, made: Any, where: Where) -> dict[str, Any]:
+    return {
+        "id": str(made.job_id),
+        "where": where,
+        "name": submission.name,
+        "verb": job.verb,
+        "arguments": list(job.arguments),
+        "run_dir": job.run_dir,
+        "folder": str(submission.folder),
+        "log": str(made.paths.stdout),
+        "resources": asdict(submission.resources),
+        "site": submission.site.model_dump(mode="json"),
+        "submitted": time.time(),
+        "host": socket.gethostname(),
+        "script": submission.script() if where == "slurm" else None,
+    }
+
+
+def _executor(submission: Submission, where: Where) -> Any:
+    import submitit
+
+    if where == "debug":
+        return submitit.DebugExecutor(submission.folder)
+    if where == "local":
+        executor = submitit.LocalExecutor(submission.folder)
+        executor.update_parameters(timeout_min=submission.resources.minutes)
+        return executor
+    check_slurm()
+    slurm = submitit.SlurmExecutor(submission.folder, max_num_timeout=10**6, python=submission.python)
+    slurm.update_parameters(**submission.parameters(submission.snapshot))
+    return slurm
+
+
+def check_slurm() -> None:
+    """Raises ResourceError where this machine has no SLURM."""
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise ResourceError(
+            "sbatch: this machine has no SLURM. --dry-run shows the script, --where local runs the job here, and "
+            "infra/slurm/testcluster brings up a SLURM to try"
+        )
+
+
+def _refused(error: Exception) -> ResourceError:
+    """SLURM's words, and what it knows instead."""
+    words = " ".join(str(error).replace("subprocess-exited-with-error", "").split())[-600:]
+    known = ""
+    if "partition" in words.lower():
+        known = f". Known partitions: {_ask('sinfo', '-h', '-o', '%R')}"
+    elif "account" in words.lower():
+        known = f". Your accounts: {_ask('sacctmgr', '-nP', 'show', 'assoc', 'format=account')}"
+    elif "configuration is not available" in words.lower():
+        known = f". The nodes have: {_ask('sinfo', '-h', '-o', '%N: %c CPUs, %m MB, %G')}"
+    elif "munge" in words.lower() or "authentication" in words.lower():
+        known = ". Is munged running on this machine?"
+    return ResourceError(f"SLURM refused the job: {words}{known}")
+
+
+def _ask(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return ", ".join(dict.fromkeys(done.stdout.split("\n")[:-1])) or "unknown"
+
+
+def _sources() -> dict[str, Path]:
+    """The code that runs: files of our packages by their path within the snapshot."""
+    root = Path(__file__).parents[1]
+    found = (path for package in PACKAGES for path in sorted((root / package).rglob("*")))
+    return {str(p.relative_to(root)): p for p in found if p.suffix in (".py", ".yaml", ".html", ".css", ".js")}
+
+
+def _digest(sources: Mapping[str, Path]) -> str:
+    digest = sha256()
+    for name, path in sources.items():
+        digest.update(f"{name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _snapshot(folder: Path) -> None:
+    """Copies the code, whole or not at all."""
+    if folder.is_dir():
+        return
+    aside = folder.with_name(f".{folder.name}-{os.getpid()}")
+    for name, path in _sources().items():
+        target = aside / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    try:
+        os.rename(aside, folder)
+    except OSError:  # another submission was first
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remember(home: Path, entry: Mapping[str, Any]) -> None:
+    """Adds a job to home/slurm/jobs.json, the newest last."""
+    path = home / FOLDER / RECORD
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps([*recorded(home), entry], indent=1))
+
+
+def recorded(home: Path) -> list[dict[str, Any]]:
+    """The jobs of a run's folder, the newest last."""
+    path = home / FOLDER / RECORD
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return found
+
+
+# ---- times
+
+
+def minutes_of(text: str) -> int:
+    """ "24h", "90m", "2d", "1:30:00", "1-12:00:00" or a number of minutes. Raises ConfigError for anything else."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(m|min|h|d)?", text.strip()):
+        factor = {"m": 1, "min": 1, "h": 60, "d": 1440, None: 1}[match[2]]
+        minutes = math.ceil(float(match[1]) * factor)
+    elif match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text.strip()):
+        days, hours, minute, seconds = (int(part or 0) for part in match.groups())
+        minutes = days * 1440 + hours * 60 + minute + math.ceil(seconds / 60)
+    else:
+        minutes = 0
+    if minutes == 0:
+        raise ConfigError(f"--time (={text}): write 90m, 24h, 2d, 1:30:00 or 1-12:00:00")
+    return minutes
+
+
+def check_time(minutes: int, signal_delay_s: int) -> None:
+    """A job must come up, and its warning may come early. Raises ConfigError for a time that is too short."""
+    least = signal_delay_s + START_UP_S + SIGNALLED_EARLY_S
+    if minutes * 60 < least:
+        raise ConfigError(
+            f"--time (={minutes} min) is below {least} s: {signal_delay_s} s to save before the end (--signal-delay), "
+            f"{START_UP_S} s to start, and SLURM's warning may come {SIGNALLED_EARLY_S} s early. Give more time or a "
+            "shorter --signal-delay"
+        )

@@ -1,0 +1,259 @@
+"""`adaptnet submit`: runs a verb as a job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs import site as sites
+from jobs.cli import data_home
+from pipeline.errors import ConfigError, ResourceError
+
+if TYPE_CHECKING:
+    from jobs.slurm import Job, Resources, Submission
+    from pipeline.run_config import RunConfig
+
+VERBS = ("train", "sweep", "evaluate", "report")
+
+EXAMPLES = """Runs VERB (train, sweep, evaluate, report) with its own arguments as a job on SLURM: one task a node, Ray
+over all of them. Before its time is over, or where it is preempted, a training saves, is requeued and goes on in the
+same run. A site's particulars come from infra/slurm/sites/NAME.yaml (--site).
+
+Examples:
+
+  adaptnet submit train baseline/imagenet_resnet50 data.root=/data/imagenet --nodes 2 --gpus-per-node 8 --time 24h
+
+  adaptnet submit train convnet_aig/toy --nodes 1 --time 30m --dry-run
+
+  adaptnet submit train convnet_aig/toy --array seed=1,2,3 --nodes 1 --time 30m --site example
+
+  adaptnet submit evaluate runs/convnet_aig-toy --where local
+
+  adaptnet submit train convnet_aig/toy --run-dir /shared/runs/toy --where ray --address http://10.0.0.1:8265
+"""
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+Option = typer.Option
+
+
+@app.command(help=EXAMPLES, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
+def submit(
+    verb: Annotated[str, typer.Argument(help="train, sweep, evaluate or report")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="the verb's own arguments and options")] = None,
+    nodes: Annotated[str, Option(help="how many, or FEWEST-MOST for a run that goes on with fewer")] = "1",
+    gpus_per_node: Annotated[int | None, Option(min=0)] = None,
+    cpus_per_task: Annotated[int | None, Option(min=1, help="CPUs of each node")] = None,
+    memory_gb: Annotated[float | None, Option(min=0.1, help="GB of each node")] = None,
+    time_limit: Annotated[str | None, Option("--time", help="90m, 24h, 2d, 1-12:00:00")] = None,
+    partition: Annotated[str | None, Option()] = None,
+    account: Annotated[str | None, Option()] = None,
+    qos: Annotated[str | None, Option()] = None,
+    constraint: Annotated[str | None, Option()] = None,
+    array: Annotated[str | None, Option(help="KEY=V,V,... : one job for each value, in a run of its own")] = None,
+    dependency: Annotated[str | None, Option(help="as sbatch takes it, e.g. afterok:123")] = None,
+    after: Annotated[str | None, Option(help="job id or run: starts when that has ended well")] = None,
+    name: Annotated[str | None, Option(help="of the job; default: the run's")] = None,
+    site: Annotated[str | None, Option(help="profile in infra/slurm/sites, or a path ending in .yaml")] = None,
+    signal_delay: Annotated[
+        int | None, Option(min=10, help="seconds before its end that a job is told to save")
+    ] = None,
+    max_requeues: Annotated[int | None, Option(min=0, help="how often a job may be started again")] = None,
+    where: Annotated[str, Option(help="slurm; ray; local: a process here; debug: this process")] = "slurm",
+    address: Annotated[str | None, Option(help="of --where ray: http://HOST:8265, a head's dashboard")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="print the batch script and the config; submit nothing")] = False,
+) -> None:
+    if verb not in VERBS:
+        raise ConfigError(f"submit {verb}: no such verb; known: {', '.join(VERBS)}")
+    if where not in ("slurm", "ray", "local", "debug"):
+        raise ConfigError(f"--where (={where}): slurm, ray, local or debug")
+    if (where == "ray") != (address is not None):
+        raise ConfigError(f"--address (={address}) is for --where ray, which needs it: http://HOST:8265")
+    from jobs import ray_jobs, slurm
+    from pipeline.config import as_mapping, dump_yaml
+    from pipeline.provenance import write_whole
+
+    given: dict[str, Any] = {
+        "partition": partition,
+        "account": account,
+        "qos": qos,
+        "constraint": constraint,
+        "time": time_limit,
+        "gpus_per_node": gpus_per_node,
+        "cpus_per_task": cpus_per_task,
+        "memory_gb": memory_gb,
+        "signal_delay_s": signal_delay,
+        "max_requeues": max_requeues,
+    }
+    profile = sites.load(site).model_copy(update={key: value for key, value in given.items() if value is not None})
+    resources = _resources(profile, nodes)
+    slurm.check_time(resources.minutes, profile.signal_delay_s)
+    made = _train if verb == "train" else _other
+    jobs, configs = made(verb, arguments or [], array, resources, profile)
+    submission = slurm.Submission(
+        job=_shared(jobs),
+        name=name or Path(jobs[0].home).name,
+        resources=resources,
+        site=profile,
+        array=tuple(jobs) if len(jobs) > 1 else (),
+        dependency=_dependency(dependency, after),
+    )
+    if dry_run:
+        _show(submission, configs, where)
+        return
+    for job in jobs:
+        _refuse_second(Path(job.home))
+    for job, config in zip(jobs, configs, strict=False):
+        path = Path(job.arguments[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, dump_yaml(as_mapping(config)))
+    on_ray = where == "ray"
+    ids = ray_jobs.submit(submission, address) if on_ray else slurm.submit(submission, where)  # type: ignore[arg-type]
+    for job, made_id in zip(jobs, ids, strict=True):
+        typer.echo(f"job {made_id}: adaptnet {job.verb} in {job.home}; adaptnet jobs show {made_id} says how it goes")
+
+
+def _resources(profile: sites.Site, nodes: str) -> Resources:
+    from jobs.slurm import Resources, minutes_of
+
+    fewest, _, most = nodes.partition("-")
+    if not (fewest.isdigit() and (not most or most.isdigit())) or not 1 <= int(fewest) <= int(most or fewest):
+        raise ConfigError(f"--nodes (={nodes}): a number, or FEWEST-MOST, e.g. 2-8")
+    return Resources(
+        nodes=(int(fewest), int(most or fewest)),
+        gpus_per_node=profile.gpus_per_node,
+        cpus_per_task=profile.cpus_per_task,
+        minutes=minutes_of(profile.time),
+        memory_gb=profile.memory_gb,
+    )
+
+
+def _train(
+    verb: str, words: Sequence[str], array: str | None, resources: Resources, profile: sites.Site
+) -> tuple[list[Job], list[RunConfig]]:
+    """A job for each run: its config is settled now and lies in its folder."""
+    from jobs.slurm import Job
+    from pipeline import launch, run_config
+
+    asked = _parsed(verb, words)
+    overrides = [*_placement(resources), *(asked["overrides"] or ())]
+    jobs, configs = [], []
+    for override in _values(array):
+        config = run_config.load(asked["recipe"], [*overrides, *override], data_home=data_home())
+        suffix = "".join(f"-{each.replace('=', '').replace('/', '-')}" for each in override)
+        config = launch.absolute(config.model_copy(update={"name": f"{config.name}{suffix}"}))
+        run_dir = Path(f"{asked['run_dir']}{suffix}" if asked["run_dir"] else Path("runs") / config.name).absolute()
+        recipe = run_dir / "slurm" / "recipe.yaml"
+        allowed = [word for key in asked["allow_changed"] or () for word in ("--allow-changed", key)]
+        job = Job(
+            verb=verb,
+            arguments=(str(recipe), "--run-dir", str(run_dir), *allowed),
+            home=str(run_dir),
+            run_dir=str(run_dir),
+            patience_s=profile.patience_s,
+            max_requeues=profile.max_requeues,
+            fewest_nodes=resources.nodes[0],
+        )
+        jobs.append(job)
+        configs.append(config)
+    return jobs, configs
+
+
+def _placement(resources: Resources) -> list[str]:
+    """A worker for each GPU, or one a node without; its node's CPUs in equal parts."""
+    each = max(1, resources.gpus_per_node)
+    fewest, most = (count * each for count in resources.nodes)
+    cpus = max(1, resources.cpus_per_task // each)
+    workers = f"[{fewest}, {most}]" if fewest < most else f"{most}"
+    device = "cuda" if resources.gpus_per_node else "cpu"
+    return [f"compute.workers={workers}", f"compute.cpus_per_worker={cpus}", f"compute.device={device}"]
+
+
+def _values(array: str | None) -> list[list[str]]:
+    """The overrides of each run: KEY=A,B gives two."""
+    if array is None:
+        return [[]]
+    key, equals, values = array.partition("=")
+    found = [value for value in values.split(",") if value]
+    if not equals or not key or not found:
+        raise ConfigError(f"--array (={array}): write KEY=VALUE,VALUE,... e.g. seed=1,2,3")
+    return [[f"{key}={value}"] for value in found]
+
+
+def _other(
+    verb: str, words: Sequence[str], array: str | None, resources: Resources, profile: sites.Site
+) -> tuple[list[Job], list[RunConfig]]:
+    """A job in a folder of its own below runs/jobs; a sweep knows its own folder and goes on by itself."""
+    from jobs.slurm import Job
+
+    if array is not None:
+        raise ConfigError(f"--array (={array}) is for train; {verb} takes one set of arguments")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    source = next((word for word in words if not word.startswith("-")), "").replace("models:/", "").strip("/.")
+    home = Path("runs") / "jobs" / f"{verb}-{Path(source).stem or 'job'}-{stamp}"
+    job = Job(
+        verb=verb,
+        arguments=tuple(words),
+        home=str(home.absolute()),
+        run_dir=None,
+        patience_s=profile.patience_s,
+        max_requeues=profile.max_requeues,
+        fewest_nodes=resources.nodes[0],
+        uses_ray=verb == "sweep",
+    )
+    return [job], []
+
+
+def _parsed(verb: str, words: Sequence[str]) -> dict[str, Any]:
+    """What the verb's own command line says."""
+    import importlib
+
+    from typer.main import get_command
+
+    command = get_command(importlib.import_module(f"jobs.{verb}").app)
+    return dict(command.make_context(verb, list(words)).params)
+
+
+def _shared(jobs: Sequence[Job]) -> Job:
+    """The job whose folder holds what all of an array share."""
+    if len(jobs) == 1:
+        return jobs[0]
+    first = Path(jobs[0].home)
+    return replace(jobs[0], home=str(first.parent / "jobs" / f"{first.name}-array-{time.strftime('%Y%m%d-%H%M%S')}"))
+
+
+def _dependency(dependency: str | None, after: str | None) -> str | None:
+    if after is None:
+        return dependency
+    from jobs import queue
+
+    found = f"afterok:{queue.find(after)['id']}"
+    return f"{dependency},{found}" if dependency else found
+
+
+def _refuse_second(home: Path) -> None:
+    """Raises ResourceError where a job of this run still lives."""
+    from jobs import queue, slurm
+
+    for entry in slurm.recorded(home)[-1:]:
+        state = queue.state_of(entry)
+        if state.lives:
+            raise ResourceError(
+                f"{home}: job {entry['id']} of this run is {state.name.lower()}; cancel it with `adaptnet jobs cancel "
+                f"{entry['id']}`, or give this run another name (name=NAME)"
+            )
+
+
+def _show(submission: Submission, configs: Sequence[RunConfig], where: str) -> None:
+    from jobs import ray_jobs
+    from pipeline import config
+
+    jobs = submission.array or (submission.job,)
+    typer.echo("\n".join(ray_jobs.entrypoint(job, "ID") for job in jobs) if where == "ray" else submission.script())
+    for each in configs:
+        typer.echo(f"# {each.name}")
+        typer.echo(config.dump_yaml(config.as_mapping(each)), nl=False)

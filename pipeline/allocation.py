@@ -1,0 +1,309 @@
+"""Ray over the nodes of one batch job: each node's task joins, the first one's also drives.
+
+Every task runs `joined(node)` in a folder that all nodes see. The first starts a Ray head on a free port and leaves a
+letter there (address, token); the others answer, start their Ray beside it, and stay until the head is gone. Ray's
+processes are children of the tasks in sessions of their own, so several jobs and users on a node do not meet, and only
+what was started here is ended. `ray symmetric-run` and `ray stop` would reach for every Ray on the node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.errors import ResourceError
+from pipeline.provenance import write_whole
+
+POLL_S = 0.5
+MISSES = 3  # polls in a row without an answer after which a head counts as gone
+ENDS_WITHIN_S = 10.0
+OBJECT_STORE_BYTES = 256 << 20  # training hands nothing over through it
+KEPT = ("SLURM_JOB_ID", "SLURMD_NODENAME")  # by which a site's epilog finds a job's processes
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node's task of a batch job: node `rank` of `names`, this one at address `ip`.
+
+    key names this start of the job (its id and restart), folder is seen by every node. cpus and gpus are what the job
+    has here, memory_bytes None where the batch system does not say.
+    """
+
+    rank: int
+    names: tuple[str, ...]
+    ip: str
+    key: str
+    folder: Path
+    cpus: int
+    gpus: int
+    memory_bytes: int | None = None
+    patience_s: float = 120.0
+
+    @property
+    def is_head(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def letter(self) -> Path:
+        """What the head tells the others."""
+        return self.folder / f"{self.key}-head.json"
+
+    def answer(self, rank: int) -> Path:
+        """What node `rank` tells the head."""
+        return self.folder / f"{self.key}-node{rank}.json"
+
+    @property
+    def token(self) -> Path:
+        return self.folder / f"{self.key}-token"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.key}-ray{self.rank}.log"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node that has joined: the cluster's address, and Ray's process here."""
+
+    node: Node
+    address: str
+    ray: subprocess.Popen[bytes]
+
+    def await_nodes(self, fewest: int | None = None) -> int:
+        """Waits until every node's Ray has joined, `fewest` at least when patience ends; how many there are.
+
+        Head only. Raises ResourceError at once where a node's Ray has died, and naming the nodes that are missing.
+        """
+        os.environ.update(_authentication(self.node))  # before Ray's library reads it
+        import ray
+
+        node, deadline = self.node, time.monotonic() + self.node.patience_s
+        _connect(self.address, deadline, self)
+        try:
+            while True:
+                alive = sum(bool(each["Alive"]) for each in ray.nodes())
+                if alive >= len(node.names):
+                    return alive
+                self._check_answers()
+                if time.monotonic() >= deadline:
+                    if fewest is not None and alive >= fewest:
+                        return alive
+                    raise self._missing(alive)
+                time.sleep(POLL_S)
+        finally:
+            ray.shutdown()
+
+    def serve(self) -> None:
+        """Stays until the head is gone or Ray has ended here. Raises ResourceError in the latter case."""
+        host, _, port = self.address.rpartition(":")
+        misses = 0
+        while misses < MISSES:
+            time.sleep(POLL_S)
+            if self.ray.poll() is not None and _listens(host, int(port)):
+                raise ResourceError(_died(self.node, self.ray))
+            misses = 0 if _listens(host, int(port)) else misses + 1
+
+    def _check_answers(self) -> None:
+        for rank in range(1, len(self.node.names)):
+            found = _read(self.node.answer(rank)).get("error")
+            if found:
+                raise ResourceError(found)
+
+    def _missing(self, alive: int) -> ResourceError:
+        node = self.node
+        silent = [name for rank, name in enumerate(node.names) if rank and not node.answer(rank).is_file()]
+        if silent:
+            return ResourceError(
+                f"{', '.join(silent)}: nothing was heard of these nodes in {node.folder} within {node.patience_s:g} s. "
+                "Is that folder on a file system that every node sees? Give a run folder that is, by --run-dir"
+            )
+        return ResourceError(
+            f"{alive} of {len(node.names)} nodes joined Ray at {self.address} within {node.patience_s:g} s; see "
+            f"{node.folder}/{node.key}-ray*.log, and raise patience_s in the site's profile where nodes start slowly"
+        )
+
+
+@contextmanager
+def joined(node: Node) -> Iterator[Member]:
+    """This node in the job's Ray cluster; what was started here is ended afterwards.
+
+    Raises ResourceError where Ray does not start, or the head is not heard of within the node's patience.
+    """
+    node.folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path("/tmp") / f"adaptnet-{os.getuid()}-{node.key}-{node.rank}"  # sockets need a short path
+    try:
+        member = _head(node, scratch) if node.is_head else _follower(node, scratch)
+        try:
+            yield member
+        finally:
+            _end(member.ray)
+    finally:
+        for path in (node.letter, node.token) if node.is_head else (node.answer(node.rank),):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _head(node: Node, scratch: Path) -> Member:
+    descriptor = os.open(node.token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    address = f"{node.ip}:{_free_port(node.ip)}"
+    port = address.rpartition(":")[2]
+    words = ["--head", f"--port={port}", "--include-dashboard=false"]
+    started = _start(node, [*words, f"--temp-dir={scratch}"])
+    _await(lambda: _listens(node.ip, int(port)), node, started, f"Ray's head does not listen at {address}")
+    write_whole(node.letter, json.dumps({"address": address, "head": node.names[0]}))
+    return Member(node, address, started)
+
+
+def _follower(node: Node, scratch: Path) -> Member:
+    deadline = time.monotonic() + node.patience_s
+    write_whole(node.answer(node.rank), json.dumps({"name": node.names[node.rank]}))
+    while not (letter := _read(node.letter)):
+        if time.monotonic() >= deadline:
+            raise ResourceError(
+                f"{node.names[node.rank]}: nothing was heard of the head, {node.names[0]}, in {node.folder} within "
+                f"{node.patience_s:g} s. Is that folder on a file system that every node sees?"
+            )
+        with suppress(OSError):
+            os.listdir(node.folder)  # a network file system looks anew
+        time.sleep(POLL_S)
+    address = letter["address"]
+    started = _start(node, [f"--address={address}", f"--temp-dir={scratch}"])
+    time.sleep(POLL_S)
+    if started.poll() is not None:
+        error = _died(node, started)
+        write_whole(node.answer(node.rank), json.dumps({"error": error}))
+        raise ResourceError(error)
+    return Member(node, address, started)
+
+
+def _start(node: Node, words: list[str]) -> subprocess.Popen[bytes]:
+    """`ray start` as a child that the job's warning signal does not reach: by default it would end Ray."""
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
+    command += [f"--num-cpus={node.cpus}", f"--num-gpus={node.gpus}", f"--node-ip-address={node.ip}"]
+    command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0"]
+    command += [f"--memory={node.memory_bytes - OBJECT_STORE_BYTES}"] if node.memory_bytes else []
+    with open(node.log, "ab") as log:
+        return subprocess.Popen(
+            ["sh", "-c", "trap '' USR1 USR2; exec \"$@\"", "sh", *command, *words],
+            env=_environment(os.environ, node),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def _environment(given: Mapping[str, str], node: Node) -> dict[str, str]:
+    """The task's environment without what slows or confuses Ray: the batch system's bindings, other clusters' keys."""
+    leaks = ("SLURM", "SBATCH", "SRUN", "SUBMITIT", "PMI", "RAY_ADDRESS", "RAY_AUTH", "OMP_NUM_THREADS")
+    kept = {key: value for key, value in given.items() if key in KEPT or not key.startswith(leaks)}
+    return {
+        **kept,
+        **_authentication(node),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+        "RAY_worker_niceness": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _authentication(node: Node) -> dict[str, str]:
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(node.token)}
+
+
+def _connect(address: str, deadline: float, member: Member) -> None:
+    """A head's port listens before its own node is registered."""
+    import logging
+
+    import ray
+
+    while True:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+            return
+        except Exception as error:  # Ray raises several kinds
+            if member.ray.poll() is not None:
+                raise ResourceError(_died(member.node, member.ray)) from None
+            if time.monotonic() >= deadline:
+                raise ResourceError(
+                    f"Ray's head at {address} does not answer ({error}); see {member.node.log}"
+                ) from None
+        time.sleep(1)
+
+
+def _await(is_there: Callable[[], bool], node: Node, started: subprocess.Popen[bytes], otherwise: str) -> None:
+    deadline = time.monotonic() + node.patience_s
+    while not is_there():
+        if started.poll() is not None:
+            raise ResourceError(_died(node, started))
+        if time.monotonic() >= deadline:
+            _end(started)
+            raise ResourceError(f"{otherwise} after {node.patience_s:g} s; see {node.log}")
+        time.sleep(POLL_S / 5)
+
+
+def _died(node: Node, started: subprocess.Popen[bytes]) -> str:
+    """What is known of a Ray that has ended by itself."""
+    lines: list[str] = []
+    with suppress(OSError):
+        lines = node.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+    ended = f"{node.names[node.rank]}: Ray ended with exit code {started.returncode}"
+    return f"{ended}: {' / '.join(lines)[-600:]}; see {node.log}"
+
+
+def _end(started: subprocess.Popen[bytes]) -> None:
+    """Ends Ray's process and all that it started, and nothing else."""
+    ours: list[psutil.Process] = []
+    with suppress(psutil.Error):
+        ours = psutil.Process(started.pid).children(recursive=True)
+    started.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        started.wait(ENDS_WITHIN_S)
+    left = [process for process in ours if process.is_running()]
+    if started.poll() is None:
+        started.kill()
+        started.wait()
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=ENDS_WITHIN_S)
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _free_port(ip: str) -> int:
+    with socket.socket() as found:
+        found.bind((ip, 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found

@@ -1,0 +1,206 @@
+"""What serving costs: MLflow's model against the bare net in one process, and servers under many clients.
+
+Load: each client sends its next request once its last one is answered, over a connection that it keeps.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+
+from pipeline import config as configs
+from pipeline import registry
+from pipeline.bench.rows import Row, compare, interleave, on_threads
+from pipeline.data import pixels
+from pipeline.errors import ConfigError, ResourceError
+from pipeline.registry import LoadedModel
+
+CHECKOUT = Path(__file__).parents[2]
+RAY = CHECKOUT / "infra" / "ray" / "serve.yaml"
+START_S = 180.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a server bore from so many clients at once; `refused` counts answers other than 200."""
+
+    server: str
+    clients: int
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+    refused: int
+
+
+def in_process(model: str, images: Sequence[bytes], uri: str | None = None, *, rounds: int = 9) -> list[Row]:
+    """Images/s of MLflow's pyfunc and of the net alone under the same policy, decoding included, in one batch."""
+    folder = registry.resolve(model, uri)
+    bare = registry.load_model(folder)
+    with tempfile.TemporaryDirectory(prefix="adaptnet-bench-") as scratch, on_threads(None):
+        served = _pyfunc(folder, Path(scratch) / "mlflow")
+        texts = [b64encode(image).decode() for image in images]
+
+        def by_mlflow() -> float:
+            start = time.perf_counter()
+            served.predict(texts)
+            return len(images) / (time.perf_counter() - start)
+
+        def by_net() -> float:
+            start = time.perf_counter()
+            _run(bare, images)
+            return len(images) / (time.perf_counter() - start)
+
+        runs = {"net": by_net, "pyfunc": by_mlflow}
+        interleave(runs, 2)  # warms up
+        return compare(interleave(runs, rounds), "pyfunc")
+
+
+def _pyfunc(folder: Path, destination: Path) -> Any:
+    """The model as MLflow loads it."""
+    import mlflow.pyfunc
+
+    from pipeline.registry.publishing import save_mlflow_model
+
+    if not (folder / "card.json").is_file():
+        raise ConfigError(f"{folder}: give a registered version, or a folder that `models pull` has made")
+    save_mlflow_model(folder, destination)
+    return mlflow.pyfunc.load_model(str(destination))
+
+
+def _run(model: LoadedModel, images: Sequence[bytes]) -> None:
+    raw = model.decoding(len(images))(images)
+    with torch.inference_mode():
+        batch = pixels.normalise(raw, model.data_config.mean, model.data_config.std)
+        model.policies[0].predict(model.net, batch).logits.softmax(1).cpu()
+
+
+def servers(
+    model: str, image: bytes, uri: str | None, *, clients: Sequence[int], seconds: float, names: Sequence[str]
+) -> Iterator[Load]:
+    """Requests of one image each to MLflow's server and to Ray Serve, one server at a time."""
+    place = registry.address(uri)
+    for name in names:
+        with _mlflow(model, place) if name == "mlflow" else _ray(model, place) as address:
+            text = b64encode(image).decode()
+            body = json.dumps({"inputs": [text]} if name == "mlflow" else {"images": [text]})
+            load(name, address, body, 1, 2.0)  # warms up
+            for count in clients:
+                yield load(name, address, body, count, seconds)
+
+
+def load(name: str, address: str, body: str, clients: int, seconds: float) -> Load:
+    """Sends `body` from that many clients for so long."""
+    found: list[list[tuple[float, int]]] = [[] for _ in range(clients)]
+    deadline = time.perf_counter() + seconds
+    threads = [threading.Thread(target=_ask, args=(address, body, deadline, each)) for each in found]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    taken = time.perf_counter() - start
+    times = np.array([spent for each in found for spent, status in each if status == 200])
+    refused = sum(status != 200 for each in found for _, status in each)
+    if not len(times):
+        raise ResourceError(f"{name} at {address}: none of {refused} requests was answered")
+    median, slow = np.percentile(times, [50, 99]) * 1e3
+    return Load(name, clients, len(times) / taken, float(median), float(slow), refused)
+
+
+def _ask(address: str, body: str, deadline: float, found: list[tuple[float, int]]) -> None:
+    parts = urlsplit(address)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
+    try:
+        while time.perf_counter() < deadline:
+            start = time.perf_counter()
+            connection.request("POST", parts.path or "/", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+            found.append((time.perf_counter() - start, answer.status))
+    except OSError:
+        found.append((0.0, 0))
+    finally:
+        connection.close()
+
+
+def _mlflow(model: str, uri: str) -> Any:
+    port = _free_port()
+    words = ["-m", "mlflow", "models", "serve", "-m", model, "--env-manager", "local", "--port", str(port)]
+    return _started(words, {"MLFLOW_TRACKING_URI": uri}, f"http://127.0.0.1:{port}", "/ping", "/invocations")
+
+
+def _ray(model: str, uri: str) -> Any:
+    try:
+        import ray.serve  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"Ray Serve is not installed here ({error}): pip install '.[serve]'") from None
+    port, settings = _free_port(), configs.read_mapping(RAY)
+    settings["http_options"] |= {"host": "127.0.0.1", "port": port}
+    settings["applications"][0]["args"] |= {"model": model, "uri": uri}
+    path = Path(tempfile.mkdtemp(prefix="adaptnet-serve-")) / "serve.yaml"
+    path.write_text(configs.dump_yaml(settings), encoding="utf-8")
+    words = ["-m", "ray.serve.scripts", "run", str(path)]
+    return _started(words, {"RAY_ADDRESS": "local"}, f"http://127.0.0.1:{port}", "/-/healthz", "/")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+@contextmanager
+def _started(
+    words: Sequence[str], environment: Mapping[str, str], address: str, health: str, path: str
+) -> Iterator[str]:
+    """A server in a process group of its own, until the end; where it takes requests."""
+    known = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": str(CHECKOUT), **environment}
+    known["PATH"] = f"{Path(sys.executable).parent}:{known.get('PATH', '')}"  # mlflow starts uvicorn by its name
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen([sys.executable, *words], env=known, stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = time.monotonic() + START_S
+            while not _healthy(address, health):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise ResourceError(f"{' '.join(words[:3])} does not start: {log.read()[-1500:]}")
+                time.sleep(0.3)
+            yield f"{address}{path}"
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _healthy(address: str, path: str) -> bool:
+    parts = urlsplit(address)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()

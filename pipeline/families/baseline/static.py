@@ -1,0 +1,36 @@
+"""A fixed net at each of its resolutions, as modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from pipeline.families.baseline.inference import AtResolution, policies
+from pipeline.families.baseline.model import BaselineConfig
+from pipeline.family import Report
+
+
+class AtSide(nn.Module):
+    """The net behind a policy's resizing."""
+
+    def __init__(self, policy: AtResolution, net: nn.Module) -> None:
+        super().__init__()
+        self.policy, self.net = policy, net
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> logits [B, K]."""
+        logits: Tensor = self.net(self.policy.sized(images)).logits
+        return logits
+
+
+def static(
+    config: BaselineConfig, net: nn.Module, reports: Sequence[Report]
+) -> Mapping[str, Callable[[Tensor], nn.Module]]:
+    """Every policy: `native`, and each of its resolutions natively and down-and-up."""
+    return {policy.name: partial(_at, policy, net) for policy in policies(config, net)}
+
+
+def _at(policy: AtResolution, net: nn.Module, images: Tensor) -> nn.Module:
+    return AtSide(policy, net)

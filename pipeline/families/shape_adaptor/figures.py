@@ -1,0 +1,144 @@
+"""Shape Adaptor's own pictures: the shape that was learned, how it came about, and what it costs.
+
+Layers are numbered from 0 as in `model.places`. Letters: N adaptors.
+Source: Liu et al., ECCV 2020 (arXiv 2008.00892).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pipeline.families.shape_adaptor.model import ShapeConfig, layout_of
+from pipeline.families.shape_adaptor.price import PriceList
+from pipeline.families.shape_adaptor.shape import Size
+from pipeline.family import Evaluated
+from pipeline.figures import Cell, Figure, Lines, Series, Table, for_each, numbered, over_training
+
+LAYERS = {"vgg16": "convolution", "vgg16_bn": "convolution", "resnet50": "stem and blocks", "mobilenet_v2": "layer"}
+
+
+def figures(mine: Sequence[Evaluated], others: Sequence[Evaluated]) -> list[Figure]:
+    compared = _against_human(mine)
+    return ([compared] if compared else []) + for_each(mine, _own)
+
+
+def _own(net: Evaluated) -> Iterable[Figure | None]:
+    yield _sides(net)
+    yield _over_training(
+        net,
+        "alpha",
+        "Alphas over training",
+        "An adaptor's alpha: above 0 it shrinks the maps by less than a quarter, below by more, as long as no limit "
+        "acts",
+        "alpha",
+    )
+    yield _over_training(
+        net,
+        "side_px",
+        "Sides over training",
+        "The longer side in pixels that each adaptor gives",
+        "side in pixels",
+    )
+
+
+def _config(net: Evaluated) -> ShapeConfig:
+    assert isinstance(net.config, ShapeConfig)
+    return net.config
+
+
+def _human(config: ShapeConfig) -> ShapeConfig:
+    """The same net as its designers shaped it."""
+    changes = {"mode": "human", "adaptors": None, "rule": None, "pool": None, "keep_residual": False}
+    return config.model_copy(update=changes)
+
+
+def _learned(net: Evaluated) -> tuple[Size, ...] | None:
+    """What the adaptors give for the evaluated images, which are square; none in a human net; None if not known."""
+    if _config(net).mode == "human":
+        return ()
+    found = net.reports[0].facts.get("side_px")
+    return tuple((round(side), round(side)) for side in found) if found else None
+
+
+def _prices(net: Evaluated, config: ShapeConfig) -> PriceList:
+    return PriceList(layout_of(config), len(net.classes))
+
+
+# ---- one net
+
+
+def _sides(net: Evaluated) -> Lines | None:
+    config, sizes = _config(net), _learned(net)
+    if not sizes:
+        return None
+    image = (net.side_px, net.side_px)
+    shapes = {
+        "learned": _prices(net, config).sides(image, sizes),
+        "human design": _prices(net, _human(config)).sides(image, ()),
+    }
+    carry = ", ".join(str(place) for place in layout_of(config).places)
+    return Lines(
+        name="shape-adaptor-sides",
+        title="Learned sides against the human design",
+        caption=f"Side of the maps that each layer of {config.net} reads: as learned, with adaptors at layers {carry}, "
+        f"and as its designers shaped it. The same for all {net.reports[0].num_images:,} images, of {net.side_px} px.",
+        x_label=LAYERS[config.net],
+        y_label="side in pixels",
+        series=[
+            Series(name, [float(number) for number in range(len(sides))], [float(side) for side in sides])
+            for name, sides in shapes.items()
+        ],
+    )
+
+
+def _over_training(net: Evaluated, key: str, title: str, what: str, y_label: str) -> Lines | None:
+    curves = net.curves()
+    keys = {found: f"adaptor {number}" for number, found in numbered(curves, f"train/{key}/").items()}
+    picture = Lines(
+        name=f"shape-adaptor-{key.replace('_', '-')}-over-training",
+        title=title,
+        caption=f"{what}; each point is a mean since the log's point before.",
+        x_label="",
+        y_label=y_label,
+        series=(),
+    )
+    return over_training(picture, curves, keys)
+
+
+# ---- several nets
+
+
+def _against_human(mine: Sequence[Evaluated]) -> Table | None:
+    """The given nets, and after each learned one the human design of it, unless that is among them."""
+    rows: list[list[Cell]] = []
+    given = {layout_of(_config(net)) for net in mine if _config(net).mode == "human"}
+    for net in mine:
+        sizes, human = _learned(net), _human(_config(net))
+        if sizes is None:
+            continue
+        rows.append([net.name, _config(net).mode, *_priced(net, _config(net), sizes), net.reports[0].top1])
+        if layout_of(human) not in given:
+            given.add(layout_of(human))
+            rows.append([f"{net.name} as designed", "human", *_priced(net, human, ()), None])
+    if len(rows) < 2:
+        return None
+    return Table(
+        name="shape-adaptor-against-human",
+        title="Learned shapes against the human design",
+        caption=f"What each shape costs for an image of {mine[0].side_px} px, and its top-1 on "
+        f"{mine[0].reports[0].num_images:,} images; none where a human design was not among the nets, but only priced. "
+        "Activations are the values that convolutions and adaptors give: what the memory of training grows with.",
+        columns=["net", "shape", "parameters", "million MACs", "million activations", "last side in pixels", "top-1"],
+        rows=rows,
+    )
+
+
+def _priced(net: Evaluated, config: ShapeConfig, sizes: tuple[Size, ...]) -> list[Cell]:
+    """Parameters, million MACs, million activations and the last side, of an image as it was evaluated."""
+    prices, image = _prices(net, config), (net.side_px, net.side_px)
+    return [
+        prices.parameters + len(sizes),
+        prices.macs(image, sizes) / 1e6,
+        prices.values(image, sizes) / 1e6,
+        prices.sides(image, sizes)[-1],
+    ]

@@ -1,0 +1,281 @@
+"""What a recipe needs on so many nodes: memory, steps, reading, decoding, saving, time. A model of measured parts.
+
+Letters: W workers, B images of a step over all of them, b = B / W, r images/s that one worker computes, P parameters.
+A step takes B / (W r), if gradients travel meanwhile; a ring all-reduce sends 2 (W - 1) / W · 4 P bytes from and to
+each worker (Patarasuk & Yuan 2009), so that a network of n bytes/s a worker bounds the step from below by that over n.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from pipeline import family as families
+from pipeline.data.config import DataConfig
+from pipeline.data.dali import TrainLoader
+from pipeline.data.index import ImageIndex, open_splits
+from pipeline.errors import ConfigError, DataError
+from pipeline.run_config import RunConfig
+from pipeline.training import checkpoint, state, step
+from pipeline.training.loop import device_of
+from pipeline.training.memory import keep_freed_memory
+from pipeline.training.state import TrainState
+from pipeline.training.step import Meter, Micro, Task, train_step
+
+INDEX_BYTES = 4 * 4 + 2 * 8 + 8  # of one image: shard, label, height, width; offset, length; name's hash
+WARM, TIMED = 2, 5  # steps
+DECODED = 512  # images that decoding is measured on
+
+
+@dataclass(frozen=True)
+class Images:
+    """The training images: how many, their classes, the mean size of an encoded one (None: not known)."""
+
+    count: int
+    classes: int
+    mean_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Measured on this machine: one image's activations, one state's bytes, a worker's images/s, a core's decoding."""
+
+    parameters: int
+    state_bytes: int  # parameters, gradients, moments and moving average in memory
+    checkpoint_bytes: int
+    activation_bytes: float  # kept for the backward pass, by image
+    images_per_s: float | None = None  # of one worker
+    decoded_per_s: float | None = None  # by one core
+    device: str = "here"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run needs; see the module's formula. None where what it follows from was neither measured nor given."""
+
+    workers: int
+    rows: int  # of a worker's share of a step
+    micro_rows: int  # in memory at once
+    steps: int
+    memory_bytes: float  # of a worker: state and activations, without the library's own
+    gradient_bytes: float  # that a worker sends and receives in a step
+    checkpoint_bytes: int
+    index_bytes: int
+    images_per_s: float | None
+    step_s: float | None
+    communication_s: float | None
+    read_bytes_per_s: float | None
+    decode_cores: float | None  # of a worker
+    save_every_s: float | None
+    total_s: float | None
+
+    @property
+    def limit(self) -> str | None:
+        """What bounds a step: computing, or sending gradients."""
+        if self.step_s is None or self.communication_s is None:
+            return None
+        return "network" if self.communication_s >= self.step_s else "computing"
+
+
+def plan(config: RunConfig, workers: int, images: Images, cost: Cost, *, network_bytes_per_s: float | None) -> Plan:
+    """The plan of `config` on so many workers. Raises ConfigError where they are more than a step has images."""
+    batch = config.training.batch_size
+    if workers > batch:
+        raise ConfigError(
+            f"training.batch_size (={batch}) is below the number of workers (={workers}): each needs an image of a "
+            "step; take fewer nodes, or a larger batch with its learning rate"
+        )
+    rows = ceil(batch / workers)
+    micro = min(rows, config.compute.max_batch_per_worker or rows)
+    micro = ceil(rows / ceil(rows / micro))
+    steps = max(1, round(config.training.epochs * images.count / batch))
+    gradients = 2 * (workers - 1) / workers * 4 * cost.parameters
+    sending = gradients / network_bytes_per_s if network_bytes_per_s is not None else None
+    rate = cost.images_per_s
+    step_s = rows / rate if rate is not None else None
+    slower = max(step_s, sending or 0.0) if step_s is not None else None
+    total_rate = batch / slower if slower is not None else None
+    return Plan(
+        workers=workers,
+        rows=rows,
+        micro_rows=micro,
+        steps=steps,
+        memory_bytes=cost.state_bytes + micro * cost.activation_bytes,
+        gradient_bytes=gradients,
+        checkpoint_bytes=cost.checkpoint_bytes,
+        index_bytes=INDEX_BYTES * images.count,
+        images_per_s=total_rate,
+        step_s=step_s,
+        communication_s=sending,
+        read_bytes_per_s=_product(total_rate, images.mean_bytes),
+        decode_cores=total_rate / workers / cost.decoded_per_s if total_rate and cost.decoded_per_s else None,
+        save_every_s=_interval(config, images, total_rate),
+        total_s=steps * slower if slower is not None else None,
+    )
+
+
+def _product(one: float | None, other: float | None) -> float | None:
+    return one * other if one is not None and other is not None else None
+
+
+def _interval(config: RunConfig, images: Images, rate: float | None) -> float | None:
+    """Seconds between two saves."""
+    every = config.checkpoint.every
+    if every.unit == "minutes":
+        return 60 * every.value
+    if rate is None:
+        return None
+    per = images.count if every.unit == "epochs" else config.training.batch_size
+    return every.value * per / rate
+
+
+def images_of(config: RunConfig) -> tuple[Images, ImageIndex] | None:
+    """The recipe's training images, where they are at hand."""
+    try:
+        train = open_splits(config.data, config.seed).train
+    except DataError:
+        return None
+    return Images(len(train), len(train.classes), float(train.length.mean())), train
+
+
+def measure(config: RunConfig, num_classes: int, rows: int, *, train: ImageIndex | None, timed: bool = True) -> Cost:
+    """Measures a step of `rows` random images on this machine's device, and decoding where `train` images are given."""
+    device = device_of("auto" if config.compute.device == "cuda" else config.compute.device)  # it may run elsewhere
+    if device.type == "cpu":
+        keep_freed_memory()
+    task, current = _fresh(config, num_classes, device)
+    micros = [_random(config, num_classes, rows, device)]
+    saved = _activations(task, current, micros[0])
+    rate = _rate(task, current, micros, rows, TIMED if timed else 1)
+    parameters = sum(parameter.numel() for parameter in current.net.parameters())
+    held = [*current.net.parameters(), *current.net.buffers(), *(current.ema.parameters() if current.ema else ())]
+    moments = [t for o in current.optimizers.values() for s in o.state.values() for t in s.values() if _is(t)]
+    return Cost(
+        parameters=parameters,
+        state_bytes=sum(t.nbytes for t in (*held, *moments)) + 4 * parameters,
+        checkpoint_bytes=_saved_bytes(current),
+        activation_bytes=saved / rows,
+        images_per_s=rate if timed else None,
+        decoded_per_s=_decoding(config.data, train) if train is not None and timed else None,
+        device=f"on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'this CPU'}",
+    )
+
+
+def _is(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _fresh(config: RunConfig, num_classes: int, device: torch.device) -> tuple[Task, TrainState]:
+    family, training = families.find(config.family.name), config.training
+    current = state.fresh(
+        family,
+        config.family,
+        training,
+        num_classes=num_classes,
+        seed=config.seed,
+        device=device,
+        channels_last=training.channels_last,
+    )
+    task = Task(
+        family=family,
+        config=config.family,
+        training=training,
+        seed=config.seed,
+        num_classes=num_classes,
+        device=device,
+        epochs_per_step=1e-3,
+        forward=current.net,
+        autocast=step.use_bf16(training.precision, device),
+        channels_last=training.channels_last,
+    )
+    return task, current
+
+
+def _random(config: RunConfig, num_classes: int, rows: int, device: torch.device) -> Micro:
+    side = config.data.side_px
+    layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
+    images = torch.randn(rows, 3, side, side, device=device).contiguous(memory_format=layout)
+    labels = torch.arange(rows, device=device) % num_classes
+    return Micro(images, labels, labels)
+
+
+def _activations(task: Task, current: TrainState, micro: Micro) -> int:
+    """Bytes that a forward keeps for its backward, each storage once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in current.net.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast(task.device.type, torch.bfloat16, enabled=task.autocast):
+            output = current.net(micro.images)
+            loss = task.family.loss(task.config, output, micro.targets).total
+    held = sum(kept.values())
+    del loss, output
+    return held
+
+
+def _rate(task: Task, current: TrainState, micros: list[Micro], rows: int, steps: int) -> float:
+    """Images/s; the optimizers then hold their moments."""
+    times = []
+    for _ in range(WARM + steps):
+        start = time.perf_counter()
+        train_step(task, current, micros, rows, Meter())
+        if task.device.type == "cuda":
+            torch.cuda.synchronize(task.device)
+        times.append(time.perf_counter() - start)
+    return rows / median(times[WARM:])
+
+
+def _saved_bytes(current: TrainState) -> int:
+    """Of a checkpoint on disk."""
+    with TemporaryDirectory(prefix="adaptnet-plan-") as folder:
+        path = Path(folder) / "step-00000000"
+        meta = {"step": 0, "recipe": {}, "fingerprint": {}, "classes": [], "metrics": {}}
+        checkpoint.write(path, checkpoint._to_cpu(state.to_mapping(current)), meta)
+        return sum(file.stat().st_size for file in path.iterdir())
+
+
+def _decoding(config: DataConfig, train: ImageIndex) -> float:
+    """Images/s of the training loader on one thread."""
+    batch = min(64, len(train))
+    with _loader(config, train, batch) as loader:
+        batches = iter(loader)
+        next(batches)
+        start, count = time.perf_counter(), 0
+        while count < min(DECODED, 8 * len(train)):
+            count += len(next(batches).labels)
+        return count / (time.perf_counter() - start)
+
+
+@contextmanager
+def _loader(config: DataConfig, train: ImageIndex, batch: int) -> Iterator[TrainLoader]:
+    device = torch.device("cpu")
+    settings = config.model_copy(update={"decoder": "cpu"})
+    with TrainLoader(train, settings, seed=0, batch_size=batch, rank=0, world=1, device=device, threads=1) as loader:
+        yield loader
+
+
+def given(
+    cost: Cost, *, images_per_s: float | None = None, decoded_per_s: float | None = None, device: str | None = None
+) -> Cost:
+    """`cost` with what the user has measured elsewhere."""
+    return replace(
+        cost,
+        images_per_s=images_per_s or cost.images_per_s,
+        decoded_per_s=decoded_per_s or cost.decoded_per_s,
+        device=device or cost.device,
+    )

@@ -1,0 +1,167 @@
+"""What there is in the registry: versions by name and alias, and the policies of theirs that meet a budget.
+
+Nothing here imports torch or MLflow, so that a look into the registry takes no seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.frontier import Budget, dominated
+from pipeline.registry import reading
+from pipeline.tracking.address import database_file, resolve_uri
+
+RUNS = Path("runs")  # where runs lie, and their database, if nothing else is said
+REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w\-]+)|/(?P<version>\d+|latest))")
+JOURNAL = "adaptnet.promotions_of"  # tag of the registered models that hold promotions, not nets
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a registered model, as the registry knows it."""
+
+    name: str
+    version: int
+    aliases: tuple[str, ...]
+    run_id: str | None
+    created: float  # seconds since 1970
+    tags: Mapping[str, str]
+
+    @property
+    def reference(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+    @cached_property
+    def reports(self) -> list[dict[str, Any]]:
+        """The figures of each policy, first the default."""
+        found: list[dict[str, Any]] = json.loads(self.tags.get("adaptnet.reports", "[]"))
+        return found
+
+    @cached_property
+    def dominated(self) -> list[bool]:
+        """For each report whether another is at least as accurate and no dearer."""
+        return dominated([r["macs_mean"] for r in self.reports], [r["top1"] for r in self.reports])
+
+    def is_of(self, dataset: str) -> bool:
+        """Whether it was trained or evaluated on the images of this name or identity."""
+        return dataset in {self.tags.get(f"adaptnet.{key}") for key in ("dataset", "data", "evaluated_on")}
+
+
+def address(uri: str | None) -> str:
+    """The registry's address in full; runs/mlflow.db here if none is given."""
+    return resolve_uri(uri, RUNS / "any")
+
+
+def versions(uri: str, name: str | None = None) -> list[Version]:
+    """Every version of `name`, or of all names, newest first. Raises ConfigError listing the names there are."""
+    check_there(uri)
+    models = [model for model in reading.models(uri) if JOURNAL not in model.tags]
+    names = [model.name for model in models]
+    if name is not None and name not in names:
+        raise ConfigError(f"{name}: the registry has no model of that name; there are: {', '.join(names) or 'none'}")
+    aliases: dict[tuple[str, int], tuple[str, ...]] = {}
+    for model in models:
+        for alias, number in sorted(model.aliases.items()):
+            aliases[model.name, number] = (*aliases.get((model.name, number), ()), alias)
+    found = [
+        Version(row.name, row.version, aliases.get((row.name, row.version), ()), row.run_id, row.created, row.tags)
+        for row in reading.rows(uri, name)
+        if row.name in names
+    ]
+    return sorted(found, key=lambda version: (version.name, -version.version))
+
+
+def check_there(uri: str) -> None:
+    """Raises ConfigError for a database file that does not exist."""
+    path = database_file(uri)
+    if path is not None and not path.exists():
+        raise ConfigError(
+            f"{path}: there is no registry here yet; name another with --uri, e.g. "
+            "sqlite:////data/runs/mlflow.db, which lies beside the folders of its runs"
+        )
+
+
+def lookup(reference: str, uri: str) -> Version:
+    """The version behind `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/NAME/latest`.
+
+    Raises ConfigError listing what there is where the name, version or alias is unknown.
+    """
+    match = REFERENCE.fullmatch(reference)
+    if match is None:
+        raise ConfigError(f"{reference}: write models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest")
+    found = versions(uri, match["name"])
+    if match["alias"] is not None:
+        wanted = [version for version in found if match["alias"] in version.aliases]
+    else:
+        wanted = [v for v in found if match["version"] in ("latest", str(v.version))]
+    if not wanted:
+        raise ConfigError(f"{reference}: no such version or alias; {match['name']} has: {listed(found)}")
+    return wanted[0]
+
+
+def listed(found: Sequence[Version], most: int = 40) -> str:
+    """Versions and their aliases in a line."""
+    there = [f"{v.version}{''.join(f' @{alias}' for alias in v.aliases)}" for v in found]
+    more = f", and {len(there) - most} more" if len(there) > most else ""
+    return (", ".join(there[:most]) or "none") + more
+
+
+@dataclass(frozen=True)
+class Match:
+    """A version and one policy of it that meet what was asked; top1 in 0..1, macs mean per image."""
+
+    version: Version
+    policy: str
+    top1: float
+    macs: float
+    num_images: int
+
+
+def matching(
+    found: Sequence[Version], *, max_macs: Budget | None, min_top1: float | None, dataset: str | None
+) -> list[Match]:
+    """The undominated policies within the bounds, the most accurate first, of equals the cheapest, then the newest.
+
+    min_top1 in 0..1. Raises ConfigError saying what comes nearest where none meets them.
+    """
+    on_data = [version for version in found if dataset is None or version.is_of(dataset)]
+    if not on_data:
+        known = sorted({each.tags["adaptnet.dataset"] for each in found if "adaptnet.dataset" in each.tags})
+        raise ConfigError(f"--dataset (={dataset}): no version is of it; there are: {', '.join(known) or 'none'}")
+    every = [match for version in on_data for match in _matches(version)]
+    within = [match for match in every if max_macs is None or match.macs <= max_macs.amount]
+    wanted = [match for match in within if min_top1 is None or match.top1 >= min_top1]
+    if not wanted:
+        raise ConfigError(_nearest(every, within, max_macs, min_top1))
+    return sorted(wanted, key=lambda match: (-match.top1, match.macs, match.version.name, -match.version.version))
+
+
+def _matches(version: Version) -> Iterator[Match]:
+    for report, beaten in zip(version.reports, version.dominated, strict=True):
+        if not beaten:
+            yield Match(version, report["policy"], report["top1"], report["macs_mean"], report["num_images"])
+
+
+def _nearest(every: Sequence[Match], within: Sequence[Match], max_macs: Budget | None, min_top1: float | None) -> str:
+    if not every:
+        return "no version of the registry brings figures of its policies"
+    if not within:
+        assert max_macs is not None
+        cheapest = min(every, key=lambda match: match.macs)
+        return (
+            f"--max-macs (={max_macs.text}): every policy costs more; the cheapest is {cheapest.policy} of "
+            f"{cheapest.version.reference} at {max_macs.written(cheapest.macs)}"
+        )
+    best = max(within, key=lambda match: match.top1)
+    bound = f" within --max-macs (={max_macs.text})" if max_macs else ""
+    return (
+        f"--min-top1 (={100 * (min_top1 or 0):g}): nothing{bound} is as accurate; the best is {best.policy} of "
+        f"{best.version.reference} with {100 * best.top1:.2f} %"
+    )

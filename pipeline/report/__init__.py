@@ -1,0 +1,232 @@
+"""The report: accuracy against cost of trained nets under all their policies, as a page, pictures and numbers.
+
+`build` makes it of nets with their evaluations (`Evaluated`); `report` finds these by what a user names and sends the
+folder to their MLflow runs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline import config as configs
+from pipeline import evaluations, tracking
+from pipeline import family as families
+from pipeline.data.index import ImageIndex
+from pipeline.errors import ConfigError, ContractError
+from pipeline.evaluations import Net
+from pipeline.family import Evaluated
+from pipeline.figures import Bars, Figure, Gallery, HeatMap, Lines, Table
+from pipeline.report import cells, draw, folder, general
+from pipeline.report.page import Section, Shown, drawn, page
+from pipeline.report.thumbnails import thumbnails
+from pipeline.training import checkpoint
+
+NOT_AT_HAND = " The images are not at hand here, so their names stand for them."
+FIGURE_NAME = re.compile("[a-z0-9]+(-[a-z0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A report: its page, what it is of, and what a user should hear of sending it to MLflow."""
+
+    page: Path
+    num_nets: int
+    num_policies: int
+    num_figures: int
+    sent: Sequence[str] = ()  # MLflow runs
+    warnings: Sequence[str] = ()
+
+
+def report(
+    sources: Sequence[str], out: Path, *, groups: Path | None = None, uri: str | None = None, track: bool = True
+) -> Made:
+    """The report of the nets that `sources` name (runs' folders, checkpoints', versions), in the folder `out`.
+
+    groups is a file {superclass: [class, ...]}. With `track` the folder is logged to the nets' MLflow runs too, where
+    these are at hand; a server that is away gives a warning. Raises ConfigError for nets that cannot stand together,
+    a net that is given twice, and an `out` that holds other things.
+    """
+    folder.check(out)
+    nets = [evaluations.find(source, uri) for source in sources]
+    _refuse_doubles(nets)
+    evaluated = evaluations.together(nets)
+    if groups is not None:
+        evaluated = grouped(evaluated, groups)
+    made = build(evaluated, out, evaluations.images(nets, evaluated[0].data))
+    if not track:
+        return made
+    sent, warnings = tracking.send_folder([net.run_dir for net in nets if net.run_dir], out, "report", uri)
+    return replace(made, sent=sent, warnings=warnings)
+
+
+def _refuse_doubles(nets: Sequence[Net]) -> None:
+    seen: dict[str, str] = {}
+    for net in nets:
+        key = checkpoint.sha256(net.model.weights)
+        if key in seen:
+            raise ConfigError(f"{net.source}: the same net as {seen[key]}; give each net once")
+        seen[key] = net.source
+
+
+def grouped(nets: Sequence[Evaluated], path: Path) -> list[Evaluated]:
+    """The nets with the superclasses of a YAML or JSON file {superclass: [class, ...]}.
+
+    Raises ConfigError for classes that the nets do not know, or that are in two groups.
+    """
+    try:
+        found = configs.read_mapping(path)
+    except ConfigError as error:
+        raise ConfigError(f"--groups: write {{superclass: [class, ...]}} as YAML or JSON; {error}") from None
+    known, seen = set(nets[0].classes), set[str]()
+    for group, classes in found.items():
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ConfigError(f"--groups {path}: {group}: write a list of classes, [CLASS, ...], not {classes!r}")
+        unknown = [name for name in classes if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"--groups {path}: {group}: the nets know no class {', '.join(unknown[:10])}; they know "
+                f"{', '.join(nets[0].classes[:10])}{' ...' if len(known) > 10 else ''}"
+            )
+        twice = [name for name in classes if name in seen]
+        if twice:
+            raise ConfigError(f"--groups {path}: {', '.join(twice[:10])}: in two groups; each class belongs to one")
+        seen.update(classes)
+    return [replace(net, superclasses={str(group): tuple(classes) for group, classes in found.items()}) for net in nets]
+
+
+def build(nets: Sequence[Evaluated], out: Path, images: ImageIndex | None = None) -> Made:
+    """Writes the report of these nets into `out`; `images` is the split they were evaluated on, if it is at hand.
+
+    Raises ContractError where a family's figure does not keep what `pipeline.figures` promises.
+    """
+    whole = general.all_policies(nets)
+    sections = list(_sections(nets, whole))
+    pictures = [(section, [_shown(figure, images) for figure in section.figures]) for section in sections]
+    contents: dict[str, str | bytes] = {"policies.csv": cells.sheet(whole, {}).csv()}
+    for heat_map in general.by_class(nets, all_classes=True):
+        contents["classes.csv"] = cells.sheet(heat_map, {}).csv()
+    for shown in (shown for _, group in pictures for shown in group):
+        contents[f"{folder.FIGURES}/{shown.figure.name}.csv"] = shown.sheet.csv()
+        if shown.png:
+            contents[f"{folder.FIGURES}/{shown.figure.name}.png"] = shown.png
+    made = f"Made by adaptnet {version('adaptnet')} at {time.strftime('%Y-%m-%d %H:%M %Z')}."
+    contents[folder.PAGE] = page(_title(nets), _facts(nets), pictures, made)
+    folder.write(out, _data(nets, sections), contents)
+    num_policies = sum(len(net.reports) for net in nets)
+    return Made(out / folder.PAGE, len(nets), num_policies, sum(len(group) for _, group in pictures))
+
+
+def _title(nets: Sequence[Evaluated]) -> str:
+    return f"Accuracy and cost of {nets[0].name}" if len(nets) == 1 else f"Accuracy and cost of {len(nets)} nets"
+
+
+def _facts(nets: Sequence[Evaluated]) -> list[str]:
+    names = ", ".join(general.titled(net) for net in nets)
+    unreadable = {name for net in nets for report in net.reports for name in report.unreadable}
+    told = f"Evaluated on the images {nets[0].data}, {len(nets[0].classes):,} classes."
+    if unreadable:
+        told += f" {len(unreadable):,} unreadable images are left out."
+    how = (
+        "Point at a mark, tap it, or walk with the arrow keys to read its numbers; click a legend's entry to see its "
+        "family alone, again to see all. The same numbers are in policies.csv, figures/*.csv and data.json."
+    )
+    return [f"{names}.", told, how]
+
+
+def _sections(nets: Sequence[Evaluated], whole: Table) -> Iterator[Section]:
+    yield Section("frontier", "Accuracy against cost", general.frontiers(nets))
+    yield Section("each-policy", "Each policy", general.policies(nets, whole))
+    classes = general.by_class(nets)
+    if classes:
+        yield Section("classes", "Classes", classes)
+    for name in dict.fromkeys(net.family for net in nets):
+        figures = families_own(name, nets)
+        if figures:
+            yield Section(f"family-{name.replace('_', '-')}", f"Family {name}", figures)
+
+
+def families_own(name: str, nets: Sequence[Evaluated]) -> list[Figure]:
+    """A family's figures, checked, with its name before theirs. Raises ContractError for one that is wrong."""
+    mine = [net for net in nets if net.family == name]
+    others = [net for net in nets if net.family != name]
+    figures, seen = [], set[str]()
+    prefix = name.replace("_", "-")
+    for figure in families.find(name).figures(mine, others):
+        fault = "another figure has this name" if figure.name in seen else fault_of(figure)
+        if fault:
+            raise ContractError(f"family {name}, figure {figure.name!r}: {fault}")
+        seen.add(figure.name)
+        figures.append(
+            figure if figure.name.startswith(f"{prefix}-") else replace(figure, name=f"{prefix}-{figure.name}")
+        )
+    return figures
+
+
+def fault_of(figure: Figure) -> str | None:
+    """What is wrong with a figure, by what `pipeline.figures` promises; None where nothing is."""
+    if not FIGURE_NAME.fullmatch(figure.name):
+        return "its name may hold lower case, digits and hyphens"
+    if isinstance(figure, Lines):
+        for series in figure.series:
+            sizes = {len(series.x), len(series.y), len(series.texts or series.x), len(series.faded or series.x)}
+            if len(sizes) > 1:
+                return f"series {series.name!r}: x, y, texts and faded differ in length"
+        numbers: list[Any] = [value for series in figure.series for value in (*series.x, *series.y)]
+    elif isinstance(figure, Bars):
+        if any(len(values) != len(figure.labels) for values in figure.series.values()):
+            return f"a series has not as many values as there are labels ({len(figure.labels)})"
+        numbers = [value for values in figure.series.values() for value in values]
+    elif isinstance(figure, HeatMap):
+        shape = {len(row) for row in figure.values} | {len(figure.columns)}
+        if len(figure.values) != len(figure.rows) or len(shape) > 1:
+            return f"values are not {len(figure.rows)} rows of {len(figure.columns)}"
+        if figure.groups and sum(figure.groups.values()) != len(figure.rows):
+            return f"its groups hold {sum(figure.groups.values())} rows, there are {len(figure.rows)}"
+        numbers = [value for row in figure.values for value in row]
+    elif isinstance(figure, Table):
+        if any(len(row) != len(figure.columns) for row in figure.rows):
+            return f"a row has not as many cells as there are columns ({len(figure.columns)})"
+        numbers = [value for row in figure.rows for value in row if not isinstance(value, str)]
+    else:
+        numbers = []
+    return None if all(value is None or math.isfinite(value) for value in numbers) else "a value is not finite"
+
+
+def _shown(figure: Figure, images: ImageIndex | None) -> Shown:
+    if not isinstance(figure, Gallery):
+        return drawn(figure, {})
+    found = thumbnails(images, [row for group in figure.groups.values() for row, _ in group])
+    if not any(thumbnail.jpeg for thumbnail in found.values()):
+        figure = replace(figure, caption=figure.caption + NOT_AT_HAND)
+    return drawn(figure, found, draw.contact_sheet(figure, found))
+
+
+def _data(nets: Sequence[Evaluated], sections: Sequence[Section]) -> dict[str, Any]:
+    """data.json: all reports, and all figures as families gave them."""
+    return {
+        "data": nets[0].data,
+        "classes": list(nets[0].classes),
+        "superclasses": {group: list(classes) for group, classes in nets[0].superclasses.items()},
+        "nets": [_net(net) for net in nets],
+        "figures": [
+            {"kind": type(figure).__name__, "section": section.name, **asdict(figure)}
+            for section in sections
+            for figure in section.figures
+        ],
+    }
+
+
+def _net(net: Evaluated) -> dict[str, Any]:
+    plain = ("name", "family", "data", "side_px", "step", "parameters")
+    return {
+        **{name: getattr(net, name) for name in plain},
+        "reports": [asdict(report) for report in net.reports],
+        "attacked": {attack: [asdict(report) for report in reports] for attack, reports in net.attacked.items()},
+    }

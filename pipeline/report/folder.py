@@ -1,0 +1,98 @@
+"""The report's folder: index.html, data.json, policies.csv, classes.csv, and figures/ with a PNG and a CSV of each.
+
+data.json is written first and lists all files, so that a folder which report began is known again and what an earlier
+report left in it can be taken away. What others have put beside stays.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError, ResourceError
+from pipeline.provenance import write_whole
+
+PAGE, DATA, FIGURES = "index.html", "data.json", "figures"
+FORMAT = "adaptnet report 1"
+
+
+def check(out: Path) -> None:
+    """Raises ConfigError where `out` holds other things than a report, ResourceError where it cannot be written."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out (={out}): is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not earlier(out):
+        raise ConfigError(
+            f"--out (={out}): holds other things than a report, which stay as they are; name a new or empty folder"
+        )
+    try:
+        (out / FIGURES).mkdir(parents=True, exist_ok=True)
+        probe = out / f".{uuid.uuid4().hex[:8]}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _unwritable(out, error) from None
+
+
+def earlier(out: Path) -> Mapping[str, Any]:
+    """data.json of the report that lies in `out`; empty where there is none. An empty figures/ is a report begun."""
+    try:
+        found = json.loads((out / DATA).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        begun = [path.name for path in out.iterdir()] == [FIGURES] and not any((out / FIGURES).iterdir())
+        return {"files": []} if begun else {}
+    return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
+
+
+def write(out: Path, data: Mapping[str, Any], contents: Mapping[str, str | bytes]) -> list[Path]:
+    """Writes all files, the page last; files of an earlier report that this one does not have go.
+
+    contents {path in `out`: what it holds}. Raises ResourceError where the disk does not take them.
+    """
+    check(out)
+    before = earlier(out).get("files", [])
+    names = [DATA, *contents]
+    whole = {"format": FORMAT, "files": sorted({*names, *before}), **data}  # until those are gone
+    try:
+        write_whole(out / DATA, _json(whole))
+        for name, content in contents.items():
+            _put(out / name, content)
+        for name in set(before) - set(names):
+            _take_away(out, name)
+        write_whole(out / DATA, _json({**whole, "files": sorted(names)}))
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    return [out / name for name in sorted(names)]
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=1, allow_nan=False, default=str)
+
+
+def _put(path: Path, content: str | bytes) -> None:
+    if isinstance(content, str):
+        return write_whole(path, content)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _take_away(out: Path, name: str) -> None:
+    """A file that an earlier report wrote, if its name is one that a report writes."""
+    known = (PAGE, "policies.csv", "classes.csv")
+    place = Path(name)
+    if name in known or (place.parts[:1] == (FIGURES,) and len(place.parts) == 2 and place.suffix in (".png", ".csv")):
+        with suppress(FileNotFoundError):
+            (out / name).unlink()
+
+
+def _unwritable(out: Path, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"--out (={out}): cannot be written ({error.strerror}); name a folder where you may write and that has room"
+    )

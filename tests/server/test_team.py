@@ -1,0 +1,322 @@
+"""A team's server with a real PostgreSQL: nothing is lost, doubled or told that is secret, whatever dies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from mlflow_here import CONTEXT, database, events, run_folder
+from team_server import PASSWORD, TeamServer, missing
+from test_catalogue import tags as figures_of
+from test_catalogue import timed
+from test_promoting import contend, holder, make_run
+
+from jobs.cli import main
+from pipeline import config as configs
+from pipeline import registry
+from pipeline.data import toy
+from pipeline.errors import ResourceError
+from pipeline.journal import Journal
+from pipeline.registry import holders
+from pipeline.tracking import Shipper, TrackingConfig, connect, shipper, sync
+
+OUTAGE_S = 60.0
+METRICS, STEPS = 200, 50
+SHIP = {"upload_checkpoints": False}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.make(tmp_path_factory.mktemp("toy") / "images", num_classes=3, train=12, val=40, side_px=32, seed=3)
+
+
+@pytest.fixture
+def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(each) for each in arguments])
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out + printed.err
+
+    return run
+
+
+def ship(run_dir: Path, uri: str, answers: Any) -> None:
+    answers.put(sync(run_dir, uri).run_id)
+
+
+def ship_at_once(folders: list[Path], uri: str) -> list[str]:
+    """Each in a process of its own; their MLflow runs."""
+    answers = CONTEXT.Queue()
+    racing = [CONTEXT.Process(target=ship, args=(folder, uri, answers)) for folder in folders]
+    for process in racing:
+        process.start()
+    found = [answers.get(timeout=280) for _ in racing]
+    for process in racing:
+        process.join(60)
+    return found
+
+
+def journals(home: Path, count: int, metrics: int = METRICS, steps: int = STEPS) -> list[Path]:
+    """Folders of runs that have written that many metrics at each of that many steps."""
+    folders = []
+    for number in range(count):
+        folder, _ = run_folder(home / f"run{number}", **SHIP)
+        writer = Journal(folder / "journal")
+        for step in range(steps):
+            writer.metrics(step, {f"m{metric}": 1000.0 * number + step for metric in range(metrics)})
+        writer.close()
+        folders.append(folder)
+    return folders
+
+
+def test_smoke(team: TeamServer, images: Path, say: Callable[..., Any], tmp_path: Path) -> None:
+    """Two runs sent at once, registered, one promoted, looked up and pulled; status told."""
+    for seed in (1, 2):
+        make_run(tmp_path / "runs" / f"run{seed}", images, seed)
+    folders = [tmp_path / "runs" / f"run{seed}" for seed in (1, 2)]
+    assert len(set(ship_at_once(folders, team.uri))) == 2
+    for folder in folders:
+        code, text = say("models", "register", folder, "smoke", "--uri", team.uri)
+        assert code == 0, text
+    assert say("models", "promote", "smoke", 1, "--uri", team.uri)[0] == 0
+    code, text = say("models", "lookup", "smoke", "--max-macs", "1.5M", "--uri", team.uri)
+    found = {line.split()[0]: line.split()[1] for line in text.splitlines()[2:]}
+    assert code == 0 and found == {"models:/smoke/1": "champion", "models:/smoke/2": "candidate"}, text
+    code, text = say("models", "pull", "models:/smoke@champion", tmp_path / "pulled", "--uri", team.uri)
+    assert code == 0 and registry.load_model(tmp_path / "pulled").classes
+    status = team.run("server.sh", "status")
+    assert "database   up" in status and f"server     up: {team.uri}" in status
+
+
+@pytest.mark.parametrize(
+    ("password", "said"),
+    [("", "set MLFLOW_AUTH_ADMIN_PASSWORD"), ("password1234", "well-known"), ("short-one", "9 characters")],
+)
+def test_no_server_starts_with_a_password_that_all_know(password: str, said: str) -> None:
+    if lacking := missing():
+        pytest.skip(lacking)
+    other = TeamServer()
+    try:
+        told = other.run("server.sh", "start", code=1, MLFLOW_AUTH_ADMIN_PASSWORD=password)
+        assert said in told and "MLFLOW_AUTH_ADMIN_PASSWORD" in told and not list(other.home.iterdir())
+    finally:
+        other.end()
+
+
+def test_a_wrong_password_is_told_and_not_repeated(
+    team: TeamServer, say: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hush-hush")
+    code, text = say("models", "list", "--uri", team.uri)
+    assert code == 2 and "refuses this name and password" in text and "hush" not in text
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
+    run_dir, _ = run_folder(tmp_path / "runs" / "mine", **SHIP)
+    with pytest.raises(ResourceError) as found:
+        sync(run_dir, team.uri.replace("//", "//admin:hush-hush@"))
+    assert "hush" not in str(found.value)
+
+
+@pytest.mark.parametrize(("where", "processes"), [("server", 16), ("sqlite", 4)])
+def test_every_value_of_many_processes_is_there_once(
+    request: pytest.FixtureRequest, where: str, processes: int, tmp_path: Path
+) -> None:
+    if where == "server":
+        team = request.getfixturevalue("team")
+        uri, ask = team.uri, team.rows
+    else:
+        shutil.copyfile(database().path, tmp_path / "mlflow.db")
+        uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+        def ask(query: str) -> list[Any]:
+            import sqlite3
+
+            return sqlite3.connect(tmp_path / "mlflow.db").execute(query).fetchall()
+
+    folders = journals(tmp_path / "runs", processes)
+    runs = ship_at_once(folders, uri)
+    assert len(set(runs)) == processes
+    wanted = METRICS * STEPS
+    named = ", ".join(f"'{run}'" for run in runs)
+    found = ask(
+        "SELECT run_uuid, count(*), count(DISTINCT key), count(DISTINCT step), max(value) - min(value) FROM metrics "
+        f"WHERE run_uuid IN ({named}) GROUP BY run_uuid"
+    )
+    assert [row[1:] for row in found] == [(wanted, METRICS, STEPS, STEPS - 1)] * processes
+    doubled = ask(
+        f"SELECT count(*) FROM (SELECT 1 FROM metrics WHERE run_uuid IN ({named}) GROUP BY run_uuid, key, step "
+        "HAVING count(*) > 1) AS twice"
+    )
+    assert doubled == [(0,)]
+
+
+def test_a_server_killed_in_training_and_in_publishing_loses_and_doubles_nothing(
+    team: TeamServer, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipper, "PAUSE_S", 0.2)
+    monkeypatch.setattr(shipper, "LONGEST_PAUSE_S", 3.0)
+    run_dir = tmp_path / "runs" / "killed"
+    make_run(run_dir, images, 1)
+    config = TrackingConfig(uri=team.uri, experiment=tmp_path.name, register="killed", patience_s=280)
+    recipe = configs.read_mapping(run_dir / "config.yaml")["recipe"] | {"tracking": configs.as_mapping(config)}
+    (run_dir / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe}))
+    (run_dir / "status.json").rename(tmp_path / "status.json")
+    artifacts = team.home / "artifacts"
+    with Shipper(run_dir, config, recipe) as shipping:
+        assert shipping.ready(60)
+        writer = Journal(run_dir / "journal")
+        begun = time.monotonic()
+        for step in range(600):
+            writer.metrics(step, {"train/loss": float(step)})
+            if step == 200:
+                team.kill()
+            if step == 400:
+                time.sleep(max(0.0, begun + OUTAGE_S - time.monotonic()))
+                team.start()
+            time.sleep(0.01)
+        writer.close()
+        shutil.move(tmp_path / "status.json", run_dir / "status.json")
+        killer = threading.Thread(target=kill_in_upload, args=(team, artifacts))
+        killer.start()
+        version = registry.conclude(run_dir, config, shipping)
+        killer.join()
+    assert version is not None
+    kinds = [event["event"] for event in events(run_dir)]
+    assert "tracking-away" in kinds and "tracking-back" in kinds and "not-registered" not in kinds
+    run_id = shipping.run_id
+    found = team.rows(
+        "SELECT count(*), count(DISTINCT step), max(step) FROM metrics "
+        f"WHERE run_uuid = '{run_id}' AND key = 'train/loss'"
+    )
+    assert found == [(600, 600, 599)]
+    client = connect(team.uri)
+    experiment = client.get_experiment_by_name(tmp_path.name).experiment_id
+    assert len(client.search_runs([experiment])) == 1
+    again = registry.publish_run(run_dir, "killed", run_id=str(run_id), uri=team.uri)
+    assert again is not None and [v.version for v in registry.versions(team.uri, "killed")] == [1]
+    folder = registry.resolve("models:/killed@candidate", team.uri, cache=tmp_path / "cache")
+    model = registry.load_model(folder)
+    assert model.card["weights"]["sha256"] == version.tags["adaptnet.weights_sha256"]
+
+
+def kill_in_upload(team: TeamServer, artifacts: Path) -> None:
+    """Kills the server once a file of the model has come in, and starts it after the outage."""
+    deadline = time.monotonic() + 120
+    while not list(artifacts.rglob("models/*/*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    team.kill()
+    assert team.rows("SELECT count(*) FROM model_versions WHERE name = 'killed'") == [(0,)]
+    time.sleep(OUTAGE_S)
+    team.start()
+
+
+def test_of_promotions_at_once_one_wins(team: TeamServer) -> None:
+    client = connect(team.uri)
+    run_id = client.create_run("0").info.run_id
+    client.create_registered_model("net")
+    for _ in range(4):
+        client.create_model_version("net", f"{client.get_run(run_id).info.artifact_uri}/x", run_id)
+    start, answers = CONTEXT.Barrier(4), CONTEXT.Queue()
+    racing = [CONTEXT.Process(target=contend, args=(team.uri, n, start, answers)) for n in (1, 2, 3, 4)]
+    for process in racing:
+        process.start()
+    said = [answers.get(timeout=200) for _ in racing]
+    won = [each for each in said if isinstance(each, int)]
+    assert len(won) == 1 and holder(client) == won[0], said
+    assert [entry.version for entry in holders.history(team.uri, "net", "champion")] == won
+
+
+def test_five_thousand_versions_are_looked_through(team: TeamServer) -> None:
+    """By PostgreSQL and MLflow's server, whose time is its own: here the command waits for it."""
+    reports = figures_of(3, 40)
+    team.rows("INSERT INTO registered_models (workspace, name) VALUES ('default', 'many')")
+    team.rows(
+        "INSERT INTO model_versions (workspace, name, version, creation_time, current_stage, status, source, run_id) "
+        "SELECT 'default', 'many', n, 1000, 'None', 'READY', 'mlflow-artifacts:/x', 'abc' "
+        "FROM generate_series(1, 5000) n"
+    )
+    for key, value in reports.items():
+        team.rows(
+            "INSERT INTO model_version_tags (workspace, name, version, key, value) SELECT 'default', 'many', n, "
+            f"'{key}', '{value}' FROM generate_series(1, 5000) n".replace(":", "\\\\:")
+        )
+    start = time.monotonic()
+    found = registry.versions(team.uri, "many")
+    waited = time.monotonic() - start
+    seconds, text = timed("models", "lookup", "many", "--max-macs", "0.5G", "--uri", team.uri)
+    assert len(found) == 5000 and len(text.splitlines()) == 5002
+    print(f"5,000 versions over HTTP: {waited:.2f} s for the answer, {seconds:.2f} s of our own")
+    assert seconds < 2.0
+
+
+def test_no_secret_is_kept_anywhere(team: TeamServer, images: Path, tmp_path: Path, say: Callable[..., Any]) -> None:
+    run_dir = tmp_path / "runs" / "secretive"
+    make_run(run_dir, images, 1)
+    spelt = quote(PASSWORD, safe="")
+    uri = team.uri.replace("//", f"//admin:{spelt}@")
+    config = TrackingConfig(uri=uri, experiment="secretive", register="secretive")
+    recipe = configs.read_mapping(run_dir / "config.yaml")["recipe"] | {"tracking": configs.as_mapping(config)}
+    (run_dir / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe}))
+    with Shipper(run_dir, config, recipe, command=["adaptnet", "train", f"tracking.uri={uri}"]) as shipping:
+        assert registry.conclude(run_dir, config, shipping) is not None
+    with pytest.raises(ResourceError) as found:
+        sync(run_dir, uri.replace(str(team.port), "9"))
+    code, text = say("models", "show", "models:/secretive/1", "--uri", uri)
+    assert code == 0, text
+    code, more = say("models", "list", "nothing", "--uri", uri)
+    assert code == 2
+    places = [run_dir, team.home]
+    for place in places:
+        grep = ["grep", "-rlaF", "-e", PASSWORD, "-e", spelt, "--exclude-dir=db", str(place)]
+        assert subprocess.run(grep, capture_output=True, text=True).stdout == ""
+    dump = json.dumps(team.rows("SELECT key, value FROM params") + team.rows("SELECT key, value FROM tags"))
+    dump += json.dumps(team.rows("SELECT key, value FROM model_version_tags"))
+    for secret in (PASSWORD, spelt):
+        assert secret not in text + more + str(found.value) + dump
+
+
+def test_a_backup_goes_into_an_empty_server_and_no_other(
+    team: TeamServer, images: Path, tmp_path: Path, say: Callable[..., Any]
+) -> None:
+    make_run(tmp_path / "runs" / "kept", images, 1)
+    code, text = say("models", "register", tmp_path / "runs" / "kept", "kept", "--note", "keep me", "--uri", team.uri)
+    assert code == 0, text
+    backup = tmp_path / "backup"
+    team.run("backup.sh", backup)
+    assert "exists already" in team.run("backup.sh", backup, code=1)
+    assert "holds" in team.run("restore.sh", backup, code=1)
+    other = TeamServer()
+    try:
+        other.start()
+        other.run("restore.sh", backup)
+        for where in (team, other):
+            assert say("models", "list", "--uri", where.uri)[0] == 0
+        assert registry.versions(other.uri) == registry.versions(team.uri)
+        assert "keep me" in say("models", "show", "models:/kept/1", "--uri", other.uri)[1]
+        code, text = say("models", "pull", "models:/kept/1", tmp_path / "pulled", "--uri", other.uri)
+        assert code == 0 and registry.load_model(tmp_path / "pulled").classes, text
+        assert sync(tmp_path / "runs" / "kept", other.uri).status == "FINISHED"
+        with open(backup / "mlflow.dump", "r+b") as dump:
+            dump.truncate(1000)
+        assert "damaged" in other.run("restore.sh", backup, code=1)
+    finally:
+        other.end()
+
+
+def test_a_fresh_server_is_stopped_and_started_again(team: TeamServer) -> None:
+    assert "runs already" in team.run("server.sh", "start")
+    team.run("server.sh", "stop")
+    assert "down" in team.run("server.sh", "status", code=1)
+    team.run("server.sh", "start", MLFLOW_AUTH_ADMIN_PASSWORD="")  # its administrator is there
+    assert connect(team.uri).search_experiments()

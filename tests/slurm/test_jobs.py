@@ -1,0 +1,284 @@
+"""Trainings as jobs of a real SLURM: whatever ends them, they go on in the same run and lose nothing that was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_slurm import RealSlurm, until
+from safetensors.torch import load_file
+
+from pipeline.data import toy
+from pipeline.tracking import connect
+
+pytestmark = pytest.mark.slurm
+ROOT = Path(__file__).parents[2]
+STARTS_WITHIN_S = 150  # imports, Ray on two nodes, workers: on two shared cores
+SMALL = ["family.depth=8", "training.batch_size=64", "logging.every=10 steps", "evaluation.latency_repeats=0"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.make(tmp_path_factory.mktemp("toy") / "set", num_classes=4, train=640, val=80, side_px=32, seed=5)
+
+
+@dataclass
+class Desk:
+    """Where a user sits: a folder with runs, and the cluster's commands."""
+
+    cluster: RealSlurm
+    home: Path
+    images: Path
+
+    def attempt(self, *words: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+        env = {**self.cluster.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(self.home)}
+        line = [sys.executable, "-m", "jobs.cli", *words]
+        return subprocess.run(
+            line, cwd=self.home, env=env, capture_output=True, text=True, timeout=seconds, check=False
+        )
+
+    def adaptnet(self, *words: str, seconds: float = 120) -> str:
+        done = self.attempt(*words, seconds=seconds)
+        assert done.returncode == 0, f"{words}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def train(self, name: str, *words: str, nodes: str = "2", time: str = "30m") -> str:
+        """Submits a training; its job's id."""
+        own = [f"name={name}", f"data.root={self.images}", "tracking.register=null", *SMALL, *words]
+        printed = self.adaptnet("submit", "train", "convnet_aig/toy", *own, "--nodes", nodes, "--time", time)
+        return re.findall(r"^job (\S+):", printed, re.MULTILINE)[0]
+
+    def starts(self, name: str) -> list[dict[str, Any]]:
+        path = self.home / "runs" / name / "slurm" / "starts.json"
+        found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        return found
+
+    def steps(self, name: str) -> list[int]:
+        """Of the run's checkpoints."""
+        return sorted(
+            int(path.parent.name[5:]) for path in self.home.glob(f"runs/{name}/checkpoints/step-*/COMPLETE.json")
+        )
+
+    def finished(self, name: str) -> bool:
+        path = self.home / "runs" / name / "status.json"
+        return path.exists() and bool(json.loads(path.read_text())["finished"])
+
+    def log(self, name: str) -> str:
+        return "".join(path.read_text() for path in sorted(self.home.glob(f"runs/{name}/slurm/*log.out")))
+
+    def until(self, holds: Callable[[], bool], name: str, seconds: float = STARTS_WITHIN_S) -> None:
+        try:
+            until(holds, seconds)
+        except TimeoutError as error:
+            pytest.fail(f"{error}\n{self.attempt('jobs', 'show', name).stdout}\n{self.log(name)[-4000:]}")
+
+    def tracked(self, name: str) -> Counter[tuple[str, int]]:
+        """How often MLflow holds each (key, step) of the run; it must be the only run of that name."""
+        client = connect(f"sqlite:///{self.home}/runs/mlflow.db")
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        (run,) = [run for run in client.search_runs(experiments) if run.info.run_name == name]
+        return Counter(
+            (key, point.step) for key in run.data.metrics for point in client.get_metric_history(run.info.run_id, key)
+        )
+
+
+@pytest.fixture
+def desk(netns: RealSlurm, images: Path, tmp_path: Path) -> Iterator[Desk]:
+    found = Desk(netns, tmp_path, images)
+    yield found
+    assert netns.attempt("pgrep", "-f", f"gcs_server.*{tmp_path}").stdout == ""
+
+
+def check_whole(desk: Desk, name: str, total: int) -> None:
+    """The run is finished, its last checkpoint is its last step, and MLflow holds every logged step once."""
+    assert desk.finished(name) and desk.steps(name)[-1] == total, desk.log(name)[-3000:]
+    tracked = desk.tracked(name)
+    assert set(tracked.values()) == {1}
+    assert {step for key, step in tracked if key == "train/loss"} >= set(range(10, total + 1, 10))
+
+
+def test_smoke_a_job_over_two_nodes_is_requeued_and_goes_on_in_the_same_run(desk: Desk) -> None:
+    job = desk.train("smoke", "training.epochs=25", "checkpoint.every=10 steps")
+    desk.until(lambda: bool(desk.steps("smoke")), "smoke")
+    desk.cluster.run("scontrol", "requeue", job)
+    assert "Ray at 10.77.0." in desk.log("smoke") and ": 2 of 2 nodes" in desk.log("smoke")
+    refused = desk.attempt("submit", "train", "convnet_aig/toy", "name=smoke", "--time", "30m")
+    assert refused.returncode == 2 and f"job {job} of this run is" in refused.stderr and "cancel it" in refused.stderr
+    desk.until(lambda: desk.finished("smoke"), "smoke", 240)
+    first, second = desk.starts("smoke")
+    assert 0 == first["from"] < first["to"] == second["from"] < second["to"] == 300
+    desk.until(lambda: desk.cluster.sacct(job)[-1:] == ["COMPLETED"], "smoke", 60)
+    check_whole(desk, "smoke", 300)
+    shown = desk.adaptnet("jobs", "show", "smoke")
+    assert (
+        "COMPLETED" in shown
+        and f"step 0 to {first['to']}, step {first['to']} to 300" in shown
+        and "MLflow run" in shown
+    )
+    assert "smoke" in desk.adaptnet("jobs", "list") and "finished at step 300" in desk.adaptnet("jobs", "logs", job)
+
+
+def test_a_preempted_job_saves_at_its_very_step_and_comes_back(desk: Desk) -> None:
+    job = desk.train("low", "training.epochs=80", "checkpoint.every=100000 steps", "evaluation.every=1000 epochs")
+    desk.until(lambda: re.search(r"^step \d+/", desk.log("low"), re.MULTILINE) is not None, "low")
+    desk.cluster.run("scontrol", "update", "partitionname=main", "gracetime=60")
+    above = desk.cluster.sbatch("sleep 5", "--partition", "high", "--nodes", "2", "--exclusive")
+    desk.cluster.wait(above, "COMPLETED", 120)
+    desk.until(lambda: len(desk.starts("low")) == 2, "low")
+    first = desk.starts("low")[0]
+    assert first["to"] > 0 and desk.steps("low")[0] == first["to"], "saved by nothing but the warning"
+    desk.until(lambda: f"[resumed] at step {first['to']}" in desk.log("low"), "low")
+    assert "SLURM's warning" in desk.log("low")
+    desk.cluster.run("scancel", job)
+
+
+def test_a_lost_agent_costs_the_steps_since_the_last_checkpoint(desk: Desk) -> None:
+    """The other node has room for both workers: the run goes on there, in the same start of the job."""
+    apart = ["compute.cpus_per_worker=1", "--cpus-per-task", "2"]
+    desk.train("agent", "training.epochs=40", "checkpoint.every=20 steps", *apart)
+    desk.until(lambda: bool(desk.steps("agent")), "agent")
+    (raylet,) = [pid for pid in _pids("raylet", desk.home) if b"--head" not in _command(pid)]
+    os.kill(raylet, 9)
+    desk.until(lambda: desk.finished("agent"), "agent", 300)
+    assert len(desk.starts("agent")) == 1
+    check_whole(desk, "agent", 400)
+
+
+def test_a_dead_head_is_requeued_where_the_start_has_saved_something(desk: Desk) -> None:
+    job = desk.train("head", "training.epochs=40", "checkpoint.every=20 steps")
+    desk.until(lambda: bool(desk.steps("head")), "head")
+    (head,) = _pids("gcs_server", desk.home)
+    os.kill(head, 9)
+    desk.until(lambda: len(desk.starts("head")) == 2, "head", 240)
+    desk.until(lambda: desk.finished("head"), "head", 300)
+    assert f"requeueing job {job}" in desk.log("head")
+    check_whole(desk, "head", 400)
+
+
+def test_a_node_that_is_set_down_ends_the_job_and_slurm_starts_it_again(desk: Desk) -> None:
+    desk.train("down", "training.epochs=40", "checkpoint.every=20 steps")
+    desk.until(lambda: bool(desk.steps("down")), "down")
+    node = desk.cluster.nodes[1]
+    desk.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    time.sleep(5)
+    desk.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+    desk.until(lambda: desk.finished("down"), "down", 300)
+    assert len(desk.starts("down")) == 2
+    check_whole(desk, "down", 400)
+
+
+def test_two_jobs_on_the_same_nodes_do_not_meet(desk: Desk) -> None:
+    names = ["one", "two"]
+    for name in names:
+        desk.train(name, "training.epochs=10", "checkpoint.every=20 steps")
+    for name in names:
+        desk.until(lambda name=name: desk.finished(name), name, 300)  # type: ignore[misc]
+        check_whole(desk, name, 100)
+    heads = {re.findall(r"Ray at (\S+):", desk.log(name))[0] for name in names}
+    assert len(heads) == 2
+
+
+def test_a_cancelled_job_stays_away_and_is_resubmitted_on_demand(desk: Desk) -> None:
+    job = desk.train("gone", "training.epochs=30", "checkpoint.every=20 steps", nodes="1")
+    desk.until(lambda: bool(desk.steps("gone")), "gone")
+    desk.adaptnet("jobs", "cancel", "gone")
+    desk.until(lambda: desk.cluster.sacct(job)[-1:] != ["RUNNING"] and not desk.cluster.squeue(), "gone", 60)
+    assert "CANCELLED" in desk.adaptnet("jobs", "show", "gone") and not desk.finished("gone")
+    again = re.findall(r"job (\d+) goes on", desk.adaptnet("jobs", "resubmit", "gone"))[0]
+    desk.until(lambda: desk.finished("gone"), "gone", 240)
+    assert again != job and desk.starts("gone")[-1]["from"] > 0
+    check_whole(desk, "gone", 300)
+
+
+def test_a_job_that_cannot_work_says_so_and_frees_its_nodes(desk: Desk) -> None:
+    job = desk.train("wrong", f"data.root={desk.home}/nowhere")
+    began = time.monotonic()
+    desk.until(lambda: not desk.cluster.squeue(), "wrong")
+    assert desk.cluster.sacct(job)[-1].startswith("FAILED"), time.monotonic() - began
+    shown = desk.adaptnet("jobs", "show", "wrong")
+    assert "FAILED: exit code 2" in shown and f"adaptnet: data.root (={desk.home}/nowhere)" in shown
+
+
+def test_an_array_trains_a_run_for_each_value(desk: Desk) -> None:
+    own = ["name=seeds", f"data.root={desk.images}", "tracking.register=null", *SMALL, "training.epochs=2"]
+    desk.adaptnet("submit", "train", "convnet_aig/toy", *own, "--array", "seed=1,2", "--nodes", "1", "--time", "20m")
+    for seed in (1, 2):
+        desk.until(lambda seed=seed: desk.finished(f"seeds-seed{seed}"), f"seeds-seed{seed}", 240)  # type: ignore[misc]
+    one, two = (load_file(desk.home / f"runs/seeds-seed{s}/checkpoints/step-00000020/net.safetensors") for s in (1, 2))
+    assert any(not one[name].equal(two[name]) for name in one)
+    assert "seeds-seed2" in desk.adaptnet("jobs", "list")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--partition", "nope"], "Known partitions: main, high"),
+        (["--gpus-per-node", "9"], "The nodes have: "),
+        (["--time", "soon"], "write 90m, 24h"),
+        (["--time", "2m"], "is below 210 s: 90 s to save"),
+        (["--nodes", "3-2"], "FEWEST-MOST"),
+        (["--dependency", "afterok:none"], "SLURM refused the job"),
+    ],
+)
+def test_what_slurm_cannot_give_is_refused_in_its_words(desk: Desk, words: list[str], said: str) -> None:
+    done = desk.attempt("submit", "train", "convnet_aig/toy", f"data.root={desk.images}", *words)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+def test_limits_in_time_cost_nothing_and_change_nothing(desk: Desk) -> None:
+    """Three minutes a start, 45 s to save; at least three starts; the same weights as without an interruption."""
+    long = ["training.epochs=150", "checkpoint.every=1000 steps", "evaluation.every=1000 epochs"]
+    own = [f"data.root={desk.images}", "tracking.register=null", *SMALL, *long]
+    own += ["family.depth=26"]
+    desk.adaptnet(
+        "submit",
+        "train",
+        "convnet_aig/toy",
+        "name=limited",
+        *own,
+        "--nodes",
+        "2",
+        "--time",
+        "3m",
+        "--signal-delay",
+        "45",
+    )
+    desk.until(lambda: desk.finished("limited"), "limited", 1200)
+    starts = desk.starts("limited")
+    assert len(starts) >= 3 and all(each["to"] > each["from"] for each in starts)
+    assert [each["from"] for each in starts[1:]] == [each["to"] for each in starts[:-1]]
+    check_whole(desk, "limited", 1500)
+    apart = ["compute.workers=2", "compute.cpus_per_worker=1", "compute.device=cpu"]
+    desk.adaptnet("train", "convnet_aig/toy", "name=straight", *own, *apart, seconds=1200)
+    one, other = (
+        load_file(desk.home / f"runs/{name}/checkpoints/step-00001500/net.safetensors")
+        for name in ("limited", "straight")
+    )
+    assert all(one[name].numpy().tobytes() == other[name].numpy().tobytes() for name in other)
+
+
+def _pids(name: str, home: Path) -> list[int]:
+    """Processes called so that a job in this folder started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            mine = str(home).encode() in (path / "environ").read_bytes()
+            if mine and (path / "comm").read_text().strip() == name:
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return found
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -1,0 +1,83 @@
+"""A team's server for tests, as infra/mlflow/server.sh starts it: PostgreSQL, log-in, artifacts through the server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = Path(__file__).parents[1] / "infra" / "mlflow"
+PASSWORD = "correct horse: battery/staple@9"  # with what must be written as %-codes in an address
+
+
+def missing() -> str | None:
+    """What this machine lacks for it."""
+    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        return "needs PostgreSQL: apt-get install postgresql"
+    absent = [name for name in ("psycopg", "flask_wtf") if find_spec(name) is None]
+    return f"needs {' and '.join(absent)}: make venv" if absent else None
+
+
+class TeamServer:
+    """One home of infra/mlflow, with a port of its own."""
+
+    def __init__(self) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="adaptnet-team-"))  # short, for the socket's path has 107 letters
+        self.home.chmod(0o711)  # PostgreSQL runs as another user where we are root
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.environment = {
+            **os.environ,
+            "MLFLOW_HOME": str(self.home),
+            "MLFLOW_PYTHON": sys.executable,
+            "MLFLOW_PORT": str(self.port),
+            "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+        }
+
+    def run(self, script: str, *words: object, code: int | None = 0, **environment: str) -> str:
+        """What a script says; it must end with `code`."""
+        done = subprocess.run(
+            [SCRIPTS / script, *map(str, words)],
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        said = done.stdout + done.stderr
+        assert code is None or done.returncode == code, said
+        return said
+
+    def start(self) -> TeamServer:
+        self.run("server.sh", "start")
+        return self
+
+    def kill(self) -> None:
+        """SIGKILL to all of MLflow's processes; the database stays."""
+        group = int((self.home / "server.pid").read_text())
+        os.killpg(group, signal.SIGKILL)
+
+    def rows(self, query: str) -> list[Any]:
+        """Asks PostgreSQL itself."""
+        from sqlalchemy import create_engine, text
+
+        engine = create_engine(f"postgresql://mlflow@/mlflow?host={self.home}/db/sockets")
+        try:
+            with engine.begin() as connection:
+                found = connection.execute(text(query))
+                return [tuple(row) for row in found] if found.returns_rows else []
+        finally:
+            engine.dispose()
+
+    def end(self) -> None:
+        self.run("server.sh", "stop", code=None)
+        shutil.rmtree(self.home, ignore_errors=True)

@@ -1,0 +1,77 @@
+"""infra/mlflow/docker-compose.yaml, held to the keys of the Compose Specification that it uses: no engine is needed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+FILE = Path(__file__).parents[1] / "infra" / "mlflow" / "docker-compose.yaml"
+TEXT, TEXTS = {"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}
+DURATION = {"type": "string", "pattern": r"^\d+(ms|s|m|h)$"}
+
+
+def closed(required: list[str], /, **properties: Any) -> dict[str, Any]:
+    """A mapping with these keys and no others."""
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def named(schema: Any) -> dict[str, Any]:
+    return {"type": "object", "patternProperties": {"^[a-zA-Z0-9._-]+$": schema}, "additionalProperties": False}
+
+
+SERVICE = closed(
+    [],
+    image={"type": "string", "pattern": r"^[\w./-]+:[\w.-]*\d[\w.-]*$"},  # of a version, never what is newest
+    build=closed(["context"], context=TEXT, dockerfile_inline=TEXT),
+    depends_on=named(
+        closed(
+            ["condition"],
+            condition={"enum": ["service_started", "service_healthy", "service_completed_successfully"]},
+        )
+    ),
+    environment=named({"type": ["string", "number", "boolean", "null"]}),
+    env_file={"type": "array", "items": closed(["path"], path=TEXT, required={"type": "boolean"})},
+    secrets=TEXTS,
+    configs={"type": "array", "items": closed(["source"], source=TEXT, target=TEXT)},
+    entrypoint=TEXTS,
+    command=TEXTS,
+    ports={"type": "array", "items": {"type": "string", "pattern": r"^127\.0\.0\.1:\d+:\d+$"}},
+    volumes={"type": "array", "items": {"type": "string", "pattern": r"^\w+:/[\w./-]+$"}},
+    healthcheck=closed(["test"], test=TEXTS, interval=DURATION, timeout=DURATION, retries={"type": "integer"}),
+    restart={"enum": ["no", "always", "on-failure", "unless-stopped"]},
+)
+COMPOSE = closed(
+    ["services"],
+    name={"type": "string", "pattern": "^[a-z0-9][a-z0-9_-]*$"},
+    services=named(SERVICE),
+    configs=named(closed([], content=TEXT, file=TEXT)),
+    secrets=named(closed(["file"], file=TEXT)),
+    volumes=named({"type": ["null", "object"]}),
+)
+
+
+def test_the_compose_file_keeps_the_specification() -> None:
+    found = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    jsonschema.validate(found, COMPOSE)
+    for name, service in found["services"].items():
+        for kind in ("secrets", "configs", "depends_on"):
+            there = found["services"] if kind == "depends_on" else found[kind]
+            for each in service.get(kind, ()):
+                assert (each["source"] if isinstance(each, dict) else each) in there, f"{name}: {kind} {each}"
+        for volume in service.get("volumes", ()):
+            assert volume.partition(":")[0] in found["volumes"], f"{name}: volume {volume}"
+        assert "image" in service or "build" in service
+
+
+def test_no_password_stands_in_it_and_nothing_is_filled_in_by_accident() -> None:
+    text = FILE.read_text(encoding="utf-8")
+    assert not re.search(r"PASSWORD: *\S|://\w+:[^/\s]+@", text)
+    filled = re.findall(r"(?<!\$)\$\{?(\w+)", text)  # by Compose, from its own environment; $$ is the shell's
+    assert set(filled) <= {"MLFLOW_AUTH_ADMIN_USERNAME", "MLFLOW_ARTIFACTS", "MLFLOW_S3_ENDPOINT_URL"}
+    for script in ("server.sh", "docker-compose.yaml"):
+        said = (FILE.parent / script).read_text(encoding="utf-8")
+        assert "-ge 12" in said and "basic-auth" in said

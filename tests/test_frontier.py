@@ -1,0 +1,75 @@
+"""What is dominated, against the definition by brute force; budgets as people write them, and the best point in one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.family import Report
+from pipeline.frontier import best_within, dominated, macs_text, parse_budget
+
+
+def by_definition(costs: Sequence[float], accuracies: Sequence[float]) -> list[bool]:
+    """Another point is at least as accurate and at most as costly; of equal ones the first stands."""
+    points = list(zip(costs, accuracies, strict=True))
+    return [
+        any(
+            other[0] <= point[0] and other[1] >= point[1] and (other != point or at < number)
+            for at, other in enumerate(points)
+            if at != number
+        )
+        for number, point in enumerate(points)
+    ]
+
+
+@pytest.mark.parametrize("levels", [2, 4, 10_000])  # few levels make many ties
+def test_a_point_is_dominated_if_and_only_if_another_is_as_good_and_as_cheap(levels: int) -> None:
+    draw = np.random.default_rng(levels)
+    for size in [0, 1, 2, 3, 7, 40] * 20:
+        costs, accuracies = draw.integers(0, levels, (2, size)).astype(float).tolist()
+        assert dominated(costs, accuracies) == by_definition(costs, accuracies)
+
+
+def test_of_equal_points_exactly_one_stands() -> None:
+    assert dominated([2.0, 2.0, 2.0], [0.5, 0.5, 0.5]) == [False, True, True]
+
+
+def report(policy: str, top1: float, macs: float, share: float) -> Report:
+    return Report(policy, 1, top1, None, 0.0, macs, macs, share)
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "unit"),
+    [("0.8G", 8e8, "macs"), ("300 MMACs", 3e8, "macs"), ("5ms", 5, "ms"), ("0.5s", 500, "ms"), ("50%", 0.5, "share")],
+)
+def test_budgets_are_read_as_people_write_them(text: str, amount: float, unit: str) -> None:
+    budget = parse_budget(text)
+    assert budget.amount == pytest.approx(amount) and budget.unit == unit
+
+
+@pytest.mark.parametrize("text", ["", "fast", "-3G", "0%", "1.2.3G", "5 minutes"])
+def test_what_is_no_budget_is_refused_with_the_ways_to_write_one(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"0\.8G or 300M.*5ms.*50%"):
+        parse_budget(text)
+
+
+def test_the_best_within_a_budget_is_the_most_accurate_then_the_cheapest() -> None:
+    reports = [
+        report("a", 0.5, 1e6, 0.1),
+        report("b", 0.7, 3e6, 0.3),
+        report("c", 0.7, 2e6, 0.2),
+        report("d", 0.9, 9e6, 0.9),
+    ]
+    for text, best in (("3M", 2), ("1M", 0), ("20%", 2), ("100%", 3)):
+        budget = parse_budget(text)
+        assert best_within(reports, [budget.cost_of(r) for r in reports], budget) == best
+    budget = parse_budget("0.5M")
+    with pytest.raises(ConfigError, match=r"cheapest is a at 1 MMACs"):
+        best_within(reports, [budget.cost_of(r) for r in reports], budget)
+
+
+def test_macs_are_written_with_a_unit() -> None:
+    assert [macs_text(macs) for macs in (4.1e9, 25_340_000, 900)] == ["4.1 GMACs", "25.34 MMACs", "900 MACs"]

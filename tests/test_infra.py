@@ -1,0 +1,179 @@
+"""The image's definitions, read: there is no engine to build them here, so what they say is checked line by line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from jobs import ray_render
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = ROOT / "infra" / "docker" / "Dockerfile"
+APPTAINER = ROOT / "infra" / "docker" / "adaptnet.def"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+KNOWN = {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "ENTRYPOINT", "CMD"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One instruction, its continued lines joined."""
+
+    word: str
+    rest: str
+
+
+@cache
+def instructions() -> list[Line]:
+    text = "\n".join(line for line in DOCKERFILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
+    joined = re.sub(r"\\\n\s*", "", text)
+    return [Line(*line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]
+
+
+def those(word: str) -> list[str]:
+    return [line.rest for line in instructions() if line.word == word]
+
+
+def stages() -> list[list[Line]]:
+    found: list[list[Line]] = []
+    for line in instructions():
+        if line.word == "FROM":
+            found.append([])
+        if found:
+            found[-1].append(line)
+    return found
+
+
+def copied() -> list[str]:
+    """What is taken from the checkout."""
+    return [source for rest in those("COPY") if not rest.startswith("--from") for source in rest.split()[:-1]]
+
+
+@cache
+def sections() -> dict[str, str]:
+    """Of the Apptainer definition; "" is its head."""
+    found = {"": ""}
+    name = ""
+    for line in APPTAINER.read_text(encoding="utf-8").splitlines():
+        if line.startswith("%"):
+            name = line[1:].strip()
+        elif not line.strip().startswith("#"):
+            found[name] = found.get(name, "") + line.strip() + "\n"
+    return found
+
+
+def test_only_instructions_that_are_checked_here_are_used() -> None:
+    assert {line.word for line in instructions()} <= KNOWN
+
+
+def test_every_copied_source_is_there_and_is_not_ignored() -> None:
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split("\n")
+    assert "*" in ignored, "all is ignored but what is named"
+    assert sorted(copied()) == sorted(line[1:] for line in ignored if line.startswith("!"))
+    assert copied() and all((ROOT / source).exists() for source in copied())
+
+
+def test_the_image_holds_all_that_the_package_and_its_verbs_read() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert packages | {"infra", "pyproject.toml", "constraints.txt", PROJECT["readme"]} == set(copied())
+
+
+def test_the_base_is_one_exact_version_in_every_stage() -> None:
+    (base,) = (rest.removeprefix("BASE=") for rest in those("ARG"))
+    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu\d\d\.04", base)
+    assert [rest.split(" AS ")[0] for rest in those("FROM")] == ["${BASE}"] * 2
+    assert f"From: {base}\n" in sections()[""]
+    major = base.partition(":")[2].split(".")[0]
+    assert ray_render.pins()["cuda-toolkit"].split(".")[0] == major, "torch was built for another CUDA"
+
+
+def test_a_stage_takes_only_from_an_earlier_one_what_that_one_made() -> None:
+    build, final = stages()
+    name = build[0].rest.split(" AS ")[1]
+    places = [line.rest for line in build if line.word == "WORKDIR"]
+    (taken,) = (line.rest.split() for line in final if line.word == "COPY")
+    assert taken == [f"--from={name}", *places, *places]
+
+
+@pytest.mark.parametrize("path", [DOCKERFILE, APPTAINER, ROOT / "infra" / "venv.sh"], ids=lambda path: path.name)
+def test_packages_come_from_where_the_site_says_and_no_address_is_named(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "://" not in text and "index-url" not in text and "find-links" not in text
+
+
+def test_python_packages_are_installed_by_the_script_that_make_venv_runs() -> None:
+    """infra/venv.sh, which CI runs first of all, installs under constraints.txt; nothing else installs any."""
+    (line,) = (rest for rest in those("RUN") if "venv.sh" in rest)
+    assert re.fullmatch(r"EXTRAS=[a-z,]+ infra/venv\.sh", line)
+    assert re.search(r"^EXTRAS=[a-z,]+ infra/venv\.sh$", sections()["post"], re.MULTILINE)
+    for text in (*those("RUN"), sections()["post"]):
+        assert not re.search(r"\b(pip3?|uv|conda|easy_install)\b +(pip +)?install", text)
+    script = (ROOT / "infra" / "venv.sh").read_text(encoding="utf-8")
+    installs = re.findall(r'^.*(?:pip|"\$uv" pip) install.*$', script, re.MULTILINE)
+    assert len(installs) == 3 and all("--constraint constraints.txt" in line for line in installs)
+    assert 'put --no-build-isolation --editable ".[$extras]"' in script
+    assert "step 480 make venv" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "infra/venv.sh" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_the_extras_that_are_installed_exist() -> None:
+    texts = (*those("RUN"), sections()["post"])
+    named = {extra for text in texts for found in re.findall(r"EXTRAS=(\S+)", text) for extra in found.split(",")}
+    assert named == {"cluster", "aws", "gcp"} and named <= set(PROJECT["optional-dependencies"])
+
+
+@pytest.mark.parametrize("extra", ["", *PROJECT["optional-dependencies"]])
+def test_every_direct_requirement_is_pinned_in_constraints(extra: str) -> None:
+    wanted = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
+    pinned = {_normal(name) for name in ray_render.pins()}
+    for text in wanted:
+        need = Requirement(text)
+        assert _normal(need.name) in pinned, f"{need.name} of {extra or 'the project'}"
+        for each in map(Requirement, (requires(need.name) or ()) if need.extras else ()):
+            here = each.marker is None or any(each.marker.evaluate({"extra": given}) for given in need.extras)
+            assert not here or _normal(each.name) in pinned, f"{each.name} of {text}"
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_image_runs_as_a_user_who_is_not_root_and_is_who_kubernetes_is_told() -> None:
+    final = stages()[-1]
+    words = [line.word for line in final]
+    (user,) = (line.rest for line in final if line.word == "USER")
+    assert int(user) == ray_render.USER_ID != 0, "a number, by which Kubernetes sees that it is not root"
+    assert any(f"useradd --create-home --uid {user} " in rest for rest in those("RUN"))
+    assert "RUN" not in words[words.index("USER") :]
+
+
+def test_the_images_entry_is_adaptnet_found_on_the_path_of_any_shell() -> None:
+    assert those("ENTRYPOINT") == ['["adaptnet"]'] and "adaptnet" in PROJECT["scripts"]
+    (place,) = {line.rest for line in stages()[0] if line.word == "WORKDIR"}
+    assert any(rest.startswith(f"PATH={place}/.venv/bin:") for rest in those("ENV"))
+    for name in ("adaptnet", "ray"):
+        assert any(f"{place}/.venv/bin/{name} " in rest and rest.endswith("/usr/local/bin/") for rest in those("RUN"))
+    assert 'exec adaptnet "$@"' in sections()["runscript"] and f"PATH={place}/.venv/bin:" in sections()["environment"]
+
+
+def test_what_runs_in_the_image_is_shell_and_leaves_no_lists_of_packages() -> None:
+    for text in (*those("RUN"), sections()["post"], sections()["test"], sections()["runscript"]):
+        done = subprocess.run(["sh", "-n", "-c", text], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if "apt-get install" in text:
+            assert "--yes --no-install-recommends" in text and "rm -rf /var/lib/apt/lists/*" in text
+
+
+def test_apptainer_takes_what_docker_takes() -> None:
+    pairs = [line.split() for line in sections()["files"].splitlines() if line]
+    assert sorted(source for source, _ in pairs) == sorted(copied())
+    assert all(target == f"/opt/adaptnet/{source}" for source, target in pairs)
+    wanted = re.findall(r"apt-get install --yes --no-install-recommends +([a-z0-9+ -]+)", sections()["post"])
+    assert {"g++", "python3", "python3-dev", "python3-venv", "ca-certificates"} == set(wanted[0].split())

@@ -1,0 +1,92 @@
+"""Planning: the formula's own laws, and what is measured is what a real run has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import main
+from pipeline import plan as plans
+from pipeline import run_config
+from pipeline.errors import ConfigError
+from pipeline.plan import Cost, Images, plan
+from pipeline.run_config import RunConfig
+
+COST = Cost(1_000_000, 12_000_000, 8_000_000, 500_000.0, images_per_s=100.0, decoded_per_s=50.0)
+IMAGES = Images(64_000, 10, 2000.0)
+
+
+def recipe(*overrides: str) -> RunConfig:
+    return run_config.load("convnet_aig/toy", ["training.batch_size=256", "training.epochs=10", *overrides])
+
+
+def test_a_worker_alone_sends_nothing_and_takes_images_over_rate() -> None:
+    alone = plan(recipe(), 1, IMAGES, COST, network_bytes_per_s=1e9)
+    assert alone.gradient_bytes == 0 and alone.rows == 256 and alone.steps == 2500
+    assert alone.total_s == pytest.approx(10 * 64_000 / 100)
+    assert alone.read_bytes_per_s == 100 * 2000 and alone.decode_cores == 2
+
+
+@pytest.mark.parametrize("workers", [2, 8, 64, 256])
+def test_more_workers_share_the_batch_until_the_network_is_the_limit(workers: int) -> None:
+    fast, slow = (plan(recipe(), workers, IMAGES, COST, network_bytes_per_s=n) for n in (1e12, 1e6))
+    assert fast.rows * workers == 256 and fast.limit == "computing" and slow.limit == "network"
+    assert fast.images_per_s == pytest.approx(100 * workers)
+    assert slow.total_s == pytest.approx(slow.steps * 2 * (workers - 1) / workers * 4e6 / 1e6)
+
+
+def test_accumulation_holds_fewer_images_and_covers_the_share() -> None:
+    found = plan(recipe("compute.max_batch_per_worker=50"), 2, IMAGES, COST, network_bytes_per_s=None)
+    assert found.rows == 128 and found.micro_rows == 43 and found.memory_bytes == 12e6 + 43 * 5e5
+    assert found.communication_s is None and found.limit is None
+
+
+def test_saves_come_as_often_as_the_recipe_says() -> None:
+    for every, seconds in (("5 minutes", 300), ("2 epochs", 1280), ("100 steps", 256)):
+        found = plan(recipe(f"checkpoint.every={every}"), 1, IMAGES, COST, network_bytes_per_s=None)
+        assert found.save_every_s == pytest.approx(seconds)
+
+
+def test_what_is_not_known_stays_unknown() -> None:
+    found = plan(recipe(), 2, Images(64_000, 10), Cost(1, 1, 1, 1.0), network_bytes_per_s=1e9)
+    unknown = (found.images_per_s, found.step_s, found.read_bytes_per_s, found.decode_cores, found.total_s, found.limit)
+    assert unknown == (None,) * 6
+
+
+def test_a_step_has_an_image_for_each_worker() -> None:
+    with pytest.raises(ConfigError, match=r"training.batch_size \(=256\) is below the number of workers \(=257\)"):
+        plan(recipe(), 257, IMAGES, COST, network_bytes_per_s=None)
+
+
+def test_what_is_measured_is_what_a_run_has(finished: dict[str, Path]) -> None:
+    run_dir = finished["convnet_aig"]
+    config = run_config.load("convnet_aig/toy", ["family.depth=8", f"data.root={run_dir.parents[1] / 'images5'}"])
+    found = plans.images_of(config)
+    assert found is not None
+    images, train = found
+    assert images.count == 160 and images.classes == 4
+    cost = plans.measure(config, images.classes, 8, train=train)
+    saved = sum(file.stat().st_size for file in (run_dir / "checkpoints" / "step-00000010").iterdir())
+    assert cost.checkpoint_bytes == pytest.approx(saved, rel=0.05)
+    assert cost.state_bytes == pytest.approx(3 * 4 * cost.parameters, rel=0.05)  # weights, gradients, momentum
+    assert cost.images_per_s and cost.decoded_per_s
+    twice = plans.measure(config, images.classes, 16, train=None, timed=False)
+    assert twice.activation_bytes == pytest.approx(cost.activation_bytes, rel=0.05) and twice.images_per_s is None
+
+
+def test_the_verb_prints_what_is_known_and_says_what_is_not(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["plan", "convnet_aig/toy", "--nodes", "2", "--gpus-per-node", "4"]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2 and "say how many images there are, by --images" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--images", "100000", "--images-per-s", "3000", "--network-gbs", "0.01"])
+    printed = capsys.readouterr().out
+    assert not ended.value.code and "8 workers, 100,000 images" in printed and "3,000 images/s on where" not in printed
+    assert (
+        "reading" in printed and "not measured here, and not given" in printed and "network: a step computes" in printed
+    )

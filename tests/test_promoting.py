@@ -1,0 +1,357 @@
+"""Promotion: a gate that names by how much, a journal that only one of two may continue, and the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow_here import CONTEXT, database, finish, run_folder
+
+from jobs.cli import main
+from pipeline import config as configs
+from pipeline import family as families
+from pipeline import promoting, registry
+from pipeline.data import toy
+from pipeline.errors import CheckpointError, ConfigError, ResourceError
+from pipeline.family import Report
+from pipeline.registry import holders
+from pipeline.tracking import connect
+from pipeline.training import checkpoint
+
+
+def report(policy: str, top1: float, macs: float) -> Report:
+    return Report(policy, 100, top1, None, 0.01, macs, macs, 1.0)
+
+
+CHAMPION = [report("full", 0.90, 2e9), report("half", 0.80, 1e9)]
+
+
+@pytest.mark.parametrize(
+    ("challenger", "said"),
+    [
+        ([report("a", 0.85, 2e9)], "a has 85.00 % at 2 GMACs, its full 90.00 % at 2 GMACs: 5.00 points more for 0.0 %"),
+        ([report("a", 0.80, 1.25e9)], "its half 80.00 % at 1 GMACs: 0.00 points more for 20.0 % fewer MACs"),
+        ([report("a", 0.70, 3e9), report("b", 0.80, 1e9)], "b has 80.00 %"),  # its own dominated policies are not told
+        (CHAMPION, "full has 90.00 %"),  # nothing new
+        ([report("a", 0.91, 9e9)], None),  # more accurate
+        ([report("a", 0.10, 5e8)], None),  # cheaper
+        ([report("a", 0.10, 9e9), report("b", 0.85, 1.5e9)], None),  # between
+    ],
+)
+def test_the_gate_says_by_how_much(challenger: list[Report], said: str | None) -> None:
+    found = promoting.gate(challenger, CHAMPION)
+    assert (found is None) == (said is None)
+    assert said is None or said in str(found)
+    assert found is None or "a has 70" not in found
+
+
+# --- the journal
+
+
+@pytest.fixture
+def registered(tmp_path: Path) -> tuple[str, Any, str]:
+    """A registry with the model `net` of four versions without files, its client and a run."""
+    shutil.copyfile(database().path, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = connect(uri)
+    run_id = client.create_run("0").info.run_id
+    client.create_registered_model("net")
+    for _ in range(4):
+        client.create_model_version("net", f"{client.get_run(run_id).info.artifact_uri}/x", run_id)
+    return uri, client, run_id
+
+
+def write(client: Any, uri: str, version: int, **changes: Any) -> holders.Entry:
+    """Appends to the journal of `net` as a promoter does that saw it as it is now."""
+    counted = holders.history(uri, "net", "champion")
+    present = client.get_registered_model("net").aliases.get("champion")
+    given = {
+        "kind": "promotion",
+        "version": version,
+        "before": int(present) if present else None,
+        "follows": counted[-1].number if counted else 0,
+        "who": "me@here",
+        "why": "",
+        "forced": False,
+        "source": client.get_model_version("net", "1").source,
+        "run_id": None,
+        "facts": {},
+    }
+    return holders.append(client, uri, "net", "champion", **{**given, **changes})
+
+
+def holder(client: Any) -> int:
+    return int(client.get_registered_model("net").aliases["champion"])
+
+
+def contend(uri: str, version: int, start: Any, answers: Any) -> None:
+    client = connect(uri)
+    start.wait()
+    try:
+        write(client, uri, version, before=None, follows=0, who=f"promoter-{version}@here")
+        answers.put(version)
+    except ResourceError as error:
+        answers.put(str(error))
+
+
+def test_of_promotions_at_once_one_wins_and_the_others_are_told(registered: tuple[str, Any, str]) -> None:
+    uri, client, _ = registered
+    start, answers = CONTEXT.Barrier(4), CONTEXT.Queue()
+    racing = [CONTEXT.Process(target=contend, args=(uri, n, start, answers)) for n in (1, 2, 3, 4)]
+    for process in racing:
+        process.start()
+    said = [answers.get(timeout=300) for _ in racing]
+    for process in racing:
+        process.join(60)
+    won = [each for each in said if isinstance(each, int)]
+    assert len(won) == 1 and holder(client) == won[0]
+    told = f"promoter-{won[0]}@here was first: version {won[0]} holds it"
+    assert [told in str(each) for each in said].count(True) == 3
+    (entry,) = holders.history(uri, "net", "champion")
+    assert (entry.version, entry.done) == (won[0], True)
+    assert [v.version for v in registry.versions(uri)] == [4, 3, 2, 1]  # the journal is no model to look up
+
+
+class Dead(Exception):
+    pass
+
+
+class Dying:
+    """A client whose process dies at its n-th call, before or after it was answered."""
+
+    def __init__(self, client: Any, moment: int) -> None:
+        self._client, self._left = client, moment
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **named: Any) -> Any:
+            self._die()
+            answer = getattr(self._client, name)(*args, **named)
+            self._die()
+            return answer
+
+        return call
+
+    def _die(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise Dead
+
+
+def test_a_promoter_that_dies_anywhere_leaves_the_next_one_a_clear_holder(registered: tuple[str, Any, str]) -> None:
+    uri, client, _ = registered
+    write(client, uri, 1)
+    moment, entered = 0, 0
+    while True:
+        moment += 1
+        before = len(holders.history(uri, "net", "champion"))
+        wanted = 2 + moment % 2
+        try:
+            write(Dying(client, moment), uri, wanted, before=holder(client))
+        except Dead:
+            counts = len(holders.history(uri, "net", "champion")) > before
+            entered += counts
+            was = holder(client)
+            holders.settle(client, uri, "net", "champion")  # as the next promoter does first
+            assert holder(client) == (wanted if counts else was)
+        else:
+            break
+    assert moment > 8 and entered >= 4
+    assert holder(client) == wanted and holders.history(uri, "net", "champion")[-1].done
+    assert (
+        f"entry {holders.history(uri, 'net', 'champion')[-1].number}"
+        in (client.get_model_version("net", str(wanted)).tags["adaptnet.champion"])
+    )
+
+
+class Slow:
+    """A client that falls asleep before it moves an alias; meanwhile another promoter is through."""
+
+    def __init__(self, client: Any, meanwhile: Callable[[], Any]) -> None:
+        self._client, self._meanwhile = client, [meanwhile]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "set_registered_model_alias" and self._meanwhile:
+            self._meanwhile.pop()()
+        return getattr(self._client, name)
+
+
+def test_a_slow_promoter_does_not_move_the_alias_back(registered: tuple[str, Any, str]) -> None:
+    uri, client, _ = registered
+
+    def other() -> None:
+        holders.settle(client, uri, "net", "champion")
+        write(client, uri, 2)
+
+    write(Slow(client, other), uri, 1)
+    assert holder(client) == 2
+    assert [entry.version for entry in holders.history(uri, "net", "champion")] == [1, 2]
+
+
+def test_rollbacks_go_back_step_by_step(registered: tuple[str, Any, str]) -> None:
+    uri, client, _ = registered
+
+    def back() -> int | None:
+        return holders.previous(holders.history(uri, "net", "champion"), holder(client))
+
+    for version in (1, 2, 3):
+        write(client, uri, version)
+    assert back() == 2
+    write(client, uri, 2, kind="rollback")
+    assert back() == 1
+    write(client, uri, 4)
+    assert back() == 2
+    client.set_registered_model_alias("net", "champion", "3")  # by hand, past the journal
+    assert back() == 4
+    write(client, uri, 1)
+    assert back() == 3  # what was set by hand has been a holder too
+    assert [entry.kind for entry in holders.history(uri, "net", "champion")].count("rollback") == 1
+
+
+def test_a_model_that_has_the_journal_s_name_is_left_alone(registered: tuple[str, Any, str]) -> None:
+    uri, client, _ = registered
+    client.create_registered_model("net.promotions")
+    with pytest.raises(ConfigError, match="taken by a model"):
+        write(client, uri, 1)
+
+
+# --- all of it
+
+SECTION = {"name": "convnet_aig", "depth": 8}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images, and two runs of untrained nets in runs/."""
+    home = tmp_path_factory.mktemp("promoting")
+    root = toy.make(home / "images", num_classes=3, train=12, val=40, side_px=32, seed=3)
+    for seed in (1, 2):
+        make_run(home / "runs" / f"run{seed}", root, seed)
+    shutil.copyfile(database().path, home / "runs" / "mlflow.db")
+    return home
+
+
+def make_run(path: Path, root: Path, seed: int, section: dict[str, Any] = SECTION) -> None:
+    """A finished run of an untrained net, with stored figures of its own."""
+    run_dir, recipe = run_folder(path)
+    recipe |= {"family": section, "data": {"root": str(root), "side_px": 32, "eval_resize_px": 32}}
+    recipe |= {"training": {"start_from": "/weights/small"} if seed == 2 else {}}
+    recipe |= {"evaluation": {"latency_repeats": 1, "latency_batches": [1]}}
+    (run_dir / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe}))
+    family = families.find(section["name"])
+    torch.manual_seed(seed)
+    net = family.build(configs.validate(family.config, section, "test"), 3)
+    classes = sorted(path.name for path in (root / "train").iterdir())
+    meta = {"step": seed, "recipe": recipe, "fingerprint": {"seed": seed, "data.identity": "abc"}, "classes": classes}
+    name = checkpoint.name_of(seed)
+    checkpoint.write(run_dir / "checkpoints" / name, {"net": net.state_dict(), "step": seed}, {**meta, "metrics": {}})
+    store = run_dir / "evaluations" / "final"
+    store.mkdir(parents=True)
+    found = [dataclasses.asdict(report("gates-hard", 0.5, 1e6)), dataclasses.asdict(report("all", 0.4, 2e6))]
+    (store / "reports.json").write_text(json.dumps(found))
+    about = {"source": str(run_dir), "step": seed, "data": "abc", "root": str(root), "policies": None, "attack": None}
+    (store / "about.json").write_text(json.dumps(about))
+    finish(run_dir, best=name)
+
+
+@pytest.fixture
+def say(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    monkeypatch.chdir(home)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(each) for each in arguments])
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out + printed.err
+
+    return run
+
+
+def test_from_register_to_rollback(say: Callable[..., tuple[int, str]], home: Path) -> None:
+    uri = f"sqlite:///{home}/runs/mlflow.db"
+    for number in (1, 2):
+        words = ("--licence", "MIT", "--note", f"net {number}")
+        code, text = say("models", "register", f"runs/run{number}", "gated", *words)
+        assert code == 0 and f"models:/gated/{number}" in text, text
+    assert say("models", "register", "runs/run2", "gated")[1].endswith("is models:/gated/2\n")  # again: the same one
+    code, text = say("models", "promote", "gated", 1, "--why", "the first")
+    assert code == 0 and "models:/gated/1 is the champion: the first" in text, text
+    assert say("models", "promote", "gated", 1)[1] == "models:/gated/1 is the champion already\n"
+    code, text = say("models", "promote", "gated", 7)
+    assert code == 2 and "gated has no such version; it has: 2 @candidate, 1 @champion" in text
+    code, text = say("models", "promote", "gated", 2, "--force")
+    assert code == 2 and "say why" in text
+    code, text = say("models", "promote", "gated", 2, "--why", "better?")
+    refused = code == 2
+    if refused:  # both nets are untrained: which is better is chance, but what follows from it is not
+        assert "is not promoted: models:/gated/1, the present champion, dominates it" in text and "MACs" in text
+        code, text = say("models", "promote", "gated", 2, "--force", "--why", "better all the same")
+        assert code == 0 and "forced, although the champion dominates it" in text
+    assert code == 0 and "models:/gated/2 is the champion, which models:/gated/1 held" in text, text
+    client = connect(uri)
+    entry = holders.history(uri, "gated", "champion")[-1]
+    assert (entry.version, entry.before, entry.forced, entry.done) == (2, 1, refused, True)
+    made = client.get_model_version("gated.promotions", str(entry.number))
+    kept = Path(made.source.removeprefix("file://"))
+    assert {path.name for path in kept.iterdir()} == {"challenger.json", "champion.json"}
+    stored = json.loads((kept / "challenger.json").read_text())
+    assert stored["of"] == "models:/gated/2" and stored["reports"][0]["num_images"] == 40
+    assert json.loads(made.tags["adaptnet.reports"])[0]["top1"] == stored["reports"][0]["top1"]
+    code, text = say("models", "rollback", "gated", "--why", "dark images")
+    assert code == 0 and text == "models:/gated/1 is the champion again, which models:/gated/2 held\n"
+    code, text = say("models", "rollback", "gated")
+    assert code == 2 and "only models:/gated/1 has held it" in text
+    code, text = say("models", "show", "models:/gated@champion")
+    assert "net 1" in text and "MIT" in text and "dark images" in text and "run1" in text and "lineage" not in text
+    lines = [line.split() for line in text.splitlines() if line.startswith(("gates-hard", "all"))]
+    assert [line[-1] for line in lines] == ["yes", "dominated"]
+    assert "grown from /weights/small" in say("models", "show", "models:/gated/2")[1]
+    code, text = say("models", "diff", "models:/gated/1", "models:/gated/2")
+    assert "net 1" in text and "start from" in text and "policy" not in text, text
+
+
+def test_a_pulled_folder_needs_no_mlflow(say: Callable[..., tuple[int, str]], home: Path, tmp_path: Path) -> None:
+    assert say("models", "register", "runs/run1", "pulled")[0] == 0
+    folder = tmp_path / "mine"
+    code, text = say("models", "pull", "models:/pulled/1", folder)
+    assert code == 0 and str(folder) in text
+    assert json.loads((folder / "origin.json").read_text())["version"] == "models:/pulled/1"
+    assert "exists already" in say("models", "pull", "models:/pulled/1", folder)[1]
+    image = next((home / "images" / "val").rglob("*.*"))
+    code, text = say("predict", folder, image, "--budget", "100%")
+    assert code == 0 and str(image) in text, text
+    code, text = say("evaluate", folder)
+    assert code == 0 and f"stored in {folder}/evaluations/images-" in text, text
+    assert "40" in say("compare", folder, folder)[1]
+    net = folder / "net.safetensors"
+    net.write_bytes(net.read_bytes()[:-1] + b"\x01")
+    code, text = say("predict", folder, image)
+    assert code == 2 and "damaged or exchanged" in text
+
+
+def test_a_version_whose_files_were_exchanged_is_not_promoted(say: Callable[..., tuple[int, str]], home: Path) -> None:
+    assert say("models", "register", "runs/run1", "tampered")[0] == 0
+    uri = f"sqlite:///{home}/runs/mlflow.db"
+    place = registry.resolve("models:/tampered/1", uri)
+    recipe = place / "recipe.yaml"
+    whole = recipe.read_text()
+    recipe.write_text("\n".join(whole.splitlines()[:-1]) + "\n")  # broken off: still YAML
+    with pytest.raises(CheckpointError, match=r"recipe\.yaml: not the recipe"):
+        registry.describe(place)
+    recipe.write_text(whole)
+    card = json.loads((place / "card.json").read_text())
+    other = home / "runs" / "run2" / "checkpoints" / checkpoint.name_of(2) / "net.safetensors"
+    shutil.copyfile(other, place / "net.safetensors")
+    card["weights"] = {"bytes": other.stat().st_size, "sha256": checkpoint.sha256(other)}
+    (place / "card.json").write_text(json.dumps(card))  # a whole folder, of another net
+    code, text = say("models", "promote", "tampered", 1)
+    assert code == 2 and "not those that were registered" in text, text
+    connect(uri).delete_run(registry.lookup("models:/tampered/1", uri).run_id)
+    assert "deleted; `mlflow runs restore" in say("models", "show", "models:/tampered/1")[1]

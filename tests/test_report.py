@@ -1,0 +1,533 @@
+"""The report: its page shows the numbers of its files, what is faded is dominated, what does not belong is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import drawn_nets
+import images as pictures
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jobs import cli
+from pipeline import evaluations, importing, run_config, tracking
+from pipeline import family as families
+from pipeline.data.index import open_index
+from pipeline.data.toy import make
+from pipeline.errors import ConfigError, ContractError, ResourceError
+from pipeline.families.baseline import FAMILY as BASELINE
+from pipeline.figures import Bars, HeatMap, Lines, Series, Table
+from pipeline.report import build, cells, draw, fault_of, folder, general, grouped, report
+from pipeline.report.thumbnails import SIDE_PX, thumbnails
+
+
+@dataclass
+class Page(HTMLParser):
+    """What a reader of the page finds: by figure its table, its points' texts and its images; and all tags."""
+
+    figure: str = ""
+    tables: dict[str, list[list[str]]] = field(default_factory=dict)
+    spots: dict[str, list[str]] = field(default_factory=dict)
+    images: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    tags: set[str] = field(default_factory=set)
+    ids: list[str] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
+    cell: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        about = {name: value or "" for name, value in attrs}
+        self.tags.add(tag)
+        self.ids += [about["id"]] if "id" in about else []
+        self.targets += [about["href"][1:]] if tag == "a" else []
+        if tag == "figure":
+            self.figure = about["id"]
+        elif tag == "table":
+            self.tables[self.figure] = []
+        elif tag == "tr":
+            self.tables[self.figure].append([])
+        elif tag in ("th", "td"):
+            self.cell = []
+        elif tag == "rect" and about.get("class") == "spot":
+            self.spots.setdefault(self.figure, []).append(about["data-text"])
+        elif tag == "img":
+            self.images.setdefault(self.figure, []).append(about)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("th", "td") and self.cell is not None:
+            self.tables[self.figure][-1].append("".join(self.cell))
+            self.cell = None
+
+    def handle_data(self, data: str) -> None:
+        if self.cell is not None:
+            self.cell.append(data)
+
+
+def read_page(path: Path) -> Page:
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    return page
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"))))
+
+
+@pytest.fixture(autouse=True)
+def known_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "find", lambda name: drawn_nets.FAMILIES[name])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of three nets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(families, "find", lambda name: drawn_nets.FAMILIES[name])
+        out = tmp_path_factory.mktemp("reports") / "out"
+        build(drawn_nets.three(), out)
+    return out
+
+
+# ---- the numbers
+
+
+def test_every_figures_table_on_the_page_is_its_csv(made: Path) -> None:
+    page = read_page(made / "index.html")
+    files = {path.stem: read_csv(path) for path in (made / "figures").glob("*.csv")}
+    assert {"frontier-macs", "frontier-latency-1", "frontier-latency-32", "policies-first-net", "tiny-rates"} <= set(
+        files
+    )
+    assert page.tables == files
+
+
+def test_every_policy_of_policies_csv_stands_on_the_page_in_the_same_digits(made: Path) -> None:
+    page = read_page(made / "index.html")
+    head, *rows = read_csv(made / "policies.csv")
+    assert len(rows) == sum(len(net.reports) for net in drawn_nets.three())
+    shown = [row for name, table in page.tables.items() if name.startswith("policies-") for row in table[1:]]
+    assert shown == [row[2:] for row in rows]
+    assert page.tables["policies-plain"][0] == head[2:]
+
+
+def test_what_a_point_says_are_the_numbers_of_its_row(made: Path) -> None:
+    page = read_page(made / "index.html")
+    for name in ("frontier-macs", "frontier-latency-1", "tiny-training"):
+        (_, _, x_label, y_label, *_), *rows = page.tables[name]
+        mine = [row for row in rows if row[0] != "not dominated" and row[3]]  # y is there
+        expected = [f"{row[1] or row[0]}\n{y_label}: {row[3]}\n{x_label}: {row[2]}" for row in mine]
+        assert page.spots[name] == expected and expected
+
+
+def test_the_frontiers_numbers_are_those_of_policies_csv(made: Path) -> None:
+    head, *rows = read_csv(made / "policies.csv")
+    for figure, column, verdict in (
+        ("frontier-macs", "MMACs mean", "dominated"),
+        ("frontier-latency-32", "ms @32 median", "dominated @32"),
+    ):
+        at = [head.index(name) for name in ("net", "policy", column, "top-1 (%)", verdict)]
+        of_policies = [[f"{row[at[0]]} · {row[at[1]]}", *(row[place] for place in at[2:])] for row in rows]
+        drawn = [row[1:] for row in read_csv(made / "figures" / f"{figure}.csv")[1:] if row[0] != "not dominated"]
+        assert sorted(drawn) == sorted(of_policies)
+
+
+def test_json_holds_the_reports_whole_and_every_figure(made: Path) -> None:
+    data = json.loads((made / "data.json").read_text(encoding="utf-8"))
+    for kept, net in zip(data["nets"], drawn_nets.three(), strict=True):
+        assert [entry["top1"] for entry in kept["reports"]] == [each.top1 for each in net.reports]
+        assert kept["reports"][0]["latency"] == net.reports[0].latency
+    assert {figure["name"] for figure in data["figures"]} == {path.stem for path in (made / "figures").glob("*.csv")}
+    assert sorted(data["files"]) == sorted(str(p.relative_to(made)) for p in made.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(None, ""), (1172, "1172"), (np.int64(3), "3"), (64.3196, "64.32"), (100.0, "100.0"), (0.0, "0"),
+     (7849280.4, "7849280"), (0.0130912, "0.01309"), (-2.5, "-2.500"), (1.2344e-5, "1.234e-05")],
+)  # fmt: skip
+def test_numbers_are_written_with_four_digits_and_whole_ones_in_full(value: float | None, written: str) -> None:
+    assert cells.number(value) == written
+
+
+# ---- what is faded
+
+
+def test_faded_is_what_is_dominated_by_brute_force() -> None:
+    for seed in range(20):
+        nets = [drawn_nets.net(f"n{k}", 7 * seed + k, policies=[f"p{n}" for n in range(9)]) for k in range(3)]
+        doubled = replace(nets[2], reports=[*nets[2].reports, replace(nets[2].reports[0], policy="twin")])
+        figure = general.frontiers([*nets[:2], doubled])[0]
+        assert isinstance(figure, Lines)
+        points = [
+            (x, y, pale)
+            for series in figure.series
+            if not series.reference
+            for x, y, pale in zip(series.x, series.y, series.faded, strict=True)
+        ]
+        for number, (x, y, pale) in enumerate(points):
+            better = [
+                other
+                for at, other in enumerate(points)
+                if at != number and other[0] <= x and other[1] >= y and (other[:2] != (x, y) or at < number)
+            ]
+            assert pale == bool(better)
+        (line,) = [series for series in figure.series if series.reference]
+        assert sorted(zip(line.x, line.y, strict=True)) == sorted({(x, y) for x, y, pale in points if not pale})
+
+
+def test_only_nets_that_were_timed_at_a_batch_size_stand_in_its_frontier() -> None:
+    untimed = drawn_nets.net("untimed", 5)
+    untimed = replace(untimed, reports=[replace(each, latency=[]) for each in untimed.reports])
+    timed = drawn_nets.net("timed", 6)
+    figures = {figure.name: figure for figure in general.frontiers([timed, untimed])}
+    assert [series.name for series in figures["frontier-latency-1"].series] == ["not dominated", "timed (tiny)"]
+    (row,) = [row for row in general.all_policies([timed, untimed]).rows if row[0] == "untimed" and row[2] == "low"]
+    assert row.count(None) == 6  # four times, two verdicts
+    assert not any(figure.name.startswith("frontier-latency") for figure in general.frontiers([untimed]))
+
+
+def test_a_latency_says_how_it_was_measured_and_whether_to_trust_it() -> None:
+    def caption(**changes: Any) -> str:
+        net = drawn_nets.net("n")
+        reports = [replace(r, latency=[{**entry, **changes} for entry in r.latency]) for r in net.reports]
+        return general.frontiers([replace(net, reports=reports)])[1].caption
+
+    quiet = caption(waited_share=0.01)
+    assert (
+        "Some <CPU> & more with 2 threads, after one pass to warm up" in quiet and "up to 1.3 times the median" in quiet
+    )
+    assert "busy" not in quiet and "do not compare" not in quiet
+    assert "waited up to 40 % of the time for a core: a busy machine, measure again" in caption(waited_share=0.4)
+    one, other = drawn_nets.net("one"), drawn_nets.net("other")
+    slow = [replace(r, latency=[{**entry, "device": "GPU"} for entry in r.latency]) for r in other.reports]
+    assert "their times do not compare" in general.frontiers([one, replace(other, reports=slow)])[1].caption
+
+
+# ---- classes
+
+
+def test_of_many_classes_the_worst_and_the_best_are_drawn_and_all_are_in_the_csv(tmp_path: Path) -> None:
+    classes = [f"class-{k:03d}" for k in range(200)]
+    net = drawn_nets.net("many", 4, classes=classes)
+    means = {classes[k]: np.mean([r.top1_by_class[k] for r in net.reports]) for k in range(200) if k != 1}
+    build([net], tmp_path / "out")
+    drawn = read_csv(tmp_path / "out" / "figures" / "accuracy-by-class.csv")
+    ranked = sorted(means, key=lambda name: means[name])
+    assert [row[0] for row in drawn[1:]] == ranked[:30] + ranked[-30:]
+    assert [row[0] for row in read_csv(tmp_path / "out" / "classes.csv")[1:]] == classes
+    assert "Of 200 classes those 30 with the lowest" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_classes_stand_by_their_groups_and_others_last(tmp_path: Path) -> None:
+    net = drawn_nets.net("n", classes=["ant", "oak", "bee", "rock"])
+    (tmp_path / "groups.yaml").write_text("plants: [oak]\nanimals: [bee, ant]\n")
+    (one,) = grouped([net], tmp_path / "groups.yaml")
+    (figure,) = general.by_class([one])
+    assert list(figure.rows) == ["oak", "ant", "bee", "rock"]
+    assert figure.groups == {"plants": 1, "animals": 2, "in no group": 1}
+    assert [row[:2] for row in cells.sheet(figure, {}).rows][1] == ["animals", "ant"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("animals: [ant, unicorn]", "the nets know no class unicorn"),
+        ('{"animals": "ant"}', "write a list of classes"),
+        ("animals: [ant]\nplants: [ant]", "ant: in two groups"),
+        ("- ant", r"write {superclass: \[class, ...\]} as YAML or JSON; .*groups.yaml"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused_by_name(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "groups.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        grouped([drawn_nets.net("n", classes=["ant", "oak"])], tmp_path / "groups.yaml")
+
+
+# ---- the page and the pictures
+
+
+def test_hostile_names_stay_text_and_the_page_asks_nobody(made: Path) -> None:
+    text = (made / "index.html").read_text(encoding="utf-8")
+    page = read_page(made / "index.html")
+    assert not page.tags & {"b", "i", "net", "cpu", "x", "things", "over", "iframe", "object", "base"}
+    assert "&lt;b&gt;ant &amp; &quot;bee&quot;&lt;/b&gt;" in text
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]*\"", text)
+    assert not re.findall(r"url\((?!#)", text) and "@import" not in text
+    assert text.count("<script") == 1 and 'http-equiv="Content-Security-Policy"' in text
+    assert [row[0] for row in page.tables["accuracy-by-class"][1:]] == [cells.text(name) for name in drawn_nets.HOSTILE]
+
+
+def test_ids_are_unique_and_every_link_leads_somewhere(made: Path) -> None:
+    page = read_page(made / "index.html")
+    assert len(page.ids) == len(set(page.ids))
+    assert page.targets and set(page.targets) <= set(page.ids)
+
+
+def test_ink_follows_the_theme_in_the_page_and_is_dark_in_the_png(made: Path) -> None:
+    text = (made / "index.html").read_text(encoding="utf-8")
+    assert "currentColor" in text and draw.INK not in text.partition("</style>")[2]
+    for path in (made / "figures").glob("*.png"):
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert tuple(pixels[0, 0]) == (255, 255, 255) and pixels.min() < 60, path.name
+
+
+def test_every_drawn_figure_is_there_as_png(made: Path) -> None:
+    kinds = {figure["name"]: figure["kind"] for figure in json.loads((made / "data.json").read_text())["figures"]}
+    drawn = {name for name, kind in kinds.items() if kind != "Table"}
+    assert drawn == {path.stem for path in (made / "figures").glob("*.png")} and "tiny-easy" in drawn
+
+
+def test_marks_of_a_group_and_its_key_say_so_and_no_two_series_look_alike() -> None:
+    nets = [drawn_nets.net(f"n{k}", k, family="tiny" if k % 2 else "other") for k in range(11)]
+    figure = general.frontiers(nets)[0]
+    assert isinstance(figure, Lines)
+    svg = draw.picture(figure).svg
+    assert svg.count('data-group="tiny" class="key"') == 5 and svg.count('data-group="other" class="key"') == 6
+    looks = [draw._key(figure, number) for number in range(1, 12)]
+    assert len({(key.get_color(), key.get_marker()) for key in looks}) == 11
+    assert len({key.get_color() for key in looks}) == 2
+
+
+def test_spots_lie_on_the_marks_that_they_name() -> None:
+    figure = Lines(
+        "a", "A", "", "x", "y", [Series("s", [0, 10, 20], [0.0, None, 5.0], texts=["p", "q", "r"], joined=False)]
+    )
+    drawing = draw.draw(figure)
+    axes = drawing.canvas.axes[0]
+    assert [spot.text.split("\n")[0] for spot in drawing.spots] == ["p", "r"]
+    for spot, place in zip(drawing.spots, ((0, 0.0), (20, 5.0)), strict=True):
+        x, y = axes.transData.transform(place)
+        left, top, width, height = spot.box
+        assert (left + width / 2, top + height / 2) == pytest.approx((x, drawing.canvas.bbox.height - y))
+
+
+def test_the_same_figure_gives_the_same_drawing() -> None:
+    figure = general.frontiers(drawn_nets.three())[0]
+    assert isinstance(figure, Lines)
+    assert draw.picture(figure) == draw.picture(figure)
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        Lines("a", "A", "", "x", "y", []),
+        Lines("a", "A", "", "x", "y", [Series("s", [], [])], log_x=True),
+        Lines("a", "A", "", "x", "y", [Series("s", list(range(3000)), [0.5] * 3000)]),
+        Bars("a", "A", "", [], "y", {}),
+        Bars("a", "A", "", [f"a long label {n}" for n in range(60)], "y", {"s": [1.0] * 60, "t": [None] * 60}),
+        HeatMap("a", "A", "", [f"row {n}" for n in range(1000)], ["c"], [[0.5]] * 1000, "v"),
+        HeatMap("a", "A", "", ["r"], [f"a column of a long name {n}" for n in range(60)], [[None] * 60], "v"),
+    ],
+    ids=["no series", "no points", "many points", "no bars", "many bars", "many rows", "many columns"],
+)
+def test_figures_at_the_edge_are_drawn(figure: Lines | Bars | HeatMap) -> None:
+    picture = draw.picture(figure)
+    assert picture.svg.startswith("<svg") and picture.png[:4] == b"\x89PNG"
+    assert picture.svg.count('class="spot"') <= draw.MOST_SPOTS
+
+
+@pytest.mark.parametrize(
+    ("figure", "fault"),
+    [
+        (Table("No Name", "", "", [], []), "lower case"),
+        (Table("a", "", "", ["x"], [["1", "2"]]), "cells as there are columns"),
+        (Table("a", "", "", ["x"], [[float("nan")]]), "not finite"),
+        (Lines("a", "", "", "", "", [Series("s", [1], [])]), "differ in length"),
+        (Lines("a", "", "", "", "", [Series("s", [float("inf")], [1.0])]), "not finite"),
+        (Bars("a", "", "", ["x"], "", {"s": []}), "as many values as there are labels"),
+        (HeatMap("a", "", "", ["r"], ["c"], [[1.0, 2.0]], ""), "values are not 1 rows of 1"),
+        (HeatMap("a", "", "", ["r"], ["c"], [[1.0]], "", groups={"g": 2}), "its groups hold 2 rows"),
+        (Lines("a", "", "", "", "", [Series("s", [1], [None])]), None),
+    ],
+)
+def test_a_figure_that_breaks_its_promise_is_named(
+    figure: Any, fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (fault_of(figure) or "") == "" if fault is None else fault in (fault_of(figure) or "")
+    wrong = replace(drawn_nets.FAMILIES["tiny"], figures=lambda mine, others: [figure])
+    monkeypatch.setattr(families, "find", lambda name: wrong)
+    if fault is not None:
+        with pytest.raises(ContractError, match="family tiny, figure"):
+            build([drawn_nets.net("n")], tmp_path / "out")
+
+
+# ---- galleries
+
+
+def test_a_gallery_holds_small_upright_copies_of_the_rows_images(tmp_path: Path) -> None:
+    for number, (width, height) in enumerate([(300, 200), (64, 40)]):
+        place = tmp_path / "set" / "ant" / f"{number}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        turned = Image.Exif()
+        turned[0x0112] = 6  # to be turned by a quarter
+        place.write_bytes(pictures.jpeg(width, height, exif=turned.tobytes()))
+    (tmp_path / "set" / "ant" / "2.jpg").write_bytes(b"no image")
+    index = open_index(tmp_path / "set")
+    found = thumbnails(index, [0, 1, 2, 99])
+    sizes = [Image.open(io.BytesIO(found[row].jpeg)).size for row in (0, 1)]
+    assert sizes == [(SIDE_PX * 2 // 3, SIDE_PX), (40, 64)] and set(found) == {0, 1, 2}
+    assert found[2].jpeg == b""
+    assert found[0].file.endswith("ant/0.jpg")
+    build([drawn_nets.net("n")], tmp_path / "out", index)
+    page = read_page(tmp_path / "out" / "index.html")
+    shown = page.images["tiny-easy"]
+    assert len(shown) == 2 and all(image["src"].startswith("data:image/jpeg;base64,") for image in shown)
+    assert page.tables["tiny-easy"][1] == ["<i>easy</i>", "0", "ant/0.jpg", "1 layer"]
+
+
+def test_a_gallery_without_its_images_says_so(made: Path) -> None:
+    text = (made / "index.html").read_text(encoding="utf-8")
+    assert "The images are not at hand here" in text and ">row 2</span>" in text
+    assert not read_page(made / "index.html").images
+
+
+# ---- the folder
+
+
+def test_a_report_is_made_again_in_its_folder_and_leaves_what_others_put_there(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build(drawn_nets.three(), out)
+    (out / "notes.txt").write_text("mine")
+    (out / "figures" / "own.png").write_bytes(b"mine")
+    build(drawn_nets.three()[1:], out)
+    assert (
+        not (out / "figures" / "tiny-rates.png").exists() and not (out / "figures" / "policies-first-net.csv").exists()
+    )
+    assert (out / "notes.txt").read_text() == "mine" and (out / "figures" / "own.png").exists()
+    assert (out / "figures" / "frontier-macs.png").exists()
+
+
+def test_a_file_list_that_somebody_wrote_takes_nothing_else_away(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build([drawn_nets.net("n")], out)
+    (tmp_path / "precious.csv").write_text("mine")
+    (out / "notes.txt").write_text("mine")
+    data = json.loads((out / "data.json").read_text())
+    data["files"] += ["../precious.csv", "notes.txt", "figures/../../precious.csv", str(tmp_path / "precious.csv")]
+    (out / "data.json").write_text(json.dumps(data))
+    build([drawn_nets.net("n")], out)
+    assert (tmp_path / "precious.csv").exists() and (out / "notes.txt").exists()
+
+
+def test_a_report_that_was_cut_off_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            folder, "_put", lambda path, content: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        with pytest.raises(ResourceError, match=r"No space left.*that has room"):
+            build([drawn_nets.net("n")], out)
+    build([drawn_nets.net("n")], out)
+    assert (out / "index.html").exists()
+
+
+def test_other_things_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("mine")
+    (tmp_path / "home" / "data.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds other things than a report"):
+        build([drawn_nets.net("n")], tmp_path / "home")
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["data.json", "thesis.tex"]
+    with pytest.raises(ConfigError, match="is a file"):
+        folder.check(tmp_path / "home" / "thesis.tex")
+    with pytest.raises(ResourceError, match=r"cannot be written.*name a folder"):
+        folder.check(Path("/proc/report"))
+
+
+# ---- from runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of untrained nets, evaluated on the same images and sent to MLflow: runs/a and runs/b."""
+    home = tmp_path_factory.mktemp("nets")
+    make(home / "toy", train=40, val=30, side_px=24)
+    for number, name in enumerate("ab"):
+        overrides = [f"data.root={home / 'toy'}", "tracking.register=null", "compute.workers=0"]
+        config = run_config.load("baseline/toy", [*overrides, "evaluation.latency_repeats=2"])
+        torch.manual_seed(number)
+        net = BASELINE.build(config.family, 10)
+        torch.save(net.state_dict(), home / f"{name}.pt")
+        importing.import_weights(config, home / f"{name}.pt", home / "runs" / name)
+    return home / "runs"
+
+
+@pytest.fixture
+def real_families(monkeypatch: pytest.MonkeyPatch, known_families: None) -> None:
+    monkeypatch.undo()
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs the command in this process: (exit code, what it printed)."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(arguments))
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out + printed.err
+
+    return run
+
+
+@pytest.mark.usefixtures("real_families")
+def test_the_verb_makes_a_report_of_runs_and_logs_it_to_each(say, runs: Path, tmp_path: Path) -> None:
+    code, text = say("report", str(runs / "a"), str(runs / "b"), "--out", str(tmp_path / "out"))
+    assert code == 0 and "2 nets, 6 policies" in text and "warning" not in text, text
+    client = tracking.connect(f"sqlite:///{runs}/mlflow.db")
+    for name in "ab":
+        run_id = json.loads((runs / name / "tracking.json").read_text())["run_id"]
+        assert f"logged to MLflow run {run_id}" in text
+        assert {"report/index.html", "report/data.json"} <= {f.path for f in client.list_artifacts(run_id, "report")}
+    head, *rows = read_csv(tmp_path / "out" / "policies.csv")
+    stored = json.loads((runs / "a" / "evaluations" / "final" / "reports.json").read_text())
+    assert rows[0][head.index("MMACs mean")] == cells.number(stored[0]["macs_mean"] / 1e6)
+    assert [row[0] for row in rows] == 3 * ["a"] + 3 * ["b"]
+
+
+@pytest.mark.usefixtures("real_families")
+def test_a_server_that_is_away_is_one_warning(say, runs: Path, tmp_path: Path) -> None:
+    away = ("--uri", "http://127.0.0.1:9")
+    code, text = say("report", str(runs / "a"), str(runs / "b"), "--out", str(tmp_path / "out"), *away)
+    assert code == 0 and text.count("warning: http://127.0.0.1:9: the report is not logged there") == 1
+    assert (tmp_path / "out" / "index.html").exists()
+    code, text = say("report", str(runs / "a"), "--out", str(tmp_path / "out"), "--no-track", *away)
+    assert code == 0 and "warning" not in text and "logged" not in text
+
+
+@pytest.mark.usefixtures("real_families")
+def test_what_cannot_be_reported_is_refused_by_name(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=rf"{runs}/a/: the same net as {runs}/a; give each net once"):
+        report([str(runs / "a"), f"{runs}/a/"], out)
+    shutil.copytree(runs / "a", tmp_path / "bare")
+    shutil.rmtree(tmp_path / "bare" / "evaluations")
+    with pytest.raises(ConfigError, match=r"no evaluation of it is stored; make one with `adaptnet evaluate"):
+        report([str(tmp_path / "bare")], out)
+    shutil.copytree(runs / "b", tmp_path / "elsewhere")
+    about = tmp_path / "elsewhere" / "evaluations" / "final" / "about.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "data": "other"}))
+    with pytest.raises(ConfigError, match=r"no images that all of these nets were evaluated on.*adaptnet evaluate"):
+        report([str(runs / "a"), str(tmp_path / "elsewhere")], out)
+    with pytest.raises(ConfigError, match="no such folder"):
+        report([str(tmp_path / "nowhere")], out)
+
+
+@pytest.mark.usefixtures("real_families")
+def test_the_images_of_an_evaluation_are_found_where_they_were(runs: Path) -> None:
+    net = evaluations.find(str(runs / "a"))
+    found = evaluations.images([net], net.sets[0])
+    assert found is not None and len(found) == 30 and found.identity == net.sets[0]
+    assert evaluations.images([net], "another") is None

@@ -1,0 +1,222 @@
+"""The registered net behind `mlflow models serve`: what goes in, what comes out, and nothing that ends the process."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+from mlflow_here import database
+from PIL import Image
+from test_promoting import make_run
+
+from pipeline import registry
+from pipeline.data import toy
+from pipeline.tracking import sync
+
+pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+
+
+SECTION = {  # of a net that does less work at a lower resolution, whatever the image
+    "name": "arrn",
+    "ladder_px": [32, 16],
+    "widths": [12, 24],
+    "inner": ["F2x1"],
+    "final": "M2x1",
+    "head_width": 32,
+    "level_weights": [1, 1],
+    "resolutions_px": [16],
+}
+DEAR, CHEAP = "32px", "16px"
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A registry whose models:/gated@champion answers under two policies of different price."""
+    home = tmp_path_factory.mktemp("served")
+    root = toy.make(home / "images", num_classes=3, train=12, val=12, side_px=32, seed=3)
+    make_run(home / "runs" / "mine", root, 1, section=SECTION)
+    shutil.copyfile(database().path, home / "runs" / "mlflow.db")
+    run_dir, uri = home / "runs" / "mine", f"sqlite:///{home}/runs/mlflow.db"
+    path = run_dir / "evaluations" / "final" / "reports.json"
+    found = json.loads(path.read_text())
+    found[0] |= {"policy": CHEAP, "top1": 0.5, "macs_mean": 1e6, "full_share": 0.5}
+    found[1] |= {"policy": DEAR, "top1": 0.6, "macs_mean": 2e6, "full_share": 1.0}
+    path.write_text(json.dumps(found))
+    registry.publish_run(run_dir, "gated", run_id=sync(run_dir).run_id, uri=uri, alias="champion")
+    return uri
+
+
+@pytest.fixture(scope="module")
+def address(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of `mlflow models serve`; the process is the same at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/gated@champion"]
+    words += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # mlflow starts uvicorn by name
+    folder = tmp_path_factory.mktemp("serving")
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(words, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while subprocess.run(["curl", "-sf", f"http://127.0.0.1:{port}/ping"], capture_output=True).returncode:
+            assert time.monotonic() < deadline and process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.3)
+        workers = worker_ids(process.pid)
+        yield f"http://127.0.0.1:{port}"
+        assert worker_ids(process.pid) == workers and process.poll() is None, (folder / "log").read_text()
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+def worker_ids(group: int) -> set[int]:
+    """The processes of a group."""
+    lines = subprocess.run(["ps", "-eo", "pid,pgid"], capture_output=True, text=True, check=True).stdout.split("\n")[1:]
+    return {int(line.split()[0]) for line in lines if line.split()[1:] == [str(group)]}
+
+
+def ask(address: str, body: Any, folder: Path) -> tuple[int, Any]:
+    """Status and answer of a plain curl."""
+    (folder / "body.json").write_text(body if isinstance(body, str) else json.dumps(body))
+    words = ["curl", "-s", "-w", "\n%{http_code}", "-H", "Content-Type: application/json", "--data-binary"]
+    words += [f"@{folder / 'body.json'}", f"{address}/invocations"]
+    text, _, code = subprocess.run(words, capture_output=True, text=True, timeout=200).stdout.rpartition("\n")
+    answer = json.loads(text)
+    return int(code), answer.get("predictions", answer.get("message"))
+
+
+def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (48, 40)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+IMAGES = [jpeg((250, 20, 20)), jpeg((10, 240, 90)), jpeg((0, 0, 0))]
+TEXTS = [base64.b64encode(image).decode() for image in IMAGES]
+
+
+def bomb() -> dict[str, list[str]]:
+    """A whole PNG of 3.6 gigapixels in half a megabyte."""
+    side, rows_at_once = 60_000, 100
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    packer, blank = zlib.compressobj(1), bytes(rows_at_once * (1 + side // 8))
+    packed = b"".join(packer.compress(blank) for _ in range(side // rows_at_once)) + packer.flush()
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    encoded = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    assert len(encoded) < 3_000_000
+    return {"inputs": [base64.b64encode(encoded).decode()]}
+
+
+def many() -> dict[str, list[str]]:
+    return {"inputs": ["AA=="] * 1_000_000}
+
+
+def test_a_plain_curl_is_answered_under_the_policy_asked_for(uri: str, address: str, tmp_path: Path) -> None:
+    model = registry.load_model(registry.resolve("models:/gated@champion", uri))
+    for params, policy in (
+        ({}, DEAR),
+        ({"policy": CHEAP}, CHEAP),
+        ({"budget": "100%"}, DEAR),
+        ({"budget": "1.5M"}, CHEAP),
+    ):
+        code, rows = ask(address, {"inputs": TEXTS, "params": params}, tmp_path)
+        assert code == 200, rows
+        wanted = registry.predict(model, IMAGES, policy)
+        assert [row["policy"] for row in rows] == [policy] * 3
+        assert [row["macs"] for row in rows] == pytest.approx(wanted.macs)
+        assert [row["probability"] for row in rows] == pytest.approx(wanted.probabilities.max(1), abs=1e-5)
+    dear, cheap = (registry.predict(model, IMAGES, name).macs.mean() for name in (DEAR, CHEAP))
+    assert cheap < 0.6 * dear  # the policies really differ in what is done
+
+
+def test_arrays_and_records_are_images_too(uri: str, address: str, tmp_path: Path) -> None:
+    array = np.random.default_rng(1).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    text = base64.b64encode(buffer.getvalue()).decode()
+    bodies = [
+        {"inputs": [text]},
+        {"instances": [text]},
+        {"dataframe_records": [{"image": array.tolist()}]},
+        {"dataframe_split": {"columns": ["image"], "data": [[text]]}},
+    ]
+    answers = [ask(address, body, tmp_path) for body in bodies]
+    assert [code for code, _ in answers] == [200] * 4, answers
+    assert [rows for _, rows in answers] == [answers[0][1]] * 4
+    code, message = ask(address, {"inputs": [array.tolist()]}, tmp_path)
+    assert code == 400 and "under dataframe_records" in message
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"inputs": ["%%%"]}, "image 0: this text is neither base64"),
+        ({"inputs": [TEXTS[0], TEXTS[1][:400]]}, "image 1"),
+        ({"inputs": [base64.b64encode(b"GIF89a").decode()]}, "not an image"),
+        (bomb, "absurd"),
+        (many, "at most 1,024 images, this one 1,000,000"),
+        ({"inputs": []}, "0 inputs"),
+        ({"inputs": [7]}, "found int"),
+        ({"inputs": [None]}, "image 0"),
+        ({"dataframe_records": [{"image": [[[1, 2, 300]]]}]}, "whole numbers from 0 to 255"),
+        ({"dataframe_records": [{"image": [[[1, 2]]]}]}, "an array [H, W, 3]"),
+        ({"inputs": TEXTS, "params": {"policy": "warp"}}, "warp: no such policy; this net has: "),
+        ({"inputs": TEXTS, "params": {"budget": "1k"}}, "the cheapest is 16px at 1 MMACs"),
+        ({"inputs": TEXTS, "params": {"budget": "much"}}, "write MACs as 0.8G"),
+        ({"inputs": TEXTS, "params": {"budget": "5ms"}}, "a served net takes MACs"),
+        ({"inputs": TEXTS, "params": {"policy": DEAR, "budget": "1G"}}, "give one of them"),
+        ({"inputs": TEXTS, "params": {"top_k": 0}}, "top_k (=0)"),
+        ({"inputs": TEXTS, "params": {"policy": 5}}, "Invalid parameters"),
+        ({"inputs": ["/etc/passwd.png"]}, "this server reads no files"),
+        ({"dataframe_records": [{"x": TEXTS[0], "y": 1}]}, "one column `image` is expected, found: x"),
+        ({"pictures": TEXTS}, "exactly one of the input fields"),
+        ("{", "valid JSON"),
+    ],
+    ids=lambda each: each[:40] if isinstance(each, str) else "body",
+)
+def test_wrong_input_is_a_4xx_with_a_sentence(address: str, tmp_path: Path, body: Any, said: str) -> None:
+    code, message = ask(address, body() if callable(body) else body, tmp_path)
+    assert code == 400 and said in message, (code, message[:500])
+    assert "Traceback" not in message and len(message) < 5_000
+    assert ask(address, {"inputs": TEXTS[:1]}, tmp_path)[0] == 200
+
+
+def test_in_process_paths_and_arrays_are_taken(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    place = registry.resolve("models:/gated@champion", uri).parents[1]
+    model = mlflow.pyfunc.load_model(str(place))
+    (tmp_path / "one.jpg").write_bytes(IMAGES[0])
+    wanted = model.predict(pandas.DataFrame({"image": [IMAGES[0]]}))
+    assert model.predict([str(tmp_path / "one.jpg")]).equals(wanted)
+    array = np.zeros((40, 48, 3), np.uint8)
+    assert model.predict(pandas.DataFrame({"image": [array, array]})).label.nunique() == 1
+    assert model.metadata.signature.inputs is not None and model.input_example is not None
+    with pytest.raises(mlflow.MlflowException, match=r"nothing\.jpg cannot be read \(No such file"):
+        model.predict([str(tmp_path / "nothing.jpg")])
+    below = mlflow.pyfunc.load_model(str(place), model_config={"files": str(tmp_path)})
+    assert below.predict(["one.jpg"]).equals(wanted)
+    with pytest.raises(mlflow.MlflowException, match="give a path within it"):
+        below.predict(["../one.jpg"])
