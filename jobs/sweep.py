@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from jobs.cli import INTERRUPTED, data_home
+from jobs.cli import INTERRUPTED, STOPPED, data_home
 from jobs.train import _stop_on_signals
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ def sweep(
         found = sweeps.run(loaded, folder, retry_failed=retry_failed, watcher=view)
     _conclude(found)
     if register is not None and found.finished:
-        version = outcome.register(loaded.config, found.run_dir, found, register, trial)
+        version = outcome.register(found, register, trial)
         typer.echo(f"registered as {version.reference}, from now on @candidate")
-    if signal.SIGINT in asked and not found.finished:
-        raise typer.Exit(INTERRUPTED)
+    if not found.finished:
+        raise typer.Exit(INTERRUPTED if signal.SIGINT in asked else STOPPED)
     if found.failed:
         raise typer.Exit(SOME_FAILED)
 

@@ -373,16 +373,16 @@ def test_what_costs_too_much_is_refused_and_counted_and_a_failed_trial_fails_alo
 
 def test_the_best_trial_is_registered_as_candidate(images: Path, whole: Path) -> None:
     found = sweep.run(load(images), whole)
-    version = outcome.register(load(images).config, whole, found, "from-a-sweep")
+    version = outcome.register(found, "from-a-sweep")
     client = connect(f"sqlite:///{whole.parent}/mlflow.db")
     made = client.get_model_version_by_alias("from-a-sweep", "candidate")
     assert int(made.version) == version.version
     assert client.get_run(made.run_id).info.run_name == found.best
     with pytest.raises(ConfigError, match=r"--trial \(=00\): no such trial"):
-        outcome.register(load(images).config, whole, found, "from-a-sweep", "00")
+        outcome.register(found, "from-a-sweep", "00")
     ended = next(row[0] for row in table(whole) if row[table(whole)[0].index("state")] == "stopped (ASHA)")
     with pytest.raises(ConfigError, match="not trained to its end"):
-        outcome.register(load(images).config, whole, found, "from-a-sweep", ended)
+        outcome.register(found, "from-a-sweep", ended)
 
 
 def copied(whole: Path, folder: Path) -> Path:

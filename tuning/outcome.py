@@ -219,18 +219,16 @@ def _write_tables(run_dir: Path, config: SweepConfig, trials: Sequence[Trial], t
 # --- the registry
 
 
-def register(
-    config: SweepConfig, run_dir: Path, found: Outcome, name: str, trial: str | None = None
-) -> registry.Version:
+def register(found: Outcome, name: str, trial: str | None = None) -> registry.Version:
     """Makes the best trial, or the one called `trial`, a version of `name` with the alias candidate."""
     from pipeline.tracking.carrier import Ledger
 
     chosen = trial or found.best
     if chosen is None:
-        raise ConfigError(f"{run_dir}: no trial has finished, so there is none to register")
-    folder = run_dir / "trials" / chosen
+        raise ConfigError(f"{found.run_dir}: no trial has finished, so there is none to register")
+    folder = found.run_dir / "trials" / chosen
     if not folder.is_dir():
-        there = sorted(path.name for path in (run_dir / "trials").glob("*"))
+        there = sorted(path.name for path in (found.run_dir / "trials").glob("*"))
         close = get_close_matches(chosen, there, 1)
         raise ConfigError(f"--trial (={chosen}): no such trial{f'; did you mean {close[0]}?' if close else ''}")
     run_id, uri = Ledger.peek(folder).run_id, found.tracking_uri

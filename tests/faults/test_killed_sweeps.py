@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from typing import Any
 
 import psutil
 import pytest
-from mlflow_here import server
+from mlflow_here import database, server
 from test_sweep import Said, ended, learned, records, table
 
+from pipeline import journal
 from pipeline.data import toy
 from pipeline.errors import ResourceError
 from pipeline.tracking import connect
@@ -36,8 +38,9 @@ def settings(images: Path) -> list[str]:
     return [f"data.root={images}", *small]
 
 
-def start(images: Path, run_dir: Path) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "jobs.cli", "sweep", "toy", *settings(images), "--run-dir", str(run_dir)]
+def start(images: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    asked = [*settings(images), *overrides]
+    words = [sys.executable, "-m", "jobs.cli", "sweep", "toy", *asked, "--run-dir", str(run_dir)]
     with open(run_dir.parent / "log", "ab") as log:
         return subprocess.Popen(words, stdout=log, stderr=log, cwd=Path(__file__).parents[2], start_new_session=True)
 
@@ -73,6 +76,29 @@ def kill(kind: str, process: subprocess.Popen[bytes]) -> None:
         process.send_signal(signal.SIGKILL)
     process.wait(timeout=200)
     wait_until_gone(family)
+
+
+def test_smoke_a_sweep_killed_on_ray_ends_as_one_that_trained_in_one_process(images: Path, tmp_path: Path) -> None:
+    """Two trials of one worker each, side by side where there are two cores."""
+    short = ["search.samples=1", "scheduler.kind=none", "training.epochs=2"]
+    for name in ("here", "ray"):
+        (tmp_path / name).mkdir()
+        shutil.copyfile(database().path, tmp_path / name / "mlflow.db")
+    here, there = tmp_path / "here" / "sweep", tmp_path / "ray" / "sweep"
+    assert sweep.run(config.load("toy", [*settings(images), *short, "compute.workers=0"]), here).finished
+    process = start(images, there, *short, "compute.workers=1")
+    wait_for(lambda: any(there.glob("trials/*/checkpoints/*/COMPLETE.json")), process, tmp_path / "ray" / "log")
+    kill("driver", process)
+    assert start(images, there, *short, "compute.workers=1").wait(timeout=300) == 0, (
+        tmp_path / "ray" / "log"
+    ).read_text()
+    assert table(there) == table(here)
+    assert any(events_of(folder, "resumed") for folder in (there / "trials").iterdir())
+
+
+def events_of(run_dir: Path, kind: str) -> list[journal.Record]:
+    path = run_dir / "journal" / "rank0.jsonl"
+    return [record for record in journal.read_all(path) if record.get("event") == kind] if path.exists() else []
 
 
 @pytest.fixture(scope="module")
