@@ -369,7 +369,7 @@ def test_two_trainings_share_a_cluster_of_this_machine_and_down_leaves_no_proces
         assert Path(token).stat().st_mode & 0o077 == 0
         told = "\n".join(command(home, "cluster", "status"))
         assert f"compute.address={address}" in told and told.count("alive") == 2
-        assert "127.0.0.1 " in told and "127.0.0.2 " in told
+        assert "127.0.0.2 " in told and "127.0.0.3 " in told
         own = ["family.depth=8", "training.batch_size=32", "training.epochs=2", "tracking.register=null"]
         own += [f"data.root={images}", f"compute.address={address}", "evaluation.latency_repeats=0"]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN_PATH": token}
