@@ -427,13 +427,16 @@ def test_a_strangers_driver_is_refused_and_killed_keepers_leave_nothing(tmp_path
 
 def test_a_cluster_of_another_machine_is_left_alone(tmp_path: Path) -> None:
     local = Local(tmp_path)
-    me = [os.getpid(), psutil.Process().create_time()]
-    (tmp_path / "cluster.json").write_text(json.dumps({"host": "elsewhere", "address": "a:1", "keepers": [me]}))
+    stranger = subprocess.Popen(["sleep", "300"])
+    theirs = [stranger.pid, psutil.Process(stranger.pid).create_time()]
+    (tmp_path / "cluster.json").write_text(json.dumps({"host": "elsewhere", "address": "a:1", "keepers": [theirs]}))
     assert not local.lives
     for order in (local.down, lambda: local.up(1, cpus=1, gpus=[], patience_s=1)):
         with pytest.raises(ResourceError, match="was started on elsewhere; end it there"):
             order()
-    assert (tmp_path / "cluster.json").is_file()
+    assert (tmp_path / "cluster.json").is_file() and stranger.poll() is None
+    stranger.kill()
+    stranger.wait()
 
 
 @pytest.mark.ray
