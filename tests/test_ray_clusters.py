@@ -286,7 +286,7 @@ SSH = """#!/bin/bash
 # Another host, as far as Ray's launcher can tell: what would go over the wire runs here, in a shell of its own.
 while [ $# -gt 0 ]; do
     case $1 in
-        -o | -i | -p) shift 2 ;;
+        -o | -i | -l | -p) shift 2 ;;
         -*) shift ;;
         *) shift && break ;;
     esac
@@ -315,6 +315,7 @@ def test_rays_launcher_brings_a_host_up_tells_of_it_and_takes_it_down(tmp_path: 
     (home / "bin").mkdir(parents=True)
     (home / "bin" / "ssh").write_text(SSH)
     (home / "bin" / "ssh").chmod(0o755)
+    (home / ".profile").write_text(". ~/.bashrc\n")  # as a new user has it
     site = {**HOSTS, "head": "127.0.0.1", "prefix": sys.prefix, "node": {"cpus": 3}, "shared": {"path": str(tmp_path)}}
     (tmp_path / "site.yaml").write_text(json.dumps(site))
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
