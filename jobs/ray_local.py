@@ -135,9 +135,9 @@ class Local:
         write_whole(self._record, json.dumps(record))
 
     def _node(self, rank: int, num_nodes: int, *, cpus: int, gpus: int, patience_s: float) -> Node:
-        """Of an address of its own on loopback, by which Ray tells nodes of one machine apart."""
+        """At a loopback address of its own, by which Ray tells nodes of a machine apart; 127.0.0.1 it replaces."""
         names = tuple(f"node{each}" for each in range(num_nodes))
-        ip, folder = f"127.0.0.{rank + 1}", self.folder.absolute()
+        ip, folder = f"127.0.0.{rank + 2}", self.folder.absolute()
         return Node(rank, names, ip, self.key, folder, cpus=cpus, gpus=gpus, patience_s=patience_s)
 
     def _clear(self) -> None:

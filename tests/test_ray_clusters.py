@@ -286,7 +286,7 @@ SSH = """#!/bin/bash
 # Another host, as far as Ray's launcher can tell: what would go over the wire runs here, in a shell of its own.
 while [ $# -gt 0 ]; do
     case $1 in
-        -o | -i | -p) shift 2 ;;
+        -o | -i | -l | -p) shift 2 ;;
         -*) shift ;;
         *) shift && break ;;
     esac
@@ -315,6 +315,7 @@ def test_rays_launcher_brings_a_host_up_tells_of_it_and_takes_it_down(tmp_path: 
     (home / "bin").mkdir(parents=True)
     (home / "bin" / "ssh").write_text(SSH)
     (home / "bin" / "ssh").chmod(0o755)
+    (home / ".profile").write_text(". ~/.bashrc\n")  # as a new user has it
     site = {**HOSTS, "head": "127.0.0.1", "prefix": sys.prefix, "node": {"cpus": 3}, "shared": {"path": str(tmp_path)}}
     (tmp_path / "site.yaml").write_text(json.dumps(site))
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
@@ -369,7 +370,7 @@ def test_two_trainings_share_a_cluster_of_this_machine_and_down_leaves_no_proces
         assert Path(token).stat().st_mode & 0o077 == 0
         told = "\n".join(command(home, "cluster", "status"))
         assert f"compute.address={address}" in told and told.count("alive") == 2
-        assert "127.0.0.1 " in told and "127.0.0.2 " in told
+        assert "127.0.0.2 " in told and "127.0.0.3 " in told
         own = ["family.depth=8", "training.batch_size=32", "training.epochs=2", "tracking.register=null"]
         own += [f"data.root={images}", f"compute.address={address}", "evaluation.latency_repeats=0"]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN_PATH": token}
@@ -427,13 +428,16 @@ def test_a_strangers_driver_is_refused_and_killed_keepers_leave_nothing(tmp_path
 
 def test_a_cluster_of_another_machine_is_left_alone(tmp_path: Path) -> None:
     local = Local(tmp_path)
-    me = [os.getpid(), psutil.Process().create_time()]
-    (tmp_path / "cluster.json").write_text(json.dumps({"host": "elsewhere", "address": "a:1", "keepers": [me]}))
+    stranger = subprocess.Popen(["sleep", "300"])
+    theirs = [stranger.pid, psutil.Process(stranger.pid).create_time()]
+    (tmp_path / "cluster.json").write_text(json.dumps({"host": "elsewhere", "address": "a:1", "keepers": [theirs]}))
     assert not local.lives
     for order in (local.down, lambda: local.up(1, cpus=1, gpus=[], patience_s=1)):
         with pytest.raises(ResourceError, match="was started on elsewhere; end it there"):
             order()
-    assert (tmp_path / "cluster.json").is_file()
+    assert (tmp_path / "cluster.json").is_file() and stranger.poll() is None
+    stranger.kill()
+    stranger.wait()
 
 
 @pytest.mark.ray
