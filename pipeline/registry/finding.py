@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -103,7 +104,8 @@ def _fetch(version: Version, uri: str, cache: Path | None) -> Path:
             return _model_in(Path(mlflow.artifacts.download_artifacts(source, tracking_uri=uri)), version)
         home = cache or Path.home() / ".cache" / "adaptnet" / "models"
         sha256 = version.tags.get("adaptnet.weights_sha256", "unknown")
-        target = home / f"{version.name}-{version.version}-{sha256[:16]}"
+        origin = hashlib.sha256(f"{without_secrets(uri)} {source}".encode()).hexdigest()  # other registries' names
+        target = home / f"{version.name}-{version.version}-{sha256[:16]}-{origin[:8]}"
         if not target.is_dir():
             aside = home / f".{target.name}.{uuid.uuid4().hex[:8]}"
             try:

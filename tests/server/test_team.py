@@ -89,7 +89,8 @@ def test_smoke(team: TeamServer, images: Path, say: Callable[..., Any], tmp_path
     for folder in folders:
         code, text = say("models", "register", folder, "smoke", "--uri", team.uri)
         assert code == 0, text
-    assert say("models", "promote", "smoke", 1, "--uri", team.uri)[0] == 0
+    code, text = say("models", "promote", "smoke", 1, "--uri", team.uri)
+    assert code == 0, text
     code, text = say("models", "lookup", "smoke", "--max-macs", "1.5M", "--uri", team.uri)
     found = {line.split()[0]: line.split()[1] for line in text.splitlines()[2:]}
     assert code == 0 and found == {"models:/smoke/1": "champion", "models:/smoke/2": "candidate"}, text
