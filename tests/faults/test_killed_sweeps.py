@@ -133,10 +133,12 @@ def test_whatever_is_killed_the_same_command_ends_with_the_same_table(
 
 
 @pytest.fixture
-def three_nodes() -> Iterator[Any]:
+def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A Ray cluster of three nodes of one CPU each, and a head that has none."""
     from ray.cluster_utils import Cluster
 
+    # started without a token: a driver that asks for one, because its user has one, would turn the head away
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(3):
         cluster.add_node(num_cpus=1)
