@@ -124,7 +124,7 @@ class Local:
         return address
 
     def _orphans(self) -> list[psutil.Process]:
-        """Ray's processes of a node whose keeper was killed, whose command lines name its folder, and their children."""
+        """Ray of nodes whose keeper was killed: processes whose command lines name its folder, and their children."""
         sign = f"/tmp/adaptnet-{os.getuid()}-{self.key}-"
         mine = (each for each in psutil.process_iter(["cmdline", "uids"]) if each.info["uids"].real == os.getuid())
         found = {each for each in mine if any(sign in word for word in each.info["cmdline"] or ())}
