@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -93,9 +94,12 @@ def check(site: Launched) -> None:
 
 
 def _make_token() -> None:
-    """Ray's token of this user, which is copied to every node; made where there is none."""
-    if not Path(ray_render.TOKEN).expanduser().is_file():
-        _run([str(Path(sys.executable).parent / "ray"), "get-auth-token", "--generate"], "ray get-auth-token")
+    """Ray's token of this user, which is copied to every node. What Ray itself writes there, all users may read."""
+    path = Path(ray_render.TOKEN).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    path.chmod(0o600)
 
 
 def _run(command: Sequence[str], what: str, env: dict[str, str] | None = None) -> str:

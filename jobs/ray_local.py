@@ -124,10 +124,14 @@ class Local:
         return address
 
     def _orphans(self) -> list[psutil.Process]:
-        """Ray's processes of a node whose keeper was killed: its temporary folder stands on their command lines."""
+        """Ray of nodes whose keeper was killed: processes whose command lines name its folder, and their children."""
         sign = f"/tmp/adaptnet-{os.getuid()}-{self.key}-"
         mine = (each for each in psutil.process_iter(["cmdline", "uids"]) if each.info["uids"].real == os.getuid())
-        return [each for each in mine if any(sign in word for word in each.info["cmdline"] or ())]
+        found = {each for each in mine if any(sign in word for word in each.info["cmdline"] or ())}
+        for process in list(found):
+            with suppress(psutil.Error):
+                found |= set(process.children(recursive=True))
+        return list(found)
 
     def _write(self, keepers: Iterable[subprocess.Popen[bytes]], address: str | None) -> None:
         started = [[keeper.pid, _started(keeper.pid)] for keeper in keepers]
