@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -51,12 +52,15 @@ def predict(
     from pipeline import predicting
     from pipeline.frontier import parse_budget
 
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     wanted = parse_budget(budget) if budget is not None else None
     files = list(_files(images))
     found = predicting.load(model, uri, device=device)
     choice = found.choose(wanted, policy, files)
     answers = found.answers(files, choice.policy, top=top, batch_size=batch_size)
-    unreadable = (_print_json if as_json else _print_lines)(found, choice, answers)
+    unreadable = (_print_json if as_json else _print_lines)(found, choice, answers, files)
     if unreadable:
         raise typer.Exit(1)
 
@@ -87,7 +91,9 @@ def _of(argument: str) -> list[Path]:
     return [path]
 
 
-def _print_lines(found: Predictor, choice: Choice, answers: Iterator[Answer | Unreadable]) -> bool:
+def _print_lines(
+    found: Predictor, choice: Choice, answers: Iterator[Answer | Unreadable], files: Sequence[Path]
+) -> bool:
     from pipeline.frontier import macs_text
     from pipeline.predicting import Unreadable, exceeded, full_macs
 
@@ -103,14 +109,16 @@ def _print_lines(found: Predictor, choice: Choice, answers: Iterator[Answer | Un
         typer.echo(f"{answer.file}: {named} ({macs_text(answer.macs)})")
     if len(answered) > 1:
         typer.echo(f"{len(answered):,} images, {macs_text(sum(a.macs for a in answered) / len(answered))} on average")
-    if remark := exceeded(choice, answered, full_macs(found.reports)):
+    if remark := exceeded(choice, answered, full_macs(found.reports)) or found.late(choice, files):
         typer.echo(f"adaptnet: {remark}", err=True)
     for each in bad:
         typer.echo(f"adaptnet: {each.file}: no answer: {each.reason}", err=True)
     return bool(bad)
 
 
-def _print_json(found: Predictor, choice: Choice, answers: Iterator[Answer | Unreadable]) -> bool:
+def _print_json(
+    found: Predictor, choice: Choice, answers: Iterator[Answer | Unreadable], files: Sequence[Path]
+) -> bool:
     from pipeline.predicting import Answer, as_mapping, exceeded, full_macs
 
     every = list(answers)
@@ -122,7 +130,7 @@ def _print_json(found: Predictor, choice: Choice, answers: Iterator[Answer | Unr
         "images": [as_mapping(each) for each in answered],
         "unreadable": [as_mapping(each) for each in every if not isinstance(each, Answer)],
         "macs_mean": sum(each.macs for each in answered) / len(answered) if answered else None,
-        "budget_exceeded": exceeded(choice, answered, full_macs(found.reports)),
+        "budget_exceeded": exceeded(choice, answered, full_macs(found.reports)) or found.late(choice, files),
     }
     typer.echo(json.dumps(document, indent=1))
     return len(answered) < len(every)

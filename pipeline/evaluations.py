@@ -33,6 +33,10 @@ from pipeline.training import checkpoint
 from pipeline.training.evaluate import load_reports
 
 EVALUATIONS, ABOUT = "evaluations", "about.json"
+HARMLESS = (  # keys that change where an evaluation runs, not what it finds
+    *("data.root", "data.index", "data.decode", "data.io_threads", "data.read_ahead", "compute."),
+    *("evaluation.latency", "evaluation.batch_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,27 +87,48 @@ def evaluate(
         )
     if len(splits.val) == 0:
         raise DataError(f"data.root (={config.data.root}): it has no val split to evaluate on")
+    if policies is None and any(override.startswith("evaluation.policies") for override in overrides):
+        policies = config.evaluation.policies
+    changed = [each for each in overrides if not each.startswith((*HARMLESS, "evaluation.policies"))]
     part = f"-{'+'.join(policies)}" if policies else ""  # a part never replaces the whole
     kinds = "".join(f"-{kind.name}" for kind in (attack, sweep) if kind is not None)
-    home = out or _home(source, f"{config.data.root.name}-{splits.val.identity}{part}{kinds}", model.step)
-    how = {"attack": attack.name if attack else None, "sides": sweep.name if sweep else None}
-    _check_kind(home, how)
+    kinds += f"-{configs.fingerprint({'overrides': changed})[:8]}" if changed else ""
+    about = {
+        "source": source,
+        "step": model.step,
+        "sha256": checkpoint.sha256(model.weights),
+        "data": splits.val.identity,
+        "root": str(config.data.root),
+        "policies": list(policies) if policies else None,
+        "attack": attack.name if attack else None,
+        "sides": sweep.name if sweep else None,
+        "overrides": changed,
+    }
+    name = f"{config.data.root.name}-{splits.val.identity}{part}{kinds}"
+    home = out or _home(_settled(source, uri), name, model.step)
+    _check_kind(home, about, ("attack", "sides", "overrides", *(("step", "sha256", "data", "policies") if out else ())))
     known = model.card.get("reports", ())
     reports = worker.assess(config, model.weights, splits, policies, home, known, attack=attack, sweep=sweep)
-    about = {"source": source, "step": model.step, "data": splits.val.identity, "root": str(config.data.root)}
-    worker.write_json(home / ABOUT, {**about, "policies": policies, **how})
+    worker.write_json(home / ABOUT, about)
     clean = _clean(source, uri, splits.val.identity) if attack and not sweep else ()
     return Evaluation(source, config.data.root, model.step, model.classes, reports, home, clean)
 
 
-def _check_kind(home: Path, how: Mapping[str, Any]) -> None:
-    """What was found on tampered images never replaces what was found on the images themselves."""
+def _check_kind(home: Path, mine: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """What was found otherwise, or of another net, is never replaced."""
     if not load_reports(home):
         return
     about = json.loads((home / ABOUT).read_text(encoding="utf-8")) if (home / ABOUT).is_file() else {}
-    if any(about.get(key) != value for key, value in how.items()):
-        kind = " ".join(filter(None, (about.get("attack"), about.get("sides")))) or "the images as they are"
-        raise ConfigError(f"{home}: holds an evaluation of another kind ({kind}); name another folder with --out")
+    about = {"sha256": mine["sha256"], **about}  # that after training names its weights by their step
+    other = [key for key in keys if (about.get(key) or None) != (mine[key] or None)]
+    if other:
+        held = ", ".join(f"{key} {about.get(key) or 'none'}" for key in other)
+        raise ConfigError(f"{home}: holds an evaluation of another kind ({held}); name another folder with --out")
+
+
+def _settled(source: str, uri: str | None) -> str:
+    """The source with its version instead of an alias, which may move."""
+    return registry.lookup(source, registry.address(uri)).reference if source.startswith("models:") else source
 
 
 def _clean(source: str, uri: str | None, data: str) -> Sequence[Report]:
@@ -164,8 +189,8 @@ class Stored:
 
     @property
     def plain(self) -> bool:
-        """Whether it is of the images as they are."""
-        return self.attack is None and not self.swept
+        """Whether it is of the images as they are, by the net's own recipe."""
+        return self.attack is None and not self.swept and not self.about.get("overrides")
 
     def details(self, policy: str) -> Mapping[str, NDArray[Any]] | None:
         path = self.folder / f"{policy}.npz" if self.folder else None
@@ -202,8 +227,8 @@ class Net:
 
     @property
     def newest(self) -> Stored:
-        """The newest evaluation, whole if there is a whole one, without an attack."""
-        return next(found for found in self.evaluations if found.attack is None)
+        """The newest evaluation of images as they are, whole if there is a whole one."""
+        return next(found for found in self.evaluations if found.plain)
 
     def on(self, data: str) -> Stored | None:
         """The evaluation on these images as they are."""
@@ -224,9 +249,11 @@ def find(source: str, uri: str | None = None) -> Net:
     model = registry.describe(folder)
     run_dir = _run_of(source, uri)
     homes = [run_dir / EVALUATIONS] if run_dir else []
-    homes += [_outside(source)] if source.startswith("models:") else []
+    homes += [_outside(_settled(source, uri))] if source.startswith("models:") else []
     homes += [Path(source) / EVALUATIONS] if (Path(source) / CARD).is_file() else []
-    found = [stored for home in homes for stored in _read_all(home) if stored.about.get("step") == model.step]
+    mine = (None, checkpoint.sha256(model.weights))  # that after training says nothing of its weights
+    stored = [each for home in homes for each in _read_all(home) if each.about.get("step") == model.step]
+    found = [each for each in stored if each.about.get("sha256") in mine]
     found.sort(key=lambda stored: (bool(stored.about.get("policies")), -_written(stored)))
     card = [Report(**report) for report in _reports_inside(folder)]
     if card:
@@ -332,6 +359,7 @@ def _unique(sources: Sequence[str]) -> list[str]:
     """Short names: the last part of a path or the version's, the whole source where these clash."""
     short = [source.removeprefix("models:/").rstrip("/") for source in sources]
     short = [
-        name if source.startswith("models:") else Path(name).name for name, source in zip(short, sources, strict=True)
+        name if source.startswith("models:") else Path(source).resolve().name
+        for name, source in zip(short, sources, strict=True)
     ]
     return [source if short.count(name) > 1 else name for name, source in zip(short, sources, strict=True)]

@@ -126,7 +126,7 @@ def export(
     reports = _reports(source, uri)
     module = static(model, policy, reports, given)
     facts = {"source": source, "step": found.step, "sha256": checkpoint.sha256(found.weights)}
-    return write(module, given, target, form, {**facts, **_facts(model, policy, reports)})
+    return write(module, given, target, form, {**facts, **_facts(model, policy, reports, given)})
 
 
 def names(source: str, uri: str | None = None) -> list[str]:
@@ -319,9 +319,10 @@ def _of(given: Input) -> Mapping[str, Any]:
     }
 
 
-def _facts(model: LoadedModel, policy: str, reports: Sequence[Report]) -> Mapping[str, Any]:
-    """What the net is; its stored figures where this very policy was evaluated."""
-    report = next((report for report in reports if report.policy == policy), None)
+def _facts(model: LoadedModel, policy: str, reports: Sequence[Report], given: Input) -> Mapping[str, Any]:
+    """What the net is; its stored figures where this very policy was evaluated, at this side."""
+    at_side = given.side_px == model.data_config.side_for_eval
+    report = next((report for report in reports if at_side and report.policy == policy), None)
     figures = ("num_images", "top1", "top5", "macs_mean")
     return {
         "family": model.family_config.name,

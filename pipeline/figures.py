@@ -123,7 +123,7 @@ N = TypeVar("N", bound=Named)
 def for_each(nets: Sequence[N], own: Callable[[N], Iterable[Figure | None]]) -> list[Figure]:
     """The figures that `own` gives of each net, None left out; of several nets each says in name and title whose."""
     found: list[Figure] = []
-    for net, mark in zip(nets, _marks([net.name for net in nets]), strict=True):
+    for net, mark in zip(nets, marks([net.name for net in nets]), strict=True):
         for figure in own(net):
             if figure is not None and len(nets) > 1:
                 figure = replace(figure, name=f"{figure.name}--{mark}", title=f"{figure.title}: {net.name}")
@@ -131,7 +131,7 @@ def for_each(nets: Sequence[N], own: Callable[[N], Iterable[Figure | None]]) -> 
     return found
 
 
-def _marks(names: Sequence[str]) -> list[str]:
+def marks(names: Sequence[str]) -> list[str]:
     """For each name one of its own in lower case, digits and single hyphens."""
     found: list[str] = []
     for name in names:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the seam imports torch, which takes seconds
 
 Unit = Literal["macs", "ms", "share"]
 FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-BUDGET = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>ms|s|%|[kmgt]?)(macs)?", re.IGNORECASE)
+BUDGET = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>ms|s|%|[kmgt]?(macs)?)", re.IGNORECASE)
 
 
 def dominated(costs: Sequence[float], accuracies: Sequence[float]) -> list[bool]:
@@ -62,7 +62,7 @@ def parse_budget(text: str) -> Budget:
         raise ConfigError(
             f"budget (={text}): write MACs as 0.8G or 300M, a time as 5ms, a share of the full net as 50%"
         )
-    number, unit = float(match["number"]), match["unit"].lower()
+    number, unit = float(match["number"]), match["unit"].lower().removesuffix("macs")
     if unit in ("ms", "s"):
         return Budget(number * (1e3 if unit == "s" else 1), "ms", text)
     if unit == "%":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -139,10 +140,11 @@ class Predictor:
         if path.is_file():
             stored: Mapping[str, float] = json.loads(path.read_text(encoding="utf-8"))["milliseconds"]
         else:
-            stored = self._measured(self._pictures(sample))
-            path.parent.mkdir(parents=True, exist_ok=True)
+            stored = self._measured(self._pictures(sample), [report.policy for report in self.reports])
             about = {"source": self.source, "device": device_name(self.model.device), "batch": 1}
-            write_whole(path, json.dumps({**about, "milliseconds": stored}, indent=1))
+            with suppress(OSError):  # it is measured again where it cannot be kept
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, json.dumps({**about, "milliseconds": stored}, indent=1))
         return [stored[report.policy] for report in self.reports]
 
     @property
@@ -168,10 +170,21 @@ class Predictor:
             )
         return pixels.normalise(raw, config.mean, config.std)
 
-    def _measured(self, images: Tensor) -> dict[str, float]:
-        """Milliseconds a policy takes for one image: the mean over images of the median over rounds, taking turns."""
+    def late(self, choice: Choice, sample: Sequence[Path]) -> str | None:
+        """A sentence where one of these images takes longer than a budget in milliseconds allows; None where none."""
+        if choice.budget is None or choice.budget.unit != "ms":
+            return None
+        (now,) = self._measured(self._pictures(sample), [choice.policy]).values()
+        if now <= choice.budget.amount * (1 + TOLERANCE):
+            return None
+        return (
+            f"these images take {now:.3g} ms each on this device now, above the budget of {choice.budget.text}: the "
+            "policy was chosen by a time measured before, on other images or a less busy machine"
+        )
+
+    def _measured(self, images: Tensor, names: Sequence[str]) -> dict[str, float]:
+        """Milliseconds each policy takes for one image: the mean over images of the median over rounds, by turns."""
         how = Evaluator(self.model.data_config, self.model.device, len(self.model.classes), channels_last=True)
-        names = [report.policy for report in self.reports]
         times: dict[str, list[list[float]]] = {name: [[] for _ in images] for name in names}
         for turn in range(REPEATS + 1):  # the first warms up
             for number in range(len(images)):
@@ -185,8 +198,12 @@ class Predictor:
 def load(source: str, uri: str | None = None, *, device: str = "auto", cache: Path | None = None) -> Predictor:
     """The net that `source` names (a run's folder, a checkpoint's, a version), ready to answer.
 
-    Raises ConfigError where no evaluation of it is stored.
+    Raises ConfigError where no evaluation of it is stored, or the device is none or not here.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device (={device}): auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device (=cuda): torch sees no GPU here; take auto or cpu")
     net = evaluations.find(source, uri)
     model = registry.load_model(net.model.folder, device_of(device))
     home = cache or Path.home() / ".cache" / "adaptnet" / "latency"
@@ -194,7 +211,7 @@ def load(source: str, uri: str | None = None, *, device: str = "auto", cache: Pa
 
 
 def exceeded(choice: Choice, answers: Sequence[Answer], full_macs: float) -> str | None:
-    """A sentence where these images cost more on average than the budget allows, None where they do not.
+    """A sentence where these images cost more MACs on average than the budget allows, None where they do not.
 
     full_macs: of the whole network, for a budget that is a share of it.
     """

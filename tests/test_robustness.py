@@ -280,7 +280,7 @@ def test_attacks_and_sweeps_are_stored_apart_and_shown_beside_the_clean(
 def test_an_attacked_evaluation_does_not_replace_a_clean_one(run_dir: Path, tmp_path: Path) -> None:
     final = run_dir / "evaluations" / "final"
     before = (final / "reports.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"holds an evaluation of another kind \(the images as they are\)"):
+    with pytest.raises(ConfigError, match=r"holds an evaluation of another kind \(attack none\)"):
         evaluations.evaluate(str(run_dir), attack=Attack("fgsm", EPS), out=final)
     assert (final / "reports.json").read_bytes() == before
     evaluations.evaluate(str(run_dir), attack=Attack(jpeg=50), out=tmp_path / "a")

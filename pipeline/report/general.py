@@ -5,14 +5,13 @@ A point is a policy of a trained net with what it costs. Letters: K classes, P p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from pipeline.family import Evaluated, Report
-from pipeline.figures import Cell, Figure, HeatMap, Lines, Series, Table
+from pipeline.figures import Cell, Figure, HeatMap, Lines, Series, Table, marks
 from pipeline.frontier import dominated
 from pipeline.report.cells import NO, YES
 
@@ -220,7 +219,7 @@ def policies(nets: Sequence[Evaluated], whole: Table) -> list[Table]:
             whole.columns[2:],
             [row[2:] for row in whole.rows if row[0] == net.name],
         )
-        for net, name in zip(nets, names_of_files([net.name for net in nets]), strict=True)
+        for net, name in zip(nets, marks([net.name for net in nets]), strict=True)
     ]
 
 
@@ -238,15 +237,6 @@ def _about(net: Evaluated) -> str:
     if entries:
         text += f"times are in ms per pass at each batch size (@), on {_listed(str(e['device']) for e in entries)}; "
     return text + "dominated among all points of this report, in MACs, and in ms at each batch size (@)."
-
-
-def names_of_files(names: Sequence[str]) -> list[str]:
-    """Lower case, digits and hyphens, each another one."""
-    found: list[str] = []
-    for name in names:
-        plain = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "net"
-        found.append(plain if plain not in found else f"{plain}-{len(found) + 1}")
-    return found
 
 
 # ---- accuracy by class
