@@ -284,7 +284,7 @@ def test_an_attacked_evaluation_does_not_replace_a_clean_one(run_dir: Path, tmp_
         evaluations.evaluate(str(run_dir), attack=Attack("fgsm", EPS), out=final)
     assert (final / "reports.json").read_bytes() == before
     evaluations.evaluate(str(run_dir), attack=Attack(jpeg=50), out=tmp_path / "a")
-    with pytest.raises(ConfigError, match=r"another kind \(jpeg50\)"):
+    with pytest.raises(ConfigError, match=r"another kind \(attack jpeg50\)"):
         evaluations.evaluate(str(run_dir), out=tmp_path / "a")
 
 
