@@ -135,6 +135,8 @@ def test_every_direct_requirement_is_pinned_in_constraints(extra: str) -> None:
     pinned = {_normal(name) for name in ray_render.pins()}
     for text in wanted:
         need = Requirement(text)
+        if need.name == "adaptnet":  # its own extras are looked at one by one
+            continue
         assert _normal(need.name) in pinned, f"{need.name} of {extra or 'the project'}"
         for each in map(Requirement, (requires(need.name) or ()) if need.extras else ()):
             here = each.marker is None or any(each.marker.evaluate({"extra": given}) for given in need.extras)
