@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.frontier import Budget, dominated
 from pipeline.registry import reading
 from pipeline.tracking.address import database_file, resolve_uri
@@ -41,7 +41,10 @@ class Version:
     @cached_property
     def reports(self) -> list[dict[str, Any]]:
         """The figures of each policy, first the default."""
-        found: list[dict[str, Any]] = json.loads(self.tags.get("adaptnet.reports", "[]"))
+        try:
+            found: list[dict[str, Any]] = json.loads(self.tags.get("adaptnet.reports", "[]"))
+        except ValueError as error:
+            raise CheckpointError(f"{self.reference}: its tag adaptnet.reports is damaged ({error})") from None
         return found
 
     @cached_property

@@ -26,7 +26,7 @@ from pipeline.tracking.address import database_file, reason_of
 
 REVISIONS = {"dc11669786a5"}  # of MLflow 3.17's tables
 TIMEOUT_S = 30.0
-PER_PAGE = 10_000  # versions
+PER_PAGE = 500  # versions; MLflow's server asks its database anew for the tags of each
 CREDENTIALS = Path.home() / ".mlflow" / "credentials"  # MLflow's own file
 
 
