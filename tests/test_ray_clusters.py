@@ -510,7 +510,7 @@ def job_server(tmp_path: Path) -> Iterator[str]:
     with open(tmp_path / "head.log", "wb") as log:
         head = psutil.Popen(ray, cwd=tmp_path, env=env, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150
         while socket.socket().connect_ex(("127.0.0.1", ports[1])) != 0:
             assert head.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()[-2000:]
             time.sleep(0.5)
