@@ -502,13 +502,15 @@ def job_server(tmp_path: Path) -> Iterator[str]:
     )
     words += f" --num-cpus=3 --node-ip-address=127.0.0.1 --temp-dir={scratch} --include-dashboard=true"
     words += " --disable-usage-stats --object-store-memory=100000000"
-    given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env = {**kept, **ray_render.ENVIRONMENT, **given, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     ray = [str(Path(sys.executable).parent / "ray"), *words.split()]
     with open(tmp_path / "head.log", "wb") as log:
-        head = subprocess.Popen(ray, env={**os.environ, **given, "PATH": path}, stdout=log, stderr=log)
+        head = psutil.Popen(ray, cwd=tmp_path, env=env, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150
         while socket.socket().connect_ex(("127.0.0.1", ports[1])) != 0:
             assert head.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()[-2000:]
             time.sleep(0.5)
@@ -517,7 +519,7 @@ def job_server(tmp_path: Path) -> Iterator[str]:
                 patch.setenv(key, value)
             yield f"http://127.0.0.1:{ports[1]}"
     finally:
-        below = psutil.Process(head.pid).children(recursive=True)
+        below = head.children(recursive=True)
         head.terminate()
         psutil.wait_procs([head, *below], timeout=15)
         for process in [head, *below]:
@@ -541,6 +543,7 @@ def test_a_training_is_submitted_followed_and_stopped_with_its_steps_saved(
     home.mkdir()
     own = [f"data.root={images}", "family.depth=8", "training.batch_size=32", "tracking.register=null", "name=mine"]
     own += ["evaluation.latency_repeats=0", "training.epochs=400", "checkpoint.every=100000 steps"]
+    own += ["logging.every=10 steps"]
     words = ["submit", "train", "convnet_aig/toy", *own, "--where", "ray", "--address", job_server, "--time", "30m"]
     (line,) = command(home, *words)
     job = line.split(":")[0].removeprefix("job ")
@@ -556,6 +559,7 @@ def test_a_training_is_submitted_followed_and_stopped_with_its_steps_saved(
     (saved,) = run.glob("checkpoints/*/COMPLETE.json")
     log = "\n".join(command(home, "jobs", "logs", "mine"))
     (step,) = re.findall(r"stopped at step (\d+); the same command goes on", log)
+    assert "/py_modules_files/" in (run / "journal" / "driver.jsonl").read_text(), "the code that was submitted"
     assert saved.parent.name == f"step-{int(step):08d}" and int(step) > 0
 
 
