@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).parents[2]
 STARTS_WITHIN_S = 150  # imports, Ray on two nodes, workers: on two shared cores
 SMALL = ["family.depth=8", "training.batch_size=64", "logging.every=10 steps", "evaluation.latency_repeats=0"]
+SMALL += ["evaluation.every=1000 epochs"]
 
 
 @pytest.fixture(scope="module")
