@@ -32,7 +32,7 @@ demo: venv
 	@echo "  $(adaptnet) train convnet_aig/toy family.target_rate=0.4 name=aig-cheaper"
 
 test: venv
-	.venv/bin/python -m pytest -m "not slurm and not browser and not server and not faults" $(TESTS)
+	infra/test.sh $(TESTS)
 
 test-slurm test-browser test-server test-faults: test-%: venv
 	.venv/bin/python -m pytest tests/$*
