@@ -35,7 +35,7 @@ test: venv
 	infra/test.sh $(TESTS)
 
 test-slurm test-browser test-server test-faults: test-%: venv
-	.venv/bin/python -m pytest tests/$*
+	.venv/bin/python -m pytest -m $* tests
 
 check: venv
 	infra/check.sh

@@ -306,6 +306,7 @@ echo "left: $(ps -eo args | grep -E '[g]cs_server|[r]aylet' | wc -l)"
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_rays_launcher_brings_a_host_up_tells_of_it_and_takes_it_down(tmp_path: Path) -> None:
     """Ray's launcher calls `ray stop`, which ends every Ray of its user: it runs where it sees no other process."""
     can = subprocess.run([*ALONE, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
@@ -361,6 +362,7 @@ def ours(local: Local) -> list[psutil.Process]:
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_two_trainings_share_a_cluster_of_this_machine_and_down_leaves_no_process(tmp_path: Path, images: Path) -> None:
     home, local = tmp_path, Local(tmp_path / "runs" / "clusters" / "local")
     try:
@@ -399,6 +401,7 @@ def _weights(run: Path) -> Path:
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_a_strangers_driver_is_refused_and_killed_keepers_leave_nothing(tmp_path: Path) -> None:
     local = Local(tmp_path / "runs" / "clusters" / "local")
     stranger = subprocess.Popen(["sleep", "300"])
@@ -441,6 +444,7 @@ def test_a_cluster_of_another_machine_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_a_head_that_is_late_is_said_and_nothing_is_left_but_foreign_files(tmp_path: Path) -> None:
     local = Local(tmp_path / "mine")
     local.folder.mkdir()
@@ -536,6 +540,7 @@ def _free_port() -> int:
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_a_training_is_submitted_followed_and_stopped_with_its_steps_saved(
     job_server: str, tmp_path: Path, images: Path
 ) -> None:
