@@ -557,7 +557,7 @@ def test_a_training_is_submitted_followed_and_stopped_with_its_steps_saved(
         return "\n".join(command(home, "jobs", "show", "mine"))
 
     run = home / "runs" / "mine"
-    _until(lambda: '"train/' in "".join(path.read_text() for path in run.glob("journal/*")), 150)
+    _until(lambda: '"train/' in "".join(path.read_text() for path in run.glob("journal/*")), 240)
     assert "RUNNING" in show() and job in "\n".join(command(home, "jobs", "list"))
     command(home, "jobs", "cancel", "mine")
     _until(lambda: "CANCELLED" in show(), 120)
