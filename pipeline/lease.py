@@ -40,7 +40,7 @@ class Lease:
         """Raises ResourceError naming the holder where another driver holds it."""
         with _locked(self._path):
             held = read(self._path)
-            if held and not held.get("released") and _lives(held):
+            if _refuses(held):
                 raise ResourceError(
                     f"{self._path.parent}: another driver is training here: {held['command']} (process {held['pid']} "
                     f"on {held['host']}, last heard of {time.time() - held['heartbeat']:.0f} s ago). Wait for it, stop "
@@ -105,6 +105,15 @@ def is_current(run_dir: Path, fence: int) -> bool:
     """Whether no driver with a higher fencing number has taken over."""
     held: int = read(run_dir / "lease.json").get("fence", 0)
     return held <= fence
+
+
+def refuses(path: Path) -> bool:
+    """Whether a driver that came now would be refused by the entry in that file."""
+    return _refuses(read(path))
+
+
+def _refuses(held: dict[str, Any]) -> bool:
+    return bool(held) and not held.get("released") and _lives(held)
 
 
 def _lives(held: dict[str, Any]) -> bool:
