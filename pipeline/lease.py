@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import socket
 import sys
@@ -105,6 +106,13 @@ def is_current(run_dir: Path, fence: int) -> bool:
     """Whether no driver with a higher fencing number has taken over."""
     held: int = read(run_dir / "lease.json").get("fence", 0)
     return held <= fence
+
+
+def held_elsewhere(run_dir: Path) -> str | None:
+    """The command of another process that lives and holds the folder's lease; None where nobody does."""
+    held = read(run_dir / "lease.json")
+    mine = held.get("host") == socket.gethostname() and held.get("pid") == os.getpid()
+    return None if not held or held.get("released") or mine or not _lives(held) else str(held["command"])
 
 
 def _lives(held: dict[str, Any]) -> bool:

@@ -61,8 +61,8 @@ def wait_until_gone(processes: list[psutil.Process]) -> None:
     assert not alive
 
 
-def kill(kind: str, process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the driver, to one worker, or to every process of the cluster and the driver."""
+def kill(kind: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """SIGKILL to the driver, to one worker, or to Ray's own processes; a driver ends by itself where they are gone."""
     family = family_of(process)
     if kind == "worker":
         workers = [child for child in family if "RayTrainWorker" in " ".join(child.cmdline())]
@@ -70,11 +70,12 @@ def kill(kind: str, process: subprocess.Popen[bytes]) -> None:
         return
     if kind == "cluster":
         for child in family:
-            if any(name in " ".join(child.cmdline()) for name in ("raylet", "gcs_server")):
+            if child.name() in ("raylet", "gcs_server"):
                 child.send_signal(signal.SIGKILL)
     else:
         process.send_signal(signal.SIGKILL)
-    process.wait(timeout=200)
+    assert process.wait(timeout=120) != 0
+    assert kind == "driver" or "the Ray cluster is gone" in log.read_text()
     wait_until_gone(family)
 
 
@@ -88,7 +89,7 @@ def test_smoke_a_sweep_killed_on_ray_ends_as_one_that_trained_in_one_process(ima
     assert sweep.run(config.load("toy", [*settings(images), *short, "compute.workers=0"]), here).finished
     process = start(images, there, *short, "compute.workers=1")
     wait_for(lambda: any(there.glob("trials/*/checkpoints/*/COMPLETE.json")), process, tmp_path / "ray" / "log")
-    kill("driver", process)
+    kill("driver", process, tmp_path / "ray" / "log")
     assert start(images, there, *short, "compute.workers=1").wait(timeout=300) == 0, (
         tmp_path / "ray" / "log"
     ).read_text()
@@ -112,20 +113,18 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_whatever_is_killed_the_same_command_ends_with_the_same_table(
     images: Path, whole: Path, tmp_path: Path, kinds: tuple[str, ...]
 ) -> None:
-    run_dir, choose = tmp_path / "whole", random.Random(len(kinds[0]))
-    log = tmp_path / "log"
+    """Each kill falls into the trial after one that has ended; a sweep that has lost a worker goes on by itself."""
+    run_dir, log, choose = tmp_path / "whole", tmp_path / "log", random.Random(len(kinds[0]))
+    process = start(images, run_dir)
     for kind in kinds:
-        process = start(images, run_dir)
         before = ended(run_dir)
         wait_for(lambda before=before: ended(run_dir) > before, process, log)
         wait_for(lambda: any("RayTrainWorker" in " ".join(c.cmdline()) for c in family_of(process)), process, log)  # noqa: B023
         time.sleep(choose.uniform(0, 4))
-        kill(kind, process)
-        if kind == "worker":
-            assert process.wait(timeout=400) == 0, log.read_text()[-3000:]
-            break
-    found = sweep.run(config.load("toy", settings(images)), run_dir)
-    assert found.finished and not found.failed
+        kill(kind, process, log)
+        if process.poll() is not None:
+            process = start(images, run_dir)
+    assert process.wait(timeout=400) == 0, log.read_text()[-3000:]
     assert table(run_dir) == table(whole)
     for name in (row[0] for row in table(whole)[1:]):
         last = next(int(row[table(whole)[0].index("step")]) for row in table(whole)[1:] if row[0] == name)
