@@ -15,13 +15,14 @@ from typing import Any
 import psutil
 import pytest
 from mlflow_here import database, server
-from test_sweep import Said, ended, learned, records, table
+from test_sweep import Said, ended, learned, records, table, wait_until
 
-from pipeline import journal
+from pipeline import cluster, journal
 from pipeline.data import toy
 from pipeline.errors import ResourceError
+from pipeline.run_config import ComputeConfig
 from pipeline.tracking import connect
-from tuning import config, sweep
+from tuning import config, slots, sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
@@ -138,13 +139,13 @@ def three_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     # started without a token: a driver that asks for one, because its user has one, would turn the head away
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(3):
-        cluster.add_node(num_cpus=1)
+        nodes.add_node(num_cpus=1)
     try:
-        yield cluster
+        yield nodes
     finally:
-        cluster.shutdown()
+        nodes.shutdown()
 
 
 @pytest.mark.parametrize("where", ["sqlite", "server"])
@@ -167,6 +168,19 @@ def test_with_three_slots_three_trials_run_and_no_metric_is_lost(
         wanted = {(record["key"], record["step"]) for record in records(folder)}
         sent = [(key, m.step) for key in {key for key, _ in wanted} for m in client.get_metric_history(run_id, key)]
         assert sorted(sent) == sorted(wanted)
+
+
+def test_nodes_that_join_or_are_lost_count_from_then_on(three_nodes: Any) -> None:
+    compute = ComputeConfig(address=three_nodes.address, workers=1, device="cpu")
+    with cluster.cluster(compute):
+        assert slots.slots(compute) == slots.free(compute, 0) == 3 and slots.free(compute, 2) == 1
+        with pytest.raises(ResourceError, match=r"2 CPUs each; the cluster's nodes have 1 CPUs; 1 CPUs; 1 CPUs: room"):
+            slots.slots(compute.model_copy(update={"cpus_per_worker": 2.0}))
+        node = three_nodes.add_node(num_cpus=2)
+        wait_until(lambda: slots.free(compute, 0) == 5)
+        three_nodes.remove_node(node)
+        wait_until(lambda: slots.free(compute, 0) == 3)
+        assert slots.alive()
 
 
 def test_what_fits_no_cluster_is_refused_at_once_with_the_numbers(images: Path, tmp_path: Path) -> None:
