@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from mlflow_here import database
 
-from pipeline import journal
+from pipeline import journal, registry
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.launch import Result
@@ -424,6 +424,8 @@ def test_the_best_trial_is_registered_as_candidate(images: Path, whole: Path) ->
     made = client.get_model_version_by_alias("from-a-sweep", "candidate")
     assert int(made.version) == version.version
     assert client.get_run(made.run_id).info.run_name == found.best
+    with pytest.raises(ConfigError, match=rf"a sweep; name one of its 4 trials, e\.g\. .*/trials/{found.best}"):
+        registry.resolve(str(whole))
     with pytest.raises(ConfigError, match=r"--trial \(=00\): no such trial"):
         outcome.register(found, "from-a-sweep", "00")
     ended = next(row[0] for row in table(whole) if row[table(whole)[0].index("state")] == "stopped (ASHA)")
