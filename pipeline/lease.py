@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import socket
 import sys
@@ -110,6 +111,13 @@ def is_current(run_dir: Path, fence: int) -> bool:
 def refuses(path: Path) -> bool:
     """Whether a driver that came now would be refused by the entry in that file."""
     return _refuses(read(path))
+
+
+def held_elsewhere(run_dir: Path) -> str | None:
+    """The command of another process that lives and holds the folder's lease; None where nobody does."""
+    held = read(run_dir / "lease.json")
+    mine = held.get("host") == socket.gethostname() and held.get("pid") == os.getpid()
+    return str(held["command"]) if _refuses(held) and not mine else None
 
 
 def _refuses(held: dict[str, Any]) -> bool:
