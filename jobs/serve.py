@@ -36,7 +36,7 @@ class Net:
     async def __call__(self, request: Request) -> JSONResponse:
         try:
             asked = asked_of(self._model, json.loads(await request.body()))
-        except (AdaptNetError, ValueError) as error:
+        except (AdaptNetError, ValueError, RecursionError) as error:
             return JSONResponse({"message": str(error)}, status_code=400)
         answer = await self._together(asked)
         if isinstance(answer, AdaptNetError):

@@ -22,6 +22,7 @@ from pipeline.frontier import dominated, macs_text
 from pipeline.registry import Version, holders
 from pipeline.registry.catalogue import listed
 from pipeline.registry.finding import asking
+from pipeline.tracking.address import registered_alias
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def register(
     The run is sent to MLflow first where it has not been. Idempotent. Raises ConfigError where `source` is not of a
     run, or no evaluation of it is stored.
     """
+    registered_alias(alias)
     net = evaluations.find(source)
     if net.run_dir is None:
         raise ConfigError(f"{source}: this is not of a run's folder; register what a run has trained or imported")
@@ -92,6 +94,7 @@ def promote(
     root: a set of images; default: the one the version was trained on. Raises ConfigError where the holder dominates
     it and `force` is off, ResourceError where another promotion came first.
     """
+    registered_alias(alias)
     if force and not why.strip():
         raise ConfigError("--force: say why, with --why, so that others can read it")
     place = registry.address(uri)

@@ -9,9 +9,12 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+import traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from mlflow_here import database, server
@@ -20,7 +23,7 @@ from jobs.cli import main
 from pipeline import registry
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.frontier import parse_budget
-from pipeline.registry import reading
+from pipeline.registry import finding, kept, reading
 from pipeline.tracking import connect
 
 NAMES, EACH = 50, 100
@@ -126,7 +129,8 @@ def test_the_quick_reader_sees_what_mlflow_s_client_sees(large: str) -> None:
     assert [row.version for row in reading.rows(large, "m03")].count(5) == 1 and len(reading.rows(large, "m03")) == EACH
 
 
-def test_over_http_the_same_is_found() -> None:
+def test_over_http_the_same_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     there = server().uri
     client = connect(there)
     run_id = client.create_run("0", tags={"adaptnet.run_dir": "/somewhere"}).info.run_id
@@ -149,6 +153,101 @@ def test_over_http_the_same_is_found() -> None:
     assert deleted is not None and deleted.deleted
     with pytest.raises(ResourceError, match=r"127\.0\.0\.1:9: .*refused.*same command again"):
         registry.versions("http://me:hush@127.0.0.1:9")
+
+
+class Asked:
+    """What `reading` was asked over HTTP."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        get = reading._get
+
+        def counted(uri: str, call: str, query: Any) -> Any:
+            self.calls.append(call)
+            return get(uri, call, query)
+
+        monkeypatch.setattr(reading, "_get", counted)
+
+    def versions(self) -> int:
+        """How often versions were asked for since the last time."""
+        found = self.calls.count("model-versions/search")
+        self.calls.clear()
+        return found
+
+
+def test_a_server_is_asked_again_for_what_has_changed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = server().uri
+    client = connect(there)
+    run_id = client.create_run("0").info.run_id
+    names = [f"kept-{run_id[:6]}-{n}" for n in (1, 2)]
+    place = f"{client.get_run(run_id).info.artifact_uri}/x"
+    for name in names:
+        client.create_registered_model(name)
+        client.create_model_version(name, place, run_id, tags=tags(0, 1))
+    asked = Asked(monkeypatch)
+
+    def look() -> dict[str, list[int]]:
+        models = [model for model in reading.models(there) if model.name in names]
+        found = kept.rows(there, models, home=tmp_path)
+        assert [dict(row.tags) for row in found] == [tags(0, 1)] * len(found)
+        return {name: sorted(row.version for row in found if row.name == name) for name in names}
+
+    assert look() == {names[0]: [1], names[1]: [1]} and asked.versions() == 2
+    assert look() == {names[0]: [1], names[1]: [1]} and asked.versions() == 0
+    client.create_model_version(names[1], place, run_id, tags=tags(0, 1))
+    assert look() == {names[0]: [1], names[1]: [1, 2]} and asked.versions() == 1
+    client.delete_model_version(names[1], "1")
+    assert look() == {names[0]: [1], names[1]: [2]} and asked.versions() == 1
+    client.delete_registered_model(names[0])
+    client.create_registered_model(names[0])
+    assert look() == {names[0]: [], names[1]: [2]} and asked.versions() == 1
+    (written,) = tmp_path.iterdir()
+    written.write_text("{")
+    assert look() == {names[0]: [], names[1]: [2]} and asked.versions() == 2
+    assert look() == {names[0]: [], names[1]: [2]} and asked.versions() == 0
+    client.set_model_version_tag(names[1], "2", "adaptnet.licence", "MIT")
+    assert registry.lookup(f"models:/{names[1]}/2", there).tags["adaptnet.licence"] == "MIT"  # as it is now
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """Sends those who ask for models to /other on `localhost`, another name; its answer about versions breaks off."""
+
+    told: ClassVar[list[tuple[str, str | None]]] = []
+
+    def do_GET(self) -> None:
+        self.told.append((self.path.partition("?")[0], self.headers["Authorization"]))
+        if "registered-models" in self.path:
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/other")  # type: ignore[attr-defined]
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", "2" if self.path == "/other" else "100")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_password_goes_to_no_other_server_and_half_an_answer_is_told() -> None:
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    try:
+        uri = f"http://me:hush@127.0.0.1:{web.server_port}"
+        assert reading.models(uri) == []
+        (asked, given), (other, repeated) = Elsewhere.told
+        assert asked.endswith("search") and str(given).startswith("Basic ") and (other, repeated) == ("/other", None)
+        with pytest.raises(ResourceError, match=r"IncompleteRead.*same command again"):
+            reading.rows(uri, "net")
+    finally:
+        web.shutdown()
+
+
+def test_no_traceback_shows_a_password() -> None:
+    secret = str(time.time_ns())
+    with pytest.raises(ResourceError) as found, finding.asking(f"http://me:{secret}@127.0.0.1:9") as client:
+        client.search_registered_models()
+    assert secret not in "".join(traceback.format_exception(found.value))
 
 
 def test_what_meets_a_budget_comes_best_first(large: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,7 +165,7 @@ def test_a_promoter_that_dies_anywhere_leaves_the_next_one_a_clear_holder(regist
     assert holder(client) == wanted and holders.history(uri, "net", "champion")[-1].done
     assert (
         f"entry {holders.history(uri, 'net', 'champion')[-1].number}"
-        in (client.get_model_version("net", str(wanted)).tags["adaptnet.champion"])
+        in (client.get_model_version("net", str(wanted)).tags["adaptnet.alias.champion"])
     )
 
 
@@ -288,6 +288,12 @@ def test_from_register_to_rollback(say: Callable[..., tuple[int, str]], home: Pa
     assert code == 2 and "gated has no such version; it has: 2 @candidate, 1 @champion" in text
     code, text = say("models", "promote", "gated", 2, "--force")
     assert code == 2 and "say why" in text
+    for alias in ("latest", "V2", "my champion", ""):
+        code, text = say("models", "promote", "gated", 2, "--alias", alias)
+        assert code == 2 and f"--alias (={alias}): an alias has up to 100 letters" in text
+    code, text = say("models", "promote", "gated", 2, "--alias", "reports")  # whatever its name, it harms no card
+    assert code == 0 and "models:/gated/2 is the reports" in text
+    assert "dominated" in say("models", "show", "models:/gated@reports")[1]
     code, text = say("models", "promote", "gated", 2, "--why", "better?")
     refused = code == 2
     if refused:  # both nets are untrained: which is better is chance, but what follows from it is not

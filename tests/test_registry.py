@@ -213,6 +213,23 @@ def test_publishing_twice_or_after_a_death_makes_one_version(run_dir: Path, monk
     assert registry.lookup("models:/aig@candidate", uri).version == 2  # an old run published again takes nothing
 
 
+def test_of_two_that_publish_at_once_one_makes_the_version(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"sqlite:///{run_dir.parent}/mlflow.db"
+    run_id = sync(run_dir).run_id
+    upload, other = publishing._upload, list[Any]()
+
+    def while_another_is_quicker(*arguments: Any) -> None:
+        monkeypatch.setattr(publishing, "_upload", upload)
+        other.append(registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri))
+        upload(*arguments)
+
+    monkeypatch.setattr(publishing, "_upload", while_another_is_quicker)
+    mine = registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri)
+    assert mine is not None and mine.version == 1 and [mine] == other
+    assert [(v.version, v.aliases) for v in registry.versions(uri)] == [(1, ("candidate",))]
+    assert registry.load_model(registry.resolve("models:/aig/1", uri))
+
+
 class Mortal:
     """A client whose n-th call is the process's last."""
 

@@ -9,6 +9,8 @@ source "$(dirname "$0")/common.sh"
 target=${1:?give a folder for the backup}
 [ ! -e "$target" ] || die "$target exists already; name a new folder"
 find_postgres
+must_be_here
+mkdir -p "$(dirname "$target")"
 start_database
 aside=$(mktemp -d "$(dirname "$(realpath -m "$target")")/.backup.XXXXXX")
 trap 'rm -rf "$aside"' EXIT
@@ -17,9 +19,11 @@ for name in mlflow mlflow_users; do
 done
 case ${MLFLOW_ARTIFACTS:-$home/artifacts} in
     *://*) say "the artifacts are in $MLFLOW_ARTIFACTS: back them up there" ;;
-    *) tar -C "${MLFLOW_ARTIFACTS:-$home/artifacts}" --warning=no-file-changed -cf "$aside/artifacts.tar" . ;;
+    *) # 1: a file has changed meanwhile: one that is just coming in, of which the database does not speak yet
+        tar -C "${MLFLOW_ARTIFACTS:-$home/artifacts}" --warning=no-file-changed -cf "$aside/artifacts.tar" . ||
+            [ $? = 1 ] || die "the artifacts could not be copied" ;;
 esac
 (cd "$aside" && sha256sum ./* >SHA256SUMS)
 sync
-mv "$aside" "$target"
+mv -T "$aside" "$target"
 say "backed up to $target: $(du -sh "$target" | cut -f1)"

@@ -9,24 +9,37 @@ source "$(dirname "$0")/common.sh"
 source_folder=$(realpath "${1:?give the folder of a backup}")
 [ -e "$source_folder/SHA256SUMS" ] || die "$source_folder: no backup (no SHA256SUMS)"
 (cd "$source_folder" && sha256sum --quiet -c SHA256SUMS) || die "$source_folder: damaged; take another backup"
+artifacts=${MLFLOW_ARTIFACTS:-$home/artifacts}
+case $artifacts in
+    *://*) [ ! -e "$source_folder/artifacts.tar" ] ||
+        die "$source_folder holds artifacts, and this server keeps its own in $artifacts: unpack artifacts.tar to there," \
+            "remove it from a copy of the backup and from its SHA256SUMS, and restore that" ;;
+esac
 find_postgres
-[ -e "$home/db/ready" ] || die "$home: no server here yet; infra/mlflow/server.sh start, then restore"
+must_be_here
+take_turn
 start_database
 held=$(sql mlflow "SELECT (SELECT count(*) FROM runs) + (SELECT count(*) FROM registered_models)")
 [ "$held" = 0 ] || die "$home: holds $held runs and models already; restore into an empty server (another MLFLOW_HOME)"
-if is_server_up; then
-    was_up=1
-    kill -TERM -- "-$(cat "$home/server.pid")"
-    for _ in $(seq 100); do is_server_up || break; sleep 0.1; done
-fi
+was_up=
+if is_server_up; then was_up=1; fi
+
+# Aside first: should this end half-way, the server is as empty as it was, and the same command does it all.
 for name in mlflow mlflow_users; do
-    sql postgres "DROP DATABASE $name WITH (FORCE)"
-    sql postgres "CREATE DATABASE $name"
-    as_postgres "$bin/pg_restore" -h "$sockets" -U mlflow --no-owner --exit-on-error -d "$name" <"$source_folder/$name.dump"
+    sql postgres "DROP DATABASE IF EXISTS ${name}_restored"
+    sql postgres "CREATE DATABASE ${name}_restored"
+    as_postgres "$bin/pg_restore" -h "$sockets" -U mlflow --no-owner --exit-on-error -d "${name}_restored" \
+        <"$source_folder/$name.dump"
 done
 if [ -e "$source_folder/artifacts.tar" ]; then
-    tar -C "${MLFLOW_ARTIFACTS:-$home/artifacts}" -xf - <"$source_folder/artifacts.tar"
+    tar -C "$artifacts" -xf - <"$source_folder/artifacts.tar"
 fi
+end_server
 rm -f "$home/upgraded" # a backup of an older MLflow's tables is brought up to date at the next start
+for name in mlflow_users mlflow; do # the one that is asked whether it is empty comes last
+    sql postgres "DROP DATABASE IF EXISTS $name WITH (FORCE)"
+    sql postgres "ALTER DATABASE ${name}_restored RENAME TO $name"
+done
 say "restored from $source_folder"
-if [ -n "${was_up:-}" ]; then "$here/server.sh" start; fi
+exec 9>&-
+if [ -n "$was_up" ]; then "$here/server.sh" start; fi

@@ -7,7 +7,8 @@
 # MLFLOW_HOST (127.0.0.1), MLFLOW_PORT (5000), MLFLOW_WORKERS (2), MLFLOW_AUTH_ADMIN_USERNAME (admin)
 # MLFLOW_ARTIFACTS   s3://BUCKET/PATH, with AWS_* and MLFLOW_S3_ENDPOINT_URL as MLflow takes them; default a folder
 # MLFLOW_ALLOWED_HOSTS   names under which people reach it, as HOST:PORT,...; default: this machine and private networks
-# and what common.sh names. The database listens on a socket alone, for its user and the one who started it: it has no password.
+# and what common.sh names. The database listens on a socket alone, for its user and the one who started it: it has no
+# password. MLflow runs as whoever starts it: take an ordinary user where you can.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
@@ -19,7 +20,7 @@ check_password() {
     if [ -e "$home/initialised" ] && [ -z "$password" ]; then return; fi
     [ -n "$password" ] || die "set MLFLOW_AUTH_ADMIN_PASSWORD: the first start makes the administrator with it"
     case $password in
-        password1234 | password* | admin* | mlflow* | changeme* | secret*)
+        password* | admin* | mlflow* | changeme* | secret*)
             die "MLFLOW_AUTH_ADMIN_PASSWORD begins as well-known passwords do; take another" ;;
     esac
     [ ${#password} -ge 12 ] || die "MLFLOW_AUTH_ADMIN_PASSWORD has ${#password} characters; take at least 12"
@@ -39,8 +40,9 @@ check_packages() {
 }
 
 make_home() {
-    (umask 077 && mkdir -p "$home")
-    chmod 711 "$home"
+    mkdir -p "$home"
+    chmod 711 "$home" # the database's user passes through it
+    take_turn
     mkdir -p "$home/db" "$home/artifacts"
     chmod 700 "$home/db" "$home/artifacts"
     [ "$(id -u)" != 0 ] || chown "$user" "$home/db"
@@ -74,7 +76,7 @@ make_databases() {
 }
 
 write_settings() {
-    [ -e "$home/session.key" ] || (umask 077 && head -c 32 /dev/urandom | base64 >"$home/session.key")
+    [ -e "$home/session.key" ] || head -c 32 /dev/urandom | base64 >"$home/session.key"
     cat >"$home/auth.ini" <<P
 [mlflow]
 default_permission = EDIT
@@ -90,6 +92,8 @@ launch() {
     MLFLOW_FLASK_SERVER_SECRET_KEY=$(cat "$home/session.key")
     export MLFLOW_FLASK_SERVER_SECRET_KEY
     cd "$home"
+    rm -f server.pid
+    boot >server.boot
     setsid --fork sh -c 'echo $$ >server.pid && exec "$@"' - "$python" -m mlflow server --app-name basic-auth \
         --backend-store-uri "$database" --artifacts-destination "$artifacts" --host "$host" --port "$port" \
         --workers "$workers" ${MLFLOW_ALLOWED_HOSTS:+--allowed-hosts "$MLFLOW_ALLOWED_HOSTS"} \
@@ -107,15 +111,22 @@ start() {
     check_packages
     check_password
     make_home
-    exec 9>"$home/lock" && flock -w 120 9 || die "another start is under way"
     start_database
-    if is_server_up && answers "$reach"; then say "runs already: http://$host:$port" && return; fi
+    local left
+    for left in $(seq 15); do # a busy one may be slow to answer
+        is_server_up || break
+        if answers "$reach"; then say "runs already: http://$host:$port" && return; fi
+        [ "$left" -lt 15 ] || die "it runs and does not answer at http://$host:$port; infra/mlflow/server.sh stop, then start"
+        sleep 1
+    done
+    if (: </dev/tcp/"$reach"/"$port") 2>/dev/null; then
+        die "$reach:$port is taken by another server; set MLFLOW_PORT to a free one"
+    fi
     make_databases
     write_settings
     launch
-    local left
     for left in $(seq 240); do
-        if answers "$reach"; then
+        if is_server_up && answers "$reach"; then
             touch "$home/initialised"
             say "http://$host:$port, log in as ${MLFLOW_AUTH_ADMIN_USERNAME:-admin}; all of it is in $home"
             return
@@ -124,24 +135,14 @@ start() {
         [ "$left" -lt 8 ] || is_server_up || break
     done
     local last
-    last=$(grep -E "Error|Exception|error" "$home/server.log" | tail -2)
+    last=$(grep -E "Error|Exception|error" "$home/server.log" | tail -2) || true
     stop
     die "the server does not answer; its last words: ${last:-none; see $home/server.log}"
 }
 
 stop() {
     find_postgres
-    local group left
-    if is_server_up; then
-        group=$(cat "$home/server.pid")
-        kill -TERM -- "-$group" 2>/dev/null || true
-        for left in $(seq 100); do
-            kill -0 -- "-$group" 2>/dev/null || break
-            [ "$left" -lt 100 ] || kill -KILL -- "-$group" 2>/dev/null || true
-            sleep 0.1
-        done
-    fi
-    rm -f "$home/server.pid"
+    end_server
     if [ -e "$home/db/ready" ] && is_database_up; then
         as_postgres "$bin/pg_ctl" -D "$home/db/data" -m fast -w stop >/dev/null
     fi

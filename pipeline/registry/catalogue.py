@@ -15,11 +15,13 @@ from typing import Any
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.frontier import Budget, dominated
-from pipeline.registry import reading
+from pipeline.registry import kept, reading
+from pipeline.registry.reading import Model, Row
 from pipeline.tracking.address import database_file, resolve_uri
 
 RUNS = Path("runs")  # where runs lie, and their database, if nothing else is said
 REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w\-]+)|/(?P<version>\d+|latest))")
+MOST = 2**31 - 1  # of PostgreSQL's integers
 JOURNAL = "adaptnet.promotions_of"  # tag of the registered models that hold promotions, not nets
 
 
@@ -64,18 +66,35 @@ def address(uri: str | None) -> str:
 
 def versions(uri: str, name: str | None = None) -> list[Version]:
     """Every version of `name`, or of all names, newest first. Raises ConfigError listing the names there are."""
+    models = _models(uri, name)
+    if reading.is_web(uri):
+        return _versions(models, kept.rows(uri, models))
+    return _versions(models, reading.rows(uri, name))
+
+
+def _models(uri: str, name: str | None) -> list[Model]:
+    """The model of that name, or all; without those that hold promotions."""
     check_there(uri)
     models = [model for model in reading.models(uri) if JOURNAL not in model.tags]
-    names = [model.name for model in models]
-    if name is not None and name not in names:
-        raise ConfigError(f"{name}: the registry has no model of that name; there are: {', '.join(names) or 'none'}")
+    if name is None:
+        return models
+    names = ", ".join(model.name for model in models) or "none"
+    wanted = [model for model in models if model.name == name]
+    if not wanted:
+        raise ConfigError(f"{name}: the registry has no model of that name; there are: {names}")
+    return wanted
+
+
+def _versions(models: Sequence[Model], rows: Sequence[Row]) -> list[Version]:
+    """Newest first."""
+    names = {model.name for model in models}
     aliases: dict[tuple[str, int], tuple[str, ...]] = {}
     for model in models:
         for alias, number in sorted(model.aliases.items()):
             aliases[model.name, number] = (*aliases.get((model.name, number), ()), alias)
     found = [
         Version(row.name, row.version, aliases.get((row.name, row.version), ()), row.run_id, row.created, row.tags)
-        for row in reading.rows(uri, name)
+        for row in rows
         if row.name in names
     ]
     return sorted(found, key=lambda version: (version.name, -version.version))
@@ -99,13 +118,17 @@ def lookup(reference: str, uri: str) -> Version:
     match = REFERENCE.fullmatch(reference)
     if match is None:
         raise ConfigError(f"{reference}: write models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest")
-    found = versions(uri, match["name"])
-    if match["alias"] is not None:
-        wanted = [version for version in found if match["alias"] in version.aliases]
+    models = _models(uri, match["name"])
+    if match["alias"]:
+        number = models[0].aliases.get(match["alias"], 0)
+    elif match["version"] == "latest":
+        number = max((version.version for version in versions(uri, match["name"])), default=0)
     else:
-        wanted = [v for v in found if match["version"] in ("latest", str(v.version))]
+        number = int(match["version"])
+    wanted = _versions(models, reading.rows(uri, match["name"], number)) if 0 < number <= MOST else []
     if not wanted:
-        raise ConfigError(f"{reference}: no such version or alias; {match['name']} has: {listed(found)}")
+        found = listed(versions(uri, match["name"]))
+        raise ConfigError(f"{reference}: no such version or alias; {match['name']} has: {found}")
     return wanted[0]
 
 

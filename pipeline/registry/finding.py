@@ -114,6 +114,9 @@ def _fetch(version: Version, uri: str, cache: Path | None) -> Path:
             try:
                 got = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(aside), tracking_uri=uri))
                 os.replace(got, target)
+            except OSError:
+                if not target.is_dir():  # another process was not quicker
+                    raise
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
     return _model_in(target, version)
@@ -163,4 +166,4 @@ def asking(uri: str) -> Iterator[Any]:
         raise ResourceError(
             f"registry {without_secrets(uri)}: {reason_of(error)}. See that it runs and that this address is right, "
             "then give the same command again"
-        ) from error
+        ) from None  # a traceback would show MLflow's own words, with a password that stands in the address

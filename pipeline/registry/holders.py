@@ -131,7 +131,7 @@ def settle(client: Any, uri: str, name: str, alias: str) -> None:
             return
         client.set_registered_model_alias(name, alias, str(last.version))
         told = f"{last.when} by {last.who}, entry {last.number} of {name}{SUFFIX}: {last.why or 'no reason given'}"
-        client.set_model_version_tag(name, str(last.version), f"adaptnet.{alias}", told)
+        client.set_model_version_tag(name, str(last.version), f"adaptnet.alias.{alias}", told)
         moved = last.number
 
 

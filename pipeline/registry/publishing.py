@@ -8,6 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -58,31 +59,44 @@ def publish(
     told = {f"adaptnet.{key}": value for key, value in (remarks or {}).items()}
     same = {"adaptnet.step": str(meta["step"]), "adaptnet.weights_sha256": sha256}
     with asking(uri) as client:
-        found = [
-            v for v in search(client, f"name = '{name}' and run_id = '{run_id}'") if same.items() <= v.tags.items()
-        ]
-        if found:
-            made = min(found, key=lambda version: version.version)
+        made = _first(client, name, run_id, same)
+        if made is not None:
             for key, value in told.items():
                 client.set_model_version_tag(name, str(made.version), key, value)
         else:
             _make_name(client, name)
             place = f"models/{checkpoint.name_of(meta['step'])}-{sha256[:8]}"
             _upload(client, source, reports, run_id, place, evaluated_on)
-            tags = same | _version_tags(meta, reports, evaluated_on) | told
-            made = version_of(
+            new = version_of(
                 client.create_model_version(
                     name,
                     f"{client.get_run(run_id).info.artifact_uri}/{place}",
                     run_id,
-                    tags=tags,
+                    tags=same | _version_tags(meta, reports, evaluated_on) | told,
                     description=_description(meta, reports),
                 )
             )
+            made = _first(client, name, run_id, same) or new
+            if made.version < new.version:  # another process was quicker
+                _delete(client, new)
         holder = client.get_registered_model(name).aliases.get(alias)
         if holder is None or int(holder) < made.version:
             client.set_registered_model_alias(name, alias, str(made.version))
     return made
+
+
+def _first(client: Any, name: str, run_id: str, same: Mapping[str, str]) -> Version | None:
+    """The oldest version of a run with these tags."""
+    found = search(client, f"name = '{name}' and run_id = '{run_id}'")
+    equal = [version for version in found if same.items() <= version.tags.items()]
+    return min(equal, key=lambda version: version.version, default=None)
+
+
+def _delete(client: Any, version: Version) -> None:
+    from mlflow.exceptions import MlflowException
+
+    with suppress(MlflowException):  # not everyone may; then two versions of the same files stay
+        client.delete_model_version(version.name, str(version.version))
 
 
 def _make_name(client: Any, name: str) -> None:

@@ -1,6 +1,7 @@
 """Reads MLflow's registry without MLflow's client, whose imports alone take seconds: from its tables, or over HTTP.
 
-Tables of a revision that this module does not know are left to the client, which knows its own.
+Who asks is told from where that client takes it: MLFLOW_TRACKING_* in the environment, MLflow's file of credentials, or
+the address. Tables of a revision that this module does not know are refused, with the way to bring them there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -32,12 +34,16 @@ CREDENTIALS = Path.home() / ".mlflow" / "credentials"  # MLflow's own file
 
 @dataclass(frozen=True)
 class Model:
-    """A registered model: its aliases {alias: version}, tags and description."""
+    """A registered model: its aliases {alias: version}, tags and description.
+
+    A server's `stamp` is another one once versions have come or gone; tables have none: "".
+    """
 
     name: str
     aliases: Mapping[str, int]
     tags: Mapping[str, str] = field(default_factory=dict)
     description: str = ""
+    stamp: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,17 +67,20 @@ class Run:
 
 def models(uri: str) -> list[Model]:
     """Every registered model, by name. Raises ResourceError where the registry does not answer."""
-    return _models_over_http(uri) if _is_web(uri) else _models_in_tables(uri)
+    return _models_over_http(uri) if is_web(uri) else _models_in_tables(uri)
 
 
-def rows(uri: str, name: str | None = None) -> list[Row]:
-    """Every version of `name`, or of all names. Raises ResourceError where the registry does not answer."""
-    return _rows_over_http(uri, name) if _is_web(uri) else _rows_in_tables(uri, name)
+def rows(uri: str, name: str | None = None, number: int | None = None) -> list[Row]:
+    """Every version of `name`, or that of this number alone, or all of all names; as they are now.
+
+    Raises ResourceError where the registry does not answer.
+    """
+    return _rows_over_http(uri, name, number) if is_web(uri) else _rows_in_tables(uri, name, number)
 
 
 def run(uri: str, run_id: str) -> Run | None:
     """What is known of a run; None where there is none of this id."""
-    if _is_web(uri):
+    if is_web(uri):
         try:
             found = _get(uri, "runs/get", {"run_id": run_id})["run"]
         except LookupError:
@@ -93,7 +102,7 @@ def date(uri: str) -> str | None:
         raise _unanswered(uri, reason_of(error)) from None
 
 
-def _is_web(uri: str) -> bool:
+def is_web(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
@@ -108,15 +117,21 @@ def _models_over_http(uri: str) -> list[Model]:
             {alias["alias"]: int(alias["version"]) for alias in entry.get("aliases", ())},
             _tags(entry.get("tags", ())),
             entry.get("description", ""),
+            _stamp(entry),
         )
         for entry in found
     ]
 
 
-def _rows_over_http(uri: str, name: str | None) -> list[Row]:
-    query: dict[str, Any] = {"max_results": PER_PAGE}
-    if name is not None:
-        query["filter"] = f"name = '{name}'"
+def _stamp(entry: Mapping[str, Any]) -> str:
+    times = [entry.get(key) for key in ("creation_timestamp", "last_updated_timestamp")]
+    return " ".join(map(str, times)) if all(times) else ""
+
+
+def _rows_over_http(uri: str, name: str | None, number: int | None) -> list[Row]:
+    wanted = [f"name = '{name}'"] if name is not None else []
+    wanted += [f"version_number = {number}"] if number is not None else []
+    query = {"max_results": PER_PAGE, **({"filter": " AND ".join(wanted)} if wanted else {})}
     return [_row(entry) for page in _pages(uri, "model-versions/search", query) for entry in page]
 
 
@@ -141,8 +156,9 @@ def _pages(uri: str, call: str, query: Mapping[str, Any]) -> Iterator[list[dict[
 
 def _get(uri: str, call: str, query: Mapping[str, Any]) -> dict[str, Any]:
     """The answer to a GET of MLflow's REST interface. Raises LookupError where the thing asked for is not there."""
-    place, headers = _bare(uri), _authorisation(uri)
-    request = Request(f"{place}/api/2.0/mlflow/{call}?{urlencode(query)}", headers=headers)
+    request = Request(f"{_bare(uri)}/api/2.0/mlflow/{call}?{urlencode(query)}")
+    for key, value in _authorisation(uri).items():
+        request.add_unredirected_header(key, value)  # to no other server that this one may name
     try:
         with urlopen(request, timeout=TIMEOUT_S, context=_certificates()) as answer:
             found: dict[str, Any] = json.load(answer)
@@ -151,7 +167,7 @@ def _get(uri: str, call: str, query: Mapping[str, Any]) -> dict[str, Any]:
         if error.code == 404 and b"RESOURCE_DOES_NOT_EXIST" in error.read():
             raise LookupError(call) from None
         raise _unanswered(uri, refusal(error.code)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise _unanswered(uri, reason_of(error)) from None
 
 
@@ -265,8 +281,9 @@ def _models_in_tables(uri: str) -> list[Model]:
 HERE = "WHERE workspace = 'default'"
 
 
-def _rows_in_tables(uri: str, name: str | None) -> list[Row]:
-    wanted, values = (" AND name = :name", {"name": name}) if name is not None else ("", {})
+def _rows_in_tables(uri: str, name: str | None, number: int | None) -> list[Row]:
+    values = {key: value for key, value in (("name", name), ("version", number)) if value is not None}
+    wanted = "".join(f" AND {key} = :{key}" for key in values)
     with _tables(uri) as tables:
         tags: dict[tuple[str, int], dict[str, str]] = {}
         query = f"SELECT name, version, key, value FROM model_version_tags {HERE}{wanted}"

@@ -51,6 +51,15 @@ def registered_name(name: str) -> str:
         raise ConfigError(f"{name}: {error}") from None
 
 
+def registered_alias(alias: str) -> str:
+    """`alias`, if the registry takes it. Raises ConfigError where it does not."""
+    if not re.fullmatch(r"[\w\-]{1,100}", alias) or re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+        raise ConfigError(
+            f"--alias (={alias}): an alias has up to 100 letters, digits, _ and -; not `latest`, nor a version as v3"
+        )
+    return alias
+
+
 with warnings.catch_warnings():
     # pydantic takes `register` for one of BaseModel's own names: its metaclass has a method of that name, instances not
     warnings.filterwarnings("ignore", message='Field name "register"')

@@ -166,7 +166,7 @@ def sync(run_dir: Path, uri: str | None = None) -> Sync:
             raise ResourceError(
                 f"{without_secrets(address)}: not everything of {run_dir} could be sent ({reason_of(error)}). "
                 "Nothing is lost: see that the server runs and give the same command again"
-            ) from error
+            ) from None  # a traceback would show the address, with a password that stands in it
     assert carrier.ledger.run_id is not None
     return Sync(carrier.ledger.run_id, without_secrets(address), carrier.num_metrics, carrier.status or "")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from team_server import PASSWORD, TeamServer, missing
@@ -28,7 +29,8 @@ def team() -> Iterator[TeamServer]:
 
 
 @pytest.fixture(autouse=True)
-def logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # of this test's caches
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

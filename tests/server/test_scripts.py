@@ -1,0 +1,113 @@
+"""The scripts of infra/mlflow where things are not as they should be: ports taken, files that grow, half a restore."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from team_server import PASSWORD, TeamServer, missing
+
+from pipeline.tracking import connect
+
+
+@contextmanager
+def another() -> Iterator[TeamServer]:
+    """A home of its own, where nothing runs yet."""
+    if lacking := missing():
+        pytest.skip(lacking)
+    server = TeamServer()
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+def test_no_password_in_process_lists_and_nothing_for_others_to_read(team: TeamServer) -> None:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            assert PASSWORD.encode() not in path.read_bytes()
+    readable = [path for path in team.home.rglob("*") if path.lstat().st_mode & 0o077 and not path.is_symlink()]
+    assert not [path for path in readable if not path.is_relative_to(team.home / "db")]
+    assert (team.home / "db").stat().st_mode & 0o777 == 0o700 and (team.home / "server.log").exists()
+
+
+def test_a_port_that_another_server_has_is_named(team: TeamServer) -> None:
+    """Although that one answers as ours would."""
+    with another() as server:
+        said = server.run("server.sh", "start", code=1, MLFLOW_PORT=str(team.port))
+        assert f"127.0.0.1:{team.port} is taken by another server" in said
+        assert "server     up" not in server.run("server.sh", "status", code=1)
+
+
+def test_processes_of_another_boot_are_left_alone() -> None:
+    """After a machine's restart the number that was kept may be anyone's."""
+    with another() as server:
+        stranger = subprocess.Popen(["sleep", "100"], start_new_session=True)
+        try:
+            (server.home / "server.pid").write_text(f"{stranger.pid}\n")
+            (server.home / "server.boot").write_text("of another day\n")
+            server.run("server.sh", "stop")
+            assert stranger.poll() is None
+        finally:
+            stranger.send_signal(signal.SIGKILL)
+            stranger.wait()
+
+
+def test_a_backup_is_taken_while_files_come_in(team: TeamServer, tmp_path: Path) -> None:
+    growing = team.home / "artifacts" / "growing"
+    growing.write_bytes(bytes(50_000_000))
+    stop = threading.Event()
+
+    def grow() -> None:
+        with growing.open("ab") as file:
+            while not stop.wait(0.001):
+                file.write(b"x" * 1000)
+                file.flush()
+
+    writer = threading.Thread(target=grow)
+    writer.start()
+    try:
+        team.run("backup.sh", tmp_path / "new" / "backup")
+    finally:
+        stop.set()
+        writer.join()
+        growing.unlink()
+    kept = tmp_path / "new" / "backup"
+    assert {path.name for path in kept.iterdir()} == {"mlflow.dump", "mlflow_users.dump", "artifacts.tar", "SHA256SUMS"}
+    assert kept.stat().st_mode & 0o777 == 0o700
+    assert not [path for path in kept.parent.iterdir() if path != kept]
+
+
+def test_a_restore_that_breaks_leaves_the_server_as_empty_as_it_was(team: TeamServer, tmp_path: Path) -> None:
+    client = connect(team.uri)
+    run_id = client.create_run("0").info.run_id
+    client.log_text(run_id, "hello", "hello.txt")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    team.run("backup.sh", whole)
+    shutil.copytree(whole, broken)
+    os.truncate(broken / "mlflow.dump", (broken / "mlflow.dump").stat().st_size // 2)
+    sums = subprocess.run("sha256sum ./*.*", shell=True, cwd=broken, capture_output=True, text=True, check=True).stdout
+    (broken / "SHA256SUMS").write_text(sums)  # as if it had been written so
+    with another() as server:
+        server.start()
+        server.run("restore.sh", broken, code=1)
+        assert connect(server.uri).search_runs(["0"]) == []  # it runs on
+        other = {"MLFLOW_ARTIFACTS": "s3://bucket/path"}
+        assert "keeps its own in s3://bucket/path" in server.run("restore.sh", whole, code=1, **other)
+        server.run("restore.sh", whole)
+        restored = connect(server.uri)
+        assert run_id in {run.info.run_id for run in restored.search_runs(["0"])}
+        assert (server.home / "artifacts" / "0" / run_id / "artifacts" / "hello.txt").read_text() == "hello"
+
+
+def test_where_there_is_no_server_that_is_said(tmp_path: Path) -> None:
+    with another() as server:
+        assert "no server here yet" in server.run("backup.sh", tmp_path / "backup", code=1)
+        assert not (tmp_path / "backup").exists()
