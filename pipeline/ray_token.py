@@ -56,7 +56,7 @@ def has_token() -> bool:
 
 def _asks(address: str) -> bool:
     """Whether the head turns a caller without a token away."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
     with mode("disabled"):
@@ -70,7 +70,7 @@ def _asks(address: str) -> bool:
 
 
 def _set(wanted: str | None) -> None:
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     if wanted is None:
         os.environ.pop(MODE, None)
