@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -345,3 +346,30 @@ def test_a_sweeps_job_lies_in_its_folder_where_its_trials_steps_count(
         if step:
             (trial / "checkpoints" / f"step-{step:08d}" / "COMPLETE.json").write_text("{}")
     assert slurm.Job("sweep", (), str(folder), str(folder), 1.0, 1).steps() == 55
+
+
+def test_in_a_container_the_batch_script_requeues(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no scontrol inside; the folder's name has what a shell would take for its own."""
+    home = desk / "a 'run' & more"
+    job = slurm.Job("train", (), str(home), str(home), 1.0, 1)
+    submission = slurm.Submission(job, "x", slurm.Resources((1, 1), 0, 1, 10), site.load("container"))
+    submission.folder.mkdir(parents=True)
+    script = submission.script()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(submission.folder))
+    tools = desk / "tools"
+    tools.mkdir()
+    (tools / "scontrol").write_text('#!/bin/sh\necho scontrol "$@"\n')
+    (tools / "srun").write_text("#!/bin/sh\nexit 3\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+
+    def end() -> str:
+        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+        assert done.returncode == 3, f"the job's own exit code; {done.stderr}"
+        return done.stdout
+
+    assert end() == ""
+    slurm.requeue("asked to save before its end")
+    assert [end(), end()] == ["scontrol requeue 7\n", ""]
