@@ -165,10 +165,11 @@ class Job:
 
         if self.run_dir is None or int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0:
             return
-        path, deadline = Path(self.run_dir) / "lease.json", time.monotonic() + lease.SILENT_S + lease.BEAT_S
-        if lease.refuses(path):
+        folder, deadline = Path(self.run_dir), time.monotonic() + lease.SILENT_S + 2 * lease.BEAT_S
+        held = [folder / "lease.json", *folder.glob("trials/*/lease.json")]
+        if any(map(lease.refuses, held)):
             print("waiting until the lease of this run's former driver has run out", flush=True)
-        while lease.refuses(path) and not warned.came and time.monotonic() < deadline:
+        while any(map(lease.refuses, held)) and not warned.came and time.monotonic() < deadline:
             time.sleep(1)
 
     @property
@@ -285,8 +286,8 @@ class Starts:
             raise ResourceError(self._spent(restart, max_requeues, why))
 
     def _check_fruit(self, why: str) -> None:
-        mine = [each for each in self.read() if each["job"] == job_id()]
-        last = mine[-FRUITLESS:]
+        job = job_id()
+        last = [each for each in self.read() if each["job"] == job and job is not None][-FRUITLESS:]
         if len(last) == FRUITLESS and all(each["to"] <= each["from"] for each in last):
             raise ResourceError(
                 f"{self.home}: the last {FRUITLESS} starts of this job saved no new step, so it is not started again "

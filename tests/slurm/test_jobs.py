@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -229,6 +230,36 @@ def test_a_sweep_in_an_allocation_is_requeued_and_goes_on(desk: Desk) -> None:
     steps = {path.parent.name for path in trials.glob("*/checkpoints/step-00000060/COMPLETE.json")}
     assert steps == {"step-00000060"} and len(list(trials.iterdir())) == 2
     assert "COMPLETED" in desk.adaptnet("jobs", "show", "two")
+
+
+def test_what_the_readme_says_to_try_works_from_a_fresh_clone(tmp_path: Path) -> None:
+    """Line by line, as a user who has nothing in the home folder."""
+    readme = (ROOT / "infra" / "README.md").read_text(encoding="utf-8")
+    block = re.findall(r"^```sh\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)[0]
+    (tmp_path / "home").mkdir()
+    subprocess.run(["git", "clone", "--quiet", ROOT, tmp_path / "adaptnet"], check=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+    root.rmdir()
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY", "SLURM", "ADAPTNET"))}
+    env = {**kept, "HOME": str(tmp_path / "home"), "PATH": path, "TESTCLUSTER_ROOT": str(root)}
+    env |= {"PYTHONPATH": str(tmp_path / "adaptnet"), "OMP_NUM_THREADS": "1", "PS4": "$ "}
+    transcript = tmp_path / "transcript.txt"
+    try:
+        with open(transcript, "w") as file:
+            line = ["bash", "-exc", block]
+            done = subprocess.run(
+                line, cwd=tmp_path / "adaptnet", env=env, stdout=file, stderr=subprocess.STDOUT, timeout=580
+            )
+    finally:
+        subprocess.run([ROOT / "infra/slurm/testcluster", "down"], env=env, capture_output=True, timeout=60)
+    said = transcript.read_text()
+    assert done.returncode == 0, said[-5000:]
+    for words in ("requeueing job", "finished at step", "COMPLETED", "registered as models:/aig-toy/1", "down: "):
+        assert words in said, said[-5000:]
+    (shown,) = re.findall(r"^starts +(step .*)$", said, re.MULTILINE)
+    assert shown.count("step") == 3, "submitted, preempted, requeued"
+    assert "Traceback" not in said and "Broken pipe" not in said, said[-5000:]
 
 
 def test_two_jobs_on_the_same_nodes_do_not_meet(desk: Desk) -> None:
