@@ -295,6 +295,8 @@ def test_warned_before_the_verb_listens_it_is_told_again(desk: Path, monkeypatch
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     requeued: list[str] = []
     told: list[int] = []
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
     job = slurm.Job("train", (), str(desk), str(desk), 1.0, 100, saves_within_s=8.0)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
     starts(desk, monkeypatch).begin(0, 100)
@@ -307,7 +309,8 @@ def test_warned_before_the_verb_listens_it_is_told_again(desk: Path, monkeypatch
         time.sleep(2)
         assert told and not requeued
         time.sleep(4.5)
-        assert requeued == ["not stopped 6 s after SLURM's warning"] and len(slurm.Starts(desk).read()) == 1
+        assert requeued == ["not stopped 6 s after SLURM's warning"] and left == [0]
+        assert [(each["from"], each["to"]) for each in slurm.Starts(desk).read()] == [(0, 0)]
     finally:
         warned.over = True
         for number, handler in before.items():

@@ -176,7 +176,7 @@ def test_a_node_that_is_set_down_ends_the_job_and_slurm_starts_it_again(desk: De
 
 def test_a_head_node_that_is_lost_is_replaced_once_its_lease_has_run_out(desk: Desk) -> None:
     """The job comes back on the other node within seconds, where the former driver cannot be asked whether it lives."""
-    job = desk.train("moved", "training.epochs=60", "checkpoint.every=20 steps", nodes="1")
+    job = desk.train("moved", "training.epochs=30", "checkpoint.every=20 steps", nodes="1")
     desk.until(lambda: bool(desk.steps("moved")), "moved")
     node = desk.cluster.show(job)["BatchHost"]
     try:
@@ -189,7 +189,7 @@ def test_a_head_node_that_is_lost_is_replaced_once_its_lease_has_run_out(desk: D
     first, second = desk.starts("moved")
     assert first["host"] != second["host"] and second["from"] >= 20
     assert "waiting until the lease of this run's former driver has run out" in desk.log("moved")
-    check_whole(desk, "moved", 600)
+    check_whole(desk, "moved", 300)
     desk.until(lambda: set(desk.cluster.run("sinfo", "-h", "-o", "%T").split()) == {"idle"}, "moved", 60)
 
 
@@ -201,13 +201,13 @@ def test_an_elastic_job_goes_on_with_the_nodes_that_are_left(desk: Desk) -> None
     try:
         assert desk.cluster.testcluster("node-kill", other.removeprefix("node")).returncode == 0
         desk.until(lambda: desk.finished("elastic"), "elastic", 300)
+        desk.cluster.wait(job, "COMPLETED", 90)
     finally:
         desk.cluster.testcluster("node-start", other.removeprefix("node"))
     assert len(desk.starts("elastic")) == 1, "the same start of the job"
     events = [json.loads(line) for line in (desk.home / "runs/elastic/journal/rank0.jsonl").read_text().splitlines()]
     assert [event["workers"] for event in events if event.get("event") == "started"] == [2, 1]
     check_whole(desk, "elastic", 600)
-    desk.cluster.wait(job, "COMPLETED", 90)
     desk.until(lambda: set(desk.cluster.run("sinfo", "-h", "-o", "%T").split()) == {"idle"}, "elastic", 90)
 
 
