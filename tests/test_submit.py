@@ -106,6 +106,14 @@ def test_what_cannot_be_submitted_is_refused(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["--slurm", "--warning"])
+def test_a_measurement_of_jobs_says_what_it_lacks(what: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", "scaling", what, "--site", "testcluster") == 2
+    assert "this machine has no SLURM" in capsys.readouterr().err and not list(desk.iterdir())
+    assert run("bench", "scaling", what, "--sweep") == 2
+    assert "say what is measured: --sweep, --slurm, --warning or --workers N" in capsys.readouterr().err
+
+
 def test_an_unknown_verb_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("submit", "dance") == 2
     assert "known: train, sweep, evaluate, report" in capsys.readouterr().err
@@ -256,12 +264,13 @@ def test_where_slurm_has_forgotten_a_job_its_own_words_tell(desk: Path, monkeypa
 
 
 def test_a_job_outside_the_folder_of_runs_is_listed_and_found_by_its_id(desk: Path) -> None:
-    for home in ("elsewhere/deep/run", "runs/here", "runs/jobs/there"):
+    for home in ("elsewhere/deep/run", "runs/bench/deeper", "runs/here", "runs/jobs/there"):
         slurm.remember(desk / home, {"id": f"job-{Path(home).name}", "where": "slurm", "submitted": 1.0})
         queue.know(desk / home)
         queue.know(desk / home)
-    assert json.loads((desk / "runs/jobs/elsewhere.json").read_text()) == [str(desk / "elsewhere/deep/run")]
-    assert len(queue.everything()) == 3
+    far = [str(desk / "elsewhere/deep/run"), str(desk / "runs/bench/deeper")]
+    assert json.loads((desk / "runs/jobs/elsewhere.json").read_text()) == far
+    assert len(queue.everything()) == 4
     assert queue.find("job-run")["home"] == str(desk / "elsewhere/deep/run")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -59,6 +60,19 @@ class Desk:
         own = [f"name={name}", f"data.root={self.images}", "tracking.register=null", *SMALL, *words]
         printed = self.adaptnet("submit", "train", "convnet_aig/toy", *own, "--nodes", nodes, "--time", time)
         return re.findall(r"^job (\S+):", printed, re.MULTILINE)[0]
+
+    @contextlib.contextmanager
+    def training(self, name: str, *words: str) -> Iterator[None]:
+        """A training by hand on this machine, told to stop at the end."""
+        env = {**self.cluster.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(self.home)}
+        line = [sys.executable, "-m", "jobs.cli", "train", "convnet_aig/toy", f"name={name}", *words]
+        with open(self.home / f"{name}.log", "w") as log:
+            process = subprocess.Popen(line, cwd=self.home, env=env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait(60)
 
     def starts(self, name: str) -> list[dict[str, Any]]:
         path = self.home / "runs" / name / "slurm" / "starts.json"
@@ -262,6 +276,16 @@ def test_what_the_readme_says_to_try_works_from_a_fresh_clone(tmp_path: Path) ->
     assert "Traceback" not in said and "Broken pipe" not in said, said[-5000:]
 
 
+def test_what_jobs_cost_is_measured(desk: Desk) -> None:
+    words = ["bench", "scaling", "--nodes", "2", "--site", "testcluster"]
+    printed = desk.adaptnet(*words, "--slurm", "training.epochs=1", seconds=300)
+    assert re.search(r"^job start to first step +\S+ +s +\d+\.\d+ +by hand to first step$", printed, re.MULTILINE)
+    printed = desk.adaptnet(*words, "--warning", seconds=300)
+    (seconds,) = re.findall(r"^warning to all ranks saved +(\S+) +s$", printed.replace("  \n", "\n"), re.MULTILINE)
+    assert 0 < float(seconds) < 10
+    assert not [path for path in (desk.home / "runs").iterdir() if path.name.startswith("bench-")]
+
+
 def test_two_jobs_on_the_same_nodes_do_not_meet(desk: Desk) -> None:
     names = ["one", "two"]
     for name in names:
@@ -332,32 +356,30 @@ def test_what_slurm_cannot_give_is_refused_in_its_words(desk: Desk, words: list[
 
 
 def test_limits_in_time_cost_nothing_and_change_nothing(desk: Desk) -> None:
-    """Three minutes a start, 45 s to save; at least three starts; the same weights as without an interruption."""
-    long = ["training.epochs=150", "checkpoint.every=1000 steps", "evaluation.every=1000 epochs"]
-    own = [f"data.root={desk.images}", "tracking.register=null", *SMALL, *long]
-    own += ["family.depth=26"]
-    desk.adaptnet(
-        "submit",
-        "train",
-        "convnet_aig/toy",
-        "name=limited",
-        *own,
-        "--nodes",
-        "2",
-        "--time",
-        "3m",
-        "--signal-delay",
-        "45",
-    )
-    desk.until(lambda: desk.finished("limited"), "limited", 1200)
-    starts = desk.starts("limited")
-    assert len(starts) >= 3 and all(each["to"] > each["from"] for each in starts)
-    assert [each["from"] for each in starts[1:]] == [each["to"] for each in starts[:-1]]
-    check_whole(desk, "limited", 1500)
-    apart = ["compute.workers=2", "compute.cpus_per_worker=1", "compute.device=cpu"]
-    desk.adaptnet("train", "convnet_aig/toy", "name=straight", *own, *apart, seconds=1200)
+    """Three minutes a start, 45 s to save, over three starts: what is saved then is what an uninterrupted run saves."""
+    own = [f"data.root={desk.images}", "tracking.register=null", *SMALL, "training.epochs=100000"]
+    own += ["evaluation.every=100000 epochs", "checkpoint.every=50 steps", "checkpoint.keep_last=100000"]
+    limits = ["--nodes", "2", "--time", "3m", "--signal-delay", "45"]
+    desk.adaptnet("submit", "train", "convnet_aig/toy", "name=limited", *own, *limits)
+
+    def third_has_saved() -> bool:
+        starts = desk.starts("limited")
+        return len(starts) == 3 and any(step > starts[2]["from"] for step in desk.steps("limited") if step % 50 == 0)
+
+    desk.until(third_has_saved, "limited", 600)
+    desk.adaptnet("jobs", "cancel", "limited")
+    desk.until(lambda: not desk.cluster.squeue(), "limited")
+    first, second, third = desk.starts("limited")
+    assert 0 == first["from"] < first["to"] == second["from"] < second["to"] == third["from"], desk.log("limited")
+    last = max(step for step in desk.steps("limited") if step % 50 == 0)
+    desk.adaptnet("runs", "sync", str(desk.home / "runs" / "limited"))
+    tracked = desk.tracked("limited")
+    assert set(tracked.values()) == {1}
+    assert {step for key, step in tracked if key == "train/loss"} >= set(range(10, last + 1, 10))
+    with desk.training("straight", *own, "compute.workers=2", "compute.cpus_per_worker=1", "compute.device=cpu"):
+        desk.until(lambda: last in desk.steps("straight"), "straight", 300)
     one, other = (
-        load_file(desk.home / f"runs/{name}/checkpoints/step-00001500/net.safetensors")
+        load_file(desk.home / f"runs/{name}/checkpoints/step-{last:08d}/net.safetensors")
         for name in ("limited", "straight")
     )
     assert all(one[name].numpy().tobytes() == other[name].numpy().tobytes() for name in other)
