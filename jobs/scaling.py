@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -64,7 +65,8 @@ def _hand(desk: Path, asked: Sequence[str], workers: int) -> float:
 def _job(desk: Path, asked: Sequence[str], site: Site, nodes: int) -> float:
     run = _new(desk)
     stamp = desk / f"{run.name}-began"
-    job = _submit(desk, run, asked, site.model_copy(update={"setup": (*site.setup, f"date +%s.%N > {stamp}")}), nodes)
+    stamped = site.model_copy(update={"setup": (*site.setup, f"date +%s.%N > {shlex.quote(str(stamp))}")})
+    _submit(desk, run, asked, stamped, nodes)
     _until(lambda: not queue.state_of(queue.find(str(run))).lives, run)
     return _first_step(run) - float(stamp.read_text())
 
