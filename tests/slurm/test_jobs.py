@@ -359,8 +359,9 @@ def test_limits_in_time_cost_nothing_and_change_nothing(desk: Desk) -> None:
     """Three minutes a start, 45 s to save, over three starts: what is saved then is what an uninterrupted run saves."""
     own = [f"data.root={desk.images}", "tracking.register=null", *SMALL, "training.epochs=100000"]
     own += ["evaluation.every=100000 epochs", "checkpoint.every=50 steps", "checkpoint.keep_last=100000"]
-    limits = ["--nodes", "2", "--time", "3m", "--signal-delay", "45"]
-    desk.adaptnet("submit", "train", "convnet_aig/toy", "name=limited", *own, *limits)
+    two = ["compute.workers=2", "compute.cpus_per_worker=1", "compute.device=cpu"]
+    limits = ["--cpus-per-task", "2", "--time", "3m", "--signal-delay", "45"]
+    desk.adaptnet("submit", "train", "convnet_aig/toy", "name=limited", *own, *two, *limits)
 
     def third_has_saved() -> bool:
         starts = desk.starts("limited")
@@ -376,7 +377,7 @@ def test_limits_in_time_cost_nothing_and_change_nothing(desk: Desk) -> None:
     tracked = desk.tracked("limited")
     assert set(tracked.values()) == {1}
     assert {step for key, step in tracked if key == "train/loss"} >= set(range(10, last + 1, 10))
-    with desk.training("straight", *own, "compute.workers=2", "compute.cpus_per_worker=1", "compute.device=cpu"):
+    with desk.training("straight", *own, *two):
         desk.until(lambda: last in desk.steps("straight"), "straight", 300)
     one, other = (
         load_file(desk.home / f"runs/{name}/checkpoints/step-{last:08d}/net.safetensors")
