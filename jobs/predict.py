@@ -25,7 +25,7 @@ within the budget. MODEL is a registry version, a run's folder or a checkpoint's
 
 Examples:
 
-  adaptnet predict models:/aig-toy@candidate runs/toy-data/val --budget 50%
+  adaptnet predict models:/aig-toy@candidate runs/toy-data/val --budget 80%
 
   adaptnet predict runs/convnet_aig-toy photo.jpg --budget 5ms --json
 

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from jobs.cli import INTERRUPTED, STOPPED, data_home
 from jobs.train import _stop_on_signals
+from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from tuning.outcome import Outcome
@@ -73,6 +75,7 @@ def sweep(
     if register is not None:  # a name that the registry would refuse after hours
         validate(TrackingConfig, {"register": register}, "--register")
     loaded = config.load(source, overrides or (), data_home=data_home())
+    _check_trial(trial, register, [draw.name for draw in loaded.draws()])
     if show:
         typer.echo(dump_yaml(as_mapping(loaded.config)), nl=False)
         typer.echo("\n".join(f"{draw.name}: {draw.text}" for draw in loaded.draws()))
@@ -84,10 +87,23 @@ def sweep(
     if register is not None and found.finished:
         version = outcome.register(found, register, trial)
         typer.echo(f"registered as {version.reference}, from now on @candidate")
+    elif register is not None:
+        typer.echo("nothing is registered before the sweep has ended")
     if not found.finished:
         raise typer.Exit(INTERRUPTED if signal.SIGINT in asked else STOPPED)
     if found.failed:
         raise typer.Exit(SOME_FAILED)
+
+
+def _check_trial(trial: str | None, register: str | None, drawn: Sequence[str]) -> None:
+    """Refuses before training what would be refused after; the draws of a study are not known yet."""
+    if trial is None:
+        return
+    if register is None:
+        raise ConfigError(f"--trial (={trial}) says which trial --register NAME is to take; give that as well")
+    if drawn and trial not in drawn:
+        close = get_close_matches(trial, drawn, 1, 0.3)
+        raise ConfigError(f"--trial (={trial}): no such trial; did you mean {(close or drawn)[0]}?")
 
 
 def _conclude(found: Outcome) -> None:

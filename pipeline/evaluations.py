@@ -332,8 +332,10 @@ def _evaluated(net: Net, name: str, data: str) -> Evaluated:
     stored = net.on(data)
     assert stored is not None
     section = configs.validate(DataConfig, net.model.recipe["data"], f"{net.source}: recipe.data")
-    attacked = [found for found in net.evaluations if found.attack and found.data == data and not found.swept]
-    attacks = {found.attack: found.reports for found in reversed(attacked) if found.attack}  # whole ones over parts
+    mine = [found for found in net.evaluations if found.data == data and not found.about.get("overrides")]
+    others = mine[::-1]  # whole ones over parts
+    attacks = {found.attack: found.reports for found in others if found.attack and not found.swept}
+    swept = {found.about["sides"]: found.reports for found in others if found.swept and not found.attack}
     return Evaluated(
         name=name,
         family=net.config.name,
@@ -348,6 +350,7 @@ def _evaluated(net: Net, name: str, data: str) -> Evaluated:
         details=stored.details,
         curves=_curves(net.run_dir),
         attacked=attacks,
+        swept=swept,
     )
 
 

@@ -119,7 +119,8 @@ class Evaluated:
     name is unique among those that are shown together. details(policy) gives the arrays by image that were stored
     with it (rows of the split, labels, predicted, rank_of_truth, confidence, macs, facts.<name>, each [N] or [N, n]),
     None where only the reports are at hand. curves() gives what training logged; empty where the run's folder is not
-    at hand. attacked holds evaluations of the same net on the same images under attack, by the attack's name.
+    at hand. attacked holds evaluations of the same net on the same images under attack, by the attack's name; swept
+    those at lower resolutions by the sweep's name, in which a policy is called NAME@SIDEpx.
     superclasses {name: classes} groups the classes where the user gave a grouping.
     """
 
@@ -136,6 +137,7 @@ class Evaluated:
     details: Callable[[str], Mapping[str, NDArray[Any]] | None] = lambda policy: None
     curves: Callable[[], Curves] = dict
     attacked: Mapping[str, Sequence[Report]] = field(default_factory=dict)
+    swept: Mapping[str, Sequence[Report]] = field(default_factory=dict)
     superclasses: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 

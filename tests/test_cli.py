@@ -39,6 +39,10 @@ def test_version_and_recipes_are_told(say) -> None:
     code, text = say("train", "--list")
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert code == 0 and lines["convnet_aig/toy"].startswith("A gated ResNet-14")
+    code, text = say("sweep", "--list")
+    assert code == 0 and "\ntoy  " in text and "How does accuracy on the toy set move" in text
+    code, text = say("sweep", "toy", "--show")
+    assert code == 0 and text.count("family.target_rate=0.4") == 2 and "kind: asha" in text
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,12 @@ def test_version_and_recipes_are_told(say) -> None:
         (("data", "toy", "here", "--classes", "1"), ["--classes", "greater than or equal to 2"]),
         (("data", "info", "nowhere"), ["nowhere: no such folder"]),
         (("models", "list"), ["no registry here yet", "--uri"]),
+        (("sweep", "toi"), ["toi: no such sweep", "did you mean toy?"]),
+        (("sweep", "toy", "--trial", "x"), ["--trial (=x)", "--register NAME"]),
+        (
+            ("sweep", "toy", "--register", "a", "--trial", "002-target_rate-0.4"),
+            ["no such trial", "did you mean 002-target_rate-0.4_lr-0.0309183?"],
+        ),
     ],
 )
 def test_an_error_names_the_thing_and_the_way_out(

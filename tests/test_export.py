@@ -146,7 +146,7 @@ def test_gates_become_branches_that_are_taken_both_ways(tmp_path: Path) -> None:
             expected = policies["gates-hard"].predict(net, images)
         assert expected.facts["gates"][0, [1, 2, 4, 5]].tolist() == [bias > 0] * 4
         torch.testing.assert_close(run(images), expected.logits)
-    with pytest.raises(ConfigError, match="for one image at a time"):
+    with pytest.raises(ConfigError, match=r"for one image at a time \(batch 1\), or one of all-open, "):
         static["gates-hard"](given().pictures(2))
 
 

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,8 +27,10 @@ from pipeline.data.index import open_index
 from pipeline.data.toy import make
 from pipeline.errors import ConfigError, ContractError, ResourceError
 from pipeline.families.baseline import FAMILY as BASELINE
+from pipeline.family import Evaluated
 from pipeline.figures import Bars, HeatMap, Lines, Series, Table
 from pipeline.report import build, cells, draw, fault_of, folder, general, grouped, report
+from pipeline.report.resolutions import resolutions
 from pipeline.report.thumbnails import SIDE_PX, thumbnails
 
 
@@ -216,6 +218,31 @@ def test_a_latency_says_how_it_was_measured_and_whether_to_trust_it() -> None:
 
 
 # ---- classes
+
+
+def swept(net: Evaluated, sides: Sequence[int], up: str = "") -> Evaluated:
+    reports = [replace(report, policy=f"{report.policy}@{side}px{up}") for report in net.reports for side in sides]
+    return replace(net, swept={**net.swept, f"sides{sides}{up}": reports})
+
+
+def test_lower_sides_are_drawn_beside_the_images_own_and_stand_in_a_table() -> None:
+    assert resolutions(drawn_nets.three()) == []
+    one = swept(swept(drawn_nets.net("one"), (16, 8)), (16,), "-and-up")
+    lines, table = resolutions([one, drawn_nets.net("two")])
+    assert isinstance(lines, Lines) and isinstance(table, Table)
+    names = [f"one · {policy}{up}" for policy in ("low", "mid", "full") for up in ("", " · up again")]
+    assert [series.name for series in lines.series] == names
+    assert [series.x for series in lines.series] == [[8.0, 16.0, 32.0], [16.0, 32.0]] * 3
+    assert lines.series[0].y == [100 * one.reports[0].top1] * 3
+    assert len(table.rows) == 3 * (3 + 2) and table.rows[0][:4] == ["one", "low", 32, "no"]
+
+
+def test_of_many_ways_to_run_at_lower_sides_each_nets_first_is_drawn() -> None:
+    nets = [swept(drawn_nets.net(name), (16, 8)) for name in ("one", "two", "three")]
+    lines, table = resolutions(nets)
+    assert isinstance(lines, Lines) and isinstance(table, Table)
+    assert [series.name for series in lines.series] == ["one · low", "two · low", "three · low"]
+    assert "Of 9 ways" in lines.caption and len(table.rows) == 27
 
 
 def test_of_many_classes_the_worst_and_the_best_are_drawn_and_all_are_in_the_csv(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError
 from pipeline.families.baseline.model import BaselineConfig
 from pipeline.family import Fitted
+from pipeline.report.resolutions import resolutions
 from pipeline.robustness import AtSide, Attack, Attacked, Sweep, compressed, sides, strength
 from pipeline.training.evaluate import Evaluator, evaluate
 
@@ -272,6 +273,11 @@ def test_attacks_and_sweeps_are_stored_apart_and_shown_beside_the_clean(
     (shown,) = evaluations.together([after])
     assert list(shown.attacked) == [attack[1:]] and shown.reports == clean.reports
     assert shown.attacked[attack[1:]][0].top1 < clean.reports[0].top1
+    assert sorted(shown.swept) == ["sides24+12", "sides24+12-and-up"]
+    drawn, rows = resolutions([shown])
+    assert [series.x for series in drawn.series] == [[12.0, 24.0]] * 2
+    assert [series.y[1] for series in drawn.series] == [100 * clean.reports[0].top1] * 2
+    assert len(rows.rows) == 4
     swept = json.loads((run_dir / "evaluations" / f"toy-{data}-sides24+12" / "reports.json").read_text())
     assert [report["policy"] for report in swept] == ["native@24px", "native@12px"]
     assert swept[0]["top1"] == clean.reports[0].top1 and swept[1]["macs_mean"] < swept[0]["macs_mean"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import shutil
 import signal
@@ -17,10 +18,12 @@ from pathlib import Path
 import pytest
 from mlflow_here import database
 
-from pipeline import journal
+from pipeline import journal, registry
 from pipeline.data import toy
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ResourceError
+from pipeline.launch import Result
 from pipeline.tracking import connect
+from pipeline.tracking.carrier import Ledger
 from tuning import config, outcome, price, space, sweep
 from tuning.advice import Halving, Study
 from tuning.config import SchedulerConfig
@@ -143,6 +146,8 @@ def test_what_a_key_cannot_be_is_said_with_its_name(images: Path, entry: object,
         (["search.kind=grid"], ["training.optimizer.lr is drawn"]),
         (["search.kind=optuna"], ["family.target_rate is a grid"]),
         (["search.sample=3"], ["search.sample: no such key", "search.samples"]),
+        (["schedular.kind=none"], ["schedular.kind: no such key", "did you mean scheduler.kind?"]),
+        (["epochs=3"], ["epochs: no such key", "did you mean training.epochs?"]),
         (["objectives={top1: max, gmacs: min, ece: min}"], ["one, or accuracy and cost"]),
         (["curves=['(']"], ["no regular expression"]),
     ],
@@ -154,6 +159,20 @@ def test_what_is_wrong_with_a_sweep_is_said_before_anything_starts(
         load(images, *overrides)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("bounds", [[0, math.inf], [math.nan, 1]])
+def test_bounds_are_numbers_that_can_be_drawn_between(bounds: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"a\.b: uniform .*: both bounds are finite numbers"):
+        space.parse({"a.b": {"uniform": bounds}})
+
+
+def test_a_condition_that_never_holds_is_refused() -> None:
+    asked = {"a.b": {"grid": [2, 3]}, "a.c": {"choice": [4], "when": {"a.b": [3, 5]}}}
+    with pytest.raises(ConfigError, match=r"a\.c: when: a\.b is never 5; it may be 2, 3"):
+        space.parse(asked)
+    of_another = {"$x": {"uniform": [0, 1]}, "a.b": {"choice": ["$x", 1]}, "a.c": {"choice": [4], "when": {"a.b": 0.5}}}
+    space.parse(of_another)
 
 
 def test_every_shipped_sweep_draws_recipes_that_hold() -> None:
@@ -172,13 +191,17 @@ def test_every_shipped_sweep_draws_recipes_that_hold() -> None:
 def test_objectives_that_no_trial_reports_are_refused() -> None:
     policies = ["32px", "16px"]
     for good in ({"top1": "max"}, {"16px/top1": "max", "mean/gmacs": "min"}, {"mparameters": "min"}):
-        outcome.check_objectives(config.SweepConfig(name="a", recipe="b", space={}, objectives=good), policies)
+        outcome.check_objectives(config.SweepConfig(name="a", recipe="b", space={}, objectives=good), policies, 10)
     with pytest.raises(ConfigError, match=r"objectives: 18px/top1: no trial reports it; did you mean 16px/top1"):
         wrong = config.SweepConfig(name="a", recipe="b", space={}, objectives={"18px/top1": "max"})
-        outcome.check_objectives(wrong, policies)
+        outcome.check_objectives(wrong, policies, 10)
     with pytest.raises(ConfigError, match="memory=true"):
         wrong = config.SweepConfig(name="a", recipe="b", space={}, objectives={"top1": "max", "memory_mib": "min"})
-        outcome.check_objectives(wrong, policies)
+        outcome.check_objectives(wrong, policies, 10)
+
+    with pytest.raises(ConfigError, match="top5: no trial reports it"):  # of four classes
+        wrong = config.SweepConfig(name="a", recipe="b", space={}, objectives={"top5": "max"})
+        outcome.check_objectives(wrong, policies, 4)
 
 
 # --- what ends early, and what is chosen
@@ -331,11 +354,16 @@ def test_a_finished_sweep_is_not_trained_again_and_may_be_asked_for_more(images:
     assert before == {path: path.read_bytes() for path in whole.glob("trials/*/journal/rank0.jsonl")}
 
 
-def test_another_space_in_the_same_folder_is_refused_with_what_differs(images: Path, whole: Path) -> None:
+def test_another_space_or_set_in_the_same_folder_is_refused_with_what_differs(
+    images: Path, whole: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"holds another sweep:(.|\n)*space: (.|\n)*0\.5"):
         sweep.run(load(images, "space.family.target_rate={grid: [0.4, 0.5]}"), whole)
     with pytest.raises(ConfigError, match=r"recipe\.training\.epochs: 4\.0 there, 5\.0 now"):
         sweep.run(load(images, "training.epochs=5"), whole)
+    others = toy.make(tmp_path / "set", num_classes=4, train=160, val=80, side_px=32, seed=6)
+    with pytest.raises(ConfigError, match=r"recipe\.data\.identity: "):
+        sweep.run(load(others), whole)
     trial_folder = next((whole / "trials").iterdir())
     with pytest.raises(ConfigError, match="holds a run, not a sweep"):
         sweep.run(load(images), trial_folder)
@@ -346,6 +374,21 @@ def test_no_trial_can_report_is_said_and_leaves_nothing(images: Path, tmp_path: 
         ConfigError, match=r"objectives: gates-soft/top1: no trial reports it; did you mean gates-hard/top1"
     ):
         sweep.run(load(images, "objectives={gates-soft/top1: max}"), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["scheduler.grace_epochs=20"], r"grace_epochs \(=20\) is above training.epochs \(=4\)"),
+        (["scheduler.metric=top5"], r"scheduler.metric \(=top5\): an evaluation reports top1, ece"),
+    ],
+)
+def test_a_scheduler_that_would_judge_nothing_is_refused_and_leaves_nothing(
+    images: Path, tmp_path: Path, wrong: list[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        sweep.run(load(images, *wrong), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
 
 
@@ -369,6 +412,9 @@ def test_what_costs_too_much_is_refused_and_counted_and_a_failed_trial_fails_alo
     assert not any("starts" in line or "goes on" in line for line in said.lines[before:])
     assert sweep.run(mine, tmp_path / "sweep", watcher=said, retry_failed=True).failed
     assert sum("starts" in line or "goes on" in line for line in said.lines[before:]) == 1
+    assert any("no trial will end early" in line and "(=1 epochs)" in line for line in said.lines)
+    told = journal.curves(tmp_path / "sweep" / "journal")["trials/ended"]
+    assert told == [(1, 1.0), (2, 2.0), (3, 2.0)]  # the second try of the failed one is heard of too
 
 
 def test_the_best_trial_is_registered_as_candidate(images: Path, whole: Path) -> None:
@@ -378,6 +424,8 @@ def test_the_best_trial_is_registered_as_candidate(images: Path, whole: Path) ->
     made = client.get_model_version_by_alias("from-a-sweep", "candidate")
     assert int(made.version) == version.version
     assert client.get_run(made.run_id).info.run_name == found.best
+    with pytest.raises(ConfigError, match=rf"a sweep; name one of its 4 trials, e\.g\. .*/trials/{found.best}"):
+        registry.resolve(str(whole))
     with pytest.raises(ConfigError, match=r"--trial \(=00\): no such trial"):
         outcome.register(found, "from-a-sweep", "00")
     ended = next(row[0] for row in table(whole) if row[table(whole)[0].index("state")] == "stopped (ASHA)")
@@ -407,10 +455,45 @@ def test_what_was_decided_and_saved_before_a_kill_is_not_trained_again(
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if '"state": "stopped"' not in line))
     (run_dir / "results.csv").unlink()
+    name = next(row[0] for row in table(whole) if "stopped (ASHA)" in row)
+    client = connect(f"sqlite:///{tmp_path}/mlflow.db")
+    run_id = Ledger.peek(run_dir / "trials" / name).run_id
+    client.update_run(run_id, status="RUNNING")  # as a killed driver leaves it
     said = Said()
     assert sweep.run(load(images), run_dir, watcher=said).finished
     assert table(run_dir) == table(whole)
     assert not any("goes on" in line or "starts" in line for line in said.lines)
+    assert client.get_run(run_id).info.status == "KILLED"
+
+
+def test_a_trial_that_is_to_end_later_than_it_was_stopped_has_not_ended(
+    images: Path, whole: Path, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        controller = sweep.Controller(load(images), copied(whole, tmp_path), 99, Said(), stack)
+        judged = next(trial for trial in controller.trials if trial.ends_by == "ASHA")
+        judged.state = "running"
+        for step, state in ((judged.ends_at - 1, "planned"), (judged.ends_at, "stopped")):
+            runner = sweep.Runner(judged, load(images).recipe(judged.draw), controller.folder(judged))
+            runner.result = Result(runner._folder, False, step, (), None, None, "", None)
+            controller._conclude(runner)
+            assert judged.state == state
+
+
+def test_a_trial_that_trains_too_long_is_stopped_and_one_found_so_keeps_what_it_reached(
+    images: Path, tmp_path: Path
+) -> None:
+    one = ["space={family.target_rate: {grid: [0.5]}}", "scheduler.kind=none", "bounds.max_minutes=0.005"]
+    mine, run_dir = load(images, *one, "training.epochs=400"), tmp_path / "sweep"
+    assert sweep.run(mine, run_dir).tally == "1 stopped"
+    heading, row = table(run_dir)
+    reached = int(row[heading.index("step")])
+    assert "stopped (max_minutes)" in row and 0 < reached < 2000
+    path = run_dir / "journal" / "sweep.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"overtime"' not in line and '"ended"' not in line))
+    assert sweep.run(mine, run_dir).tally == "1 stopped"
+    assert int(table(run_dir)[1][heading.index("step")]) >= reached and float(table(run_dir)[1][-1]) > 0
 
 
 class Stopping(Said):
@@ -450,6 +533,61 @@ def test_what_a_killed_writer_left_torn_is_passed_over(tmp_path: Path) -> None:
     second.write("ended", number=0, state="failed", reason="x", step=3, metrics={})
     second.close()
     assert [(trial.state, trial.step) for trial in Record(tmp_path, 3).trials] == [("failed", 3)]
+
+
+def test_a_driver_that_was_taken_over_from_writes_nothing_that_counts(tmp_path: Path) -> None:
+    first = Record(tmp_path, 1)
+    first.draw(Draw(0, 0, {"a": 1}))
+    second = Record(tmp_path, 2)
+    second.write("judged", number=0, step=5, epoch=1, value=0.5, ends=False)
+    first.write("ended", number=0, state="failed", reason="its cluster was gone", step=3, metrics={})
+    assert [(trial.state, trial.judged) for trial in Record(tmp_path, 3).trials] == [("planned", {5: 0.5})]
+
+
+class Overtaken(Said):
+    """Takes the sweep's lease away at the first evaluation that it hears of."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self._run_dir = run_dir
+
+    def say(self, text: str) -> None:
+        super().say(text)
+        if "at epoch" in text:
+            lease = json.loads((self._run_dir / "lease.json").read_text())
+            (self._run_dir / "lease.json").write_text(json.dumps(lease | {"fence": lease["fence"] + 1}))
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pipeline.lease import Lease
+held = Lease(Path(sys.argv[1])).acquire()
+Path(sys.argv[1], "held").touch()
+time.sleep(4)
+held.release()
+"""
+
+
+def test_a_trial_that_another_driver_is_at_is_waited_for(images: Path, tmp_path: Path) -> None:
+    one = load(images, "space={family.target_rate: {grid: [0.5]}}", "scheduler.kind=none", "training.epochs=1")
+    folder = tmp_path / "sweep" / "trials" / one.draws()[0].name
+    folder.mkdir(parents=True)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=Path(__file__).parents[1])
+    wait_until(lambda: (folder / "held").exists())
+    said = Said()
+    assert sweep.run(one, tmp_path / "sweep", watcher=said).tally == "1 finished"
+    assert other.wait() == 0
+    assert sum("another driver trains it (" in line for line in said.lines) == 1
+
+
+def test_a_driver_that_has_lost_its_lease_ends(images: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "sweep"
+    with pytest.raises(ResourceError, match="another driver has taken this sweep over"):
+        sweep.run(load(images, "training.epochs=40"), run_dir, watcher=Overtaken(run_dir))
+    for folder in (run_dir / "trials").iterdir():  # its threads are still of this process
+        (folder / "stop").touch()
+        wait_until(lambda folder=folder: json.loads((folder / "lease.json").read_text())["released"])
 
 
 def test_a_sweep_killed_twice_ends_as_one_that_was_not(images: Path, whole: Path, tmp_path: Path) -> None:

@@ -124,13 +124,15 @@ class Sweep:
             return []
         return space.draws(self.cases, samples=search.samples, seed=search.seed)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a sweep's folder must agree with to be gone on with, by dotted key; more samples may be asked for."""
+    def identity(self, images: str) -> dict[str, Any]:
+        """What a sweep's folder must agree with to be gone on with, by dotted key; more samples may be asked for.
+
+        `images` is the identity of the training images.
+        """
         mapping = configs.as_mapping(self.config)
         kept = {key: mapping[key] for key in ("recipe", "scheduler", "bounds", "objectives")}
         search = {key: value for key, value in mapping["search"].items() if key != "samples"}
-        learned = {f"recipe.{key}": value for key, value in run_config.fingerprint(self.base, "").items()}
+        learned = {f"recipe.{key}": value for key, value in run_config.fingerprint(self.base, images).items()}
         judged = {"recipe.evaluation.every": str(self.base.evaluation.every), "space": mapping["space"]}
         return configs.flat({**kept, "search": search}) | learned | judged
 
@@ -184,6 +186,7 @@ def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = 
         elif key.strip().partition(".")[0] in SweepConfig.model_fields:
             mapping = configs.merge(mapping, configs.parse_override(text))
         else:
+            _check_section(key.strip())
             of_recipe.append(text)
     config = configs.validate(SweepConfig, mapping, f"sweep {source}")
     cases = space.parse(config.space)
@@ -195,6 +198,14 @@ def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = 
     for draw in sweep.draws() or space.draws(cases, samples=1, seed=config.search.seed):
         sweep.recipe(draw)
     return sweep
+
+
+def _check_section(key: str) -> None:
+    """Raises ConfigError for what is a sweep's own section but for a slip; whatever else is the recipe's to refuse."""
+    section, dot, rest = key.partition(".")
+    close = get_close_matches(section, SweepConfig.model_fields, 1, 0.75)
+    if section not in RunConfig.model_fields and close:
+        raise ConfigError(f"{key}: no such key of a sweep or its recipe; did you mean {close[0]}{dot}{rest}?")
 
 
 def _respaced(section: Any, key: str, value: Any) -> Any:

@@ -45,16 +45,22 @@ class Outcome:
     tracking_uri: str | None
 
 
-def check_objectives(config: SweepConfig, policies: Sequence[str]) -> None:
+def reported(num_classes: int) -> list[str]:
+    """What an evaluation on so many classes tells of each policy."""
+    return [metric for metric in METRICS if metric != "top5" or num_classes > 5]
+
+
+def check_objectives(config: SweepConfig, policies: Sequence[str], num_classes: int) -> None:
     """Raises ConfigError for an objective that no trial reports, before anything is trained."""
-    known = [*METRICS, *(metric for metric in OF_NET if metric != "memory_mib" or config.memory)]
-    known += [f"{policy}/{metric}" for policy in (*policies, MEAN) for metric in METRICS]
+    metrics = reported(num_classes)
+    known = [*metrics, *(metric for metric in OF_NET if metric != "memory_mib" or config.memory)]
+    known += [f"{policy}/{metric}" for policy in (*policies, MEAN) for metric in metrics]
     for name in (*config.objectives, config.cost):
         if name not in known:
             close = get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise ConfigError(
-                f"objectives: {name}: no trial reports it; {hint}known: {', '.join(METRICS)} and mparameters "
+                f"objectives: {name}: no trial reports it; {hint}known: {', '.join(metrics)} and mparameters "
                 f"(memory_mib with memory=true), of the first policy as they are, of another as POLICY/top1, of all as "
                 f"{MEAN}/top1; policies: {', '.join(policies)}"
             )
@@ -98,14 +104,15 @@ def _of_net(sweep: Sweep, folder: Path, config: RunConfig) -> dict[str, float]:
     return found
 
 
-def metrics_at(folder: Path, step: int, policy: str) -> dict[str, float]:
-    """What a trial that ended early had at `step`: the first policy's metrics of its newest evaluation up to then."""
+def metrics_at(folder: Path, step: int) -> dict[str, float]:
+    """What a trial that ended early had at `step`: its first policy's metrics, of the newest evaluation up to then."""
     found: dict[str, float] = {}
     for key, points in journal.curves(folder / "journal").items():
         earlier = [value for at, value in points if at <= step]
         if key.startswith("eval/") and earlier:
             found[key.removeprefix("eval/")] = earlier[-1]
-    return found | _of_first(found, policy)
+    policies = {key.rpartition("/")[0] for key in found}  # one: while it trains no other is evaluated
+    return found | {name: value for policy in policies for name, value in _of_first(found, policy).items()}
 
 
 # --- which trial is best

@@ -64,6 +64,7 @@ def _frontier(axes: Axes, sweep: Sweep, trials: Sequence[Trial], cost: str) -> N
         where = (trial.metrics[cost], trial.metrics[config.accuracy])
         axes.annotate(_short(trial), where, fontsize=7, xytext=(4, 4), textcoords="offset points")
     axes.set(xlabel=cost, ylabel=config.accuracy)
+    axes.margins(x=0.12)  # for the words beside the rightmost
     axes.grid(alpha=0.3)
     axes.legend()
 

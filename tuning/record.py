@@ -22,6 +22,7 @@ from tuning.space import Draw
 State = Literal["planned", "running", "finished", "stopped", "failed", "refused"]
 ENDED = ("finished", "stopped", "failed", "refused")
 NAME = "sweep"  # of the journal
+OVERTIME = "max_minutes"
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Trial:
     reason: str = ""  # of the state, where it is refused, stopped or failed
     price: Mapping[str, int] = field(default_factory=dict)  # macs, parameters of the whole net
     judged: dict[int, float] = field(default_factory=dict)  # step: value, of evaluations while training
-    ends_at: int | None = None  # the step by which it was decided to end
+    ends_at: int | None = None  # the step by which it was decided to end before its time
+    ends_by: str = ""  # what decided it: ASHA or max_minutes
     metrics: Mapping[str, float] = field(default_factory=dict)  # at the end
     step: int = 0
     total_steps: int = 0
@@ -53,6 +55,7 @@ class Record:
 
     def __init__(self, run_dir: Path, fence: int) -> None:
         self.trials: list[Trial] = []
+        self.ends = 0  # that were written; a trial that is tried again ends again
         self._journal = Journal(run_dir / "journal", NAME, fence=fence)
         self.before = list(past(run_dir))  # what earlier drivers wrote
         for event in self.before:
@@ -79,7 +82,7 @@ class Record:
     def _apply(self, event: Mapping[str, Any]) -> None:
         kind = event["event"]
         if kind == "drawn":
-            if event["number"] == len(self.trials):  # a driver that lost its lease may have written it again
+            if event["number"] == len(self.trials):  # a driver may have written it while it was being taken over from
                 self.trials.append(Trial(Draw(event["number"], event["case"], event["values"])))
             return
         trial = self.trials[event["number"]]
@@ -90,18 +93,21 @@ class Record:
         elif kind == "judged":
             trial.judged[event["step"]] = event["value"]
             if event["ends"]:
-                trial.ends_at, trial.reason = event["step"], "ASHA"
+                trial.ends_at, trial.ends_by = event["step"], "ASHA"
         elif kind == "overtime":
-            trial.ends_at, trial.reason = event["step"], "max_minutes"
+            trial.ends_at, trial.ends_by = event["step"], OVERTIME
         elif kind == "ended":
             trial.state, trial.reason = event["state"], event["reason"]
             trial.step, trial.metrics = event["step"], event["metrics"]
+            self.ends += 1
         elif kind == "retried":
             trial.state, trial.reason = "planned", ""
 
 
 def past(run_dir: Path) -> Iterator[Mapping[str, Any]]:
-    """The events written so far, in order."""
-    path = run_dir / "journal" / f"{NAME}{journal.SUFFIX}"
-    if path.exists():
-        yield from (record for record in journal.read_all(path) if "event" in record)
+    """The events written so far, in order; without those of a driver that another one had taken over from."""
+    path, fence = run_dir / "journal" / f"{NAME}{journal.SUFFIX}", 0
+    for record in journal.read_all(path) if path.exists() else ():
+        fence = max(fence, record.get("fence", 0))
+        if "event" in record and record.get("fence", 0) == fence:
+            yield record

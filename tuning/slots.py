@@ -6,6 +6,7 @@ nothing else: where one fits, it runs.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 
 from pipeline import cluster
@@ -18,12 +19,8 @@ def slots(compute: ComputeConfig) -> int:
 
     Raises ResourceError where not one does.
     """
-    import ray
-
-    one = cluster.demand(compute, 1, gpu=cluster.computes_on_gpu(compute))
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = sum(_fitting(node, one) for node in nodes)
-    most, fewest = max(1, compute.most_workers), max(1, compute.fewest_workers)
+    one, nodes = _of_worker(compute), _nodes()
+    fewest, workers = max(1, compute.fewest_workers), sum(_fitting(node, one) for node in nodes)
     if workers < fewest:
         needs = ", ".join(f"{amount:g} {name}s" for name, amount in one.items())
         offers = "; ".join(
@@ -33,16 +30,23 @@ def slots(compute: ComputeConfig) -> int:
             f"a trial is {fewest} workers (compute.workers) of {needs} each; the cluster's nodes have "
             f"{offers or 'none'}: room for {workers}. Set compute.workers or cpus_per_worker lower, or add nodes"
         )
-    return max(1, workers // most)
+    return _trials(compute, workers)
+
+
+def _trials(compute: ComputeConfig, workers: int) -> int:
+    """Trials of the room for so many workers: of elastic ones as many as may grow to their most, and one at least."""
+    fewest, most = max(1, compute.fewest_workers), max(1, compute.most_workers)
+    return max(workers // most, min(1, workers // fewest))
 
 
 def free(compute: ComputeConfig, running: int) -> int:
     """Trials that may be started beside the `running` ones, given what others hold of the cluster just now.
 
-    What our own trials take is counted as taken even while they start.
+    What our own trials take is counted as taken even while they start. Nodes that came later count, lost ones do not.
     """
     import ray
 
+    held = _trials(compute, sum(_fitting(node, _of_worker(compute)) for node in _nodes()))
     each = cluster.demand(compute, max(1, compute.fewest_workers), gpu=cluster.computes_on_gpu(compute))
     whole, now = ray.cluster_resources(), ray.available_resources()
     found = []
@@ -50,17 +54,33 @@ def free(compute: ComputeConfig, running: int) -> int:
         ours = running * amount
         others = max(0.0, whole.get(name, 0) - now.get(name, 0) - ours)
         found.append(int((whole.get(name, 0) - ours - others + 1e-6) // amount))
-    return max(0, min([*found, max(0, slots(compute) - running)]))
+    return max(0, min([*found, held - running]))
 
 
 def alive() -> bool:
-    """Whether the cluster still answers."""
+    """Whether the cluster's head listens and a node of it lives.
+
+    Ray would wait for its head for a minute in any call that needs it, and then end this process.
+    """
     import ray
 
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     try:
-        return any(node["Alive"] for node in ray.nodes())
-    except Exception:  # of several kinds, where its head is gone
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except OSError:
         return False
+    return bool(_nodes())
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    """What each living node has."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _of_worker(compute: ComputeConfig) -> dict[str, float]:
+    return cluster.demand(compute, 1, gpu=cluster.computes_on_gpu(compute))
 
 
 def _fitting(node: Mapping[str, float], one: Mapping[str, float]) -> int:

@@ -16,6 +16,7 @@ change the first ones, and another key in one case changes no other case.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,12 +115,26 @@ def _case(section: Mapping[str, Any]) -> Case:
     entries: list[Entry] = []
     for key, value in flattened(section).items():
         entry = _entry(str(key), value)
-        for asked in entry.when:
-            if asked not in {earlier.key for earlier in entries}:
-                raise ConfigError(f"space: {key}: when: {asked} must stand before it in the same case")
+        _check_conditions(entry, {earlier.key: earlier for earlier in entries})
         entries.append(entry)
     _check_grids(entries)
     return tuple(entries)
+
+
+def _check_conditions(entry: Entry, earlier: Mapping[str, Entry]) -> None:
+    """Every key asked stands before it, and each value asked for is one that the key may have."""
+    for asked, values in entry.when.items():
+        if asked not in earlier:
+            raise ConfigError(f"space: {entry.key}: when: {asked} must stand before it in the same case")
+        of = earlier[asked]
+        never = [value for value in values if value not in of.of]
+        if of.kind in ("grid", "choice", "fixed") and never and not any(map(_is_name, of.of)):
+            there = ", ".join(map(written, of.of))
+            raise ConfigError(f"space: {entry.key}: when: {asked} is never {written(never[0])}; it may be {there}")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("$")
 
 
 def _check_grids(entries: Sequence[Entry]) -> None:
@@ -167,6 +182,8 @@ def _check_bounds(key: str, kind: str, given: list[Any]) -> None:
         wanted = "two whole numbers" if whole else "two numbers"
         raise ConfigError(f"space: {key}: {kind} (={given}): give {wanted}, [LOWEST, HIGHEST]")
     low, high = given
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ConfigError(f"space: {key}: {kind} (={given}): both bounds are finite numbers")
     if low >= high:
         raise ConfigError(f"space: {key}: {kind} (={given}): the lower bound comes first, and they differ")
     if kind == "loguniform" and low <= 0:
@@ -242,7 +259,7 @@ def _listed(entry: Entry, values: Values) -> list[Any]:
 
 def _filled(entry: Entry, value: Any, values: Values) -> Any:
     """`$name` as what it was drawn to be."""
-    if not isinstance(value, str) or not value.startswith("$"):
+    if not _is_name(value):
         return value
     if value not in values:
         raise ConfigError(f"space: {entry.key}: {value} is drawn nowhere before it in this case")

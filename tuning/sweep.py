@@ -16,15 +16,15 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline import cluster, journal, launch, worker
+from pipeline import cluster, journal, launch, lease, worker
 from pipeline import config as configs
-from pipeline.data.index import open_splits
+from pipeline.data.index import Splits, open_splits
 from pipeline.errors import AdaptNetError, ConfigError, ResourceError
 from pipeline.journal import FirstValues
 from pipeline.launch import Result
@@ -42,7 +42,8 @@ from tuning.space import Draw
 
 POLL_S = 0.5
 TRIALS = "trials"
-SAY_EVERY_S = 60.0  # that the cluster is full of others' work
+SAY_EVERY_S = 60.0  # what is waited for
+GONE_S = 10.0  # without an answer a cluster is given up
 
 
 class Watcher(Protocol):
@@ -69,17 +70,17 @@ def run(sweep: Sweep, run_dir: Path, *, retry_failed: bool = False, watcher: Wat
     _check_place(run_dir)
     new = not run_dir.exists()
     run_dir = launch.make_folder(run_dir)
-    lease = Lease(run_dir).acquire()
+    held = Lease(run_dir).acquire()
     try:
         (run_dir / "stop").unlink(missing_ok=True)
         with ExitStack() as stack:
-            controller = Controller(sweep, run_dir, lease.fence, watcher or Nobody(), stack)
+            controller = Controller(sweep, run_dir, held.fence, watcher or Nobody(), stack)
             return controller.go(retry_failed=retry_failed)
     finally:
         if new and not (run_dir / "config.yaml").exists():
-            lease.withdraw()
+            held.withdraw()
         else:
-            lease.release()
+            held.release()
 
 
 def _check_place(run_dir: Path) -> None:
@@ -94,13 +95,15 @@ class Controller:
         self.sweep, self.config, self.run_dir, self.watcher = sweep, sweep.config, run_dir, watcher
         self._fence, self._stack = fence, stack
         self._running: dict[int, Runner] = {}
-        self._said_full = 0.0
+        self._waiting = Waiting(self._say)
+        self._heard_of_cluster = time.monotonic()
         self._check_objectives()
-        self._write_config()
-        self.record = Record(run_dir, fence)
-        stack.callback(self.record.close)
+        self._check_scheduler()
         self._halving = Halving(self.config.scheduler, self._epochs())
         self._study = Study(self.config, sweep.cases) if self.config.search.kind == "optuna" else None
+        self._write_config()  # once nothing of the file can be refused any more
+        self.record = Record(run_dir, fence)
+        stack.callback(self.record.close)
         self._replay()
 
     # --- the course of a sweep
@@ -113,16 +116,20 @@ class Controller:
         if self._left():
             base = self.sweep.base.compute
             with cluster.cluster(base) if base.workers != 0 else nullcontext():
-                self._most = self._concurrency()
-                self._say(f"{len(self.trials)} trials drawn, {self._tally()}; {self._most} at a time")
+                self._say(f"{len(self.trials)} trials drawn, {self._tally()}; {self._concurrency()} at a time")
+                self._say_if_none_is_judged()
                 while self._step():
                     time.sleep(POLL_S)
+        if self.record.ends:
+            self._log_progress()  # a driver may have been killed before it did
         found = outcome.conclude(self.sweep, self.run_dir, self.trials, tracked=self._tracked())
         self._say(self._tally())
         return found
 
     def _step(self) -> bool:
         """One look at what runs, and what may be started; False once there is nothing to do."""
+        self._check_lease()
+        self._check_cluster(patience_s=GONE_S)
         stopping = (self.run_dir / "stop").exists()
         for runner in list(self._running.values()):
             ended = runner.ended
@@ -138,22 +145,28 @@ class Controller:
         return bool(self._running) or (not stopping and self._left())
 
     def _start_more(self) -> None:
-        room = self._most - len(self._running)
-        if room > 0 and self.sweep.base.compute.workers != 0 and self._left():
-            room = min(room, slots.free(self.sweep.base.compute, len(self._running)))
-            if room == 0 and not self._running:
-                self._say_full()
+        room = self._room() if self._left() else 0
         while room > 0 and (trial := self._next()) is not None:
             if self._start(trial):
                 room -= 1
 
+    def _room(self) -> int:
+        """How many trials may be started now, of those that the file and the cluster allow."""
+        compute, running = self.sweep.base.compute, len(self._running)
+        room = (self.config.concurrency or sys.maxsize) - running
+        if compute.workers == 0:  # torch's seeds and threads are the process' own
+            return 1 - running
+        free = slots.free(compute, running)
+        if free == 0 and not running and self._waiting.said("others hold the cluster; waiting for room for a trial"):
+            slots.slots(compute)  # raises where it is the cluster itself that has become too small
+        return min(room, free)
+
     def _next(self) -> Trial | None:
         """What to start: the trials in their order; where a study draws them, a new one if there may be one."""
         due = [t for t in self.trials if t.state not in ENDED and t.number not in self._running]
-        if due:
-            return due[0]
-        if self._study is None or len(self.trials) >= self.config.search.samples:
-            return None
+        free = next((trial for trial in due if not self._is_elsewhere(trial)), None)
+        if free is not None or self._study is None or len(self.trials) >= self.config.search.samples:
+            return free
         number = len(self.trials)
         trial = self.record.draw(Draw(number, *self._study.ask(number)))
         try:
@@ -162,6 +175,13 @@ class Controller:
         except ConfigError as error:  # of the recipe, which not every draw need suit; a study learns from it
             self._refuse(trial, f"invalid: {error}")
         return self._next()
+
+    def _is_elsewhere(self, trial: Trial) -> bool:
+        """Whether another driver is at the trial: one that a person started, or one whose silence is still short."""
+        command = lease.held_elsewhere(self.folder(trial))
+        if command is not None:
+            self._waiting.said(f"{trial.name}: another driver trains it ({command}); waiting for its end")
+        return command is not None
 
     def _left(self) -> bool:
         drawn = [trial for trial in self.trials if trial.state not in ENDED and trial.number not in self._running]
@@ -173,7 +193,8 @@ class Controller:
         """Starts or goes on with a trial; ends it at once where all of it was done before a kill."""
         config, folder = self._recipe(trial), self.folder(trial)
         if trial.ends_at is not None and _saved_step(config, folder) >= trial.ends_at:
-            self._end(trial, "stopped", trial.reason, trial.ends_at)
+            _send_rest(config, folder)
+            self._end(trial, "stopped", trial.ends_by, trial.ends_at)
             return False
         runner = Runner(trial, config, folder)
         self._running[trial.number] = runner
@@ -184,13 +205,15 @@ class Controller:
 
     def _hear(self, runner: Runner) -> None:
         """Judges each new evaluation of a trial, in its order, until one ends it."""
-        trial, key = runner.trial, f"eval/{self._first_policy}/{self.config.scheduler.metric}"
+        trial = runner.trial
         for found in runner.read():
-            if found.get("key") == key and found["step"] not in trial.judged and trial.ends_at is None:
+            parts = found["key"].split("/")  # eval/POLICY/metric, of the first policy: no other is evaluated yet
+            judged = parts[0] == "eval" and parts[-1] == self.config.scheduler.metric
+            if judged and found["step"] not in trial.judged and trial.ends_at is None:
                 self._judge(trial, found["step"], found["value"], runner.epochs_per_step)
         most = self.config.bounds.max_minutes
         if most is not None and trial.ends_at is None and runner.trained_s > 60 * most and not runner.ended:
-            self.record.write("overtime", number=trial.number, step=runner.reached)
+            self.record.write("overtime", number=trial.number, step=runner.newest)
             self._say(f"{trial.name}: has trained for {most:g} minutes (bounds.max_minutes) and is stopped")
 
     def _judge(self, trial: Trial, step: int, value: float, epochs_per_step: float) -> None:
@@ -203,18 +226,14 @@ class Controller:
     def _conclude(self, runner: Runner) -> None:
         """What a trial whose driver has returned has come to."""
         trial, result, error = runner.trial, runner.result, runner.error
-        if error is not None and self.sweep.base.compute.workers != 0 and not slots.alive():
-            raise ResourceError(
-                f"the Ray cluster is gone ({error}). Start it again and give the same command: finished trials stay, "
-                "the others go on from their checkpoints"
-            )
-        if trial.ends_at is not None and error is None:
-            self._end(trial, "stopped", trial.reason, trial.ends_at)
-        elif result is not None and result.finished:
-            self._end(trial, "finished", "", result.step)
-        elif error is not None:
+        if error is not None:
+            self._check_cluster(patience_s=0)  # it failed by itself, not with the cluster
             self._end(trial, "failed", _words(error), trial.step)
-        elif (self.run_dir / "stop").exists():
+        elif result is not None and result.finished and trial.ends_by != "ASHA":
+            self._end(trial, "finished", "", result.step)
+        elif result is not None and trial.ends_at is not None and result.step >= trial.ends_at:
+            self._end(trial, "stopped", trial.ends_by, trial.ends_at)
+        elif trial.ends_at is not None or (self.run_dir / "stop").exists():
             trial.state = "planned"  # as all that is not done
             self._say(f"{trial.name}: saved at step {trial.step}")
         else:
@@ -225,7 +244,7 @@ class Controller:
         if state == "finished":
             metrics = outcome.final_metrics(self.sweep, folder, self._recipe(trial))
         elif state == "stopped":
-            metrics = outcome.metrics_at(folder, step, self._first_policy)
+            metrics = outcome.metrics_at(folder, step)
         self.record.write("ended", number=trial.number, state=state, reason=reason, step=step, metrics=metrics)
         self._tell(trial)
         shown = [f"{name} {metrics[name]:.4g}" for name in self._shown if name in metrics]
@@ -245,7 +264,7 @@ class Controller:
         values = {"trials/ended": float(len(ended))}
         if best is not None:
             values |= {f"best/{name}": best.metrics[name] for name in self._shown if name in best.metrics}
-        self.record.metrics(len(ended), values)
+        self.record.metrics(self.record.ends, values)
 
     # --- before and around it
 
@@ -301,17 +320,48 @@ class Controller:
             )
 
     def _check_objectives(self) -> None:
-        policies = price.policies(self.sweep.base, self._num_classes)
-        outcome.check_objectives(self.config, list(self.sweep.base.evaluation.policies or policies))
-        self._first_policy = policies[0]
-        metric = self.config.scheduler.metric
+        first = {draw.case: draw for draw in reversed(self.sweep.draws())}.values()  # of each case
+        recipes = [self.sweep.base, *map(self.sweep.recipe, first)]
+        found = [recipe.evaluation.policies or price.policies(recipe, self._num_classes) for recipe in recipes]
+        policies = dict.fromkeys(name for names in found for name in names)
+        outcome.check_objectives(self.config, list(policies), self._num_classes)
+
+    def _check_scheduler(self) -> None:
+        metric, known = self.config.scheduler.metric, outcome.reported(self._num_classes)
+        if metric not in known:
+            raise ConfigError(f"scheduler.metric (={metric}): an evaluation reports {', '.join(known)}")
         self._judged_sign = -1 if metric in outcome.LOW_IS_GOOD else 1
-        if metric not in outcome.METRICS:
-            raise ConfigError(f"scheduler.metric (={metric}): an evaluation reports {', '.join(outcome.METRICS)}")
+
+    def _say_if_none_is_judged(self) -> None:
+        base = self.sweep.base
+        every, per_step = base.evaluation.every, base.training.batch_size / len(self._splits.train)
+        first = {"epochs": every.value, "steps": every.value * per_step}.get(every.unit, 0.0)
+        if self.config.scheduler.kind == "asha" and first >= self._epochs():
+            self._say(
+                f"no trial will end early: they are judged by evaluations while they train, and evaluation.every "
+                f"(={every}) is not before their end at epoch {self._epochs():g}"
+            )
+
+    def _check_lease(self) -> None:
+        if not lease.is_current(self.run_dir, self._fence):
+            raise ResourceError(f"{self.run_dir}: another driver has taken this sweep over; this one ends")
+
+    def _check_cluster(self, patience_s: float) -> None:
+        """Raises ResourceError where Ray's cluster has not answered for that long."""
+        if self.sweep.base.compute.workers == 0:
+            return
+        if slots.alive():
+            self._heard_of_cluster = time.monotonic()
+        elif time.monotonic() - self._heard_of_cluster >= patience_s:
+            raise ResourceError(
+                "the Ray cluster is gone: its head does not answer, or it has no node left. Give the same command once "
+                "there is one again (without compute.address it starts its own): finished trials stay, the others go "
+                "on from their checkpoints"
+            )
 
     def _write_config(self) -> None:
         """config.yaml: the sweep, the recipe without draws, and what the folder must agree with."""
-        path, identity = self.run_dir / "config.yaml", self.sweep.identity
+        path, identity = self.run_dir / "config.yaml", self.sweep.identity(self._splits.train.identity)
         if path.exists():
             saved = configs.read_mapping(path).get("fingerprint", {})
             changed = checkpoint.differences(saved, identity)
@@ -348,10 +398,9 @@ class Controller:
         return config.model_copy(update={"name": trial.name, "tracking": tracking, "checkpoint": saving})
 
     def _concurrency(self) -> int:
+        """Trials at once, if nobody else needs the cluster. Raises ResourceError where not one fits."""
         compute, asked = self.sweep.base.compute, self.config.concurrency
-        if compute.workers == 0:  # torch's seeds and threads are the process' own
-            return 1
-        return min(slots.slots(compute), asked or sys.maxsize)
+        return 1 if compute.workers == 0 else min(slots.slots(compute), asked or sys.maxsize)
 
     def _epochs(self) -> float:
         """The longest that a trial may train; a study's is the recipe's."""
@@ -360,13 +409,17 @@ class Controller:
         return max([self.sweep.recipe(draw).training.epochs for draw in self.sweep.draws()], default=0.0)
 
     @cached_property
-    def _num_classes(self) -> int:
-        """Of the recipe's images. Raises what says early that there are none, or none to evaluate on."""
+    def _splits(self) -> Splits:
+        """The recipe's images. Raises what says early that there are none, or none to evaluate on."""
         base = launch.absolute(self.sweep.base)
         splits = open_splits(base.data, base.seed)
         if len(splits.val) == 0:
             raise ConfigError(f"data.root (={base.data.root}): no val split, so no trial would report anything")
-        return len(splits.train.classes)
+        return splits
+
+    @property
+    def _num_classes(self) -> int:
+        return len(self._splits.train.classes)
 
     @property
     def trials(self) -> list[Trial]:
@@ -385,10 +438,20 @@ class Controller:
     def _say(self, text: str) -> None:
         self.watcher.say(text)
 
-    def _say_full(self) -> None:
-        if time.monotonic() - self._said_full > SAY_EVERY_S:
-            self._said_full = time.monotonic()
-            self._say("others hold the cluster's resources; waiting for room for one trial")
+
+class Waiting:
+    """Says what is waited for, each matter every SAY_EVERY_S."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._said = say, dict[str, float]()
+
+    def said(self, text: str) -> bool:
+        """Says it where that is due; whether it had to be said again."""
+        before, now = self._said.get(text), time.monotonic()
+        if before is None or now - before > SAY_EVERY_S:
+            self._said[text] = now
+            self._say(text)
+        return before is not None and now - before > SAY_EVERY_S
 
 
 class Runner:
@@ -400,6 +463,7 @@ class Runner:
         self.result: Result | None = None
         self.error: BaseException | None = None
         self.reached = -1  # the newest step of this start
+        self.newest = 0  # and of all of them
         self.trained_s = 0.0  # over all starts
         self._path = folder / "journal" / f"rank0{journal.SUFFIX}"
         self._attempts = worker.attempts(folder)  # before this start
@@ -454,6 +518,7 @@ class Runner:
         self.trial.total_steps = record.get("total_steps", self.trial.total_steps)
         if "key" in record:
             self.trial.step = record["step"]
+            self.newest = max(self.newest, record["step"])
             if record["attempt"] > self._attempts:
                 self.reached = max(self.reached, record["step"])
 
@@ -464,6 +529,16 @@ def _saved_step(config: RunConfig, folder: Path) -> int:
         return -1
     names = checkpoint.open_storage(launch.absolute(config).checkpoint, folder).names()
     return int(names[-1].rpartition("-")[2]) if names else -1
+
+
+def _send_rest(config: RunConfig, folder: Path) -> None:
+    """Sends what a driver that was killed had not sent of a trial that is done."""
+    held = Lease(folder).acquire()
+    try:
+        with Shipper(folder, config.tracking, configs.as_mapping(config), command=sys.argv, fence=held.fence):
+            pass
+    finally:
+        held.release()
 
 
 def _words(error: BaseException) -> str:

@@ -56,6 +56,9 @@ def resolve(reference: str, uri: str | None = None, *, cache: Path | None = None
     section = configs.validate(CheckpointConfig, recipe_of(folder).get("checkpoint", {}), f"{folder}: recipe")
     storage = checkpoint.open_storage(section, folder.absolute())
     names = storage.names()
+    if not names and (trials := sorted(path.parent.name for path in folder.glob("trials/*/config.yaml"))):
+        best = status_of(folder).get("best_trial") or trials[0]
+        raise ConfigError(f"{folder}: a sweep; name one of its {len(trials)} trials, e.g. {folder / 'trials' / best}")
     if not names:
         raise CheckpointError(f"{folder}: this run has no whole checkpoint yet")
     best = status_of(folder).get("best")

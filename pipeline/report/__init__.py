@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError, ContractError
 from pipeline.evaluations import Net
 from pipeline.family import Evaluated
 from pipeline.figures import Bars, Figure, Gallery, HeatMap, Lines, Table
-from pipeline.report import cells, draw, folder, general
+from pipeline.report import cells, draw, folder, general, resolutions
 from pipeline.report.page import Section, Shown, drawn, page
 from pipeline.report.thumbnails import thumbnails
 from pipeline.training import checkpoint
@@ -143,6 +143,9 @@ def _facts(nets: Sequence[Evaluated]) -> list[str]:
 def _sections(nets: Sequence[Evaluated], whole: Table) -> Iterator[Section]:
     yield Section("frontier", "Accuracy against cost", general.frontiers(nets))
     yield Section("each-policy", "Each policy", general.policies(nets, whole))
+    lower = resolutions.resolutions(nets)
+    if lower:
+        yield Section("resolutions", "Lower resolutions", lower)
     classes = general.by_class(nets)
     if classes:
         yield Section("classes", "Classes", classes)
@@ -229,4 +232,5 @@ def _net(net: Evaluated) -> dict[str, Any]:
         **{name: getattr(net, name) for name in plain},
         "reports": [asdict(report) for report in net.reports],
         "attacked": {attack: [asdict(report) for report in reports] for attack, reports in net.attacked.items()},
+        "swept": {sweep: [asdict(report) for report in reports] for sweep, reports in net.swept.items()},
     }

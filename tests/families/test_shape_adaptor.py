@@ -1180,5 +1180,18 @@ def test_each_recipe_fits_its_net_and_gives_the_alphas_their_optimizer(recipe: s
     shape = config.training.other_optimizers["shape"]
     assert (shape.kind, shape.nesterov, shape.weight_decay) == ("sgd", True, 0)
     net = on_meta(family, CLASSES)
-    assert set(groups(family, net)) == {"main", "shape"}
+    assert set(groups(family, net)) == ({"main"} if family.mode == "human" else {"main", "shape"})
     assert config.training.decay_norms_and_biases
+
+
+CONTROLS = [name for name in RECIPES if name.endswith("_human")] + [name for name in RECIPES if "/fine_tuned_" in name]
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_differs_from_what_it_is_held_against_in_the_shape_alone(control: str) -> None:
+    adaptive = control.removesuffix("_human").replace("/fine_tuned_", "/autotl_")
+    mine, theirs = (run_config.load(recipe, data_home="/data").model_dump() for recipe in (control, adaptive))
+    assert mine["family"].pop("mode") == "human" != theirs["family"].pop("mode")
+    for each in (mine, theirs):
+        del each["name"], each["tracking"]["register"], each["family"]["limit_px"]
+    assert mine == theirs

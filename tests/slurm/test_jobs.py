@@ -173,6 +173,64 @@ def test_a_node_that_is_set_down_ends_the_job_and_slurm_starts_it_again(desk: De
     check_whole(desk, "down", 400)
 
 
+def test_a_head_node_that_is_lost_is_replaced_once_its_lease_has_run_out(desk: Desk) -> None:
+    """The job comes back on the other node within seconds, where the former driver cannot be asked whether it lives."""
+    job = desk.train("moved", "training.epochs=60", "checkpoint.every=20 steps", nodes="1")
+    desk.until(lambda: bool(desk.steps("moved")), "moved")
+    node = desk.cluster.show(job)["BatchHost"]
+    try:
+        assert desk.cluster.testcluster("node-kill", node.removeprefix("node")).returncode == 0
+        desk.cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        desk.until(lambda: desk.finished("moved"), "moved", 300)
+    finally:
+        desk.cluster.testcluster("node-start", node.removeprefix("node"))
+        desk.cluster.attempt("scontrol", "update", f"nodename={node}", "state=resume")
+    first, second = desk.starts("moved")
+    assert first["host"] != second["host"] and second["from"] >= 20
+    assert "waiting until the lease of this run's former driver has run out" in desk.log("moved")
+    check_whole(desk, "moved", 600)
+    desk.until(lambda: set(desk.cluster.run("sinfo", "-h", "-o", "%T").split()) == {"idle"}, "moved", 60)
+
+
+def test_an_elastic_job_goes_on_with_the_nodes_that_are_left(desk: Desk) -> None:
+    job = desk.train("elastic", "training.epochs=60", "checkpoint.every=20 steps", nodes="1-2")
+    desk.until(lambda: len(desk.steps("elastic")) > 1, "elastic")
+    assert "2 of 2 nodes" in desk.log("elastic")
+    other = next(node for node in desk.cluster.nodes if node != desk.cluster.show(job)["BatchHost"])
+    try:
+        assert desk.cluster.testcluster("node-kill", other.removeprefix("node")).returncode == 0
+        desk.until(lambda: desk.finished("elastic"), "elastic", 300)
+    finally:
+        desk.cluster.testcluster("node-start", other.removeprefix("node"))
+    assert len(desk.starts("elastic")) == 1, "the same start of the job"
+    events = [json.loads(line) for line in (desk.home / "runs/elastic/journal/rank0.jsonl").read_text().splitlines()]
+    assert [event["workers"] for event in events if event.get("event") == "started"] == [2, 1]
+    check_whole(desk, "elastic", 600)
+    desk.cluster.wait(job, "COMPLETED", 90)
+    desk.until(lambda: set(desk.cluster.run("sinfo", "-h", "-o", "%T").split()) == {"idle"}, "elastic", 90)
+
+
+def test_a_sweep_in_an_allocation_is_requeued_and_goes_on(desk: Desk) -> None:
+    small = ["scheduler.kind=none", *SMALL]
+    own = [f"data.root={desk.images}", "training.epochs=6", "checkpoint.every=10 steps", "compute.workers=1"]
+    sweep = desk.home / "two.yaml"
+    sweep.write_text("# Which seed?\nrecipe: convnet_aig/toy\nspace:\n  seed: {grid: [1, 2]}\n")
+    printed = desk.adaptnet("submit", "sweep", str(sweep), *small, *own, "--nodes", "2", "--time", "30m")
+    job = re.findall(r"^job (\S+):", printed, re.MULTILINE)[0]
+    refused = desk.attempt("submit", "sweep", str(sweep), *small, *own, "--time", "30m")
+    assert refused.returncode == 2 and f"job {job} of this run is" in refused.stderr
+    trials = desk.home / "runs" / "two" / "trials"
+    desk.until(lambda: bool(list(trials.glob("*/checkpoints/*/COMPLETE.json"))), "two")
+    desk.cluster.run("scancel", "--signal", "USR2", job)
+    desk.until(lambda: len(desk.starts("two")) == 2, "two", 120)
+    desk.until(lambda: desk.finished("two"), "two", 300)
+    first, second = desk.starts("two")
+    assert 0 < first["to"] == second["from"] and second["to"] == 120
+    steps = {path.parent.name for path in trials.glob("*/checkpoints/step-00000060/COMPLETE.json")}
+    assert steps == {"step-00000060"} and len(list(trials.iterdir())) == 2
+    assert "COMPLETED" in desk.adaptnet("jobs", "show", "two")
+
+
 def test_two_jobs_on_the_same_nodes_do_not_meet(desk: Desk) -> None:
     names = ["one", "two"]
     for name in names:
@@ -205,6 +263,15 @@ def test_a_job_that_cannot_work_says_so_and_frees_its_nodes(desk: Desk) -> None:
     assert "FAILED: exit code 2" in shown and f"adaptnet: data.root (={desk.home}/nowhere)" in shown
 
 
+def test_a_folder_that_the_nodes_do_not_share_is_named(desk: Desk) -> None:
+    """/tmp/ray is each node's own here."""
+    unshared = Path("/tmp/ray") / desk.home.name
+    job = desk.train("apart", "--run-dir", str(unshared), nodes="1")
+    desk.until(lambda: not desk.cluster.squeue(), "apart")
+    shown = desk.adaptnet("jobs", "show", job)
+    assert "FAILED" in shown and f"no log at {unshared}" in shown and "is that folder seen by the nodes?" in shown
+
+
 def test_an_array_trains_a_run_for_each_value(desk: Desk) -> None:
     own = ["name=seeds", f"data.root={desk.images}", "tracking.register=null", *SMALL, "training.epochs=2"]
     desk.adaptnet("submit", "train", "convnet_aig/toy", *own, "--array", "seed=1,2", "--nodes", "1", "--time", "20m")
@@ -219,6 +286,8 @@ def test_an_array_trains_a_run_for_each_value(desk: Desk) -> None:
     ("words", "said"),
     [
         (["--partition", "nope"], "Known partitions: main, high"),
+        (["--account", "nope"], "Your accounts: "),
+        (["--qos", "nope"], "Known QOS: normal"),
         (["--gpus-per-node", "9"], "The nodes have: "),
         (["--time", "soon"], "write 90m, 24h"),
         (["--time", "2m"], "is below 210 s: 90 s to save"),

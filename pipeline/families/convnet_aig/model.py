@@ -138,14 +138,25 @@ class Block(nn.Module):
         return torch.relu(self.shortcut(x) + residual)
 
     def skipping(self, x: Tensor, open_rows: Tensor) -> Tensor:
-        """For inference, without gradients: the residual runs on the images at `open_rows` [n] alone."""
+        """For inference, without gradients: the residual runs on the images at `open_rows` [n] alone.
+
+        x [B, C, H, W] is what a ReLU gave, as all blocks' inputs are; where the shortcut is the identity, the images
+        that skip stay in their place and x is overwritten.
+        """
+        same = isinstance(self.shortcut, nn.Identity)
         if len(open_rows) == 0:
-            return torch.relu(self.shortcut(x))
+            return x if same else torch.relu_(self.shortcut(x))
         if len(open_rows) == len(x):
-            return torch.relu(self.shortcut(x) + self.residual(x))
-        y, opened = self.shortcut(x), take(x, open_rows)
-        kept = opened if y is x else take(y, open_rows)
-        return put(torch.relu(y), open_rows, torch.relu(kept + self.residual(opened).to(y.dtype)))
+            return _added(self.residual(x), self.shortcut(x))
+        opened = take(x, open_rows)
+        y = x if same else self.shortcut(x)
+        kept = opened if same else take(y, open_rows)
+        return put(y if same else torch.relu_(y), open_rows, _added(self.residual(opened), kept))
+
+
+def _added(residual: Tensor, kept: Tensor) -> Tensor:
+    """ReLU(kept + residual) in kept's type, in the residual's memory where that is of the same type."""
+    return torch.relu_(residual.to(kept.dtype).add_(kept))
 
 
 class Aig(nn.Module):

@@ -109,18 +109,18 @@ def static(config: AigConfig, net: nn.Module, reports: Sequence[Report]) -> Make
     if "prob" in config.scaled:
         made["expected-prob"] = lambda images: Likely(net)
     gates = (policy for policy in policies(config, net) if isinstance(policy, Gates) and not policy.sampled)
-    return {**made, **{policy.name: partial(_branching, net, policy) for policy in gates}}
+    return {**made, **{policy.name: partial(_branching, net, policy, tuple(made)) for policy in gates}}
 
 
 def _scaled(net: Aig, scales: Sequence[float], images: Tensor) -> nn.Module:
     return Scaled(net, scales)
 
 
-def _branching(net: Aig, policy: Gates, images: Tensor) -> nn.Module:
-    """Raises ConfigError for more than one image: their gates would differ."""
+def _branching(net: Aig, policy: Gates, others: Sequence[str], images: Tensor) -> nn.Module:
+    """Raises ConfigError for more than one image, naming the policies of any batch: the images' gates would differ."""
     if len(images) != 1:
         raise ConfigError(
             f"policy {policy.name}: its gates open by image, and a graph takes one branch for a whole batch; export it "
-            "for one image at a time, or a policy that runs the same blocks for all of them"
+            f"for one image at a time (batch 1), or one of {', '.join(others)}, which run the same blocks for all"
         )
     return Branching(net, policy.odds)

@@ -129,7 +129,7 @@ class Adaptor(nn.Module):
         size, (small, large) = cells.sizes[self.number], cells.weights[self.number].unbind()
         if torch.is_grad_enabled():
             return small * resized(smaller, size) + large * resized(larger, size)
-        return torch.addcmul(resized(small * smaller, size), resized(larger, size), large)  # the same in fewer passes
+        return resized(small * smaller, size).addcmul_(resized(larger, size), large)  # the same in fewer passes
 
 
 class PooledAdaptor(nn.Module):
