@@ -81,6 +81,7 @@ def _gpus() -> Iterator[Finding]:
     names, cores = provenance.gpu_names(), os.cpu_count()
     if not names:
         yield Finding("GPU", "without", f"no GPU that nvidia-smi knows; trains on {cores} CPU cores")
+        yield Finding("NCCL", "without", "not looked at: several GPUs would train together by it")
         return
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     driver = _words("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[:1]
@@ -203,15 +204,17 @@ def _mlflow(uri: str | None) -> Iterator[Finding]:
             yield Finding("MLflow", "fault", f"{reason}; name a server or a local file with --uri")
             return
         if path is not None and not path.exists():
-            yield Finding("MLflow", "ok", f"{version('mlflow')}; {path} is not there yet: the first training makes it")
-            return
-        count = len(reading.models(place))
+            said = f"{path} is not there yet: the first training makes it"
+        else:
+            said = f"{shown} answers and is migrated; {len(reading.models(place)):,} models"
     except AdaptNetError as error:
         yield Finding("MLflow", "fault", str(error))
         return
-    yield Finding("MLflow", "ok", f"{version('mlflow')}; {shown} answers and is migrated; {count:,} models")
+    yield Finding("MLflow", "ok", f"{version('mlflow')}; {said}")
     if path is None and place.startswith("http"):
         yield _clock(place)
+    else:
+        yield Finding("clock", "without", "not compared: no tracking server over HTTP; name yours with --uri")
 
 
 def _clock(place: str) -> Finding:

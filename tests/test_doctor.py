@@ -57,6 +57,7 @@ def test_a_machine_in_order_is_told_so_and_leaves_no_trace(say: Say, path: Path,
         **dict.fromkeys(("DALI", "Ray", "storage", "MLflow"), "ok")
     }
     assert found["GPU"]["state"] == "without" and "CPU cores" in found["GPU"]["said"]
+    assert [found[name]["state"] for name in ("NCCL", "clock")] == ["without", "without"]
     assert "the first training makes it" in found["MLflow"]["said"] and not list(tmp_path.iterdir())
 
 

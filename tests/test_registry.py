@@ -281,6 +281,23 @@ def test_a_server_that_is_away_at_the_end_is_registered_with_later(run_dir: Path
     assert len(registry.versions(uri)) == 1
 
 
+def test_a_version_whose_run_or_files_are_gone_is_told_so(run_dir: Path) -> None:
+    uri = f"sqlite:///{run_dir.parent}/mlflow.db"
+    run_id = sync(run_dir).run_id
+    registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri)
+    client = connect(uri)
+    shutil.rmtree(registry.resolve("models:/aig/1", uri).parents[1])
+    with pytest.raises(CheckpointError, match=r"models:/aig/1: no files to be had at .*models/step-.*\)$"):
+        registry.resolve("models:/aig/1", uri)
+    client.delete_run(run_id)
+    with pytest.raises(CheckpointError, match=f"no files to be had.*`mlflow runs restore --run-id {run_id}` brings it"):
+        registry.resolve("models:/aig/1", uri)
+    client._tracking_client.store._hard_delete_run(run_id)  # as `mlflow gc` does
+    with pytest.raises(CheckpointError, match=f"the MLflow run {run_id} that kept them is gone: register the net anew"):
+        registry.resolve("models:/aig/1", uri)
+    assert run("models", "show", "models:/aig/1", "--uri", uri) == 0
+
+
 # --- looking up
 
 

@@ -30,7 +30,7 @@ as_postgres() { # COMMAND...: as the user that owns the database, in its folder
 
 find_postgres() { # sets bin: Debian's newest, or that which this database was made with
     local release
-    release=$(cat "$home/db/data/PG_VERSION" 2>/dev/null || ls /usr/lib/postgresql 2>/dev/null | sort -V | tail -1)
+    release=$(cat "$home/db/data/PG_VERSION" 2>/dev/null || ls /usr/lib/postgresql 2>/dev/null | sort -V | tail -1) || true
     bin=/usr/lib/postgresql/$release/bin
     [ -n "$release" ] && [ -x "$bin/initdb" ] ||
         die "PostgreSQL${release:+ $release} is not installed here: apt-get install postgresql${release:+-$release}"

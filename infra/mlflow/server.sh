@@ -4,6 +4,9 @@
 #   MLFLOW_AUTH_ADMIN_PASSWORD=... infra/mlflow/server.sh start     the password is needed the first time
 #   infra/mlflow/server.sh status|stop
 #
+# Other people's names and passwords are made by the administrator, in a browser at http://HOST:PORT/signup; each sets
+# MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to their own.
+#
 # MLFLOW_HOST (127.0.0.1), MLFLOW_PORT (5000), MLFLOW_WORKERS (2), MLFLOW_AUTH_ADMIN_USERNAME (admin)
 # MLFLOW_ARTIFACTS   s3://BUCKET/PATH, with AWS_* and MLFLOW_S3_ENDPOINT_URL as MLflow takes them; default a folder
 # MLFLOW_ALLOWED_HOSTS   names under which people reach it, as HOST:PORT,...; default: this machine and private networks

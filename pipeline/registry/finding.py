@@ -99,12 +99,10 @@ def newest_step(run_dir: Path) -> int:
 
 def _fetch(version: Version, uri: str, cache: Path | None) -> Path:
     """The model's folder of a version: where it lies, if that is on this machine, else a copy of it."""
-    import mlflow.artifacts
-
     with asking(uri) as client:
         source = client.get_model_version_download_uri(version.name, str(version.version))
         if source.startswith(("file:", "/")):
-            return _model_in(Path(mlflow.artifacts.download_artifacts(source, tracking_uri=uri)), version)
+            return _model_in(_download(source, uri, version), version)
         home = cache or Path.home() / ".cache" / "adaptnet" / "models"
         sha256 = version.tags.get("adaptnet.weights_sha256", "unknown")
         origin = hashlib.sha256(f"{without_secrets(uri)} {source}".encode()).hexdigest()  # other registries' names
@@ -112,14 +110,31 @@ def _fetch(version: Version, uri: str, cache: Path | None) -> Path:
         if not target.is_dir():
             aside = home / f".{target.name}.{uuid.uuid4().hex[:8]}"
             try:
-                got = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(aside), tracking_uri=uri))
-                os.replace(got, target)
+                os.replace(_download(source, uri, version, aside), target)
             except OSError:
                 if not target.is_dir():  # another process was not quicker
                     raise
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
     return _model_in(target, version)
+
+
+def _download(source: str, uri: str, version: Version, destination: Path | None = None) -> Path:
+    """Raises CheckpointError where the registry answers and the files cannot be had all the same."""
+    import mlflow.artifacts
+
+    place = str(destination) if destination else None
+    try:
+        return Path(mlflow.artifacts.download_artifacts(source, dst_path=place, tracking_uri=uri))
+    except failures() as error:
+        run = reading.run(uri, version.run_id) if version.run_id else None
+        why = ""
+        if run is None:
+            why = f"; the MLflow run {version.run_id} that kept them is gone: register the net anew from its folder"
+        elif run.deleted:
+            why = f"; their run is deleted: `mlflow runs restore --run-id {version.run_id}` brings it back"
+        shown = without_secrets(source)
+        raise CheckpointError(f"{version.reference}: no files to be had at {shown} ({reason_of(error)}){why}") from None
 
 
 def _model_in(folder: Path, version: Version) -> Path:

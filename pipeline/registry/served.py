@@ -55,7 +55,8 @@ class Served(PythonModel):  # type: ignore[misc]
 
     def _table(self, answers: registry.Answers, policy: str, top_k: int) -> pandas.DataFrame:
         found = registry.named(answers, self._model.classes, policy, top_k)
-        return pandas.DataFrame({key: [row[key] for row in found] for key in registry.ANSWER_KEYS})
+        columns = {key: pandas.Series([row[key] for row in found], dtype=object) for key in registry.ANSWER_KEYS}
+        return pandas.DataFrame(columns)  # of objects: pandas would look through them for kinds of its own
 
 
 class Refused(MlflowException):  # type: ignore[misc]

@@ -239,9 +239,12 @@ def test_of_promotions_at_once_one_wins(team: TeamServer) -> None:
 
 
 def test_five_thousand_versions_are_looked_through(team: TeamServer) -> None:
-    """By PostgreSQL and MLflow's server, whose time is its own: here the command waits for it."""
+    """The first time as fast as PostgreSQL and MLflow's server tell of them, then from what was kept."""
     reports = figures_of(3, 40)
-    team.rows("INSERT INTO registered_models (workspace, name) VALUES ('default', 'many')")
+    team.rows(
+        "INSERT INTO registered_models (workspace, name, creation_time, last_updated_time) "
+        "VALUES ('default', 'many', 1000, 1000)"
+    )
     team.rows(
         "INSERT INTO model_versions (workspace, name, version, creation_time, current_stage, status, source, run_id) "
         "SELECT 'default', 'many', n, 1000, 'None', 'READY', 'mlflow-artifacts:/x', 'abc' "
@@ -253,13 +256,19 @@ def test_five_thousand_versions_are_looked_through(team: TeamServer) -> None:
             f"'{key}', '{value}' FROM generate_series(1, 5000) n".replace(":", "\\:")
         )
     team.rows("ANALYZE")  # as PostgreSQL does by itself a minute later
+    waits = []
+    for _ in range(2):
+        start = time.monotonic()
+        found = registry.versions(team.uri, "many")
+        waits.append(time.monotonic() - start)
+        assert len(found) == 5000
     start = time.monotonic()
-    found = registry.versions(team.uri, "many")
-    waited = time.monotonic() - start
     seconds, text = timed("models", "lookup", "many", "--max-macs", "0.5G", "--uri", team.uri)
-    assert len(found) == 5000 and len(text.splitlines()) == 5002
-    print(f"5,000 versions over HTTP: {waited:.2f} s for the answer, {seconds:.2f} s of our own")
-    assert seconds < 2.0
+    whole = time.monotonic() - start
+    assert len(text.splitlines()) == 5002
+    first, again = waits
+    print(f"5,000 versions over HTTP: {first:.2f} s, then {again:.2f} s; the command {whole:.2f} s ({seconds:.2f} s)")
+    assert again < 2.0 and seconds < 2.0  # the command's, in the time of a core: others may hold the cores of a test
 
 
 def test_no_secret_is_kept_anywhere(team: TeamServer, images: Path, tmp_path: Path, say: Callable[..., Any]) -> None:
