@@ -363,16 +363,19 @@ def test_limits_in_time_cost_nothing_and_change_nothing(desk: Desk) -> None:
     limits = ["--cpus-per-task", "2", "--time", "3m", "--signal-delay", "45"]
     desk.adaptnet("submit", "train", "convnet_aig/toy", "name=limited", *own, *two, *limits)
 
-    def third_has_saved() -> bool:
-        starts = desk.starts("limited")
-        return len(starts) == 3 and any(step > starts[2]["from"] for step in desk.steps("limited") if step % 50 == 0)
+    def regular() -> int:
+        return max([step for step in desk.steps("limited") if step % 50 == 0], default=0)
 
-    desk.until(third_has_saved, "limited", 600)
+    def three_have_saved() -> bool:
+        """On a busy machine a start may be warned before its first step."""
+        ends = [(each["from"], regular() if each["to"] is None else each["to"]) for each in desk.starts("limited")]
+        return sum(end > begin for begin, end in ends) >= 3 and ends[-1][1] > ends[-1][0]
+
+    desk.until(three_have_saved, "limited", 600)
     desk.adaptnet("jobs", "cancel", "limited")
     desk.until(lambda: not desk.cluster.squeue(), "limited")
-    first, second, third = desk.starts("limited")
-    assert 0 == first["from"] < first["to"] == second["from"] < second["to"] == third["from"], desk.log("limited")
-    last = max(step for step in desk.steps("limited") if step % 50 == 0)
+    starts, last = desk.starts("limited"), regular()
+    assert [each["to"] for each in starts[:-1]] == [each["from"] for each in starts[1:]], desk.log("limited")
     desk.adaptnet("runs", "sync", str(desk.home / "runs" / "limited"))
     tracked = desk.tracked("limited")
     assert set(tracked.values()) == {1}
