@@ -94,13 +94,22 @@ class Job:
             raise SystemExit(2) from None
 
     def _follow(self, node: Node) -> str:
-        """Lends this node to Ray; a warning is the head's to take."""
+        """Lends this node to Ray; a warning is the head's to take.
+
+        Where SLURM ends the job, it ends Ray here at the same moment as this task: that is no failure of this node's.
+        """
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         if not self.uses_ray:
             return "nothing to do on this node"
-        with allocation.joined(node) as member:
-            member.serve()
-        return "the head has ended"
+        told: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+        try:
+            with allocation.joined(node) as member:
+                member.serve()
+        except ResourceError:
+            if not told:
+                raise
+        return "SLURM has ended the job" if told else "the head has ended"
 
     def _lead(self, node: Node | None) -> str:
         starts = Starts(Path(self.home))
