@@ -50,7 +50,8 @@ def plan(
         raise ConfigError(f"data.root (={config.data.root}): not at hand; say how many images there are, by --images")
     known, train = found if found is not None else (plans.Images(images or 0, classes), None)
     known = plans.Images(images or known.count, known.classes, image_kb * 1e3 if image_kb else known.mean_bytes)
-    cost = plans.measure(config, known.classes, measured_rows, train=train, timed=images_per_s is None)
+    at_hand = train if decoded_per_s is None else None
+    cost = plans.measure(config, known.classes, measured_rows, train=at_hand, timed=images_per_s is None)
     where = "where it will run, as given" if images_per_s else None
     cost = plans.given(cost, images_per_s=images_per_s, decoded_per_s=decoded_per_s, device=where)
     workers = nodes * max(1, gpus_per_node)

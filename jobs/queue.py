@@ -151,8 +151,10 @@ def _accounted(job: str) -> State | None:
 
 
 def _why_ended(code: str) -> str:
-    """SLURM's CODE:SIGNAL in words."""
+    """SLURM's CODE:SIGNAL in words; srun gives 128 + SIGNAL as a code."""
     status, _, number = code.partition(":")
+    if status.isdigit() and int(status) > 128:
+        number = str(int(status) - 128)
     if number not in ("0", ""):
         return f"killed by signal {number}" + " (was memory short?)" * (number == "9")
     return f"exit code {status}" if status not in ("0", "") else ""

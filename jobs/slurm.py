@@ -94,16 +94,27 @@ class Job:
             raise SystemExit(2) from None
 
     def _follow(self, node: Node) -> str:
-        """Lends this node to Ray; a warning is the head's to take."""
+        """Lends this node to Ray; a warning is the head's to take.
+
+        Where SLURM ends the job, it ends Ray here at the same moment as this task: that is no failure of this node's.
+        """
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         if not self.uses_ray:
             return "nothing to do on this node"
-        with allocation.joined(node) as member:
-            member.serve()
-        return "the head has ended"
+        told: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+        try:
+            with allocation.joined(node) as member:
+                member.serve()
+        except ResourceError:
+            if not told:
+                raise
+        return "SLURM has ended the job" if told else "the head has ended"
 
     def _lead(self, node: Node | None) -> str:
         starts = Starts(Path(self.home))
+        if self.run_dir is not None:
+            (Path(self.run_dir) / "stop").unlink(missing_ok=True)  # a former start's
         warned = Warned(self)  # from now on: a job may be told to save while Ray comes up
         try:
             if node is None or not self.uses_ray:
@@ -145,7 +156,7 @@ class Job:
             return "finished"
         if warned.came:
             self.put_back("asked to save before its end")
-        if self._stopping:  # SLURM cancels or requeues by itself, and may have ended workers before they had saved
+        if self.stopping:  # SLURM cancels or requeues by itself, and may have ended workers before they had saved
             return "stopped"
         if lost and not (in_slurm() and starts.progressed()):
             raise lost
@@ -173,7 +184,8 @@ class Job:
             time.sleep(1)
 
     @property
-    def _stopping(self) -> bool:
+    def stopping(self) -> bool:
+        """Whether the verb was told to stop, and has heard it."""
         return self.run_dir is not None and (Path(self.run_dir) / "stop").exists()
 
     def steps(self) -> int:
@@ -193,8 +205,9 @@ class Ended(AdaptNetError):
 class Warned:
     """What SLURM has told this task. Its warning is passed on as SIGTERM, by which a verb saves and stops.
 
-    It is passed on again and again, since the verb may still be starting; and where the verb has not stopped shortly
-    before SLURM's time is over, as in a long evaluation, the job is requeued from its newest checkpoint all the same.
+    It is passed on until the verb has left its mark, a file `stop`, since it may still be starting. Where the verb has
+    not stopped shortly before SLURM's time is over, as in a long evaluation, the job is requeued from its newest
+    checkpoint all the same.
     """
 
     def __init__(self, job: Job) -> None:
@@ -220,7 +233,8 @@ class Warned:
         print("SLURM's warning: saving, then the job is requeued", flush=True)
         deadline = time.monotonic() + LATE_AFTER * self._job.saves_within_s
         while not self.over and time.monotonic() < deadline:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if not self._job.stopping:
+                os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(INSIST_S)
         if not self.over:
             self._give_up(f"not stopped {LATE_AFTER * self._job.saves_within_s:g} s after SLURM's warning")

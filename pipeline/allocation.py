@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -99,7 +98,8 @@ class Member:
         import ray
 
         node, deadline = self.node, time.monotonic() + self.node.patience_s
-        _connect(self.address, deadline, self)
+        with ray_token.own_sigterm():
+            _connect(self.address, deadline, self)
         try:
             while True:
                 alive = sum(bool(each["Alive"]) for each in ray.nodes())
@@ -112,7 +112,8 @@ class Member:
                     raise self._missing(alive)
                 time.sleep(POLL_S)
         finally:
-            ray.shutdown()
+            with ray_token.own_sigterm():
+                ray.shutdown()
 
     def serve(self) -> None:
         """Stays until the head is gone or Ray has ended here. Raises ResourceError in the latter case."""
@@ -183,7 +184,7 @@ def _start_head(node: Node, scratch: Path) -> tuple[str, subprocess.Popen[bytes]
     deadline = time.monotonic() + node.patience_s
     for attempt in range(1, ATTEMPTS + 1):
         port = _free_port(node.ip)
-        words = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={scratch}"]
+        words = ["--head", f"--port={port}", "--include-dashboard=false", "--no-monitor", f"--temp-dir={scratch}"]
         words += [f"--ray-client-server-port={_free_port(node.ip)}"] if find_spec("grpc") else []  # 10001 for everyone
         started = _start(node, words)
         address = f"{node.ip}:{port}"
@@ -227,6 +228,7 @@ def _start(node: Node, words: list[str]) -> subprocess.Popen[bytes]:
     command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
     command += [f"--num-cpus={node.cpus}", f"--num-gpus={node.gpus}", f"--node-ip-address={node.ip}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0"]
+    command += ["--include-log-monitor=false"]  # each of Ray's helpers is a Python that takes seconds to start
     command += [f"--memory={max(node.memory_bytes - OBJECT_STORE_BYTES, 1 << 20)}"] if node.memory_bytes else []
     with open(node.log, "ab") as log:
         return subprocess.Popen(
@@ -272,7 +274,6 @@ def _connect(address: str, deadline: float, member: Member) -> None:
 
     import ray
 
-    at_term = signal.getsignal(signal.SIGTERM)  # Ray puts its own in place, by which a task ends at once
     while True:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
@@ -284,9 +285,6 @@ def _connect(address: str, deadline: float, member: Member) -> None:
                 raise ResourceError(
                     f"Ray's head at {address} does not answer ({error}); see {member.node.log}"
                 ) from None
-        finally:
-            if at_term is not None and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, at_term)
         time.sleep(1)
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from pathlib import Path
 
 from pipeline import ray_token
 from pipeline.errors import ResourceError
+from pipeline.ray_token import own_sigterm
 from pipeline.run_config import ComputeConfig
 
 CODE = str(Path(__file__).parents[1])
@@ -50,12 +49,14 @@ def cluster(compute: ComputeConfig) -> Iterator[None]:
         return
     _await_head(compute)
     with ray_token.mode(ray_token.mode_for(compute.address)):
-        _start(compute)
+        with own_sigterm():
+            _start(compute)
         try:
             _check_resources(compute)
             yield
         finally:
-            ray.shutdown()
+            with own_sigterm():
+                ray.shutdown()
 
 
 def _await_head(compute: ComputeConfig) -> None:
@@ -92,7 +93,6 @@ def _start(compute: ComputeConfig) -> None:
     import ray.job_config
 
     quiet = {"include_dashboard": False} if compute.address is None else {}
-    at_term = signal.getsignal(signal.SIGTERM)  # Ray puts its own in place, by which a driver ends without saving
     try:
         ray.init(
             address=compute.address or "local",
@@ -105,9 +105,6 @@ def _start(compute: ComputeConfig) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise _unreachable(compute, error) from None
-    finally:
-        if at_term is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, at_term)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,10 @@ def images_of(config: RunConfig) -> tuple[Images, ImageIndex] | None:
 
 
 def measure(config: RunConfig, num_classes: int, rows: int, *, train: ImageIndex | None, timed: bool = True) -> Cost:
-    """Measures a step of `rows` random images on this machine's device, and decoding where `train` images are given."""
+    """Measures a step of `rows` random images on this machine's device, its time where `timed`.
+
+    Decoding too, where `train` images are given.
+    """
     device = device_of("auto" if config.compute.device == "cuda" else config.compute.device)  # it may run elsewhere
     if device.type == "cpu":
         keep_freed_memory()
@@ -179,7 +182,7 @@ def measure(config: RunConfig, num_classes: int, rows: int, *, train: ImageIndex
         checkpoint_bytes=_saved_bytes(current),
         activation_bytes=saved / rows,
         images_per_s=rate if timed else None,
-        decoded_per_s=_decoding(config.data, train) if train is not None and timed else None,
+        decoded_per_s=_decoding(config.data, train) if train is not None else None,
         metrics=logged + OTHER_METRICS,
         device=f"on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'this CPU'}",
     )

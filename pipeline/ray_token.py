@@ -1,4 +1,4 @@
-"""Ray's token: whether this process shows it to a cluster, and asks for it.
+"""Ray in this process: whether it shows a token to a cluster, and asks for one; and that it leaves SIGTERM alone.
 
 Ray reads RAY_AUTH_MODE once, when it is imported: what is set afterwards reaches the processes that it starts and not
 the process itself, and the two turn each other away. A driver that shows a token also asks for one, so that a cluster
@@ -9,6 +9,8 @@ what the cluster asks for, and is put back when that ends.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +69,21 @@ def _asks(address: str) -> bool:
         except Exception:  # it does not answer at all: what follows says so
             return False
     return False
+
+
+@contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Around ray.init and ray.shutdown: what SIGTERM does here stays as it was.
+
+    The first puts a handler of Ray's in place, by which a driver ends without saving; the second has the kernel end
+    the process, while Python still shows the handler.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _set(wanted: str | None) -> None:

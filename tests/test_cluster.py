@@ -50,6 +50,8 @@ def test_more_workers_than_cpus_are_refused_with_the_numbers() -> None:
 
 
 VISITS = """
+import os
+import signal
 import sys
 import ray
 from pipeline.cluster import cluster
@@ -60,10 +62,15 @@ def code(held):
     import pipeline
     return pipeline.__file__ + ray.get(held[0], timeout=20)  # which the driver has to be asked for
 
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
 for address in sys.argv[1:]:
     where = None if address == "here" else address
     with cluster(ComputeConfig(address=where, workers=1, device="cpu", start_patience_s=30)):
+        os.kill(os.getpid(), signal.SIGTERM)
         print(address, ray.get(code.remote([ray.put("!")]), timeout=60), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)  # Ray's own way out of it would end this process
+print(len(told))
 """
 
 
@@ -108,4 +115,5 @@ def test_one_process_visits_clusters_with_a_token_without_one_and_its_own(open_h
         line = [sys.executable, "-P", "-c", VISITS, *visits]
         done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.splitlines() == [f"{address} {ours}/pipeline/__init__.py!" for address in visits]
+    said = [f"{address} {ours}/pipeline/__init__.py!" for address in visits]
+    assert done.stdout.splitlines() == [*said, str(2 * len(visits))]

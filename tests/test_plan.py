@@ -98,3 +98,30 @@ def test_the_verb_prints_what_is_known_and_says_what_is_not(
     assert (
         "reading" in printed and "not measured here, and not given" in printed and "network: a step computes" in printed
     )
+
+
+def test_the_table_in_infras_readme_follows_from_the_formulas() -> None:
+    """Each figure to the digits that stand there; r, d and s as its text gives them."""
+    text = (Path(__file__).parents[1] / "infra" / "README.md").read_text(encoding="utf-8")
+    rows = {cells[1].strip(): cells[3:6] for line in text.splitlines() if len(cells := line.split("|")) == 7}
+    config = run_config.load("baseline/imagenet_resnet50", ["training.batch_size=8192", "data.root=x"])
+    parameters = 25_557_032
+    cost = Cost(parameters, 1, 8 * parameters, 1.0, images_per_s=3079, decoded_per_s=273)
+    for column, workers in enumerate((8, 64, 512)):
+        found = plan(config, workers, Images(1_281_167, 1000, 110e3), cost, network_bytes_per_s=25e9)
+        assert found.step_s and found.communication_s and found.images_per_s and found.decode_cores
+        assert found.read_bytes_per_s and found.total_s
+        wanted = {
+            "a step computes": found.step_s,
+            "gradients a GPU sends": found.gradient_bytes / 1e6,
+            "and takes for it": found.communication_s,
+            "images/s of all": found.images_per_s,
+            "from storage": found.read_bytes_per_s / 1e9,
+            "cores of a GPU that decode": found.decode_cores,
+            "index of a node": found.index_bytes / 1e6,
+            "90 epochs": found.total_s / 60,
+        }
+        for name, value in wanted.items():
+            shown = rows[name][column].strip().split()[0].replace(",", "")
+            digits = max(1, len(shown.replace(".", "").strip("0")))
+            assert float(shown) == pytest.approx(float(f"{value:.{digits}g}"), rel=1e-6), (name, workers, value)

@@ -228,6 +228,7 @@ def test_slurms_refusals_carry_its_words_and_what_it_knows(monkeypatch: pytest.M
         ([], ["TIMEOUT|0:0|n1|3:00", "FAILED|2:0|n1|0:30"], "FAILED", "exit code 2"),
         ([], ["CANCELLED by 0|0:0|n1|3:00"], "CANCELLED", ""),
         ([], ["FAILED|0:9|n1|0:30"], "FAILED", "killed by signal 9 (was memory short?)"),
+        ([], ["FAILED|137:0|n1|0:30"], "FAILED", "killed by signal 9 (was memory short?)"),
         (
             ["PENDING|ReqNodeNotAvail, UnavailableNodes:n1||0:00"],
             [],
@@ -317,7 +318,11 @@ def test_warned_before_the_verb_listens_it_is_told_again(desk: Path, monkeypatch
         signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
         time.sleep(2)
         assert told and not requeued
-        time.sleep(4.5)
+        (desk / "stop").touch()
+        told.clear()
+        time.sleep(1.5)
+        assert not told, "it has heard"
+        time.sleep(3)
         assert requeued == ["not stopped 6 s after SLURM's warning"] and left == [0]
         assert [(each["from"], each["to"]) for each in slurm.Starts(desk).read()] == [(0, 0)]
     finally:

@@ -25,7 +25,7 @@ from pipeline.tracking import connect
 
 pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).parents[2]
-STARTS_WITHIN_S = 150  # imports, Ray on two nodes, workers: on two shared cores
+STARTS_WITHIN_S = 300  # imports, Ray on two nodes, workers: on two cores that others share
 SMALL = ["family.depth=8", "training.batch_size=64", "logging.every=10 steps", "evaluation.latency_repeats=0"]
 SMALL += ["evaluation.every=1000 epochs"]
 
@@ -226,7 +226,7 @@ def test_an_elastic_job_goes_on_with_the_nodes_that_are_left(desk: Desk) -> None
 
 
 def test_a_sweep_in_an_allocation_is_requeued_and_goes_on(desk: Desk) -> None:
-    small = ["scheduler.kind=none", *SMALL]
+    small = ["scheduler.kind=none", "concurrency=1", *SMALL]
     own = [f"data.root={desk.images}", "training.epochs=6", "checkpoint.every=10 steps", "compute.workers=1"]
     sweep = desk.home / "two.yaml"
     sweep.write_text("# Which seed?\nrecipe: convnet_aig/toy\nspace:\n  seed: {grid: [1, 2]}\n")
@@ -311,11 +311,24 @@ def test_a_cancelled_job_stays_away_and_is_resubmitted_on_demand(desk: Desk) -> 
 
 def test_a_job_that_cannot_work_says_so_and_frees_its_nodes(desk: Desk) -> None:
     job = desk.train("wrong", f"data.root={desk.home}/nowhere")
-    began = time.monotonic()
-    desk.until(lambda: not desk.cluster.squeue(), "wrong")
-    assert desk.cluster.sacct(job)[-1].startswith("FAILED"), time.monotonic() - began
+    desk.until(lambda: "adaptnet: " in desk.log("wrong"), "wrong")
+    desk.until(lambda: not desk.cluster.squeue(), "wrong", 30)
+    assert desk.cluster.sacct(job)[-1].startswith("FAILED")
     shown = desk.adaptnet("jobs", "show", "wrong")
-    assert "FAILED: exit code 2" in shown and f"adaptnet: data.root (={desk.home}/nowhere)" in shown
+    assert "FAILED: exit code 2" in shown and f"adaptnet: {desk.home}/nowhere: no such folder" in shown
+
+
+def test_a_driver_that_is_killed_frees_its_nodes(desk: Desk) -> None:
+    """As by the kernel where memory is short; Ray's head would keep the other node's task for the rest of its time."""
+    job = desk.train("killed")
+    desk.until(lambda: "2 of 2 nodes" in desk.log("killed"), "killed")
+    tasks = [pid for pid in _pids("python", desk.home) if b"submitit.core._submit" in _command(pid)]
+    (driver,) = [pid for pid in tasks if b"SLURM_NODEID=0\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(driver, 9)
+    desk.until(lambda: not desk.cluster.squeue(), "killed", 30)
+    assert desk.cluster.sacct(job)[-1].startswith("FAILED")
+    shown = desk.adaptnet("jobs", "show", "killed")
+    assert "FAILED: killed by signal 9 (was memory short?)" in shown and "Killed" in shown
 
 
 def test_a_folder_that_the_nodes_do_not_share_is_named(desk: Desk) -> None:
@@ -363,16 +376,19 @@ def test_limits_in_time_cost_nothing_and_change_nothing(desk: Desk) -> None:
     limits = ["--cpus-per-task", "2", "--time", "3m", "--signal-delay", "45"]
     desk.adaptnet("submit", "train", "convnet_aig/toy", "name=limited", *own, *two, *limits)
 
-    def third_has_saved() -> bool:
-        starts = desk.starts("limited")
-        return len(starts) == 3 and any(step > starts[2]["from"] for step in desk.steps("limited") if step % 50 == 0)
+    def regular() -> int:
+        return max([step for step in desk.steps("limited") if step % 50 == 0], default=0)
 
-    desk.until(third_has_saved, "limited", 600)
+    def three_have_saved() -> bool:
+        """On a busy machine a start may be warned before its first step."""
+        ends = [(each["from"], regular() if each["to"] is None else each["to"]) for each in desk.starts("limited")]
+        return sum(end > begin for begin, end in ends) >= 3 and ends[-1][1] > ends[-1][0]
+
+    desk.until(three_have_saved, "limited", 600)
     desk.adaptnet("jobs", "cancel", "limited")
     desk.until(lambda: not desk.cluster.squeue(), "limited")
-    first, second, third = desk.starts("limited")
-    assert 0 == first["from"] < first["to"] == second["from"] < second["to"] == third["from"], desk.log("limited")
-    last = max(step for step in desk.steps("limited") if step % 50 == 0)
+    starts, last = desk.starts("limited"), regular()
+    assert [each["to"] for each in starts[:-1]] == [each["from"] for each in starts[1:]], desk.log("limited")
     desk.adaptnet("runs", "sync", str(desk.home / "runs" / "limited"))
     tracked = desk.tracked("limited")
     assert set(tracked.values()) == {1}
