@@ -195,9 +195,15 @@ def _trainer(compute: ComputeConfig, order: Order) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
-        """Leaves Ctrl-C to the driver; Ray's own handler would end the workers before they have saved."""
+        """Leaves Ctrl-C to the driver; Ray's own handler would end the workers before they have saved.
+
+        Does without Ray Data, which would start a process for the data sets that it is not given.
+        """
 
         def _register_sigint_handler(self, controller: Any) -> None: ...
+
+        def _create_default_callbacks(self) -> list[Any]:
+            return [each for each in super()._create_default_callbacks() if type(each).__name__ != "DatasetsCallback"]
 
     gpu = cluster.computes_on_gpu(compute)
     return Trainer(
