@@ -115,7 +115,9 @@ def make_folder(run_dir: Path) -> Path:
 
 
 def _check_place(run_dir: Path) -> None:
-    """Raises ConfigError for a folder of runs."""
+    """Raises ConfigError for a folder of runs, a sweep's among them."""
+    if (run_dir / "config.yaml").exists() and "sweep" in configs.read_mapping(run_dir / "config.yaml"):
+        raise ConfigError(f"run folder {run_dir}: holds a sweep; give the run a folder of its own with --run-dir")
     inside = [path.parent.name for path in sorted(run_dir.glob("*/config.yaml"))]
     if inside and not (run_dir / "config.yaml").exists():
         raise ConfigError(
