@@ -153,28 +153,53 @@ def training(
 
 
 @app.command(
-    short_help="What a sweep costs beside its trainings.",
-    help="""Seconds of a trial of a sweep against the same training alone, on one connected Ray, in turns.
+    short_help="What a sweep, a job on SLURM, and more workers cost beside a training.",
+    help="""Of one of these, in turns: a trial of a sweep against the same training alone (--sweep); a job of SLURM from
+its start to its first step against the same training started by hand (--slurm); the time from SLURM's warning until all
+ranks have saved a ResNet-50 (--warning); images/s of so many workers of this machine against one (--workers).
 
 Examples:
 
   adaptnet bench scaling --sweep
 
   adaptnet bench scaling convnet_aig/toy training.epochs=4 --sweep --rounds 3
+
+  adaptnet bench scaling --slurm --nodes 2 --site testcluster
+
+  adaptnet bench scaling --warning --nodes 2 --site testcluster
+
+  adaptnet bench scaling baseline/toy --workers 1 --workers 2 --workers 4
 """,
 )
 def scaling(
     recipe: Annotated[str, typer.Argument(help="family/recipe that is trained")] = "convnet_aig/toy",
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="a trial of a sweep against the training alone")] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="a job's start against the command by hand")] = False,
+    warning: Annotated[bool, typer.Option("--warning", help="from SLURM's warning to all ranks saved")] = False,
+    workers: Annotated[list[int] | None, typer.Option(min=1, help="images/s of so many; repeatable")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="of the job")] = 1,
+    site: Annotated[str | None, typer.Option(help="profile of the job, as `adaptnet submit` takes it")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="turns of each side")] = 1,
 ) -> None:
     from pipeline.errors import ConfigError
-    from tuning.overhead import overhead
 
-    if not sweep:
-        raise ConfigError("bench scaling: say what is measured: --sweep")
-    _print(overhead(recipe, overrides or (), rounds=rounds, data_home=data_home()))
+    if sum((sweep, slurm, warning, bool(workers))) != 1:
+        raise ConfigError("bench scaling: say what is measured: --sweep, --slurm, --warning or --workers N")
+    if sweep:
+        from tuning.overhead import overhead
+
+        _print(overhead(recipe, overrides or (), rounds=rounds, data_home=data_home()))
+        return
+    from jobs import scaling as bench
+    from jobs import site as sites
+
+    if slurm:
+        _print(bench.starts(recipe, overrides or (), sites.load(site), nodes=nodes, rounds=rounds))
+    elif warning:
+        _print(bench.warnings(overrides or (), sites.load(site), nodes=nodes, rounds=rounds))
+    else:
+        _print(bench.ranks(recipe, overrides or (), worlds=workers or (), rounds=rounds))
 
 
 def _seconds(text: str) -> float:

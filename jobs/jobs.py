@@ -69,22 +69,19 @@ def show(job: Wanted, runs: Runs = RUNS) -> None:
     }
     if entry["run_dir"]:
         run_dir = Path(entry["run_dir"])
-        facts |= {"run": run_dir, "newest checkpoint": f"step {newest_step(run_dir)}", "MLflow run": _mlflow(run_dir)}
+        saved = {} if entry["verb"] == "sweep" else {"newest checkpoint": f"step {newest_step(run_dir)}"}
+        facts |= {entry["verb"].replace("train", "run"): run_dir, **saved, "MLflow run": _mlflow(run_dir)}
     typer.echo(tables.of_pairs(facts))
     if not state.lives and state.name != "COMPLETED":
-        typer.echo("\n".join(["", "last words:", *(f"  {line}" for line in queue.last_words(entry))]))
+        said = queue.last_words(entry) or [f"no log at {entry['log']}: is that folder seen by the nodes?"]
+        typer.echo("\n".join(["", "last words:", *(f"  {line}" for line in said)]))
 
 
 def _starts(entry: dict[str, Any]) -> list[dict[str, Any]]:
     from jobs.slurm import Starts
 
-    job = str(entry["id"]).partition("_")[0] if entry["where"] == "slurm" else None
-    return [each for each in Starts(Path(entry["home"])).read() if job is None or _same(each["job"], entry["id"])]
-
-
-def _same(started: str | None, job: str) -> bool:
-    """An array's task has a job id of its own, which only its home tells."""
-    return started is not None and ("_" in job or started == job)
+    found = Starts(Path(entry["home"])).read()
+    return [each for each in found if entry["where"] != "slurm" or each["job"] == str(entry["id"])]
 
 
 def _end_of(start: dict[str, Any]) -> str:
@@ -116,7 +113,10 @@ def logs(
         typer.echo(f"no log yet: {queue.state_of(entry).name}")
 
 
-@app.command(help="Ends a job; a training saves first.\n\nExamples:\n\n  adaptnet jobs cancel 4711")
+@app.command(
+    help="Ends a job: SLURM's at once, so that a training goes on from its newest checkpoint when it is resubmitted; "
+    "others when they have saved.\n\nExamples:\n\n  adaptnet jobs cancel 4711"
+)
 def cancel(job: Wanted, runs: Runs = RUNS) -> None:
     from jobs import queue, ray_jobs
 
@@ -136,8 +136,11 @@ def cancel(job: Wanted, runs: Runs = RUNS) -> None:
 )
 def requeue(job: Wanted, runs: Runs = RUNS) -> None:
     from jobs import queue
+    from pipeline.errors import ResourceError
 
     entry = queue.find(job, runs)
+    if entry["where"] != "slurm":
+        raise ResourceError(f"job {entry['id']} is not SLURM's; `adaptnet jobs cancel` and `resubmit` start it anew")
     queue.tell("scontrol", "requeue", str(entry["id"]))
     typer.echo(f"job {entry['id']} is requeued")
 
@@ -158,6 +161,7 @@ def resubmit(job: Wanted, runs: Runs = RUNS) -> None:
     site = Site.model_validate_json(_text(entry["site"]))
     resources = slurm.Resources(**{**entry["resources"], "nodes": tuple(entry["resources"]["nodes"])})
     again = slurm.Job(
+        saves_within_s=float(site.signal_delay_s),
         verb=entry["verb"],
         arguments=tuple(entry["arguments"]),
         home=str(Path(entry["home"]).absolute()),

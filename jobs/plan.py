@@ -50,7 +50,8 @@ def plan(
         raise ConfigError(f"data.root (={config.data.root}): not at hand; say how many images there are, by --images")
     known, train = found if found is not None else (plans.Images(images or 0, classes), None)
     known = plans.Images(images or known.count, known.classes, image_kb * 1e3 if image_kb else known.mean_bytes)
-    cost = plans.measure(config, known.classes, measured_rows, train=train, timed=images_per_s is None)
+    at_hand = train if decoded_per_s is None else None
+    cost = plans.measure(config, known.classes, measured_rows, train=at_hand, timed=images_per_s is None)
     where = "where it will run, as given" if images_per_s else None
     cost = plans.given(cost, images_per_s=images_per_s, decoded_per_s=decoded_per_s, device=where)
     workers = nodes * max(1, gpus_per_node)
@@ -68,7 +69,10 @@ def _print(name: str, found: Plan, images: Images, cost: Cost) -> None:
         "steps": f"{found.steps:,}",
         "memory of a worker": f"{_bytes(found.memory_bytes)} of tensors ({_bytes(cost.activation_bytes)} an image)",
         "gradients": f"{_bytes(found.gradient_bytes)} sent by each worker in a step",
-        "checkpoint": f"{_bytes(found.checkpoint_bytes)}{_every(found.save_every_s)}",
+        "checkpoint": f"{_bytes(found.checkpoint_bytes)}{_every(found.save_every_s)}{_traffic(found.save_bytes_per_s)}",
+        "metrics": _known(
+            found.metrics_per_s, lambda rate: f"{rate:.3g} values/s to the journal, and to MLflow after it"
+        ),
         "index": f"{_bytes(found.index_bytes)}, shared by the workers of a node",
         "a worker computes": _known(cost.images_per_s, lambda rate: f"{rate:,.0f} images/s {cost.device}"),
         "all workers": _known(found.images_per_s, lambda rate: f"{rate:,.0f} images/s at most"),
@@ -90,6 +94,10 @@ def _known(value: float | None, say: object) -> str:
 
 def _every(seconds: float | None) -> str:
     return f", every {_span(seconds)}" if seconds is not None else ""
+
+
+def _traffic(rate: float | None) -> str:
+    return f": {_bytes(rate)}/s" if rate is not None else ""
 
 
 def _bytes(count: float) -> str:

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ import psutil
 
 from jobs.slurm import FOLDER, RECORD, STARTS, recorded
 from pipeline.errors import ConfigError, ResourceError
+from pipeline.provenance import write_whole
 
-LIVES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING"}
+LIVES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED"}
+LIVES |= {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"}
+ELSEWHERE = Path("jobs") / "elsewhere.json"  # below the folder of runs: the jobs' folders that do not lie in it
 WHY = {  # SLURM's reasons for waiting, in words
     "Resources": "the nodes it needs are busy",
     "Priority": "jobs of higher priority are before it",
@@ -29,6 +32,12 @@ WHY = {  # SLURM's reasons for waiting, in words
     "PartitionNodeLimit": "it asks for more nodes than the partition gives to one job",
     "PartitionTimeLimit": "it asks for more time than the partition allows",
     "PartitionConfig": "the partition cannot give what it asks for",
+    "QOSMaxCpuPerUserLimit": "you have as many CPUs as your QOS allows",
+    "QOSMaxNodePerUserLimit": "you have as many nodes as your QOS allows",
+    "AssocMaxJobsLimit": "you have as many jobs running as your account allows",
+    "AssocGrpCpuLimit": "the account's CPUs are in use",
+    "Licenses": "the licenses it asks for are in use",
+    "Reservation": "its reservation has not begun",
     "AssocGrpGRES": "the account's GPUs are in use",
     "QOSMaxJobsPerUserLimit": "you have as many jobs running as your QOS allows",
     "QOSMaxGRESPerUser": "you have as many GPUs as your QOS allows",
@@ -56,13 +65,21 @@ class State:
 
 def everything(runs: Path = Path("runs")) -> list[dict[str, Any]]:
     """The newest job of each run and of each folder of jobs, newest first."""
-    homes = [
-        path.parents[1]
-        for pattern in (f"*/{FOLDER}/{RECORD}", f"jobs/*/{FOLDER}/{RECORD}")
-        for path in runs.glob(pattern)
-    ]
+    patterns = (f"*/{FOLDER}/{RECORD}", f"jobs/*/{FOLDER}/{RECORD}")
+    homes = [path.parents[1] for pattern in patterns for path in runs.glob(pattern)]
+    homes += [Path(each) for each in _json(runs / ELSEWHERE) or () if (Path(each) / FOLDER / RECORD).is_file()]
     found = [recorded(home)[-1] | {"home": str(home)} for home in homes]
     return sorted(found, key=lambda entry: -float(entry["submitted"]))
+
+
+def know(home: Path, runs: Path = Path("runs")) -> None:
+    """Lets jobs in a folder that does not lie among the runs be listed and found by their ids."""
+    if home.absolute().parent in (runs.absolute(), runs.absolute() / "jobs"):
+        return
+    known = list(_json(runs / ELSEWHERE) or ())
+    if str(home) not in known:
+        (runs / ELSEWHERE).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(runs / ELSEWHERE, json.dumps([*known, str(home)], indent=1))
 
 
 def find(wanted: str, runs: Path = Path("runs")) -> dict[str, Any]:
@@ -89,7 +106,11 @@ def state_of(entry: Mapping[str, Any]) -> State:
         return _on_ray(entry)
     if entry["where"] != "slurm":
         return _local(entry)
-    return _queued(str(entry["id"])) or _accounted(str(entry["id"])) or _by_folder(entry)
+    job = str(entry["id"])
+    found = _queued(job) or _accounted(job) or _remembered(job) or _by_folder(entry)
+    if found.name == "COMPLETED" and entry["run_dir"] and not _finished(entry):
+        return replace(found, reason="it was stopped; `adaptnet jobs resubmit` goes on")
+    return found
 
 
 def _on_ray(entry: Mapping[str, Any]) -> State:
@@ -105,14 +126,18 @@ def _on_ray(entry: Mapping[str, Any]) -> State:
 
 def _queued(job: str) -> State | None:
     """From squeue; None where it no longer knows the job, or is not there."""
-    lines = ask("squeue", "-h", "-j", job, "-o", "%T|%r|%N|%M")
+    found = _remembered(job)
+    return found if found is not None and found.lives else None
+
+
+def _remembered(job: str) -> State | None:
+    """From squeue, which knows a job for some minutes after its end."""
+    lines = ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T|%r|%N|%M")
     fields = lines[0].split("|") if lines else []
     if len(fields) != 4:
         return None
     name, reason, nodes, elapsed = fields
-    if name not in LIVES:
-        return None
-    text = WHY.get(reason, reason) if name == "PENDING" and reason != "None" else ""
+    text = WHY.get(reason.partition(",")[0], reason) if name == "PENDING" and reason != "None" else ""
     return State(name, text, nodes, elapsed)
 
 
@@ -121,18 +146,28 @@ def _accounted(job: str) -> State | None:
     for line in reversed(ask("sacct", "-nPX", "-j", job, "-o", "State,ExitCode,NodeList,Elapsed")):
         fields = line.split("|")
         if len(fields) == 4 and fields[0]:
-            name = fields[0].split()[0]
-            code = fields[1].partition(":")[0]
-            return State(name, f"exit code {code}" if code not in ("0", "") else "", fields[2], fields[3])
+            return State(fields[0].split()[0], _why_ended(fields[1]), fields[2], fields[3])
     return None
+
+
+def _why_ended(code: str) -> str:
+    """SLURM's CODE:SIGNAL in words; srun gives 128 + SIGNAL as a code."""
+    status, _, number = code.partition(":")
+    if status.isdigit() and int(status) > 128:
+        number = str(int(status) - 128)
+    if number not in ("0", ""):
+        return f"killed by signal {number}" + " (was memory short?)" * (number == "9")
+    return f"exit code {status}" if status not in ("0", "") else ""
 
 
 def _by_folder(entry: Mapping[str, Any]) -> State:
     """Where SLURM has forgotten the job: from what it left."""
-    if entry["run_dir"] and _json(Path(entry["run_dir"]) / "status.json").get("finished"):
+    if entry["run_dir"] and _finished(entry):
         return State("COMPLETED")
     starts = _json(Path(entry.get("home") or entry["run_dir"]) / FOLDER / STARTS) or []
-    started = any(str(each["job"]) == str(entry["id"]).partition("_")[0] for each in starts)
+    started = any(str(each["job"]) == str(entry["id"]) for each in starts)
+    if any(line.startswith("adaptnet:") for line in last_words(entry)):
+        return State("FAILED")
     started = started or (entry["where"] == "ray" and Path(entry["log"]).is_file())
     who = "its cluster is gone" if entry["where"] == "ray" else "SLURM no longer knows it"
     return State("UNKNOWN", f"{who}; it had " + ("started" if started else "not started"))
@@ -141,10 +176,20 @@ def _by_folder(entry: Mapping[str, Any]) -> State:
 def _local(entry: Mapping[str, Any]) -> State:
     results = Path(entry["folder"]) / f"{entry['id']}_0_result.pkl"
     if results.is_file():
-        finished = not entry["run_dir"] or _json(Path(entry["run_dir"]) / "status.json").get("finished")
+        finished = not entry["run_dir"] or _finished(entry)
         return State("COMPLETED" if finished else "FAILED")
-    alive = str(entry["id"]).isdigit() and psutil.pid_exists(int(entry["id"]))
-    return State("RUNNING") if alive else State("FAILED", "its process has ended without a result")
+    return State("RUNNING") if _runs(str(entry["id"])) else State("FAILED", "its process has ended without a result")
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+    except (ValueError, psutil.Error):
+        return False
+
+
+def _finished(entry: Mapping[str, Any]) -> bool:
+    return bool(_json(Path(entry["run_dir"]) / "status.json").get("finished"))
 
 
 def _json(path: Path) -> Any:
@@ -176,7 +221,9 @@ def tell(*command: str) -> None:
 
 def last_words(entry: Mapping[str, Any], most: int = 12) -> list[str]:
     """The lines of a job's log that matter: from its last error on, or the last ones."""
-    lines = _lines(Path(entry["log"]))
+    log = Path(entry["log"])
+    others = sorted(log.parent.glob(f"{entry['id']}_*_log.out")) if entry["where"] == "slurm" else []  # other nodes'
+    lines = [line for path in (*(each for each in others if each != log), log) for line in _lines(path)]
     marks = [n for n, line in enumerate(lines) if line.startswith("adaptnet:") or "Error" in line]
     mine = [line for line in lines if line.startswith("adaptnet:")]
     if mine:

@@ -6,6 +6,7 @@ is kept beside the run as well, so that `adaptnet jobs` shows it when the cluste
 
 from __future__ import annotations
 
+import os
 import secrets
 import shlex
 import socket
@@ -15,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import cluster
+from pipeline import ray_token
 from pipeline.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
@@ -103,11 +104,11 @@ def connect(address: str | None) -> Any:
     """Ray's client of the job server. Raises ConfigError for no address, ResourceError where nobody answers."""
     if not address or not address.startswith(("http://", "https://")):
         raise ConfigError(f"--address (={address}): the job server of a head with a dashboard, http://HOST:8265")
-    cluster.offer_token()
     try:
         from ray.job_submission import JobSubmissionClient
 
-        return JobSubmissionClient(address)
+        with ray_token.mode(os.environ.get(ray_token.MODE) or ("token" if ray_token.has_token() else None)):
+            return JobSubmissionClient(address)
     except ImportError as error:
         raise ResourceError(f"--where ray needs the extra `cluster` ({error}): {EXTRA}") from None
     except (ConnectionError, RuntimeError) as error:

@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 
 SITES = Path(__file__).parents[1] / "infra" / "slurm" / "sites"
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]  # it stands in the script as it is
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -38,7 +39,7 @@ class Site(Config):
     memory_gb: Annotated[float, Field(gt=0)] | None = None
     modules: tuple[Text, ...] = ()  # for `module load`
     setup: tuple[Text, ...] = ()  # shell lines, after the modules
-    environment: Mapping[str, str] = Field(default_factory=dict)
+    environment: Mapping[Variable, str] = Field(default_factory=dict)
     container: Container | None = None
     scratch: Text | None = None  # a fast local folder of each node, given to jobs as TMPDIR
     mail_user: Text | None = None

@@ -8,6 +8,7 @@ preemption of a short job as a time-out, and leave Ray's main thread in mid-step
 
 from __future__ import annotations
 
+import getpass
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.site import Site
-from pipeline import allocation
+from pipeline import allocation, provenance
 from pipeline.allocation import Member, Node
 from pipeline.errors import AdaptNetError, ConfigError, ResourceError
 from pipeline.provenance import write_whole
@@ -36,7 +38,10 @@ FOLDER, RECORD, STARTS = "slurm", "jobs.json", "starts.json"
 START_UP_S = 60  # imports, Ray, workers: before these are over nothing is saved
 SIGNALLED_EARLY_S = 60  # SLURM's warning may come so much before its time
 FRUITLESS = 3  # starts in a row that saved no step, after which a job ends
+LATE_AFTER = 0.75  # of the time from SLURM's warning to the end, after which a verb that has not stopped is left
+INSIST_S = 1.0  # how often a verb is told to stop: it may not have listened yet
 PACKAGES = ("pipeline", "jobs", "tuning")
+REQUEUE = "requeue"  # begins the names of files by which a task asks the batch script for it
 NO_KILL = ("--no-kill", "--wait=0", "--kill-on-bad-exit=0")  # the step outlives the loss of a node
 
 
@@ -62,7 +67,8 @@ class Resources:
 class Job:
     """A verb of `adaptnet` and its arguments, to be run over a job's nodes; home is seen by all of them.
 
-    run_dir is that of a training, whose steps count as progress; None for a verb that is done again from its start.
+    run_dir is the folder of a training or a sweep, whose steps count as progress; None for a verb that is done again
+    from its start. saves_within_s is how long before its end SLURM warns.
     """
 
     verb: str
@@ -73,6 +79,7 @@ class Job:
     max_requeues: int
     fewest_nodes: int = 1
     uses_ray: bool = True
+    saves_within_s: float = 90.0
 
     def __call__(self) -> str:
         """Runs this node's part. What it gives back is for people: "finished", or why it is not.
@@ -80,27 +87,39 @@ class Job:
         A user's error is printed without a traceback and ends the task with exit code 2.
         """
         try:
-            return self._run()
+            node = node_here(Path(self.home), self.patience_s)
+            return self._follow(node) if node is not None and not node.is_head else self._lead(node)
         except AdaptNetError as error:
             print(f"adaptnet: {error}", flush=True)
             raise SystemExit(2) from None
 
-    def _run(self) -> str:
-        node = node_here(Path(self.home), self.patience_s)
-        if node is None or (not self.uses_ray and node.is_head):
-            return self._drive(None)
+    def _follow(self, node: Node) -> str:
+        """Lends this node to Ray; a warning is the head's to take."""
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         if not self.uses_ray:
             return "nothing to do on this node"
-        if not node.is_head:
-            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-            with allocation.joined(node) as member:
-                member.serve()
-            return "the head has ended"
-        warned = Warned()  # from now on: a job may be told to save while Ray comes up
         with allocation.joined(node) as member:
-            alive = member.await_nodes(self.fewest_nodes)
-            print(f"Ray at {member.address}: {alive} of {len(node.names)} nodes", flush=True)
-            return self._drive(member, warned)
+            member.serve()
+        return "the head has ended"
+
+    def _lead(self, node: Node | None) -> str:
+        starts = Starts(Path(self.home))
+        if self.run_dir is not None:
+            (Path(self.run_dir) / "stop").unlink(missing_ok=True)  # a former start's
+        warned = Warned(self)  # from now on: a job may be told to save while Ray comes up
+        try:
+            if node is None or not self.uses_ray:
+                starts.begin(self.steps(), self.max_requeues)
+                return self._drive(None, starts, warned)
+            with allocation.joined(node) as member:
+                starts.begin(self.steps(), self.max_requeues)  # imports much; meanwhile the others join
+                alive = member.await_nodes(self.fewest_nodes)
+                print(f"Ray at {member.address}: {alive} of {len(node.names)} nodes", flush=True)
+                return self._drive(member, starts, warned)
+        finally:
+            warned.over = True
+            if in_slurm():
+                signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # while Python ends it would be fatal
 
     def checkpoint(self) -> Any:
         """submitit's polite path, for a warning that comes before `__call__`: the same job again."""
@@ -108,56 +127,117 @@ class Job:
 
         return DelayedSubmission(self)
 
-    def _drive(self, member: Member | None, warned: Warned | None = None) -> str:
-        warned = warned or Warned()
-        starts = Starts(Path(self.home))
-        starts.begin(self._step())
+    def _drive(self, member: Member | None, starts: Starts, warned: Warned) -> str:
         words = [*self.arguments, *([f"compute.address={member.address}"] if member else [])]
         lost: ResourceError | None = None
+        finished = False
         try:
-            finished = run_verb(self.verb, words)
+            self._await_lease(warned)
+            if not warned.came and not warned.terminated:
+                finished = run_verb(self.verb, words)
         except ResourceError as error:  # a dead head or node: worth another start
-            finished, lost = False, error
-        starts.end(self._step())
+            lost = error
+        except Ended:
+            if not warned.came:
+                raise
+        finally:
+            warned.over = True
+            starts.end(self.steps())
         if finished:
             return "finished"
-        why = str(lost) if lost else "asked to save before its end"
-        if self._terminated and not warned.came:  # SLURM cancels or requeues by itself
+        if warned.came:
+            self.put_back("asked to save before its end")
+        if self.stopping:  # SLURM cancels or requeues by itself, and may have ended workers before they had saved
             return "stopped"
         if lost and not (in_slurm() and starts.progressed()):
             raise lost
-        if not in_slurm() or not (lost or warned.came):
-            return "stopped"
-        starts.check(why, self.max_requeues)
+        if lost:
+            self.put_back(str(lost))
+        return "stopped"
+
+    def put_back(self, why: str) -> None:
+        """Requeues this job where another start is worth it, and ends this task without a result."""
+        Starts(Path(self.home)).check(why, self.max_requeues)
         requeue(why)
-        raise SystemExit(0)  # SLURM ends this task; no result is left behind
+        raise SystemExit(0)
+
+    def _await_lease(self, warned: Warned) -> None:
+        """After a lost node: the former driver's lease is taken over once it has been silent; SLURM has ended it."""
+        from pipeline import lease
+
+        if self.run_dir is None or int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0:
+            return
+        folder, deadline = Path(self.run_dir), time.monotonic() + lease.SILENT_S + 2 * lease.BEAT_S
+        held = [folder / "lease.json", *folder.glob("trials/*/lease.json")]
+        if any(map(lease.refuses, held)):
+            print("waiting until the lease of this run's former driver has run out", flush=True)
+        while any(map(lease.refuses, held)) and not warned.came and time.monotonic() < deadline:
+            time.sleep(1)
 
     @property
-    def _terminated(self) -> bool:
-        """Whether a training was asked to stop: then its workers may have been ended before they had saved."""
+    def stopping(self) -> bool:
+        """Whether the verb was told to stop, and has heard it."""
         return self.run_dir is not None and (Path(self.run_dir) / "stop").exists()
 
-    def _step(self) -> int:
-        """The newest checkpoint's step."""
+    def steps(self) -> int:
+        """Steps that are saved: the newest checkpoint's, of a sweep the sum over its trials."""
         if self.run_dir is None:
             return 0
         from pipeline import registry
 
-        return registry.newest_step(Path(self.run_dir))
+        folder = Path(self.run_dir)
+        return sum(registry.newest_step(each) for each in (folder, *folder.glob("trials/*")))
+
+
+class Ended(AdaptNetError):
+    """A verb has come to an end of its own, and would come to it again."""
 
 
 class Warned:
-    """Whether SLURM's warning came; it is passed on as SIGTERM, by which every verb saves and stops."""
+    """What SLURM has told this task. Its warning is passed on as SIGTERM, by which a verb saves and stops.
 
-    def __init__(self) -> None:
-        self.came = False
+    It is passed on until the verb has left its mark, a file `stop`, since it may still be starting. Where the verb has
+    not stopped shortly before SLURM's time is over, as in a long evaluation, the job is requeued from its newest
+    checkpoint all the same.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.came = self.terminated = self.over = False
+        self._job = job
         if in_slurm():
             signal.signal(signal.SIGUSR2, self._take)
+            signal.signal(signal.SIGTERM, self._note)
+            threading.Thread(target=self._pass_on, name="warning", daemon=True).start()
 
     def _take(self, number: int, frame: Any) -> None:
         self.came = True
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.terminated = True
+
+    def _pass_on(self) -> None:
+        while not self.came:
+            time.sleep(INSIST_S / 5)
+        if self._job.run_dir is None:
+            print("SLURM's warning: this job nears its end", flush=True)
+            return
         print("SLURM's warning: saving, then the job is requeued", flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + LATE_AFTER * self._job.saves_within_s
+        while not self.over and time.monotonic() < deadline:
+            if not self._job.stopping:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(INSIST_S)
+        if not self.over:
+            self._give_up(f"not stopped {LATE_AFTER * self._job.saves_within_s:g} s after SLURM's warning")
+
+    def _give_up(self, why: str) -> None:
+        Starts(Path(self._job.home)).end(self._job.steps())
+        try:
+            self._job.put_back(why)
+        except AdaptNetError as error:
+            print(f"adaptnet: {error}", flush=True)
+        except SystemExit:
+            os._exit(0)  # the verb does not listen
 
 
 @dataclass(frozen=True)
@@ -177,13 +257,20 @@ class Starts:
             return []
         return found
 
-    def begin(self, step: int) -> None:
-        """A start that died without a word is closed by the step that the next one finds."""
+    def begin(self, step: int, max_requeues: int) -> None:
+        """A start that died without a word is closed by the step that the next one finds.
+
+        Raises ResourceError where SLURM has started the job once more than is worth it, or allowed.
+        """
         found = self.read()
         if found and found[-1]["to"] is None:
             found[-1]["to"] = step
-        job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        entry = {"job": job, "restart": restart, "host": socket.gethostname(), "time": time.time()}
+        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        entry = {"job": job_id(), "restart": restart, "host": socket.gethostname(), "time": time.time()}
+        self._write(found)
+        self._check_fruit("SLURM has started it again")
+        if restart > max_requeues:
+            raise ResourceError(self._spent(restart, max_requeues, "SLURM has started it again"))
         self._write([*found, {**entry, "from": step, "to": None}])
 
     def end(self, step: int) -> None:
@@ -198,18 +285,25 @@ class Starts:
 
     def check(self, why: str, max_requeues: int) -> None:
         """Raises ResourceError where another start is not worth it, or not allowed."""
-        mine = [each for each in self.read() if each["job"] == os.environ.get("SLURM_JOB_ID")]
-        last = mine[-FRUITLESS:]
+        self._check_fruit(why)
+        restart = self.read()[-1]["restart"]
+        if restart >= max_requeues:
+            raise ResourceError(self._spent(restart, max_requeues, why))
+
+    def _check_fruit(self, why: str) -> None:
+        job = job_id()
+        last = [each for each in self.read() if each["job"] == job and job is not None][-FRUITLESS:]
         if len(last) == FRUITLESS and all(each["to"] <= each["from"] for each in last):
             raise ResourceError(
                 f"{self.home}: the last {FRUITLESS} starts of this job saved no new step, so it is not started again "
-                f"({why}). Give it more --time, or save more often (checkpoint.every)"
+                f"({why}). Give it more --time, or save more often (checkpoint.every); `adaptnet jobs resubmit` goes on"
             )
-        if mine[-1]["restart"] >= max_requeues:
-            raise ResourceError(
-                f"{self.home}: requeued {mine[-1]['restart']} times, as often as --max-requeues (={max_requeues}) "
-                f"allows ({why}); `adaptnet jobs resubmit` goes on"
-            )
+
+    def _spent(self, restart: int, max_requeues: int, why: str) -> str:
+        return (
+            f"{self.home}: requeued {restart} times; --max-requeues (={max_requeues}) allows no more ({why}). "
+            "`adaptnet jobs resubmit` goes on"
+        )
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +311,7 @@ class Starts:
 
 
 def run_verb(verb: str, words: Sequence[str]) -> bool:
-    """Runs a verb in this process; whether it came to its end."""
+    """Runs a verb in this process; whether it came to its end. Raises Ended where it gave up with an exit code."""
     from jobs import cli
 
     try:
@@ -227,17 +321,31 @@ def run_verb(verb: str, words: Sequence[str]) -> bool:
             return True
         if left.code == cli.STOPPED:
             return False
-        raise ResourceError(f"adaptnet {verb} ended with exit code {left.code}") from None
+        raise Ended(f"adaptnet {verb} ended with exit code {left.code}") from None
     return True
 
 
 def requeue(why: str) -> None:
-    """Puts this job back into the queue; SLURM then ends its tasks."""
-    job = os.environ["SLURM_JOB_ID"]
+    """Puts this job back into the queue; SLURM then ends its tasks.
+
+    In a container, which has no SLURM, the batch script does it when this task has ended.
+    """
+    job = str(job_id())
     print(f"requeueing job {job}: {why}", flush=True)
+    if shutil.which("scontrol") is None:
+        (Path(os.environ["SUBMITIT_FOLDER"]) / f"{REQUEUE}-{os.environ['SLURM_JOB_ID']}").touch()
+        return
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     if done.returncode != 0:
         raise ResourceError(f"job {job} cannot be requeued: {' '.join(done.stderr.split())}")
+
+
+def job_id() -> str | None:
+    """SLURM's id of this job, ARRAY_TASK for one of an array: as it was told at submission. None outside SLURM."""
+    given = os.environ
+    if "SLURM_ARRAY_TASK_ID" in given:
+        return f"{given['SLURM_ARRAY_JOB_ID']}_{given['SLURM_ARRAY_TASK_ID']}"
+    return given.get("SLURM_JOB_ID")
 
 
 def in_slurm() -> bool:
@@ -252,7 +360,6 @@ def node_here(home: Path, patience_s: float) -> Node | None:
 
     given = os.environ
     job = SlurmJobEnvironment()
-    megabytes = given.get("SLURM_MEM_PER_NODE")
     cpus = given.get("SLURM_CPUS_PER_TASK") or given.get("SLURM_CPUS_ON_NODE") or "1"
     return Node(
         rank=job.node,
@@ -262,15 +369,24 @@ def node_here(home: Path, patience_s: float) -> Node | None:
         folder=home / FOLDER,
         cpus=int(cpus),
         gpus=len([gpu for gpu in given.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu and gpu != "NoDevFiles"]),
-        memory_bytes=int(megabytes) << 20 if megabytes else None,
+        memory_bytes=_memory_bytes(given),
         patience_s=patience_s,
     )
 
 
+def _memory_bytes(given: Mapping[str, str]) -> int | None:
+    """What SLURM gives this job on this node, by the node or by the CPU; None where it counts no memory."""
+    megabytes = int(given.get("SLURM_MEM_PER_NODE") or 0)
+    megabytes = megabytes or int(given.get("SLURM_MEM_PER_CPU") or 0) * int(given.get("SLURM_CPUS_ON_NODE") or 1)
+    return megabytes << 20 if megabytes else None
+
+
 def _address(name: str) -> str:
     """A node's address: SLURM's own, by the resolver. Where it is a name that means loopback here, the route out."""
-    shown = subprocess.run(["scontrol", "show", "node", "-o", name], capture_output=True, text=True, timeout=60)
-    match = re.search(r"NodeAddr=(\S+)", shown.stdout)
+    match = None
+    if shutil.which("scontrol") is not None:
+        shown = subprocess.run(["scontrol", "show", "node", "-o", name], capture_output=True, text=True, timeout=60)
+        match = re.search(r"NodeAddr=(\S+)", shown.stdout)
     found = socket.gethostbyname(match[1] if match else name)
     if found == "127.0.1.1" or (found.startswith("127.") and match and match[1] == name):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # no packet is sent
@@ -321,6 +437,7 @@ class Submission:
             "dependency": self.dependency,
             "stderr_to_stdout": True,
             "setup": self._setup(snapshot),
+            "teardown": self._teardown() if site.container else None,
             "srun_args": [f"--cpus-per-task={asked.cpus_per_task}", *(NO_KILL if asked.elastic else ())],
             "additional_parameters": self._additional(),
         }
@@ -340,14 +457,24 @@ class Submission:
         lines += [f'export PYTHONPATH={shlex.quote(str(snapshot))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
         return [*lines, *site.setup]
 
+    def _teardown(self) -> list[str]:
+        """Requeues the job where its task has asked for it and could not do so itself."""
+        mark = f'{shlex.quote(str(self.folder / REQUEUE))}-"$SLURM_JOB_ID"'
+        return ["code=$?", f'if [ -e {mark} ]; then rm {mark}; scontrol requeue "$SLURM_JOB_ID"; fi', "exit $code"]
+
     @property
     def python(self) -> str:
-        """What starts Python on a node."""
+        """What starts Python on a node: deaf to a warning until it listens, and to the folder that it is started in.
+
+        SLURM's warning would end it while it imports. The checkout that a job is submitted from would else go before
+        the code that was kept for the job.
+        """
         box = self.site.container
+        deaf = ["sh", "-c", 'trap "" USR2; exec "$@"', "sh"]
         if box is None:
-            return shlex.quote(sys.executable)
+            return shlex.join([*deaf, sys.executable, "-P"])
         binds = [word for bind in box.binds for word in ("--bind", bind)]
-        return shlex.join(["apptainer", "exec", *box.options, *binds, box.image, *box.python.split()])
+        return shlex.join(["apptainer", "exec", *box.options, *binds, box.image, *deaf, *box.python.split(), "-P"])
 
     def script(self) -> str:
         """The batch script, text for text as it is submitted."""
@@ -374,6 +501,9 @@ def submit(submission: Submission, where: Where) -> list[str]:
     which = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}  # clean_env hides that too
     with clean_env():
         os.environ.update(which)
+        if where == "local":
+            before = os.environ.get("PYTHONPATH")
+            os.environ["PYTHONPATH"] = os.pathsep.join([str(submission.snapshot), *([before] if before else [])])
         try:
             if len(jobs) == 1:
                 made = [executor.submit(jobs[0])]
@@ -385,7 +515,8 @@ def submit(submission: Submission, where: Where) -> list[str]:
     for job, one in zip(jobs, made, strict=True):
         remember(Path(job.home), _entry(submission, job, one, where))
     if where == "debug":
-        made[0].result()
+        for one in made:
+            one.result()
     return [str(one.job_id) for one in made]
 
 
@@ -413,7 +544,7 @@ def _executor(submission: Submission, where: Where) -> Any:
     if where == "debug":
         return submitit.DebugExecutor(submission.folder)
     if where == "local":
-        executor = submitit.LocalExecutor(submission.folder)
+        executor = submitit.LocalExecutor(submission.folder, python=f"{shlex.quote(sys.executable)} -P")
         executor.update_parameters(timeout_min=submission.resources.minutes)
         return executor
     check_slurm()
@@ -435,10 +566,15 @@ def _refused(error: Exception) -> ResourceError:
     """SLURM's words, and what it knows instead."""
     words = " ".join(str(error).replace("subprocess-exited-with-error", "").split())[-600:]
     known = ""
-    if "partition" in words.lower():
+    if "account" in words.lower():  # SLURM's words for it name the partition as well
+        mine = ("where", f"user={getpass.getuser()}")
+        known = f". Your accounts: {_ask('sacctmgr', '-nP', 'show', 'assoc', *mine, 'format=account')}"
+    elif "partition" in words.lower():
         known = f". Known partitions: {_ask('sinfo', '-h', '-o', '%R')}"
-    elif "account" in words.lower():
-        known = f". Your accounts: {_ask('sacctmgr', '-nP', 'show', 'assoc', 'format=account')}"
+    elif "qos" in words.lower():
+        known = f". Known QOS: {_ask('sacctmgr', '-nP', 'show', 'qos', 'format=name')}"
+    elif "time limit" in words.lower() or "node count" in words.lower():
+        known = f". The partitions allow: {_ask('sinfo', '-h', '-o', '%R: %l on %D nodes')}"
     elif "configuration is not available" in words.lower():
         known = f". The nodes have: {_ask('sinfo', '-h', '-o', '%N: %c CPUs, %m MB, %G')}"
     elif "munge" in words.lower() or "authentication" in words.lower():
@@ -477,6 +613,7 @@ def _snapshot(folder: Path) -> None:
         target = aside / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+    write_whole(aside / provenance.KEPT, json.dumps(provenance.git_state(Path(__file__).parents[1])))
     try:
         os.rename(aside, folder)
     except OSError:  # another submission was first

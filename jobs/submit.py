@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,7 +74,7 @@ def submit(
         raise ConfigError(f"--where (={where}): slurm, ray, local or debug")
     if (where == "ray") != (address is not None):
         raise ConfigError(f"--address (={address}) is for --where ray, which needs it: http://HOST:8265")
-    from jobs import ray_jobs, slurm
+    from jobs import queue, ray_jobs, slurm
     from pipeline.config import as_mapping, dump_yaml
     from pipeline.provenance import write_whole
 
@@ -92,6 +93,8 @@ def submit(
     profile = sites.load(site).model_copy(update={key: value for key, value in given.items() if value is not None})
     resources = _resources(profile, nodes)
     slurm.check_time(resources.minutes, profile.signal_delay_s)
+    if after is not None and where != "slurm":
+        raise ConfigError(f"--after (={after}): only SLURM waits for another job; leave it out with --where {where}")
     made = _train if verb == "train" else _other
     jobs, configs = made(verb, arguments or [], array, resources, profile)
     submission = slurm.Submission(
@@ -114,6 +117,7 @@ def submit(
     on_ray = where == "ray"
     ids = ray_jobs.submit(submission, address) if on_ray else slurm.submit(submission, where)  # type: ignore[arg-type]
     for job, made_id in zip(jobs, ids, strict=True):
+        queue.know(Path(job.home))
         typer.echo(f"job {made_id}: adaptnet {job.verb} in {job.home}; adaptnet jobs show {made_id} says how it goes")
 
 
@@ -157,6 +161,7 @@ def _train(
             patience_s=profile.patience_s,
             max_requeues=profile.max_requeues,
             fewest_nodes=resources.nodes[0],
+            saves_within_s=float(profile.signal_delay_s),
         )
         jobs.append(job)
         configs.append(config)
@@ -181,31 +186,50 @@ def _values(array: str | None) -> list[list[str]]:
     found = [value for value in values.split(",") if value]
     if not equals or not key or not found:
         raise ConfigError(f"--array (={array}): write KEY=VALUE,VALUE,... e.g. seed=1,2,3")
+    if len(set(found)) < len(found):
+        raise ConfigError(f"--array (={array}): each value once; each is a run with a folder of its own")
     return [[f"{key}={value}"] for value in found]
 
 
 def _other(
     verb: str, words: Sequence[str], array: str | None, resources: Resources, profile: sites.Site
 ) -> tuple[list[Job], list[RunConfig]]:
-    """A job in a folder of its own below runs/jobs; a sweep knows its own folder and goes on by itself."""
+    """A sweep's job lies in the sweep's folder and goes on there; another's in one of its own below runs/jobs."""
     from jobs.slurm import Job
 
     if array is not None:
         raise ConfigError(f"--array (={array}) is for train; {verb} takes one set of arguments")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    source = next((word for word in words if not word.startswith("-")), "").replace("models:/", "").strip("/.")
-    home = Path("runs") / "jobs" / f"{verb}-{Path(source).stem or 'job'}-{stamp}"
+    if verb != "sweep" and resources.nodes[1] > 1:
+        raise ConfigError(f"--nodes (={resources.nodes[1]}): {verb} runs on one node")
+    asked = _parsed(verb, words)
+    home = _sweep_folder(asked) if verb == "sweep" else _folder_for(verb, words)
+    given = ["--run-dir", str(home)] if verb == "sweep" and not asked["run_dir"] else []
     job = Job(
         verb=verb,
-        arguments=tuple(words),
-        home=str(home.absolute()),
-        run_dir=None,
+        arguments=(*words, *given),
+        home=str(home),
+        run_dir=str(home) if verb == "sweep" else None,
         patience_s=profile.patience_s,
         max_requeues=profile.max_requeues,
         fewest_nodes=resources.nodes[0],
         uses_ray=verb == "sweep",
+        saves_within_s=float(profile.signal_delay_s),
     )
     return [job], []
+
+
+def _sweep_folder(asked: Mapping[str, Any]) -> Path:
+    """Where the sweep will lie. Raises ConfigError for one that could not begin."""
+    from tuning import config
+
+    name = config.load(asked["source"], asked["overrides"] or (), data_home=data_home()).config.name
+    return Path(asked["run_dir"] or Path("runs") / name).absolute()
+
+
+def _folder_for(verb: str, words: Sequence[str]) -> Path:
+    source = next((word for word in words if not word.startswith("-")), "").replace("models:/", "").strip("/.")
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "-", Path(source).stem) or "job"
+    return (Path("runs") / "jobs" / f"{verb}-{plain}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
 
 
 def _parsed(verb: str, words: Sequence[str]) -> dict[str, Any]:

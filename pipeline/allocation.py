@@ -8,10 +8,12 @@ what was started here is ended. `ray symmetric-run` and `ray stop` would reach f
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,11 +21,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from pipeline import ray_token
 from pipeline.errors import ResourceError
 from pipeline.provenance import write_whole
 
@@ -31,6 +35,9 @@ POLL_S = 0.5
 MISSES = 3  # polls in a row without an answer after which a head counts as gone
 ENDS_WITHIN_S = 10.0
 OBJECT_STORE_BYTES = 256 << 20  # training hands nothing over through it
+ATTEMPTS = 3  # at starting a head
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # before a fork: nothing is loaded after it
 KEPT = ("SLURM_JOB_ID", "SLURMD_NODENAME")  # by which a site's epilog finds a job's processes
 
 
@@ -87,11 +94,12 @@ class Member:
 
         Head only. Raises ResourceError at once where a node's Ray has died, and naming the nodes that are missing.
         """
-        os.environ.update(_authentication(self.node))  # before Ray's library reads it
+        ray_token.set_for_good(_authentication(self.node))
         import ray
 
         node, deadline = self.node, time.monotonic() + self.node.patience_s
-        _connect(self.address, deadline, self)
+        with ray_token.own_sigterm():
+            _connect(self.address, deadline, self)
         try:
             while True:
                 alive = sum(bool(each["Alive"]) for each in ray.nodes())
@@ -104,7 +112,8 @@ class Member:
                     raise self._missing(alive)
                 time.sleep(POLL_S)
         finally:
-            ray.shutdown()
+            with ray_token.own_sigterm():
+                ray.shutdown()
 
     def serve(self) -> None:
         """Stays until the head is gone or Ray has ended here. Raises ResourceError in the latter case."""
@@ -152,7 +161,8 @@ def joined(node: Node) -> Iterator[Member]:
             _end(member.ray)
     finally:
         for path in (node.letter, node.token) if node.is_head else (node.answer(node.rank),):
-            path.unlink(missing_ok=True)
+            if "error" not in _read(path):  # that is for the others, who may not have read it yet
+                path.unlink(missing_ok=True)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -160,13 +170,31 @@ def _head(node: Node, scratch: Path) -> Member:
     descriptor = os.open(node.token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
-    address = f"{node.ip}:{_free_port(node.ip)}"
-    port = address.rpartition(":")[2]
-    words = ["--head", f"--port={port}", "--include-dashboard=false"]
-    started = _start(node, [*words, f"--temp-dir={scratch}"])
-    _await(lambda: _listens(node.ip, int(port)), node, started, f"Ray's head does not listen at {address}")
+    try:
+        address, started = _start_head(node, scratch)
+    except ResourceError as error:  # the others would wait for as long as they have patience
+        write_whole(node.letter, json.dumps({"error": str(error)}))
+        raise
     write_whole(node.letter, json.dumps({"address": address, "head": node.names[0]}))
     return Member(node, address, started)
+
+
+def _start_head(node: Node, scratch: Path) -> tuple[str, subprocess.Popen[bytes]]:
+    """On ports that were free a moment ago; on others where another job has taken them since."""
+    deadline = time.monotonic() + node.patience_s
+    for attempt in range(1, ATTEMPTS + 1):
+        port = _free_port(node.ip)
+        words = ["--head", f"--port={port}", "--include-dashboard=false", "--no-monitor", f"--temp-dir={scratch}"]
+        words += [f"--ray-client-server-port={_free_port(node.ip)}"] if find_spec("grpc") else []  # 10001 for everyone
+        started = _start(node, words)
+        address = f"{node.ip}:{port}"
+        try:
+            _await(lambda: _listens(node.ip, port), node, started, f"Ray's head does not listen at {address}")  # noqa: B023
+            return address, started
+        except ResourceError:
+            if attempt == ATTEMPTS or time.monotonic() >= deadline:
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _follower(node: Node, scratch: Path) -> Member:
@@ -181,6 +209,8 @@ def _follower(node: Node, scratch: Path) -> Member:
         with suppress(OSError):
             os.listdir(node.folder)  # a network file system looks anew
         time.sleep(POLL_S)
+    if "error" in letter:
+        raise ResourceError(f"{node.names[0]}, the head, did not start: {letter['error']}")
     address = letter["address"]
     started = _start(node, [f"--address={address}", f"--temp-dir={scratch}"])
     time.sleep(POLL_S)
@@ -192,11 +222,14 @@ def _follower(node: Node, scratch: Path) -> Member:
 
 
 def _start(node: Node, words: list[str]) -> subprocess.Popen[bytes]:
-    """`ray start` as a child that the job's warning signal does not reach: by default it would end Ray."""
+    """`ray start` as a child that the job's warning signal does not reach, by default it would end Ray; and that ends
+    where this process is killed: the other nodes would stay as long as Ray's head is there.
+    """
     command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
     command += [f"--num-cpus={node.cpus}", f"--num-gpus={node.gpus}", f"--node-ip-address={node.ip}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0"]
-    command += [f"--memory={node.memory_bytes - OBJECT_STORE_BYTES}"] if node.memory_bytes else []
+    command += ["--include-log-monitor=false"]  # each of Ray's helpers is a Python that takes seconds to start
+    command += [f"--memory={max(node.memory_bytes - OBJECT_STORE_BYTES, 1 << 20)}"] if node.memory_bytes else []
     with open(node.log, "ab") as log:
         return subprocess.Popen(
             ["sh", "-c", "trap '' USR1 USR2; exec \"$@\"", "sh", *command, *words],
@@ -205,7 +238,14 @@ def _start(node: Node, words: list[str]) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
+
+
+def _end_with_parent() -> None:
+    """Runs in the child: Linux ends it when the thread that started it has ended."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _environment(given: Mapping[str, str], node: Node) -> dict[str, str]:
@@ -250,7 +290,7 @@ def _connect(address: str, deadline: float, member: Member) -> None:
 
 def _await(is_there: Callable[[], bool], node: Node, started: subprocess.Popen[bytes], otherwise: str) -> None:
     deadline = time.monotonic() + node.patience_s
-    while not is_there():
+    while started.poll() is not None or not is_there():
         if started.poll() is not None:
             raise ResourceError(_died(node, started))
         if time.monotonic() >= deadline:
@@ -296,7 +336,13 @@ def _listens(host: str, port: int) -> bool:
 
 def _free_port(ip: str) -> int:
     with socket.socket() as found:
-        found.bind((ip, 0))
+        try:
+            found.bind((ip, 0))
+        except OSError as error:
+            raise ResourceError(
+                f"{socket.gethostname()}: no port at {ip} ({error.strerror}). SLURM knows this node by that address "
+                "(NodeAddr); is it one of its own?"
+            ) from None
         port: int = found.getsockname()[1]
         return port
 

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import ray_token
 from pipeline.errors import ResourceError
+from pipeline.ray_token import own_sigterm
 from pipeline.run_config import ComputeConfig
 
+CODE = str(Path(__file__).parents[1])
 HEALTH_CHECK_S = "0.5"  # how often Ray's controller polls the workers; a report waits for one poll
+
+
+class _OursFirst(list[str]):
+    """Where workers look for code: Ray adds the folder that the driver stands in, and looks there before all others.
+
+    A job that is submitted from a checkout stands in it, and must not take code that was edited since.
+    """
+
+    def extend(self, folders: Iterable[str]) -> None:
+        self[:0] = folders
 
 
 @contextmanager
@@ -30,31 +41,22 @@ def cluster(compute: ComputeConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let anything else on the node go first
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if compute.address is not None:
-        offer_token()
     import ray
 
-    mine = not ray.is_initialized()
-    if mine:
-        _start(compute)
-    try:
+    if ray.is_initialized():
         _check_resources(compute)
         yield
-    finally:
-        if mine:
-            ray.shutdown()
-
-
-def offer_token() -> None:
-    """From now on Ray shows this user's token to any cluster; by itself it does so only to those it has started."""
-    if _has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
-def _has_token() -> bool:
-    """Whether this user holds a token of Ray's; a cluster without authentication takes it and looks away."""
-    places = [os.environ.get("RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"]
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or any(place and Path(place).is_file() for place in places)
+        return
+    _await_head(compute)
+    with ray_token.mode(ray_token.mode_for(compute.address)):
+        with own_sigterm():
+            _start(compute)
+        try:
+            _check_resources(compute)
+            yield
+        finally:
+            with own_sigterm():
+                ray.shutdown()
 
 
 def _await_head(compute: ComputeConfig) -> None:
@@ -88,10 +90,9 @@ def _unreachable(compute: ComputeConfig, error: Exception) -> ResourceError:
 
 def _start(compute: ComputeConfig) -> None:
     import ray
+    import ray.job_config
 
-    _await_head(compute)
     quiet = {"include_dashboard": False} if compute.address is None else {}
-    at_term = signal.getsignal(signal.SIGTERM)  # Ray puts its own in place, by which a driver ends without saving
     try:
         ray.init(
             address=compute.address or "local",
@@ -99,13 +100,11 @@ def _start(compute: ComputeConfig) -> None:
             logging_level=logging.ERROR,
             ignore_reinit_error=False,
             configure_logging=False,
+            job_config=ray.job_config.JobConfig(_py_driver_sys_path=_OursFirst([CODE])),
             **quiet,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise _unreachable(compute, error) from None
-    finally:
-        if at_term is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, at_term)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Lease:
         """Raises ResourceError naming the holder where another driver holds it."""
         with _locked(self._path):
             held = read(self._path)
-            if held and not held.get("released") and _lives(held):
+            if _refuses(held):
                 raise ResourceError(
                     f"{self._path.parent}: another driver is training here: {held['command']} (process {held['pid']} "
                     f"on {held['host']}, last heard of {time.time() - held['heartbeat']:.0f} s ago). Wait for it, stop "
@@ -108,11 +108,20 @@ def is_current(run_dir: Path, fence: int) -> bool:
     return held <= fence
 
 
+def refuses(path: Path) -> bool:
+    """Whether a driver that came now would be refused by the entry in that file."""
+    return _refuses(read(path))
+
+
 def held_elsewhere(run_dir: Path) -> str | None:
     """The command of another process that lives and holds the folder's lease; None where nobody does."""
     held = read(run_dir / "lease.json")
     mine = held.get("host") == socket.gethostname() and held.get("pid") == os.getpid()
-    return None if not held or held.get("released") or mine or not _lives(held) else str(held["command"])
+    return str(held["command"]) if _refuses(held) and not mine else None
+
+
+def _refuses(held: dict[str, Any]) -> bool:
+    return bool(held) and not held.get("released") and _lives(held)
 
 
 def _lives(held: dict[str, Any]) -> bool:

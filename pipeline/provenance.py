@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "nvidia-dali-cuda130", "numpy", "safetensors")
+KEPT = "git.json"  # in a copy of a checkout
 MAX_DIFF_CHARS = 5_000_000
 _USERINFO = re.compile(r"\b([a-z][a-z0-9+.-]*)://([^/\s'\"]*)@", re.IGNORECASE)
 _SECRET_QUERY = re.compile(
@@ -45,7 +46,7 @@ def _without_password(match: re.Match[str]) -> str:
 def record(run_dir: Path, command: Sequence[str]) -> None:
     """Writes environment.json, requirements.txt and, if the code is a changed git checkout, git.diff into `run_dir`."""
     source = Path(__file__).resolve().parents[1]
-    git = git_state(source)
+    git = git_state(source) or _kept(source)
     environment = {
         "command": [without_secrets(word) for word in command],
         "host": socket.gethostname(),
@@ -59,8 +60,9 @@ def record(run_dir: Path, command: Sequence[str]) -> None:
     }
     write_whole(run_dir / "environment.json", json.dumps(environment, indent=1))
     write_whole(run_dir / "requirements.txt", "\n".join(installed()) + "\n")
-    if git and git["dirty"]:
-        write_whole(run_dir / "git.diff", without_secrets(_git(source, "diff", "HEAD") or "")[:MAX_DIFF_CHARS])
+    diff = _git(source, "diff", "HEAD") if git and git["dirty"] and not _kept(source) else None
+    if diff:
+        write_whole(run_dir / "git.diff", without_secrets(diff)[:MAX_DIFF_CHARS])
     else:
         (run_dir / "git.diff").unlink(missing_ok=True)
 
@@ -96,6 +98,15 @@ def git_state(folder: Path) -> Mapping[str, Any] | None:
     status = _git(folder, "status", "--porcelain")
     branch = _git(folder, "rev-parse", "--abbrev-ref", "HEAD") or ""
     return {"commit": commit.strip(), "branch": branch.strip(), "dirty": bool(status)}
+
+
+def _kept(folder: Path) -> Mapping[str, Any] | None:
+    """The state of the checkout that this folder is a copy of, as who made it wrote it down."""
+    try:
+        found: Mapping[str, Any] | None = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def _git(folder: Path, *words: str) -> str | None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
+from pipeline import allocation
+from pipeline.allocation import Node
 from pipeline.cluster import cluster, demand
 from pipeline.errors import ResourceError
 from pipeline.run_config import ComputeConfig
@@ -38,3 +47,73 @@ def test_more_workers_than_cpus_are_refused_with_the_numbers() -> None:
         cluster(ComputeConfig(workers=4000)),
     ):
         raise AssertionError("no machine has as many")
+
+
+VISITS = """
+import os
+import signal
+import sys
+import ray
+from pipeline.cluster import cluster
+from pipeline.run_config import ComputeConfig
+
+@ray.remote
+def code(held):
+    import pipeline
+    return pipeline.__file__ + ray.get(held[0], timeout=20)  # which the driver has to be asked for
+
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+for address in sys.argv[1:]:
+    where = None if address == "here" else address
+    with cluster(ComputeConfig(address=where, workers=1, device="cpu", start_patience_s=30)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        print(address, ray.get(code.remote([ray.put("!")]), timeout=60), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)  # Ray's own way out of it would end this process
+print(len(told))
+"""
+
+
+@pytest.fixture
+def open_head(tmp_path: Path) -> Iterator[str]:
+    """A head that asks for no token; its address."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    scratch = f"/tmp/adaptnet-open-{os.getpid()}"
+    words = f"start --head --block --node-ip-address=127.0.0.1 --port={address.partition(':')[2]} --num-cpus=1"
+    words += f" --include-dashboard=false --disable-usage-stats --object-store-memory=100000000 --temp-dir={scratch}"
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    with open(tmp_path / "head.log", "wb") as log:
+        head = psutil.Popen([str(Path(sys.executable).parent / "ray"), *words.split()], env=env, stdout=log, stderr=log)
+    try:
+        yield address
+    finally:
+        below = head.children(recursive=True)
+        head.terminate()
+        psutil.wait_procs([head, *below], timeout=15)
+        for process in [head, *below]:
+            if process.is_running():
+                process.kill()
+        subprocess.run(["rm", "-rf", scratch], check=True)
+
+
+@pytest.mark.ray
+def test_one_process_visits_clusters_with_a_token_without_one_and_its_own(open_head: str, tmp_path: Path) -> None:
+    """In any order, its user's token being at hand; and workers run the driver's code, wherever it stands."""
+    ours = Path(allocation.__file__).parents[1]
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").write_text("raise AssertionError('edited')")
+    (tmp_path / ".ray").mkdir()
+    key = secrets.token_hex(4)
+    node = Node(0, ("here",), "127.0.0.2", key, tmp_path / "letters", cpus=1, gpus=0, patience_s=60)
+    with allocation.joined(node) as guarded:
+        (tmp_path / ".ray" / "auth_token").write_text(node.token.read_text())
+        visits = ["here", open_head, guarded.address, "here"]
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+        env = {**kept, "HOME": str(tmp_path), "PYTHONPATH": str(ours), "OMP_NUM_THREADS": "1"}
+        line = [sys.executable, "-P", "-c", VISITS, *visits]
+        done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    said = [f"{address} {ours}/pipeline/__init__.py!" for address in visits]
+    assert done.stdout.splitlines() == [*said, str(2 * len(visits))]

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 # A module imports what stands left of its own place.
 ORDER = """errors | config | ranks cost figures | data | family | blocks | families | training | frontier |
 robustness comparing | journal provenance | lease | tracking | registry | run_config |
-worker | allocation cluster | launch | evaluations importing | report export predicting promoting | plan | bench |
-tuning | jobs"""
+worker | ray_token | allocation cluster | launch | evaluations importing | report export predicting promoting | plan |
+bench | tuning | jobs"""
 PLACE = {name: place for place, names in enumerate(ORDER.split("|")) for name in names.split()}
 FAMILY_MAY = {"errors", "config", "ranks", "cost", "figures", "family", "blocks"}
 FAMILY_MAY_OUTSIDE = {"torch", "torchvision", "numpy", "pydantic", *sys.stdlib_module_names}
@@ -27,6 +27,7 @@ DOORS = {  # what only these modules import; a benchmark also calls the peers th
     "torch.distributed": {"pipeline.ranks", "pipeline.bench"},
     "ray": {
         "pipeline.worker",
+        "pipeline.ray_token",
         "pipeline.allocation",
         "pipeline.cluster",
         "pipeline.launch",

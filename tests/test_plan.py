@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.plan import Cost, Images, plan
 from pipeline.run_config import RunConfig
 
-COST = Cost(1_000_000, 12_000_000, 8_000_000, 500_000.0, images_per_s=100.0, decoded_per_s=50.0)
+COST = Cost(1_000_000, 12_000_000, 8_000_000, 500_000.0, images_per_s=100.0, decoded_per_s=50.0, metrics=15)
 IMAGES = Images(64_000, 10, 2000.0)
 
 
@@ -46,6 +47,9 @@ def test_saves_come_as_often_as_the_recipe_says() -> None:
     for every, seconds in (("5 minutes", 300), ("2 epochs", 1280), ("100 steps", 256)):
         found = plan(recipe(f"checkpoint.every={every}"), 1, IMAGES, COST, network_bytes_per_s=None)
         assert found.save_every_s == pytest.approx(seconds)
+        assert found.save_bytes_per_s == pytest.approx(COST.checkpoint_bytes / seconds)
+    found = plan(recipe("logging.every=50 steps"), 2, IMAGES, COST, network_bytes_per_s=None)
+    assert found.metrics_per_s == pytest.approx(15 * 200 / (50 * 256))
 
 
 def test_what_is_not_known_stays_unknown() -> None:
@@ -71,6 +75,10 @@ def test_what_is_measured_is_what_a_run_has(finished: dict[str, Path]) -> None:
     assert cost.checkpoint_bytes == pytest.approx(saved, rel=0.05)
     assert cost.state_bytes == pytest.approx(3 * 4 * cost.parameters, rel=0.05)  # weights, gradients, momentum
     assert cost.images_per_s and cost.decoded_per_s
+    lines = [json.loads(line) for line in (run_dir / "journal" / "rank0.jsonl").read_text().splitlines()]
+    first = next(line["step"] for line in lines if line.get("key") == "train/loss")
+    logged = {line["key"] for line in lines if line.get("step") == first and "key" in line}
+    assert cost.metrics == len([key for key in logged if key.startswith(("train/", "time/", "data/"))])
     twice = plans.measure(config, images.classes, 16, train=None, timed=False)
     assert twice.activation_bytes == pytest.approx(cost.activation_bytes, rel=0.05) and twice.images_per_s is None
 
@@ -90,3 +98,30 @@ def test_the_verb_prints_what_is_known_and_says_what_is_not(
     assert (
         "reading" in printed and "not measured here, and not given" in printed and "network: a step computes" in printed
     )
+
+
+def test_the_table_in_infras_readme_follows_from_the_formulas() -> None:
+    """Each figure to the digits that stand there; r, d and s as its text gives them."""
+    text = (Path(__file__).parents[1] / "infra" / "README.md").read_text(encoding="utf-8")
+    rows = {cells[1].strip(): cells[3:6] for line in text.splitlines() if len(cells := line.split("|")) == 7}
+    config = run_config.load("baseline/imagenet_resnet50", ["training.batch_size=8192", "data.root=x"])
+    parameters = 25_557_032
+    cost = Cost(parameters, 1, 8 * parameters, 1.0, images_per_s=3079, decoded_per_s=273)
+    for column, workers in enumerate((8, 64, 512)):
+        found = plan(config, workers, Images(1_281_167, 1000, 110e3), cost, network_bytes_per_s=25e9)
+        assert found.step_s and found.communication_s and found.images_per_s and found.decode_cores
+        assert found.read_bytes_per_s and found.total_s
+        wanted = {
+            "a step computes": found.step_s,
+            "gradients a GPU sends": found.gradient_bytes / 1e6,
+            "and takes for it": found.communication_s,
+            "images/s of all": found.images_per_s,
+            "from storage": found.read_bytes_per_s / 1e9,
+            "cores of a GPU that decode": found.decode_cores,
+            "index of a node": found.index_bytes / 1e6,
+            "90 epochs": found.total_s / 60,
+        }
+        for name, value in wanted.items():
+            shown = rows[name][column].strip().split()[0].replace(",", "")
+            digits = max(1, len(shown.replace(".", "").strip("0")))
+            assert float(shown) == pytest.approx(float(f"{value:.{digits}g}"), rel=1e-6), (name, workers, value)

@@ -138,3 +138,15 @@ def test_the_file_map_is_the_tree() -> None:
 def _whole(named: set[Path]) -> set[Path]:
     """Folders that stand in the map without their files: each family."""
     return {path for path in named if path.is_dir() and path.parent == ROOT / "pipeline" / "families"}
+
+
+def test_each_command_of_infras_readme_parses_and_is_run_somewhere() -> None:
+    """The first block is run as it stands by tests/slurm/test_jobs.py; the plan's figures are checked by test_plan."""
+    text = (ROOT / "infra" / "README.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line.partition("  #")[0].partition(" |")[0].strip() for line in (first + second).splitlines()]
+    for line in lines:
+        if line.startswith("adaptnet"):
+            parse(line)
+    assert [line.split()[1] for line in lines if line.startswith("adaptnet")][-1] == "plan"
+    assert second.count("\n") == 1

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from jobs import queue, site, slurm
 from jobs.cli import main
-from pipeline import run_config
+from pipeline import provenance, run_config
 from pipeline.errors import ConfigError, ResourceError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -89,6 +91,8 @@ def test_times_are_read_as_people_write_them(text: str, minutes: int) -> None:
         (["--site", "mars"], "known: container, example, testcluster"),
         (["--site", "odd.yaml"], "partitoin: no such key"),
         (["--array", "seed"], "write KEY=VALUE"),
+        (["--array", "seed=1,1"], "each value once"),
+        (["--after", "7", "--where", "local"], "only SLURM waits for another job"),
         (["--where", "moon"], "slurm, ray, local or debug"),
         (["training.epoch=3"], "did you mean training.epochs?"),
         ([], "this machine has no SLURM. --dry-run shows the script, --where local"),
@@ -100,6 +104,14 @@ def test_what_cannot_be_submitted_is_refused(
     (desk / "odd.yaml").write_text("partitoin: gpu\n")
     assert run("submit", *TRAIN, *words) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["--slurm", "--warning"])
+def test_a_measurement_of_jobs_says_what_it_lacks(what: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", "scaling", what, "--site", "testcluster") == 2
+    assert "this machine has no SLURM" in capsys.readouterr().err and not list(desk.iterdir())
+    assert run("bench", "scaling", what, "--sweep") == 2
+    assert "say what is measured: --sweep, --slurm, --warning or --workers N" in capsys.readouterr().err
 
 
 def test_an_unknown_verb_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,27 +133,41 @@ def starts(home: Path, monkeypatch: pytest.MonkeyPatch, *pairs: tuple[int, int])
     for number, (before, after) in enumerate(pairs):
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
-        found.begin(before)
+        found.begin(before, 100)
         found.end(after)
     return found
 
 
 def test_three_starts_in_a_row_that_save_no_step_are_the_last(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    starts(desk, monkeypatch, (0, 10), (10, 10), (10, 10)).check("why", 100)
-    with pytest.raises(ResourceError, match="the last 3 starts of this job saved no new step"):
-        starts(desk, monkeypatch, (10, 10)).check("why", 100)
+    found = starts(desk, monkeypatch, (0, 10), (10, 10), (10, 10))
+    found.check("why", 100)
+    found.begin(10, 100)  # SLURM itself has requeued it
+    with pytest.raises(ResourceError, match=r"the last 3 starts of this job saved no new step.*SLURM has started"):
+        found.begin(10, 100)
+    assert found.read()[-1]["to"] == 10
+    with pytest.raises(ResourceError, match=r"the last 3 starts of this job saved no new step.*why"):
+        found.check("why", 100)
 
 
 def test_a_job_is_requeued_as_often_as_it_may(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts(desk, monkeypatch, (0, 10), (10, 20)).check("why", 2)
-    with pytest.raises(ResourceError, match="requeued 1 times, as often as --max-requeues"):
+    with pytest.raises(ResourceError, match=r"requeued 1 times; --max-requeues \(=1\) allows no more \(why\)"):
         slurm.Starts(desk).check("why", 1)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    with pytest.raises(ResourceError, match=r"allows no more \(SLURM has started it again\)"):
+        slurm.Starts(desk).begin(20, 1)
+
+
+def test_an_arrays_task_is_known_by_the_id_that_it_was_given(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert [each["job"] for each in starts(desk, monkeypatch, (0, 10)).read()] == ["5_1"]
 
 
 def test_a_start_that_died_without_a_word_is_closed_by_the_next(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = starts(desk, monkeypatch, (0, 10))
-    found.begin(10)
-    found.begin(25)
+    found.begin(10, 100)
+    found.begin(25, 100)
     assert [(each["from"], each["to"]) for each in found.read()] == [(0, 10), (10, 25), (25, None)]
 
 
@@ -175,6 +201,9 @@ def test_what_is_edited_after_submission_does_not_change_the_job(desk: Path, mon
     submission = slurm.Submission(job, "x", slurm.Resources((1, 1), 0, 1, 10), site.Site())
     before = submission.snapshot
     slurm._snapshot(before)
+    provenance.record(desk, ["adaptnet", "train"])
+    of_checkout = provenance.read(desk)["git"]
+    assert json.loads((before / "git.json").read_text()) == of_checkout
     assert (before / "pipeline" / "families" / "ranet" / "recipes" / "toy.yaml").is_file()
     sources = slurm._sources()
     edited = desk / "loop.py"
@@ -187,6 +216,8 @@ def test_slurms_refusals_carry_its_words_and_what_it_knows(monkeypatch: pytest.M
     monkeypatch.setattr(slurm, "_ask", lambda *command: "main, high")
     refused = slurm._refused(RuntimeError("sbatch: error: invalid partition specified: nope"))
     assert "invalid partition specified: nope. Known partitions: main, high" in str(refused)
+    words = "Batch job submission failed: Invalid account or account/partition combination specified"
+    assert "Your accounts: main, high" in str(slurm._refused(RuntimeError(words)))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +227,17 @@ def test_slurms_refusals_carry_its_words_and_what_it_knows(monkeypatch: pytest.M
         (["RUNNING|None|n[1-2]|1:00"], [], "RUNNING", ""),
         ([], ["TIMEOUT|0:0|n1|3:00", "FAILED|2:0|n1|0:30"], "FAILED", "exit code 2"),
         ([], ["CANCELLED by 0|0:0|n1|3:00"], "CANCELLED", ""),
-        (["FAILED|NonZeroExitCode|n1|0:30"], [], "UNKNOWN", "SLURM no longer knows it; it had not started"),
+        ([], ["FAILED|0:9|n1|0:30"], "FAILED", "killed by signal 9 (was memory short?)"),
+        ([], ["FAILED|137:0|n1|0:30"], "FAILED", "killed by signal 9 (was memory short?)"),
+        (
+            ["PENDING|ReqNodeNotAvail, UnavailableNodes:n1||0:00"],
+            [],
+            "PENDING",
+            "the nodes it needs are down, drained or",
+        ),
+        (["FAILED|NonZeroExitCode|n1|0:30"], [], "FAILED", ""),
+        (["COMPLETED|None|n1|0:30"], [], "COMPLETED", "it was stopped; `adaptnet jobs resubmit` goes on"),
+        ([], [], "UNKNOWN", "SLURM no longer knows it; it had not started"),
     ],
 )
 def test_a_jobs_state_is_slurms_in_words(
@@ -204,12 +245,148 @@ def test_a_jobs_state_is_slurms_in_words(
 ) -> None:
     answers = {"squeue": squeue, "sacct": sacct}
     monkeypatch.setattr(queue, "ask", lambda *command: answers[command[0]])
-    state = queue.state_of({"id": "7", "where": "slurm", "run_dir": str(desk), "home": str(desk)})
-    assert (state.name, state.reason) == (name, reason)
+    entry = {"id": "7", "where": "slurm", "run_dir": str(desk), "home": str(desk), "log": str(desk / "7_0_log.out")}
+    state = queue.state_of(entry)
+    assert state.name == name and state.reason.startswith(reason) and bool(state.reason) == bool(reason)
+
+
+def test_where_slurm_has_forgotten_a_job_its_own_words_tell(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of another node than the first."""
+    monkeypatch.setattr(queue, "ask", lambda *command: [])
+    entry = {"id": "7", "where": "slurm", "run_dir": str(desk), "home": str(desk), "log": str(desk / "7_0_log.out")}
+    (desk / "7_0_log.out").write_text("step 10/20\n")
+    assert queue.state_of(entry).name == "UNKNOWN"
+    (desk / "7_1_log.out").write_text("adaptnet: node2: nothing was heard of the head\n")
+    (desk / "17_0_log.out").write_text("adaptnet: of another job\n")
+    assert queue.state_of(entry).name == "FAILED"
+    assert queue.last_words(entry) == ["adaptnet: node2: nothing was heard of the head"]
+    (desk / "status.json").write_text(json.dumps({"finished": True}))
+    assert queue.state_of(entry).name == "COMPLETED"
+
+
+def test_a_job_outside_the_folder_of_runs_is_listed_and_found_by_its_id(desk: Path) -> None:
+    for home in ("elsewhere/deep/run", "runs/bench/deeper", "runs/here", "runs/jobs/there"):
+        slurm.remember(desk / home, {"id": f"job-{Path(home).name}", "where": "slurm", "submitted": 1.0})
+        queue.know(desk / home)
+        queue.know(desk / home)
+    far = [str(desk / "elsewhere/deep/run"), str(desk / "runs/bench/deeper")]
+    assert json.loads((desk / "runs/jobs/elsewhere.json").read_text()) == far
+    assert len(queue.everything()) == 4
+    assert queue.find("job-run")["home"] == str(desk / "elsewhere/deep/run")
 
 
 def test_the_last_words_are_the_error(desk: Path) -> None:
     log = desk / "log.out"
     log.write_text("submitit INFO\nTraceback\nValueError: x\nadaptnet: data.root (=/no): nothing there\nsrun: error\n")
-    assert queue.last_words({"log": str(log)}) == ["adaptnet: data.root (=/no): nothing there"]
-    assert json.dumps(queue.last_words({"log": str(desk / "none")})) == "[]"
+    assert queue.last_words({"log": str(log), "where": "local"}) == ["adaptnet: data.root (=/no): nothing there"]
+    assert json.dumps(queue.last_words({"log": str(desk / "none"), "where": "local"})) == "[]"
+
+
+def test_a_job_runs_the_code_that_was_kept_wherever_it_was_submitted(
+    desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As from the checkout itself, the usual place: what is edited there after submission would go first."""
+    for package in slurm.PACKAGES:
+        (desk / package).mkdir()
+        (desk / package / "__init__.py").write_text("raise AssertionError('edited')\n")
+    assert run("submit", "report", "runs/none", "--time", "20m", "--where", "local") == 0
+    (entry,) = queue.everything()
+    deadline = time.monotonic() + 60
+    while queue.state_of(entry).lives and time.monotonic() < deadline:
+        time.sleep(0.5)
+    log = Path(entry["log"]).read_text() + Path(entry["log"]).with_suffix(".err").read_text()
+    assert "adaptnet: runs/none" in log and "edited" not in log, log
+
+
+def test_warned_before_the_verb_listens_it_is_told_again(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning that comes while Ray starts or torch is imported; and one to a verb that cannot stop in time."""
+    monkeypatch.setattr(slurm, "in_slurm", lambda: True)
+    monkeypatch.setattr(slurm, "requeue", lambda why: requeued.append(why))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    requeued: list[str] = []
+    told: list[int] = []
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    job = slurm.Job("train", (), str(desk), str(desk), 1.0, 100, saves_within_s=8.0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    starts(desk, monkeypatch).begin(0, 100)
+    warned = slurm.Warned(job)
+    try:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(1)
+        assert warned.came and warned.terminated and not told
+        signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+        time.sleep(2)
+        assert told and not requeued
+        (desk / "stop").touch()
+        told.clear()
+        time.sleep(1.5)
+        assert not told, "it has heard"
+        time.sleep(3)
+        assert requeued == ["not stopped 6 s after SLURM's warning"] and left == [0]
+        assert [(each["from"], each["to"]) for each in slurm.Starts(desk).read()] == [(0, 0)]
+    finally:
+        warned.over = True
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_an_exit_code_is_a_verdict_and_a_lost_cluster_is_not(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep of which a trial failed ends with 1: to start it again would change nothing."""
+    from jobs import cli
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    for code, said in ((0, True), (75, False)):
+        monkeypatch.setattr(cli, "app", lambda args, prog_name, code=code: leave(code))
+        assert slurm.run_verb("sweep", []) is said
+    monkeypatch.setattr(cli, "app", lambda args, prog_name: leave(1))
+    with pytest.raises(slurm.Ended, match="adaptnet sweep ended with exit code 1"):
+        slurm.run_verb("sweep", [])
+
+
+def test_a_sweeps_job_lies_in_its_folder_where_its_trials_steps_count(
+    desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("submit", "sweep", "toy", f"data.root={desk}", "--nodes", "2", "--dry-run") == 0
+    assert f"{desk}/runs/toy/slurm" in capsys.readouterr().out
+    assert run("submit", "sweep", "tyo", "--dry-run") == 2
+    assert "toy" in capsys.readouterr().err
+    assert run("submit", "evaluate", "runs/x", "--nodes", "2", "--dry-run") == 2
+    assert "evaluate runs on one node" in capsys.readouterr().err
+    folder = desk / "runs" / "toy"
+    for number, step in enumerate((20, 0, 35)):
+        trial = folder / "trials" / f"{number}"
+        (trial / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        (trial / "config.yaml").write_text("recipe: {}\n")
+        if step:
+            (trial / "checkpoints" / f"step-{step:08d}" / "COMPLETE.json").write_text("{}")
+    assert slurm.Job("sweep", (), str(folder), str(folder), 1.0, 1).steps() == 55
+
+
+def test_in_a_container_the_batch_script_requeues(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no scontrol inside; the folder's name has what a shell would take for its own."""
+    home = desk / "a 'run' & more"
+    job = slurm.Job("train", (), str(home), str(home), 1.0, 1)
+    submission = slurm.Submission(job, "x", slurm.Resources((1, 1), 0, 1, 10), site.load("container"))
+    submission.folder.mkdir(parents=True)
+    script = submission.script()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(submission.folder))
+    tools = desk / "tools"
+    tools.mkdir()
+    (tools / "scontrol").write_text('#!/bin/sh\necho scontrol "$@"\n')
+    (tools / "srun").write_text("#!/bin/sh\nexit 3\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+
+    def end() -> str:
+        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+        assert done.returncode == 3, f"the job's own exit code; {done.stderr}"
+        return done.stdout
+
+    assert end() == ""
+    slurm.requeue("asked to save before its end")
+    assert [end(), end()] == ["scontrol requeue 7\n", ""]

@@ -1,0 +1,93 @@
+"""Ray over a job's nodes: what fails on one is heard by the others, and nothing outlives the task that started it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline import allocation
+from pipeline.allocation import Node
+from pipeline.errors import ResourceError
+
+
+def node(folder: Path, rank: int, ip: str, key: str = "7-0", patience_s: float = 60.0) -> Node:
+    return Node(rank, ("first", "second"), ip, key, folder, cpus=1, gpus=0, patience_s=patience_s)
+
+
+def test_a_head_that_does_not_start_is_told_to_the_others_at_once(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ResourceError, match=r"no port at 192\.0\.2\.1"),
+        allocation.joined(node(tmp_path, 0, "192.0.2.1")),
+    ):
+        raise AssertionError("that address is nobody's")
+    began = time.monotonic()
+    with (
+        pytest.raises(ResourceError, match=r"first, the head, did not start: .*no port at 192\.0\.2\.1"),
+        allocation.joined(node(tmp_path, 1, "127.0.0.3")),
+    ):
+        raise AssertionError("there is no head")
+    assert time.monotonic() - began < 5
+    assert {path.name for path in tmp_path.iterdir()} == {"7-0-head.json"}, "for a node that comes later still"
+
+
+def test_a_head_that_is_not_heard_of_is_waited_for_as_long_as_there_is_patience(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ResourceError, match=r"nothing was heard of the head, first, in .* within 1 s"),
+        allocation.joined(node(tmp_path, 1, "127.0.0.3", patience_s=1.0)),
+    ):
+        raise AssertionError("there is no head")
+
+
+HOLD = """
+import json, sys, time
+from pathlib import Path
+from pipeline.allocation import Node, joined
+with joined(Node(0, ("first", "second"), "127.0.0.2", sys.argv[1], Path(sys.argv[2]), cpus=1, gpus=0)) as member:
+    print(member.address, flush=True)
+    time.sleep(300)
+"""
+
+
+def ours(key: str) -> list[psutil.Process]:
+    sign = f"/tmp/adaptnet-{os.getuid()}-{key}-"
+    return [each for each in psutil.process_iter(["cmdline"]) if sign in " ".join(each.info["cmdline"] or ())]
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A task that holds a head, as the first node's does; and its key."""
+    key = secrets.token_hex(4)
+    env = {**os.environ, "PYTHONPATH": str(Path(allocation.__file__).parents[1])}
+    line = [sys.executable, "-c", HOLD, key, str(tmp_path)]
+    process = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process, key
+    finally:
+        process.kill()
+        for left in ours(key):
+            left.kill()
+
+
+@pytest.mark.ray
+def test_rays_head_ends_with_the_task_that_holds_it_even_where_that_is_killed(
+    holder: tuple[subprocess.Popen[str], str],
+) -> None:
+    """Else the other nodes would stay with it, and the job would hold its nodes to the end of its time."""
+    process, key = holder
+    assert process.stdout
+    host, port = process.stdout.readline().strip().split(":")
+    assert allocation._listens(host, int(port)) and ours(key)
+    process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 15
+    while (ours(key) or allocation._listens(host, int(port))) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not ours(key) and not allocation._listens(host, int(port))
