@@ -115,7 +115,9 @@ def make_folder(run_dir: Path) -> Path:
 
 
 def _check_place(run_dir: Path) -> None:
-    """Raises ConfigError for a folder of runs."""
+    """Raises ConfigError for a folder of runs, a sweep's among them."""
+    if (run_dir / "config.yaml").exists() and "sweep" in configs.read_mapping(run_dir / "config.yaml"):
+        raise ConfigError(f"run folder {run_dir}: holds a sweep; give the run a folder of its own with --run-dir")
     inside = [path.parent.name for path in sorted(run_dir.glob("*/config.yaml"))]
     if inside and not (run_dir / "config.yaml").exists():
         raise ConfigError(
@@ -195,9 +197,15 @@ def _trainer(compute: ComputeConfig, order: Order) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
-        """Leaves Ctrl-C to the driver; Ray's own handler would end the workers before they have saved."""
+        """Leaves Ctrl-C to the driver; Ray's own handler would end the workers before they have saved.
+
+        Does without Ray Data, which would start a process for the data sets that it is not given.
+        """
 
         def _register_sigint_handler(self, controller: Any) -> None: ...
+
+        def _create_default_callbacks(self) -> list[Any]:
+            return [each for each in super()._create_default_callbacks() if type(each).__name__ != "DatasetsCallback"]
 
     gpu = cluster.computes_on_gpu(compute)
     return Trainer(

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from pipeline import evaluations, journal, launch, run_config
 from pipeline.data import toy
 from pipeline.errors import CheckpointError, ConfigError, DataError, DivergedError, ResourceError
-from pipeline.run_config import RunConfig
+from pipeline.run_config import ComputeConfig, RunConfig
 from pipeline.tracking import connect
+from pipeline.worker import Order
 
 pytestmark = pytest.mark.ray
 
@@ -304,3 +305,9 @@ def test_every_size_that_an_elastic_run_may_have_is_looked_at_first(images: Path
     sizes = ["compute.workers=[3,5]", "training.batch_size=10", "compute.max_batch_per_worker=1"]
     with pytest.raises(ConfigError, match=r"asks for 4 micro-batches; of a batch over 3 workers one gets 3 images"):
         launch.train(recipe(images, *sizes), tmp_path / "run")
+
+
+def test_a_run_starts_no_process_for_data_sets_that_it_does_not_have(tmp_path: Path) -> None:
+    trainer = launch._trainer(ComputeConfig(device="cpu"), Order({}, str(tmp_path), 1))
+    names = {type(each).__name__ for each in trainer._create_default_callbacks()}
+    assert "PlacementGroupCleanerCallback" in names and "DatasetsCallback" not in names

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from mlflow_here import database
 
-from pipeline import journal, registry
+from pipeline import journal, launch, registry
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.launch import Result
@@ -367,6 +367,8 @@ def test_another_space_or_set_in_the_same_folder_is_refused_with_what_differs(
     trial_folder = next((whole / "trials").iterdir())
     with pytest.raises(ConfigError, match="holds a run, not a sweep"):
         sweep.run(load(images), trial_folder)
+    with pytest.raises(ConfigError, match="holds a sweep; give the run a folder of its own"):
+        launch.train(load(images).base, whole)
 
 
 def test_no_trial_can_report_is_said_and_leaves_nothing(images: Path, tmp_path: Path) -> None:

@@ -39,18 +39,34 @@ def settings(images: Path) -> list[str]:
     return [f"data.root={images}", *small]
 
 
+STARTED: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """A test that fails takes along what it has started; Ray's processes end with their driver."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
 def start(images: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
     asked = [*settings(images), *overrides]
     words = [sys.executable, "-m", "jobs.cli", "sweep", "toy", *asked, "--run-dir", str(run_dir)]
     with open(run_dir.parent / "log", "ab") as log:
-        return subprocess.Popen(words, stdout=log, stderr=log, cwd=Path(__file__).parents[2], start_new_session=True)
+        root = Path(__file__).parents[2]
+        STARTED.append(subprocess.Popen(words, stdout=log, stderr=log, cwd=root, start_new_session=True))
+    return STARTED[-1]
 
 
 def wait_for(done: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 300
     while not done():
         assert time.monotonic() < deadline and process.poll() is None, log.read_text()[-3000:]
-        time.sleep(0.05)
+        time.sleep(0.3)  # a look at all processes takes its time
 
 
 def family_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
