@@ -113,7 +113,10 @@ def logs(
         typer.echo(f"no log yet: {queue.state_of(entry).name}")
 
 
-@app.command(help="Ends a job; a training saves first.\n\nExamples:\n\n  adaptnet jobs cancel 4711")
+@app.command(
+    help="Ends a job: SLURM's at once, so that a training goes on from its newest checkpoint when it is resubmitted; "
+    "others when they have saved.\n\nExamples:\n\n  adaptnet jobs cancel 4711"
+)
 def cancel(job: Wanted, runs: Runs = RUNS) -> None:
     from jobs import queue, ray_jobs
 

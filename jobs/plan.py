@@ -68,7 +68,10 @@ def _print(name: str, found: Plan, images: Images, cost: Cost) -> None:
         "steps": f"{found.steps:,}",
         "memory of a worker": f"{_bytes(found.memory_bytes)} of tensors ({_bytes(cost.activation_bytes)} an image)",
         "gradients": f"{_bytes(found.gradient_bytes)} sent by each worker in a step",
-        "checkpoint": f"{_bytes(found.checkpoint_bytes)}{_every(found.save_every_s)}",
+        "checkpoint": f"{_bytes(found.checkpoint_bytes)}{_every(found.save_every_s)}{_traffic(found.save_bytes_per_s)}",
+        "metrics": _known(
+            found.metrics_per_s, lambda rate: f"{rate:.3g} values/s to the journal, and to MLflow after it"
+        ),
         "index": f"{_bytes(found.index_bytes)}, shared by the workers of a node",
         "a worker computes": _known(cost.images_per_s, lambda rate: f"{rate:,.0f} images/s {cost.device}"),
         "all workers": _known(found.images_per_s, lambda rate: f"{rate:,.0f} images/s at most"),
@@ -90,6 +93,10 @@ def _known(value: float | None, say: object) -> str:
 
 def _every(seconds: float | None) -> str:
     return f", every {_span(seconds)}" if seconds is not None else ""
+
+
+def _traffic(rate: float | None) -> str:
+    return f": {_bytes(rate)}/s" if rate is not None else ""
 
 
 def _bytes(count: float) -> str:

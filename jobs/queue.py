@@ -74,7 +74,7 @@ def everything(runs: Path = Path("runs")) -> list[dict[str, Any]]:
 
 def know(home: Path, runs: Path = Path("runs")) -> None:
     """Lets jobs in a folder that does not lie among the runs be listed and found by their ids."""
-    if runs.absolute() in (home.absolute().parent, home.absolute().parents[1]):
+    if home.absolute().parent in (runs.absolute(), runs.absolute() / "jobs"):
         return
     known = list(_json(runs / ELSEWHERE) or ())
     if str(home) not in known:

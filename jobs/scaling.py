@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from statistics import median
 
 from jobs import queue
 from jobs.site import Site
+from jobs.slurm import check_slurm
 from pipeline import journal
 from pipeline.bench.rows import Row, compare, interleave
 from pipeline.config import as_mapping, dump_yaml
@@ -42,6 +44,7 @@ def _desk() -> Iterator[Path]:
 
 def starts(recipe: str, overrides: Sequence[str], site: Site, *, nodes: int, rounds: int) -> list[Row]:
     """Seconds from the start of a job's script, and of the command by hand with as many workers, to the first step."""
+    check_slurm()
     with _desk() as desk:
         asked = [recipe, f"data.root={desk}/images", *SMALL, *overrides]
         runs: dict[str, Callable[[], float]] = {
@@ -62,13 +65,15 @@ def _hand(desk: Path, asked: Sequence[str], workers: int) -> float:
 def _job(desk: Path, asked: Sequence[str], site: Site, nodes: int) -> float:
     run = _new(desk)
     stamp = desk / f"{run.name}-began"
-    job = _submit(desk, run, asked, site.model_copy(update={"setup": (*site.setup, f"date +%s.%N > {stamp}")}), nodes)
-    _until(lambda: not queue.state_of(queue.find(job)).lives, run)
+    stamped = site.model_copy(update={"setup": (*site.setup, f"date +%s.%N > {shlex.quote(str(stamp))}")})
+    _submit(desk, run, asked, stamped, nodes)
+    _until(lambda: not queue.state_of(queue.find(str(run))).lives, run)
     return _first_step(run) - float(stamp.read_text())
 
 
 def warnings(overrides: Sequence[str], site: Site, *, nodes: int, rounds: int) -> list[Row]:
     """Seconds from SLURM's warning signal to a whole checkpoint of all ranks, of a ResNet-50 with its momentum."""
+    check_slurm()
     found, size = [], 0
     with _desk() as desk:
         for _ in range(rounds):
@@ -83,7 +88,7 @@ def warnings(overrides: Sequence[str], site: Site, *, nodes: int, rounds: int) -
             found.append(_whole(run)[0].stat().st_mtime - began)
             size = sum(path.stat().st_size for path in _whole(run)[0].parent.iterdir())
             queue.tell("scancel", job)
-            _until(lambda job=job: not queue.state_of(queue.find(job)).lives, run)  # type: ignore[misc]
+            _until(lambda run=run: not queue.state_of(queue.find(str(run))).lives, run)  # type: ignore[misc]
     return [Row("warning to all ranks saved", median(found), "s"), Row("a checkpoint", size / 1e6, "MB")]
 
 

@@ -41,6 +41,7 @@ FRUITLESS = 3  # starts in a row that saved no step, after which a job ends
 LATE_AFTER = 0.75  # of the time from SLURM's warning to the end, after which a verb that has not stopped is left
 INSIST_S = 1.0  # how often a verb is told to stop: it may not have listened yet
 PACKAGES = ("pipeline", "jobs", "tuning")
+REQUEUE = "requeue"  # begins the names of files by which a task asks the batch script for it
 NO_KILL = ("--no-kill", "--wait=0", "--kill-on-bad-exit=0")  # the step outlives the loss of a node
 
 
@@ -164,10 +165,11 @@ class Job:
 
         if self.run_dir is None or int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0:
             return
-        path, deadline = Path(self.run_dir) / "lease.json", time.monotonic() + lease.SILENT_S + lease.BEAT_S
-        if lease.refuses(path):
+        folder, deadline = Path(self.run_dir), time.monotonic() + lease.SILENT_S + 2 * lease.BEAT_S
+        held = [folder / "lease.json", *folder.glob("trials/*/lease.json")]
+        if any(map(lease.refuses, held)):
             print("waiting until the lease of this run's former driver has run out", flush=True)
-        while lease.refuses(path) and not warned.came and time.monotonic() < deadline:
+        while any(map(lease.refuses, held)) and not warned.came and time.monotonic() < deadline:
             time.sleep(1)
 
     @property
@@ -229,8 +231,8 @@ class Warned:
             self._job.put_back(why)
         except AdaptNetError as error:
             print(f"adaptnet: {error}", flush=True)
-        except SystemExit:  # of this thread; SLURM ends the others
-            pass
+        except SystemExit:
+            os._exit(0)  # the verb does not listen
 
 
 @dataclass(frozen=True)
@@ -284,8 +286,8 @@ class Starts:
             raise ResourceError(self._spent(restart, max_requeues, why))
 
     def _check_fruit(self, why: str) -> None:
-        mine = [each for each in self.read() if each["job"] == job_id()]
-        last = mine[-FRUITLESS:]
+        job = job_id()
+        last = [each for each in self.read() if each["job"] == job and job is not None][-FRUITLESS:]
         if len(last) == FRUITLESS and all(each["to"] <= each["from"] for each in last):
             raise ResourceError(
                 f"{self.home}: the last {FRUITLESS} starts of this job saved no new step, so it is not started again "
@@ -319,9 +321,15 @@ def run_verb(verb: str, words: Sequence[str]) -> bool:
 
 
 def requeue(why: str) -> None:
-    """Puts this job back into the queue; SLURM then ends its tasks."""
+    """Puts this job back into the queue; SLURM then ends its tasks.
+
+    In a container, which has no SLURM, the batch script does it when this task has ended.
+    """
     job = str(job_id())
     print(f"requeueing job {job}: {why}", flush=True)
+    if shutil.which("scontrol") is None:
+        (Path(os.environ["SUBMITIT_FOLDER"]) / f"{REQUEUE}-{os.environ['SLURM_JOB_ID']}").touch()
+        return
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     if done.returncode != 0:
         raise ResourceError(f"job {job} cannot be requeued: {' '.join(done.stderr.split())}")
@@ -370,8 +378,10 @@ def _memory_bytes(given: Mapping[str, str]) -> int | None:
 
 def _address(name: str) -> str:
     """A node's address: SLURM's own, by the resolver. Where it is a name that means loopback here, the route out."""
-    shown = subprocess.run(["scontrol", "show", "node", "-o", name], capture_output=True, text=True, timeout=60)
-    match = re.search(r"NodeAddr=(\S+)", shown.stdout)
+    match = None
+    if shutil.which("scontrol") is not None:
+        shown = subprocess.run(["scontrol", "show", "node", "-o", name], capture_output=True, text=True, timeout=60)
+        match = re.search(r"NodeAddr=(\S+)", shown.stdout)
     found = socket.gethostbyname(match[1] if match else name)
     if found == "127.0.1.1" or (found.startswith("127.") and match and match[1] == name):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # no packet is sent
@@ -422,6 +432,7 @@ class Submission:
             "dependency": self.dependency,
             "stderr_to_stdout": True,
             "setup": self._setup(snapshot),
+            "teardown": self._teardown() if site.container else None,
             "srun_args": [f"--cpus-per-task={asked.cpus_per_task}", *(NO_KILL if asked.elastic else ())],
             "additional_parameters": self._additional(),
         }
@@ -440,6 +451,11 @@ class Submission:
         lines += [f"export TMPDIR={shlex.quote(site.scratch)}"] if site.scratch else []
         lines += [f'export PYTHONPATH={shlex.quote(str(snapshot))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
         return [*lines, *site.setup]
+
+    def _teardown(self) -> list[str]:
+        """Requeues the job where its task has asked for it and could not do so itself."""
+        mark = f'{shlex.quote(str(self.folder / REQUEUE))}-"$SLURM_JOB_ID"'
+        return ["code=$?", f'if [ -e {mark} ]; then rm {mark}; scontrol requeue "$SLURM_JOB_ID"; fi', "exit $code"]
 
     @property
     def python(self) -> str:

@@ -3,6 +3,8 @@
 Letters: W workers, B images of a step over all of them, b = B / W, r images/s that one worker computes, P parameters.
 A step takes B / (W r), if gradients travel meanwhile; a ring all-reduce sends 2 (W - 1) / W · 4 P bytes from and to
 each worker (Patarasuk & Yuan 2009), so that a network of n bytes/s a worker bounds the step from below by that over n.
+All workers' images/s are B over the longer of the two; storage gives that many times an image's bytes, a worker's cores
+decode its share, rank 0 writes a checkpoint's bytes once an interval, and as many values as a log point holds.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline import family as families
+from pipeline.config import Duration
 from pipeline.data.config import DataConfig
 from pipeline.data.dali import TrainLoader
 from pipeline.data.index import ImageIndex, open_splits
@@ -33,6 +36,7 @@ from pipeline.training.step import Meter, Micro, Task, train_step
 
 INDEX_BYTES = 4 * 4 + 2 * 8 + 8  # of one image: shard, label, height, width; offset, length; name's hash
 WARM, TIMED = 2, 5  # steps
+OTHER_METRICS = 10  # of a log point, beside the step's own: rates, shares of time, lr, epoch, bad images
 DECODED = 512  # images that decoding is measured on
 
 
@@ -56,6 +60,7 @@ class Cost:
     images_per_s: float | None = None  # of one worker
     decoded_per_s: float | None = None  # by one core
     device: str = "here"
+    metrics: int = 0  # values of a log point
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,13 @@ class Plan:
     read_bytes_per_s: float | None
     decode_cores: float | None  # of a worker
     save_every_s: float | None
+    metrics_per_s: float | None  # that the journal takes, and MLflow after it
     total_s: float | None
+
+    @property
+    def save_bytes_per_s(self) -> float | None:
+        """Checkpoint traffic, of rank 0 alone."""
+        return self.checkpoint_bytes / self.save_every_s if self.save_every_s else None
 
     @property
     def limit(self) -> str | None:
@@ -118,7 +129,8 @@ def plan(config: RunConfig, workers: int, images: Images, cost: Cost, *, network
         communication_s=sending,
         read_bytes_per_s=_product(total_rate, images.mean_bytes),
         decode_cores=total_rate / workers / cost.decoded_per_s if total_rate and cost.decoded_per_s else None,
-        save_every_s=_interval(config, images, total_rate),
+        save_every_s=_interval(config.checkpoint.every, batch, images, total_rate),
+        metrics_per_s=_per(cost.metrics, _interval(config.logging.every, batch, images, total_rate)),
         total_s=steps * slower if slower is not None else None,
     )
 
@@ -127,15 +139,17 @@ def _product(one: float | None, other: float | None) -> float | None:
     return one * other if one is not None and other is not None else None
 
 
-def _interval(config: RunConfig, images: Images, rate: float | None) -> float | None:
-    """Seconds between two saves."""
-    every = config.checkpoint.every
+def _per(count: int, seconds: float | None) -> float | None:
+    return count / seconds if seconds and count else None
+
+
+def _interval(every: Duration, batch: int, images: Images, rate: float | None) -> float | None:
+    """Seconds from one such event to the next."""
     if every.unit == "minutes":
         return 60 * every.value
     if rate is None:
         return None
-    per = images.count if every.unit == "epochs" else config.training.batch_size
-    return every.value * per / rate
+    return every.value * (images.count if every.unit == "epochs" else batch) / rate
 
 
 def images_of(config: RunConfig) -> tuple[Images, ImageIndex] | None:
@@ -155,7 +169,7 @@ def measure(config: RunConfig, num_classes: int, rows: int, *, train: ImageIndex
     task, current = _fresh(config, num_classes, device)
     micros = [_random(config, num_classes, rows, device)]
     saved = _activations(task, current, micros[0])
-    rate = _rate(task, current, micros, rows, TIMED if timed else 1)
+    rate, logged = _rate(task, current, micros, rows, TIMED if timed else 1)
     parameters = sum(parameter.numel() for parameter in current.net.parameters())
     held = [*current.net.parameters(), *current.net.buffers(), *(current.ema.parameters() if current.ema else ())]
     moments = [t for o in current.optimizers.values() for s in o.state.values() for t in s.values() if _is(t)]
@@ -166,6 +180,7 @@ def measure(config: RunConfig, num_classes: int, rows: int, *, train: ImageIndex
         activation_bytes=saved / rows,
         images_per_s=rate if timed else None,
         decoded_per_s=_decoding(config.data, train) if train is not None and timed else None,
+        metrics=logged + OTHER_METRICS,
         device=f"on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'this CPU'}",
     )
 
@@ -228,16 +243,16 @@ def _activations(task: Task, current: TrainState, micro: Micro) -> int:
     return held
 
 
-def _rate(task: Task, current: TrainState, micros: list[Micro], rows: int, steps: int) -> float:
-    """Images/s; the optimizers then hold their moments."""
-    times = []
+def _rate(task: Task, current: TrainState, micros: list[Micro], rows: int, steps: int) -> tuple[float, int]:
+    """Images/s, and how many values a step gives to be logged; the optimizers then hold their moments."""
+    times, meter = [], Meter()
     for _ in range(WARM + steps):
         start = time.perf_counter()
-        train_step(task, current, micros, rows, Meter())
+        train_step(task, current, micros, rows, meter)
         if task.device.type == "cuda":
             torch.cuda.synchronize(task.device)
         times.append(time.perf_counter() - start)
-    return rows / median(times[WARM:])
+    return rows / median(times[WARM:]), len(meter.flush())
 
 
 def _saved_bytes(current: TrainState) -> int:

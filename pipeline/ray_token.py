@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 MODE = "RAY_AUTH_MODE"
 PROBE_S = 10.0
@@ -56,12 +57,11 @@ def has_token() -> bool:
 
 def _asks(address: str) -> bool:
     """Whether the head turns a caller without a token away."""
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
     with mode("disabled"):
         try:
-            GcsClient(address=address).internal_kv_get(b"adaptnet", None, timeout=PROBE_S)
+            _raylet().GcsClient(address=address).internal_kv_get(b"adaptnet", None, timeout=PROBE_S)
         except AuthenticationError:
             return True
         except Exception:  # it does not answer at all: what follows says so
@@ -70,11 +70,16 @@ def _asks(address: str) -> bool:
 
 
 def _set(wanted: str | None) -> None:
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
     if wanted is None:
         os.environ.pop(MODE, None)
     else:
         os.environ[MODE] = wanted
-    Config.initialize("")  # before the token is forgotten: Ray's threads look it up in the old mode
-    AuthenticationTokenLoader.instance().reset_cache()
+    _raylet().Config.initialize("")  # before the token is forgotten: Ray's threads look it up in the old mode
+    _raylet().AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _raylet() -> Any:
+    """Ray's compiled part, of which mypy knows nothing."""
+    import ray._raylet
+
+    return ray._raylet

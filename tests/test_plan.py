@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.plan import Cost, Images, plan
 from pipeline.run_config import RunConfig
 
-COST = Cost(1_000_000, 12_000_000, 8_000_000, 500_000.0, images_per_s=100.0, decoded_per_s=50.0)
+COST = Cost(1_000_000, 12_000_000, 8_000_000, 500_000.0, images_per_s=100.0, decoded_per_s=50.0, metrics=15)
 IMAGES = Images(64_000, 10, 2000.0)
 
 
@@ -46,6 +47,9 @@ def test_saves_come_as_often_as_the_recipe_says() -> None:
     for every, seconds in (("5 minutes", 300), ("2 epochs", 1280), ("100 steps", 256)):
         found = plan(recipe(f"checkpoint.every={every}"), 1, IMAGES, COST, network_bytes_per_s=None)
         assert found.save_every_s == pytest.approx(seconds)
+        assert found.save_bytes_per_s == pytest.approx(COST.checkpoint_bytes / seconds)
+    found = plan(recipe("logging.every=50 steps"), 2, IMAGES, COST, network_bytes_per_s=None)
+    assert found.metrics_per_s == pytest.approx(15 * 200 / (50 * 256))
 
 
 def test_what_is_not_known_stays_unknown() -> None:
@@ -71,6 +75,10 @@ def test_what_is_measured_is_what_a_run_has(finished: dict[str, Path]) -> None:
     assert cost.checkpoint_bytes == pytest.approx(saved, rel=0.05)
     assert cost.state_bytes == pytest.approx(3 * 4 * cost.parameters, rel=0.05)  # weights, gradients, momentum
     assert cost.images_per_s and cost.decoded_per_s
+    lines = [json.loads(line) for line in (run_dir / "journal" / "rank0.jsonl").read_text().splitlines()]
+    first = next(line["step"] for line in lines if line.get("key") == "train/loss")
+    logged = {line["key"] for line in lines if line.get("step") == first and "key" in line}
+    assert cost.metrics == len([key for key in logged if key.startswith(("train/", "time/", "data/"))])
     twice = plans.measure(config, images.classes, 16, train=None, timed=False)
     assert twice.activation_bytes == pytest.approx(cost.activation_bytes, rel=0.05) and twice.images_per_s is None
 

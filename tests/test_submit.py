@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -103,6 +104,14 @@ def test_what_cannot_be_submitted_is_refused(
     (desk / "odd.yaml").write_text("partitoin: gpu\n")
     assert run("submit", *TRAIN, *words) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["--slurm", "--warning"])
+def test_a_measurement_of_jobs_says_what_it_lacks(what: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", "scaling", what, "--site", "testcluster") == 2
+    assert "this machine has no SLURM" in capsys.readouterr().err and not list(desk.iterdir())
+    assert run("bench", "scaling", what, "--sweep") == 2
+    assert "say what is measured: --sweep, --slurm, --warning or --workers N" in capsys.readouterr().err
 
 
 def test_an_unknown_verb_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,12 +264,13 @@ def test_where_slurm_has_forgotten_a_job_its_own_words_tell(desk: Path, monkeypa
 
 
 def test_a_job_outside_the_folder_of_runs_is_listed_and_found_by_its_id(desk: Path) -> None:
-    for home in ("elsewhere/deep/run", "runs/here", "runs/jobs/there"):
+    for home in ("elsewhere/deep/run", "runs/bench/deeper", "runs/here", "runs/jobs/there"):
         slurm.remember(desk / home, {"id": f"job-{Path(home).name}", "where": "slurm", "submitted": 1.0})
         queue.know(desk / home)
         queue.know(desk / home)
-    assert json.loads((desk / "runs/jobs/elsewhere.json").read_text()) == [str(desk / "elsewhere/deep/run")]
-    assert len(queue.everything()) == 3
+    far = [str(desk / "elsewhere/deep/run"), str(desk / "runs/bench/deeper")]
+    assert json.loads((desk / "runs/jobs/elsewhere.json").read_text()) == far
+    assert len(queue.everything()) == 4
     assert queue.find("job-run")["home"] == str(desk / "elsewhere/deep/run")
 
 
@@ -294,6 +304,8 @@ def test_warned_before_the_verb_listens_it_is_told_again(desk: Path, monkeypatch
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     requeued: list[str] = []
     told: list[int] = []
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
     job = slurm.Job("train", (), str(desk), str(desk), 1.0, 100, saves_within_s=8.0)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
     starts(desk, monkeypatch).begin(0, 100)
@@ -306,7 +318,8 @@ def test_warned_before_the_verb_listens_it_is_told_again(desk: Path, monkeypatch
         time.sleep(2)
         assert told and not requeued
         time.sleep(4.5)
-        assert requeued == ["not stopped 6 s after SLURM's warning"] and len(slurm.Starts(desk).read()) == 1
+        assert requeued == ["not stopped 6 s after SLURM's warning"] and left == [0]
+        assert [(each["from"], each["to"]) for each in slurm.Starts(desk).read()] == [(0, 0)]
     finally:
         warned.over = True
         for number, handler in before.items():
@@ -345,3 +358,30 @@ def test_a_sweeps_job_lies_in_its_folder_where_its_trials_steps_count(
         if step:
             (trial / "checkpoints" / f"step-{step:08d}" / "COMPLETE.json").write_text("{}")
     assert slurm.Job("sweep", (), str(folder), str(folder), 1.0, 1).steps() == 55
+
+
+def test_in_a_container_the_batch_script_requeues(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no scontrol inside; the folder's name has what a shell would take for its own."""
+    home = desk / "a 'run' & more"
+    job = slurm.Job("train", (), str(home), str(home), 1.0, 1)
+    submission = slurm.Submission(job, "x", slurm.Resources((1, 1), 0, 1, 10), site.load("container"))
+    submission.folder.mkdir(parents=True)
+    script = submission.script()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(submission.folder))
+    tools = desk / "tools"
+    tools.mkdir()
+    (tools / "scontrol").write_text('#!/bin/sh\necho scontrol "$@"\n')
+    (tools / "srun").write_text("#!/bin/sh\nexit 3\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+
+    def end() -> str:
+        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+        assert done.returncode == 3, f"the job's own exit code; {done.stderr}"
+        return done.stdout
+
+    assert end() == ""
+    slurm.requeue("asked to save before its end")
+    assert [end(), end()] == ["scontrol requeue 7\n", ""]

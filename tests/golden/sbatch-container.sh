@@ -21,3 +21,8 @@ export PYTHONPATH=HERE/runs/baseline-imagenet_resnet50/slurm/code-SHA256"${PYTHO
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output HERE/runs/baseline-imagenet_resnet50/slurm/%j_%t_log.out --cpus-per-task=64 apptainer exec --nv --bind /shared --bind /local:/tmp /shared/images/adaptnet.sif sh -c 'trap "" USR2; exec "$@"' sh python -P -u -m submitit.core._submit HERE/runs/baseline-imagenet_resnet50/slurm
 
+
+# teardown
+code=$?
+if [ -e HERE/runs/baseline-imagenet_resnet50/slurm/requeue-"$SLURM_JOB_ID" ]; then rm HERE/runs/baseline-imagenet_resnet50/slurm/requeue-"$SLURM_JOB_ID"; scontrol requeue "$SLURM_JOB_ID"; fi
+exit $code
