@@ -259,10 +259,10 @@ def _print_promotion(done: Promotion, alias: str) -> None:
         typer.echo(f"{done.version.reference} is the {alias} already")
         return
     for version, reports in ((done.version, done.reports), (done.before, done.champion_reports)):
-        if version is not None:
+        if version is not None and reports:
             typer.echo(f"{version.reference} on {done.data}\n{tables.of_reports(reports)}\n")
     if done.overruled:
-        typer.echo(f"forced, although the {alias} dominates it: {done.overruled}")
+        typer.echo(f"forced, although {done.overruled}")
     former = f", which {done.before.reference} held" if done.before else ""
     typer.echo(f"{done.version.reference} is the {alias}{former}: {done.entry.why or 'no reason given'}")
 

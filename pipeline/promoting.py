@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import evaluations, provenance, registry, tracking
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluations import ABOUT, Evaluation
 from pipeline.family import Report
 from pipeline.frontier import dominated, macs_text
@@ -92,7 +92,7 @@ def promote(
     """Points `alias` at a version once it has been evaluated, beside the present holder, on the images of `root`.
 
     root: a set of images; default: the one the version was trained on. Raises ConfigError where the holder dominates
-    it and `force` is off, ResourceError where another promotion came first.
+    it, or cannot be evaluated, and `force` is off; ResourceError where another promotion came first.
     """
     registered_alias(alias)
     if force and not why.strip():
@@ -107,12 +107,11 @@ def promote(
         before = next((each for each in found if alias in each.aliases), None)
         if before is not None and before.version == number:
             return Promotion(version, before, "", (), (), None)
-        mine, theirs = _evaluated(version, before, root, place, data_home)
-        refusal = gate(mine.reports, theirs.reports) if theirs else None
-        if refusal and before and not force:
+        mine = _evaluated(version, root, place, data_home)
+        theirs, refusal = _compared(mine, version, before, alias, place, data_home) if before else (None, None)
+        if refusal and not force:
             raise ConfigError(
-                f"{version.reference} is not promoted: {before.reference}, the present {alias}, dominates it on "
-                f"{mine.root}: {refusal}. To promote it all the same: --force --why REASON"
+                f"{version.reference} is not promoted: {refusal}. To promote it all the same: --force --why REASON"
             )
         source = _keep_reports(client, version, alias, mine, theirs)
         entry = holders.append(
@@ -147,24 +146,30 @@ def _last(counted: Sequence[holders.Entry]) -> int:
     return counted[-1].number if counted else 0
 
 
-def _evaluated(
-    version: Version, before: Version | None, root: Path | None, uri: str, data_home: str | None
-) -> tuple[Evaluation, Evaluation | None]:
-    """Both versions, run on the same images."""
+def _evaluated(version: Version, root: Path | None, uri: str, data_home: str | None) -> Evaluation:
     if version.run_id is None:
         raise ConfigError(f"{version.reference} has no MLflow run that its reports could be kept with; register a run")
     wanted = [f"data.root={json.dumps(str(root))}"] if root else []
-    mine = evaluations.evaluate(version.reference, wanted, data_home=data_home, uri=uri)
-    if before is None:
-        return mine, None
+    return evaluations.evaluate(version.reference, wanted, data_home=data_home, uri=uri)
+
+
+def _compared(
+    mine: Evaluation, version: Version, before: Version, alias: str, uri: str, data_home: str | None
+) -> tuple[Evaluation | None, str | None]:
+    """The holder on the same images, and why it is not to be replaced; no evaluation where its files are gone."""
     same = [f"data.root={json.dumps(str(mine.root))}"]
-    theirs = evaluations.evaluate(before.reference, same, data_home=data_home, uri=uri)
+    try:
+        theirs = evaluations.evaluate(before.reference, same, data_home=data_home, uri=uri)
+    except CheckpointError as error:
+        return None, f"{before.reference}, the present {alias}, cannot be evaluated beside it: {error}"
     if _identity(theirs) != _identity(mine):
         raise ConfigError(
             f"{mine.root}: {version.reference} and {before.reference} see different images there ({_identity(mine)} "
             f"and {_identity(theirs)}); name a set with a val split of its own with --data"
         )
-    return mine, theirs
+    found = gate(mine.reports, theirs.reports)
+    why = f"{before.reference}, the present {alias}, dominates it on {mine.root}: {found}"
+    return theirs, why if found else None
 
 
 def _identity(evaluation: Evaluation) -> str:

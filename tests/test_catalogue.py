@@ -25,6 +25,7 @@ from pipeline.errors import ConfigError, ResourceError
 from pipeline.frontier import parse_budget
 from pipeline.registry import finding, kept, reading
 from pipeline.tracking import connect
+from pipeline.tracking.address import reason_of
 
 NAMES, EACH = 50, 100
 
@@ -241,6 +242,15 @@ def test_a_password_goes_to_no_other_server_and_half_an_answer_is_told() -> None
             reading.rows(uri, "net")
     finally:
         web.shutdown()
+
+
+def test_what_mlflow_s_client_says_of_a_wrong_password_is_put_in_words() -> None:
+    from mlflow.exceptions import MlflowException
+
+    said = "API request to endpoint /api/2.0/mlflow/runs/get failed with error code 401 != 200. Response body: 'You'"
+    assert reason_of(MlflowException(said)).startswith("it refuses this name and password (HTTP 401); set MLFLOW_")
+    assert "not permitted" in reason_of(MlflowException(said.replace("401", "403")))
+    assert "error code 404" in reason_of(MlflowException(said.replace("401", "404")))
 
 
 def test_no_traceback_shows_a_password() -> None:

@@ -299,7 +299,7 @@ def test_from_register_to_rollback(say: Callable[..., tuple[int, str]], home: Pa
     if refused:  # both nets are untrained: which is better is chance, but what follows from it is not
         assert "is not promoted: models:/gated/1, the present champion, dominates it" in text and "MACs" in text
         code, text = say("models", "promote", "gated", 2, "--force", "--why", "better all the same")
-        assert code == 0 and "forced, although the champion dominates it" in text
+        assert code == 0 and "forced, although models:/gated/1, the present champion, dominates it" in text
     assert code == 0 and "models:/gated/2 is the champion, which models:/gated/1 held" in text, text
     client = connect(uri)
     entry = holders.history(uri, "gated", "champion")[-1]
@@ -359,5 +359,13 @@ def test_a_version_whose_files_were_exchanged_is_not_promoted(say: Callable[...,
     (place / "card.json").write_text(json.dumps(card))  # a whole folder, of another net
     code, text = say("models", "promote", "tampered", 1)
     assert code == 2 and "not those that were registered" in text, text
-    connect(uri).delete_run(registry.lookup("models:/tampered/1", uri).run_id)
+    client = connect(uri)
+    assert say("models", "register", "runs/run2", "tampered")[0] == 0
+    client.set_registered_model_alias("tampered", "champion", "1")  # a holder that cannot be evaluated any more
+    code, text = say("models", "promote", "tampered", 2)
+    assert code == 2 and "cannot be evaluated beside it" in text and "not those that were registered" in text
+    assert text.endswith("To promote it all the same: --force --why REASON\n")
+    code, text = say("models", "promote", "tampered", 2, "--force", "--why", "the old one is broken")
+    assert code == 0 and "forced, although models:/tampered/1, the present champion, cannot be evaluated" in text, text
+    client.delete_run(registry.lookup("models:/tampered/1", uri).run_id)
     assert "deleted; `mlflow runs restore" in say("models", "show", "models:/tampered/1")[1]

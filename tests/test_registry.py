@@ -259,6 +259,13 @@ def test_a_server_s_version_is_fetched_once_and_checked(trained: Path, tmp_path:
     stamp = (folder / "net.safetensors").stat().st_mtime_ns
     assert registry.resolve(version.reference, uri, cache=tmp_path / "cache") == folder
     assert (folder / "net.safetensors").stat().st_mtime_ns == stamp
+    (stored,) = server()._folder.glob(f"artifacts/*/{version.run_id}/artifacts/models/*/artifacts/*/net.safetensors")
+    whole = stored.read_bytes()
+    stored.write_bytes(whole[:-1] + b"\x01")
+    with pytest.raises(CheckpointError, match=f"{version.reference}: its files in the registry are no good"):
+        registry.resolve(version.reference, uri, cache=tmp_path / "later")
+    stored.write_bytes(whole)  # mended there: nothing of the damaged copy was kept
+    assert registry.describe(registry.resolve(version.reference, uri, cache=tmp_path / "later")).step == 7
     tampered = folder / "net.safetensors"
     tampered.write_bytes(tampered.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match="damaged or exchanged"):

@@ -64,5 +64,5 @@ start_database() {
 }
 
 sql() { # DATABASE QUERY
-    as_postgres "$bin/psql" -h "$sockets" -U mlflow -d "$1" -XAtqc "$2"
+    PGOPTIONS=--client-min-messages=warning as_postgres "$bin/psql" -h "$sockets" -U mlflow -d "$1" -XAtqc "$2"
 }

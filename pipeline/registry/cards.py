@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def _facts(version: Version, run: reading.Run | None, uri: str) -> Iterator[tupl
     yield "aliases", " ".join(version.aliases) or "-"
     for key, value in tags.items():
         if key.startswith("adaptnet.") and key not in NOT_FACTS:
-            yield key.removeprefix("adaptnet.").replace("_", " "), value
+            yield re.sub(r"[_.]", " ", key.removeprefix("adaptnet.")), value
     yield "made", time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created))
     if version.run_id is None:
         return

@@ -74,6 +74,7 @@ def pull(reference: str, folder: Path, uri: str | None = None, *, cache: Path | 
         raise ConfigError(f"{folder}: exists already; name a new folder")
     version = lookup(reference, address(uri))
     source = _fetch(version, address(uri), cache)
+    describe(source)
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         shutil.copytree(source, aside)
@@ -110,7 +111,9 @@ def _fetch(version: Version, uri: str, cache: Path | None) -> Path:
         if not target.is_dir():
             aside = home / f".{target.name}.{uuid.uuid4().hex[:8]}"
             try:
-                os.replace(_download(source, uri, version, aside), target)
+                got = _download(source, uri, version, aside)
+                _check(got, version)
+                os.replace(got, target)
             except OSError:
                 if not target.is_dir():  # another process was not quicker
                     raise
@@ -135,6 +138,15 @@ def _download(source: str, uri: str, version: Version, destination: Path | None 
             why = f"; their run is deleted: `mlflow runs restore --run-id {version.run_id}` brings it back"
         shown = without_secrets(source)
         raise CheckpointError(f"{version.reference}: no files to be had at {shown} ({reason_of(error)}){why}") from None
+
+
+def _check(folder: Path, version: Version) -> None:
+    """Raises CheckpointError where what was fetched is damaged, so that it is not kept."""
+    try:
+        describe(_model_in(folder, version))
+    except CheckpointError as error:
+        told = str(error).replace(f"{folder}/", "")
+        raise CheckpointError(f"{version.reference}: its files in the registry are no good: {told}") from None
 
 
 def _model_in(folder: Path, version: Version) -> Path:

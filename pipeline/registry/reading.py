@@ -24,7 +24,7 @@ from urllib.request import Request, urlopen
 
 from pipeline.errors import ResourceError
 from pipeline.provenance import without_secrets
-from pipeline.tracking.address import database_file, reason_of
+from pipeline.tracking.address import database_file, reason_of, refusal
 
 REVISIONS = {"dc11669786a5"}  # of MLflow 3.17's tables
 TIMEOUT_S = 30.0
@@ -169,15 +169,6 @@ def _get(uri: str, call: str, query: Mapping[str, Any]) -> dict[str, Any]:
         raise _unanswered(uri, refusal(error.code)) from None
     except (OSError, HTTPException, ValueError) as error:
         raise _unanswered(uri, reason_of(error)) from None
-
-
-def refusal(code: int) -> str:
-    if code == 401:
-        return (
-            "it refuses this name and password (HTTP 401); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
-            "to yours"
-        )
-    return f"HTTP {code}" + (", you are not permitted this" if code == 403 else "")
 
 
 def _bare(uri: str) -> str:

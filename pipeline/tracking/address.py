@@ -185,8 +185,20 @@ def failures() -> tuple[type[Exception], ...]:
 
 def reason_of(error: BaseException) -> str:
     """An error's kind and first line, without secrets."""
+    if code := re.search(r"failed with error code (401|403)\b", str(error)):  # as MLflow's client says it
+        return refusal(int(code[1]))
     lines = without_secrets(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:500]}" if lines else type(error).__name__
+
+
+def refusal(code: int) -> str:
+    """What a server means by an HTTP status that refuses."""
+    if code == 401:
+        return (
+            "it refuses this name and password (HTTP 401); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
+            "to yours"
+        )
+    return f"HTTP {code}" + (", you are not permitted this" if code == 403 else "")
 
 
 @contextmanager

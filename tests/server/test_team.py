@@ -125,7 +125,7 @@ def test_a_wrong_password_is_told_and_not_repeated(
     run_dir, _ = run_folder(tmp_path / "runs" / "mine", **SHIP)
     with pytest.raises(ResourceError) as found:
         sync(run_dir, team.uri.replace("//", "//admin:hush-hush@"))
-    assert "hush" not in str(found.value)
+    assert "hush" not in str(found.value) and "refuses this name and password" in str(found.value)
 
 
 @pytest.mark.parametrize(("where", "processes"), [("server", 16), ("sqlite", 4)])
