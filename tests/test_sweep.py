@@ -482,6 +482,7 @@ def test_a_trial_that_is_to_end_later_than_it_was_stopped_has_not_ended(
             assert judged.state == state
 
 
+@pytest.mark.faults  # what it says depends on the pace of the machine
 def test_a_trial_that_trains_too_long_is_stopped_and_one_found_so_keeps_what_it_reached(
     images: Path, tmp_path: Path
 ) -> None:
