@@ -47,6 +47,46 @@ def test_a_head_that_is_not_heard_of_is_waited_for_as_long_as_there_is_patience(
         raise AssertionError("there is no head")
 
 
+HOLDS_A_FOLDER = """
+import sys, time
+from pathlib import Path
+from pipeline import allocation
+allocation.SCRATCH = Path(sys.argv[1])
+with allocation._scratch(allocation.Node(0, ("first",), "127.0.0.2", sys.argv[2], Path("."), cpus=1, gpus=0)):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_task_left_on_the_node_is_removed_and_what_a_living_one_holds_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation, "SCRATCH", tmp_path)
+    prefix = f"adaptnet-{os.getuid()}-"
+    foreign = [tmp_path / name for name in (f"{prefix}notes", f"adaptnet-{os.getuid() + 1}-7-0-0")]
+    for folder in foreign:
+        folder.mkdir()
+    (foreign[1] / "held").touch()
+    env = {**os.environ, "PYTHONPATH": str(Path(allocation.__file__).parents[1])}
+    tasks = {}
+    for key in ("5-0", "6-0"):
+        line = [sys.executable, "-c", HOLDS_A_FOLDER, str(tmp_path), key]
+        tasks[key] = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert [task.stdout and task.stdout.readline() for task in tasks.values()] == ["held\n"] * 2
+        tasks["5-0"].kill()
+        tasks["5-0"].wait()
+        assert (tmp_path / f"{prefix}5-0-0").is_dir()
+        with allocation._scratch(node(tmp_path, 1, "127.0.0.3")) as mine:
+            names = {f"{prefix}6-0-0", f"{prefix}7-0-1", *(folder.name for folder in foreign)}
+            assert {path.name for path in tmp_path.iterdir()} == names and mine.name in names
+        assert not mine.exists() and (tmp_path / f"{prefix}6-0-0").is_dir()
+    finally:
+        for task in tasks.values():
+            task.kill()
+            task.wait()
+
+
 HOLD = """
 import json, sys, time
 from pathlib import Path

@@ -329,6 +329,13 @@ def test_a_driver_that_is_killed_frees_its_nodes(desk: Desk) -> None:
     assert desk.cluster.sacct(job)[-1].startswith("FAILED")
     shown = desk.adaptnet("jobs", "show", "killed")
     assert "FAILED: killed by signal 9 (was memory short?)" in shown and "Killed" in shown
+    folders = f"adaptnet-{os.getuid()}-{job}-*"
+    assert list(Path("/tmp").glob(folders)), "nobody was left to remove it"
+    desk.train("next")
+    desk.until(lambda: "2 of 2 nodes" in desk.log("next"), "next")
+    assert not list(Path("/tmp").glob(folders))
+    desk.adaptnet("jobs", "cancel", "next")
+    desk.until(lambda: not desk.cluster.squeue(), "next", 60)
 
 
 def test_a_folder_that_the_nodes_do_not_share_is_named(desk: Desk) -> None:
