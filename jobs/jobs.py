@@ -40,8 +40,7 @@ def list_jobs(runs: Runs = RUNS) -> None:
         typer.echo(f"no jobs in {runs}; `adaptnet submit` makes one")
         return
     rows = [["run", "job", "state", "starts", "nodes", "elapsed", "submitted", "why"]]
-    for entry in entries:
-        state = queue.state_of(entry)
+    for entry, state in zip(entries, queue.states_of(entries), strict=True):
         when = time.strftime("%m-%d %H:%M", time.localtime(entry["submitted"]))
         facts = [state.name, str(len(_starts(entry))), state.nodes or "-", state.elapsed or "-", when, state.reason]
         rows.append([Path(entry["home"]).name, str(entry["id"]), *facts])

@@ -223,20 +223,20 @@ def test_slurms_refusals_carry_its_words_and_what_it_knows(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("squeue", "sacct", "name", "reason"),
     [
-        (["PENDING|Resources||0:00"], [], "PENDING", "the nodes it needs are busy"),
-        (["RUNNING|None|n[1-2]|1:00"], [], "RUNNING", ""),
-        ([], ["TIMEOUT|0:0|n1|3:00", "FAILED|2:0|n1|0:30"], "FAILED", "exit code 2"),
-        ([], ["CANCELLED by 0|0:0|n1|3:00"], "CANCELLED", ""),
-        ([], ["FAILED|0:9|n1|0:30"], "FAILED", "killed by signal 9 (was memory short?)"),
-        ([], ["FAILED|137:0|n1|0:30"], "FAILED", "killed by signal 9 (was memory short?)"),
+        (["7|PENDING|Resources||0:00"], [], "PENDING", "the nodes it needs are busy"),
+        (["7|RUNNING|None|n[1-2]|1:00"], [], "RUNNING", ""),
+        ([], ["7|TIMEOUT|0:0|n1|3:00", "7|FAILED|2:0|n1|0:30"], "FAILED", "exit code 2"),
+        ([], ["7|CANCELLED by 0|0:0|n1|3:00"], "CANCELLED", ""),
+        ([], ["7|FAILED|0:9|n1|0:30"], "FAILED", "killed by signal 9 (was memory short?)"),
+        ([], ["7|FAILED|137:0|n1|0:30"], "FAILED", "killed by signal 9 (was memory short?)"),
         (
-            ["PENDING|ReqNodeNotAvail, UnavailableNodes:n1||0:00"],
+            ["7|PENDING|ReqNodeNotAvail, UnavailableNodes:n1||0:00"],
             [],
             "PENDING",
             "the nodes it needs are down, drained or",
         ),
-        (["FAILED|NonZeroExitCode|n1|0:30"], [], "FAILED", ""),
-        (["COMPLETED|None|n1|0:30"], [], "COMPLETED", "it was stopped; `adaptnet jobs resubmit` goes on"),
+        (["7|FAILED|NonZeroExitCode|n1|0:30"], [], "FAILED", ""),
+        (["7|COMPLETED|None|n1|0:30"], [], "COMPLETED", "it was stopped; `adaptnet jobs resubmit` goes on"),
         ([], [], "UNKNOWN", "SLURM no longer knows it; it had not started"),
     ],
 )
@@ -248,6 +248,31 @@ def test_a_jobs_state_is_slurms_in_words(
     entry = {"id": "7", "where": "slurm", "run_dir": str(desk), "home": str(desk), "log": str(desk / "7_0_log.out")}
     state = queue.state_of(entry)
     assert state.name == name and state.reason.startswith(reason) and bool(state.reason) == bool(reason)
+
+
+def test_slurm_is_asked_once_for_all_jobs_of_a_list(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of whom the queue knows those that live, and the accounting the others; each once, arrays' tasks by their own."""
+    asked: list[tuple[str, ...]] = []
+    answers = {
+        "squeue": ["5_1|PENDING|Priority||0:00", "5_2|RUNNING|None|n1|1:00", "8|FAILED|NonZeroExitCode|n1|0:30"],
+        "sacct": ["8|FAILED|2:0|n1|0:30", "9|TIMEOUT|0:0|n2|3:00"],
+    }
+
+    def answer(*command: str) -> list[str]:
+        asked.append(command)
+        return answers[command[0]]
+
+    monkeypatch.setattr(queue, "ask", answer)
+    for number, job in enumerate(("5_1", "5_2", "8", "9", "10")):
+        where = {"where": "slurm", "log": str(desk / "none"), "run_dir": None, "submitted": float(-number)}
+        slurm.remember(desk / "runs" / f"run{number}", {"id": job, **where})
+    assert run("jobs", "list") == 0
+    rows = [line.split()[1:3] for line in capsys.readouterr().out.splitlines()[2:]]
+    states = ["PENDING", "RUNNING", "FAILED", "TIMEOUT", "UNKNOWN"]
+    assert rows == [[job, state] for job, state in zip(("5_1", "5_2", "8", "9", "10"), states, strict=True)]
+    assert [(words[0], words[-1]) for words in asked] == [("squeue", "5_1,5_2,8,9,10"), ("sacct", "8,9,10")]
 
 
 def test_where_slurm_has_forgotten_a_job_its_own_words_tell(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
