@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from pipeline.provenance import write_whole
 LIVES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED"}
 LIVES |= {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"}
 ELSEWHERE = Path("jobs") / "elsewhere.json"  # below the folder of runs: the jobs' folders that do not lie in it
+CLOCKS_S = 30.0  # by which the time that a process began may be off
 WHY = {  # SLURM's reasons for waiting, in words
     "Resources": "the nodes it needs are busy",
     "Priority": "jobs of higher priority are before it",
@@ -186,12 +188,16 @@ def _local(entry: Mapping[str, Any]) -> State:
     if results.is_file():
         finished = not entry["run_dir"] or _finished(entry)
         return State("COMPLETED" if finished else "FAILED")
-    return State("RUNNING") if _runs(str(entry["id"])) else State("FAILED", "its process has ended without a result")
+    if entry["host"] != socket.gethostname():
+        return State("UNKNOWN", f"it was started on {entry['host']}: ask there")
+    return State("RUNNING") if _runs(entry) else State("FAILED", "its process has ended without a result")
 
 
-def _runs(pid: str) -> bool:
+def _runs(entry: Mapping[str, Any]) -> bool:
+    """Whether the process that was started lives; one that began later has only got its number."""
     try:
-        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(int(entry["id"]))
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= entry["submitted"] + CLOCKS_S
     except (ValueError, psutil.Error):
         return False
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -298,6 +299,38 @@ def test_a_job_outside_the_folder_of_runs_is_listed_and_found_by_its_id(desk: Pa
     assert json.loads((desk / "runs/jobs/elsewhere.json").read_text()) == far
     assert len(queue.everything()) == 4
     assert queue.find("job-run")["home"] == str(desk / "elsewhere/deep/run")
+
+
+def local(home: Path, pid: int, **facts: object) -> None:
+    """A job of this machine, as it is written down."""
+    entry = {"id": str(pid), "where": "local", "run_dir": None, "folder": str(home), "log": str(home / "log")}
+    slurm.remember(home, {**entry, "host": socket.gethostname(), "submitted": time.time(), **facts})
+
+
+def test_a_run_whose_newest_job_lives_is_not_resubmitted_by_an_older_ones_id(
+    desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local(desk / "runs" / "x", 1 << 30)
+    local(desk / "runs" / "x", os.getpid())
+    assert run("jobs", "resubmit", 1 << 30) == 2
+    assert f"job {os.getpid()} of runs/x is running" in capsys.readouterr().err
+
+
+def test_a_process_that_only_has_a_jobs_number_is_left_alone(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a restart of the machine, or on another one that sees the same folder."""
+    sleeper = subprocess.Popen(["sleep", "30"])
+    try:
+        local(desk / "runs" / "before", sleeper.pid, submitted=time.time() - 600)
+        local(desk / "runs" / "elsewhere", sleeper.pid, host="elsewhere")
+        for name, said in (("before", "is failed (its process has ended"), ("elsewhere", "was started on elsewhere")):
+            assert run("jobs", "cancel", name) == 2
+            assert said in capsys.readouterr().err
+        assert sleeper.poll() is None
+        local(desk / "runs" / "mine", sleeper.pid)
+        assert run("jobs", "cancel", "mine") == 0
+        assert sleeper.wait(10) == -signal.SIGTERM
+    finally:
+        sleeper.kill()
 
 
 def test_the_last_words_are_the_error(desk: Path) -> None:
