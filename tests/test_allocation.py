@@ -47,6 +47,21 @@ def test_a_head_that_is_not_heard_of_is_waited_for_as_long_as_there_is_patience(
         raise AssertionError("there is no head")
 
 
+def test_nodes_that_are_missing_are_named_and_why(tmp_path: Path) -> None:
+    """One that has left no answer does not see the folder, or has not begun; one that has did not reach Ray."""
+    head = node(tmp_path, 0, "127.0.0.2")
+    member = allocation.Member(head, "127.0.0.2:1", subprocess.Popen(["true"]))
+    member.ray.wait()
+    said = str(member._missing(1))
+    assert f"second: nothing was heard of these nodes in {tmp_path} within 60 s" in said and "--run-dir" in said
+    head.answer(1).write_text('{"name": "second"}')
+    member._check_answers()
+    assert "1 of 2 nodes joined Ray at 127.0.0.2:1 within 60 s" in str(member._missing(1))
+    head.answer(1).write_text('{"error": "second: Ray ended with exit code 1"}')
+    with pytest.raises(ResourceError, match="second: Ray ended with exit code 1"):
+        member._check_answers()
+
+
 HOLDS_A_FOLDER = """
 import sys, time
 from pathlib import Path

@@ -219,6 +219,9 @@ def test_slurms_refusals_carry_its_words_and_what_it_knows(monkeypatch: pytest.M
     assert "invalid partition specified: nope. Known partitions: main, high" in str(refused)
     words = "Batch job submission failed: Invalid account or account/partition combination specified"
     assert "Your accounts: main, high" in str(slurm._refused(RuntimeError(words)))
+    words = "sbatch: error: If munged is up, restart with --num-threads=10\nsbatch: error: Munge encode failed: Failed "
+    words += 'to access "munge.socket.2"\nsbatch: error: Batch job submission failed: Protocol authentication error'
+    assert str(slurm._refused(RuntimeError(words))).endswith("Is munged running on this machine?")
 
 
 @pytest.mark.parametrize(

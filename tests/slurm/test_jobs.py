@@ -318,6 +318,17 @@ def test_a_job_that_cannot_work_says_so_and_frees_its_nodes(desk: Desk) -> None:
     assert "FAILED: exit code 2" in shown and f"adaptnet: {desk.home}/nowhere: no such folder" in shown
 
 
+def test_the_third_start_in_a_row_that_saves_nothing_is_the_last(desk: Desk) -> None:
+    job = desk.train("fruitless", "checkpoint.every=100000 steps", "training.epochs=1000", nodes="1")
+    for count in (1, 2, 3):
+        desk.until(lambda count=count: len(desk.starts("fruitless")) == count, "fruitless")  # type: ignore[misc]
+        desk.cluster.run("scontrol", "requeue", job)  # while Ray starts
+    desk.until(lambda: not desk.cluster.squeue(), "fruitless")
+    assert desk.cluster.sacct(job)[-1].startswith("FAILED") and not desk.steps("fruitless")
+    shown = desk.adaptnet("jobs", "show", "fruitless")
+    assert "FAILED: exit code 2" in shown and "the last 3 starts of this job saved no new step" in shown
+
+
 def test_a_driver_that_is_killed_frees_its_nodes(desk: Desk) -> None:
     """As by the kernel where memory is short; Ray's head would keep the other node's task for the rest of its time."""
     job = desk.train("killed")
