@@ -40,8 +40,7 @@ def list_jobs(runs: Runs = RUNS) -> None:
         typer.echo(f"no jobs in {runs}; `adaptnet submit` makes one")
         return
     rows = [["run", "job", "state", "starts", "nodes", "elapsed", "submitted", "why"]]
-    for entry in entries:
-        state = queue.state_of(entry)
+    for entry, state in zip(entries, queue.states_of(entries), strict=True):
         when = time.strftime("%m-%d %H:%M", time.localtime(entry["submitted"]))
         facts = [state.name, str(len(_starts(entry))), state.nodes or "-", state.elapsed or "-", when, state.reason]
         rows.append([Path(entry["home"]).name, str(entry["id"]), *facts])
@@ -119,13 +118,17 @@ def logs(
 )
 def cancel(job: Wanted, runs: Runs = RUNS) -> None:
     from jobs import queue, ray_jobs
+    from pipeline.errors import ResourceError
 
     entry = queue.find(job, runs)
+    if entry["where"] == "local" and not (state := queue.state_of(entry)).lives:
+        why = f" ({state.reason})" if state.reason else ""
+        raise ResourceError(f"job {entry['id']} is {state.name.lower()}{why}; there is nothing to end here")
     if entry["where"] == "slurm":
         queue.tell("scancel", str(entry["id"]))
     elif entry["where"] == "ray":
         ray_jobs.stop(entry)
-    elif queue.state_of(entry).lives:
+    elif entry["where"] == "local":
         os.kill(int(entry["id"]), signal.SIGTERM)
     typer.echo(f"job {entry['id']} is asked to end; `adaptnet jobs resubmit {Path(entry['home']).name}` goes on")
 
@@ -155,9 +158,12 @@ def resubmit(job: Wanted, runs: Runs = RUNS) -> None:
     from pipeline.errors import ResourceError
 
     entry = queue.find(job, runs)
-    state = queue.state_of(entry)
+    newest = queue.find(entry["home"], runs)  # an older job's id may have been given
+    state = queue.state_of(newest)
     if state.lives:
-        raise ResourceError(f"job {entry['id']} is {state.name.lower()}; `adaptnet jobs requeue` starts it anew")
+        raise ResourceError(
+            f"job {newest['id']} of {newest['home']} is {state.name.lower()}; `adaptnet jobs requeue` starts it anew"
+        )
     site = Site.model_validate_json(_text(entry["site"]))
     resources = slurm.Resources(**{**entry["resources"], "nodes": tuple(entry["resources"]["nodes"])})
     again = slurm.Job(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.provenance import write_whole
 LIVES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED"}
 LIVES |= {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"}
 ELSEWHERE = Path("jobs") / "elsewhere.json"  # below the folder of runs: the jobs' folders that do not lie in it
+CLOCKS_S = 30.0  # by which the time that a process began may be off
 WHY = {  # SLURM's reasons for waiting, in words
     "Resources": "the nodes it needs are busy",
     "Priority": "jobs of higher priority are before it",
@@ -102,12 +104,24 @@ def find(wanted: str, runs: Path = Path("runs")) -> dict[str, Any]:
 
 def state_of(entry: Mapping[str, Any]) -> State:
     """What a job is doing now, or how it ended."""
+    return states_of([entry])[0]
+
+
+def states_of(entries: Sequence[Mapping[str, Any]]) -> list[State]:
+    """What each job is doing now, or how it ended. SLURM is asked once for all of them."""
+    jobs = [str(entry["id"]) for entry in entries if entry["where"] == "slurm"]
+    known = _remembered(jobs)
+    known |= _accounted([job for job in jobs if job not in known or not known[job].lives])
+    return [_state(entry, known.get(str(entry["id"]))) for entry in entries]
+
+
+def _state(entry: Mapping[str, Any], known: State | None) -> State:
+    """`known` is what SLURM says, None where it has forgotten the job."""
     if entry["where"] == "ray":
         return _on_ray(entry)
     if entry["where"] != "slurm":
         return _local(entry)
-    job = str(entry["id"])
-    found = _queued(job) or _accounted(job) or _remembered(job) or _by_folder(entry)
+    found = known or _by_folder(entry)
     if found.name == "COMPLETED" and entry["run_dir"] and not _finished(entry):
         return replace(found, reason="it was stopped; `adaptnet jobs resubmit` goes on")
     return found
@@ -124,30 +138,26 @@ def _on_ray(entry: Mapping[str, Any]) -> State:
     return State(name, reason if name != "COMPLETED" else "")
 
 
-def _queued(job: str) -> State | None:
-    """From squeue; None where it no longer knows the job, or is not there."""
-    found = _remembered(job)
-    return found if found is not None and found.lives else None
+def _remembered(jobs: Sequence[str]) -> dict[str, State]:
+    """From squeue, by job or ARRAY_TASK; it knows a job for some minutes after its end."""
+    found = {}
+    for job, name, reason, nodes, elapsed in _rows(jobs, "squeue", "-hr", "-t", "all", "-o", "%i|%T|%r|%N|%M"):
+        text = WHY.get(reason.partition(",")[0], reason) if name == "PENDING" and reason != "None" else ""
+        found[job] = State(name, text, nodes, elapsed)
+    return found
 
 
-def _remembered(job: str) -> State | None:
-    """From squeue, which knows a job for some minutes after its end."""
-    lines = ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T|%r|%N|%M")
-    fields = lines[0].split("|") if lines else []
-    if len(fields) != 4:
-        return None
-    name, reason, nodes, elapsed = fields
-    text = WHY.get(reason.partition(",")[0], reason) if name == "PENDING" and reason != "None" else ""
-    return State(name, text, nodes, elapsed)
+def _accounted(jobs: Sequence[str]) -> dict[str, State]:
+    """From sacct: the last start of each job."""
+    rows = _rows(jobs, "sacct", "-nPX", "-o", "JobID,State,ExitCode,NodeList,Elapsed")
+    return {job: State(name.split()[0], _why_ended(code), nodes, elapsed) for job, name, code, nodes, elapsed in rows}
 
 
-def _accounted(job: str) -> State | None:
-    """From sacct: the last of a job's starts."""
-    for line in reversed(ask("sacct", "-nPX", "-j", job, "-o", "State,ExitCode,NodeList,Elapsed")):
-        fields = line.split("|")
-        if len(fields) == 4 and fields[0]:
-            return State(fields[0].split()[0], _why_ended(fields[1]), fields[2], fields[3])
-    return None
+def _rows(jobs: Sequence[str], *command: str) -> list[list[str]]:
+    """The five fields of each line that such a command prints of these jobs; it is not asked about none."""
+    lines = ask(*command, "-j", ",".join(jobs)) if jobs else []
+    rows = [line.split("|") for line in lines]
+    return [fields for fields in rows if len(fields) == 5 and fields[1]]
 
 
 def _why_ended(code: str) -> str:
@@ -178,12 +188,16 @@ def _local(entry: Mapping[str, Any]) -> State:
     if results.is_file():
         finished = not entry["run_dir"] or _finished(entry)
         return State("COMPLETED" if finished else "FAILED")
-    return State("RUNNING") if _runs(str(entry["id"])) else State("FAILED", "its process has ended without a result")
+    if entry["host"] != socket.gethostname():
+        return State("UNKNOWN", f"it was started on {entry['host']}: ask there")
+    return State("RUNNING") if _runs(entry) else State("FAILED", "its process has ended without a result")
 
 
-def _runs(pid: str) -> bool:
+def _runs(entry: Mapping[str, Any]) -> bool:
+    """Whether the process that was started lives; one that began later has only got its number."""
     try:
-        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(int(entry["id"]))
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= entry["submitted"] + CLOCKS_S
     except (ValueError, psutil.Error):
         return False
 

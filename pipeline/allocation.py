@@ -9,6 +9,7 @@ what was started here is ended. `ray symmetric-run` and `ray stop` would reach f
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import secrets
@@ -38,6 +39,8 @@ OBJECT_STORE_BYTES = 256 << 20  # training hands nothing over through it
 ATTEMPTS = 3  # at starting a head
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # before a fork: nothing is loaded after it
+SCRATCH = Path("/tmp")  # sockets need a short path
+HELD = "held"  # a file in each folder there, locked for as long as its task lives
 KEPT = ("SLURM_JOB_ID", "SLURMD_NODENAME")  # by which a site's epilog finds a job's processes
 
 
@@ -152,18 +155,48 @@ def joined(node: Node) -> Iterator[Member]:
     Raises ResourceError where Ray does not start, or the head is not heard of within the node's patience.
     """
     node.folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path("/tmp") / f"adaptnet-{os.getuid()}-{node.key}-{node.rank}"  # sockets need a short path
-    try:
-        member = _head(node, scratch) if node.is_head else _follower(node, scratch)
+    with _scratch(node) as scratch:
         try:
-            yield member
+            member = _head(node, scratch) if node.is_head else _follower(node, scratch)
+            try:
+                yield member
+            finally:
+                _end(member.ray)
         finally:
-            _end(member.ray)
-    finally:
-        for path in (node.letter, node.token) if node.is_head else (node.answer(node.rank),):
-            if "error" not in _read(path):  # that is for the others, who may not have read it yet
-                path.unlink(missing_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)
+            for path in (node.letter, node.token) if node.is_head else (node.answer(node.rank),):
+                if "error" not in _read(path):  # that is for the others, who may not have read it yet
+                    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _scratch(node: Node) -> Iterator[Path]:
+    """A folder on this node for Ray's sockets and logs, removed afterwards; those that killed tasks left go first.
+
+    A task locks a file in its folder, and however it ends the kernel unlocks it. A folder without one is left alone.
+    """
+    prefix = f"adaptnet-{os.getuid()}-"
+    for held in SCRATCH.glob(f"{prefix}*/{HELD}"):
+        _remove_left(held)
+    folder = SCRATCH / f"{prefix}{node.key}-{node.rank}"
+    folder.mkdir(exist_ok=True)
+    with open(folder / f".{HELD}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(lock.name, folder / HELD)  # nobody sees it unlocked
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left(held: Path) -> None:
+    """Removes the folder of a task that is no more; a task that lives holds the lock."""
+    with suppress(OSError):
+        descriptor = os.open(held, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(held.parent, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def _head(node: Node, scratch: Path) -> Member:

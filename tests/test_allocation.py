@@ -47,6 +47,61 @@ def test_a_head_that_is_not_heard_of_is_waited_for_as_long_as_there_is_patience(
         raise AssertionError("there is no head")
 
 
+def test_nodes_that_are_missing_are_named_and_why(tmp_path: Path) -> None:
+    """One that has left no answer does not see the folder, or has not begun; one that has did not reach Ray."""
+    head = node(tmp_path, 0, "127.0.0.2")
+    member = allocation.Member(head, "127.0.0.2:1", subprocess.Popen(["true"]))
+    member.ray.wait()
+    said = str(member._missing(1))
+    assert f"second: nothing was heard of these nodes in {tmp_path} within 60 s" in said and "--run-dir" in said
+    head.answer(1).write_text('{"name": "second"}')
+    member._check_answers()
+    assert "1 of 2 nodes joined Ray at 127.0.0.2:1 within 60 s" in str(member._missing(1))
+    head.answer(1).write_text('{"error": "second: Ray ended with exit code 1"}')
+    with pytest.raises(ResourceError, match="second: Ray ended with exit code 1"):
+        member._check_answers()
+
+
+HOLDS_A_FOLDER = """
+import sys, time
+from pathlib import Path
+from pipeline import allocation
+allocation.SCRATCH = Path(sys.argv[1])
+with allocation._scratch(allocation.Node(0, ("first",), "127.0.0.2", sys.argv[2], Path("."), cpus=1, gpus=0)):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_task_left_on_the_node_is_removed_and_what_a_living_one_holds_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation, "SCRATCH", tmp_path)
+    prefix = f"adaptnet-{os.getuid()}-"
+    foreign = [tmp_path / name for name in (f"{prefix}notes", f"adaptnet-{os.getuid() + 1}-7-0-0")]
+    for folder in foreign:
+        folder.mkdir()
+    (foreign[1] / "held").touch()
+    env = {**os.environ, "PYTHONPATH": str(Path(allocation.__file__).parents[1])}
+    tasks = {}
+    for key in ("5-0", "6-0"):
+        line = [sys.executable, "-c", HOLDS_A_FOLDER, str(tmp_path), key]
+        tasks[key] = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert [task.stdout and task.stdout.readline() for task in tasks.values()] == ["held\n"] * 2
+        tasks["5-0"].kill()
+        tasks["5-0"].wait()
+        assert (tmp_path / f"{prefix}5-0-0").is_dir()
+        with allocation._scratch(node(tmp_path, 1, "127.0.0.3")) as mine:
+            names = {f"{prefix}6-0-0", f"{prefix}7-0-1", *(folder.name for folder in foreign)}
+            assert {path.name for path in tmp_path.iterdir()} == names and mine.name in names
+        assert not mine.exists() and (tmp_path / f"{prefix}6-0-0").is_dir()
+    finally:
+        for task in tasks.values():
+            task.kill()
+            task.wait()
+
+
 HOLD = """
 import json, sys, time
 from pathlib import Path

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -218,25 +219,28 @@ def test_slurms_refusals_carry_its_words_and_what_it_knows(monkeypatch: pytest.M
     assert "invalid partition specified: nope. Known partitions: main, high" in str(refused)
     words = "Batch job submission failed: Invalid account or account/partition combination specified"
     assert "Your accounts: main, high" in str(slurm._refused(RuntimeError(words)))
+    words = "sbatch: error: If munged is up, restart with --num-threads=10\nsbatch: error: Munge encode failed: Failed "
+    words += 'to access "munge.socket.2"\nsbatch: error: Batch job submission failed: Protocol authentication error'
+    assert str(slurm._refused(RuntimeError(words))).endswith("Is munged running on this machine?")
 
 
 @pytest.mark.parametrize(
     ("squeue", "sacct", "name", "reason"),
     [
-        (["PENDING|Resources||0:00"], [], "PENDING", "the nodes it needs are busy"),
-        (["RUNNING|None|n[1-2]|1:00"], [], "RUNNING", ""),
-        ([], ["TIMEOUT|0:0|n1|3:00", "FAILED|2:0|n1|0:30"], "FAILED", "exit code 2"),
-        ([], ["CANCELLED by 0|0:0|n1|3:00"], "CANCELLED", ""),
-        ([], ["FAILED|0:9|n1|0:30"], "FAILED", "killed by signal 9 (was memory short?)"),
-        ([], ["FAILED|137:0|n1|0:30"], "FAILED", "killed by signal 9 (was memory short?)"),
+        (["7|PENDING|Resources||0:00"], [], "PENDING", "the nodes it needs are busy"),
+        (["7|RUNNING|None|n[1-2]|1:00"], [], "RUNNING", ""),
+        ([], ["7|TIMEOUT|0:0|n1|3:00", "7|FAILED|2:0|n1|0:30"], "FAILED", "exit code 2"),
+        ([], ["7|CANCELLED by 0|0:0|n1|3:00"], "CANCELLED", ""),
+        ([], ["7|FAILED|0:9|n1|0:30"], "FAILED", "killed by signal 9 (was memory short?)"),
+        ([], ["7|FAILED|137:0|n1|0:30"], "FAILED", "killed by signal 9 (was memory short?)"),
         (
-            ["PENDING|ReqNodeNotAvail, UnavailableNodes:n1||0:00"],
+            ["7|PENDING|ReqNodeNotAvail, UnavailableNodes:n1||0:00"],
             [],
             "PENDING",
             "the nodes it needs are down, drained or",
         ),
-        (["FAILED|NonZeroExitCode|n1|0:30"], [], "FAILED", ""),
-        (["COMPLETED|None|n1|0:30"], [], "COMPLETED", "it was stopped; `adaptnet jobs resubmit` goes on"),
+        (["7|FAILED|NonZeroExitCode|n1|0:30"], [], "FAILED", ""),
+        (["7|COMPLETED|None|n1|0:30"], [], "COMPLETED", "it was stopped; `adaptnet jobs resubmit` goes on"),
         ([], [], "UNKNOWN", "SLURM no longer knows it; it had not started"),
     ],
 )
@@ -248,6 +252,31 @@ def test_a_jobs_state_is_slurms_in_words(
     entry = {"id": "7", "where": "slurm", "run_dir": str(desk), "home": str(desk), "log": str(desk / "7_0_log.out")}
     state = queue.state_of(entry)
     assert state.name == name and state.reason.startswith(reason) and bool(state.reason) == bool(reason)
+
+
+def test_slurm_is_asked_once_for_all_jobs_of_a_list(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of whom the queue knows those that live, and the accounting the others; each once, arrays' tasks by their own."""
+    asked: list[tuple[str, ...]] = []
+    answers = {
+        "squeue": ["5_1|PENDING|Priority||0:00", "5_2|RUNNING|None|n1|1:00", "8|FAILED|NonZeroExitCode|n1|0:30"],
+        "sacct": ["8|FAILED|2:0|n1|0:30", "9|TIMEOUT|0:0|n2|3:00"],
+    }
+
+    def answer(*command: str) -> list[str]:
+        asked.append(command)
+        return answers[command[0]]
+
+    monkeypatch.setattr(queue, "ask", answer)
+    for number, job in enumerate(("5_1", "5_2", "8", "9", "10")):
+        where = {"where": "slurm", "log": str(desk / "none"), "run_dir": None, "submitted": float(-number)}
+        slurm.remember(desk / "runs" / f"run{number}", {"id": job, **where})
+    assert run("jobs", "list") == 0
+    rows = [line.split()[1:3] for line in capsys.readouterr().out.splitlines()[2:]]
+    states = ["PENDING", "RUNNING", "FAILED", "TIMEOUT", "UNKNOWN"]
+    assert rows == [[job, state] for job, state in zip(("5_1", "5_2", "8", "9", "10"), states, strict=True)]
+    assert [(words[0], words[-1]) for words in asked] == [("squeue", "5_1,5_2,8,9,10"), ("sacct", "8,9,10")]
 
 
 def test_where_slurm_has_forgotten_a_job_its_own_words_tell(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +302,38 @@ def test_a_job_outside_the_folder_of_runs_is_listed_and_found_by_its_id(desk: Pa
     assert json.loads((desk / "runs/jobs/elsewhere.json").read_text()) == far
     assert len(queue.everything()) == 4
     assert queue.find("job-run")["home"] == str(desk / "elsewhere/deep/run")
+
+
+def local(home: Path, pid: int, **facts: object) -> None:
+    """A job of this machine, as it is written down."""
+    entry = {"id": str(pid), "where": "local", "run_dir": None, "folder": str(home), "log": str(home / "log")}
+    slurm.remember(home, {**entry, "host": socket.gethostname(), "submitted": time.time(), **facts})
+
+
+def test_a_run_whose_newest_job_lives_is_not_resubmitted_by_an_older_ones_id(
+    desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local(desk / "runs" / "x", 1 << 30)
+    local(desk / "runs" / "x", os.getpid())
+    assert run("jobs", "resubmit", 1 << 30) == 2
+    assert f"job {os.getpid()} of runs/x is running" in capsys.readouterr().err
+
+
+def test_a_process_that_only_has_a_jobs_number_is_left_alone(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a restart of the machine, or on another one that sees the same folder."""
+    sleeper = subprocess.Popen(["sleep", "30"])
+    try:
+        local(desk / "runs" / "before", sleeper.pid, submitted=time.time() - 600)
+        local(desk / "runs" / "elsewhere", sleeper.pid, host="elsewhere")
+        for name, said in (("before", "is failed (its process has ended"), ("elsewhere", "was started on elsewhere")):
+            assert run("jobs", "cancel", name) == 2
+            assert said in capsys.readouterr().err
+        assert sleeper.poll() is None
+        local(desk / "runs" / "mine", sleeper.pid)
+        assert run("jobs", "cancel", "mine") == 0
+        assert sleeper.wait(10) == -signal.SIGTERM
+    finally:
+        sleeper.kill()
 
 
 def test_the_last_words_are_the_error(desk: Path) -> None:

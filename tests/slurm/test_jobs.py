@@ -318,6 +318,17 @@ def test_a_job_that_cannot_work_says_so_and_frees_its_nodes(desk: Desk) -> None:
     assert "FAILED: exit code 2" in shown and f"adaptnet: {desk.home}/nowhere: no such folder" in shown
 
 
+def test_the_third_start_in_a_row_that_saves_nothing_is_the_last(desk: Desk) -> None:
+    job = desk.train("fruitless", "checkpoint.every=100000 steps", "training.epochs=1000", nodes="1")
+    for count in (1, 2, 3):
+        desk.until(lambda count=count: len(desk.starts("fruitless")) == count, "fruitless")  # type: ignore[misc]
+        desk.cluster.run("scontrol", "requeue", job)  # while Ray starts
+    desk.until(lambda: not desk.cluster.squeue(), "fruitless")
+    assert desk.cluster.sacct(job)[-1].startswith("FAILED") and not desk.steps("fruitless")
+    shown = desk.adaptnet("jobs", "show", "fruitless")
+    assert "FAILED: exit code 2" in shown and "the last 3 starts of this job saved no new step" in shown
+
+
 def test_a_driver_that_is_killed_frees_its_nodes(desk: Desk) -> None:
     """As by the kernel where memory is short; Ray's head would keep the other node's task for the rest of its time."""
     job = desk.train("killed")
@@ -329,6 +340,13 @@ def test_a_driver_that_is_killed_frees_its_nodes(desk: Desk) -> None:
     desk.until(lambda: desk.cluster.sacct(job)[-1].startswith("FAILED"), "killed", 30)
     shown = desk.adaptnet("jobs", "show", "killed")
     assert "FAILED: killed by signal 9 (was memory short?)" in shown and "Killed" in shown
+    folders = f"adaptnet-{os.getuid()}-{job}-*"
+    assert list(Path("/tmp").glob(folders)), "nobody was left to remove it"
+    desk.train("next")
+    desk.until(lambda: "2 of 2 nodes" in desk.log("next"), "next")
+    assert not list(Path("/tmp").glob(folders))
+    desk.adaptnet("jobs", "cancel", "next")
+    desk.until(lambda: not desk.cluster.squeue(), "next", 60)
 
 
 def test_a_folder_that_the_nodes_do_not_share_is_named(desk: Desk) -> None:
@@ -347,7 +365,9 @@ def test_an_array_trains_a_run_for_each_value(desk: Desk) -> None:
         desk.until(lambda seed=seed: desk.finished(f"seeds-seed{seed}"), f"seeds-seed{seed}", 240)  # type: ignore[misc]
     one, two = (load_file(desk.home / f"runs/seeds-seed{s}/checkpoints/step-00000020/net.safetensors") for s in (1, 2))
     assert any(not one[name].equal(two[name]) for name in one)
-    assert "seeds-seed2" in desk.adaptnet("jobs", "list")
+    listed = desk.adaptnet("jobs", "list")
+    for seed in (1, 2):
+        assert re.search(rf"^seeds-seed{seed} +\d+_{seed - 1} +COMPL", listed, re.MULTILINE), listed
 
 
 @pytest.mark.parametrize(
