@@ -419,6 +419,55 @@ def test_what_costs_too_much_is_refused_and_counted_and_a_failed_trial_fails_alo
     assert told == [(1, 1.0), (2, 2.0), (3, 2.0)]  # the second try of the failed one is heard of too
 
 
+def began(run_dir: Path, *draws: Draw) -> Record:
+    """The record of a driver that was killed after it had made these draws."""
+    run_dir.mkdir()
+    record = Record(run_dir, 1)
+    for draw in draws:
+        record.draw(draw)
+    return record
+
+
+def test_a_draw_that_was_measured_before_a_kill_is_refused_after_it(images: Path, tmp_path: Path) -> None:
+    mine = load(images, "space={family.depth: {grid: [8, 14]}}", "bounds.max_mparameters=0.1")
+    record = began(tmp_path / "sweep", *mine.draws())
+    record.write("priced", number=1, macs=9, parameters=200_000)
+    record.close()
+    with ExitStack() as stack:
+        controller = sweep.Controller(mine, tmp_path / "sweep", 2, Said(), stack)
+        controller._plan(retry_failed=False)
+        assert [trial.state for trial in controller.trials] == ["planned", "refused"]
+        assert controller.trials[1].reason == "max_mparameters: 0.2 above 0.1"
+
+
+def drawing(images: Path, *depths: int) -> tuple[config.Sweep, list[Draw]]:
+    """A study whose first draws have these depths, and those draws."""
+    for seed in range(60):
+        search = f"search={{kind: optuna, samples: 4, seed: {seed}}}"
+        try:
+            mine = load(images, "space={family.depth: {choice: [8, 9]}}", "objectives={top1: max}", search)
+        except ConfigError:  # a draw that is looked at ahead has 9
+            continue
+        study = Study(mine.config, mine.cases)
+        found = [Draw(number, *study.ask(number)) for number in range(len(depths))]
+        if [draw.values["family.depth"] for draw in found] == list(depths):
+            return mine, found
+    raise AssertionError(depths)
+
+
+def test_a_studys_draw_that_its_recipe_does_not_take_is_refused_by_the_next_driver_too(
+    images: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
+    mine, made = drawing(images, 8, 9)
+    began(tmp_path / "sweep", *made).close()
+    with ExitStack() as stack:
+        controller = sweep.Controller(mine, tmp_path / "sweep", 2, Said(), stack)
+        controller._plan(retry_failed=False)
+        assert [trial.state for trial in controller.trials] == ["planned", "refused"]
+        assert "draw 1 (family.depth=9)" in controller.trials[1].reason
+
+
 def test_the_best_trial_is_registered_as_candidate(images: Path, whole: Path) -> None:
     found = sweep.run(load(images), whole)
     version = outcome.register(found, "from-a-sweep")

@@ -168,12 +168,7 @@ class Controller:
         if free is not None or self._study is None or len(self.trials) >= self.config.search.samples:
             return free
         number = len(self.trials)
-        trial = self.record.draw(Draw(number, *self._study.ask(number)))
-        try:
-            self._price(trial)
-            self.sweep.recipe(trial.draw)
-        except ConfigError as error:  # of the recipe, which not every draw need suit; a study learns from it
-            self._refuse(trial, f"invalid: {error}")
+        self._admit(self.record.draw(Draw(number, *self._study.ask(number))))
         return self._next()
 
     def _is_elsewhere(self, trial: Trial) -> bool:
@@ -274,18 +269,30 @@ class Controller:
             self.record.draw(draw)
         for trial in self.trials:
             if trial.state == "planned":
-                self._price(trial)
+                self._admit(trial)
             if trial.state == "failed" and retry_failed:
                 self.record.write("retried", number=trial.number)
+
+    def _admit(self, trial: Trial) -> None:
+        """Refuses a draw that costs too much, and of a study's, which were not checked before, one that is invalid."""
+        try:
+            if self._study is not None:
+                self.sweep.recipe(trial.draw)
+            self._price(trial)
+        except ConfigError as error:  # of the recipe, which not every draw need suit; a study learns from it
+            if self._study is None:
+                raise
+            self._refuse(trial, f"invalid: {error}")
 
     def _price(self, trial: Trial) -> None:
         """Measures a draw's net where there is a bound on it; refuses the draw where it breaks one."""
         bounds = self.config.bounds
-        if trial.price or (bounds.max_gmacs is None and bounds.max_mparameters is None):
+        if bounds.max_gmacs is None and bounds.max_mparameters is None:
             return
-        found = price.of_recipe(self.sweep.recipe(trial.draw), self._num_classes)
-        self.record.write("priced", number=trial.number, macs=found.macs, parameters=found.parameters)
-        reason = found.refusal(bounds)
+        if not trial.price:
+            found = price.of_recipe(self.sweep.recipe(trial.draw), self._num_classes)
+            self.record.write("priced", number=trial.number, macs=found.macs, parameters=found.parameters)
+        reason = price.Price(**trial.price).refusal(bounds)  # which a killed driver may not have written down
         if reason is not None:
             self._refuse(trial, reason)
 
