@@ -265,6 +265,28 @@ def test_the_frontier_is_of_finished_trials_and_the_best_is_the_first_objectives
     assert cheap is not None and cheap.number == 0
 
 
+def test_a_sweeps_end_is_told_in_its_note_its_tally_and_its_pictures(images: Path, tmp_path: Path) -> None:
+    long = "step 3: the loss is not finite | " + "and so on " * 20
+    trials = [
+        trial(0, "finished", top1=0.7, gmacs=2.0),
+        trial(1, "finished", top1=0.8, gmacs=3.0),
+        trial(2, "stopped", top1=0.9, gmacs=1.0),
+        trial(3, "failed"),
+        trial(4, "refused"),
+    ]
+    for number, reason in ((2, "ASHA"), (3, long), (4, "max_gmacs: 9 above 5")):
+        trials[number].reason = reason
+    found = outcome.conclude(load(images), tmp_path, trials, tracked={"run_id": None, "uri": None})
+    assert found.finished and found.best == "001-a-1" and found.frontier == ["000-a-0", "001-a-1"]
+    assert found.tally == "2 finished, 1 stopped (1 by ASHA), 1 failed, 1 refused (1 by max_gmacs)"
+    assert {"frontier.png", "parallel.png"} == {path.name for path in (tmp_path / "plots").iterdir()}
+    note = (tmp_path / "note.md").read_text()
+    assert "How does accuracy" in note and f"{found.tally}; best: 001-a-1; plots/frontier.png" in note
+    assert len({line.count("|") for line in note.splitlines() if line.startswith("|")}) == 1
+    assert max(len(cell) for row in found.rows for cell in row) <= outcome.CELL_CHARS
+    assert long in (tmp_path / "results.csv").read_text()
+
+
 def test_an_optuna_study_told_again_draws_as_one_that_was_never_ended(images: Path) -> None:
     pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
     searched = load(
@@ -438,6 +460,7 @@ def test_a_draw_that_was_measured_before_a_kill_is_refused_after_it(images: Path
         controller._plan(retry_failed=False)
         assert [trial.state for trial in controller.trials] == ["planned", "refused"]
         assert controller.trials[1].reason == "max_mparameters: 0.2 above 0.1"
+        assert controller._tally() == "1 refused (1 by max_mparameters), 1 planned"
 
 
 def drawing(images: Path, *depths: int) -> tuple[config.Sweep, list[Draw]]:
@@ -537,14 +560,14 @@ def test_a_trial_that_trains_too_long_is_stopped_and_one_found_so_keeps_what_it_
 ) -> None:
     one = ["space={family.target_rate: {grid: [0.5]}}", "scheduler.kind=none", "bounds.max_minutes=0.005"]
     mine, run_dir = load(images, *one, "training.epochs=400"), tmp_path / "sweep"
-    assert sweep.run(mine, run_dir).tally == "1 stopped"
+    assert sweep.run(mine, run_dir).tally == "1 stopped (1 by max_minutes)"
     heading, row = table(run_dir)
     reached = int(row[heading.index("step")])
     assert "stopped (max_minutes)" in row and 0 < reached < 2000
     path = run_dir / "journal" / "sweep.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if '"overtime"' not in line and '"ended"' not in line))
-    assert sweep.run(mine, run_dir).tally == "1 stopped"
+    assert sweep.run(mine, run_dir).tally == "1 stopped (1 by max_minutes)"
     assert int(table(run_dir)[1][heading.index("step")]) >= reached and float(table(run_dir)[1][-1]) > 0
 
 

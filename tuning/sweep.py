@@ -215,7 +215,6 @@ class Controller:
         epoch = round(step * epochs_per_step, 6)
         ends = self._halving.ends(trial.name, epoch, self._judged_sign * value) and step < trial.total_steps
         self.record.write("judged", number=trial.number, step=step, epoch=epoch, value=value, ends=ends)
-        trial.top1 = value
         self._say(f"{trial.name}: {self.config.scheduler.metric} {value:.4f} at epoch {epoch:g}" + ends * ", ends here")
 
     def _conclude(self, runner: Runner) -> None:
@@ -232,7 +231,7 @@ class Controller:
             trial.state = "planned"  # as all that is not done
             self._say(f"{trial.name}: saved at step {trial.step}")
         else:
-            self._end(trial, "stopped", "by a stop file in its own folder", trial.step)
+            self._end(trial, "stopped", "a stop file in its own folder", trial.step)
 
     def _end(self, trial: Trial, state: str, reason: str, step: int) -> None:
         folder, metrics = self.folder(trial), {}
