@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from mlflow_here import database
 
+from jobs import cli
 from pipeline import journal, launch, registry
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError
@@ -167,6 +168,12 @@ def test_bounds_are_numbers_that_can_be_drawn_between(bounds: list[float]) -> No
         space.parse({"a.b": {"uniform": bounds}})
 
 
+def test_a_grid_that_depends_on_what_is_drawn_is_refused_also_by_its_name() -> None:
+    hidden = {"$d": {"choice": [8, 14]}, "a.b": "$d", "a.c": {"grid": [1, 2], "when": {"a.b": 14}}}
+    with pytest.raises(ConfigError, match=r"a\.c: a grid may depend on grids and fixed values, .* \(a\.b\)"):
+        space.parse(hidden)
+
+
 def test_a_condition_that_never_holds_is_refused() -> None:
     asked = {"a.b": {"grid": [2, 3]}, "a.c": {"choice": [4], "when": {"a.b": [3, 5]}}}
     with pytest.raises(ConfigError, match=r"a\.c: when: a\.b is never 5; it may be 2, 3"):
@@ -312,6 +319,37 @@ def test_an_optuna_study_told_again_draws_as_one_that_was_never_ended(images: Pa
     assert asked(again, 17, 30) == whole[17:]
     late = [values["$a"] for case, values in whole[15:] if case == 0]
     assert len(late) > 8 and sum(late) / len(late) > 0.6  # it searches where top1 is high
+
+
+def test_a_study_may_say_of_one_key_in_two_cases_what_differs(images: Path) -> None:
+    """Optuna holds that a name means the same in every trial."""
+    pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
+    cases = "space=[{$a: {choice: [1, 2]}}, {$a: {choice: [3, 4, 5]}}, {$a: {uniform: [6, 7]}}]"
+    searched = load(images, cases, "search={kind: optuna, samples: 30, seed: 2}", "objectives={top1: max}")
+    study = Study(searched.config, searched.cases)
+    for number in range(12):
+        case, values = study.ask(number)
+        assert case == (0 if values["$a"] < 3 else 1 if values["$a"] < 6 else 2)
+        study.tell(number, {"top1": 0.5})
+
+
+def test_without_optuna_the_verb_names_the_extra(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    searched = ["space={family.target_rate: {uniform: [0.4, 0.7]}}", "search.kind=optuna"]
+    with pytest.raises(SystemExit) as left:
+        cli.main(["sweep", "toy", *settings(images), *searched, "--run-dir", str(tmp_path / "sweep")])
+    assert left.value.code == 2 and not (tmp_path / "sweep").exists()
+    said = capsys.readouterr().err
+    assert "needs the extra `optuna`: pip install" in said and "search.kind=random" in said
+
+
+def test_of_a_studys_keys_those_under_a_condition_are_known_too(images: Path) -> None:
+    slip = {"family.depth": {"choice": [8, 14]}, "family.targetrate": {"choice": [0.4], "when": {"family.depth": 14}}}
+    for seed in range(6):
+        with pytest.raises(ConfigError, match=r"family\.targetrate: no such key.*did you mean family.target_rate"):
+            load(images, f"space={json.dumps(slip)}", f"search={{kind: optuna, samples: 3, seed: {seed}}}")
 
 
 # --- whole sweeps, in this process
