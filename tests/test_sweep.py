@@ -23,11 +23,13 @@ from pipeline import journal, launch, registry
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.launch import Result
+from pipeline.run_config import ComputeConfig
 from pipeline.tracking import connect
 from pipeline.tracking.carrier import Ledger
-from tuning import config, outcome, price, space, sweep
+from tuning import config, outcome, overhead, price, slots, space, sweep
 from tuning.advice import Halving, Study
 from tuning.config import SchedulerConfig
+from tuning.outcome import Outcome
 from tuning.record import Record, Trial
 from tuning.space import Draw
 
@@ -431,6 +433,63 @@ def test_another_space_or_set_in_the_same_folder_is_refused_with_what_differs(
         launch.train(load(images).base, whole)
 
 
+def test_more_samples_are_the_same_sweep_and_another_seed_is_another(images: Path) -> None:
+    first = load(images).identity("x")
+    assert load(images, "search.samples=9", "concurrency=1", "checkpoint.every=7 steps").identity("x") == first
+    assert load(images, "search.seed=2").identity("x") != first != load(images).identity("y")
+
+
+def test_a_draw_is_refused_by_the_bound_that_it_breaks() -> None:
+    found = price.Price(macs=20_000_000, parameters=300_000)
+    assert found.refusal(config.Bounds(max_gmacs=0.02, max_mparameters=0.3, max_minutes=1)) is None
+    assert found.refusal(config.Bounds(max_gmacs=0.01)) == "max_gmacs: 0.02 above 0.01"
+    assert found.refusal(config.Bounds(max_mparameters=0.2)) == "max_mparameters: 0.3 above 0.2"
+
+
+@pytest.fixture
+def two_cpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What is free of a Ray cluster of one node of two CPUs, as Ray would tell it."""
+    import ray
+
+    now = {"CPU": 2.0}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: now)
+    return now
+
+
+def test_on_two_cpus_trials_of_two_workers_run_one_by_one(two_cpus: dict[str, float]) -> None:
+    pair = ComputeConfig(workers=2, device="cpu")
+    assert slots.slots(pair) == 1 and slots.free(pair, 0) == 1 and slots.free(pair, 1) == 0
+    two_cpus["CPU"] = 0.0  # once the first trial's workers are there
+    assert slots.free(pair, 1) == 0 and slots.free(pair, 0) == 0  # or somebody else's
+    assert slots.slots(ComputeConfig(workers=1, device="cpu")) == 2
+    with pytest.raises(
+        ResourceError, match=r"3 workers \(compute.workers\) of 1 CPUs each; .* have 2 CPUs: room for 2"
+    ):
+        slots.slots(ComputeConfig(workers=3, device="cpu"))
+
+
+def test_overhead_is_a_trials_time_against_its_training_and_is_not_told_of_failed_trials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alone, swept, failed = list[int](), list[int](), dict[str, str]()
+
+    def run(asked: config.Sweep, run_dir: Path) -> Outcome:
+        swept.extend(asked.recipe(draw).seed for draw in asked.draws())
+        time.sleep(0.6)
+        return Outcome(run_dir, True, [], [], None, failed, "", None, None)
+
+    monkeypatch.setattr(launch, "train", lambda recipe, _: alone.append(recipe.seed))
+    monkeypatch.setattr(sweep, "run", run)
+    training, trial = overhead.overhead("convnet_aig/toy", ["compute.workers=0"])
+    assert (alone, swept) == ([1, 1, 2, 3], [1, 2, 3])  # the first warms up
+    assert trial.peer == training.name and trial.rate >= 0.2 > training.rate
+    failed["001"] = "not finite"
+    with pytest.raises(ResourceError, match=r"not every trial was trained.* 001: not finite"):
+        overhead.overhead("convnet_aig/toy", ["compute.workers=0"])
+
+
 def test_no_trial_can_report_is_said_and_leaves_nothing(images: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"objectives: gates-soft/top1: no trial reports it; did you mean gates-hard/top1"
@@ -543,6 +602,25 @@ def test_the_best_trial_is_registered_as_candidate(images: Path, whole: Path) ->
     ended = next(row[0] for row in table(whole) if row[table(whole)[0].index("state")] == "stopped (ASHA)")
     with pytest.raises(ConfigError, match="not trained to its end"):
         outcome.register(found, "from-a-sweep", ended)
+
+
+def test_the_trial_that_is_asked_for_is_registered_instead_of_the_best(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [trial(number, "finished", top1=0.5 + 0.1 * number, gmacs=1.0) for number in range(2)]
+    for each in trials:
+        (tmp_path / "trials" / each.name).mkdir(parents=True)
+        ledger = Ledger.open(tmp_path / "trials" / each.name)
+        ledger.run_id = f"run-of-{each.number}"
+        ledger.save()
+    found = outcome.conclude(load(images), tmp_path, trials, tracked={"run_id": "parent", "uri": "sqlite:///x"})
+    sent = list[tuple[str, str, str]]()
+    monkeypatch.setattr(
+        registry, "publish_run", lambda at, name, *, run_id, uri: sent.append((at.name, name, run_id)) or 1
+    )
+    outcome.register(found, "net")
+    outcome.register(found, "net", "000-a-0")
+    assert sent == [("001-a-1", "net", "run-of-1"), ("000-a-0", "net", "run-of-0")]
 
 
 def copied(whole: Path, folder: Path) -> Path:
