@@ -15,6 +15,7 @@ from rich.live import Live
 
 from jobs import cli
 from jobs import sweep as verb
+from jobs.train import _stop_on_signals
 from tuning import config, sweep
 from tuning.outcome import Outcome
 from tuning.record import Trial
@@ -109,3 +110,13 @@ def test_a_failed_trial_is_named_with_its_reason_and_the_way_to_try_it_again(
     code = swept(tmp_path, monkeypatch, lambda folder: standing(folder, finished=True, failed={"000": "not finite"}))
     said = capsys.readouterr().out
     assert code == verb.SOME_FAILED and "failed: 000: not finite" in said and "--retry-failed" in said
+
+
+def test_what_ctrl_c_says_is_not_drawn_over_by_the_table(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    with Live(console=console, auto_refresh=False) as live, _stop_on_signals(tmp_path):
+        verb.Board(console, live, OVER).show([trial(0, "running")], 1)
+        live.refresh()
+        os.kill(os.getpid(), signal.SIGINT)
+        live.refresh()
+    assert "\x1b[2Kstopping at the next save; Ctrl-C again leaves" in console.file.getvalue()  # type: ignore[attr-defined]
