@@ -162,7 +162,7 @@ def rows(config: SweepConfig, trials: Sequence[Trial]) -> list[list[str]]:
 
 def tally(trials: Sequence[Trial]) -> str:
     """How many trials are in which state; of the stopped and the refused, by what."""
-    counts = Counter(trial.state for trial in trials)
+    counts = Counter[str](trial.state for trial in trials)
     states = ("finished", "stopped", "failed", "refused", "running", "planned")
     return (
         ", ".join(f"{counts[state]} {state}{_why(state, trials)}" for state in states if counts[state]) or "none drawn"
