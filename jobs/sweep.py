@@ -20,6 +20,7 @@ from jobs.train import _stop_on_signals
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
+    from tuning.config import SweepConfig
     from tuning.outcome import Outcome
     from tuning.record import Trial
 
@@ -81,7 +82,7 @@ def sweep(
         typer.echo("\n".join(f"{draw.name}: {draw.text}" for draw in loaded.draws()))
         return
     folder = run_dir or Path("runs") / loaded.config.name
-    with _view() as view, _stop_on_signals(folder) as asked:
+    with _view(loaded.config) as view, _stop_on_signals(folder) as asked:
         found = sweeps.run(loaded, folder, retry_failed=retry_failed, watcher=view)
     _conclude(found)
     if register is not None and found.finished:
@@ -141,25 +142,25 @@ class Lines:
 class Board(Lines):
     """On a terminal: the trials as a table that is kept up to date below the lines."""
 
-    def __init__(self, console: Console, live: Live) -> None:
+    def __init__(self, console: Console, live: Live, config: SweepConfig) -> None:
         super().__init__(console)
-        self._live = live
+        self._live, self._config = live, config
 
     def show(self, trials: Sequence[Trial], running: int) -> None:
-        self._live.update(_table(trials))
+        self._live.update(_table(trials, self._config))
 
 
-def _table(trials: Sequence[Trial]) -> Table:
-    """Those that run and the newest others, at most MOST_ROWS."""
+def _table(trials: Sequence[Trial], config: SweepConfig) -> Table:
+    """Those that run and the newest others, at most MOST_ROWS: what the scheduler judges, and the first objective."""
     table = Table(title=_tally(trials), title_justify="left", box=None)
-    for heading in ("trial", "state", "step", "top-1", "result"):
+    for heading in ("trial", "state", "step", f"newest {config.scheduler.metric}", config.accuracy):
         table.add_column(heading, justify="left" if heading in ("trial", "state") else "right")
     running = [trial for trial in trials if trial.state == "running"]
     others = [trial for trial in trials if trial.state not in ("running", "planned", "refused")]
     for trial in [*others[-max(1, MOST_ROWS - len(running)) :], *running[:MOST_ROWS]]:
-        top1 = "" if trial.top1 is None else f"{trial.top1:.3f}"
-        result = f"{trial.metrics['top1']:.3f}" if "top1" in trial.metrics else ""
-        table.add_row(trial.name, trial.state, f"{trial.step}/{trial.total_steps or '?'}", top1, result)
+        newest = "" if trial.newest is None else f"{trial.newest:.4g}"
+        result = f"{trial.metrics[config.accuracy]:.4g}" if config.accuracy in trial.metrics else ""
+        table.add_row(trial.name, trial.state, f"{trial.step}/{trial.total_steps or '?'}", newest, result)
     return table
 
 
@@ -170,10 +171,10 @@ def _tally(trials: Sequence[Any]) -> str:
 
 
 @contextmanager
-def _view() -> Iterator[Lines]:
+def _view(config: SweepConfig) -> Iterator[Lines]:
     console = Console(stderr=False, soft_wrap=True)
     if not console.is_terminal:
         yield Lines(console)
         return
     with Live(console=console, refresh_per_second=2) as live:
-        yield Board(live.console, live)
+        yield Board(live.console, live, config)

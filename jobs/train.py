@@ -90,7 +90,7 @@ def _stop_on_signals(run_dir: Path) -> Iterator[set[int]]:
         (run_dir / "stop").touch()
         asked.add(number)
         if number == signal.SIGINT:
-            typer.echo("stopping at the next save; Ctrl-C again leaves without it")
+            print("stopping at the next save; Ctrl-C again leaves without it", flush=True)  # rich puts it above a table
 
     heeded = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in heeded}

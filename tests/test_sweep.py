@@ -18,15 +18,18 @@ from pathlib import Path
 import pytest
 from mlflow_here import database
 
+from jobs import cli
 from pipeline import journal, launch, registry
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.launch import Result
+from pipeline.run_config import ComputeConfig
 from pipeline.tracking import connect
 from pipeline.tracking.carrier import Ledger
-from tuning import config, outcome, price, space, sweep
+from tuning import config, outcome, overhead, price, slots, space, sweep
 from tuning.advice import Halving, Study
 from tuning.config import SchedulerConfig
+from tuning.outcome import Outcome
 from tuning.record import Record, Trial
 from tuning.space import Draw
 
@@ -167,6 +170,12 @@ def test_bounds_are_numbers_that_can_be_drawn_between(bounds: list[float]) -> No
         space.parse({"a.b": {"uniform": bounds}})
 
 
+def test_a_grid_that_depends_on_what_is_drawn_is_refused_also_by_its_name() -> None:
+    hidden = {"$d": {"choice": [8, 14]}, "a.b": "$d", "a.c": {"grid": [1, 2], "when": {"a.b": 14}}}
+    with pytest.raises(ConfigError, match=r"a\.c: a grid may depend on grids and fixed values, .* \(a\.b\)"):
+        space.parse(hidden)
+
+
 def test_a_condition_that_never_holds_is_refused() -> None:
     asked = {"a.b": {"grid": [2, 3]}, "a.c": {"choice": [4], "when": {"a.b": [3, 5]}}}
     with pytest.raises(ConfigError, match=r"a\.c: when: a\.b is never 5; it may be 2, 3"):
@@ -265,6 +274,28 @@ def test_the_frontier_is_of_finished_trials_and_the_best_is_the_first_objectives
     assert cheap is not None and cheap.number == 0
 
 
+def test_a_sweeps_end_is_told_in_its_note_its_tally_and_its_pictures(images: Path, tmp_path: Path) -> None:
+    long = "step 3: the loss is not finite | " + "and so on " * 20
+    trials = [
+        trial(0, "finished", top1=0.7, gmacs=2.0),
+        trial(1, "finished", top1=0.8, gmacs=3.0),
+        trial(2, "stopped", top1=0.9, gmacs=1.0),
+        trial(3, "failed"),
+        trial(4, "refused"),
+    ]
+    for number, reason in ((2, "ASHA"), (3, long), (4, "max_gmacs: 9 above 5")):
+        trials[number].reason = reason
+    found = outcome.conclude(load(images), tmp_path, trials, tracked={"run_id": None, "uri": None})
+    assert found.finished and found.best == "001-a-1" and found.frontier == ["000-a-0", "001-a-1"]
+    assert found.tally == "2 finished, 1 stopped (1 by ASHA), 1 failed, 1 refused (1 by max_gmacs)"
+    assert {"frontier.png", "parallel.png"} == {path.name for path in (tmp_path / "plots").iterdir()}
+    note = (tmp_path / "note.md").read_text()
+    assert "How does accuracy" in note and f"{found.tally}; best: 001-a-1; plots/frontier.png" in note
+    assert len({line.count("|") for line in note.splitlines() if line.startswith("|")}) == 1
+    assert max(len(cell) for row in found.rows for cell in row) <= outcome.CELL_CHARS
+    assert long in (tmp_path / "results.csv").read_text()
+
+
 def test_an_optuna_study_told_again_draws_as_one_that_was_never_ended(images: Path) -> None:
     pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
     searched = load(
@@ -290,6 +321,37 @@ def test_an_optuna_study_told_again_draws_as_one_that_was_never_ended(images: Pa
     assert asked(again, 17, 30) == whole[17:]
     late = [values["$a"] for case, values in whole[15:] if case == 0]
     assert len(late) > 8 and sum(late) / len(late) > 0.6  # it searches where top1 is high
+
+
+def test_a_study_may_say_of_one_key_in_two_cases_what_differs(images: Path) -> None:
+    """Optuna holds that a name means the same in every trial."""
+    pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
+    cases = "space=[{$a: {choice: [1, 2]}}, {$a: {choice: [3, 4, 5]}}, {$a: {uniform: [6, 7]}}]"
+    searched = load(images, cases, "search={kind: optuna, samples: 30, seed: 2}", "objectives={top1: max}")
+    study = Study(searched.config, searched.cases)
+    for number in range(12):
+        case, values = study.ask(number)
+        assert case == (0 if values["$a"] < 3 else 1 if values["$a"] < 6 else 2)
+        study.tell(number, {"top1": 0.5})
+
+
+def test_without_optuna_the_verb_names_the_extra(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    searched = ["space={family.target_rate: {uniform: [0.4, 0.7]}}", "search.kind=optuna"]
+    with pytest.raises(SystemExit) as left:
+        cli.main(["sweep", "toy", *settings(images), *searched, "--run-dir", str(tmp_path / "sweep")])
+    assert left.value.code == 2 and not (tmp_path / "sweep").exists()
+    said = capsys.readouterr().err
+    assert "needs the extra `optuna`: pip install" in said and "search.kind=random" in said
+
+
+def test_of_a_studys_keys_those_under_a_condition_are_known_too(images: Path) -> None:
+    slip = {"family.depth": {"choice": [8, 14]}, "family.targetrate": {"choice": [0.4], "when": {"family.depth": 14}}}
+    for seed in range(6):
+        with pytest.raises(ConfigError, match=r"family\.targetrate: no such key.*did you mean family.target_rate"):
+            load(images, f"space={json.dumps(slip)}", f"search={{kind: optuna, samples: 3, seed: {seed}}}")
 
 
 # --- whole sweeps, in this process
@@ -371,6 +433,63 @@ def test_another_space_or_set_in_the_same_folder_is_refused_with_what_differs(
         launch.train(load(images).base, whole)
 
 
+def test_more_samples_are_the_same_sweep_and_another_seed_is_another(images: Path) -> None:
+    first = load(images).identity("x")
+    assert load(images, "search.samples=9", "concurrency=1", "checkpoint.every=7 steps").identity("x") == first
+    assert load(images, "search.seed=2").identity("x") != first != load(images).identity("y")
+
+
+def test_a_draw_is_refused_by_the_bound_that_it_breaks() -> None:
+    found = price.Price(macs=20_000_000, parameters=300_000)
+    assert found.refusal(config.Bounds(max_gmacs=0.02, max_mparameters=0.3, max_minutes=1)) is None
+    assert found.refusal(config.Bounds(max_gmacs=0.01)) == "max_gmacs: 0.02 above 0.01"
+    assert found.refusal(config.Bounds(max_mparameters=0.2)) == "max_mparameters: 0.3 above 0.2"
+
+
+@pytest.fixture
+def two_cpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What is free of a Ray cluster of one node of two CPUs, as Ray would tell it."""
+    import ray
+
+    now = {"CPU": 2.0}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: now)
+    return now
+
+
+def test_on_two_cpus_trials_of_two_workers_run_one_by_one(two_cpus: dict[str, float]) -> None:
+    pair = ComputeConfig(workers=2, device="cpu")
+    assert slots.slots(pair) == 1 and slots.free(pair, 0) == 1 and slots.free(pair, 1) == 0
+    two_cpus["CPU"] = 0.0  # once the first trial's workers are there
+    assert slots.free(pair, 1) == 0 and slots.free(pair, 0) == 0  # or somebody else's
+    assert slots.slots(ComputeConfig(workers=1, device="cpu")) == 2
+    with pytest.raises(
+        ResourceError, match=r"3 workers \(compute.workers\) of 1 CPUs each; .* have 2 CPUs: room for 2"
+    ):
+        slots.slots(ComputeConfig(workers=3, device="cpu"))
+
+
+def test_overhead_is_a_trials_time_against_its_training_and_is_not_told_of_failed_trials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alone, swept, failed = list[int](), list[int](), dict[str, str]()
+
+    def run(asked: config.Sweep, run_dir: Path) -> Outcome:
+        swept.extend(asked.recipe(draw).seed for draw in asked.draws())
+        time.sleep(0.6)
+        return Outcome(run_dir, True, [], [], None, failed, "", None, None)
+
+    monkeypatch.setattr(launch, "train", lambda recipe, _: alone.append(recipe.seed))
+    monkeypatch.setattr(sweep, "run", run)
+    training, trial = overhead.overhead("convnet_aig/toy", ["compute.workers=0"])
+    assert (alone, swept) == ([1, 1, 2, 3], [1, 2, 3])  # the first warms up
+    assert trial.peer == training.name and trial.rate >= 0.2 > training.rate
+    failed["001"] = "not finite"
+    with pytest.raises(ResourceError, match=r"not every trial was trained.* 001: not finite"):
+        overhead.overhead("convnet_aig/toy", ["compute.workers=0"])
+
+
 def test_no_trial_can_report_is_said_and_leaves_nothing(images: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"objectives: gates-soft/top1: no trial reports it; did you mean gates-hard/top1"
@@ -419,6 +538,56 @@ def test_what_costs_too_much_is_refused_and_counted_and_a_failed_trial_fails_alo
     assert told == [(1, 1.0), (2, 2.0), (3, 2.0)]  # the second try of the failed one is heard of too
 
 
+def began(run_dir: Path, *draws: Draw) -> Record:
+    """The record of a driver that was killed after it had made these draws."""
+    run_dir.mkdir()
+    record = Record(run_dir, 1)
+    for draw in draws:
+        record.draw(draw)
+    return record
+
+
+def test_a_draw_that_was_measured_before_a_kill_is_refused_after_it(images: Path, tmp_path: Path) -> None:
+    mine = load(images, "space={family.depth: {grid: [8, 14]}}", "bounds.max_mparameters=0.1")
+    record = began(tmp_path / "sweep", *mine.draws())
+    record.write("priced", number=1, macs=9, parameters=200_000)
+    record.close()
+    with ExitStack() as stack:
+        controller = sweep.Controller(mine, tmp_path / "sweep", 2, Said(), stack)
+        controller._plan(retry_failed=False)
+        assert [trial.state for trial in controller.trials] == ["planned", "refused"]
+        assert controller.trials[1].reason == "max_mparameters: 0.2 above 0.1"
+        assert controller._tally() == "1 refused (1 by max_mparameters), 1 planned"
+
+
+def drawing(images: Path, *depths: int) -> tuple[config.Sweep, list[Draw]]:
+    """A study whose first draws have these depths, and those draws."""
+    for seed in range(60):
+        search = f"search={{kind: optuna, samples: 4, seed: {seed}}}"
+        try:
+            mine = load(images, "space={family.depth: {choice: [8, 9]}}", "objectives={top1: max}", search)
+        except ConfigError:  # a draw that is looked at ahead has 9
+            continue
+        study = Study(mine.config, mine.cases)
+        found = [Draw(number, *study.ask(number)) for number in range(len(depths))]
+        if [draw.values["family.depth"] for draw in found] == list(depths):
+            return mine, found
+    raise AssertionError(depths)
+
+
+def test_a_studys_draw_that_its_recipe_does_not_take_is_refused_by_the_next_driver_too(
+    images: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
+    mine, made = drawing(images, 8, 9)
+    began(tmp_path / "sweep", *made).close()
+    with ExitStack() as stack:
+        controller = sweep.Controller(mine, tmp_path / "sweep", 2, Said(), stack)
+        controller._plan(retry_failed=False)
+        assert [trial.state for trial in controller.trials] == ["planned", "refused"]
+        assert "draw 1 (family.depth=9)" in controller.trials[1].reason
+
+
 def test_the_best_trial_is_registered_as_candidate(images: Path, whole: Path) -> None:
     found = sweep.run(load(images), whole)
     version = outcome.register(found, "from-a-sweep")
@@ -433,6 +602,25 @@ def test_the_best_trial_is_registered_as_candidate(images: Path, whole: Path) ->
     ended = next(row[0] for row in table(whole) if row[table(whole)[0].index("state")] == "stopped (ASHA)")
     with pytest.raises(ConfigError, match="not trained to its end"):
         outcome.register(found, "from-a-sweep", ended)
+
+
+def test_the_trial_that_is_asked_for_is_registered_instead_of_the_best(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [trial(number, "finished", top1=0.5 + 0.1 * number, gmacs=1.0) for number in range(2)]
+    for each in trials:
+        (tmp_path / "trials" / each.name).mkdir(parents=True)
+        ledger = Ledger.open(tmp_path / "trials" / each.name)
+        ledger.run_id = f"run-of-{each.number}"
+        ledger.save()
+    found = outcome.conclude(load(images), tmp_path, trials, tracked={"run_id": "parent", "uri": "sqlite:///x"})
+    sent = list[tuple[str, str, str]]()
+    monkeypatch.setattr(
+        registry, "publish_run", lambda at, name, *, run_id, uri: sent.append((at.name, name, run_id)) or 1
+    )
+    outcome.register(found, "net")
+    outcome.register(found, "net", "000-a-0")
+    assert sent == [("001-a-1", "net", "run-of-1"), ("000-a-0", "net", "run-of-0")]
 
 
 def copied(whole: Path, folder: Path) -> Path:
@@ -488,14 +676,14 @@ def test_a_trial_that_trains_too_long_is_stopped_and_one_found_so_keeps_what_it_
 ) -> None:
     one = ["space={family.target_rate: {grid: [0.5]}}", "scheduler.kind=none", "bounds.max_minutes=0.005"]
     mine, run_dir = load(images, *one, "training.epochs=400"), tmp_path / "sweep"
-    assert sweep.run(mine, run_dir).tally == "1 stopped"
+    assert sweep.run(mine, run_dir).tally == "1 stopped (1 by max_minutes)"
     heading, row = table(run_dir)
     reached = int(row[heading.index("step")])
     assert "stopped (max_minutes)" in row and 0 < reached < 2000
     path = run_dir / "journal" / "sweep.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if '"overtime"' not in line and '"ended"' not in line))
-    assert sweep.run(mine, run_dir).tally == "1 stopped"
+    assert sweep.run(mine, run_dir).tally == "1 stopped (1 by max_minutes)"
     assert int(table(run_dir)[1][heading.index("step")]) >= reached and float(table(run_dir)[1][-1]) > 0
 
 

@@ -76,7 +76,7 @@ class Study:
         case = int(found.get("case", 0))
 
         def pick(entry: Entry) -> Any:
-            value = found[entry.key]
+            value = found[self._name(case, entry)]
             if entry.kind == "choice":
                 return entry.of[value]
             return value if entry.kind == "integer" else space.shortened(value, entry)
@@ -91,18 +91,23 @@ class Study:
 
     def _suggest(self, trial: Any) -> None:
         """Optuna's define-by-run: asks for what applies, case by case."""
-        number = trial.suggest_categorical("case", range(len(self._cases))) if len(self._cases) > 1 else 0
+        case = trial.suggest_categorical("case", range(len(self._cases))) if len(self._cases) > 1 else 0
 
         def pick(entry: Entry) -> Any:
+            name = self._name(case, entry)
             if entry.kind == "choice":  # by position, since Optuna takes plain values only
-                return entry.of[trial.suggest_categorical(entry.key, range(len(entry.of)))]
+                return entry.of[trial.suggest_categorical(name, range(len(entry.of)))]
             low, high = entry.of
             if entry.kind == "integer":
-                return trial.suggest_int(entry.key, low, high)
-            value = trial.suggest_float(entry.key, low, high, log=entry.kind == "loguniform")
+                return trial.suggest_int(name, low, high)
+            value = trial.suggest_float(name, low, high, log=entry.kind == "loguniform")
             return space.shortened(value, entry)
 
-        space.assemble(self._cases[number], pick)
+        space.assemble(self._cases[case], pick)
+
+    def _name(self, case: int, entry: Entry) -> str:
+        """Of a key in one case: to Optuna a name is drawn alike in every trial, and another case may draw otherwise."""
+        return f"{case}: {entry.key}" if len(self._cases) > 1 else entry.key
 
 
 def _optuna() -> tuple[Any, Any]:

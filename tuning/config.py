@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import takewhile
@@ -22,6 +22,7 @@ from tuning import space
 from tuning.space import Case, Draw
 
 SWEEPS = Path(__file__).parent / "sweeps"
+LOOKED_AT = 64  # samples of what a study may draw, before it does
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -195,9 +196,19 @@ def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = 
     _check_kind(config, cases)
     base = run_config.load(config.recipe, [*texts, f"name={config.name}"], data_home=data_home)
     sweep = Sweep(config, cases, texts, base, data_home)
-    for draw in sweep.draws() or space.draws(cases, samples=1, seed=config.search.seed):
+    for draw in sweep.draws() or _samples(cases, config.search.seed):
         sweep.recipe(draw)
     return sweep
+
+
+def _samples(cases: Sequence[Case], seed: int) -> Iterator[Draw]:
+    """Draws such as a study may make: those in which a key is there for the first time."""
+    seen: set[tuple[int, str]] = set()
+    for draw in space.draws(cases, samples=LOOKED_AT, seed=seed):
+        keys = {(draw.case, key) for key in draw.values}
+        if not keys <= seen:
+            yield draw
+        seen |= keys
 
 
 def _check_section(key: str) -> None:

@@ -28,6 +28,7 @@ OF_NET = ("mparameters", "memory_mib")  # memory_mib where the sweep measures it
 LOW_IS_GOOD = ("ece", "gmacs", "gmacs_p95", "full_share", *OF_NET)
 MEAN = "mean"  # over all policies
 NOTE_CHARS = 4800  # of the note in MLflow, which takes 5000
+CELL_CHARS = 70  # of a cell on a screen; a trial's name is shorter
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,19 @@ def rows(config: SweepConfig, trials: Sequence[Trial]) -> list[list[str]]:
 
 
 def tally(trials: Sequence[Trial]) -> str:
-    """How many trials are in which state; of the refused, by what."""
-    counts = Counter(trial.state for trial in trials)
-    why = Counter(trial.reason.partition(":")[0] for trial in trials if trial.state == "refused")
-    parts = [f"{counts[state]} {state}" for state in ("finished", "stopped", "failed", "refused", "running", "planned")]
-    text = ", ".join(part for part in parts if not part.startswith("0 ")) or "none drawn"
-    return text + (f" ({', '.join(f'{count} by {reason}' for reason, count in sorted(why.items()))})" if why else "")
+    """How many trials are in which state; of the stopped and the refused, by what."""
+    counts = Counter[str](trial.state for trial in trials)
+    states = ("finished", "stopped", "failed", "refused", "running", "planned")
+    return (
+        ", ".join(f"{counts[state]} {state}{_why(state, trials)}" for state in states if counts[state]) or "none drawn"
+    )
+
+
+def _why(state: str, trials: Sequence[Trial]) -> str:
+    if state not in ("stopped", "refused"):
+        return ""
+    why = Counter(trial.reason.partition(":")[0] for trial in trials if trial.state == state)
+    return f" ({', '.join(f'{count} by {reason}' for reason, count in sorted(why.items()))})"
 
 
 def brief(config: SweepConfig, table: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -177,7 +185,12 @@ def brief(config: SweepConfig, table: Sequence[Sequence[str]]) -> list[list[str]
     wanted += tops[1:] if "top1" in wanted else tops  # the first policy's goes without its name
     wanted += [name for name in heading[end:] if name.endswith("/layers")]
     places = list(range(end)) + [heading.index(name) for name in dict.fromkeys(wanted) if name in heading[end:]]
-    return [[row[place] for place in places] for row in table]
+    return [[_cut(row[place]) for place in places] for row in table]
+
+
+def _cut(cell: str) -> str:
+    """A state with a long reason leaves the table its width; the reason in full is in results.csv."""
+    return cell if len(cell) <= CELL_CHARS else f"{cell[: CELL_CHARS - 1]}…"
 
 
 def conclude(sweep: Sweep, run_dir: Path, trials: Sequence[Trial], *, tracked: Mapping[str, str | None]) -> Outcome:
@@ -216,9 +229,11 @@ def _write_tables(run_dir: Path, config: SweepConfig, trials: Sequence[Trial], t
         for t in trials
     ]
     write_whole(run_dir / "results.json", json.dumps(entries, indent=1))
-    lines = [" | ".join(row) for row in brief(config, table)]
-    lines.insert(1, " | ".join("---" for _ in table[0][: len(brief(config, table)[0])]))
-    note = f"{config.question}\n\n{tally(trials)}\n\n" + "\n".join(f"| {line} |" for line in lines)
+    shown, chosen = brief(config, table), best(config, trials)
+    lines = [" | ".join(cell.replace("|", "/") for cell in row) for row in shown]
+    lines.insert(1, " | ".join("---" for _ in shown[0]))
+    found = f"{tally(trials)}{f'; best: {chosen.name}' if chosen else ''}; plots/frontier.png"
+    note = f"{config.question}\n\n{found}\n\n" + "\n".join(f"| {line} |" for line in lines)
     cut = note if len(note) <= NOTE_CHARS else note[: note[:NOTE_CHARS].rfind("\n")] + "\n\n(more in results.csv)"
     write_whole(run_dir / "note.md", cut + "\n")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline import cluster, launch, run_config
 from pipeline.bench.rows import Row, interleave
 from pipeline.data import toy
+from pipeline.errors import ResourceError
 from tuning import config, sweep
 
 TRIALS = 3
@@ -55,5 +56,10 @@ def _swept(folder: Path, recipe: str, overrides: Sequence[str], data_home: str |
     seeds = ", ".join(map(str, range(1, TRIALS + 1)))
     path.write_text(f"# Seeds?\nrecipe: {recipe}\nspace:\n  seed: {{grid: [{seeds}]}}\n", encoding="utf-8")
     started = time.perf_counter()
-    sweep.run(config.load(str(path), [*overrides, "concurrency=1"], data_home=data_home), folder / "sweep")
+    found = sweep.run(config.load(str(path), [*overrides, "concurrency=1"], data_home=data_home), folder / "sweep")
+    if not found.finished or found.failed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.failed.items())
+        raise ResourceError(
+            f"bench scaling --sweep: not every trial was trained, so nothing is told; {reasons or found.tally}"
+        )
     return (time.perf_counter() - started) / TRIALS

@@ -39,7 +39,6 @@ class Trial:
     metrics: Mapping[str, float] = field(default_factory=dict)  # at the end
     step: int = 0
     total_steps: int = 0
-    top1: float | None = None  # newest, of the first policy
 
     @property
     def number(self) -> int:
@@ -48,6 +47,11 @@ class Trial:
     @property
     def name(self) -> str:
         return self.draw.name
+
+    @property
+    def newest(self) -> float | None:
+        """What was judged last."""
+        return self.judged[max(self.judged)] if self.judged else None
 
 
 class Record:

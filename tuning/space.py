@@ -139,7 +139,7 @@ def _is_name(value: Any) -> bool:
 
 def _check_grids(entries: Sequence[Entry]) -> None:
     """How many trials there are must not hang on what is drawn."""
-    drawn = {entry.key for entry in entries if entry.kind in RANDOM or entry.kind == "list"}
+    drawn = {e.key for e in entries if e.kind in (*RANDOM, "list") or (e.kind == "fixed" and _is_name(e.of[0]))}
     for entry in entries:
         if entry.kind == "grid" and drawn & set(entry.when):
             raise ConfigError(

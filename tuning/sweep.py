@@ -168,12 +168,7 @@ class Controller:
         if free is not None or self._study is None or len(self.trials) >= self.config.search.samples:
             return free
         number = len(self.trials)
-        trial = self.record.draw(Draw(number, *self._study.ask(number)))
-        try:
-            self._price(trial)
-            self.sweep.recipe(trial.draw)
-        except ConfigError as error:  # of the recipe, which not every draw need suit; a study learns from it
-            self._refuse(trial, f"invalid: {error}")
+        self._admit(self.record.draw(Draw(number, *self._study.ask(number))))
         return self._next()
 
     def _is_elsewhere(self, trial: Trial) -> bool:
@@ -220,7 +215,6 @@ class Controller:
         epoch = round(step * epochs_per_step, 6)
         ends = self._halving.ends(trial.name, epoch, self._judged_sign * value) and step < trial.total_steps
         self.record.write("judged", number=trial.number, step=step, epoch=epoch, value=value, ends=ends)
-        trial.top1 = value
         self._say(f"{trial.name}: {self.config.scheduler.metric} {value:.4f} at epoch {epoch:g}" + ends * ", ends here")
 
     def _conclude(self, runner: Runner) -> None:
@@ -237,7 +231,7 @@ class Controller:
             trial.state = "planned"  # as all that is not done
             self._say(f"{trial.name}: saved at step {trial.step}")
         else:
-            self._end(trial, "stopped", "by a stop file in its own folder", trial.step)
+            self._end(trial, "stopped", "a stop file in its own folder", trial.step)
 
     def _end(self, trial: Trial, state: str, reason: str, step: int) -> None:
         folder, metrics = self.folder(trial), {}
@@ -274,18 +268,30 @@ class Controller:
             self.record.draw(draw)
         for trial in self.trials:
             if trial.state == "planned":
-                self._price(trial)
+                self._admit(trial)
             if trial.state == "failed" and retry_failed:
                 self.record.write("retried", number=trial.number)
+
+    def _admit(self, trial: Trial) -> None:
+        """Refuses a draw that costs too much, and of a study's, which were not checked before, one that is invalid."""
+        try:
+            if self._study is not None:
+                self.sweep.recipe(trial.draw)
+            self._price(trial)
+        except ConfigError as error:  # of the recipe, which not every draw need suit; a study learns from it
+            if self._study is None:
+                raise
+            self._refuse(trial, f"invalid: {error}")
 
     def _price(self, trial: Trial) -> None:
         """Measures a draw's net where there is a bound on it; refuses the draw where it breaks one."""
         bounds = self.config.bounds
-        if trial.price or (bounds.max_gmacs is None and bounds.max_mparameters is None):
+        if bounds.max_gmacs is None and bounds.max_mparameters is None:
             return
-        found = price.of_recipe(self.sweep.recipe(trial.draw), self._num_classes)
-        self.record.write("priced", number=trial.number, macs=found.macs, parameters=found.parameters)
-        reason = found.refusal(bounds)
+        if not trial.price:
+            found = price.of_recipe(self.sweep.recipe(trial.draw), self._num_classes)
+            self.record.write("priced", number=trial.number, macs=found.macs, parameters=found.parameters)
+        reason = price.Price(**trial.price).refusal(bounds)  # which a killed driver may not have written down
         if reason is not None:
             self._refuse(trial, reason)
 

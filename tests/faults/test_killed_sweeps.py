@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ import pytest
 from mlflow_here import database, server
 from test_sweep import Said, ended, learned, records, table, wait_until
 
+from jobs.cli import INTERRUPTED
 from pipeline import cluster, journal
 from pipeline.data import toy
 from pipeline.errors import ResourceError
@@ -147,6 +151,61 @@ def test_whatever_is_killed_the_same_command_ends_with_the_same_table(
     for name in (row[0] for row in table(whole)[1:]):
         last = next(int(row[table(whole)[0].index("step")]) for row in table(whole)[1:] if row[0] == name)
         assert learned(run_dir / "trials" / name, last) == learned(whole / "trials" / name, last)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_on_a_terminal_saves_the_trial_and_the_same_command_ends_alike(
+    images: Path, whole: Path, tmp_path: Path, workers: int
+) -> None:
+    """The table is drawn meanwhile; a terminal sends its signal to all processes of the command, Ray's as well."""
+    run_dir, log = tmp_path / "whole", tmp_path / "log"
+    shutil.copyfile(database().path, tmp_path / "mlflow.db")
+    here = [*settings(images), f"compute.workers={workers}", "--run-dir", str(run_dir)]
+    ours, theirs = pty.openpty()
+    try:
+        STARTED.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "jobs.cli", "sweep", "toy", *here],
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+                cwd=Path(__file__).parents[2],
+                env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+                start_new_session=True,
+            )
+        )
+        os.close(theirs)
+        shown = threading.Thread(target=copy_terminal, args=(ours, log))
+        shown.start()
+        process = STARTED[-1]
+        wait_for(lambda: any(run_dir.glob("trials/*/checkpoints/*/COMPLETE.json")), process, log)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=120) == INTERRUPTED, log.read_text()[-3000:]
+        shown.join(timeout=60)
+    finally:
+        os.close(ours)
+    text = log.read_text()
+    for words in ("newest top1", "running", "stopping at the next save", "saved at step", "the same command goes on"):
+        assert words in text, text[-3000:]
+    (folder,) = (run_dir / "trials").iterdir()
+    last = max(record["step"] for record in records(folder))
+    saved = [int(path.parent.name.rpartition("-")[2]) for path in folder.glob("checkpoints/*/COMPLETE.json")]
+    assert max(saved) >= last
+    assert start(images, run_dir, f"compute.workers={workers}").wait(timeout=400) == 0, log.read_text()[-3000:]
+    assert table(run_dir) == table(whole)
+
+
+def copy_terminal(ours: int, log: Path) -> None:
+    """What a terminal shows, into a file, until the last that writes to it has ended."""
+    with open(log, "ab", buffering=0) as file:
+        while True:
+            try:
+                written = os.read(ours, 4096)
+            except OSError:  # EIO: nobody has the other end any more
+                return
+            if not written:
+                return
+            file.write(written)
 
 
 @pytest.fixture
