@@ -111,7 +111,8 @@ def states_of(entries: Sequence[Mapping[str, Any]]) -> list[State]:
     """What each job is doing now, or how it ended. SLURM is asked once for all of them."""
     jobs = [str(entry["id"]) for entry in entries if entry["where"] == "slurm"]
     known = _remembered(jobs)
-    known |= _accounted([job for job in jobs if job not in known or not known[job].lives])
+    ended = _accounted([job for job in jobs if job not in known or not known[job].lives])
+    known |= {job: state for job, state in ended.items() if job not in known or not state.lives}  # it may lag behind
     return [_state(entry, known.get(str(entry["id"]))) for entry in entries]
 
 
@@ -161,9 +162,11 @@ def _rows(jobs: Sequence[str], *command: str) -> list[list[str]]:
 
 
 def _why_ended(code: str) -> str:
-    """SLURM's CODE:SIGNAL in words; srun gives 128 + SIGNAL as a code."""
+    """SLURM's CODE:SIGNAL in words; srun gives 128 + SIGNAL as a code, or 9 alone, which no verb of ours ends with."""
     status, _, number = code.partition(":")
-    if status.isdigit() and int(status) > 128:
+    if status == "9":
+        number = status
+    elif status.isdigit() and int(status) > 128:
         number = str(int(status) - 128)
     if number not in ("0", ""):
         return f"killed by signal {number}" + " (was memory short?)" * (number == "9")

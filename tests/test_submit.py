@@ -240,6 +240,8 @@ def test_slurms_refusals_carry_its_words_and_what_it_knows(monkeypatch: pytest.M
             "the nodes it needs are down, drained or",
         ),
         (["7|FAILED|NonZeroExitCode|n1|0:30"], [], "FAILED", ""),
+        (["7|FAILED|NonZeroExitCode|n1|0:30"], ["7|RUNNING|0:0|n1|0:30"], "FAILED", ""),
+        ([], ["7|FAILED|9:0|n1|0:30"], "FAILED", "killed by signal 9 (was memory short?)"),
         (["7|COMPLETED|None|n1|0:30"], [], "COMPLETED", "it was stopped; `adaptnet jobs resubmit` goes on"),
         ([], [], "UNKNOWN", "SLURM no longer knows it; it had not started"),
     ],

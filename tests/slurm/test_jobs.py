@@ -358,6 +358,15 @@ def test_a_folder_that_the_nodes_do_not_share_is_named(desk: Desk) -> None:
     assert "FAILED" in shown and f"no log at {unshared}" in shown and "is that folder seen by the nodes?" in shown
 
 
+def test_a_job_after_another_waits_for_it_and_says_why(desk: Desk) -> None:
+    first = desk.train("first", nodes="1")
+    second = desk.train("second", "--after", "first", nodes="1")
+    assert desk.cluster.show(second)["Dependency"].startswith(f"afterok:{first}")
+    assert "the job that it depends on has not ended" in desk.adaptnet("jobs", "show", "second")
+    desk.adaptnet("jobs", "cancel", "first")
+    desk.until(lambda: "it will never start: cancel it" in desk.adaptnet("jobs", "show", "second"), "second", 60)
+
+
 def test_an_array_trains_a_run_for_each_value(desk: Desk) -> None:
     own = ["name=seeds", f"data.root={desk.images}", "tracking.register=null", *SMALL, "training.epochs=2"]
     desk.adaptnet("submit", "train", "convnet_aig/toy", *own, "--array", "seed=1,2", "--nodes", "1", "--time", "20m")
