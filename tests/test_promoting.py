@@ -314,6 +314,11 @@ def test_from_register_to_rollback(say: Callable[..., tuple[int, str]], home: Pa
     assert code == 0 and text == "models:/gated/1 is the champion again, which models:/gated/2 held\n"
     code, text = say("models", "rollback", "gated")
     assert code == 2 and "only models:/gated/1 has held it" in text
+    code, text = say("models", "rollback", "gated", "--alias", "chmpion")
+    assert code == 2 and "nobody holds it; there are: 2 @candidate @reports, 1 @champion" in text, text
+    code, text = say("models", "register", "runs/run2", "gated", "--alias", "champion")  # past the gate
+    assert code == 2 and "`adaptnet models promote gated VERSION --alias champion`" in text
+    assert client.get_registered_model("gated").aliases["champion"] in (1, "1")
     code, text = say("models", "show", "models:/gated@champion")
     assert "net 1" in text and "MIT" in text and "dark images" in text and "run1" in text and "lineage" not in text
     lines = [line.split() for line in text.splitlines() if line.startswith(("gates-hard", "all"))]
