@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -328,6 +330,14 @@ def test_from_register_to_rollback(say: Callable[..., tuple[int, str]], home: Pa
     assert "net 1" in text and "start from" in text and "policy" not in text, text
 
 
+WITHOUT_MLFLOW = """
+import sys
+sys.modules["mlflow"] = None  # as where it is not installed
+from jobs.cli import main
+main(sys.argv[1:])
+"""
+
+
 def test_a_pulled_folder_needs_no_mlflow(say: Callable[..., tuple[int, str]], home: Path, tmp_path: Path) -> None:
     assert say("models", "register", "runs/run1", "pulled")[0] == 0
     folder = tmp_path / "mine"
@@ -338,6 +348,9 @@ def test_a_pulled_folder_needs_no_mlflow(say: Callable[..., tuple[int, str]], ho
     image = next((home / "images" / "val").rglob("*.*"))
     code, text = say("predict", folder, image, "--budget", "100%")
     assert code == 0 and str(image) in text, text
+    words = [sys.executable, "-c", WITHOUT_MLFLOW, "predict", str(folder), str(image), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["images"][0]["file"] == str(image), done.stderr
     code, text = say("evaluate", folder)
     assert code == 0 and f"stored in {folder}/evaluations/images-" in text, text
     assert "40" in say("compare", folder, folder)[1]
