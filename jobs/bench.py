@@ -237,6 +237,7 @@ def serve(
     from pipeline.bench.rows import chosen
 
     names = chosen("serve", server, ("mlflow", "ray"))
+    serving.check_servers(names)
     pictures = _pictures(image, batch)
     _print(serving.in_process(model, pictures, uri))
     rows = [["server", "clients", "requests/s", "p50 ms", "p99 ms", "refused"]]

@@ -52,7 +52,7 @@ def register(
     """Registers a run's best checkpoint, or the checkpoint in that folder, as a version of `name`.
 
     The run is sent to MLflow first where it has not been. Idempotent. Raises ConfigError where `source` is not of a
-    run, or no evaluation of it is stored.
+    run, no evaluation of it is stored, or `alias` is one that versions are promoted to.
     """
     registered_alias(alias)
     net = evaluations.find(source)
@@ -60,6 +60,11 @@ def register(
         raise ConfigError(f"{source}: this is not of a run's folder; register what a run has trained or imported")
     place = registry.address(uri) if uri else tracking.resolve_uri(_recipe_uri(net.run_dir), net.run_dir)
     run_id = tracking.sync(net.run_dir, place).run_id
+    if holders.history(place, name, alias):
+        raise ConfigError(
+            f"--alias (={alias}): versions of {name} are promoted to it, through a gate; leave --alias out, then "
+            f"`adaptnet models promote {name} VERSION --alias {alias}`"
+        )
     newest = net.newest
     return registry.publish(
         net.model.folder,
@@ -239,8 +244,10 @@ def rollback(name: str, *, alias: str = "champion", why: str = "", uri: str | No
         present = next((each for each in found if alias in each.aliases), None)
         number = holders.previous(counted, present.version if present else None)
         if present is None or number is None:
-            holder = f"only {present.reference} has held it" if present else "nobody holds it"
-            raise ConfigError(f"{name}@{alias}: there is nothing to roll back to: {holder}")
+            held = (
+                f"only {present.reference} has held it" if present else f"nobody holds it; there are: {listed(found)}"
+            )
+            raise ConfigError(f"{name}@{alias}: there is nothing to roll back to: {held}")
         target = _numbered(found, number)
         holders.append(
             client,

@@ -266,6 +266,7 @@ def test_what_meets_a_budget_comes_best_first(large: str, capsys: pytest.Capture
     assert matches and all(m.policy == "cheap" and m.macs <= 5e8 and m.top1 >= 0.2 for m in matches)
     assert {m.version.tags["adaptnet.dataset"] for m in matches} == {"set1"}
     assert [m.top1 for m in matches] == sorted((m.top1 for m in matches), reverse=True)
+    assert matches == registry.matching(found, max_macs=parse_budget("0.5G"), min_top1=0.2, dataset="identity1")
     every = registry.matching(found, max_macs=None, min_top1=None, dataset=None)
     assert {m.policy for m in every} == {"dear", "cheap"}  # what another policy of the same net beats is left out
     assert (every[0].version.reference, every[0].top1) == ("models:/m49/100", 149 / 200)

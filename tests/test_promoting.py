@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,6 +316,11 @@ def test_from_register_to_rollback(say: Callable[..., tuple[int, str]], home: Pa
     assert code == 0 and text == "models:/gated/1 is the champion again, which models:/gated/2 held\n"
     code, text = say("models", "rollback", "gated")
     assert code == 2 and "only models:/gated/1 has held it" in text
+    code, text = say("models", "rollback", "gated", "--alias", "chmpion")
+    assert code == 2 and "nobody holds it; there are: 2 @candidate @reports, 1 @champion" in text, text
+    code, text = say("models", "register", "runs/run2", "gated", "--alias", "champion")  # past the gate
+    assert code == 2 and "`adaptnet models promote gated VERSION --alias champion`" in text
+    assert client.get_registered_model("gated").aliases["champion"] in (1, "1")
     code, text = say("models", "show", "models:/gated@champion")
     assert "net 1" in text and "MIT" in text and "dark images" in text and "run1" in text and "lineage" not in text
     lines = [line.split() for line in text.splitlines() if line.startswith(("gates-hard", "all"))]
@@ -321,6 +328,14 @@ def test_from_register_to_rollback(say: Callable[..., tuple[int, str]], home: Pa
     assert "grown from /weights/small" in say("models", "show", "models:/gated/2")[1]
     code, text = say("models", "diff", "models:/gated/1", "models:/gated/2")
     assert "net 1" in text and "start from" in text and "policy" not in text, text
+
+
+WITHOUT_MLFLOW = """
+import sys
+sys.modules["mlflow"] = None  # as where it is not installed
+from jobs.cli import main
+main(sys.argv[1:])
+"""
 
 
 def test_a_pulled_folder_needs_no_mlflow(say: Callable[..., tuple[int, str]], home: Path, tmp_path: Path) -> None:
@@ -333,6 +348,9 @@ def test_a_pulled_folder_needs_no_mlflow(say: Callable[..., tuple[int, str]], ho
     image = next((home / "images" / "val").rglob("*.*"))
     code, text = say("predict", folder, image, "--budget", "100%")
     assert code == 0 and str(image) in text, text
+    words = [sys.executable, "-c", WITHOUT_MLFLOW, "predict", str(folder), str(image), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["images"][0]["file"] == str(image), done.stderr
     code, text = say("evaluate", folder)
     assert code == 0 and f"stored in {folder}/evaluations/images-" in text, text
     assert "40" in say("compare", folder, folder)[1]

@@ -343,3 +343,30 @@ def test_names_resolve_to_folders_and_unknown_ones_list_what_there_is(
     assert run("models", "show", "models:/aig@champion", "--uri", uri) == 2
     assert run("runs", "sync", run_dir.parent) == 2
     assert "no run folder" in capsys.readouterr().err
+
+
+def test_a_card_tells_what_a_version_is_and_what_it_came_from(run_dir: Path) -> None:
+    """What its tags say of that stands there also when the MLflow run is gone."""
+    uri, swept = f"sqlite:///{run_dir.parent}/mlflow.db", run_folder(run_dir.parent / "deep")[0]
+    recipe = configs.read_mapping(swept / "config.yaml")["recipe"]
+    (swept / "config.yaml").write_text(configs.dump_yaml({"sweep": {"name": "widths"}, "recipe": recipe}))
+    recipe = configs.read_mapping(run_dir / "config.yaml")["recipe"] | {"tracking": {"parent": str(swept)}}
+    (run_dir / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe}))
+    above, run_id = sync(swept).run_id, sync(run_dir).run_id
+    remarks = {"licence": "CC-BY-4.0", "note": "without the roses"}
+    registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri, remarks=remarks)
+    facts = registry.card("models:/aig/1", uri).facts
+    told = {key: facts[key] for key in ("family", "recipe", "dataset", "data", "licence", "note")}
+    assert told == {"family": SECTION["name"], "recipe": "aig", "dataset": "nowhere", "data": "abc"} | remarks
+    assert facts["fingerprint"] == configs.fingerprint({"seed": 1, "data.identity": "abc"})
+    assert facts["lineage"] == f"a trial of the sweep widths, run {above} (deep)"
+    client = connect(uri)
+    for origin, said in (({"sha256": "f" * 64}, f" (sha256 {'f' * 16})"), ({"sha256": None}, "")):
+        client.set_model_version_tag("aig", "1", "adaptnet.imported", json.dumps({"file": "old.pth", **origin}))
+        assert f"imported from old.pth{said}; a trial" in registry.card("models:/aig/1", uri).facts["lineage"]
+    client.set_model_version_tag("aig", "1", "adaptnet.start_from", "runs/small")
+    client.delete_run(run_id)
+    client._tracking_client.store._hard_delete_run(run_id)
+    facts = registry.card("models:/aig/1", uri).facts
+    assert facts["MLflow run"] == f"{run_id}, which is gone"
+    assert facts["lineage"] == "imported from old.pth; grown from runs/small"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import numpy as np
 import pytest
 from test_promoting import make_run
-from test_served import CHEAP, DEAR, IMAGES, SECTION, TEXTS
+from test_served import CHEAP, DEAR, IMAGES, SECTION, TEXTS, bomb
 
+from jobs.cli import main
 from pipeline import registry
 from pipeline.bench import serving
 from pipeline.data import toy
@@ -120,11 +124,70 @@ def test_load_counts_what_was_answered_and_how_long_it_took() -> None:
         serving.load("away", "http://127.0.0.1:9/", "{}", 2, 0.2)
 
 
+def test_a_server_that_does_not_start_is_told_without_the_password() -> None:
+    words = ["-c", "import os, sys; sys.exit(os.environ['PLACE'])"]
+    with (
+        pytest.raises(ResourceError, match=r"does not start: http://host/x") as found,
+        serving._started(words, {"PLACE": "http://me:hush@host/x"}, "http://127.0.0.1:9", "/", "/"),
+    ):
+        pass
+    assert "hush" not in str(found.value)
+
+
+def test_without_ray_serve_nothing_is_measured_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray.serve", None)
+    (tmp_path / "one.jpg").write_bytes(IMAGES[0])
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "serve", str(folder), str(tmp_path / "one.jpg")])
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and printed.out == ""
+    assert "pip install '.[serve]', or leave it out with --server mlflow" in printed.err
+    serving.check_servers(["mlflow"])
+
+
+def test_the_net_alone_and_as_mlflow_s_are_measured_side_by_side(folder: Path) -> None:
+    net, pyfunc = serving.in_process(str(folder), IMAGES, rounds=1)
+    assert (net.name, pyfunc.name, pyfunc.peer) == ("net", "pyfunc", "net")
+    assert pyfunc.ratio is not None and pyfunc.ratio == pytest.approx(pyfunc.rate / net.rate)
+
+
+@pytest.mark.faults  # what it says depends on the pace of the machine
+def test_mlflow_s_model_is_nine_tenths_as_fast_as_the_net(tmp_path: Path) -> None:
+    root = toy.make(tmp_path / "images", num_classes=3, train=12, val=66, side_px=32, seed=3)
+    make_run(tmp_path / "run", root, 1, section={"name": "convnet_aig", "depth": 32})
+    checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
+    model = registry.write_model_folder(checkpoint, [], tmp_path / "model")
+    images = [path.read_bytes() for path in sorted((root / "val").rglob("*.jpg"))[:64]]
+    _, pyfunc = serving.in_process(str(model), images, rounds=25)
+    assert len(images) == 64 and pyfunc.ratio is not None and pyfunc.ratio >= 0.9
+
+
 def test_ray_serve_answers_and_refuses(folder: Path) -> None:
     """Only where the extra `serve` is installed: Ray Serve itself, as infra/ray/serve.yaml starts it."""
     pytest.importorskip("ray.serve", exc_type=ImportError, reason="needs ray[serve]: pip install '.[serve]'")
     with serving._ray(str(folder), "sqlite:////nowhere.db") as address:
         many = serving.load("ray", address, json.dumps({"images": TEXTS[:1], "budget": "50%"}), 8, 2.0)
         assert many.refused == 0 and many.requests_per_s > 1
-        with pytest.raises(ResourceError, match="none of"):
-            serving.load("ray", address, json.dumps({"images": ["%"]}), 1, 0.5)
+        for body, said in (
+            ('{"images": ["%"]}', "image 0: this text is neither"),
+            (json.dumps({"images": [TEXTS[0], TEXTS[1][:400]]}), "image 1"),
+            (json.dumps({"images": ["AA=="] * 1_000_000}), "at most 1,024 images, this one 1,000,000"),
+            (json.dumps({"images": bomb()["inputs"]}), "absurd"),
+            ('{"images": ' + "[" * 100_000, "recursion"),
+            ("{", "double quotes"),
+        ):
+            code, told = post(address, body)
+            assert code == 400 and said in told["message"], (code, told)
+        code, told = post(address, json.dumps({"images": TEXTS, "budget": "50%"}))
+        assert code == 200 and [row["policy"] for row in told["predictions"]] == [CHEAP] * 3
+
+
+def post(address: str, body: str) -> tuple[int, Any]:
+    """Status and answer."""
+    try:
+        with urllib.request.urlopen(address, body.encode(), timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except HTTPError as error:
+        return error.code, json.load(error)

@@ -31,6 +31,7 @@ from pipeline import registry
 from pipeline.bench.rows import Row, compare, interleave, on_threads
 from pipeline.data import pixels
 from pipeline.errors import ConfigError, ResourceError
+from pipeline.provenance import without_secrets
 from pipeline.registry import LoadedModel
 
 CHECKOUT = Path(__file__).parents[2]
@@ -147,18 +148,31 @@ def _mlflow(model: str, uri: str) -> Any:
     return _started(words, {"MLFLOW_TRACKING_URI": uri}, f"http://127.0.0.1:{port}", "/ping", "/invocations")
 
 
-def _ray(model: str, uri: str) -> Any:
+def check_servers(names: Sequence[str]) -> None:
+    """Raises ConfigError, before anything is measured, where a server's packages are missing."""
+    if "ray" not in names:
+        return
     try:
         import ray.serve  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"Ray Serve is not installed here ({error}): pip install '.[serve]'") from None
+        reason = str(error).partition(". ")[0]
+        raise ConfigError(
+            f"--server ray: Ray Serve is not installed here ({reason}): pip install '.[serve]', or leave it out with "
+            "--server mlflow"
+        ) from None
+
+
+@contextmanager
+def _ray(model: str, uri: str) -> Iterator[str]:
     port, settings = _free_port(), configs.read_mapping(RAY)
     settings["http_options"] |= {"host": "127.0.0.1", "port": port}
     settings["applications"][0]["args"] |= {"model": model, "uri": uri}
-    path = Path(tempfile.mkdtemp(prefix="adaptnet-serve-")) / "serve.yaml"
-    path.write_text(configs.dump_yaml(settings), encoding="utf-8")
-    words = ["-m", "ray.serve.scripts", "run", str(path)]
-    return _started(words, {"RAY_ADDRESS": "local"}, f"http://127.0.0.1:{port}", "/-/healthz", "/")
+    with tempfile.TemporaryDirectory(prefix="adaptnet-serve-") as folder:  # of this user alone, and not left behind
+        path = Path(folder) / "serve.yaml"
+        path.write_text(configs.dump_yaml(settings), encoding="utf-8")
+        words = ["-m", "ray.serve.scripts", "run", str(path)]
+        with _started(words, {"RAY_ADDRESS": "local"}, f"http://127.0.0.1:{port}", "/-/healthz", "/") as address:
+            yield address
 
 
 def _free_port() -> int:
@@ -182,7 +196,8 @@ def _started(
             while not _healthy(address, health):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise ResourceError(f"{' '.join(words[:3])} does not start: {log.read()[-1500:]}")
+                    said = without_secrets(log.read())[-1500:]
+                    raise ResourceError(f"{' '.join(words[:3])} does not start: {said}")
                 time.sleep(0.3)
             yield f"{address}{path}"
         finally:

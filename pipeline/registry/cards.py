@@ -48,31 +48,34 @@ def _facts(version: Version, run: reading.Run | None, uri: str) -> Iterator[tupl
         if key.startswith("adaptnet.") and key not in NOT_FACTS:
             yield re.sub(r"[_.]", " ", key.removeprefix("adaptnet.")), value
     yield "made", time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created))
-    if version.run_id is None:
-        return
+    if version.run_id is not None:
+        yield from _of_run(version.run_id, run)
+    if lines := list(_lineage(tags, run.tags if run else {}, uri)):
+        yield "lineage", "; ".join(lines)
+
+
+def _of_run(run_id: str, run: reading.Run | None) -> Iterator[tuple[str, str]]:
     if run is None:
-        yield "MLflow run", f"{version.run_id}, which is gone"
+        yield "MLflow run", f"{run_id}, which is gone"
         return
-    binned = f", deleted; `mlflow runs restore --run-id {version.run_id}` brings it back" if run.deleted else ""
-    yield "MLflow run", f"{version.run_id} ({run.tags.get('mlflow.runName', 'no name')}){binned}"
+    binned = f", deleted; `mlflow runs restore --run-id {run_id}` brings it back" if run.deleted else ""
+    yield "MLflow run", f"{run_id} ({run.tags.get('mlflow.runName', 'no name')}){binned}"
     yield "run folder", run.tags.get("adaptnet.run_dir", "-")
-    yield from (("lineage", line) for line in [_lineage(tags, run.tags, uri)] if line)
 
 
-def _lineage(tags: Mapping[str, str], run: Mapping[str, str], uri: str) -> str:
-    """What came before: imported weights, the weights it grew from, the run above it, its sweep."""
-    lines = []
+def _lineage(tags: Mapping[str, str], run: Mapping[str, str], uri: str) -> Iterator[str]:
+    """What came before: imported weights, the weights it grew from, the sweep or the run above it."""
     if "adaptnet.imported" in tags:
         origin = json.loads(tags["adaptnet.imported"])
-        lines.append(f"imported from {origin.get('file')} (sha256 {str(origin.get('sha256'))[:16]})")
+        sha256 = f" (sha256 {origin['sha256'][:16]})" if origin.get("sha256") else ""  # a folder has none
+        yield f"imported from {origin.get('file')}{sha256}"
     if "adaptnet.start_from" in tags:
-        lines.append(f"grown from {tags['adaptnet.start_from']}")
-    if sweep := run.get("adaptnet.sweep"):
-        lines.append(f"a trial of the sweep {sweep}")
+        yield f"grown from {tags['adaptnet.start_from']}"
     if parent := run.get("mlflow.parentRunId"):
         above = reading.run(uri, parent)
-        lines.append(f"below the run {parent} ({above.tags.get('mlflow.runName', 'no name') if above else 'gone'})")
-    return "; ".join(lines)
+        known = above.tags if above else {}
+        what = f"a trial of the sweep {known['adaptnet.sweep']}," if "adaptnet.sweep" in known else "below"
+        yield f"{what} run {parent} ({known.get('mlflow.runName', 'no name') if above else 'gone'})"
 
 
 def differences(a: Version, b: Version, recipe_a: Mapping[str, Any], recipe_b: Mapping[str, Any]) -> list[Difference]:

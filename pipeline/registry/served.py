@@ -55,8 +55,9 @@ class Served(PythonModel):  # type: ignore[misc]
 
     def _table(self, answers: registry.Answers, policy: str, top_k: int) -> pandas.DataFrame:
         found = registry.named(answers, self._model.classes, policy, top_k)
-        columns = {key: pandas.Series([row[key] for row in found], dtype=object) for key in registry.ANSWER_KEYS}
-        return pandas.DataFrame(columns)  # of objects: pandas would look through them for kinds of its own
+        rows = [tuple(row.values()) for row in found]
+        # of objects, and all at once: column by column it takes pandas three times as long
+        return pandas.DataFrame(rows, columns=registry.ANSWER_KEYS, dtype=object)
 
 
 class Refused(MlflowException):  # type: ignore[misc]

@@ -153,12 +153,13 @@ class Carrier:
 
     def _tags(self) -> dict[str, str]:
         found = provenance.read(self._run_dir)
-        git = found.pop("git", None) or {}
+        git, sweep = found.pop("git", None) or {}, _sweep(self._run_dir)
         tags = {f"adaptnet.{key}": value for key, value in configs.flat(found).items()}
         tags |= {f"adaptnet.git.{key}": value for key, value in git.items()}
         tags |= {"adaptnet.run_dir": str(self._run_dir), "mlflow.source.name": "adaptnet"}
         tags |= {"mlflow.user": found["user"]} if "user" in found else {}
         tags |= {"mlflow.source.git.commit": git["commit"]} if git else {}
+        tags |= {"adaptnet.sweep": sweep} if sweep else {}
         return {key: _text(value) for key, value in tags.items()}
 
     # --- metrics and events
@@ -272,6 +273,13 @@ class Carrier:
                 self.ledger.files[f"checkpoints/{name}"] = stamp
                 self.ledger.save()
             self._client.set_tag(self.ledger.run_id, f"adaptnet.checkpoint.{role}", f"checkpoints/{name}")
+
+
+def _sweep(run_dir: Path) -> str | None:
+    """The name of the sweep whose folder this is; None for any other run's."""
+    path = run_dir / "config.yaml"
+    section = configs.read_mapping(path).get("sweep") if path.is_file() else None
+    return section.get("name") if isinstance(section, dict) else None
 
 
 def _find_run(client: Any, ledger: Ledger) -> Any:
