@@ -153,17 +153,6 @@ def test_the_net_alone_and_as_mlflow_s_are_measured_side_by_side(folder: Path) -
     assert pyfunc.ratio is not None and pyfunc.ratio == pytest.approx(pyfunc.rate / net.rate)
 
 
-@pytest.mark.faults  # what it says depends on the pace of the machine
-def test_mlflow_s_model_is_nine_tenths_as_fast_as_the_net(tmp_path: Path) -> None:
-    root = toy.make(tmp_path / "images", num_classes=3, train=12, val=66, side_px=32, seed=3)
-    make_run(tmp_path / "run", root, 1, section={"name": "convnet_aig", "depth": 32})
-    checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
-    model = registry.write_model_folder(checkpoint, [], tmp_path / "model")
-    images = [path.read_bytes() for path in sorted((root / "val").rglob("*.jpg"))[:64]]
-    _, pyfunc = serving.in_process(str(model), images, rounds=25)
-    assert len(images) == 64 and pyfunc.ratio is not None and pyfunc.ratio >= 0.9
-
-
 def test_ray_serve_answers_and_refuses(folder: Path) -> None:
     """Only where the extra `serve` is installed: Ray Serve itself, as infra/ray/serve.yaml starts it."""
     pytest.importorskip("ray.serve", exc_type=ImportError, reason="needs ray[serve]: pip install '.[serve]'")
