@@ -69,6 +69,7 @@ def test_the_command_line_goes_before_the_profile_and_the_recipe(capsys: pytest.
     printed = capsys.readouterr().out
     for line in ("--partition=big", "--time=1470", "--nodes=2-8", "--no-kill", "--gpus-per-node=2", "--qos=high"):
         assert f"#SBATCH {line}\n" in printed
+    assert "--ntasks" not in printed
     assert "workers: [4, 16]" in printed and "cpus_per_worker: 3.0" in printed
 
 
