@@ -438,9 +438,8 @@ class Submission:
             "mail_type": site.mail_type if site.mail_user else None,
             "time": asked.minutes,
             "nodes": asked.nodes[0],
-            "ntasks_per_node": None
-            if asked.elastic
-            else 1,  # with it SLURM gives the fewest nodes, however many are free
+            # with a number of tasks SLURM gives an elastic job the fewest nodes, however many are free
+            "ntasks_per_node": None if asked.elastic else 1,
             "cpus_per_task": asked.cpus_per_task,
             "gpus_per_node": asked.gpus_per_node or None,
             "mem": f"{math.ceil(asked.memory_gb * 1024)}MB" if asked.memory_gb else None,
