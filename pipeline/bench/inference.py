@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from math import log
 from statistics import median
 
@@ -187,14 +188,22 @@ def ranet_pairs() -> Iterator[Pair]:
 # ---- ARRN: the net at a half and a quarter of its resolution
 
 
+ARRN_SIZES = {  # the finest side in px, and the batches
+    "cifar": (32, (256, 64, 1)),
+    "tiny-imagenet": (64, (256, 64, 1)),
+    "T": (224, (8,)),
+    "S": (224, (8,)),
+}
+
+
 def arrn_pairs() -> Iterator[Pair]:
-    for size, finest, batch in (("cifar", 32, 64), ("tiny-imagenet", 64, 64), ("T", 224, 8), ("S", 224, 8)):
+    for size, (finest, batches) in ARRN_SIZES.items():
         net = _net(arrn.FAMILY, name="arrn", size=size)
-        images = _images(batch, finest)
-        full = float(AtResolution(finest).predict(net, images[:1]).macs)
-        for part in (2, 4):
-            small, policy = _images(batch, finest // part), AtResolution(finest // part)
-            macs = float(policy.predict(net, small).macs[0]) / full
+        for batch, part in product(batches, (2, 4)):
+            images, policy = _images(batch, finest), AtResolution(finest // part)
+            small = _images(batch, finest // part)
+            full = float(AtResolution(finest).predict(net, images[:1]).macs)
+            macs = float(policy.predict(net, small[:1]).macs) / full
             name = f"ARRN {size} at {finest // part} px"
             yield Pair(
                 name, f"the same at {finest} px", batch, macs, _call(policy.predict, net, small), _call(net, images)
