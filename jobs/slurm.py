@@ -335,11 +335,14 @@ def run_verb(verb: str, words: Sequence[str]) -> bool:
 
 
 def requeue(why: str) -> None:
-    """Puts this job back into the queue; SLURM then ends its tasks.
+    """Puts this job back into the queue; SLURM then ends its tasks. One that is cancelled meanwhile stays away.
 
     In a container, which has no SLURM, the batch script does it when this task has ended.
     """
     job = str(job_id())
+    if _is_ending(job):
+        print(f"job {job} is not requeued: SLURM ends it already", flush=True)
+        return
     print(f"requeueing job {job}: {why}", flush=True)
     if shutil.which("scontrol") is None:
         (Path(os.environ["SUBMITIT_FOLDER"]) / f"{REQUEUE}-{os.environ['SLURM_JOB_ID']}").touch()
@@ -347,6 +350,14 @@ def requeue(why: str) -> None:
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     if done.returncode != 0:
         raise ResourceError(f"job {job} cannot be requeued: {' '.join(done.stderr.split())}")
+
+
+def _is_ending(job: str) -> bool:
+    """Whether SLURM ends the job by its own decision or a user's: `scontrol requeue` would undo a cancellation."""
+    if shutil.which("squeue") is None:
+        return False
+    done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60)
+    return done.stdout.strip() in ("COMPLETING", "CANCELLED")
 
 
 def job_id() -> str | None:

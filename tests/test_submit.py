@@ -160,6 +160,20 @@ def test_a_job_is_requeued_as_often_as_it_may(desk: Path, monkeypatch: pytest.Mo
         slurm.Starts(desk).begin(20, 1)
 
 
+@pytest.mark.parametrize(("state", "told"), [("RUNNING", "requeue 7\n"), ("COMPLETING", ""), ("CANCELLED", "")])
+def test_a_job_that_is_cancelled_while_it_saves_is_not_requeued(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, state: str, told: str
+) -> None:
+    (desk / "squeue").write_text(f"#!/bin/sh\necho {state}\n")
+    (desk / "scontrol").write_text(f'#!/bin/sh\necho "$@" >{desk}/told\n')
+    for tool in ("squeue", "scontrol"):
+        (desk / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{desk}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    slurm.requeue("asked to save before its end")
+    assert ((desk / "told").read_text() if (desk / "told").exists() else "") == told
+
+
 def test_an_arrays_task_is_known_by_the_id_that_it_was_given(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")

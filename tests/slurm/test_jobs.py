@@ -300,6 +300,10 @@ def test_two_jobs_on_the_same_nodes_do_not_meet(desk: Desk) -> None:
 def test_a_cancelled_job_stays_away_and_is_resubmitted_on_demand(desk: Desk) -> None:
     job = desk.train("gone", "training.epochs=30", "checkpoint.every=20 steps", nodes="1")
     desk.until(lambda: bool(desk.steps("gone")), "gone")
+    desk.cluster.run(
+        "scancel", "--signal", "USR2", job
+    )  # it would requeue itself, were it not cancelled while it saves
+    desk.until(lambda: "SLURM's warning" in desk.log("gone"), "gone")
     desk.adaptnet("jobs", "cancel", "gone")
     desk.until(lambda: desk.cluster.sacct(job)[-1:] != ["RUNNING"] and not desk.cluster.squeue(), "gone", 60)
     assert "CANCELLED" in desk.adaptnet("jobs", "show", "gone") and not desk.finished("gone")
