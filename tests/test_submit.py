@@ -168,6 +168,7 @@ def test_a_job_that_is_cancelled_while_it_saves_is_not_requeued(
     (desk / "scontrol").write_text(f'#!/bin/sh\necho "$@" >{desk}/told\n')
     for tool in ("squeue", "scontrol"):
         (desk / tool).chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(desk / name))
     monkeypatch.setenv("PATH", f"{desk}:/usr/bin:/bin")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     slurm.requeue("asked to save before its end")
