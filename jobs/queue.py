@@ -182,8 +182,16 @@ def _by_folder(entry: Mapping[str, Any]) -> State:
     if any(line.startswith("adaptnet:") for line in last_words(entry)):
         return State("FAILED")
     started = started or (entry["where"] == "ray" and Path(entry["log"]).is_file())
-    who = "its cluster is gone" if entry["where"] == "ray" else "SLURM no longer knows it"
+    who = "its cluster is gone" if entry["where"] == "ray" else _silence() or "SLURM no longer knows it"
     return State("UNKNOWN", f"{who}; it had " + ("started" if started else "not started"))
+
+
+def _silence() -> str:
+    """Why SLURM answers nothing at all, in its words; empty where it does."""
+    if shutil.which("sinfo") is None:
+        return ""
+    done = subprocess.run(["sinfo", "-h", "-o", "%P"], capture_output=True, text=True, timeout=60)
+    return f"SLURM does not answer ({' '.join(done.stderr.split())[:300]})" if done.returncode else ""
 
 
 def _local(entry: Mapping[str, Any]) -> State:

@@ -311,6 +311,17 @@ def test_where_slurm_has_forgotten_a_job_its_own_words_tell(desk: Path, monkeypa
     assert queue.state_of(entry).name == "COMPLETED"
 
 
+def test_where_slurm_does_not_answer_its_words_are_told(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tool in ("squeue", "sacct", "sinfo"):
+        (desk / tool).write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+        (desk / tool).chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(desk / name))
+    monkeypatch.setenv("PATH", f"{desk}:/usr/bin:/bin")
+    entry = {"id": "7", "where": "slurm", "run_dir": str(desk), "home": str(desk), "log": str(desk / "none")}
+    said = queue.state_of(entry)
+    assert said.name == "UNKNOWN" and "SLURM does not answer (Unable to contact slurm controller)" in said.reason
+
+
 def test_a_job_outside_the_folder_of_runs_is_listed_and_found_by_its_id(desk: Path) -> None:
     for home in ("elsewhere/deep/run", "runs/bench/deeper", "runs/here", "runs/jobs/there"):
         slurm.remember(desk / home, {"id": f"job-{Path(home).name}", "where": "slurm", "submitted": 1.0})
