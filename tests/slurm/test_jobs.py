@@ -378,9 +378,13 @@ def test_an_array_trains_a_run_for_each_value(desk: Desk) -> None:
         desk.until(lambda seed=seed: desk.finished(f"seeds-seed{seed}"), f"seeds-seed{seed}", 240)  # type: ignore[misc]
     one, two = (load_file(desk.home / f"runs/seeds-seed{s}/checkpoints/step-00000020/net.safetensors") for s in (1, 2))
     assert any(not one[name].equal(two[name]) for name in one)
-    listed = desk.adaptnet("jobs", "list")
-    for seed in (1, 2):
-        assert re.search(rf"^seeds-seed{seed} +\d+_{seed - 1} +COMPL", listed, re.MULTILINE), listed
+    rows = [rf"^seeds-seed{seed} +\d+_{seed - 1} +COMPL" for seed in (1, 2)]
+
+    def listed() -> bool:
+        printed = desk.adaptnet("jobs", "list")
+        return all(re.search(row, printed, re.MULTILINE) for row in rows)
+
+    desk.until(listed, "seeds-seed1", 60)
 
 
 @pytest.mark.parametrize(
