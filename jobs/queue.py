@@ -22,6 +22,7 @@ from pipeline.provenance import write_whole
 LIVES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED"}
 LIVES |= {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"}
 ELSEWHERE = Path("jobs") / "elsewhere.json"  # below the folder of runs: the jobs' folders that do not lie in it
+FOLLOW_S = 5.0  # how often SLURM is asked whether a job that is followed lives
 CLOCKS_S = 30.0  # by which the time that a process began may be off
 WHY = {  # SLURM's reasons for waiting, in words
     "Resources": "the nodes it needs are busy",
@@ -270,9 +271,10 @@ def follow(entry: Mapping[str, Any]) -> Iterator[str]:
     """The log's text as it grows, until the job has ended; waits for it to begin."""
     import time
 
-    path, offset = Path(entry["log"]), 0
-    while True:
-        alive = state_of(entry).lives
+    path, offset, alive, ask_at = Path(entry["log"]), 0, True, 0.0
+    while alive:
+        if time.monotonic() >= ask_at:
+            alive, ask_at = state_of(entry).lives, time.monotonic() + FOLLOW_S
         if path.is_file():
             with open(path, encoding="utf-8", errors="replace") as file:
                 file.seek(offset)
@@ -280,6 +282,5 @@ def follow(entry: Mapping[str, Any]) -> Iterator[str]:
                 offset = file.tell()
             if text:
                 yield text
-        if not alive:
-            return
-        time.sleep(1)
+        if alive:
+            time.sleep(1)
