@@ -58,18 +58,26 @@ def free(compute: ComputeConfig, running: int) -> int:
 
 
 def alive() -> bool:
-    """Whether the cluster's head listens and a node of it lives.
+    """Whether the cluster's head listens and a node of it lives."""
+    return listens(head()) and bool(_nodes())
 
-    Ray would wait for its head for a minute in any call that needs it, and then end this process.
-    """
+
+def head() -> str:
+    """HOST:PORT of the head of the cluster that this process has joined."""
     import ray
 
-    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    address: str = ray.get_runtime_context().gcs_address
+    return address
+
+
+def listens(address: str) -> bool:
+    """Whether something takes connections at HOST:PORT."""
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
     except OSError:
         return False
-    return bool(_nodes())
+    return True
 
 
 def _nodes() -> list[Mapping[str, float]]:

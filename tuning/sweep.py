@@ -13,11 +13,12 @@ loop below, all that Tune decides is replayed from the record in the order in wh
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +45,11 @@ POLL_S = 0.5
 TRIALS = "trials"
 SAY_EVERY_S = 60.0  # what is waited for
 GONE_S = 10.0  # without an answer a cluster is given up
+GONE = (
+    "the Ray cluster is gone: its head does not answer, or it has no node left. Give the same command once there is "
+    "one again (without compute.address it starts its own): finished trials stay, the others go on from their "
+    "checkpoints"
+)
 
 
 class Watcher(Protocol):
@@ -114,8 +120,7 @@ class Controller:
             (self.run_dir / "status.json").unlink(missing_ok=True)
         self.shipper = self._stack.enter_context(self._shipper())
         if self._left():
-            base = self.sweep.base.compute
-            with cluster.cluster(base) if base.workers != 0 else nullcontext():
+            with self._joined():
                 self._say(f"{len(self.trials)} trials drawn, {self._tally()}; {self._concurrency()} at a time")
                 self._say_if_none_is_judged()
                 while self._step():
@@ -125,6 +130,34 @@ class Controller:
         found = outcome.conclude(self.sweep, self.run_dir, self.trials, tracked=self._tracked())
         self._say(self._tally())
         return found
+
+    @contextmanager
+    def _joined(self) -> Iterator[None]:
+        """The cluster that the trials train on; this process where they need none.
+
+        Where a call into Ray waits for a head that is gone, this process is ended, saying why: Ray would wait for a
+        minute, at its own end as well, and then end it without a word.
+        """
+        base = self.sweep.base.compute
+        if base.workers == 0:
+            yield
+            return
+        over = threading.Event()
+        try:
+            with cluster.cluster(base):
+                threading.Thread(target=self._guard, args=(slots.head(), over), name="guard", daemon=True).start()
+                yield
+        finally:
+            over.set()
+
+    def _guard(self, head: str, over: threading.Event) -> None:
+        heard = time.monotonic()
+        while not over.wait(1.0):
+            if slots.listens(head):
+                heard = time.monotonic()
+            elif time.monotonic() - heard >= 2 * GONE_S:
+                self._say(GONE)
+                os._exit(2)
 
     def _step(self) -> bool:
         """One look at what runs, and what may be started; False once there is nothing to do."""
@@ -359,11 +392,7 @@ class Controller:
         if slots.alive():
             self._heard_of_cluster = time.monotonic()
         elif time.monotonic() - self._heard_of_cluster >= patience_s:
-            raise ResourceError(
-                "the Ray cluster is gone: its head does not answer, or it has no node left. Give the same command once "
-                "there is one again (without compute.address it starts its own): finished trials stay, the others go "
-                "on from their checkpoints"
-            )
+            raise ResourceError(GONE)
 
     def _write_config(self) -> None:
         """config.yaml: the sweep, the recipe without draws, and what the folder must agree with."""

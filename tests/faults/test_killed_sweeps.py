@@ -195,8 +195,9 @@ def test_ctrl_c_on_a_terminal_saves_the_trial_and_the_same_command_ends_alike(
     finally:
         os.close(ours)
     text = log.read_text()
-    for words in ("newest top1", "running", "stopping at the next save", "saved at step", "the same command goes on"):
+    for words in ("newest top1", "running", "stopping at the next save", "the same command goes on"):
         assert words in text, text[-3000:]
+    assert "saved at step" in text or "finished at step" in text, "a trial may be at its end by then"
     (folder,) = (run_dir / "trials").iterdir()
     last = max(record["step"] for record in records(folder))
     saved = [int(path.parent.name.rpartition("-")[2]) for path in folder.glob("checkpoints/*/COMPLETE.json")]
