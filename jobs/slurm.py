@@ -42,7 +42,9 @@ LATE_AFTER = 0.75  # of the time from SLURM's warning to the end, after which a 
 INSIST_S = 1.0  # how often a verb is told to stop: it may not have listened yet
 PACKAGES = ("pipeline", "jobs", "tuning")
 REQUEUE = "requeue"  # begins the names of files by which a task asks the batch script for it
-NO_KILL = ("--no-kill", "--wait=0", "--kill-on-bad-exit=0")  # the step outlives the loss of a node
+# Of an elastic job: one task on each node that it got, in a step that outlives the loss of a node.
+ELASTIC = ("--ntasks-per-node=1", "--no-kill", "--wait=0", "--kill-on-bad-exit=0")
+ANSWER_S = 10.0  # within which SLURM says a job's state, while its time runs out
 
 
 @dataclass(frozen=True)
@@ -347,17 +349,21 @@ def requeue(why: str) -> None:
     if shutil.which("scontrol") is None:
         (Path(os.environ["SUBMITIT_FOLDER"]) / f"{REQUEUE}-{os.environ['SLURM_JOB_ID']}").touch()
         return
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired as error:
+        raise ResourceError(f"job {job} cannot be requeued: {error}") from None
     if done.returncode != 0:
         raise ResourceError(f"job {job} cannot be requeued: {' '.join(done.stderr.split())}")
 
 
 def _is_ending(job: str) -> bool:
     """Whether SLURM ends the job by its own decision or a user's: `scontrol requeue` would undo a cancellation."""
-    if shutil.which("squeue") is None:
+    try:
+        done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=ANSWER_S)
+    except (OSError, subprocess.SubprocessError):  # no SLURM in a container; or too busy to say
         return False
-    done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60)
-    return done.stdout.strip() in ("COMPLETING", "CANCELLED")
+    return done.stdout.strip() == "COMPLETING"
 
 
 def job_id() -> str | None:
@@ -459,7 +465,7 @@ class Submission:
             "stderr_to_stdout": True,
             "setup": self._setup(snapshot),
             "teardown": self._teardown() if site.container else None,
-            "srun_args": [f"--cpus-per-task={asked.cpus_per_task}", *(NO_KILL if asked.elastic else ())],
+            "srun_args": [f"--cpus-per-task={asked.cpus_per_task}", *(ELASTIC if asked.elastic else ())],
             "additional_parameters": self._additional(),
         }
         return {key: value for key, value in given.items() if value is not None}

@@ -138,6 +138,8 @@ class Lines:
 
     def show(self, trials: Sequence[Trial], running: int) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class Board(Lines):
     """On a terminal: the trials as a table that is kept up to date below the lines."""
@@ -148,6 +150,10 @@ class Board(Lines):
 
     def show(self, trials: Sequence[Trial], running: int) -> None:
         self._live.update(_table(trials, self._config))
+
+    def close(self) -> None:
+        """Gives the terminal its cursor back."""
+        self._live.stop()
 
 
 def _table(trials: Sequence[Trial], config: SweepConfig) -> Table:

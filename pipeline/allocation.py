@@ -178,10 +178,13 @@ def _scratch(node: Node) -> Iterator[Path]:
     for held in SCRATCH.glob(f"{prefix}*/{HELD}"):
         _remove_left(held)
     folder = SCRATCH / f"{prefix}{node.key}-{node.rank}"
-    folder.mkdir(exist_ok=True)
-    with open(folder / f".{HELD}", "w") as lock:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise ResourceError(f"{folder}: not a folder of this user's own; the job needs that name on this node")
+    descriptor = os.open(folder / f".{HELD}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        os.rename(lock.name, folder / HELD)  # nobody sees it unlocked
+        os.rename(folder / f".{HELD}", folder / HELD)  # nobody sees it unlocked
         try:
             yield folder
         finally:

@@ -24,6 +24,8 @@ from pipeline.registry.catalogue import listed
 from pipeline.registry.finding import asking
 from pipeline.tracking.address import registered_alias
 
+NEWEST = "candidate"  # the alias of a model's newest version, which nothing is promoted to
+
 
 @dataclass(frozen=True)
 class Promotion:
@@ -46,7 +48,7 @@ def register(
     name: str,
     uri: str | None = None,
     *,
-    alias: str = "candidate",
+    alias: str = NEWEST,
     remarks: Mapping[str, str] | None = None,
 ) -> Version:
     """Registers a run's best checkpoint, or the checkpoint in that folder, as a version of `name`.
@@ -60,7 +62,7 @@ def register(
         raise ConfigError(f"{source}: this is not of a run's folder; register what a run has trained or imported")
     place = registry.address(uri) if uri else tracking.resolve_uri(_recipe_uri(net.run_dir), net.run_dir)
     run_id = tracking.sync(net.run_dir, place).run_id
-    if holders.history(place, name, alias):
+    if alias != NEWEST and holders.history(place, name, alias):
         raise ConfigError(
             f"--alias (={alias}): versions of {name} are promoted to it, through a gate; leave --alias out, then "
             f"`adaptnet models promote {name} VERSION --alias {alias}`"
@@ -100,6 +102,8 @@ def promote(
     it, or cannot be evaluated, and `force` is off; ResourceError where another promotion came first.
     """
     registered_alias(alias)
+    if alias == NEWEST:
+        raise ConfigError(f"--alias (={alias}): that is the newest version; promote to another, e.g. champion")
     if force and not why.strip():
         raise ConfigError("--force: say why, with --why, so that others can read it")
     place = registry.address(uri)

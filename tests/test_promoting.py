@@ -293,6 +293,8 @@ def test_from_register_to_rollback(say: Callable[..., tuple[int, str]], home: Pa
     for alias in ("latest", "V2", "my champion", ""):
         code, text = say("models", "promote", "gated", 2, "--alias", alias)
         assert code == 2 and f"--alias (={alias}): an alias has up to 100 letters" in text
+    code, text = say("models", "promote", "gated", 1, "--alias", "candidate")
+    assert code == 2 and "--alias (=candidate): that is the newest version; promote to another" in text
     code, text = say("models", "promote", "gated", 2, "--alias", "reports")  # whatever its name, it harms no card
     assert code == 0 and "models:/gated/2 is the reports" in text
     assert "dominated" in say("models", "show", "models:/gated@reports")[1]

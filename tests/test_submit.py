@@ -69,7 +69,8 @@ def test_the_command_line_goes_before_the_profile_and_the_recipe(capsys: pytest.
     printed = capsys.readouterr().out
     for line in ("--partition=big", "--time=1470", "--nodes=2-8", "--no-kill", "--gpus-per-node=2", "--qos=high"):
         assert f"#SBATCH {line}\n" in printed
-    assert "--ntasks" not in printed
+    assert "#SBATCH --ntasks" not in printed, "SLURM would give the fewest nodes"
+    assert " --ntasks-per-node=1 --no-kill " in printed, "a node that is given whole would get a task for each CPU"
     assert "workers: [4, 16]" in printed and "cpus_per_worker: 3.0" in printed
 
 
@@ -160,7 +161,7 @@ def test_a_job_is_requeued_as_often_as_it_may(desk: Path, monkeypatch: pytest.Mo
         slurm.Starts(desk).begin(20, 1)
 
 
-@pytest.mark.parametrize(("state", "told"), [("RUNNING", "requeue 7\n"), ("COMPLETING", ""), ("CANCELLED", "")])
+@pytest.mark.parametrize(("state", "told"), [("RUNNING", "requeue 7\n"), ("COMPLETING", "")])
 def test_a_job_that_is_cancelled_while_it_saves_is_not_requeued(
     desk: Path, monkeypatch: pytest.MonkeyPatch, state: str, told: str
 ) -> None:

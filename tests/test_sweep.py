@@ -72,6 +72,8 @@ class Said:
     def show(self, trials: Sequence[Trial], running: int) -> None:
         self.most = max(self.most, running)
 
+    def close(self) -> None: ...
+
 
 # --- the space
 

@@ -45,6 +45,7 @@ POLL_S = 0.5
 TRIALS = "trials"
 SAY_EVERY_S = 60.0  # what is waited for
 GONE_S = 10.0  # without an answer a cluster is given up
+STUCK_S = 45.0  # without an answer and without an end; Ray itself gives up after 60
 GONE = (
     "the Ray cluster is gone: its head does not answer, or it has no node left. Give the same command once there is "
     "one again (without compute.address it starts its own): finished trials stay, the others go on from their "
@@ -53,17 +54,21 @@ GONE = (
 
 
 class Watcher(Protocol):
-    """Who looks on: `say` is called for each event, `show` at each look at the trials."""
+    """Who looks on: `say` is called for each event, `show` at each look at the trials, `close` before a hard end."""
 
     def say(self, text: str) -> None: ...
 
     def show(self, trials: Sequence[Trial], running: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Nobody:
     def say(self, text: str) -> None: ...
 
     def show(self, trials: Sequence[Trial], running: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def run(sweep: Sweep, run_dir: Path, *, retry_failed: bool = False, watcher: Watcher | None = None) -> Outcome:
@@ -135,8 +140,8 @@ class Controller:
     def _joined(self) -> Iterator[None]:
         """The cluster that the trials train on; this process where they need none.
 
-        Where a call into Ray waits for a head that is gone, this process is ended, saying why: Ray would wait for a
-        minute, at its own end as well, and then end it without a word.
+        Where a call into Ray waits for a head that is gone, this process is ended, saying why: after a minute Ray would
+        end it without a word.
         """
         base = self.sweep.base.compute
         if base.workers == 0:
@@ -147,6 +152,7 @@ class Controller:
             with cluster.cluster(base):
                 threading.Thread(target=self._guard, args=(slots.head(), over), name="guard", daemon=True).start()
                 yield
+                over.set()  # what Ray's own end takes is no sign
         finally:
             over.set()
 
@@ -155,9 +161,12 @@ class Controller:
         while not over.wait(1.0):
             if slots.listens(head):
                 heard = time.monotonic()
-            elif time.monotonic() - heard >= 2 * GONE_S:
-                self._say(GONE)
-                os._exit(2)
+            elif time.monotonic() - heard >= STUCK_S:
+                try:
+                    self._say(GONE)
+                    self.watcher.close()
+                finally:
+                    os._exit(2)
 
     def _step(self) -> bool:
         """One look at what runs, and what may be started; False once there is nothing to do."""
