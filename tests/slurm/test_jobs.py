@@ -328,7 +328,8 @@ def test_the_third_start_in_a_row_that_saves_nothing_is_the_last(desk: Desk) -> 
         desk.until(lambda count=count: len(desk.starts("fruitless")) == count, "fruitless")  # type: ignore[misc]
         desk.cluster.run("scontrol", "requeue", job)  # while Ray starts
     desk.until(lambda: not desk.cluster.squeue(), "fruitless")
-    assert desk.cluster.sacct(job)[-1].startswith("FAILED") and not desk.steps("fruitless")
+    desk.until(lambda: desk.cluster.sacct(job)[-1].startswith("FAILED"), "fruitless", 30)
+    assert not desk.steps("fruitless")
     shown = desk.adaptnet("jobs", "show", "fruitless")
     assert "FAILED: exit code 2" in shown and "the last 3 starts of this job saved no new step" in shown
 
