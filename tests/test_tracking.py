@@ -211,6 +211,7 @@ def test_a_server_that_hangs_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert said[:2] == ["tracking-away", "tracking-back"] and said[-1] == "tracking-left"
     assert said.count("tracking-away") == 2  # once each time, however often it tried
     shipping._thread.join(120)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # a busy machine answers, if late
     done = sync(run_dir)
     assert (done.run_id, done.status) == (run_id, "FINISHED")
     assert sync(run_dir).num_metrics == 0

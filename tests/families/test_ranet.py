@@ -531,7 +531,8 @@ def test_budgets_share_one_walk_and_keep_to_their_price(small: Ranet) -> None:
         assert policy.state()["num_images"] == 160
         with torch.no_grad():
             spent = torch.cat([policy.predict(small, batch).macs for batch in held_out.batches])
-        assert float(spent.mean()) == pytest.approx(policy.state()["expected_macs"])
+        # a threshold is an image's own confidence, which may come out a rounding below it in another batch
+        assert float(spent.mean()) == pytest.approx(policy.state()["expected_macs"], abs=2 * full / 160)
         assert 0.95 < float(spent.mean()) / full / policy.budget <= 1
     with torch.no_grad():
         small.classifiers[0].fc.bias.add_(0.0)  # type: ignore[union-attr]
