@@ -114,8 +114,8 @@ def kill(kind: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def test_smoke_a_sweep_killed_on_ray_ends_as_one_that_trained_in_one_process(images: Path, tmp_path: Path) -> None:
-    """One trial of one worker, whose driver is killed after a checkpoint."""
-    short = ["space.family.target_rate=0.4", "search.samples=1", "scheduler.kind=none", "training.epochs=2"]
+    """One trial of one worker, whose driver is killed after its first checkpoint and seconds before its end."""
+    short = ["space.family.target_rate=0.4", "search.samples=1", "scheduler.kind=none", "training.epochs=16"]
     for name in ("here", "ray"):
         (tmp_path / name).mkdir()
         shutil.copyfile(database().path, tmp_path / name / "mlflow.db")
@@ -124,6 +124,7 @@ def test_smoke_a_sweep_killed_on_ray_ends_as_one_that_trained_in_one_process(ima
     process, log = start(images, there, *short), tmp_path / "ray" / "log"
     wait_for(lambda: any(there.glob("trials/*/checkpoints/*/COMPLETE.json")), process, log)
     kill("driver", process, log)
+    assert ended(there) == 0, "killed before its end"
     assert start(images, there, *short).wait(timeout=300) == 0, log.read_text()
     assert table(there) == table(here)
     assert any(events_of(folder, "resumed") for folder in (there / "trials").iterdir())
