@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from pipeline.errors import AdaptNetError, ConfigError
+from pipeline.training import memory
 
 VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
     "train": "Train a recipe, or go on with the run in its folder.",
@@ -112,11 +113,16 @@ def data_home() -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a verb. User errors are printed without a traceback and exit with 2."""
+    """Runs a verb. User errors, and memory that is spent, are printed without a traceback and exit with 2."""
     try:
         app(args=arguments, prog_name="adaptnet")
     except AdaptNetError as error:
         fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        words = memory.words_if_spent(error)
+        if words is None:
+            raise
+        fail(f"memory is spent ({words}). Take smaller batches; nothing that was stored before is lost")
     except SystemExit as left:
         if left.code == INTERRUPTED:
             fail("interrupted; what was stored before stays", INTERRUPTED)

@@ -162,6 +162,12 @@ def _unreachable(host: str, port: str) -> str | None:
 def _slurm() -> Finding:
     if shutil.which("sbatch") is None:
         return Finding("SLURM", "without", "no sbatch here: adaptnet submit works on a log-in node of a cluster")
+    from jobs import munge
+
+    if why := munge.absent():
+        return Finding(
+            "SLURM", "fault", f"{why}, so SLURM's commands cannot speak to it; start it: systemctl start munge"
+        )
     said = " ".join(_words("scontrol", "ping").split())
     if "_establish_config_source" in said:
         return Finding(

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from jobs import munge
 from jobs.slurm import FOLDER, RECORD, STARTS, recorded
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.provenance import write_whole
@@ -191,8 +192,11 @@ def _silence() -> str:
     """Why SLURM answers nothing at all, in its words; empty where it does."""
     if shutil.which("sinfo") is None:
         return ""
-    done = subprocess.run(["sinfo", "-h", "-o", "%P"], capture_output=True, text=True, timeout=60)
-    return f"SLURM does not answer ({' '.join(done.stderr.split())[:300]})" if done.returncode else ""
+    why = munge.absent()
+    if not why:
+        done = subprocess.run(["sinfo", "-h", "-o", "%P"], capture_output=True, text=True, timeout=60)
+        why = " ".join(done.stderr.split())[:300] if done.returncode else ""
+    return f"SLURM does not answer ({why})" if why else ""
 
 
 def _local(entry: Mapping[str, Any]) -> State:
@@ -202,7 +206,13 @@ def _local(entry: Mapping[str, Any]) -> State:
         return State("COMPLETED" if finished else "FAILED")
     if entry["host"] != socket.gethostname():
         return State("UNKNOWN", f"it was started on {entry['host']}: ask there")
-    return State("RUNNING") if _runs(entry) else State("FAILED", "its process has ended without a result")
+    if _runs(entry):
+        return State("RUNNING")
+    if entry["run_dir"] and _finished(entry):
+        return State("COMPLETED")
+    if entry["where"] == "debug":
+        return State("UNKNOWN", "it ran in the process that submitted it, which said how it went")
+    return State("FAILED", "its process has ended without a result")
 
 
 def _runs(entry: Mapping[str, Any]) -> bool:
@@ -227,7 +237,7 @@ def _json(path: Path) -> Any:
 
 def ask(*command: str) -> list[str]:
     """The lines that a command of SLURM's prints; none where it fails or is not there."""
-    if shutil.which(command[0]) is None:
+    if shutil.which(command[0]) is None or munge.absent():
         return []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -240,6 +250,8 @@ def tell(*command: str) -> None:
     """Gives SLURM an order. Raises ResourceError with its words where it is refused."""
     if shutil.which(command[0]) is None:
         raise ResourceError(f"{command[0]}: this machine has no SLURM; give the command where the job was submitted")
+    if why := munge.absent():
+        raise ResourceError(f"{' '.join(command)}: {why}; start it (systemctl start munge), or ask who runs SLURM here")
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode != 0:
         raise ResourceError(f"{' '.join(command)}: {' '.join(done.stderr.split())}")

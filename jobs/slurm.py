@@ -21,14 +21,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from jobs import munge
 from jobs.site import Site
-from pipeline import allocation, provenance
+from pipeline import allocation, cluster, provenance
 from pipeline.allocation import Member, Node
 from pipeline.errors import AdaptNetError, ConfigError, ResourceError
 from pipeline.provenance import write_whole
@@ -44,6 +45,7 @@ PACKAGES = ("pipeline", "jobs", "tuning")
 REQUEUE = "requeue"  # begins the names of files by which a task asks the batch script for it
 # Of an elastic job: one task on each node that it got, in a step that outlives the loss of a node.
 ELASTIC = ("--ntasks-per-node=1", "--no-kill", "--wait=0", "--kill-on-bad-exit=0")
+LOST_S = 35.0  # after which a verb that waits for a lost head or node is left; it, or Ray, would soon end by itself
 ANSWER_S = 10.0  # within which SLURM says a job's state, while its time runs out
 
 
@@ -70,7 +72,7 @@ class Job:
     """A verb of `adaptnet` and its arguments, to be run over a job's nodes; home is seen by all of them.
 
     run_dir is the folder of a training or a sweep, whose steps count as progress; None for a verb that is done again
-    from its start. saves_within_s is how long before its end SLURM warns.
+    from its start. saves_within_s is how long before its end SLURM warns. needs is what the least that can go on takes.
     """
 
     verb: str
@@ -82,6 +84,7 @@ class Job:
     fewest_nodes: int = 1
     uses_ray: bool = True
     saves_within_s: float = 90.0
+    needs: tuple[tuple[str, float], ...] = ()  # of the Ray cluster, e.g. (("CPU", 4.0), ("GPU", 2.0))
 
     def __call__(self) -> str:
         """Runs this node's part. What it gives back is for people: "finished", or why it is not.
@@ -142,6 +145,8 @@ class Job:
         words = [*self.arguments, *([f"compute.address={member.address}"] if member else [])]
         lost: ResourceError | None = None
         finished = False
+        if member is not None:
+            threading.Thread(target=self._watch, args=(member, warned), name="head", daemon=True).start()
         try:
             self._await_lease(warned)
             if not warned.came and not warned.terminated:
@@ -160,17 +165,54 @@ class Job:
             self.put_back("asked to save before its end")
         if self.stopping:  # SLURM cancels or requeues by itself, and may have ended workers before they had saved
             return "stopped"
-        if lost and not (in_slurm() and starts.progressed()):
+        if lost and not (in_slurm() and starts.progressed):
             raise lost
         if lost:
             self.put_back(str(lost))
         return "stopped"
+
+    def _watch(self, member: Member, warned: Warned) -> None:
+        """Leaves a verb that waits for what does not come back, and has the job started anew.
+
+        A call into Ray whose head is gone may not return before Ray, or a sweep's guard, ends this very process. And
+        SLURM gives a job no node for one that it has lost: workers that have no room left would wait to its end.
+        """
+        good = time.monotonic()
+        while not warned.over:
+            lost = self._lost(member)
+            if not lost:
+                good = time.monotonic()
+            elif time.monotonic() - good >= LOST_S:
+                self.leave(lost, Starts.check_progress)
+                os._exit(2)
+            time.sleep(INSIST_S)
+
+    def _lost(self, member: Member) -> str:
+        """What this start cannot go on without; empty where nothing is missing."""
+        if not member.head_listens():
+            return f"Ray's head at {member.address} is gone"
+        found = cluster.resources_now()
+        lacking = cluster.lacking(dict(self.needs), found) if found is not None else []
+        return f"nodes are lost: the run needs {'; '.join(lacking)}" if lacking else ""
 
     def put_back(self, why: str) -> None:
         """Requeues this job where another start is worth it, and ends this task without a result."""
         Starts(Path(self.home)).check(why, self.max_requeues)
         requeue(why)
         raise SystemExit(0)
+
+    def leave(self, why: str, *checks: Callable[[Starts, str], None]) -> None:
+        """As `put_back`, from a thread of a process whose verb does not end; returns, saying why, if not requeued."""
+        starts = Starts(Path(self.home))
+        starts.end(self.steps())
+        try:
+            for check in checks:
+                check(starts, why)
+            self.put_back(why)
+        except AdaptNetError as error:
+            print(f"adaptnet: {error}", flush=True)
+        except SystemExit:
+            os._exit(0)
 
     def _await_lease(self, warned: Warned) -> None:
         """After a lost node: the former driver's lease is taken over once it has been silent; SLURM has ended it."""
@@ -238,17 +280,8 @@ class Warned:
             if not self._job.stopping:
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(INSIST_S)
-        if not self.over:
-            self._give_up(f"not stopped {LATE_AFTER * self._job.saves_within_s:g} s after SLURM's warning")
-
-    def _give_up(self, why: str) -> None:
-        Starts(Path(self._job.home)).end(self._job.steps())
-        try:
-            self._job.put_back(why)
-        except AdaptNetError as error:
-            print(f"adaptnet: {error}", flush=True)
-        except SystemExit:
-            os._exit(0)  # the verb does not listen
+        if not self.over:  # the verb does not listen
+            self._job.leave(f"not stopped {LATE_AFTER * self._job.saves_within_s:g} s after SLURM's warning")
 
 
 @dataclass(frozen=True)
@@ -289,10 +322,16 @@ class Starts:
         found[-1]["to"] = step
         self._write(found)
 
+    @property
     def progressed(self) -> bool:
         """Whether this start has saved a step."""
         last = self.read()[-1]
         return bool(last["to"] > last["from"])
+
+    def check_progress(self, why: str) -> None:
+        """Raises ResourceError where this start has saved nothing: another would lose the same."""
+        if not self.progressed:
+            raise ResourceError(f"{self.home}: {why}, before this start had saved a step; see slurm/*-ray*.log there")
 
     def check(self, why: str, max_requeues: int) -> None:
         """Raises ResourceError where another start is not worth it, or not allowed."""
@@ -581,11 +620,16 @@ def _executor(submission: Submission, where: Where) -> Any:
 
 
 def check_slurm() -> None:
-    """Raises ResourceError where this machine has no SLURM."""
+    """Raises ResourceError where this machine has no SLURM, or cannot speak to it."""
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise ResourceError(
             "sbatch: this machine has no SLURM. --dry-run shows the script, --where local runs the job here, and "
             "infra/slurm/testcluster brings up a SLURM to try"
+        )
+    if why := munge.absent():
+        raise ResourceError(
+            f"sbatch: {why}, and SLURM takes no job without it. Start it (systemctl start munge), or ask who runs "
+            "SLURM here; --where local runs the job on this machine"
         )
 
 

@@ -17,7 +17,8 @@ from pipeline.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
     from jobs.slurm import Job, Resources, Submission
-    from pipeline.run_config import RunConfig
+    from pipeline.run_config import ComputeConfig, RunConfig
+    from tuning.config import Sweep
 
 VERBS = ("train", "sweep", "evaluate", "report")
 
@@ -162,6 +163,7 @@ def _train(
             max_requeues=profile.max_requeues,
             fewest_nodes=resources.nodes[0],
             saves_within_s=float(profile.signal_delay_s),
+            needs=_needs(config.compute),
         )
         jobs.append(job)
         configs.append(config)
@@ -202,7 +204,8 @@ def _other(
     if verb != "sweep" and resources.nodes[1] > 1:
         raise ConfigError(f"--nodes (={resources.nodes[1]}): {verb} runs on one node")
     asked = _parsed(verb, words)
-    home = _sweep_folder(asked) if verb == "sweep" else _folder_for(verb, words)
+    sweep = _sweep(asked) if verb == "sweep" else None
+    home = _sweep_folder(asked, sweep) if sweep else _folder_for(verb, words)
     given = ["--run-dir", str(home)] if verb == "sweep" and not asked["run_dir"] else []
     job = Job(
         verb=verb,
@@ -214,16 +217,27 @@ def _other(
         fewest_nodes=resources.nodes[0],
         uses_ray=verb == "sweep",
         saves_within_s=float(profile.signal_delay_s),
+        needs=_needs(sweep.base.compute) if sweep else (),
     )
     return [job], []
 
 
-def _sweep_folder(asked: Mapping[str, Any]) -> Path:
-    """Where the sweep will lie. Raises ConfigError for one that could not begin."""
+def _needs(compute: ComputeConfig) -> tuple[tuple[str, float], ...]:
+    """What the fewest workers that a run goes on with take of a Ray cluster."""
+    from pipeline import cluster
+
+    return tuple(cluster.demand(compute, compute.fewest_workers, gpu=compute.device == "cuda").items())
+
+
+def _sweep(asked: Mapping[str, Any]) -> Sweep:
+    """Raises ConfigError for one that could not begin."""
     from tuning import config
 
-    name = config.load(asked["source"], asked["overrides"] or (), data_home=data_home()).config.name
-    return Path(asked["run_dir"] or Path("runs") / name).absolute()
+    return config.load(asked["source"], asked["overrides"] or (), data_home=data_home())
+
+
+def _sweep_folder(asked: Mapping[str, Any], sweep: Sweep) -> Path:
+    return Path(asked["run_dir"] or Path("runs") / sweep.config.name).absolute()
 
 
 def _folder_for(verb: str, words: Sequence[str]) -> Path:

@@ -41,6 +41,23 @@ PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # before a fork: nothing is loaded after it
 SCRATCH = Path("/tmp")  # sockets need a short path
 HELD = "held"  # a file in each folder there, locked for as long as its task lives
+# Runs `ray start` deaf to a job's warning, which by default would end Ray. Told to end, it ends Ray, and within 5 s all
+# that is left of its session: a `ray start` that was told while it started was seen to stay.
+SUPERVISED = """
+trap '' USR1 USR2
+ray=
+trap '
+    [ -z "$ray" ] || kill "$ray" 2>/dev/null
+    for half in 1 2 3 4 5 6 7 8 9 10; do
+        sleep 0.5
+        kill -0 "$ray" 2>/dev/null || break
+    done
+    kill -KILL 0
+' TERM
+"$@" &
+ray=$!
+wait "$ray"
+"""
 KEPT = ("SLURM_JOB_ID", "SLURMD_NODENAME")  # by which a site's epilog finds a job's processes
 
 
@@ -120,13 +137,17 @@ class Member:
 
     def serve(self) -> None:
         """Stays until the head is gone or Ray has ended here. Raises ResourceError in the latter case."""
-        host, _, port = self.address.rpartition(":")
         misses = 0
         while misses < MISSES:
             time.sleep(POLL_S)
-            if self.ray.poll() is not None and _listens(host, int(port)):
+            listens = self.head_listens()
+            if self.ray.poll() is not None and listens:
                 raise ResourceError(_died(self.node, self.ray))
-            misses = 0 if _listens(host, int(port)) else misses + 1
+            misses = 0 if listens else misses + 1
+
+    def head_listens(self) -> bool:
+        host, _, port = self.address.rpartition(":")
+        return _listens(host, int(port))
 
     def _check_answers(self) -> None:
         for rank in range(1, len(self.node.names)):
@@ -258,8 +279,8 @@ def _follower(node: Node, scratch: Path) -> Member:
 
 
 def _start(node: Node, words: list[str]) -> subprocess.Popen[bytes]:
-    """`ray start` as a child that the job's warning signal does not reach, by default it would end Ray; and that ends
-    where this process is killed: the other nodes would stay as long as Ray's head is there.
+    """`ray start` under a child that the job's warning does not reach, and that ends it where this process is killed:
+    the other nodes would stay as long as Ray's head is there.
     """
     command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
     command += [f"--num-cpus={node.cpus}", f"--num-gpus={node.gpus}", f"--node-ip-address={node.ip}"]
@@ -268,7 +289,7 @@ def _start(node: Node, words: list[str]) -> subprocess.Popen[bytes]:
     command += [f"--memory={max(node.memory_bytes - OBJECT_STORE_BYTES, 1 << 20)}"] if node.memory_bytes else []
     with open(node.log, "ab") as log:
         return subprocess.Popen(
-            ["sh", "-c", "trap '' USR1 USR2; exec \"$@\"", "sh", *command, *words],
+            ["sh", "-c", SUPERVISED, "sh", *command, *words],
             env=_environment(os.environ, node),
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -144,16 +144,28 @@ def _check_resources(compute: ComputeConfig) -> None:
 
     needed = demand(compute, compute.fewest_workers, gpu=computes_on_gpu(compute))
     deadline = time.monotonic() + (compute.start_patience_s if compute.address else 0)
-    while lacking := _lacking(needed, ray.cluster_resources()):
+    while missing := lacking(needed, ray.cluster_resources()):
         if time.monotonic() >= deadline:
             raise ResourceError(
                 f"compute.workers (={compute.workers}) x cpus_per_worker (={compute.cpus_per_worker:g}) needs "
-                f"{'; '.join(lacking)}. Ask for less or wait for more nodes (compute.start_patience_s)"
+                f"{'; '.join(missing)}. Ask for less or wait for more nodes (compute.start_patience_s)"
             )
         time.sleep(1)
 
 
-def _lacking(needed: dict[str, float], found: dict[str, float]) -> list[str]:
+def resources_now() -> dict[str, float] | None:
+    """What the cluster's living nodes have; None where this process is not connected to one, or loses it just now."""
+    import ray
+
+    try:
+        found: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}
+    except Exception:  # Ray raises several kinds
+        return None
+    return found or None
+
+
+def lacking(needed: dict[str, float], found: dict[str, float]) -> list[str]:
+    """In words: what is needed of a cluster and not there."""
     return [
         f"{amount:g} {name}s, the Ray cluster has {found.get(name, 0):g}"
         for name, amount in needed.items()

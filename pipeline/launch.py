@@ -40,6 +40,9 @@ class Result:
     version: str | None  # `models:/NAME/VERSION`, where `tracking.register` is set
 
 
+DIED = ("OOM killer", "closed by peer", "remote worker")  # Ray's words for a worker that ended without one, and gloo's
+
+
 def train(
     config: RunConfig,
     run_dir: Path,
@@ -184,12 +187,21 @@ def _run(config: RunConfig, order: Order) -> None:
 
 
 def _lost(config: RunConfig, run_dir: Path, error: Exception) -> ResourceError:
-    last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    compute, training, words = config.compute, config.training, _cause(error)
+    short = " If it was killed because memory was short, make training.batch_size"
+    short += f" (={training.batch_size}) or compute.max_batch_per_worker smaller."
     return ResourceError(
-        f"{run_dir}: the workers failed more often than compute.max_failures (={config.compute.max_failures}) or could "
-        f"not be started within compute.start_patience_s (={config.compute.start_patience_s:g}): {last[0][:500]}. The "
-        "same command goes on from the newest checkpoint"
+        f"{run_dir}: the workers failed more often than compute.max_failures (={compute.max_failures}) or could not be "
+        f"started within compute.start_patience_s (={compute.start_patience_s:g}): {words}."
+        f"{short if any(each in words for each in DIED) else ''} The same command goes on from the newest checkpoint"
     )
+
+
+def _cause(error: Exception) -> str:
+    """The last line of the workers' errors; of one that has died, for the others' loss of it is no cause."""
+    found = [str(each) for each in getattr(error, "worker_failures", {}).values()] or [str(error)]
+    found.sort(key=lambda text: DIED[0] not in text)
+    return (found[0].strip().splitlines() or [type(error).__name__])[-1][:500].rstrip(" .")
 
 
 def _trainer(compute: ComputeConfig, order: Order) -> Any:

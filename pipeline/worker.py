@@ -6,6 +6,7 @@ A rank 0 writes the journal, the checkpoints and the evaluations; the rest take 
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from pipeline.journal import Journal, SystemSampler
 from pipeline.provenance import write_whole
 from pipeline.robustness import Attack, Attacked, Sweep
 from pipeline.run_config import RunConfig
-from pipeline.training import checkpoint, optim, state, step
+from pipeline.training import checkpoint, memory, optim, state, step
 from pipeline.training.checkpoint import Checkpointer, Storage
 from pipeline.training.evaluate import Batches, Evaluator, calibrate, choose, evaluate, restored
 from pipeline.training.loop import Plan, device_of, train
@@ -52,21 +53,45 @@ def work(order: Order) -> None:
     """Trains the run in `order.run_dir` from its newest complete checkpoint, or from nothing, and evaluates it.
 
     Returns when the run is finished or was asked to stop; `status.json` says which. An AdaptNetError is left in
-    `error.json` for the driver and raised. Collective.
+    `error.json` for the driver and raised, memory that is spent as a ConfigError: another try would spend it again.
+    Collective.
     """
     run_dir = Path(order.run_dir)
     try:
         with ExitStack() as stack:
             Run(order, run_dir, stack).go()
     except AdaptNetError as error:
-        with suppress(OSError):  # the disk may be full: that is then the error that is raised
-            write_json(run_dir / f"error-{ranks.rank()}.json", {"kind": type(error).__name__, **_error_facts(error)})
+        _leave(error, run_dir)
         raise
+    except (MemoryError, RuntimeError) as error:
+        words = memory.words_if_spent(error)
+        if words is None:
+            raise
+        spent = _spent(run_config.from_mapping(order.recipe, "the driver's recipe"), words)
+        _leave(spent, run_dir)
+        raise spent from error
+
+
+def _leave(error: AdaptNetError, run_dir: Path) -> None:
+    with suppress(OSError):  # the disk may be full: that is then the error that is raised
+        write_json(run_dir / f"error-{ranks.rank()}.json", {"kind": type(error).__name__, **_error_facts(error)})
 
 
 def _error_facts(error: AdaptNetError) -> dict[str, Any]:
     names = ("step", "checkpoint")
     return {"message": str(error), **{name: getattr(error, name) for name in names if hasattr(error, name)}}
+
+
+def _spent(config: RunConfig, words: str) -> ConfigError:
+    world, trained, evaluated = ranks.world(), config.training.batch_size, config.evaluation.batch_size
+    rows = min(trained // world, config.compute.max_batch_per_worker or trained)
+    return ConfigError(
+        f"{socket.gethostname()}: memory is spent ({words}). A worker trains on {rows} images of "
+        f"{config.data.largest_side_px} px at once, of training.batch_size (={trained}), and evaluates "
+        f"{evaluated // world} of {config.data.side_for_eval} px, of evaluation.batch_size (={evaluated}). Make these "
+        f"smaller, or set compute.max_batch_per_worker below {rows}: a step then takes its images in parts. `adaptnet "
+        "plan` says what a recipe needs; the same command goes on from the newest checkpoint"
+    )
 
 
 @dataclass
@@ -169,7 +194,6 @@ class Run:
         config, training = self.config, self.config.training
         apart = optim.parameters_apart(current.optimizers)
         forward, remarks = step.wrap(current.net, training, self.device, apart)
-        largest_px = max([config.data.side_px, *(side for _, side in config.data.side_schedule)])
         return Task(
             family=self.family,
             config=config.family,
@@ -179,7 +203,7 @@ class Run:
             device=self.device,
             epochs_per_step=training.batch_size / len(self.splits.train),
             forward=forward,
-            remarks=(*remarks, *self.family.remarks(config.family, largest_px)),
+            remarks=(*remarks, *self.family.remarks(config.family, config.data.largest_side_px)),
             autocast=step.use_bf16(training.precision, self.device),
             channels_last=self.config.training.channels_last,
         )

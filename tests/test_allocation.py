@@ -112,6 +112,22 @@ with joined(Node(0, ("first", "second"), "127.0.0.2", sys.argv[1], Path(sys.argv
 """
 
 
+def test_rays_environment_is_without_the_batch_systems_bindings_and_other_clusters(tmp_path: Path) -> None:
+    node = Node(0, ("first",), "127.0.0.2", "7-0", tmp_path, cpus=1, gpus=0)
+    slow = {
+        "SLURM_CPU_BIND": "map",
+        "SBATCH_X": "1",
+        "OMP_NUM_THREADS": "1",
+        "PMIX_RANK": "0",
+        "SUBMITIT_EXECUTOR": "s",
+    }
+    other = {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_AUTH_TOKEN": "theirs"}
+    kept = {"HOME": "/home/me", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "first", "CUDA_VISIBLE_DEVICES": "0,1"}
+    found = allocation._environment({**slow, **other, **kept}, node)
+    assert not {*slow, *other} & set(found) and kept.items() <= found.items()
+    assert found["RAY_AUTH_TOKEN_PATH"] == str(node.token)
+
+
 def ours(key: str) -> list[psutil.Process]:
     sign = f"/tmp/adaptnet-{os.getuid()}-{key}-"
     return [each for each in psutil.process_iter(["cmdline"]) if sign in " ".join(each.info["cmdline"] or ())]

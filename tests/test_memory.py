@@ -1,12 +1,17 @@
-"""Freed memory is kept for the next step."""
+"""Freed memory is kept for the next step; memory that is spent is told."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from pipeline.data import toy
+from pipeline.training.memory import words_if_spent
 
 GIVEN_BACK = """
 import sys
@@ -32,3 +37,52 @@ def _given_back(mode: str) -> int:
     """MiB."""
     done = subprocess.run([sys.executable, "-c", GIVEN_BACK, mode], capture_output=True, text=True, check=True)
     return int(done.stdout)
+
+
+SPENT = """
+import resource, sys
+import psutil
+from jobs import cli
+from pipeline import launch, worker  # all that a training imports
+own = psutil.Process().memory_info().data
+resource.setrlimit(resource.RLIMIT_DATA, (own + (2 << 30), -1))
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone bounds a process' memory so")
+def test_memory_that_is_spent_is_told_with_what_took_it_and_how_to_take_less(tmp_path: Path) -> None:
+    """A process that may have 2 GiB more than it begins with, and a step that needs more."""
+    images = toy.make(tmp_path / "set", num_classes=4, train=320, val=80, side_px=32, seed=5)
+    own = [f"data.root={images}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "tracking.register=null"]
+    own += ["compute.workers=0", "training.batch_size=4096", "training.epochs=12.8", "evaluation.latency_repeats=0"]
+    words = ["train", "convnet_aig/toy", "--run-dir", str(tmp_path / "run"), *own]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    line = [sys.executable, "-c", SPENT, *words]
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("adaptnet: ")]
+    assert "memory is spent (" in said and "4096 images of 32 px at once, of training.batch_size (=4096)" in said
+    assert "compute.max_batch_per_worker below 4096" in said and "Traceback" not in done.stderr
+    line += ["compute.max_batch_per_worker=64"]
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and "finished" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+            "CUDA out of memory. Tried to allocate 2 GiB",
+        ),
+        (RuntimeError("x\n[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "[enforce fail] Def"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "cuDNN error"),
+        (MemoryError(), "Python had none left"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ValueError("out of memory"), None),
+    ],
+)
+def test_errors_about_memory_are_told_from_others(error: Exception, words: str | None) -> None:
+    found = words_if_spent(error)
+    assert found is None if words is None else found is not None and found.startswith(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import pytest
 from jobs import queue, site, slurm
 from jobs.cli import main
 from pipeline import provenance, run_config
+from pipeline.allocation import Member
 from pipeline.errors import ConfigError, ResourceError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -212,6 +215,34 @@ def test_a_job_in_a_process_here_trains_and_is_listed(
     assert "finished at step 2" in capsys.readouterr().out
     assert run("jobs", "logs", "there") == 2
     assert "no job of that id, run or folder; there are: " in capsys.readouterr().err
+
+
+def test_a_job_in_this_very_process_shows_what_it_does_and_is_listed(
+    finished: dict[str, Path], desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = finished["ranet"].parents[1] / "images5"
+    small = [f"data.root={images}", "name=very", "family.depth=8", "training.epochs=1", "tracking.register=null"]
+    words = ["submit", "train", "convnet_aig/toy", *small, "evaluation.latency_repeats=0", "compute.workers=0"]
+    assert run(*words, "--time", "20m", "--where", "debug") == 0
+    assert "finished at step 2" in capsys.readouterr().out
+    assert run("jobs", "list") == 0
+    assert re.search(r"very\s+DEBUG_\d+\s+COMPLETED", capsys.readouterr().out)
+    assert run("submit", "report", "runs/none", "--time", "20m", "--where", "debug") == 2
+    assert "runs/none: no such folder" in capsys.readouterr().out
+    assert queue.state_of(queue.everything()[0]).reason.startswith("it ran in the process that submitted it")
+
+
+@pytest.mark.parametrize(
+    ("given", "gib"),
+    [
+        ({"SLURM_MEM_PER_NODE": "2048"}, 2),
+        ({"SLURM_MEM_PER_CPU": "1024", "SLURM_CPUS_ON_NODE": "4"}, 4),
+        ({"SLURM_MEM_PER_NODE": "0", "SLURM_CPUS_ON_NODE": "4"}, None),
+        ({}, None),
+    ],
+)
+def test_a_nodes_memory_is_what_slurm_gives_the_job_there(given: dict[str, str], gib: int | None) -> None:
+    assert slurm._memory_bytes(given) == (gib << 30 if gib else None)
 
 
 def test_what_is_edited_after_submission_does_not_change_the_job(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,6 +451,46 @@ def test_warned_before_the_verb_listens_it_is_told_again(desk: Path, monkeypatch
         warned.over = True
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("saved", "code"), [(0, 2), (40, 0)])
+def test_a_verb_that_waits_for_a_head_that_is_gone_is_left(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: int, code: int
+) -> None:
+    """With another start where this one has saved something. Ray would end the process without a word."""
+
+    class Left(Exception): ...
+
+    def leave(status: int) -> None:
+        left.append(status)
+        raise Left
+
+    left: list[int] = []
+    asked: list[str] = []
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(slurm, "requeue", asked.append)
+    monkeypatch.setattr(slurm, "LOST_S", 1.0)
+    (desk / "config.yaml").write_text("recipe: {}\n")
+    (desk / f"checkpoints/step-{saved:08d}").mkdir(parents=True)
+    if saved:
+        (desk / f"checkpoints/step-{saved:08d}" / "COMPLETE.json").write_text("{}")
+    starts(desk, monkeypatch).begin(0, 100)
+    job, warned = slurm.Job("sweep", (), str(desk), str(desk), 1.0, 100), slurm.Warned.__new__(slurm.Warned)
+    warned.over = False
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        member = Member(None, f"127.0.0.1:{head.getsockname()[1]}", None)  # type: ignore[arg-type]
+
+        def look() -> None:
+            with contextlib.suppress(Left):
+                job._watch(member, warned)
+
+        watch = threading.Thread(target=look, daemon=True)
+        watch.start()
+        time.sleep(2.5)
+        assert watch.is_alive() and not left
+    watch.join(10)
+    assert left == [code] and asked == [f"Ray's head at {member.address} is gone"] * (code == 0)
+    assert ("before this start had saved a step" in capsys.readouterr().out) == (code == 2)
 
 
 def test_an_exit_code_is_a_verdict_and_a_lost_cluster_is_not(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

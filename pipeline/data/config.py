@@ -73,6 +73,11 @@ class DataConfig(Config):
         return due[-1] if due else self.side_px
 
     @property
+    def largest_side_px(self) -> int:
+        """Of all that is trained on."""
+        return max([self.side_px, *(side for _, side in self.side_schedule)])
+
+    @property
     def side_for_eval(self) -> int:
         return self.eval_side_px or self.side_px
 

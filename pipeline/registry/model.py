@@ -26,6 +26,7 @@ from pipeline.errors import CheckpointError, ResourceError, UndecodableError
 from pipeline.family import Family, FamilyConfig, Policy, Report
 from pipeline.training import checkpoint
 from pipeline.training.evaluate import choose, restored
+from pipeline.training.memory import keep_freed_memory
 
 FORMAT = 1
 WEIGHTS, RECIPE, CARD = "net.safetensors", "recipe.yaml", "card.json"
@@ -199,10 +200,14 @@ def predict(
 ) -> Answers:
     """Classifies encoded images (JPEG, PNG) with the evaluation's pixels under the policy called `policy`.
 
-    Raises UndecodableError naming the positions of images that cannot be decoded, ConfigError for an unknown policy.
+    On a CPU the process keeps the memory that it frees from then on, for the next batch: without, ARRN's cifar size
+    took 1.5 times as long at batch 64 on one thread. Raises UndecodableError naming the positions of images that cannot
+    be decoded, ConfigError for an unknown policy.
     """
     from pipeline.data import pixels
 
+    if model.device.type == "cpu":
+        keep_freed_memory()
     chosen = model.policies[0] if policy is None else choose(model.policies, [policy])[0]
     probabilities = np.zeros((len(encoded), len(model.classes)), np.float32)
     macs, undecodable = np.zeros(len(encoded)), dict[int, str]()

@@ -1,4 +1,4 @@
-"""The C library's allocator, set for a loop that allocates and frees the same tensors in every step."""
+"""Memory: freed tensors kept for the next step, and errors that say that there is none left."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ SETTINGS = {
 }
 IN_MAIN_THREAD = {M_MMAP_MAX: 0}  # no allocation has memory of its own, to be given back when it is freed
 IN_OTHERS = {M_MMAP_THRESHOLD: 32 << 20}  # none below so many bytes has; a thread's heap ends at 64 MiB
+
+SPENT = (  # of RuntimeErrors: torch on a GPU and on a CPU, its libraries, the C++ library beneath DALI
+    "out of memory",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+    "allocation failed",
+    "bad_alloc",
+)
+
+
+def words_if_spent(error: BaseException) -> str | None:
+    """What an exception says of memory that could not be had, one line; None where it is about something else."""
+    text = next((line for line in str(error).splitlines() if any(each in line for each in SPENT)), None)
+    if isinstance(error, MemoryError):
+        return text or "Python had none left"
+    return text.strip()[:300] if text is not None and isinstance(error, RuntimeError) else None
 
 
 def keep_freed_memory() -> bool:

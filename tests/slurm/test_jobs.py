@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_slurm import RealSlurm, until
+from real_slurm import RealSlurm, processes, real_slurm, until
 from safetensors.torch import load_file
 
 from pipeline.data import toy
@@ -219,10 +219,54 @@ def test_an_elastic_job_goes_on_with_the_nodes_that_are_left(desk: Desk) -> None
     finally:
         desk.cluster.testcluster("node-start", other.removeprefix("node"))
     assert len(desk.starts("elastic")) == 1, "the same start of the job"
-    events = [json.loads(line) for line in (desk.home / "runs/elastic/journal/rank0.jsonl").read_text().splitlines()]
-    assert [event["workers"] for event in events if event.get("event") == "started"] == [2, 1]
+    assert workers(desk, "elastic") == [2, 1]
     check_whole(desk, "elastic", 600)
     desk.until(lambda: set(desk.cluster.run("sinfo", "-h", "-o", "%T").split()) == {"idle"}, "elastic", 90)
+
+
+def workers(desk: Desk, name: str) -> list[int]:
+    """With how many each start of the run's workers began."""
+    path = desk.home / "runs" / name / "journal" / "rank0.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    return [event["workers"] for event in events if event.get("event") == "started"]
+
+
+def test_an_elastic_job_starts_on_the_node_that_is_free_and_grows_with_its_next_start(desk: Desk) -> None:
+    other = desk.cluster.sbatch("sleep 900", "--nodes", "1", "--exclusive")
+    desk.cluster.wait(other, "RUNNING")
+    job = desk.train("grows", "training.epochs=40", "checkpoint.every=20 steps", nodes="1-2")
+    desk.until(lambda: bool(desk.steps("grows")), "grows")
+    assert "Ray at" in desk.log("grows") and ": 1 of 1 nodes" in desk.log("grows")
+    desk.cluster.run("scancel", other)
+    desk.until(lambda: other not in desk.cluster.squeue(), "grows", 30)
+    desk.adaptnet("jobs", "requeue", job)
+    desk.until(lambda: desk.finished("grows"), "grows", 300)
+    assert ": 2 of 2 nodes" in desk.log("grows") and workers(desk, "grows") == [1, 2]
+    check_whole(desk, "grows", 400)
+
+
+def test_an_elastic_job_waits_for_its_fewest_nodes_before_it_starts_and_after_it_has_lost_one(desk: Desk) -> None:
+    """Two of at most three; this cluster has two."""
+    other = desk.cluster.sbatch("sleep 900", "--nodes", "1", "--exclusive")
+    desk.cluster.wait(other, "RUNNING")
+    job = desk.train("waits", "training.epochs=60", "checkpoint.every=20 steps", nodes="2-3")
+    desk.until(lambda: "the nodes it needs are busy" in desk.adaptnet("jobs", "show", "waits"), "waits", 60)
+    desk.cluster.run("scancel", other)
+    desk.until(lambda: len(desk.steps("waits")) > 1, "waits")
+    lost = next(node for node in desk.cluster.nodes if node != desk.cluster.show(job)["BatchHost"])
+    try:
+        assert desk.cluster.testcluster("node-kill", lost.removeprefix("node")).returncode == 0
+        desk.until(lambda: f"requeueing job {job}" in desk.log("waits"), "waits", 240)
+        desk.until(lambda: desk.cluster.squeue().get(job) == "PENDING", "waits", 60)
+        time.sleep(10)
+        assert desk.cluster.squeue()[job] == "PENDING" and len(desk.starts("waits")) == 1
+    finally:
+        desk.cluster.testcluster("node-start", lost.removeprefix("node"))
+    desk.until(lambda: desk.finished("waits"), "waits", 300)
+    first, second = desk.starts("waits")
+    assert first["to"] == second["from"] > 0 and workers(desk, "waits") == [2, 2]
+    check_whole(desk, "waits", 600)
+    desk.until(lambda: set(desk.cluster.run("sinfo", "-h", "-o", "%T").split()) == {"idle"}, "waits", 90)
 
 
 def test_a_sweep_in_an_allocation_is_requeued_and_goes_on(desk: Desk) -> None:
@@ -361,6 +405,101 @@ def test_a_folder_that_the_nodes_do_not_share_is_named(desk: Desk) -> None:
     desk.until(lambda: not desk.cluster.squeue(), "apart")
     shown = desk.adaptnet("jobs", "show", job)
     assert "FAILED" in shown and f"no log at {unshared}" in shown and "is that folder seen by the nodes?" in shown
+
+
+def test_a_folder_that_one_of_two_nodes_does_not_see_is_named_with_the_node(desk: Desk) -> None:
+    """As where a node has not mounted the file system: what lies there is another folder of that name."""
+    apart = desk.home / "runs" / "half"
+    apart.mkdir(parents=True)
+    slurmd = _slurmd(desk.cluster, desk.cluster.nodes[1])
+    inside = ["nsenter", "--target", str(slurmd), "--mount", "--pid"]
+    desk.cluster.run(*inside, "mount", "-t", "tmpfs", "none", apart)
+    try:
+        job = desk.train("half", "--site", str(_impatient(desk)))
+        desk.until(lambda: "adaptnet: " in desk.log("half"), "half")
+        desk.until(lambda: not desk.cluster.squeue(), "half", 30)
+    finally:
+        desk.cluster.run(*inside, "umount", "--lazy", apart)
+    desk.until(lambda: desk.cluster.sacct(job)[-1].startswith("FAILED"), "half", 30)
+    shown = desk.adaptnet("jobs", "show", job)
+    assert f"{desk.cluster.nodes[1]}: nothing was heard of these nodes in {apart}/slurm within 20 s" in shown
+    assert "on a file system that every node sees? Give a run folder that is, by --run-dir" in shown
+    assert not desk.steps("half") and "[started]" not in desk.log("half")
+
+
+def test_a_job_whose_memory_is_spent_says_so_and_frees_its_nodes(desk: Desk) -> None:
+    """By the kernel, as on a cluster that bounds it: the second node's processes may have 1.5 GB."""
+    group = Path("/sys/fs/cgroup/memory") / f"adaptnet-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(1500 << 20))
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here ({error})")
+    slurmd = _slurmd(desk.cluster, desk.cluster.nodes[1])
+    try:
+        (group / "cgroup.procs").write_text(str(slurmd))
+        own = ["training.batch_size=16384", "training.epochs=1000", "compute.max_failures=1"]
+        job = desk.train("large", *own)
+        desk.until(lambda: "adaptnet: " in desk.log("large"), "large")
+        desk.until(lambda: not desk.cluster.squeue(), "large", 30)
+    finally:
+        for process in (group / "cgroup.procs").read_text().split():
+            with contextlib.suppress(OSError):
+                (group.parent / "cgroup.procs").write_text(process)
+        group.rmdir()
+    desk.until(lambda: desk.cluster.sacct(job)[-1].startswith("FAILED"), "large", 30)
+    shown = desk.adaptnet("jobs", "show", job)
+    assert "FAILED: exit code 2" in shown, shown
+    assert "If it was killed because memory was short, make training.batch_size (=16384)" in shown, shown
+
+
+def test_a_sweep_whose_head_is_killed_is_requeued_where_it_has_saved_something(desk: Desk) -> None:
+    sweep = desk.home / "headless.yaml"
+    sweep.write_text("# Which seed?\nrecipe: convnet_aig/toy\nspace:\n  seed: {grid: [1, 2]}\n")
+    own = [f"data.root={desk.images}", "training.epochs=10", "checkpoint.every=10 steps", "compute.workers=1"]
+    own += ["scheduler.kind=none", "concurrency=1", *SMALL]
+    printed = desk.adaptnet("submit", "sweep", str(sweep), *own, "--nodes", "1", "--time", "30m")
+    job = re.findall(r"^job (\S+):", printed, re.MULTILINE)[0]
+    trials = desk.home / "runs" / "headless" / "trials"
+    desk.until(lambda: bool(list(trials.glob("*/checkpoints/*/COMPLETE.json"))), "headless")
+    (head,) = _pids("gcs_server", desk.home)
+    os.kill(head, 9)
+    desk.until(lambda: f"requeueing job {job}" in desk.log("headless"), "headless", 120)
+    desk.until(lambda: desk.finished("headless"), "headless", 300)
+    desk.until(lambda: "COMPLETED" in desk.adaptnet("jobs", "show", "headless"), "headless", 60)
+    first, second = desk.starts("headless")
+    assert 0 < first["to"] <= second["from"] and second["to"] == 200
+
+
+def test_without_munge_nothing_is_submitted_and_that_is_said_at_once(images: Path, tmp_path: Path) -> None:
+    """SLURM's own commands try for 49 s."""
+    with real_slurm("lo") as cluster:
+        desk = Desk(cluster, tmp_path, images)
+        (munged,) = [path for path in processes(f"{cluster.root}/") if (path / "comm").read_text() == "munged\n"]
+        job = desk.train("before", nodes="1")
+        desk.adaptnet("jobs", "cancel", job)
+        os.kill(int(munged.name), 9)
+        began = time.monotonic()
+        said = desk.attempt("submit", "train", "convnet_aig/toy", f"data.root={images}", "--time", "30m")
+        assert said.returncode == 2 and re.match(r"adaptnet: sbatch: munged does not run on this", said.stderr), said
+        assert "munge.sock: Connection refused), and SLURM takes no job without it. Start it (" in said.stderr
+        said = desk.attempt("jobs", "requeue", job)
+        assert said.returncode == 2 and said.stderr.startswith(f"adaptnet: scontrol requeue {job}: munged does not run")
+        assert "SLURM does not answer (munged does not run" in desk.adaptnet("jobs", "show", job)
+        assert time.monotonic() - began < 3 * 40, "each asks SLURM itself for 10 s"
+
+
+def _impatient(desk: Desk) -> Path:
+    """A profile as the test cluster's, whose nodes wait 20 s for one another."""
+    path = desk.home / "impatient.yaml"
+    path.write_text((ROOT / "infra/slurm/sites/testcluster.yaml").read_text() + "patience_s: 20\n")
+    return path
+
+
+def _slurmd(cluster: RealSlurm, node: str) -> int:
+    """SLURM's daemon on a node, as this machine numbers it."""
+    found = [path for path in processes(f"{cluster.root}/{node}") if (path / "comm").read_text() == "slurmd\n"]
+    return int(found[0].name)
 
 
 def test_a_job_after_another_waits_for_it_and_says_why(desk: Desk) -> None:
