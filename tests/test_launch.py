@@ -111,7 +111,13 @@ def command(images: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[by
     adaptnet = str(Path(sys.executable).parent / "adaptnet")
     words = [adaptnet, "train", "convnet_aig/toy", *settings(images), *overrides, "--run-dir", str(run_dir)]
     with open(run_dir.parent / f"{run_dir.name}.log", "wb") as log:
-        return subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            words,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where these tests run behind `&`
+        )
 
 
 def wait_for(

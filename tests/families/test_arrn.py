@@ -21,7 +21,7 @@ from pipeline.families.arrn.config import SIZES, ArrnConfig
 from pipeline.families.arrn.filters import Filter, Pair, matrix
 from pipeline.families.arrn.growing import adopt, cut
 from pipeline.families.arrn.inference import AtResolution, policies
-from pipeline.families.arrn.inner import ConvNorm
+from pipeline.families.arrn.inner import Border, ConvNorm
 from pipeline.families.arrn.model import Arrn, Residual, affine, build, scaled
 from pipeline.family import Prediction, cross_entropy
 
@@ -272,6 +272,24 @@ def test_normalising_each_image_inside_a_residual_breaks_it() -> None:
             module.norm = nn.GroupNorm(1, module.conv.out_channels).double()  # type: ignore[assignment]
     y = images(4, 16)
     assert apart(logits(net, lifted(net, y)), logits(net, y)) >= 1e-6
+
+
+@pytest.mark.parametrize(("kernel", "groups"), [(3, 1), (3, 6), (1, 1)])
+@pytest.mark.parametrize("border", ["replicate", "zeros"])
+def test_a_norm_that_is_folded_into_its_convolution_changes_nothing(kernel: int, groups: int, border: Border) -> None:
+    layer = ConvNorm(6, 12, kernel, border, groups).double()
+    layer(2 + torch.randn(8, 6, 9, 7).double(), 8)  # statistics other than 0 and 1
+    nn.init.uniform_(layer.norm.weight)
+    nn.init.uniform_(layer.norm.bias)
+    few, many = torch.randn(1, 6, 1, 1).double(), torch.randn(64, 6, 9, 7).double()
+    assert not layer._folds(many), "it trains"
+    layer.eval()
+    assert not layer._folds(many), "gradients are wanted"
+    with torch.no_grad():
+        assert layer._folds(many) and not layer._folds(few)
+        torch.testing.assert_close(layer(many, 64), layer.norm(layer.conv(many)), rtol=1e-12, atol=1e-12)
+        layer.norm.running_mean += 1  # as a later step of training does: nothing is kept from the call before
+        torch.testing.assert_close(layer(many, 64), layer.norm(layer.conv(many)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("training", [True, False])
