@@ -121,15 +121,15 @@ def cancel(job: Wanted, runs: Runs = RUNS) -> None:
     from pipeline.errors import ResourceError
 
     entry = queue.find(job, runs)
-    if entry["where"] == "local" and not (state := queue.state_of(entry)).lives:
+    if entry["where"] in ("local", "debug") and not (state := queue.state_of(entry)).lives:
         why = f" ({state.reason})" if state.reason else ""
         raise ResourceError(f"job {entry['id']} is {state.name.lower()}{why}; there is nothing to end here")
     if entry["where"] == "slurm":
         queue.tell("scancel", str(entry["id"]))
     elif entry["where"] == "ray":
         ray_jobs.stop(entry)
-    elif entry["where"] == "local":
-        os.kill(int(entry["id"]), signal.SIGTERM)
+    else:
+        os.kill(queue.process_of(entry), signal.SIGTERM)
     typer.echo(f"job {entry['id']} is asked to end; `adaptnet jobs resubmit {Path(entry['home']).name}` goes on")
 
 
@@ -176,6 +176,7 @@ def resubmit(job: Wanted, runs: Runs = RUNS) -> None:
         max_requeues=site.max_requeues,
         fewest_nodes=resources.nodes[0],
         uses_ray=entry["verb"] in ("train", "sweep"),
+        needs=slurm.Needs(*entry["needs"]) if entry.get("needs") else None,
     )
     submission = slurm.Submission(again, entry["name"], resources, site)
     on_ray = entry["where"] == "ray"

@@ -6,12 +6,13 @@ import os
 import re
 import socket
 import subprocess
-from functools import lru_cache
+import time
 from pathlib import Path
 
 CONFIGS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf", "/etc/slurm-llnl/slurm.conf")
 SOCKET = "/run/munge/munge.socket.2"  # where libmunge looks by default
 ANSWER_S = 10.0  # within which SLURM must answer where munged seems to be away
+STANDS_S = 30.0  # for which a verdict against munged stands: each costs those 10 s
 
 
 def absent() -> str:
@@ -32,14 +33,21 @@ def absent() -> str:
         return "" if _answers(path) else f"munged does not run on this machine ({path}: {error.strerror or error})"
 
 
-@lru_cache
+_silent: dict[str, float] = {}  # until when munged counts as away, by its socket
+
+
 def _answers(path: str) -> bool:
-    """Whether SLURM speaks to us all the same; asked once for each socket."""
-    try:
-        done = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, timeout=ANSWER_S)
-    except (OSError, subprocess.SubprocessError):
+    """Whether SLURM can be spoken to all the same; what else is wrong with it, it will say itself."""
+    if time.monotonic() < _silent.get(path, 0.0):
         return False
-    return done.returncode == 0
+    try:
+        done = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True, timeout=ANSWER_S)
+        answers = done.returncode == 0 or not re.search("munge|authentication", done.stderr, re.IGNORECASE)
+    except (OSError, subprocess.SubprocessError):
+        answers = False
+    if not answers:
+        _silent[path] = time.monotonic() + STANDS_S
+    return answers
 
 
 def _socket() -> str | None:

@@ -208,17 +208,22 @@ def _local(entry: Mapping[str, Any]) -> State:
         return State("UNKNOWN", f"it was started on {entry['host']}: ask there")
     if _runs(entry):
         return State("RUNNING")
-    if entry["run_dir"] and _finished(entry):
-        return State("COMPLETED")
-    if entry["where"] == "debug":
-        return State("UNKNOWN", "it ran in the process that submitted it, which said how it went")
+    if entry["where"] == "debug":  # it leaves no result
+        finished = entry["run_dir"] and _finished(entry)
+        why = "it ran in the process that submitted it, which said how it went"
+        return State("COMPLETED") if finished else State("UNKNOWN", why)
     return State("FAILED", "its process has ended without a result")
+
+
+def process_of(entry: Mapping[str, Any]) -> int:
+    """The number of the process that does a job of this machine."""
+    return int(entry.get("pid") or entry["id"])
 
 
 def _runs(entry: Mapping[str, Any]) -> bool:
     """Whether the process that was started lives; one that began later has only got its number."""
     try:
-        process = psutil.Process(int(entry["id"]))
+        process = psutil.Process(process_of(entry))
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= entry["submitted"] + CLOCKS_S
     except (ValueError, psutil.Error):
         return False

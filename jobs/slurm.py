@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jobs import munge
 from jobs.site import Site
@@ -33,6 +33,7 @@ from pipeline import allocation, cluster, provenance
 from pipeline.allocation import Member, Node
 from pipeline.errors import AdaptNetError, ConfigError, ResourceError
 from pipeline.provenance import write_whole
+from pipeline.training import memory
 
 Where = Literal["slurm", "local", "debug"]
 FOLDER, RECORD, STARTS = "slurm", "jobs.json", "starts.json"
@@ -45,7 +46,7 @@ PACKAGES = ("pipeline", "jobs", "tuning")
 REQUEUE = "requeue"  # begins the names of files by which a task asks the batch script for it
 # Of an elastic job: one task on each node that it got, in a step that outlives the loss of a node.
 ELASTIC = ("--ntasks-per-node=1", "--no-kill", "--wait=0", "--kill-on-bad-exit=0")
-LOST_S = 35.0  # after which a verb that waits for a lost head or node is left; it, or Ray, would soon end by itself
+LOST_LOOKS = 35  # in a row, one a second, that find head or nodes lost: then a verb is left that would end it soon
 ANSWER_S = 10.0  # within which SLURM says a job's state, while its time runs out
 
 
@@ -67,12 +68,20 @@ class Resources:
 # ---- what runs on the nodes
 
 
+class Needs(NamedTuple):
+    """The least that a run goes on with: so many workers, each of which takes so many CPUs and GPUs."""
+
+    workers: int
+    cpus: float
+    gpus: float
+
+
 @dataclass(frozen=True)
 class Job:
     """A verb of `adaptnet` and its arguments, to be run over a job's nodes; home is seen by all of them.
 
     run_dir is the folder of a training or a sweep, whose steps count as progress; None for a verb that is done again
-    from its start. saves_within_s is how long before its end SLURM warns. needs is what the least that can go on takes.
+    from its start. saves_within_s is how long before its end SLURM warns. needs is None for what runs without workers.
     """
 
     verb: str
@@ -84,7 +93,7 @@ class Job:
     fewest_nodes: int = 1
     uses_ray: bool = True
     saves_within_s: float = 90.0
-    needs: tuple[tuple[str, float], ...] = ()  # of the Ray cluster, e.g. (("CPU", 4.0), ("GPU", 2.0))
+    needs: Needs | None = None
 
     def __call__(self) -> str:
         """Runs this node's part. What it gives back is for people: "finished", or why it is not.
@@ -145,8 +154,9 @@ class Job:
         words = [*self.arguments, *([f"compute.address={member.address}"] if member else [])]
         lost: ResourceError | None = None
         finished = False
-        if member is not None:
-            threading.Thread(target=self._watch, args=(member, warned), name="head", daemon=True).start()
+        if member is not None and self.needs is not None:
+            for look in (head_is_there(member), room_is_there(self.needs)):  # one may wait for Ray
+                threading.Thread(target=self._watch, args=(look, warned), name="watch", daemon=True).start()
         try:
             self._await_lease(warned)
             if not warned.came and not warned.terminated:
@@ -171,29 +181,23 @@ class Job:
             self.put_back(str(lost))
         return "stopped"
 
-    def _watch(self, member: Member, warned: Warned) -> None:
+    def _watch(self, lost: Callable[[], str], warned: Warned) -> None:
         """Leaves a verb that waits for what does not come back, and has the job started anew.
 
         A call into Ray whose head is gone may not return before Ray, or a sweep's guard, ends this very process. And
         SLURM gives a job no node for one that it has lost: workers that have no room left would wait to its end.
         """
-        good = time.monotonic()
+        looks = 0
         while not warned.over:
-            lost = self._lost(member)
-            if not lost:
-                good = time.monotonic()
-            elif time.monotonic() - good >= LOST_S:
-                self.leave(lost, Starts.check_progress)
-                os._exit(2)
+            why = lost()
+            looks = looks + 1 if why else 0
+            if looks >= LOST_LOOKS:
+                try:
+                    self.leave(why, warned, needs_progress=True)
+                finally:
+                    if not warned.over:
+                        os._exit(2)
             time.sleep(INSIST_S)
-
-    def _lost(self, member: Member) -> str:
-        """What this start cannot go on without; empty where nothing is missing."""
-        if not member.head_listens():
-            return f"Ray's head at {member.address} is gone"
-        found = cluster.resources_now()
-        lacking = cluster.lacking(dict(self.needs), found) if found is not None else []
-        return f"nodes are lost: the run needs {'; '.join(lacking)}" if lacking else ""
 
     def put_back(self, why: str) -> None:
         """Requeues this job where another start is worth it, and ends this task without a result."""
@@ -201,13 +205,15 @@ class Job:
         requeue(why)
         raise SystemExit(0)
 
-    def leave(self, why: str, *checks: Callable[[Starts, str], None]) -> None:
+    def leave(self, why: str, warned: Warned, *, needs_progress: bool = False) -> None:
         """As `put_back`, from a thread of a process whose verb does not end; returns, saying why, if not requeued."""
         starts = Starts(Path(self.home))
         starts.end(self.steps())
+        if warned.over:  # it has ended meanwhile
+            return
         try:
-            for check in checks:
-                check(starts, why)
+            if needs_progress:
+                starts.check_progress(why)
             self.put_back(why)
         except AdaptNetError as error:
             print(f"adaptnet: {error}", flush=True)
@@ -281,7 +287,7 @@ class Warned:
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(INSIST_S)
         if not self.over:  # the verb does not listen
-            self._job.leave(f"not stopped {LATE_AFTER * self._job.saves_within_s:g} s after SLURM's warning")
+            self._job.leave(f"not stopped {LATE_AFTER * self._job.saves_within_s:g} s after SLURM's warning", self)
 
 
 @dataclass(frozen=True)
@@ -360,8 +366,31 @@ class Starts:
         write_whole(self._path, json.dumps(entries, indent=1))
 
 
+def head_is_there(member: Member) -> Callable[[], str]:
+    """Looks whether the head listens; what is lost, empty where nothing is."""
+    return lambda: "" if member.head_listens() else f"Ray's head at {member.address} is gone"
+
+
+def room_is_there(needs: Needs) -> Callable[[], str]:
+    """Looks whether the living nodes have room for the workers, once they have had it; what is lost, or empty."""
+    had = False
+
+    def lost() -> str:
+        nonlocal had
+        room = cluster.room({"CPU": needs.cpus, "GPU": needs.gpus})
+        had = had or (room is not None and room >= needs.workers)
+        if room is None or room >= needs.workers or not had:
+            return ""
+        return f"nodes are lost: those that are left have room for {room} of the {needs.workers} workers that it needs"
+
+    return lost
+
+
 def run_verb(verb: str, words: Sequence[str]) -> bool:
-    """Runs a verb in this process; whether it came to its end. Raises Ended where it gave up with an exit code."""
+    """Runs a verb in this process; whether it came to its end.
+
+    Raises Ended where it gave up with an exit code, or had no memory left.
+    """
     from jobs import cli
 
     try:
@@ -372,6 +401,11 @@ def run_verb(verb: str, words: Sequence[str]) -> bool:
         if left.code == cli.STOPPED:
             return False
         raise Ended(f"adaptnet {verb} ended with exit code {left.code}") from None
+    except (MemoryError, RuntimeError) as error:
+        spent = memory.words_if_spent(error)
+        if spent is None:
+            raise
+        raise Ended(f"adaptnet {verb}: memory is spent ({spent}). Take smaller batches") from error
     return True
 
 
@@ -600,6 +634,8 @@ def _entry(submission: Submission, job: Job, made: Any, where: Where) -> dict[st
         "site": submission.site.model_dump(mode="json"),
         "submitted": time.time(),
         "host": socket.gethostname(),
+        "pid": os.getpid() if where == "debug" else None,
+        "needs": job.needs,
         "script": submission.script() if where == "slurm" else None,
     }
 

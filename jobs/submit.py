@@ -16,7 +16,7 @@ from jobs.cli import data_home
 from pipeline.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
-    from jobs.slurm import Job, Resources, Submission
+    from jobs.slurm import Job, Needs, Resources, Submission
     from pipeline.run_config import ComputeConfig, RunConfig
     from tuning.config import Sweep
 
@@ -163,7 +163,7 @@ def _train(
             max_requeues=profile.max_requeues,
             fewest_nodes=resources.nodes[0],
             saves_within_s=float(profile.signal_delay_s),
-            needs=_needs(config.compute),
+            needs=_needs(config.compute, resources),
         )
         jobs.append(job)
         configs.append(config)
@@ -217,16 +217,21 @@ def _other(
         fewest_nodes=resources.nodes[0],
         uses_ray=verb == "sweep",
         saves_within_s=float(profile.signal_delay_s),
-        needs=_needs(sweep.base.compute) if sweep else (),
+        needs=_needs(sweep.base.compute, resources) if sweep else None,
     )
     return [job], []
 
 
-def _needs(compute: ComputeConfig) -> tuple[tuple[str, float], ...]:
-    """What the fewest workers that a run goes on with take of a Ray cluster."""
+def _needs(compute: ComputeConfig, resources: Resources) -> Needs | None:
+    """What the fewest workers that a run goes on with take of a Ray cluster over these nodes."""
+    from jobs.slurm import Needs
     from pipeline import cluster
 
-    return tuple(cluster.demand(compute, compute.fewest_workers, gpu=compute.device == "cuda").items())
+    if compute.fewest_workers == 0:
+        return None
+    gpu = compute.device == "cuda" or (compute.device == "auto" and resources.gpus_per_node > 0)
+    one = cluster.demand(compute, 1, gpu=gpu)
+    return Needs(compute.fewest_workers, one["CPU"], one.get("GPU", 0.0))
 
 
 def _sweep(asked: Mapping[str, Any]) -> Sweep:

@@ -42,11 +42,12 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # before a fork: 
 SCRATCH = Path("/tmp")  # sockets need a short path
 HELD = "held"  # a file in each folder there, locked for as long as its task lives
 # Runs `ray start` deaf to a job's warning, which by default would end Ray. Told to end, it ends Ray, and within 5 s all
-# that is left of its session: a `ray start` that was told while it started was seen to stay.
+# that is left of its process group: a `ray start` that was told while it started was seen to stay.
 SUPERVISED = """
 trap '' USR1 USR2
 ray=
 trap '
+    trap "" TERM
     [ -z "$ray" ] || kill "$ray" 2>/dev/null
     for half in 1 2 3 4 5 6 7 8 9 10; do
         sleep 0.5

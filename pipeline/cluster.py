@@ -144,28 +144,35 @@ def _check_resources(compute: ComputeConfig) -> None:
 
     needed = demand(compute, compute.fewest_workers, gpu=computes_on_gpu(compute))
     deadline = time.monotonic() + (compute.start_patience_s if compute.address else 0)
-    while missing := lacking(needed, ray.cluster_resources()):
+    while lacking := _lacking(needed, ray.cluster_resources()):
         if time.monotonic() >= deadline:
             raise ResourceError(
                 f"compute.workers (={compute.workers}) x cpus_per_worker (={compute.cpus_per_worker:g}) needs "
-                f"{'; '.join(missing)}. Ask for less or wait for more nodes (compute.start_patience_s)"
+                f"{'; '.join(lacking)}. Ask for less or wait for more nodes (compute.start_patience_s)"
             )
         time.sleep(1)
 
 
-def resources_now() -> dict[str, float] | None:
-    """What the cluster's living nodes have; None where this process is not connected to one, or loses it just now."""
+def room(each: Mapping[str, float]) -> int | None:
+    """How many workers that take `each`, e.g. {"CPU": 2.0, "GPU": 1.0}, the cluster's living nodes hold.
+
+    None where this process is not connected to a cluster, or loses it just now.
+    """
     import ray
 
     try:
-        found: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
     except Exception:  # Ray raises several kinds
         return None
-    return found or None
+    return sum(fitting(node, each) for node in nodes) if nodes else None
 
 
-def lacking(needed: dict[str, float], found: dict[str, float]) -> list[str]:
-    """In words: what is needed of a cluster and not there."""
+def fitting(node: Mapping[str, float], one: Mapping[str, float]) -> int:
+    """How many times a node that has `node` holds `one`."""
+    return min(int((node.get(name, 0) + 1e-6) // amount) for name, amount in one.items() if amount)
+
+
+def _lacking(needed: dict[str, float], found: dict[str, float]) -> list[str]:
     return [
         f"{amount:g} {name}s, the Ray cluster has {found.get(name, 0):g}"
         for name, amount in needed.items()

@@ -53,8 +53,8 @@ def work(order: Order) -> None:
     """Trains the run in `order.run_dir` from its newest complete checkpoint, or from nothing, and evaluates it.
 
     Returns when the run is finished or was asked to stop; `status.json` says which. An AdaptNetError is left in
-    `error.json` for the driver and raised, memory that is spent as a ConfigError: another try would spend it again.
-    Collective.
+    `error.json` for the driver and raised. Memory that is spent is one as well, a ResourceError where fewer workers
+    than the most share the batch, else a ConfigError: another try would spend it again. Collective.
     """
     run_dir = Path(order.run_dir)
     try:
@@ -82,10 +82,11 @@ def _error_facts(error: AdaptNetError) -> dict[str, Any]:
     return {"message": str(error), **{name: getattr(error, name) for name in names if hasattr(error, name)}}
 
 
-def _spent(config: RunConfig, words: str) -> ConfigError:
+def _spent(config: RunConfig, words: str) -> AdaptNetError:
+    kind = ResourceError if ranks.world() < config.compute.most_workers else ConfigError
     world, trained, evaluated = ranks.world(), config.training.batch_size, config.evaluation.batch_size
     rows = min(trained // world, config.compute.max_batch_per_worker or trained)
-    return ConfigError(
+    return kind(
         f"{socket.gethostname()}: memory is spent ({words}). A worker trains on {rows} images of "
         f"{config.data.largest_side_px} px at once, of training.batch_size (={trained}), and evaluates "
         f"{evaluated // world} of {config.data.side_for_eval} px, of evaluation.batch_size (={evaluated}). Make these "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -126,6 +127,41 @@ def test_rays_environment_is_without_the_batch_systems_bindings_and_other_cluste
     found = allocation._environment({**slow, **other, **kept}, node)
     assert not {*slow, *other} & set(found) and kept.items() <= found.items()
     assert found["RAY_AUTH_TOKEN_PATH"] == str(node.token)
+
+
+DEAF = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen(["sleep", "300.25"])  # as what Ray starts
+print("there", flush=True)
+time.sleep(300)
+"""
+
+
+def test_what_does_not_end_when_it_is_told_is_killed_with_all_that_it_started() -> None:
+    line = ["sh", "-c", allocation.SUPERVISED, "sh", sys.executable, "-c", DEAF]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout and process.stdout.readline() == "there\n"
+        group = [each for each in psutil.process_iter() if each.is_running() and _group(each) == process.pid]
+        assert len(group) == 3
+        process.terminate()
+        time.sleep(2)
+        assert process.poll() is None
+        process.terminate()  # a second time changes nothing
+        process.wait(20)
+    _, alive = psutil.wait_procs(group, timeout=10)
+    assert not alive
+
+
+def test_how_ray_ends_by_itself_is_known() -> None:
+    line = ["sh", "-c", allocation.SUPERVISED, "sh", "sh", "-c", "exit 7"]
+    assert subprocess.run(line, start_new_session=True).returncode == 7
+
+
+def _group(process: psutil.Process) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.getpgid(process.pid)
+    return None
 
 
 def ours(key: str) -> list[psutil.Process]:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import run_config, worker
 from pipeline.data import toy
+from pipeline.errors import ConfigError, ResourceError
 from pipeline.training.memory import words_if_spent
 
 GIVEN_BACK = """
@@ -67,6 +69,13 @@ def test_memory_that_is_spent_is_told_with_what_took_it_and_how_to_take_less(tmp
     line += ["compute.max_batch_per_worker=64"]
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and "finished" in done.stdout, done.stdout + done.stderr
+
+
+def test_with_fewer_workers_than_the_most_memory_may_be_enough_another_time() -> None:
+    """An elastic job that has lost nodes is then requeued; another is not."""
+    for workers, kind in (("1", ConfigError), ("[1,2]", ResourceError)):
+        found = run_config.load("convnet_aig/toy", [f"compute.workers={workers}"])
+        assert type(worker._spent(found, "bad_alloc")) is kind
 
 
 @pytest.mark.parametrize(

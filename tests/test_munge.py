@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,18 +14,17 @@ Conf = Callable[..., Path]
 
 
 @pytest.fixture
-def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Conf]:
+def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Conf:
     """Writes the slurm.conf that SLURM's commands would read; sinfo is not there, so SLURM does not answer."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
-    munge._answers.cache_clear()
+    monkeypatch.setattr(munge, "_silent", {})
 
     def write(*lines: str) -> Path:
         (tmp_path / "slurm.conf").write_text("\n".join(["ClusterName=c", *lines, ""]))
         return tmp_path
 
-    yield write
-    munge._answers.cache_clear()
+    return write
 
 
 def test_a_socket_that_is_not_there_or_that_nobody_listens_at_is_named(
@@ -59,8 +58,11 @@ def test_who_uses_no_munge_or_keeps_it_where_we_do_not_look_is_let_through(
     assert munge.absent() == ""
     conf("AuthInfo=socket=/nowhere/at.all")
     (folder / "bin").mkdir()
-    (folder / "bin" / "sinfo").write_text("#!/bin/sh\necho main\n")
-    (folder / "bin" / "sinfo").chmod(0o755)
-    assert munge.absent() == "", "SLURM answers"
+    for said in ("echo main", "echo Unable to contact slurm controller >&2; exit 1"):
+        (folder / "bin" / "sinfo").write_text(f"#!/bin/sh\n{said}\n")
+        (folder / "bin" / "sinfo").chmod(0o755)
+        assert munge.absent() == "", "SLURM answers, or says itself what is wrong"
+    (folder / "bin" / "sinfo").write_text("#!/bin/sh\necho Munge encode failed >&2; exit 1\n")
+    assert munge.absent().startswith("munged does not run on this machine (/nowhere/at.all")
     monkeypatch.setenv("SLURM_CONF", str(folder / "none.conf"))
     assert munge.absent() == "", "SLURM itself says that it has no configuration"

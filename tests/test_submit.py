@@ -13,13 +13,14 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
 
 from jobs import queue, site, slurm
 from jobs.cli import main
-from pipeline import provenance, run_config
+from pipeline import cluster, provenance, run_config
 from pipeline.allocation import Member
 from pipeline.errors import ConfigError, ResourceError
 
@@ -226,10 +227,14 @@ def test_a_job_in_this_very_process_shows_what_it_does_and_is_listed(
     assert run(*words, "--time", "20m", "--where", "debug") == 0
     assert "finished at step 2" in capsys.readouterr().out
     assert run("jobs", "list") == 0
-    assert re.search(r"very\s+DEBUG_\d+\s+COMPLETED", capsys.readouterr().out)
+    assert re.search(r"very\s+DEBUG_\d+\s+RUNNING", capsys.readouterr().out)
+    assert queue.state_of({**queue.find("very"), "pid": 1 << 30}).name == "COMPLETED"
     assert run("submit", "report", "runs/none", "--time", "20m", "--where", "debug") == 2
     assert "runs/none: no such folder" in capsys.readouterr().out
-    assert queue.state_of(queue.everything()[0]).reason.startswith("it ran in the process that submitted it")
+    (entry,) = [each for each in queue.everything() if each["verb"] == "report"]
+    assert entry["pid"] == os.getpid() and queue.state_of(entry).name == "RUNNING", "the tests' own process lives"
+    other = {**entry, "pid": 1 << 30}
+    assert queue.state_of(other).reason.startswith("it ran in the process that submitted it")
 
 
 @pytest.mark.parametrize(
@@ -463,13 +468,15 @@ def test_a_verb_that_waits_for_a_head_that_is_gone_is_left(
 
     def leave(status: int) -> None:
         left.append(status)
+        warned.over = True  # as the end of the process would
         raise Left
 
     left: list[int] = []
     asked: list[str] = []
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(slurm, "requeue", asked.append)
-    monkeypatch.setattr(slurm, "LOST_S", 1.0)
+    monkeypatch.setattr(slurm, "LOST_LOOKS", 2)
+    monkeypatch.setattr(slurm, "INSIST_S", 0.2)
     (desk / "config.yaml").write_text("recipe: {}\n")
     (desk / f"checkpoints/step-{saved:08d}").mkdir(parents=True)
     if saved:
@@ -482,15 +489,67 @@ def test_a_verb_that_waits_for_a_head_that_is_gone_is_left(
 
         def look() -> None:
             with contextlib.suppress(Left):
-                job._watch(member, warned)
+                job._watch(slurm.head_is_there(member), warned)
 
         watch = threading.Thread(target=look, daemon=True)
         watch.start()
-        time.sleep(2.5)
+        time.sleep(1)
         assert watch.is_alive() and not left
-    watch.join(10)
+    watch.join(60)
     assert left == [code] and asked == [f"Ray's head at {member.address} is gone"] * (code == 0)
     assert ("before this start had saved a step" in capsys.readouterr().out) == (code == 2)
+
+
+def test_nodes_are_lost_where_the_workers_have_had_room_and_have_it_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while the cluster comes up, and not where nobody is connected to it."""
+    rooms: list[int | None] = [None, 1, 2, None, 4, 1, 2]
+    monkeypatch.setattr(slurm.cluster, "room", lambda each: rooms.pop(0))
+    look = slurm.room_is_there(slurm.Needs(2, 1.5, 0.0))
+    told = [look() for _ in range(7)]
+    assert told[:5] == [""] * 5 and told[6] == ""
+    assert told[5] == "nodes are lost: those that are left have room for 1 of the 2 workers that it needs"
+
+
+def test_room_is_counted_by_node() -> None:
+    """Three nodes of 4 CPUs have 12 of them, and room for three workers of 2.5."""
+    assert sum(cluster.fitting({"CPU": 4.0}, {"CPU": 2.5, "GPU": 0.0}) for _ in range(3)) == 3
+    assert cluster.fitting({"CPU": 8.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 1.0}) == 2
+    assert cluster.room({"CPU": 1.0}) is None, "no cluster is connected"
+
+
+def test_what_a_run_needs_is_known_to_its_job_and_to_the_one_that_goes_on(
+    desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[slurm.Submission] = []
+
+    def submit(submission: slurm.Submission, where: str) -> list[str]:
+        made.append(submission)
+        paths = types.SimpleNamespace(stdout=desk / "none.log")
+        one = types.SimpleNamespace(job_id="7", paths=paths)
+        slurm.remember(Path(submission.job.home), slurm._entry(submission, submission.job, one, "debug"))
+        return ["7"]
+
+    monkeypatch.setattr(slurm, "submit", submit)
+    words = ["submit", "train", "convnet_aig/toy", f"data.root={desk}", "--time", "30m", "--nodes", "2-4"]
+    assert run(*words, "--gpus-per-node", "2", "--cpus-per-task", "6") == 0
+    monkeypatch.setattr(queue, "state_of", lambda entry: queue.State("FAILED"))
+    assert run("jobs", "resubmit", "convnet_aig-toy") == 0
+    assert [each.job.needs for each in made] == [slurm.Needs(4, 3.0, 1.0)] * 2
+    assert run("submit", "sweep", "toy", f"data.root={desk}", "--time", "30m", "--gpus-per-node", "2") == 0
+    assert made[2].job.needs == slurm.Needs(2, 1.0, 1.0), "the sweep's device is auto, and its nodes have GPUs"
+    assert run(*words[:4], "--time", "30m", "compute.workers=0", "name=here") == 0
+    assert made[3].job.needs is None
+
+
+def test_a_job_whose_verb_has_no_memory_left_ends_with_that_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs import cli
+
+    def spend(args: object, prog_name: str) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(cli, "app", spend)
+    with pytest.raises(slurm.Ended, match=r"adaptnet evaluate: memory is spent \(CUDA out of memory. Tried"):
+        slurm.run_verb("evaluate", [])
 
 
 def test_an_exit_code_is_a_verdict_and_a_lost_cluster_is_not(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

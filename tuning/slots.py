@@ -20,7 +20,7 @@ def slots(compute: ComputeConfig) -> int:
     Raises ResourceError where not one does.
     """
     one, nodes = _of_worker(compute), _nodes()
-    fewest, workers = max(1, compute.fewest_workers), sum(_fitting(node, one) for node in nodes)
+    fewest, workers = max(1, compute.fewest_workers), sum(cluster.fitting(node, one) for node in nodes)
     if workers < fewest:
         needs = ", ".join(f"{amount:g} {name}s" for name, amount in one.items())
         offers = "; ".join(
@@ -46,7 +46,7 @@ def free(compute: ComputeConfig, running: int) -> int:
     """
     import ray
 
-    held = _trials(compute, sum(_fitting(node, _of_worker(compute)) for node in _nodes()))
+    held = _trials(compute, sum(cluster.fitting(node, _of_worker(compute)) for node in _nodes()))
     each = cluster.demand(compute, max(1, compute.fewest_workers), gpu=cluster.computes_on_gpu(compute))
     whole, now = ray.cluster_resources(), ray.available_resources()
     found = []
@@ -89,7 +89,3 @@ def _nodes() -> list[Mapping[str, float]]:
 
 def _of_worker(compute: ComputeConfig) -> dict[str, float]:
     return cluster.demand(compute, 1, gpu=cluster.computes_on_gpu(compute))
-
-
-def _fitting(node: Mapping[str, float], one: Mapping[str, float]) -> int:
-    return min(int((node.get(name, 0) + 1e-6) // amount) for name, amount in one.items())

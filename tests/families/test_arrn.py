@@ -287,6 +287,9 @@ def test_a_norm_that_is_folded_into_its_convolution_changes_nothing(kernel: int,
     assert not layer._folds(many), "gradients are wanted"
     with torch.no_grad():
         assert layer._folds(many) and not layer._folds(few)
+        hook = layer.conv.register_forward_hook(lambda *given: None)
+        assert not layer._folds(many), "somebody looks at the convolution"
+        hook.remove()
         torch.testing.assert_close(layer(many, 64), layer.norm(layer.conv(many)), rtol=1e-12, atol=1e-12)
         layer.norm.running_mean += 1  # as a later step of training does: nothing is kept from the call before
         torch.testing.assert_close(layer(many, 64), layer.norm(layer.conv(many)), rtol=1e-12, atol=1e-12)

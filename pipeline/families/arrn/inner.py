@@ -46,10 +46,10 @@ class ConvNorm(nn.Module):
         return torch.cat([bn(x[:counted]), rest]) if counted else rest
 
     def _folds(self, x: Tensor) -> bool:
-        """An exported graph is for any number of images, so it keeps both layers."""
+        """An exported graph is for any number of images, so it keeps both layers; who hooks them finds them as well."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if not isinstance(self.norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        if self.conv._forward_hooks or not isinstance(self.norm, nn.BatchNorm2d | nn.SyncBatchNorm):
             return False
         values = len(x) * self.conv.out_channels * x.shape[-2] * x.shape[-1]
         return values >= self.conv.weight.numel()
