@@ -123,12 +123,16 @@ def _native(files: list[tuple[str, int]], threads: int) -> Iterator[Iterator[Ten
 @contextmanager
 def _torchvision(files: list[tuple[str, int]], threads: int) -> Iterator[Iterator[Tensor]]:
     from torch.utils.data import DataLoader, RandomSampler
+    from torch.utils.data._utils import signal_handling
 
     dataset = Photographs(files)
     endless = RandomSampler(dataset, replacement=True, num_samples=1 << 40)
     made = DataLoader(dataset, BATCH, sampler=endless, num_workers=threads, multiprocessing_context="spawn")
     batches = iter(made)
     yield (images for images, _ in batches)
+    # how a worker ends changes nothing that was measured; one in many aborts while Python ends, which would be raised
+    signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]
+    batches._worker_pids_set = False  # type: ignore[attr-defined]
     batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
