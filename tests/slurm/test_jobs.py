@@ -283,11 +283,11 @@ def test_a_sweep_in_an_allocation_is_requeued_and_goes_on(desk: Desk) -> None:
     desk.cluster.run("scancel", "--signal", "USR2", job)
     desk.until(lambda: len(desk.starts("two")) == 2, "two", 120)
     desk.until(lambda: desk.finished("two"), "two", 300)
+    desk.until(lambda: "COMPLETED" in desk.adaptnet("jobs", "show", "two"), "two", 60)
     first, second = desk.starts("two")
     assert 0 < first["to"] == second["from"] and second["to"] == 120
     steps = {path.parent.name for path in trials.glob("*/checkpoints/step-00000060/COMPLETE.json")}
     assert steps == {"step-00000060"} and len(list(trials.iterdir())) == 2
-    desk.until(lambda: "COMPLETED" in desk.adaptnet("jobs", "show", "two"), "two", 60)
 
 
 def test_what_the_readme_says_to_try_works_from_a_fresh_clone(tmp_path: Path) -> None:
