@@ -18,7 +18,7 @@ from typer.main import get_command
 from pipeline.errors import AdaptNetError, ConfigError
 from pipeline.training import memory
 
-VERBS = {  # each is the module jobs.<verb>, imported when it is asked for
+VERBS = {  # each is the module jobs.verbs.<verb>, imported when it is asked for
     "train": "Train a recipe, or go on with the run in its folder.",
     "evaluate": "Accuracy, MACs and latency of a trained net under each of its policies.",
     "export": "A static policy of a trained net as a .pt2 or ONNX file.",
@@ -57,7 +57,7 @@ class Verbs(TyperGroup):
         return list(VERBS)
 
     def get_command(self, ctx: Any, name: str) -> Any:
-        return _as_typed(get_command(importlib.import_module(f"jobs.{name}").app)) if name in VERBS else None
+        return _as_typed(get_command(importlib.import_module(f"jobs.verbs.{name}").app)) if name in VERBS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in VERBS and not args[0].startswith("-"):

@@ -56,8 +56,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """
     from mlflow_here import database
 
-    from pipeline import launch, run_config
+    from pipeline import run_config
     from pipeline.data import toy
+    from pipeline.execution import launch
 
     home = tmp_path_factory.mktemp("finished")
     (home / "runs").mkdir()

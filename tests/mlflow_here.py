@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config as configs
-from pipeline.journal import Journal
+from pipeline.runs.journal import Journal
 from pipeline.tracking import connect
 
 CONTEXT = multiprocessing.get_context("forkserver")  # its children start with the slow imports done

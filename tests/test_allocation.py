@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import allocation
-from pipeline.allocation import Node
 from pipeline.errors import ResourceError
+from pipeline.execution import allocation
+from pipeline.execution.allocation import Node
 
 
 def node(folder: Path, rank: int, ip: str, key: str = "7-0", patience_s: float = 60.0) -> Node:
@@ -66,7 +66,7 @@ def test_nodes_that_are_missing_are_named_and_why(tmp_path: Path) -> None:
 HOLDS_A_FOLDER = """
 import sys, time
 from pathlib import Path
-from pipeline import allocation
+from pipeline.execution import allocation
 allocation.SCRATCH = Path(sys.argv[1])
 with allocation._scratch(allocation.Node(0, ("first",), "127.0.0.2", sys.argv[2], Path("."), cpus=1, gpus=0)):
     print("held", flush=True)
@@ -106,7 +106,7 @@ def test_what_a_killed_task_left_on_the_node_is_removed_and_what_a_living_one_ho
 HOLD = """
 import json, sys, time
 from pathlib import Path
-from pipeline.allocation import Node, joined
+from pipeline.execution.allocation import Node, joined
 with joined(Node(0, ("first", "second"), "127.0.0.2", sys.argv[1], Path(sys.argv[2]), cpus=1, gpus=0)) as member:
     print(member.address, flush=True)
     time.sleep(300)

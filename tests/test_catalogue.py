@@ -22,7 +22,7 @@ from mlflow_here import database, server
 from jobs.cli import main
 from pipeline import registry
 from pipeline.errors import ConfigError, ResourceError
-from pipeline.frontier import parse_budget
+from pipeline.evaluation.frontier import parse_budget
 from pipeline.registry import finding, kept, reading
 from pipeline.tracking import connect
 from pipeline.tracking.address import reason_of

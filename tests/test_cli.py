@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs import cli, tables, train
+from jobs import cli, tables
+from jobs.verbs import train
 from pipeline.data.toy import make
 from pipeline.family import Report
-from pipeline.journal import Journal
+from pipeline.runs.journal import Journal
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import allocation
-from pipeline.allocation import Node
-from pipeline.cluster import cluster, demand
 from pipeline.errors import ResourceError
+from pipeline.execution import allocation
+from pipeline.execution.allocation import Node
+from pipeline.execution.cluster import cluster, demand
 from pipeline.run_config import ComputeConfig
 
 
@@ -54,7 +54,7 @@ import os
 import signal
 import sys
 import ray
-from pipeline.cluster import cluster
+from pipeline.execution.cluster import cluster
 from pipeline.run_config import ComputeConfig
 
 @ray.remote

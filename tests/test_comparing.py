@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from pipeline import comparing, evaluations
+from pipeline.deploy import evaluations
 from pipeline.errors import ConfigError
+from pipeline.evaluation import comparing
 from pipeline.family import Evaluated, FamilyConfig, Report
 
 IMAGES = 400

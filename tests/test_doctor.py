@@ -14,8 +14,8 @@ from threading import Thread
 import pytest
 from mlflow_here import database
 
-from jobs import doctor
 from jobs.cli import main
+from jobs.verbs import doctor
 
 Say = Callable[..., tuple[int, dict[str, dict[str, str]]]]
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import evaluations, predicting, registry
+from pipeline import registry
+from pipeline.deploy import evaluations, predicting
+from pipeline.deploy.predicting import Choice
 from pipeline.errors import ConfigError
-from pipeline.frontier import parse_budget
-from pipeline.predicting import Choice
+from pipeline.evaluation.frontier import parse_budget
 
 QUICK = ["evaluation.latency_repeats=0"]
 

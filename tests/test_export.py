@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from jobs.cli import main
 from pipeline import config as configs
-from pipeline import cost, export
+from pipeline import cost
 from pipeline.data.config import DataConfig
+from pipeline.deploy import export
+from pipeline.deploy.export import Input
 from pipeline.errors import ConfigError, ContractError
-from pipeline.export import Input
 from pipeline.families.convnet_aig.model import Aig
 from pipeline.family import Fitted, Report
 from pipeline.training import checkpoint

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError
+from pipeline.evaluation.frontier import best_within, dominated, macs_text, parse_budget
 from pipeline.family import Report
-from pipeline.frontier import best_within, dominated, macs_text, parse_budget
 
 
 def by_definition(costs: Sequence[float], accuracies: Sequence[float]) -> list[bool]:

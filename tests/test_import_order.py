@@ -14,10 +14,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 # A module imports what stands left of its own place.
-ORDER = """errors | config | ranks cost figures | data | family | blocks | families | training | frontier |
-robustness comparing | journal provenance | lease | tracking | registry | run_config |
-worker | ray_token | allocation cluster | launch | evaluations importing | report export predicting promoting | plan |
-bench | tuning | jobs"""
+ORDER = """errors | config | ranks cost figures | runs | data | family | blocks | families | training | tracking |
+run_config | evaluation | registry | execution | deploy | report | bench | tuning | jobs"""
 PLACE = {name: place for place, names in enumerate(ORDER.split("|")) for name in names.split()}
 FAMILY_MAY = {"errors", "config", "ranks", "cost", "figures", "family", "blocks"}
 FAMILY_MAY_OUTSIDE = {"torch", "torchvision", "numpy", "pydantic", *sys.stdlib_module_names}
@@ -26,17 +24,13 @@ DOORS = {  # what only these modules import; a benchmark also calls the peers th
     "mlflow": {"pipeline.tracking", "pipeline.registry", "pipeline.bench"},
     "torch.distributed": {"pipeline.ranks", "pipeline.bench"},
     "ray": {
-        "pipeline.worker",
-        "pipeline.ray_token",
-        "pipeline.allocation",
-        "pipeline.cluster",
-        "pipeline.launch",
+        "pipeline.execution",
         "pipeline.bench",
         "tuning",
-        "jobs.serve",
-        "jobs.ray_jobs",
+        "jobs.verbs.serve",
+        "jobs.ray.jobs",
     },
-    "submitit": {"jobs.slurm"},
+    "submitit": {"jobs.slurm.job"},
 }
 SOURCES = sorted(path for top in ("pipeline", "tuning", "jobs") for path in (ROOT / top).rglob("*.py"))
 

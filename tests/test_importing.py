@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import evaluations, importing, registry, run_config
+from pipeline import registry, run_config
 from pipeline.data.toy import make
+from pipeline.deploy import evaluations, importing
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.families.baseline import FAMILY as BASELINE
 from pipeline.family import find

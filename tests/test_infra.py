@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from jobs import ray_render
+from jobs.ray import render as ray_render
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "infra" / "docker" / "Dockerfile"

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import journal
 from pipeline.errors import ResourceError
-from pipeline.journal import Journal, SystemSampler, Tail, first_values, gpu_values, read, read_all
+from pipeline.runs import journal
+from pipeline.runs.journal import Journal, SystemSampler, Tail, first_values, gpu_values, read, read_all
 
 
 def metric(step: int, value: float, key: str = "a", fence: int = 0) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def test_a_reader_that_starts_at_any_line_misses_nothing_and_repeats_nothing(
 
 WRITER = """
 import itertools, pathlib, sys
-from pipeline.journal import Journal
+from pipeline.runs.journal import Journal
 writer = Journal(pathlib.Path(sys.argv[1]))
 for step in itertools.count(int(sys.argv[2])):
     writer.metrics(step, {"key%d" % key: step for key in range(40)})

@@ -17,12 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import evaluations, journal, launch, run_config
+from pipeline import run_config
 from pipeline.data import toy
+from pipeline.deploy import evaluations
 from pipeline.errors import CheckpointError, ConfigError, DataError, DivergedError, ResourceError
+from pipeline.execution import launch
+from pipeline.execution.worker import Order
 from pipeline.run_config import ComputeConfig, RunConfig
+from pipeline.runs import journal
 from pipeline.tracking import connect
-from pipeline.worker import Order
 
 pytestmark = pytest.mark.ray
 

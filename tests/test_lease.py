@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import lease
 from pipeline.errors import ResourceError
-from pipeline.lease import Lease
+from pipeline.runs import lease
+from pipeline.runs.lease import Lease
 
 
 def test_a_second_driver_is_refused_with_the_holder_named_and_later_gets_a_higher_fence(tmp_path: Path) -> None:
@@ -28,7 +28,8 @@ def test_a_second_driver_is_refused_with_the_holder_named_and_later_gets_a_highe
 
 
 def test_a_killed_driver_on_this_host_is_succeeded_at_once(tmp_path: Path) -> None:
-    code = f"import time, pathlib; from pipeline.lease import Lease; Lease(pathlib.Path({str(tmp_path)!r})).acquire(); "
+    code = "import time, pathlib; from pipeline.runs.lease import Lease; "
+    code += f"Lease(pathlib.Path({str(tmp_path)!r})).acquire(); "
     process = subprocess.Popen([sys.executable, "-c", code + "print('held', flush=True); time.sleep(60)"], stdout=-1)
     assert process.stdout is not None
     assert process.stdout.readline() == b"held\n"
@@ -71,6 +72,6 @@ def test_a_folder_that_takes_nothing_more_does_not_break_the_end(
         raise OSError(28, "No space left on device")
 
     mine = Lease(tmp_path).acquire()
-    monkeypatch.setattr(lease, "write_whole", full)
+    monkeypatch.setattr(lease, "write_text", full)
     mine.release()
     assert not lease.read(tmp_path / "lease.json")["released"]

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import run_config, worker
+from pipeline import run_config
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError
+from pipeline.execution import worker
 from pipeline.training.memory import words_if_spent
 
 GIVEN_BACK = """
@@ -45,7 +46,8 @@ SPENT = """
 import resource, sys
 import psutil
 from jobs import cli
-from pipeline import launch, worker  # all that a training imports
+from pipeline.execution import launch
+from pipeline.execution import worker
 own = psutil.Process().memory_info().data
 resource.setrlimit(resource.RLIMIT_DATA, (own + (2 << 30), -1))
 cli.main(sys.argv[1:])

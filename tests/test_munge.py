@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import munge
+from jobs.slurm import munge
 
 Conf = Callable[..., Path]
 

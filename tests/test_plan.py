@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from pipeline import plan as plans
 from pipeline import run_config
+from pipeline.bench import plan as plans
+from pipeline.bench.plan import Cost, Images, plan
 from pipeline.errors import ConfigError
-from pipeline.plan import Cost, Images, plan
 from pipeline.run_config import RunConfig
 
 COST = Cost(1_000_000, 12_000_000, 8_000_000, 500_000.0, images_per_s=100.0, decoded_per_s=50.0, metrics=15)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from pipeline import evaluations, predicting
 from pipeline.data.index import open_index
+from pipeline.deploy import evaluations, predicting
+from pipeline.deploy.predicting import Answer, Choice, Predictor, Unreadable
 from pipeline.errors import ConfigError
+from pipeline.evaluation.frontier import Budget, best_within, parse_budget
 from pipeline.family import Report
-from pipeline.frontier import Budget, best_within, parse_budget
-from pipeline.predicting import Answer, Choice, Predictor, Unreadable
 
 Patch = pytest.MonkeyPatch
 

@@ -18,8 +18,9 @@ from mlflow_here import CONTEXT, database, finish, run_folder
 from jobs.cli import main
 from pipeline import config as configs
 from pipeline import family as families
-from pipeline import promoting, registry
+from pipeline import registry
 from pipeline.data import toy
+from pipeline.deploy import promoting
 from pipeline.errors import CheckpointError, ConfigError, ResourceError
 from pipeline.family import Report
 from pipeline.registry import holders

@@ -21,9 +21,13 @@ import yaml
 from safetensors.torch import load_file
 from test_readme import parse
 
-from jobs import kuberay, ray_jobs, ray_launch, ray_render, ray_site
 from jobs.cli import main
-from jobs.ray_local import Local, gpus_here
+from jobs.ray import jobs as ray_jobs
+from jobs.ray import kuberay
+from jobs.ray import launch as ray_launch
+from jobs.ray import render as ray_render
+from jobs.ray import site as ray_site
+from jobs.ray.local import Local, gpus_here
 from pipeline import config as configs
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError

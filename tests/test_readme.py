@@ -118,8 +118,8 @@ def test_each_verb_shows_examples_that_parse(words: tuple[str, ...]) -> None:
     assert own[0] in command.get_help(context), "the example is not shown on a line of its own"
 
 
-def test_the_file_map_is_the_tree() -> None:
-    """Every entry exists and says what it is in at most six words; every module of pipeline/ and jobs/ has an entry."""
+def test_the_folder_map_is_the_tree() -> None:
+    """Every entry exists and says what it is in at most six words; every package of the tree has an entry."""
     (block,) = blocks("text")
     named, folders = set(), [ROOT]
     for line in block.splitlines():
@@ -130,14 +130,9 @@ def test_the_file_map_is_the_tree() -> None:
         assert len(words.split()) <= 6, f"{entry}: more than six words"
         folders[depth + 1 :] = [path]
         named.add(path)
-    modules = [path for top in ("pipeline", "jobs") for path in (ROOT / top).rglob("*.py") if path.stem != "__init__"]
-    missing = [path for path in modules if path not in named and path.parent not in _whole(named)]
+    packages = [path.parent for top in ("pipeline", "jobs", "tuning") for path in (ROOT / top).rglob("__init__.py")]
+    missing = [path for path in packages if path not in named]
     assert not missing, f"not in the README's map: {', '.join(str(path.relative_to(ROOT)) for path in missing)}"
-
-
-def _whole(named: set[Path]) -> set[Path]:
-    """Folders that stand in the map without their files: each family."""
-    return {path for path in named if path.is_dir() and path.parent == ROOT / "pipeline" / "families"}
 
 
 def test_each_command_of_infras_readme_parses_and_is_run_somewhere() -> None:

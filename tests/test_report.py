@@ -21,10 +21,11 @@ import torch
 from PIL import Image
 
 from jobs import cli
-from pipeline import evaluations, importing, run_config, tracking
 from pipeline import family as families
+from pipeline import run_config, tracking
 from pipeline.data.index import open_index
 from pipeline.data.toy import make
+from pipeline.deploy import evaluations, importing
 from pipeline.errors import ConfigError, ContractError, ResourceError
 from pipeline.families.baseline import FAMILY as BASELINE
 from pipeline.family import Evaluated

@@ -18,16 +18,17 @@ from test_family_contract import CASES, CLASSES, case, opened  # noqa: F401
 from torch import Tensor, nn
 
 from jobs.cli import main
-from pipeline import cost, evaluations, importing, run_config
+from pipeline import cost, run_config
 from pipeline import family as families
 from pipeline.data import toy
 from pipeline.data.config import DataConfig
+from pipeline.deploy import evaluations, importing
 from pipeline.errors import ConfigError
+from pipeline.evaluation.evaluate import Evaluator, evaluate
+from pipeline.evaluation.robustness import AtSide, Attack, Attacked, Sweep, compressed, sides, strength
 from pipeline.families.baseline.model import BaselineConfig
 from pipeline.family import Fitted
 from pipeline.report.resolutions import resolutions
-from pipeline.robustness import AtSide, Attack, Attacked, Sweep, compressed, sides, strength
-from pipeline.training.evaluate import Evaluator, evaluate
 
 SIDE_PX, EPS = 16, 4 / 255
 

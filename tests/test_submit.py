@@ -18,11 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from jobs import queue, site, slurm
 from jobs.cli import main
-from pipeline import cluster, provenance, run_config
-from pipeline.allocation import Member
+from jobs.slurm import job as slurm
+from jobs.slurm import queue, site
+from pipeline import run_config
 from pipeline.errors import ConfigError, ResourceError
+from pipeline.execution import cluster
+from pipeline.execution.allocation import Member
+from pipeline.runs import provenance
 
 GOLDEN = Path(__file__).parent / "golden"
 TRAIN = ["train", "baseline/imagenet_resnet50", "data.root=/data/imagenet"]

@@ -19,11 +19,13 @@ import pytest
 from mlflow_here import database
 
 from jobs import cli
-from pipeline import journal, launch, registry
+from pipeline import registry
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError
-from pipeline.launch import Result
+from pipeline.execution import launch
+from pipeline.execution.launch import Result
 from pipeline.run_config import ComputeConfig
+from pipeline.runs import journal
 from pipeline.tracking import connect
 from pipeline.tracking.carrier import Ledger
 from tuning import config, outcome, overhead, price, slots, space, sweep
@@ -760,7 +762,7 @@ class Overtaken(Said):
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.lease import Lease
+from pipeline.runs.lease import Lease
 held = Lease(Path(sys.argv[1])).acquire()
 Path(sys.argv[1], "held").touch()
 time.sleep(4)

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.live import Live
 
 from jobs import cli
-from jobs import sweep as verb
-from jobs.train import _stop_on_signals
+from jobs.verbs import sweep as verb
+from jobs.verbs.train import _stop_on_signals
 from tuning import config, sweep
 from tuning.outcome import Outcome
 from tuning.record import Trial

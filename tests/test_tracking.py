@@ -28,7 +28,7 @@ from mlflow_here import (
 
 from pipeline import config as configs
 from pipeline.errors import ConfigError, ResourceError
-from pipeline.journal import Journal
+from pipeline.runs.journal import Journal
 from pipeline.tracking import Shipper, TrackingConfig, address, carrier, connect, resolve_uri, shipper, sync
 
 NO_UPLOADS = {"upload_checkpoints": False}
@@ -147,7 +147,7 @@ def drive(run_dir: Path, recipe: dict[str, Any], attempt: int, last: int, ready:
 
 
 def _metrics(run_dir: Path) -> Iterator[Any]:
-    from pipeline.journal import read_all
+    from pipeline.runs.journal import read_all
 
     path = run_dir / "journal" / "rank0.jsonl"
     return (r for r in read_all(path) if "event" not in r) if path.exists() else iter(())

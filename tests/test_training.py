@@ -22,10 +22,10 @@ from pipeline.config import validate
 from pipeline.data.config import DataConfig
 from pipeline.data.dali import EvalBatch
 from pipeline.errors import ConfigError, ContractError, DivergedError
+from pipeline.evaluation.evaluate import Evaluator, _waited_s, evaluate
 from pipeline.family import Params, Prediction, find
 from pipeline.training import checkpoint, loop, optim, state
 from pipeline.training.config import ScheduleConfig
-from pipeline.training.evaluate import Evaluator, _waited_s, evaluate
 from pipeline.training.loop import train
 from pipeline.training.state import TrainState
 from pipeline.training.step import Meter, num_micros, smooth, train_step

@@ -12,12 +12,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from statistics import fmean
 
-from pipeline import journal, registry, worker
+from pipeline import registry
 from pipeline.errors import ConfigError
-from pipeline.frontier import dominated
-from pipeline.provenance import write_whole
+from pipeline.evaluation import from_weights
+from pipeline.evaluation.evaluate import load_reports
+from pipeline.evaluation.frontier import dominated
 from pipeline.run_config import RunConfig
-from pipeline.training.evaluate import load_reports
+from pipeline.runs import journal, records
+from pipeline.runs.files import write_json, write_text
 from tuning import price
 from tuning.config import Sweep, SweepConfig
 from tuning.record import Trial
@@ -72,8 +74,8 @@ def check_objectives(config: SweepConfig, policies: Sequence[str], num_classes: 
 
 def final_metrics(sweep: Sweep, folder: Path, config: RunConfig) -> dict[str, float]:
     """All metrics of a finished trial, from its reports: POLICY/metric, the first policy's and the mean as well."""
-    reports = load_reports(folder / "evaluations" / worker.FINAL)
-    metrics = {key.removeprefix("eval/"): value for key, value in worker.metrics_of(reports).items()}
+    reports = load_reports(folder / "evaluations" / from_weights.FINAL)
+    metrics = {key.removeprefix("eval/"): value for key, value in from_weights.metrics_of(reports).items()}
     for report in reports:
         metrics |= {f"{report.policy}/{fact}": float(sum(values)) for fact, values in report.facts.items()}
     metrics |= _of_first(metrics, reports[0].policy) if reports else {}
@@ -91,7 +93,7 @@ def _of_net(sweep: Sweep, folder: Path, config: RunConfig) -> dict[str, float]:
     """Parameters of the trained net; where the sweep asks for it memory, and the sides along it (side_px/NN)."""
     from pipeline.training import checkpoint
 
-    best = worker.read_status(folder).get("best")
+    best = records.read_status(folder).get("best")
     if not best:
         return {}
     where = checkpoint.open_storage(config.checkpoint, folder).fetch(best)
@@ -204,7 +206,7 @@ def conclude(sweep: Sweep, run_dir: Path, trials: Sequence[Trial], *, tracked: M
     ended = all(trial.state in ("finished", "stopped", "failed", "refused") for trial in trials)
     whole = ended and (config.search.kind != "optuna" or len(trials) >= config.search.samples)
     status = {"finished": whole, "trials": tally(trials), "best_trial": chosen.name if chosen else None}
-    worker.write_json(run_dir / "status.json", status)
+    write_json(run_dir / "status.json", status)
     uri = tracked["uri"]
     return Outcome(
         run_dir=run_dir,
@@ -222,20 +224,20 @@ def conclude(sweep: Sweep, run_dir: Path, trials: Sequence[Trial], *, tracked: M
 def _write_tables(run_dir: Path, config: SweepConfig, trials: Sequence[Trial], table: Sequence[Sequence[str]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(table)
-    write_whole(run_dir / "results.csv", text.getvalue())
+    write_text(run_dir / "results.csv", text.getvalue())
     entries = [
         {"trial": t.name, "values": t.draw.values, "state": t.state, "reason": t.reason, "step": t.step}
         | {"metrics": t.metrics, "judged": t.judged, "price": t.price}
         for t in trials
     ]
-    write_whole(run_dir / "results.json", json.dumps(entries, indent=1))
+    write_text(run_dir / "results.json", json.dumps(entries, indent=1))
     shown, chosen = brief(config, table), best(config, trials)
     lines = [" | ".join(cell.replace("|", "/") for cell in row) for row in shown]
     lines.insert(1, " | ".join("---" for _ in shown[0]))
     found = f"{tally(trials)}{f'; best: {chosen.name}' if chosen else ''}; plots/frontier.png"
     note = f"{config.question}\n\n{found}\n\n" + "\n".join(f"| {line} |" for line in lines)
     cut = note if len(note) <= NOTE_CHARS else note[: note[:NOTE_CHARS].rfind("\n")] + "\n\n(more in results.csv)"
-    write_whole(run_dir / "note.md", cut + "\n")
+    write_text(run_dir / "note.md", cut + "\n")
 
 
 # --- the registry

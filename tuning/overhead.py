@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from pipeline import cluster, launch, run_config
+from pipeline import run_config
 from pipeline.bench.rows import Row, interleave
 from pipeline.data import toy
 from pipeline.errors import ResourceError
+from pipeline.execution import cluster, launch
 from tuning import config, sweep
 
 TRIALS = 3

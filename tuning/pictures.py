@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import journal
+from pipeline.runs import journal
 from tuning.config import Sweep
 from tuning.outcome import frontier
 from tuning.record import Trial

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import journal
-from pipeline.journal import Journal
+from pipeline.runs import journal
+from pipeline.runs.journal import Journal
 from tuning.space import Draw
 
 State = Literal["planned", "running", "finished", "stopped", "failed", "refused"]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 
-from pipeline import cluster
 from pipeline.errors import ResourceError
+from pipeline.execution import cluster
 from pipeline.run_config import ComputeConfig
 
 

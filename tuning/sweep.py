@@ -23,15 +23,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline import cluster, journal, launch, lease, worker
 from pipeline import config as configs
 from pipeline.data.index import Splits, open_splits
 from pipeline.errors import AdaptNetError, ConfigError, ResourceError
-from pipeline.journal import FirstValues
-from pipeline.launch import Result
-from pipeline.lease import Lease
-from pipeline.provenance import write_whole
+from pipeline.execution import cluster, launch
+from pipeline.execution.launch import Result
 from pipeline.run_config import RunConfig
+from pipeline.runs import journal, lease, records
+from pipeline.runs.files import write_text
+from pipeline.runs.journal import FirstValues
+from pipeline.runs.lease import Lease
 from pipeline.tracking import Shipper
 from pipeline.training import checkpoint
 from tuning import outcome, price, slots
@@ -417,13 +418,13 @@ class Controller:
                     )
                 )
         mapping = {"sweep": configs.as_mapping(self.config), "recipe": configs.as_mapping(self.sweep.base)}
-        write_whole(path, configs.dump_yaml(mapping | {"fingerprint": identity}))
+        write_text(path, configs.dump_yaml(mapping | {"fingerprint": identity}))
 
     def _shipper(self) -> Shipper:
         """Of the sweep's own run, the parent of its trials'."""
         tracking = self.sweep.base.tracking.model_copy(update={"register": None, "upload_checkpoints": False})
         recipe = configs.as_mapping(self.sweep.base) | {"sweep": configs.as_mapping(self.config)}
-        write_whole(self.run_dir / "note.md", f"{self.config.question}\n")
+        write_text(self.run_dir / "note.md", f"{self.config.question}\n")
         return Shipper(self.run_dir, tracking, recipe, command=sys.argv, fence=self._fence)
 
     def _tracked(self) -> dict[str, str | None]:
@@ -510,7 +511,7 @@ class Runner:
         self.newest = 0  # and of all of them
         self.trained_s = 0.0  # over all starts
         self._path = folder / "journal" / f"rank0{journal.SUFFIX}"
-        self._attempts = worker.attempts(folder)  # before this start
+        self._attempts = records.attempts(folder)  # before this start
         self._offset, self._first = 0, FirstValues()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._go, name=f"trial-{trial.name}", daemon=True)

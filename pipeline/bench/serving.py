@@ -31,8 +31,8 @@ from pipeline import registry
 from pipeline.bench.rows import Row, compare, interleave, on_threads
 from pipeline.data import pixels
 from pipeline.errors import ConfigError, ResourceError
-from pipeline.provenance import without_secrets
 from pipeline.registry import LoadedModel
+from pipeline.runs.provenance import without_secrets
 
 CHECKOUT = Path(__file__).parents[2]
 RAY = CHECKOUT / "infra" / "ray" / "serve.yaml"

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import cluster, ranks
+from pipeline import ranks
 from pipeline.bench.rows import Row, compare, interleave
 from pipeline.config import Duration, as_mapping
 from pipeline.errors import ResourceError
+from pipeline.execution import cluster
 from pipeline.run_config import ComputeConfig, RunConfig
 from pipeline.training import state, step
 from pipeline.training.loop import Plan, device_of, train

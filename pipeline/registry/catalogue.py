@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.frontier import Budget, dominated
+from pipeline.evaluation.frontier import Budget, dominated
 from pipeline.registry import kept, reading
 from pipeline.registry.reading import Model, Row
 from pipeline.tracking.address import database_file, resolve_uri

@@ -14,10 +14,10 @@ from typing import Any
 
 from pipeline import config as configs
 from pipeline.errors import CheckpointError, ConfigError, ResourceError
-from pipeline.provenance import without_secrets
 from pipeline.registry import reading
 from pipeline.registry.catalogue import Version, address, lookup
 from pipeline.registry.model import CARD, describe
+from pipeline.runs.provenance import without_secrets
 from pipeline.tracking import connect, recipe_of
 from pipeline.tracking.address import failures, reason_of
 from pipeline.tracking.carrier import Ledger, status_of

@@ -16,9 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.provenance import without_secrets, write_whole
 from pipeline.registry import reading
 from pipeline.registry.reading import Model, Row
+from pipeline.runs.files import write_text
+from pipeline.runs.provenance import without_secrets
 
 FORMAT = 1
 FEW = 20  # models whose versions are asked for one by one; of more, the server is asked for everything at once
@@ -64,4 +65,4 @@ def _read(path: Path) -> dict[str, Any]:
 def _write(path: Path, models: Mapping[str, Any]) -> None:
     with suppress(OSError):  # a home that cannot be written: asked anew each time
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_whole(path, json.dumps({"format": FORMAT, "models": models}))
+        write_text(path, json.dumps({"format": FORMAT, "models": models}))

@@ -23,9 +23,9 @@ from pipeline import config as configs
 from pipeline import family as families
 from pipeline.data.config import DataConfig
 from pipeline.errors import CheckpointError, ResourceError, UndecodableError
+from pipeline.evaluation.evaluate import choose, restored
 from pipeline.family import Family, FamilyConfig, Policy, Report
 from pipeline.training import checkpoint
-from pipeline.training.evaluate import choose, restored
 from pipeline.training.memory import keep_freed_memory
 
 FORMAT = 1

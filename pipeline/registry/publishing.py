@@ -16,16 +16,16 @@ from typing import Any
 
 from pipeline import config as configs
 from pipeline.errors import ResourceError
+from pipeline.evaluation.evaluate import load_reports
 from pipeline.family import Report
-from pipeline.provenance import without_secrets
 from pipeline.registry.catalogue import Version
 from pipeline.registry.finding import asking, search, version_of
 from pipeline.registry.model import FIGURES, load_model, weights_of, write_model_folder
+from pipeline.runs.provenance import without_secrets
 from pipeline.tracking import Shipper, TrackingConfig, recipe_of, resolve_uri
 from pipeline.tracking.carrier import TAG_CHARS, Ledger, status_of
 from pipeline.training import checkpoint
 from pipeline.training.config import CheckpointConfig
-from pipeline.training.evaluate import load_reports
 
 FINAL = Path("evaluations") / "final"  # of a run's folder: the reports that go with the published net
 CANDIDATE = "candidate"

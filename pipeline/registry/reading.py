@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote, urlencode, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 from pipeline.errors import ResourceError
-from pipeline.provenance import without_secrets
+from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.address import database_file, reason_of, refusal
 
 REVISIONS = {"dc11669786a5"}  # of MLflow 3.17's tables

@@ -14,8 +14,8 @@ from PIL import Image
 
 from pipeline.data.encoded import EXTENSIONS, MAX_PIXELS
 from pipeline.errors import AdaptNetError, ConfigError, UndecodableError
+from pipeline.evaluation.frontier import best_within, parse_budget
 from pipeline.family import Report
-from pipeline.frontier import best_within, parse_budget
 from pipeline.registry.model import Answers, LoadedModel, predict
 
 MAX_ROWS = 1024  # images of a request

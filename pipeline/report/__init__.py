@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config as configs
-from pipeline import evaluations, tracking
 from pipeline import family as families
+from pipeline import tracking
 from pipeline.data.index import ImageIndex
+from pipeline.deploy import evaluations
+from pipeline.deploy.evaluations import Net
 from pipeline.errors import ConfigError, ContractError
-from pipeline.evaluations import Net
 from pipeline.family import Evaluated
 from pipeline.figures import Bars, Figure, Gallery, HeatMap, Lines, Table
 from pipeline.report import cells, draw, folder, general, resolutions

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, ResourceError
-from pipeline.provenance import write_whole
+from pipeline.runs.files import write_text
 
 PAGE, DATA, FIGURES = "index.html", "data.json", "figures"
 FORMAT = "adaptnet report 1"
@@ -57,12 +57,12 @@ def write(out: Path, data: Mapping[str, Any], contents: Mapping[str, str | bytes
     names = [DATA, *contents]
     whole = {"format": FORMAT, "files": sorted({*names, *before}), **data}  # until those are gone
     try:
-        write_whole(out / DATA, _json(whole))
+        write_text(out / DATA, _json(whole))
         for name, content in contents.items():
             _put(out / name, content)
         for name in set(before) - set(names):
             _take_away(out, name)
-        write_whole(out / DATA, _json({**whole, "files": sorted(names)}))
+        write_text(out / DATA, _json({**whole, "files": sorted(names)}))
     except OSError as error:
         raise _unwritable(out, error) from None
     return [out / name for name in sorted(names)]
@@ -74,7 +74,7 @@ def _json(data: Mapping[str, Any]) -> str:
 
 def _put(path: Path, content: str | bytes) -> None:
     if isinstance(content, str):
-        return write_whole(path, content)
+        return write_text(path, content)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         aside.write_bytes(content)

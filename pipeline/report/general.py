@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from pipeline.evaluation.frontier import dominated
 from pipeline.family import Evaluated, Report
 from pipeline.figures import Cell, Figure, HeatMap, Lines, Series, Table, marks
-from pipeline.frontier import dominated
 from pipeline.report.cells import NO, YES
 
 BASELINE = "baseline"  # the family of nets that always do the same

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, PlainSerializer
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.provenance import without_secrets
+from pipeline.runs.provenance import without_secrets
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 NETWORK_FILE_SYSTEMS = (

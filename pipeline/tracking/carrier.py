@@ -13,10 +13,11 @@ from typing import Any
 from urllib.parse import quote
 
 from pipeline import config as configs
-from pipeline import journal, provenance
 from pipeline.errors import ResourceError
-from pipeline.journal import FirstValues, Record
-from pipeline.provenance import without_secrets
+from pipeline.runs import journal, provenance
+from pipeline.runs.files import write_text
+from pipeline.runs.journal import FirstValues, Record
+from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.address import TrackingConfig, connect, database_file
 
 METRICS_PER_CALL = 1000  # MLflow's limits
@@ -75,7 +76,7 @@ class Ledger:
 
     def save(self) -> None:
         values = {key: value for key, value in vars(self).items() if key != "path"}
-        provenance.write_whole(self.path, json.dumps(values, indent=1))
+        write_text(self.path, json.dumps(values, indent=1))
 
 
 class Carrier:

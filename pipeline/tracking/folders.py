@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline import config as configs
 from pipeline.errors import ResourceError
-from pipeline.provenance import without_secrets
+from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.address import (
     TrackingConfig,
     connect,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config as configs
-from pipeline import journal, lease, provenance
 from pipeline.errors import ConfigError, ResourceError
-from pipeline.journal import Journal
-from pipeline.provenance import without_secrets
+from pipeline.runs import journal, lease, provenance
+from pipeline.runs.journal import Journal
+from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.address import TrackingConfig, failures, locked, reason_of, resolve_uri, unusable
 from pipeline.tracking.carrier import STATUS_EVENTS, Carrier, Ledger, status_of
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import journal
+from pipeline.runs import journal
 from pipeline.tracking.carrier import Ledger, status_of
 from pipeline.tracking.shipper import is_live, last_status
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.config import validate
 from pipeline.data.config import DataConfig
+from pipeline.evaluation.evaluate import Evaluator, calibrate, evaluate
 from pipeline.families.convnet_aig.model import Aig
 from pipeline.families.shape_adaptor.model import ShapeConfig, layout_of
 from pipeline.families.shape_adaptor.price import PriceList
@@ -38,7 +39,6 @@ from pipeline.figures import (
     numbered,
     over_training,
 )
-from pipeline.training.evaluate import Evaluator, calibrate, evaluate
 
 SIDE, IMAGES = 16, 120
 CLASSES = ("ant", "bee", "car", "dog", "empty")  # the last has no image

@@ -22,10 +22,11 @@ from mlflow_here import database, server
 from test_sweep import Said, ended, learned, records, table, wait_until
 
 from jobs.cli import INTERRUPTED
-from pipeline import cluster, journal
 from pipeline.data import toy
 from pipeline.errors import ResourceError
+from pipeline.execution import cluster
 from pipeline.run_config import ComputeConfig
+from pipeline.runs import journal
 from pipeline.tracking import connect
 from tuning import config, slots, sweep
 

@@ -24,8 +24,8 @@ from pipeline import config as configs
 from pipeline import registry
 from pipeline.data import toy
 from pipeline.errors import ResourceError
-from pipeline.journal import Journal
 from pipeline.registry import holders
+from pipeline.runs.journal import Journal
 from pipeline.tracking import Shipper, TrackingConfig, connect, shipper, sync
 
 OUTAGE_S = 60.0

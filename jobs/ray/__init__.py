@@ -1,0 +1,1 @@
+"""Ray clusters outside SLURM, and jobs on them."""

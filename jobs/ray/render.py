@@ -1,0 +1,342 @@
+"""A site's file into what brings its Ray cluster up: the YAML of Ray's cluster launcher, or KubeRay's manifests.
+
+Every text is checked before it is written: the launcher's against Ray's own schema, KubeRay's by `jobs.ray.kuberay`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs.ray import kuberay
+from jobs.ray.site import Aws, Gcp, Kubernetes, Launched, Machine, Machines, OnPremise, Pod, Site, Size
+from pipeline import config as configs
+from pipeline.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+CONSTRAINTS = ROOT / "constraints.txt"
+COPIED = ("pipeline", "jobs", "tuning", "infra", "pyproject.toml", "constraints.txt", "README.md")
+PORT = 6379  # of a head that has its machine, or pod, to itself
+DASHBOARD_PORT = 8265
+TOKEN = "~/.ray/auth_token"  # Ray's own place for it
+USER_ID = 1000  # of infra/docker's user
+ENVIRONMENT = {  # of every node, as pipeline.execution.allocation has it
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "PYTHONUNBUFFERED": "1",
+}
+RETRIES = 3  # of a RayJob: each starts a new cluster, in which the training goes on
+
+
+@cache
+def pins() -> dict[str, str]:
+    """The version of each package in constraints.txt."""
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def render(site: Site, job: Sequence[str] = ()) -> dict[str, str]:
+    """File names and their texts; with `job`, a verb of `adaptnet` and its arguments, a RayJob that runs it.
+
+    Raises ConfigError where the outcome is not what Ray or KubeRay takes.
+    """
+    if not isinstance(site, Kubernetes):
+        if job:
+            raise ConfigError(f"--job: a RayJob is for kind kubernetes, {site.name} is {site.kind}; `adaptnet submit`")
+        return {"cluster.yaml": _text(site, launcher(site))}
+    if job:
+        return {"rayjob.yaml": _text(site, ray_job(site, job))}
+    return {"raycluster.yaml": _text(site, ray_cluster(site))}
+
+
+def _text(site: Site, made: Mapping[str, Any]) -> str:
+    head = f"# {site.name}: written by `adaptnet cluster render`; change the site's file, not this one.\n"
+    return head + yaml.dump(json.loads(json.dumps(made)), Dumper=_Dumper, sort_keys=False, width=10**6)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text that another reader of YAML may take for a number, like 3e4, is quoted; nothing is wrapped."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if _is_number(text) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+# ---- Ray's cluster launcher
+
+
+def launcher(site: Launched) -> dict[str, Any]:
+    """What `ray up` takes."""
+    made = {
+        "cluster_name": site.name,
+        "auth": {"ssh_user": site.ssh.user, **({"ssh_private_key": site.ssh.key} if site.ssh.key else {})},
+        **_machines(site),
+        **({"docker": _docker(site)} if site.image else {}),
+        "file_mounts": {TOKEN: TOKEN, **({} if site.image or site.prefix else _copied())},
+        "rsync_exclude": ["__pycache__"],
+        "initialization_commands": [*site.setup, _shared(site)],
+        "setup_commands": [] if site.image else _installing(site),
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": ["ray stop", _start(site, head=True)],
+        "worker_start_ray_commands": ["ray stop", _start(site, head=False)],
+    }
+    _check_launcher(site, made)
+    return made
+
+
+def _machines(site: Launched) -> dict[str, Any]:
+    """The provider and its kinds of node."""
+    if isinstance(site, OnPremise):
+        provider = {"type": "local", "head_ip": site.head, "worker_ips": list(site.workers)}
+        return {"provider": provider, "max_workers": len(site.workers)}
+    groups = {"head": site.head, "workers": site.workers}
+    return {
+        "provider": _provider(site),
+        "max_workers": site.workers.max,
+        "idle_timeout_minutes": site.idle_minutes,
+        "head_node_type": "head",
+        "available_node_types": {name: _node_type(site, machine) for name, machine in groups.items()},
+    }
+
+
+def _provider(site: Aws | Gcp) -> dict[str, Any]:
+    if isinstance(site, Aws):
+        zones = {"availability_zone": ",".join(site.zones)} if site.zones else {}
+        return {"type": "aws", "region": site.region, **zones, "cache_stopped_nodes": False}
+    return {"type": "gcp", "region": site.region, "availability_zone": site.zone, "project_id": site.project}
+
+
+def _node_type(site: Aws | Gcp, machine: Machine) -> dict[str, Any]:
+    """Of the head's kind there are no more."""
+    fewest, most = (machine.min, machine.max) if isinstance(machine, Machines) else (0, 0)
+    config = _aws(site, machine) if isinstance(site, Aws) else _gcp(machine)
+    return {
+        "min_workers": fewest,
+        "max_workers": most,
+        "resources": _resources(machine),
+        "node_config": configs.merge(config, machine.extra),
+    }
+
+
+def _resources(size: Size) -> dict[str, int]:
+    memory = int(size.memory_gb * 1e9) if size.memory_gb else None
+    found = {"CPU": size.cpus, "GPU": size.gpus, "memory": memory}
+    return {name: amount for name, amount in found.items() if amount is not None}
+
+
+def _aws(site: Aws, machine: Machine) -> dict[str, Any]:
+    return {
+        "InstanceType": machine.type,
+        **({"ImageId": machine.image} if machine.image else {}),
+        **({"KeyName": Path(site.ssh.key).stem} if site.ssh.key else {}),
+        "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": machine.disk_gb}}],
+        **({"InstanceMarketOptions": {"MarketType": "spot"}} if machine.spot else {}),
+    }
+
+
+def _gcp(machine: Machine) -> dict[str, Any]:
+    """Machines with GPUs cannot be moved while they run, nor can those that may be taken away."""
+    disk = {"diskSizeGb": machine.disk_gb, **({"sourceImage": machine.image} if machine.image else {})}
+    scheduling: dict[str, Any] = {"onHostMaintenance": "TERMINATE"} if machine.gpus or machine.spot else {}
+    scheduling |= {"preemptible": True} if machine.spot else {}
+    return {
+        "machineType": machine.type,
+        "disks": [{"boot": True, "autoDelete": True, "type": "PERSISTENT", "initializeParams": disk}],
+        **({"scheduling": [scheduling]} if scheduling else {}),
+    }
+
+
+def _docker(site: Launched) -> dict[str, Any]:
+    """The image's entry is `adaptnet`; the launcher wants a shell."""
+    options = ["--entrypoint=", f"--volume={site.shared.path}:{site.shared.path}", "--ulimit=nofile=65536:65536"]
+    return {"image": site.image, "container_name": "adaptnet", "pull_before_run": False, "run_options": options}
+
+
+def _copied() -> dict[str, str]:
+    return {f"~/adaptnet/{name}": str(ROOT / name) for name in COPIED}
+
+
+def _shared(site: Launched) -> str:
+    """A line that ends well only where the shared folder is there."""
+    path, source = site.shared.path, site.shared.source
+    if source is None:
+        return f"test -d {path} || {{ echo 'adaptnet: {path} (shared.path) is not on this node' >&2; exit 1; }}"
+    mount = f"sudo mkdir -p {path} && sudo mount -t {shlex.quote(site.shared.type)} {shlex.quote(source)} {path}"
+    return f"mountpoint -q {path} || {{ {mount}; }}"
+
+
+def _installing(site: Launched) -> list[str]:
+    """`ray` and `adaptnet` on every node's PATH; Ray's launcher calls `ray` by that name."""
+    if site.prefix:
+        missing = f"adaptnet: no {site.prefix}/bin/ray (prefix) on this node"
+        return [f"test -x {site.prefix}/bin/ray || {{ echo '{missing}' >&2; exit 1; }}", _on_path(f"{site.prefix}/bin")]
+    extras = ",".join(["cluster", *([site.kind] if site.kind in ("aws", "gcp") else [])])
+    return [
+        f"EXTRAS={extras} PYTHON={shlex.quote(site.python)} ~/adaptnet/infra/venv.sh",
+        _on_path("$HOME/adaptnet/.venv/bin"),
+    ]
+
+
+def _on_path(folder: str) -> str:
+    line = f"export PATH={folder}:$PATH"
+    return f"grep -qxF '{line}' ~/.bashrc || echo '{line}' >> ~/.bashrc"
+
+
+def _start(site: Launched, *, head: bool) -> str:
+    """`ray start` in the environment that every node shares."""
+    given = {**ENVIRONMENT, **site.environment}
+    exports = " ".join(f"{key}={shlex.quote(value)}" for key, value in given.items())
+    words = ["ray", "start", "--disable-usage-stats"]
+    if head:
+        dashboard = str(site.dashboard).lower()
+        words += ["--head", f"--port={PORT}", "--autoscaling-config=~/ray_bootstrap_config.yaml"]
+        words += [f"--include-dashboard={dashboard}"]
+    else:
+        words += [f"--address=$RAY_HEAD_IP:{PORT}"]
+    if isinstance(site, OnPremise):
+        sizes = {"cpus": site.node.cpus, "gpus": site.node.gpus}
+        words += [f"--num-{name}={amount}" for name, amount in sizes.items() if amount is not None]
+        words += [f"--memory={int(site.node.memory_gb * 1e9)}"] if site.node.memory_gb else []
+    return f"ulimit -n 65536; export {exports}; {' '.join(words)}"
+
+
+def _check_launcher(site: Launched, made: Mapping[str, Any]) -> None:
+    """Raises ConfigError with what Ray's own schema says."""
+    from jsonschema import Draft7Validator
+
+    spec = find_spec("ray")
+    assert spec is not None and spec.submodule_search_locations
+    path = Path(spec.submodule_search_locations[0]) / "autoscaler" / "ray-schema.json"
+    faults = [
+        f"  {'.'.join(map(str, fault.absolute_path)) or '(the whole)'}: {fault.message}"
+        for fault in Draft7Validator(json.loads(path.read_text(encoding="utf-8"))).iter_errors(made)
+    ]
+    if faults:
+        raise ConfigError("\n".join([f"{site.name}: Ray's launcher does not take this:", *faults]))
+
+
+# ---- KubeRay
+
+
+def ray_cluster(site: Kubernetes) -> dict[str, Any]:
+    made = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayCluster",
+        "metadata": {"name": site.name, "namespace": site.namespace},
+        "spec": _spec(site, dashboard=site.dashboard),
+    }
+    return _checked(kuberay.RayCluster, made, site)
+
+
+def ray_job(site: Kubernetes, words: Sequence[str]) -> dict[str, Any]:
+    """A job with a cluster of its own, that ends with it. KubeRay hands it over by the dashboard, which is on."""
+    name, address = f"{site.name}-{words[0]}", []
+    if words[0] == "train":
+        address = ["compute.address=auto"]
+        if not any(word.startswith(f"{site.path}/") for word in words):
+            raise ConfigError(f"--job: the run must lie where every pod sees it: --run-dir {site.path}/runs/NAME")
+    made = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": name, "namespace": site.namespace},
+        "spec": {
+            "entrypoint": shlex.join(["adaptnet", *words, *address]),
+            "submissionMode": "K8sJobMode",
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 60,
+            "backoffLimit": RETRIES,
+            "rayClusterSpec": _spec(site, dashboard=True),
+        },
+    }
+    return _checked(kuberay.RayJob, made, site)
+
+
+def _checked(model: type[configs.Config], made: dict[str, Any], site: Kubernetes) -> dict[str, Any]:
+    configs.validate(model, made, f"{site.name}: KubeRay does not take this")
+    return made
+
+
+def _spec(site: Kubernetes, *, dashboard: bool) -> dict[str, Any]:
+    workers = site.workers
+    grows = workers.min < workers.max
+    idle = {"idleTimeoutSeconds": round(site.idle_minutes * 60), "version": "v2"}
+    head_words = {"num-cpus": "0", "include-dashboard": str(dashboard).lower()}  # no training on the head
+    return {
+        "rayVersion": pins()["ray"],
+        "authOptions": {"mode": "token"},
+        "enableInTreeAutoscaling": grows,
+        **({"autoscalerOptions": idle} if grows else {}),
+        "headGroupSpec": {"rayStartParams": head_words, "template": _template(site, site.head, dashboard)},
+        "workerGroupSpecs": [
+            {
+                "groupName": "workers",
+                "replicas": workers.min,
+                "minReplicas": workers.min,
+                "maxReplicas": workers.max,
+                "rayStartParams": {},
+                "template": _template(site, workers, None),
+            }
+        ],
+    }
+
+
+def _template(site: Kubernetes, pod: Pod, dashboard: bool | None) -> dict[str, Any]:
+    """A pod of the image's own user; dashboard None: a worker."""
+    asked = {"cpu": str(pod.cpus), "memory": f"{round(pod.memory_gb * 1024)}Mi"}
+    asked |= {"nvidia.com/gpu": str(pod.gpus)} if pod.gpus else {}
+    given = {key: value for key, value in {**ENVIRONMENT, **site.environment}.items() if key != "RAY_AUTH_MODE"}
+    container = {
+        "name": "ray",
+        "image": site.image,
+        "resources": {"limits": asked, "requests": asked},
+        "env": [{"name": key, "value": value} for key, value in given.items()],
+        **({} if dashboard is None else {"ports": _ports(dashboard)}),
+        **({"volumeMounts": [{"name": "shared", "mountPath": site.path}]} if site.claim else {}),
+        **_probes(is_head=dashboard is not None),
+    }
+    spec = {
+        "containers": [container],
+        "securityContext": {"runAsNonRoot": True, "runAsUser": USER_ID, "fsGroup": USER_ID},
+        **({"nodeSelector": dict(pod.node_selector)} if pod.node_selector else {}),
+        **({"imagePullSecrets": [{"name": site.pull_secret}]} if site.pull_secret else {}),
+    }
+    if site.claim:
+        spec["volumes"] = [{"name": "shared", "persistentVolumeClaim": {"claimName": site.claim}}]
+    return {"spec": spec}
+
+
+def _ports(dashboard: bool) -> list[dict[str, Any]]:
+    shown = [{"containerPort": DASHBOARD_PORT, "name": "dashboard"}] if dashboard else []
+    return [{"containerPort": PORT, "name": "gcs"}, *shown]
+
+
+def _probes(*, is_head: bool) -> dict[str, Any]:
+    """Of our own: KubeRay's ask the dashboard."""
+    way: dict[str, Any] = {"exec": {"command": ["sh", "-c", "pidof raylet"]}}
+    if is_head:
+        way = {"tcpSocket": {"port": PORT}}
+    patience = {"initialDelaySeconds": 10, "periodSeconds": 5, "timeoutSeconds": 5}
+    return {
+        "readinessProbe": {**way, **patience, "failureThreshold": 12},
+        "livenessProbe": {**way, **patience, "failureThreshold": 120},
+    }

@@ -1,0 +1,66 @@
+"""A site's profile: what every job on a SLURM cluster needs, said once in infra/slurm/sites/<name>.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline import config as configs
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+SITES = Path(__file__).parents[2] / "infra" / "slurm" / "sites"
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]  # it stands in the script as it is
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Container(Config):
+    """The image that a job's Python runs in, by Apptainer."""
+
+    image: Text  # .sif file, seen by every node
+    binds: tuple[Text, ...] = ()  # folders to be seen inside, as SRC or SRC:DST
+    python: Text = "python"  # inside
+    options: tuple[Text, ...] = ("--nv",)
+
+
+class Site(Config):
+    """Defaults of `adaptnet submit`; an option on the command line goes before them."""
+
+    partition: Text | None = None
+    account: Text | None = None
+    qos: Text | None = None
+    constraint: Text | None = None
+    time: Text = "24h"
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    cpus_per_task: Annotated[int, Field(ge=1)] = 1
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    modules: tuple[Text, ...] = ()  # for `module load`
+    setup: tuple[Text, ...] = ()  # shell lines, after the modules
+    environment: Mapping[Variable, str] = Field(default_factory=dict)
+    container: Container | None = None
+    scratch: Text | None = None  # a fast local folder of each node, given to jobs as TMPDIR
+    mail_user: Text | None = None
+    mail_type: Text = "END,FAIL"
+    exclude: Text | None = None
+    comment: Text | None = None
+    signal_delay_s: Annotated[int, Field(ge=10)] = 90  # before its end a job is told to save
+    patience_s: Annotated[float, Field(gt=0)] = 120.0  # for all nodes' Ray to be there
+    max_requeues: Annotated[int, Field(ge=0)] = 100
+    extra: Mapping[str, str] = Field(default_factory=dict)  # any other option of sbatch: {"licenses": "foo"}
+
+
+def load(name: str | None) -> Site:
+    """The profile called `name`, or at that path; a site without particulars where None.
+
+    Raises ConfigError listing the profiles there are, or naming each fault.
+    """
+    if name is None:
+        return Site()
+    path = Path(name) if name.endswith((".yaml", ".yml")) else SITES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(each.stem for each in SITES.glob("*.yaml"))) or "none"
+        raise ConfigError(f"--site (={name}): no such profile; known: {known}; or a path ending in .yaml")
+    return configs.validate(Site, configs.read_mapping(path), f"profile {path}")

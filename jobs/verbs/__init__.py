@@ -1,0 +1,1 @@
+"""The verbs of the command `adaptnet`, one module each."""

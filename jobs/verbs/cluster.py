@@ -1,0 +1,152 @@
+"""`adaptnet cluster`: Ray clusters outside SLURM, on this machine, on hosts, in a cloud or under Kubernetes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.ray import site as ray_site
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jobs.ray.local import Local
+
+HELP = """Brings up Ray clusters outside SLURM, tells how they are and takes them down. SITE is a file of
+infra/ray/sites, or a path ending in .yaml; without one, and with --local, the nodes are processes of this machine.
+
+Examples:
+
+  adaptnet cluster up --local 2 --cpus 2
+
+  adaptnet cluster status
+
+  adaptnet cluster down
+
+  adaptnet cluster render kubernetes
+"""
+
+app = typer.Typer(
+    help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
+)
+Option = typer.Option
+Site = Annotated[str | None, typer.Argument(help="file of infra/ray/sites, or a path ending in .yaml")]
+Folder = Annotated[Path, Option(help="where it is written down what was brought up")]
+Name = Annotated[str, Option(help="of a cluster of this machine")]
+CLUSTERS = Path("runs") / "clusters"
+
+
+@app.command(
+    help="Brings a cluster up and says how to train on it.\n\nExamples:\n\n  adaptnet cluster up --local 2\n\n"
+    "  adaptnet cluster up hosts"
+)
+def up(
+    site: Site = None,
+    local: Annotated[int | None, Option(help="so many nodes on this machine, as processes", metavar="N")] = None,
+    cpus: Annotated[int | None, Option(min=1, help="of each node of --local; default: an equal share")] = None,
+    gpus: Annotated[bool, Option(help="share this machine's GPUs out to the nodes of --local")] = False,
+    patience: Annotated[float, Option(min=1, help="seconds within which all nodes of --local must be there")] = 60.0,
+    name: Name = "local",
+    folder: Folder = CLUSTERS,
+) -> None:
+    if (site is None) == (local is None):
+        raise ConfigError("cluster up: give a SITE, or --local N")
+    if site is not None:
+        from jobs.ray import launch as ray_launch
+
+        typer.echo(ray_launch.up(ray_site.load(site), folder))
+        return
+    assert local is not None
+    from jobs.ray import local as ray_local
+
+    found = _local(folder, name)
+    shared = cpus or max(1, len(os.sched_getaffinity(0)) // max(1, local))
+    address = found.up(local, cpus=shared, gpus=ray_local.gpus_here(local) if gpus else [], patience_s=patience)
+    typer.echo(f"{local} nodes with {shared} CPUs each; to train on them, here:\n")
+    typer.echo(f"  export RAY_AUTH_TOKEN_PATH={found.token}")
+    typer.echo(f"  adaptnet train convnet_aig/toy compute.address={address}")
+
+
+@app.command(
+    help="Takes down what `up` brought up, and nothing else.\n\nExamples:\n\n  adaptnet cluster down\n\n"
+    "  adaptnet cluster down hosts"
+)
+def down(site: Site = None, name: Name = "local", folder: Folder = CLUSTERS) -> None:
+    if site is not None:
+        from jobs.ray import launch as ray_launch
+
+        typer.echo(ray_launch.down(ray_site.load(site), folder))
+        return
+    found = _local(folder, name)
+    ended = found.down()
+    typer.echo(f"{ended} nodes ended" if ended else f"{found.folder}: no cluster runs there")
+
+
+@app.command(
+    help="Which nodes a cluster has, what they give and what of it is free.\n\nExamples:\n\n"
+    "  adaptnet cluster status\n\n  adaptnet cluster status --address 10.0.0.1:6379\n\n  adaptnet cluster status hosts"
+)
+def status(
+    site: Site = None,
+    address: Annotated[str | None, Option(help="HOST:PORT of any running cluster that this machine is part of")] = None,
+    name: Name = "local",
+    folder: Folder = CLUSTERS,
+) -> None:
+    if site is not None:
+        from jobs.ray import launch as ray_launch
+
+        typer.echo(ray_launch.status(ray_site.load(site), folder))
+        return
+    if address is None:
+        found = _local(folder, name)
+        address = (found.read() or {}).get("address")
+        if address is None or not found.lives:
+            typer.echo(f"{found.folder}: no cluster runs there; `adaptnet cluster up --local N` starts one")
+            raise typer.Exit(1)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(found.token)
+    _show(address)
+
+
+def _show(address: str) -> None:
+    from jobs import tables
+    from pipeline.execution import cluster
+
+    rows = [["node", "state", "CPUs", "GPUs", "memory"]]
+    for node in cluster.members(address):
+        gib = node.resources.get("memory", 0) / 2**30
+        amounts = [f"{node.resources.get(kind, 0):g}" for kind in ("CPU", "GPU")]
+        rows.append([node.ip, "alive" if node.alive else "gone", *amounts, f"{gib:.1f} GiB"])
+    typer.echo(f"compute.address={address}\n")
+    typer.echo(tables.align(rows))
+
+
+@app.command(
+    help="Writes what `up` would hand to Ray's launcher or to kubectl; prints it without --out.\n\nExamples:\n\n"
+    "  adaptnet cluster render hosts\n\n  adaptnet cluster render kubernetes --out rendered\n\n"
+    "  adaptnet cluster render kubernetes --job 'train convnet_aig/toy --run-dir /shared/runs/toy'"
+)
+def render(
+    site: Annotated[str, typer.Argument(help="file of infra/ray/sites, or a path ending in .yaml")],
+    out: Annotated[Path | None, Option(help="a folder")] = None,
+    job: Annotated[str, Option(help="a verb and its arguments: a RayJob that runs it on a cluster of its own")] = "",
+) -> None:
+    import shlex
+
+    from jobs.ray import render as ray_render
+    from pipeline.runs.files import write_text
+
+    for filename, text in ray_render.render(ray_site.load(site), shlex.split(job)).items():
+        if out is None:
+            typer.echo(text, nl=False)
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(out / filename, text)
+            typer.echo(str(out / filename))
+
+
+def _local(folder: Path, name: str) -> Local:
+    from jobs.ray.local import Local
+
+    return Local(folder / name)

@@ -1,0 +1,77 @@
+"""`adaptnet compare`: a paired test of two trained nets on the same images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.evaluation.comparing import AtCost, Pair
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+
+EXAMPLES = """Is net A better than net B? McNemar's test on the images that both were evaluated on, and the difference
+at equal cost along both frontiers, each with a 95 % interval over images. Evaluations are those stored by training and
+by `adaptnet evaluate`. A and B are run folders, checkpoint folders or registry versions.
+
+Examples:
+
+  adaptnet compare runs/convnet_aig-toy models:/aig-toy@candidate
+
+  adaptnet compare models:/aig@champion models:/ranet@candidate --policy-b budget-0.5 --json
+"""
+
+
+@app.command(help=EXAMPLES)
+def compare(
+    a: Annotated[str, typer.Argument(help="run folder, checkpoint folder or models:/NAME@ALIAS")],
+    b: Annotated[str, typer.Argument(help="the net that A is compared with")],
+    policy_a: Annotated[str | None, typer.Option(help="policy of A; default: its first")] = None,
+    policy_b: Annotated[str | None, typer.Option(help="policy of B; default: its first")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
+    uri: Annotated[str | None, typer.Option(help="tracking server of models:/; default runs/mlflow.db")] = None,
+) -> None:
+    from pipeline.deploy import evaluations
+    from pipeline.evaluation import comparing
+
+    net_a, net_b = evaluations.together([evaluations.find(source, uri) for source in (a, b)])
+    pair = comparing.policies(net_a, net_b, policy_a, policy_b)
+    costs = comparing.at_equal_cost(net_a, net_b)
+    if as_json:
+        typer.echo(json.dumps({"policies": asdict(pair), "at_equal_cost": [asdict(each) for each in costs]}, indent=1))
+    else:
+        _print(pair, costs)
+
+
+def _print(pair: Pair, costs: Sequence[AtCost]) -> None:
+    from jobs import tables
+    from pipeline.evaluation.frontier import macs_text
+
+    for letter, side in (("A", pair.a), ("B", pair.b)):
+        typer.echo(f"{letter}  {side.name} {side.policy}: top-1 {100 * side.top1:.2f} %, {macs_text(side.macs)}")
+    typer.echo(f"{pair.num_images:,} images; A alone is right on {pair.only_a:,}, B alone on {pair.only_b:,}")
+    typer.echo(
+        f"A - B = {_points(pair.difference)} points, 95 % interval {_points(pair.low)} to {_points(pair.high)}; "
+        f"McNemar's p = {pair.p_value:.2g}: {_verdict(pair)}"
+    )
+    rows = [["at equal cost", "A %", "B %", "A - B", "95 % from", "to"]]
+    for each in costs:
+        accuracies = [f"{100 * each.top1_a:.2f}", f"{100 * each.top1_b:.2f}"]
+        difference = [_points(value) for value in (each.difference, each.low, each.high)]
+        rows.append([macs_text(each.macs), *accuracies, *difference])
+    typer.echo("\n" + tables.align(rows))
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f}"
+
+
+def _verdict(pair: Pair) -> str:
+    if pair.p_value >= 0.05:
+        return "these images do not tell them apart"
+    return f"{'A' if pair.difference > 0 else 'B'} is more accurate"

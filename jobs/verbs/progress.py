@@ -1,0 +1,131 @@
+"""What a run shows while it trains, read from its journal: a live bar on a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pipeline.runs.journal import Tail
+
+LINE_EVERY_S = 5.0
+POLL_S = 0.5
+QUIET = ("checkpoint", "driver-started", "driver-ended")  # events that say nothing to a person
+
+
+class View:
+    """Follows a run folder's journal in a thread and prints what is new."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._console = Console(stderr=False, soft_wrap=True)
+        self._values: dict[str, float] = {}
+        self._total = 0
+        self._printed = 0.0
+        self._bar: Progress | None = None
+
+    def start(self) -> None:
+        """Called once the driver holds the folder, so that only this driver's lines are shown."""
+        self._tail = Tail(self._run_dir / "journal", from_end=True)
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def index(self, what: str, done: int, total: int) -> None:
+        """Progress of the index: a line now and then."""
+        now = time.monotonic()
+        if total == 0 or done == total or now - self._printed > LINE_EVERY_S:
+            self._printed = now
+            self._console.print(what if total == 0 else f"{what}: {done:,} of {total:,}", highlight=False)
+
+    def _follow(self) -> None:
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+            )
+            with Progress(*columns, console=self._console) as self._bar:
+                self._loop()
+        else:
+            self._loop()
+
+    def _loop(self) -> None:
+        task = self._bar.add_task("training", total=None, facts="starting") if self._bar else None
+        ended = False
+        while not ended:
+            ended = self._ended.wait(POLL_S)
+            for record in self._tail.read():
+                self._take(record)
+            if self._bar is not None and task is not None:
+                done = self._values.get("step", 0)
+                self._bar.update(task, total=self._total or None, completed=done, facts=self._facts())
+            elif self._values and (ended or time.monotonic() - self._printed > LINE_EVERY_S):
+                self._line()
+
+    def _line(self) -> None:
+        if self._values.get("step") != getattr(self, "_shown", None):
+            self._shown = self._values.get("step")
+            self._printed = time.monotonic()
+            self._console.print(self._facts(), highlight=False)
+
+    def _take(self, record: Mapping[str, Any]) -> None:
+        if "event" in record:
+            self._total = record.get("total_steps", self._total)
+            if record["event"] not in QUIET:
+                self._console.print(_event_line(record), highlight=False, markup=False)
+        elif not record["key"].startswith("system/"):
+            self._values["step"] = max(self._values.get("step", 0), record["step"])
+            self._values[record["key"]] = record["value"]
+
+    def _facts(self) -> str:
+        """Loss, top-1, images/s, share of waiting for data, time to go."""
+        values = self._values
+        if "time/images_per_s" not in values:
+            return "starting"
+        parts = [f"step {values['step']:.0f}/{self._total}", f"epoch {values.get('train/epoch', 0):.2f}"]
+        parts += [f"loss {values['train/loss']:.4f}", f"top1 {values['train/top1']:.3f}"]
+        parts += [f"{values['time/images_per_s']:.0f} img/s", f"data wait {values['time/data_share']:.0%}"]
+        evaluated = [key for key in values if key.startswith("eval/") and key.endswith("/top1")]
+        parts += [f"val top1 {values[key]:.3f}" for key in evaluated[:1]]
+        return "  ".join([*parts, f"to go {self._to_go()}"])
+
+    def _to_go(self) -> str:
+        """From the time per step of the last log interval."""
+        if not self._total:
+            return "?"
+        per_step = self._values["time/interval_s"] / self._values["time/interval_steps"]
+        seconds = round((self._total - self._values["step"]) * per_step)
+        return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
+
+
+def _event_line(record: Mapping[str, Any]) -> str:
+    skip = ("event", "attempt", "fence", "time", "step")
+    facts = ", ".join(f"{key} {value}" for key, value in record.items() if key not in skip and value not in (None, []))
+    at = f" at step {record['step']}" if record.get("step") is not None else ""
+    return f"[{record['event']}]{at} {facts}".rstrip()
+
+
+@contextmanager
+def follow(run_dir: Path) -> Iterator[View]:
+    """Shows the run in `run_dir` until the end of the block."""
+    view = View(run_dir)
+    try:
+        yield view
+    finally:
+        view.stop()
+        sys.stdout.flush()

@@ -1,0 +1,123 @@
+"""Weights that were trained elsewhere become a run: evaluated, tracked and registered like any other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import config as configs
+from pipeline import family as families
+from pipeline import run_config
+from pipeline.data.index import Splits, open_splits
+from pipeline.errors import ConfigError
+from pipeline.evaluation import from_weights
+from pipeline.evaluation.from_weights import FINAL
+from pipeline.execution import launch
+from pipeline.execution.launch import Result
+from pipeline.family import Fitted
+from pipeline.run_config import RunConfig
+from pipeline.runs.files import write_json
+from pipeline.runs.journal import Journal
+from pipeline.runs.lease import Lease
+from pipeline.tracking import Shipper
+from pipeline.training import checkpoint, state
+from pipeline.training.checkpoint import Checkpointer
+from pipeline.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A run made of foreign weights; `kept` names what the net has and the file has not: initial values."""
+
+    result: Result
+    num_tensors: int
+    kept: Sequence[str]
+
+
+def import_weights(config: RunConfig, file: Path, run_dir: Path, *, classes: Sequence[str] | None = None) -> Imported:
+    """Makes a finished run of step 0 from foreign weights: the released code's, torchvision's or ours, by name.
+
+    It is evaluated on the recipe's val split, and registered where `tracking.register` names it. `classes`, the names
+    by label, stand in for data that are not here; then nothing is evaluated. Raises ConfigError where a tensor fits
+    nowhere or the folder holds a run, CheckpointError where the file cannot be read (it is loaded with weights_only).
+    """
+    config, new, run_dir = launch.absolute(config), not run_dir.exists(), launch.make_folder(run_dir)
+    if (run_dir / "config.yaml").exists():
+        raise ConfigError(f"{run_dir}: holds a run already; give another folder with --run-dir")
+    lease = Lease(run_dir).acquire()
+    try:
+        tensors = checkpoint.weights_at(file)
+        splits = None if classes else open_splits(config.data, config.seed)
+        names = splits.train.classes if splits else tuple(classes or ())
+        current, kept = _adopted(config, tensors, len(names))
+        fingerprint = run_config.fingerprint(config, splits.train.identity if splits else "none")
+        launch.write_config(run_dir, config, fingerprint, ())
+        recipe = configs.as_mapping(config)
+        with Shipper(run_dir, config.tracking, recipe, command=sys.argv, fence=lease.fence) as shipper:
+            digest = checkpoint.sha256(file) if file.is_file() else None
+            origin = {"file": file.name, "kept": list(kept), "sha256": digest}
+            meta = {
+                "step": 0,
+                "images_seen": 0,
+                "epoch": 0.0,
+                "metrics": {},
+                "best_key": "top1",
+                "fence": lease.fence,
+                "fingerprint": fingerprint,
+                "recipe": recipe,
+                "classes": list(names),
+                "imported": origin,
+            }
+            checkpoint.claim_storage(checkpoint.open_storage(config.checkpoint, run_dir), run_dir)
+            folder = _save(config, current, meta, run_dir)
+            with closing(Journal(run_dir / "journal", attempt=1, fence=lease.fence)) as journal:
+                journal.event("imported", step=0, **origin)
+                if splits is not None and len(splits.val):
+                    journal.metrics(0, _assessed(config, folder, splits, run_dir))
+            name = checkpoint.name_of(0)
+            done = {"finished": True, "step": 0, "fingerprint": fingerprint, "best": name, "last": name}
+            write_json(run_dir / "status.json", done)
+            return Imported(launch.conclude(config, run_dir, shipper), len(tensors), kept)
+    finally:
+        if new and not (run_dir / "config.yaml").exists():
+            lease.withdraw()
+        else:
+            lease.release()
+
+
+def _adopted(
+    config: RunConfig, tensors: Mapping[str, torch.Tensor], num_classes: int
+) -> tuple[TrainState, Sequence[str]]:
+    """The state at step 0 with these weights, and the names that keep their initial values."""
+    family = families.find(config.family.name)
+    training = config.training.model_copy(update={"ema_decay": None})
+    cpu = torch.device("cpu")
+    current = state.fresh(family, config.family, training, num_classes=num_classes, seed=config.seed, device=cpu)
+    return current, family.adopt(config.family, current.net, tensors)
+
+
+def _save(config: RunConfig, current: TrainState, meta: Mapping[str, Any], run_dir: Path) -> Path:
+    """Writes the checkpoint; its folder here."""
+    storage = checkpoint.open_storage(config.checkpoint, run_dir)
+    staging = storage.root if isinstance(storage, checkpoint.LocalStorage) else run_dir / "staging"
+    Checkpointer(storage, staging, config.checkpoint).save(current, meta, {"bad": {}}, wait=True)
+    return storage.fetch(checkpoint.name_of(0))
+
+
+def _assessed(config: RunConfig, folder: Path, splits: Splits, run_dir: Path) -> dict[str, float]:
+    """The metrics of the final evaluation; policies that are fitted take part where there are held-out images."""
+    net, family, section, _ = checkpoint.load_net(folder)
+    wanted = config.evaluation.policies
+    if wanted is None and not len(splits.held_out):
+        wanted = tuple(policy.name for policy in family.policies(section, net) if not isinstance(policy, Fitted))
+    store = run_dir / "evaluations" / FINAL
+    reports = from_weights.evaluate_checkpoint(config, folder / "net.safetensors", splits, wanted, store)
+    about = {"checkpoint": str(folder), "step": 0, "data": splits.val.identity, "root": str(config.data.root)}
+    write_json(store / "about.json", about)
+    return {key.replace("eval/", "final/", 1): value for key, value in from_weights.metrics_of(reports).items()}

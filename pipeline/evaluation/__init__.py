@@ -1,0 +1,1 @@
+"""How good a trained net is and what it costs, policy by policy."""

@@ -1,0 +1,122 @@
+"""Evaluates a net from its weights: the evaluator and loaders of a recipe, and what goes to the tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline import family as families
+from pipeline import ranks
+from pipeline.data.dali import EvalLoader
+from pipeline.data.index import ImageIndex, Splits
+from pipeline.evaluation.evaluate import Batches, Evaluator, calibrate, choose, evaluate, restored
+from pipeline.evaluation.robustness import Attack, Attacked, Sweep
+from pipeline.family import Fitted, Report
+from pipeline.run_config import RunConfig
+from pipeline.training import step
+from pipeline.training.loop import device_of
+
+FINAL = "final"  # the evaluation after training
+
+
+def placed(net: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """The net where it computes, its weights laid out as the images are."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return net.to(device).to(memory_format=layout)
+
+
+def check_policies(config: RunConfig, splits: Splits) -> None:
+    """Before training, not after it: the policies asked for are there, can work, and have images to be fitted on."""
+    family, num_classes = families.find(config.family.name), len(splits.train.classes)
+    net = family.build(config.family, num_classes).eval()
+    policies = choose(family.policies(config.family, net), config.evaluation.policies)
+    example = torch.zeros(1, 3, config.data.side_for_eval, config.data.side_for_eval)
+    for policy in policies:
+        if isinstance(policy, Fitted):
+            policy.check(net, example)
+    if len(splits.held_out) == 0:
+        calibrate(policies, net, None, evaluator(config, torch.device("cpu"), num_classes, latency=False))
+
+
+def evaluator(config: RunConfig, device: torch.device, num_classes: int, *, latency: bool) -> Evaluator:
+    """How the recipe's nets are evaluated on this device."""
+    return Evaluator(
+        data=config.data,
+        device=device,
+        num_classes=num_classes,
+        autocast=step.use_bf16(config.training.precision, device),
+        channels_last=config.training.channels_last,
+        latency_batches=config.evaluation.latency_batches,
+        latency_repeats=config.evaluation.latency_repeats if latency else 0,
+    )
+
+
+def eval_loader(config: RunConfig, split: ImageIndex, device: torch.device, threads: int) -> EvalLoader:
+    """This rank's share of a split, each image once over all ranks."""
+    return EvalLoader(
+        split,
+        config.data,
+        batch_size=max(1, config.evaluation.batch_size // ranks.world()),
+        rank=ranks.rank(),
+        world=ranks.world(),
+        device=device,
+        threads=threads,
+    )
+
+
+def evaluate_checkpoint(
+    config: RunConfig,
+    weights: Path,
+    splits: Splits,
+    wanted: Sequence[str] | None,
+    store: Path,
+    known: Sequence[Mapping[str, Any]] = (),
+    *,
+    attack: Attack | None = None,
+    sweep: Sweep | None = None,
+) -> Sequence[Report]:
+    """Runs the net with `weights` (safetensors) on the val split, in this process, under the `wanted` policies.
+
+    `known` are stored reports whose calibration stands; other policies are fitted on the held-out images. Images are
+    tampered with as `attack` says, and reduced to the sides of `sweep`, only after that.
+    """
+    from safetensors.torch import load_file
+
+    device = device_of(config.compute.device)
+    family = families.find(config.family.name)
+    net = family.build(config.family, len(splits.val.classes))
+    families.load(net, load_file(weights))
+    how = evaluator(config, device, len(splits.val.classes), latency=True)
+    net = placed(net, device, how.channels_last).eval()
+    policies = restored(choose(family.policies(config.family, net), wanted or config.evaluation.policies), known)
+    if sweep is not None:
+        sweep.check(net, config.data.side_for_eval)
+    threads = config.data.decode_threads or torch.get_num_threads()
+    fitted = all(policy.state() for policy in policies if isinstance(policy, Fitted))
+    held_out = None if fitted or not len(splits.held_out) else eval_loader(config, splits.held_out, device, threads)
+    policies = calibrate(policies, net, held_out, how)
+    policies = sweep.of(policies) if sweep is not None else policies
+    batches: Batches = eval_loader(config, splits.val, device, threads)
+    if attack is not None:
+        batches = Attacked(batches, net, how, attack)
+    return evaluate(net, policies, batches, how, store=store)
+
+
+def metrics_of(reports: Sequence[Report]) -> dict[str, float]:
+    """What goes to the tracker of each report: `eval/<policy>/top1` and its like."""
+    values: dict[str, float] = {}
+    for report in reports:
+        found = {
+            "top1": report.top1,
+            "top5": report.top5,
+            "ece": report.ece,
+            "gmacs": report.macs_mean / 1e9,
+            "gmacs_p95": report.macs_p95 / 1e9,
+            "full_share": report.full_share,
+        }
+        values |= {f"eval/{report.policy}/{key}": value for key, value in found.items() if value is not None}
+    return values

@@ -1,0 +1,227 @@
+"""What images do to a trained net once they are tampered with: gradient-sign attacks, JPEG, lower resolutions.
+
+Attacked images are uint8 pixels like any others, so that every policy of every family runs on them by the ordinary
+path. Letters: B images, S side in pixels, K classes.
+Source: Goodfellow et al., ICLR 2015 (arXiv 1412.6572), fast gradient sign; Veit & Belongie, ECCV 2018, §4.5, attacks
+gated nets with and without JPEG after the attack. That study's strengths, quality, and whether the gradient flows
+through the gates are not published.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.evaluation.evaluate import Batches, EvalBatch, Evaluator
+from pipeline.family import Policy, Prediction
+
+Kind = Literal["fgsm"]
+TOGETHER = 64  # images whose gradients are taken at once
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What happens to an image: `kind` at strength eps, a share of the range of pixels, then JPEG at quality `jpeg`.
+
+    Raises ConfigError for a value outside its range.
+    """
+
+    kind: Kind | None = None
+    eps: float = 0.0
+    jpeg: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in get_args(Kind):
+            raise ConfigError(f"--attack (={self.kind}): no such attack; known: {', '.join(get_args(Kind))}")
+        if self.kind is None and self.jpeg is None:
+            raise ConfigError("give an attack, an image compression (jpeg), or both")
+        if not 0 <= self.eps <= 1:
+            raise ConfigError(f"--eps (={self.eps:g}) must lie in 0..1, a share of the range of pixels, e.g. 4/255")
+        if self.eps and not self.step:
+            raise ConfigError(f"--eps (={self.eps:g}) moves no pixel by a whole level of 255; at least 1/255, or 0")
+        if self.jpeg is not None and not 1 <= self.jpeg <= 100:
+            raise ConfigError(f"--jpeg (={self.jpeg}) must lie in 1..100")
+
+    @property
+    def step(self) -> int:
+        """Levels of 255 by which a pixel moves."""
+        return round(255 * self.eps)
+
+    @property
+    def name(self) -> str:
+        """As in `fgsm-eps0.0157-jpeg75`."""
+        parts = [self.kind, f"eps{self.eps:.3g}"] if self.kind else []
+        return "-".join([*parts, f"jpeg{self.jpeg}"] if self.jpeg is not None else parts)
+
+
+def strength(text: str) -> float:
+    """A number or a fraction, "0.0157" or "4/255". Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(?:/\s*(\d+))?\s*", text)
+    if match is None or (match[2] is not None and int(match[2]) == 0):
+        raise ConfigError(f"--eps (={text}): write a number or a fraction in 0..1, e.g. 4/255")
+    return float(match[1]) / int(match[2] or 1)
+
+
+@dataclass(frozen=True)
+class Tampered:
+    """An attacked batch: images uint8 [B, S, S, 3], labels [B], rows [B]."""
+
+    images: Tensor
+    labels: Tensor
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A split whose images are attacked as they come, each once in a walk, with knowledge of the whole net."""
+
+    batches: Batches
+    net: nn.Module
+    how: Evaluator
+    attack: Attack
+
+    @property
+    def unreadable(self) -> Sequence[str]:
+        return self.batches.unreadable
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        for batch in self.batches:
+            images = batch.images
+            if self.attack.kind == "fgsm":
+                images = fgsm(self.net, batch, self.how, self.attack.step)
+            if self.attack.jpeg is not None:
+                images = compressed(images, self.attack.jpeg)
+            yield Tampered(images, batch.labels, batch.rows)
+
+
+def fgsm(net: nn.Module, batch: EvalBatch, how: Evaluator, step: int) -> Tensor:
+    """The batch's pixels moved by `step` levels up the loss, by the sign of its gradient, within 0..255.
+
+    The loss is the cross-entropy of the logits of the net's own forward in eval mode, without noise, in fp32: of RANet
+    the last exit's, of ARRN those at the images' own resolution, of ConvNet-AIG those along the gates' decisions, which
+    are constants here (the straight-through gradient is training's). The net is left as it was.
+    """
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            parts = zip(torch.split(how.images(batch), TOGETHER), torch.split(batch.labels, TOGETHER), strict=True)
+            found = [_signs(net, images, labels) for images, labels in parts]
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    moved = batch.images.short() + step * torch.cat(found).permute(0, 2, 3, 1)
+    return moved.clamp(0, 255).to(torch.uint8)
+
+
+def _signs(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Signs [B, 3, S, S] i16 of the loss's gradient; scaling to normalised images is positive and changes none."""
+    images = images.clone().requires_grad_()
+    loss = F.cross_entropy(net(images).logits.float(), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, images)
+    return gradient.sign().short()
+
+
+def compressed(images: Tensor, quality: int) -> Tensor:
+    """Images uint8 [B, S, S, 3] written as JPEG, colours at half the resolution as is usual, and read again."""
+    read = [_through_jpeg(image, quality) for image in images.cpu().numpy()]
+    return torch.from_numpy(np.stack(read)).to(images.device)
+
+
+def _through_jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    with Image.open(buffer) as read:
+        return np.asarray(read.convert("RGB"))
+
+
+# ---- lower resolutions
+
+
+@dataclass(frozen=True)
+class AtSide:
+    """A policy, calibrated already, on images resized to side_px first, and back to their own side if `up_again`.
+
+    Bilinear, with antialias. The resizing is part of the time and, as it multiplies no weights, not of the MACs.
+    """
+
+    policy: Policy
+    side_px: int
+    up_again: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy.name}@{self.side_px}px{'-and-up' if self.up_again else ''}"
+
+    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> AtSide:
+        """Itself: thresholds stay those of the full resolution."""
+        return self
+
+    def predict(self, net: nn.Module, images: Tensor) -> Prediction:
+        smaller = _resized(images, self.side_px, self.side_px)
+        back = _resized(smaller, images.shape[-2], images.shape[-1]) if self.up_again else smaller
+        return self.policy.predict(net, back)
+
+
+def _resized(images: Tensor, height: int, width: int) -> Tensor:
+    if images.shape[-2:] == (height, width):
+        return images
+    found = F.interpolate(images.float(), (height, width), mode="bilinear", antialias=True)
+    return found.to(images.dtype)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The sides at which policies are run, and whether images come back up before the net sees them.
+
+    Raises ConfigError where there is none, one twice, or one below 1.
+    """
+
+    sides_px: tuple[int, ...]
+    up_again: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.sides_px or len(set(self.sides_px)) < len(self.sides_px) or min(self.sides_px) < 1:
+            raise ConfigError(f"--sides (={list(self.sides_px)}): sides in pixels, each once, e.g. 224,160,112")
+
+    @property
+    def name(self) -> str:
+        """As in `sides224+160+112-and-up`."""
+        return f"sides{'+'.join(map(str, self.sides_px))}{'-and-up' if self.up_again else ''}"
+
+    def of(self, policies: Sequence[Policy]) -> list[Policy]:
+        """Each policy at each side."""
+        return [AtSide(policy, side, self.up_again) for policy in policies for side in self.sides_px]
+
+    def check(self, net: nn.Module, side_px: int) -> None:
+        """Raises ConfigError for a side above the images' side_px, and what the net has to say of one too small."""
+        above = [side for side in self.sides_px if side > side_px]
+        if above:
+            raise ConfigError(
+                f"--sides {', '.join(map(str, above))}: above the images' {side_px} px, whose pixels would be invented;"
+                f" data.eval_side_px={max(above)} makes larger images of the files"
+            )
+        weight = next(net.parameters())
+        with torch.no_grad():
+            for side in () if self.up_again else self.sides_px:
+                net(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))
+
+
+def sides(text: str) -> tuple[int, ...]:
+    """ "224,160,112" as numbers. Raises ConfigError for anything else."""
+    words: list[Any] = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--sides (={text}): write sides in pixels, e.g. 224,160,112")
+    return tuple(int(word) for word in words)

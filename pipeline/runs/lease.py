@@ -1,0 +1,143 @@
+"""The lease on a run folder: one driver at a time, each with a higher fencing number than the one before.
+
+A second driver is refused while the holder lives; after SILENT_S without a heartbeat, or at once where the holder's
+process on this host is gone, it may take over. Workers compare the number before they write.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.errors import ResourceError
+from pipeline.runs.files import write_text
+from pipeline.runs.provenance import without_secrets
+
+SILENT_S = 60.0
+BEAT_S = 10.0
+
+
+class Lease:
+    """Held from `acquire` to `release`; a thread writes the heartbeat."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "lease.json"
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.fence = 0
+
+    def acquire(self) -> Lease:
+        """Raises ResourceError naming the holder where another driver holds it."""
+        with _locked(self._path):
+            held = read(self._path)
+            if _refuses(held):
+                raise ResourceError(
+                    f"{self._path.parent}: another driver is training here: {held['command']} (process {held['pid']} "
+                    f"on {held['host']}, last heard of {time.time() - held['heartbeat']:.0f} s ago). Wait for it, stop "
+                    f"it, or train into another run folder; after {SILENT_S:.0f} s of silence it may be taken over"
+                )
+            self.fence = held.get("fence", 0) + 1
+            self._write(released=False)
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+        return self
+
+    def release(self) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        with suppress(OSError), _locked(self._path):  # on a full disk it ends by itself, after SILENT_S
+            if is_current(self._path.parent, self.fence):
+                self._write(released=True)
+
+    def withdraw(self) -> None:
+        """Ends the lease and removes the run folder, for a run that was refused before anything was written."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        with _locked(self._path):
+            if is_current(self._path.parent, self.fence):
+                shutil.rmtree(self._path.parent, ignore_errors=True)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            with suppress(OSError), _locked(self._path):  # a full disk may have room again at the next beat
+                if not is_current(self._path.parent, self.fence):
+                    return
+                self._write(released=False)
+
+    def _write(self, *, released: bool) -> None:
+        process = psutil.Process()
+        entry = {
+            "fence": self.fence,
+            "host": socket.gethostname(),
+            "pid": process.pid,
+            "started": process.create_time(),
+            "command": without_secrets(" ".join(sys.argv))[:300],
+            "heartbeat": time.time(),
+            "released": released,
+        }
+        write_text(self._path, json.dumps(entry))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The lease file's entry; empty where there is none."""
+    try:
+        entry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise ResourceError(f"{path}: damaged; if no driver trains in this folder, delete the file") from None
+    return entry
+
+
+def is_current(run_dir: Path, fence: int) -> bool:
+    """Whether no driver with a higher fencing number has taken over."""
+    held: int = read(run_dir / "lease.json").get("fence", 0)
+    return held <= fence
+
+
+def refuses(path: Path) -> bool:
+    """Whether a driver that came now would be refused by the entry in that file."""
+    return _refuses(read(path))
+
+
+def held_elsewhere(run_dir: Path) -> str | None:
+    """The command of another process that lives and holds the folder's lease; None where nobody does."""
+    held = read(run_dir / "lease.json")
+    mine = held.get("host") == socket.gethostname() and held.get("pid") == os.getpid()
+    return str(held["command"]) if _refuses(held) and not mine else None
+
+
+def _refuses(held: dict[str, Any]) -> bool:
+    return bool(held) and not held.get("released") and _lives(held)
+
+
+def _lives(held: dict[str, Any]) -> bool:
+    if held["host"] != socket.gethostname():
+        return time.time() - float(held["heartbeat"]) < SILENT_S
+    try:
+        started = psutil.Process(held["pid"]).create_time()
+    except psutil.Error:
+        return False
+    return abs(started - float(held["started"])) < 2
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path.with_suffix(".lock"), "a") as lock:
+        with suppress(OSError):  # a file system without locks: the entry itself has to do
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
