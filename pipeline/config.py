@@ -76,7 +76,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+        raise ConfigError(f"{where}: not valid YAML: {error}", key="yaml", subject=where) from None
 
 
 def dump_yaml(mapping: Mapping[str, Any]) -> str:
@@ -157,12 +157,17 @@ def validate(model: type[M], mapping: Mapping[str, Any], where: str) -> M:
     try:
         text = json.dumps(mapping)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}: {error}", key=where) from None
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        faults = [_fault(model, mapping, fault) for fault in _telling(mapping, error)]
-        raise ConfigError("\n".join([f"{where}:", *(f"  {line}" for line in dict.fromkeys(faults))])) from None
+        found = _telling(mapping, error)
+        faults = dict.fromkeys(_fault(model, mapping, fault) for fault in found)
+        keys = tuple(dict.fromkeys(".".join(_follow(mapping, fault["loc"])[0]) for fault in found))
+        value = _follow(mapping, found[0]["loc"])[1] if found else None
+        raise ConfigError(
+            "\n".join([f"{where}:", *(f"  {line}" for line in faults)]), keys=keys, subject=value
+        ) from None
 
 
 def _telling(mapping: Mapping[str, Any], error: ValidationError) -> list[dict[str, Any]]:

@@ -1,12 +1,72 @@
-"""The few kinds of error. Each message says what was found, where, what is allowed and what to do."""
+"""The few kinds of error. Each message says what was found, where, what is allowed and what to do.
+
+Beside its sentence an error carries `key`, what the user has to change or mend (a key of the recipe, an option of the
+command, a file of ours), and `subject`, the value or name that was refused. Programs and tests select by these.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar, Self
+
+JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
+_KINDS: dict[str, type[AdaptNetError]] = {}
 
 
 class AdaptNetError(Exception):
-    """Something that a person must act on; the command prints it without a traceback and exits 2."""
+    """A person must act on it; the command prints it without a traceback and exits with 2.
+
+    key: what is to be changed: "training.epochs", "--nodes", "recipe", "data.root", "lease.json"; "" where nothing is.
+    subject: the value, path or name that was found there.
+    keys: all keys where one error names several faults; `key` is the first.
+    """
+
+    kind: ClassVar[str] = "AdaptNetError"
+
+    def __init__(
+        self, message: str = "", *, key: str = "", subject: object = None, keys: tuple[str, ...] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.keys = keys if keys is not None else ((key,) if key else ())
+        self.key = key or (self.keys[0] if self.keys else "")
+        self.subject = "" if subject is None else str(subject)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.kind = cls.__name__
+        _KINDS[cls.kind] = cls
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (from_record, (self.to_record(),))
+
+    def to_record(self) -> dict[str, JsonValue]:
+        """The error as JSON can hold it; `from_record` rebuilds one of the same class from it."""
+        return {
+            "kind": self.kind,
+            "message": str(self),
+            "key": self.key,
+            "keys": list(self.keys),
+            "subject": self.subject,
+            **self._details(),
+        }
+
+    def _details(self) -> dict[str, JsonValue]:
+        """What a subclass carries besides; `_rebuilt` takes it back."""
+        return {}
+
+    @classmethod
+    def _rebuilt(cls, record: Mapping[str, JsonValue]) -> Self:
+        keys = record.get("keys")  # a record of before keys were kept has none
+        listed = tuple(str(each) for each in keys) if isinstance(keys, list) else None
+        return cls(
+            str(record["message"]), key=str(record.get("key", "")), subject=record.get("subject", ""), keys=listed
+        )
+
+
+def from_record(record: Mapping[str, JsonValue]) -> AdaptNetError:
+    """The error that `to_record` gave; an AdaptNetError where its kind is not known here."""
+    kind = _KINDS.get(str(record.get("kind")), AdaptNetError)
+    return kind._rebuilt(record)
 
 
 class ConfigError(AdaptNetError):
@@ -18,15 +78,25 @@ class DataError(AdaptNetError):
 
 
 class UndecodableError(DataError):
-    """Some of the images given cannot be decoded; `reasons` says which, by position, and why."""
+    """Some of the given images cannot be decoded; `reasons` says which, by position, and why."""
 
     def __init__(self, num_images: int, reasons: Mapping[int, str]) -> None:
         listed = "; ".join(f"image {position}: {reasons[position]}" for position in sorted(reasons))
-        super().__init__(f"{len(reasons)} of {num_images} images, counted from 0, cannot be decoded: {listed}")
+        super().__init__(
+            f"{len(reasons)} of {num_images} images, counted from 0, cannot be decoded: {listed}",
+            key="images",
+            subject=", ".join(str(position) for position in sorted(reasons)),
+        )
         self.num_images, self.reasons = num_images, dict(reasons)
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (UndecodableError, (self.num_images, self.reasons))
+    def _details(self) -> dict[str, JsonValue]:
+        return {"num_images": self.num_images, "reasons": {str(at): why for at, why in self.reasons.items()}}
+
+    @classmethod
+    def _rebuilt(cls, record: Mapping[str, JsonValue]) -> Self:
+        reasons, count = record.get("reasons"), record.get("num_images")
+        assert isinstance(reasons, dict) and isinstance(count, int)
+        return cls(count, {int(at): str(why) for at, why in reasons.items()})
 
 
 class ResourceError(AdaptNetError):
@@ -34,7 +104,7 @@ class ResourceError(AdaptNetError):
 
 
 class CheckpointError(AdaptNetError):
-    """A checkpoint is missing, damaged or of another recipe; an older one or a fresh run folder is the way out."""
+    """A checkpoint is missing, damaged or of another recipe; use an older one or a fresh run folder."""
 
 
 class DivergedError(AdaptNetError):
@@ -44,17 +114,22 @@ class DivergedError(AdaptNetError):
     """
 
     def __init__(self, message: str, *, step: int, checkpoint: str | None) -> None:
-        super().__init__(message)
+        super().__init__(message, key="training.optimizer.lr")
         self.step = step
         self.checkpoint = checkpoint
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_diverged, (str(self), self.step, self.checkpoint))
+    def _details(self) -> dict[str, JsonValue]:
+        return {"step": self.step, "checkpoint": self.checkpoint}
 
-
-def _rebuild_diverged(message: str, step: int, checkpoint: str | None) -> DivergedError:
-    return DivergedError(message, step=step, checkpoint=checkpoint)
+    @classmethod
+    def _rebuilt(cls, record: Mapping[str, JsonValue]) -> Self:
+        step, checkpoint = record.get("step", 0), record.get("checkpoint")
+        assert isinstance(step, int)
+        return cls(str(record["message"]), step=step, checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 class ContractError(AdaptNetError):
-    """The author of a family must mend it: it does not keep what `pipeline.family` promises."""
+    """The author of a family must mend it: it does not do what `pipeline.family` promises."""
+
+
+_KINDS[AdaptNetError.kind] = AdaptNetError

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,25 +59,15 @@ def work(order: Order) -> None:
         with ExitStack() as stack:
             Run(order, run_dir, stack).go()
     except AdaptNetError as error:
-        _leave(error, run_dir)
+        records.leave_error(error, run_dir, ranks.rank())
         raise
     except (MemoryError, RuntimeError) as error:
         words = memory.words_if_spent(error)
         if words is None:
             raise
         spent = _spent(run_config.from_mapping(order.recipe, "the driver's recipe"), words)
-        _leave(spent, run_dir)
+        records.leave_error(spent, run_dir, ranks.rank())
         raise spent from error
-
-
-def _leave(error: AdaptNetError, run_dir: Path) -> None:
-    with suppress(OSError):  # the disk may be full: that is then the error that is raised
-        write_json(run_dir / f"error-{ranks.rank()}.json", {"kind": type(error).__name__, **_error_facts(error)})
-
-
-def _error_facts(error: AdaptNetError) -> dict[str, Any]:
-    names = ("step", "checkpoint")
-    return {"message": str(error), **{name: getattr(error, name) for name in names if hasattr(error, name)}}
 
 
 def _spent(config: RunConfig, words: str) -> AdaptNetError:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import AdaptNetError, CheckpointError
+from pipeline.errors import AdaptNetError, from_record
 from pipeline.runs.files import write_json
 
 
@@ -29,14 +30,14 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def error_left(run_dir: Path) -> AdaptNetError | None:
-    """The error that a rank left in the run folder, of its own kind; None where there is none."""
-    from pipeline import errors
+def leave_error(error: AdaptNetError, run_dir: Path, rank: int) -> None:
+    """Keeps the error of a rank in the run folder, for the driver; without a word where the disk is full."""
+    with suppress(OSError):
+        write_json(run_dir / f"error-{rank}.json", error.to_record())
 
+
+def error_left(run_dir: Path) -> AdaptNetError | None:
+    """The error that the first rank in order left in the run folder, of its own class; None where there is none."""
     for path in sorted(run_dir.glob("error-*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        kind = getattr(errors, found.pop("kind"), CheckpointError)
-        message = found.pop("message")
-        error: AdaptNetError = kind(message, **found)
-        return error
+        return from_record(json.loads(path.read_text(encoding="utf-8")))
     return None
