@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -33,7 +34,7 @@ from pipeline.errors import AdaptNetError, ConfigError, ResourceError
 from pipeline.execution import allocation, cluster
 from pipeline.execution.allocation import Member, Node
 from pipeline.runs import provenance
-from pipeline.runs.files import write_text
+from pipeline.runs.files import whole_folder, write_text
 from pipeline.training import memory
 
 Where = Literal["slurm", "local", "debug"]
@@ -716,16 +717,13 @@ def _snapshot(folder: Path) -> None:
     """Copies the code, whole or not at all."""
     if folder.is_dir():
         return
-    aside = folder.with_name(f".{folder.name}-{os.getpid()}")
-    for name, path in _sources().items():
-        target = aside / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    write_text(aside / provenance.KEPT, json.dumps(provenance.git_state(Path(__file__).parents[2])))
-    try:
-        os.rename(aside, folder)
-    except OSError:  # another submission was first
-        shutil.rmtree(aside, ignore_errors=True)
+    with suppress(FileExistsError):  # another submission was first
+        with whole_folder(folder) as aside:
+            for name, path in _sources().items():
+                target = aside / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+            write_text(aside / provenance.KEPT, json.dumps(provenance.git_state(Path(__file__).parents[2])))
 
 
 def remember(home: Path, entry: Mapping[str, Any]) -> None:

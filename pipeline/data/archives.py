@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import shutil
 import zlib
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pipeline.data.sources import TAR, Layout
 from pipeline.data.store import Progress
 from pipeline.data.tars import from_shards, from_tree_tar
 from pipeline.errors import DataError
+from pipeline.runs.files import whole_file
 
 
 def key_of_tars(found: Layout) -> str:
@@ -56,11 +56,8 @@ def _uncompressed(
 def unpack(compressed: Path, tar: Path) -> None:
     """Writes the tar inside a .tar.gz. Raises DataError where that is damaged."""
     tar.parent.mkdir(parents=True, exist_ok=True)
-    aside = tar.with_name(f"{tar.name}.{os.getpid()}.part")
     try:
-        with gzip.open(compressed) as source, open(aside, "wb") as target:
+        with whole_file(tar) as aside, gzip.open(compressed) as source, open(aside, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        aside.unlink()
         raise DataError(f"{compressed}: not a whole gzip file ({error}); fetch it again") from None
-    os.replace(aside, tar)

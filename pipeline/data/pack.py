@@ -37,6 +37,7 @@ from pipeline.data.parallel import in_processes, num_cpus
 from pipeline.data.sources import layout
 from pipeline.data.store import Progress, write
 from pipeline.errors import DataError, ResourceError
+from pipeline.runs.files import move_file, write_json
 
 QUALITY = 92  # of JPEGs that `side` makes anew
 MIX_SEED = 20_220  # of the order of train; part of the format, so never changed
@@ -202,7 +203,7 @@ def _claim(destination: Path, made_from: dict[str, Any]) -> bool:
     strange = [path.name for path in destination.iterdir() if path.name != PACKING] if destination.exists() else []
     if strange:
         raise DataError(f"{destination}: not empty ({', '.join(sorted(strange)[:3])}); give a new folder")
-    _write_json(claim, {"made_from": made_from})
+    write_json(claim, {"made_from": made_from}, indent=None)
     return True
 
 
@@ -262,11 +263,9 @@ def pack_shard(task: ShardTask) -> None:
             assert size is not None
             rows.append([name, image.label, offset, len(encoded), *size, zlib.crc32(encoded)])
         tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE or tarfile.RECORDSIZE))
-        tar.flush()
-        os.fsync(tar.fileno())
         size_of_tar = tar.tell()
-    os.replace(aside, task.destination / task.name)
-    _write_json(task.record, {"bytes": size_of_tar, "images": len(task.images), "rows": rows, "bad": bad})
+    move_file(aside, task.destination / task.name)
+    write_json(task.record, {"bytes": size_of_tar, "images": len(task.images), "rows": rows, "bad": bad}, indent=None)
 
 
 def _add(tar: Any, name: str, content: bytes) -> int:
@@ -313,9 +312,9 @@ def _finish(listing: Listing, destination: Path, tasks: Sequence[ShardTask], mad
         "set_aside": [{"file": name, "reason": reason} for name, reason in sorted(map(tuple, bad))],
         "ignored": listing.ignored,
     }
-    _write_json(destination / "report.json", report)
+    write_json(destination / "report.json", report, indent=None)
     index = folder.relative_to(destination).as_posix()
-    _write_json(destination / COMPLETE, {"made_from": made_from, "shards": shards, "index": index})
+    write_json(destination / COMPLETE, {"made_from": made_from, "shards": shards, "index": index}, indent=None)
     shutil.rmtree(destination / PACKING)
 
 
@@ -333,13 +332,3 @@ def _report_of(destination: Path, seconds: float, kept: int | None) -> PackRepor
         ignored=report["ignored"],
         seconds=seconds,
     )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -27,6 +27,7 @@ from pipeline.data.sources import TAR
 from pipeline.data.store import Progress
 from pipeline.data.tars import tar_members
 from pipeline.errors import DataError
+from pipeline.runs.files import whole_file
 
 Pixels: TypeAlias = NDArray[np.uint8]
 PICKLED = {  # all that a batch of CIFAR needs: arrays and bytes
@@ -350,9 +351,8 @@ def _mat(source: Path | io.BytesIO, **how: bool) -> Mapping[str, Any]:
 
 
 def _zip_to_tar(path: Path, to: Path) -> None:
-    aside = to.with_name(f"{to.name}.part")
     try:
-        with zipfile.ZipFile(path) as source, tarfile.open(aside, "w") as target:
+        with whole_file(to) as aside, zipfile.ZipFile(path) as source, tarfile.open(aside, "w") as target:
             for member in source.infolist():
                 if not member.is_dir():
                     info = tarfile.TarInfo(member.filename)
@@ -360,9 +360,7 @@ def _zip_to_tar(path: Path, to: Path) -> None:
                     with source.open(member) as content:
                         target.addfile(info, content)
     except zipfile.BadZipFile as error:
-        aside.unlink(missing_ok=True)
         raise DataError(f"{path}: not a whole zip file ({error}); fetch it again") from None
-    aside.replace(to)
 
 
 def _plain(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pipeline.data.pack import QUALITY, PackReport, pack_listing
 from pipeline.data.published import READERS, Desk, Entry
 from pipeline.data.store import Progress
 from pipeline.errors import ConfigError, DataError
+from pipeline.runs.files import write_json
 
 READ_AT_ONCE = 1 << 22
 
@@ -99,7 +99,7 @@ def import_set(
         found = READERS[name](desk)
         listing = _listing(found.entries, found.classes, destination)
         source = {"set": name, "files": [{"name": n, "md5": md5} for n, md5 in sums.items()]}
-        (destination / "source.json").write_text(json.dumps(source, indent=1), encoding="utf-8")
+        write_json(destination / "source.json", source)
         return listing
 
     return pack_listing(

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from pipeline.data.encoded import HEAD_BYTES, MAX_PIXELS, upright_size
 from pipeline.data.listing import Listing
 from pipeline.errors import DataError
+from pipeline.runs.files import whole_folder
 
 FORMAT = 1
 Progress: TypeAlias = Callable[[str, int, int], None]  # (what, done, total); total 0: a message for people, once
@@ -120,21 +119,15 @@ def write(
 def _write_aside(
     place: Path, key: str, columns: dict[str, NDArray[Any]], meta: dict[str, Any], folders: dict[str, int]
 ) -> Path:
-    place.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".building-", dir=place))
     try:
-        for name, column in columns.items():
-            np.save(aside / f"{name}.npy", column)
-        (aside / "folders.json").write_text(json.dumps(folders), encoding="utf-8")
-        (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        aside.chmod(0o755)
-        try:
-            os.rename(aside, place / key)
-        except OSError:
-            if not (place / key / "meta.json").exists():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with whole_folder(place / key) as aside:
+            for name, column in columns.items():
+                np.save(aside / f"{name}.npy", column)
+            (aside / "folders.json").write_text(json.dumps(folders), encoding="utf-8")
+            (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    except OSError:
+        if not (place / key / "meta.json").exists():
+            raise
     return place / key
 
 

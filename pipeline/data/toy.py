@@ -11,9 +11,6 @@ from __future__ import annotations
 import colorsys
 import io
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.runs.files import whole_folder
 
 Field = NDArray[np.float64]  # [H, W]
 Shape = Callable[[Field, Field], NDArray[np.bool_]]  # (x, y), the shape within -1..1 -> True inside
@@ -57,9 +55,7 @@ def make(
         if note.exists() and json.loads(note.read_text(encoding="utf-8")) == made_from:
             return folder
         raise DataError(f"{folder}: holds something else than this toy set; give a new folder or delete it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as aside:
         names = class_names(num_classes)
         for split, count, offset in (("train", train, 0), ("val", val, train)):
             for number in range(count):
@@ -68,10 +64,6 @@ def make(
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(draw(label, num_classes, side_px, np.random.Philox(key=[seed, offset + number])))
         (aside / "toy.json").write_text(json.dumps(made_from), encoding="utf-8")
-        aside.chmod(0o755)
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 

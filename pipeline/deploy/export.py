@@ -11,8 +11,6 @@ import copy
 import importlib.util
 import json
 import math
-import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from pipeline.deploy import evaluations
 from pipeline.errors import ConfigError, ContractError, ResourceError
 from pipeline.family import Report
 from pipeline.registry import LoadedModel
+from pipeline.runs.files import whole_file
 from pipeline.training import checkpoint
 
 FORMATS = ("pt2", "onnx")
@@ -242,14 +241,11 @@ def _without(module: nn.Module, names: Sequence[str]) -> nn.Module:
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
     """A path to write to, moved over `target` at the end of the block; nothing is left of it where that fails."""
-    aside = target.with_name(f".{uuid.uuid4().hex[:8]}-{target.name}")
     try:
-        yield aside
-        os.replace(aside, target)
+        with whole_file(target) as aside:
+            yield aside
     except OSError as error:
         raise ResourceError(f"{target}: cannot be written ({error.strerror or error})") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _write_pt2(program: torch.export.ExportedProgram, path: Path, facts: Mapping[str, Any]) -> Run:

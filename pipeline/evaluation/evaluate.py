@@ -7,7 +7,6 @@ without being understood. Letters: N images, B of them in a batch, K classes, n 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +25,7 @@ from pipeline.data import pixels
 from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.family import Fitted, Policy, Prediction, Report
+from pipeline.runs.files import whole_file, write_json
 from pipeline.training.memory import keep_freed_memory
 
 BINS = 15  # of the calibration error
@@ -312,27 +312,9 @@ def _store(folder: Path, reports: Sequence[Report], merged: Mapping[str, Arrays]
     """Writes the evaluation aside and renames file by file; reports.json, last, makes it count."""
     folder.mkdir(parents=True, exist_ok=True)
     for report in reports:
-        with _replaced(folder / f"{report.policy}.npz") as path, open(path, "wb") as file:
+        with whole_file(folder / f"{report.policy}.npz") as path, open(path, "wb") as file:
             np.savez_compressed(file, **{n.replace("/", "."): v for n, v in merged[report.policy].items()})  # type: ignore[arg-type]
-    with _replaced(folder / "reports.json") as path:
-        path.write_text(json.dumps([asdict(report) for report in reports], indent=1), encoding="utf-8")
-
-
-class _replaced:
-    """A path beside `path` to write to; moved over it at the end of the block."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Path:
-        self._aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        return self._aside
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self._aside, self._path)
-        else:
-            self._aside.unlink(missing_ok=True)
+    write_json(folder / "reports.json", [asdict(report) for report in reports])
 
 
 def load_reports(folder: Path) -> list[Report]:

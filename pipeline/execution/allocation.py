@@ -30,7 +30,7 @@ import psutil
 
 from pipeline.errors import ResourceError
 from pipeline.execution import ray_token
-from pipeline.runs.files import write_text
+from pipeline.runs.files import move_file, write_text
 
 POLL_S = 0.5
 MISSES = 3  # polls in a row without an answer after which a head counts as gone
@@ -206,7 +206,7 @@ def _scratch(node: Node) -> Iterator[Path]:
     descriptor = os.open(folder / f".{HELD}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        os.rename(folder / f".{HELD}", folder / HELD)  # nobody sees it unlocked
+        move_file(folder / f".{HELD}", folder / HELD)  # nobody sees it unlocked
         try:
             yield folder
         finally:

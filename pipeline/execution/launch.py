@@ -22,6 +22,7 @@ from pipeline.execution.worker import Order
 from pipeline.family import Report
 from pipeline.run_config import ComputeConfig, RunConfig
 from pipeline.runs import records
+from pipeline.runs.files import write_text
 from pipeline.runs.lease import Lease
 from pipeline.runs.provenance import without_secrets
 from pipeline.tracking import Shipper
@@ -162,9 +163,7 @@ def write_config(run_dir: Path, config: RunConfig, fingerprint: dict[str, Any], 
         saved = configs.read_mapping(path).get("fingerprint", {})
         checkpoint.check_fingerprint(saved, fingerprint, allowed, str(run_dir))
     text = configs.dump_yaml({"recipe": configs.as_mapping(config), "fingerprint": fingerprint})
-    aside = run_dir / f".config-{os.getpid()}"
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, text)
 
 
 def _is_finished(run_dir: Path, fingerprint: dict[str, Any]) -> bool:

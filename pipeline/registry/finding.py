@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pipeline.errors import CheckpointError, ConfigError, ResourceError
 from pipeline.registry import reading
 from pipeline.registry.catalogue import Version, address, lookup
 from pipeline.registry.model import CARD, describe
+from pipeline.runs.files import move_folder, whole_folder
 from pipeline.runs.provenance import without_secrets
 from pipeline.tracking import connect, recipe_of
 from pipeline.tracking.address import failures, reason_of
@@ -75,17 +75,14 @@ def pull(reference: str, folder: Path, uri: str | None = None, *, cache: Path | 
     version = lookup(reference, address(uri))
     source = _fetch(version, address(uri), cache)
     describe(source)
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    origin = {"version": version.reference, "registry": without_secrets(address(uri)), "run_id": version.run_id}
     try:
-        shutil.copytree(source, aside)
-        describe(aside)
-        origin = {"version": version.reference, "registry": without_secrets(address(uri)), "run_id": version.run_id}
-        (aside / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
-        os.rename(aside, folder)
+        with whole_folder(folder) as aside:
+            shutil.copytree(source, aside, dirs_exist_ok=True)
+            describe(aside)
+            (aside / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
     except OSError as error:
         raise ResourceError(f"{folder}: the model cannot be written there ({error.strerror})") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return version
 
 
@@ -113,7 +110,7 @@ def _fetch(version: Version, uri: str, cache: Path | None) -> Path:
             try:
                 got = _download(source, uri, version, aside)
                 _check(got, version)
-                os.replace(got, target)
+                move_folder(got, target)
             except OSError:
                 if not target.is_dir():  # another process was not quicker
                     raise

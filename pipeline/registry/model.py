@@ -6,9 +6,7 @@ Letters: N images, K classes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +23,7 @@ from pipeline.data.config import DataConfig
 from pipeline.errors import CheckpointError, ResourceError, UndecodableError
 from pipeline.evaluation.evaluate import choose, restored
 from pipeline.family import Family, FamilyConfig, Policy, Report
+from pipeline.runs.files import whole_folder
 from pipeline.training import checkpoint
 from pipeline.training.memory import keep_freed_memory
 
@@ -54,21 +53,18 @@ def write_model_folder(
     """
     checkpoint.verify(source)
     meta = checkpoint.read_meta(source)
-    aside = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}")
     try:
-        (aside / "reports").mkdir(parents=True)
-        shutil.copyfile(weights_of(source), aside / WEIGHTS)
-        (aside / RECIPE).write_text(configs.dump_yaml(meta["recipe"]), encoding="utf-8")
-        whole = [asdict(report) for report in reports]
-        (aside / "reports" / "reports.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        recipe = {"sha256": checkpoint.sha256(aside / RECIPE)}
-        card = {**_card(meta, whole, aside / WEIGHTS), "recipe": recipe, "evaluated_on": evaluated_on}
-        (aside / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
-        os.rename(aside, destination)
+        with whole_folder(destination) as aside:
+            (aside / "reports").mkdir()
+            shutil.copyfile(weights_of(source), aside / WEIGHTS)
+            (aside / RECIPE).write_text(configs.dump_yaml(meta["recipe"]), encoding="utf-8")
+            whole = [asdict(report) for report in reports]
+            (aside / "reports" / "reports.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+            recipe = {"sha256": checkpoint.sha256(aside / RECIPE)}
+            card = {**_card(meta, whole, aside / WEIGHTS), "recipe": recipe, "evaluated_on": evaluated_on}
+            (aside / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
     except OSError as error:
         raise ResourceError(f"{destination}: the model cannot be written there ({error.strerror})") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return destination
 
 

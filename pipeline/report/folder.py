@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, ResourceError
-from pipeline.runs.files import write_text
+from pipeline.runs.files import write_bytes, write_text
 
 PAGE, DATA, FIGURES = "index.html", "data.json", "figures"
 FORMAT = "adaptnet report 1"
@@ -73,14 +73,7 @@ def _json(data: Mapping[str, Any]) -> str:
 
 
 def _put(path: Path, content: str | bytes) -> None:
-    if isinstance(content, str):
-        return write_text(path, content)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        aside.write_bytes(content)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_bytes(path, content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def _take_away(out: Path, name: str) -> None:

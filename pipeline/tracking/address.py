@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, PlainSerializer
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.runs.files import move_file
 from pipeline.runs.provenance import without_secrets
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -171,7 +172,7 @@ def _initialise(uri: str, path: Path) -> None:
             aside = path.with_name(f".{path.name}.new")
             aside.unlink(missing_ok=True)
             SqlAlchemyStore(f"sqlite:///{aside}", artifacts).engine.dispose()
-            os.replace(aside, path)
+            move_file(aside, path)
         SqlAlchemyStore(uri, artifacts)
 
 

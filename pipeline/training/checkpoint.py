@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from pipeline import config as configs
 from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, ResourceError
 from pipeline.family import Family, FamilyConfig, find
+from pipeline.runs.files import move_folder, sync_file, sync_folder
 from pipeline.training import state as states
 from pipeline.training.config import CheckpointConfig
 from pipeline.training.state import TrainState
@@ -79,15 +80,7 @@ class LocalStorage:
         return sorted(path.parent.name for path in self.root.glob(f"step-*/{COMPLETE}"))
 
     def store(self, folder: Path, name: str) -> None:
-        target = self.root / name
-        if target.exists():
-            aside = self.root / f".old-{uuid.uuid4().hex[:8]}"
-            os.rename(target, aside)
-            os.rename(folder, target)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.rename(folder, target)
-        _sync_folder(self.root)
+        move_folder(folder, self.root / name, replace=True)
 
     def fetch(self, name: str) -> Path:
         return self.root / name
@@ -154,7 +147,7 @@ class RemoteStorage:
         try:
             fs.copy_files(f"{self._root}/{name}", str(aside), source_filesystem=self._fs)
             shutil.rmtree(target, ignore_errors=True)
-            os.rename(aside, target)
+            move_folder(aside, target)
         except OSError:
             if not self._is_copy(target, name):  # else another process was faster
                 raise
@@ -390,27 +383,14 @@ def write(folder: Path, mapping: Mapping[str, Any], meta: Mapping[str, Any]) -> 
     _write_json(folder / "meta.json", {"format": FORMAT, **meta})
     files = sorted(folder.iterdir())
     for file in files:
-        _sync_file(file)
+        sync_file(file)
     _write_json(folder / COMPLETE, {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files})
-    _sync_file(folder / COMPLETE)
-    _sync_folder(folder)
+    sync_file(folder / COMPLETE)
+    sync_folder(folder)
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:
