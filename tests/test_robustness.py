@@ -25,7 +25,7 @@ from pipeline.data.config import DataConfig
 from pipeline.deploy import evaluations, importing
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import Evaluator, evaluate
-from pipeline.evaluation.robustness import AtSide, Attack, Attacked, Sweep, compressed, sides, strength
+from pipeline.evaluation.robustness import Attack, Attacked, ResizedPolicy, ResolutionSweep, compressed, sides, strength
 from pipeline.families.baseline.model import BaselineConfig
 from pipeline.family import Fitted
 from pipeline.report.resolutions import resolutions
@@ -170,7 +170,7 @@ def test_names_and_strengths() -> None:
     assert Attack("fgsm", strength("4/255"), 75).name == "fgsm-eps0.0157-jpeg75"
     assert Attack("fgsm", strength("0.03")).name == "fgsm-eps0.03" and Attack(jpeg=9).name == "jpeg9"
     assert Attack("fgsm", 0.01).step == 3 and sides("224, 160") == (224, 160)
-    assert Sweep((24, 16), True).name == "sides24+16-and-up"
+    assert ResolutionSweep((24, 16), True).name == "sides24+16-and-up"
 
 
 @pytest.mark.parametrize("eps", ["1.5", "-1", "4/0", "four", "4/255/2", ""])
@@ -190,39 +190,41 @@ def test_a_sweep_at_the_native_side_is_the_plain_policy_and_below_it_the_resized
         if isinstance(policy, Fitted) and not policy.state():
             continue
         with torch.inference_mode():
-            plain, native = policy.predict(net, images), AtSide(policy, SIDE_PX, True).predict(net, images)
+            plain, native = policy.predict(net, images), ResizedPolicy(policy, SIDE_PX, True).predict(net, images)
             smaller = F.interpolate(images, (lower, lower), mode="bilinear", antialias=True)
-            below, expected = AtSide(policy, lower).predict(net, images), policy.predict(net, smaller)
+            below, expected = ResizedPolicy(policy, lower).predict(net, images), policy.predict(net, smaller)
             back = F.interpolate(smaller, (SIDE_PX, SIDE_PX), mode="bilinear", antialias=True)
-            again, up = AtSide(policy, lower, True).predict(net, images), policy.predict(net, back)
+            again, up = ResizedPolicy(policy, lower, True).predict(net, images), policy.predict(net, back)
         for found, wanted in ((native, plain), (below, expected), (again, up)):
             assert torch.equal(found.logits, wanted.logits) and torch.equal(found.macs, wanted.macs)
-    assert AtSide(policy, lower).name == f"{policy.name}@12px"
-    assert AtSide(policy, lower, True).name == f"{policy.name}@12px-and-up"
+    assert ResizedPolicy(policy, lower).name == f"{policy.name}@12px"
+    assert ResizedPolicy(policy, lower, True).name == f"{policy.name}@12px-and-up"
 
 
 def test_macs_are_those_of_the_smaller_images(learnt: nn.Module) -> None:
     policy = families.find("baseline").policies(BaselineConfig(net="cifar_resnet", depth=8), learnt)[0]
     split = toys(10, seed=6)
-    at24, at12, back = evaluate(learnt, [policy, AtSide(policy, 12), AtSide(policy, 12, True)], split, how(3))
+    at24, at12, back = evaluate(
+        learnt, [policy, ResizedPolicy(policy, 12), ResizedPolicy(policy, 12, True)], split, how(3)
+    )
     assert at12.macs_mean == cost.measure(learnt, torch.zeros(1, 3, 12, 12)).macs < at24.macs_mean == back.macs_mean
     assert at12.full_share == pytest.approx(at12.macs_mean / at24.macs_mean)
 
 
 def test_a_side_below_the_nets_least_is_refused_by_its_own_rule() -> None:
     with pytest.raises(ConfigError, match="the least that a shorter side may have"):
-        Sweep((16, 3)).check(opened("arrn")[2].eval(), 16)
+        ResolutionSweep((16, 3)).check(opened("arrn")[2].eval(), 16)
     with pytest.raises(ConfigError, match="too small: with"):
-        Sweep((16, 2)).check(opened("ranet-imagenet")[2].eval(), 16)
+        ResolutionSweep((16, 2)).check(opened("ranet-imagenet")[2].eval(), 16)
     vgg = families.find("baseline").build(BaselineConfig(net="vgg16"), 2)
     with pytest.raises(ConfigError, match="images of 24x24 px: vgg16 needs 32 px at least"):
-        Sweep((32, 24)).check(vgg.eval(), 32)
+        ResolutionSweep((32, 24)).check(vgg.eval(), 32)
     with pytest.raises(ConfigError, match="--sides 17: above the images' 16 px"):
-        Sweep((17, 8)).check(opened("arrn")[2].eval(), 16)
-    Sweep((2,), True).check(opened("arrn")[2].eval(), 16)  # they come back up
+        ResolutionSweep((17, 8)).check(opened("arrn")[2].eval(), 16)
+    ResolutionSweep((2,), True).check(opened("arrn")[2].eval(), 16)  # they come back up
     for wrong in ((), (16, 16), (0,)):
         with pytest.raises(ConfigError, match="each once"):
-            Sweep(wrong)
+            ResolutionSweep(wrong)
 
 
 # ---- by the command

@@ -28,12 +28,12 @@ from pipeline.run_config import ComputeConfig
 from pipeline.runs import journal
 from pipeline.tracking import connect
 from pipeline.tracking.carrier import Ledger
-from tuning import config, outcome, overhead, price, slots, space, sweep
-from tuning.advice import Halving, Study
+from tuning import config, cost, outcome, overhead, selection, slots, space, sweep
 from tuning.config import SchedulerConfig
 from tuning.outcome import Outcome
 from tuning.record import Record, Trial
-from tuning.space import Draw
+from tuning.schedulers import ASHA, Study
+from tuning.space import Sample
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,13 @@ MIXED = {
 
 def test_the_same_seed_draws_the_same_and_more_samples_leave_the_first_alone() -> None:
     cases = space.parse(MIXED)
-    first, more = (space.draws(cases, samples=samples, seed=3) for samples in (4, 40))
-    assert more[:8] == first == space.draws(cases, samples=4, seed=3) != space.draws(cases, samples=4, seed=4)
+    first, more = (space.draw_samples(cases, samples=samples, seed=3) for samples in (4, 40))
+    assert (
+        more[:8]
+        == first
+        == space.draw_samples(cases, samples=4, seed=3)
+        != space.draw_samples(cases, samples=4, seed=4)
+    )
     assert len(more) == 80 and len({draw.name for draw in more}) == 80
     for draw in more:
         values = draw.values
@@ -108,7 +113,7 @@ def test_the_same_seed_draws_the_same_and_more_samples_leave_the_first_alone() -
 
 def test_cases_are_drawn_one_after_another_and_what_is_fixed_once() -> None:
     cases = space.parse([{"a.b": 1}, {"a.b": {"grid": [2, 3]}, "a.c": {"grid": [4, 5], "when": {"a.b": [3]}}}, MIXED])
-    found = space.draws(cases, samples=2, seed=1)
+    found = space.draw_samples(cases, samples=2, seed=1)
     assert [draw.case for draw in found] == [0, 1, 1, 1, 2, 2, 2, 2]
     assert [dict(draw.values) for draw in found[:4]] == [
         {"a.b": 1},
@@ -193,12 +198,12 @@ def test_every_shipped_sweep_draws_recipes_that_hold() -> None:
     assert wanted < set(config.names())
     for name in wanted:
         found = config.load(name, ["data.root=/data"])
-        assert found.draws() and config.title(name).endswith("?")
+        assert found.samples() and config.title(name).endswith("?")
     shapes = config.load("shape_adaptor_random_shapes", ["data.root=/data", "search.samples=3"])
-    assert [draw.case for draw in shapes.draws()] == [0, 1, 2, 2, 2]
-    nets = [price.build(shapes.recipe(draw), 100) for draw in shapes.draws()]
-    assert price.profile(nets[0], 32) == [32] * 2 + [16] * 2 + [8] * 3 + [4] * 3 + [2] * 3
-    assert len({tuple(price.profile(net, 32)) for net in nets}) == 5
+    assert [draw.case for draw in shapes.samples()] == [0, 1, 2, 2, 2]
+    nets = [cost.build(shapes.recipe(draw), 100) for draw in shapes.samples()]
+    assert cost.profile(nets[0], 32) == [32] * 2 + [16] * 2 + [8] * 3 + [4] * 3 + [2] * 3
+    assert len({tuple(cost.profile(net, 32)) for net in nets}) == 5
 
 
 def test_objectives_that_no_trial_reports_are_refused() -> None:
@@ -227,10 +232,10 @@ def test_a_scheduler_told_again_decides_as_one_that_was_never_ended() -> None:
 
     def decisions(ends: Collection[int]) -> list[bool]:
         told: list[tuple[str, float, float]] = []
-        found, halving, over = list[bool](), Halving(ASHA, 9), set[str]()
+        found, halving, over = list[bool](), ASHA(ASHA_CONFIG, 9), set[str]()
         for number, report in enumerate(reports):
             if number in ends:
-                halving = Halving(ASHA, 9)
+                halving = ASHA(ASHA_CONFIG, 9)
                 for earlier in told:
                     halving.ends(*earlier)
             if report[0] not in over:
@@ -244,22 +249,22 @@ def test_a_scheduler_told_again_decides_as_one_that_was_never_ended() -> None:
     assert 3 < sum(whole) < 9  # of nine trials some end early, not all
 
 
-ASHA = SchedulerConfig(kind="asha", grace_epochs=1, reduction=3)
+ASHA_CONFIG = SchedulerConfig(kind="asha", grace_epochs=1, reduction=3)
 
 
 def test_a_trial_is_ended_where_it_is_not_among_the_best_third_so_far() -> None:
     """Worked out by hand: the threshold is the two-thirds percentile of what came before at that rung."""
-    halving = Halving(ASHA, 9)
+    halving = ASHA(ASHA_CONFIG, 9)
     values = [0.5, 0.4, 0.6, 0.1, 0.55]
     assert [halving.ends(str(n), 1, value) for n, value in enumerate(values)] == [False, True, False, True, False]
     assert not halving.ends("0", 2, 0.0)  # between rungs nothing is judged
-    assert not any(Halving(SchedulerConfig(), 9).ends("a", epoch, -epoch) for epoch in range(1, 10))
+    assert not any(ASHA(SchedulerConfig(), 9).ends("a", epoch, -epoch) for epoch in range(1, 10))
     with pytest.raises(ConfigError, match=r"grace_epochs \(=20\) is above training.epochs \(=9\)"):
-        Halving(SchedulerConfig(kind="asha", grace_epochs=20), 9)
+        ASHA(SchedulerConfig(kind="asha", grace_epochs=20), 9)
 
 
 def trial(number: int, state: str, **metrics: float) -> Trial:
-    return Trial(Draw(number, 0, {"a": number}), state=state, metrics=metrics)  # type: ignore[arg-type]
+    return Trial(Sample(number, 0, {"a": number}), state=state, metrics=metrics)  # type: ignore[arg-type]
 
 
 def test_the_frontier_is_of_finished_trials_and_the_best_is_the_first_objectives() -> None:
@@ -271,10 +276,10 @@ def test_the_frontier_is_of_finished_trials_and_the_best_is_the_first_objectives
         trial(4, "finished", top1=0.8, gmacs=4.0),
     ]
     setting = config.SweepConfig(name="a", recipe="b", space={})
-    assert [t.number for t in outcome.frontier(setting, trials)] == [0, 1]
-    chosen = outcome.best(setting, trials)
+    assert [t.number for t in selection.frontier(setting, trials)] == [0, 1]
+    chosen = selection.best(setting, trials)
     assert chosen is not None and chosen.number == 1
-    cheap = outcome.best(setting.model_copy(update={"objectives": {"gmacs": "min"}}), trials)
+    cheap = selection.best(setting.model_copy(update={"objectives": {"gmacs": "min"}}), trials)
     assert cheap is not None and cheap.number == 0
 
 
@@ -449,7 +454,7 @@ def test_more_samples_are_the_same_sweep_and_another_seed_is_another(images: Pat
 
 
 def test_a_draw_is_refused_by_the_bound_that_it_breaks() -> None:
-    found = price.Price(macs=20_000_000, parameters=300_000)
+    found = cost.NetCost(macs=20_000_000, parameters=300_000)
     assert found.refusal(config.Bounds(max_gmacs=0.02, max_mparameters=0.3, max_minutes=1)) is None
     assert found.refusal(config.Bounds(max_gmacs=0.01)) == "max_gmacs: 0.02 above 0.01"
     assert found.refusal(config.Bounds(max_mparameters=0.2)) == "max_mparameters: 0.3 above 0.2"
@@ -485,7 +490,7 @@ def test_overhead_is_a_trials_time_against_its_training_and_is_not_told_of_faile
     alone, swept, failed = list[int](), list[int](), dict[str, str]()
 
     def run(asked: config.Sweep, run_dir: Path) -> Outcome:
-        swept.extend(asked.recipe(draw).seed for draw in asked.draws())
+        swept.extend(asked.recipe(draw).seed for draw in asked.samples())
         time.sleep(0.6)
         return Outcome(run_dir, True, [], [], None, failed, "", None, None)
 
@@ -547,18 +552,18 @@ def test_what_costs_too_much_is_refused_and_counted_and_a_failed_trial_fails_alo
     assert told == [(1, 1.0), (2, 2.0), (3, 2.0)]  # the second try of the failed one is heard of too
 
 
-def began(run_dir: Path, *draws: Draw) -> Record:
+def began(run_dir: Path, *draws: Sample) -> Record:
     """The record of a driver that was killed after it had made these draws."""
     run_dir.mkdir()
     record = Record(run_dir, 1)
     for draw in draws:
-        record.draw(draw)
+        record.add(draw)
     return record
 
 
 def test_a_draw_that_was_measured_before_a_kill_is_refused_after_it(images: Path, tmp_path: Path) -> None:
     mine = load(images, "space={family.depth: {grid: [8, 14]}}", "bounds.max_mparameters=0.1")
-    record = began(tmp_path / "sweep", *mine.draws())
+    record = began(tmp_path / "sweep", *mine.samples())
     record.write("priced", number=1, macs=9, parameters=200_000)
     record.close()
     with ExitStack() as stack:
@@ -569,7 +574,7 @@ def test_a_draw_that_was_measured_before_a_kill_is_refused_after_it(images: Path
         assert controller._tally() == "1 refused (1 by max_mparameters), 1 planned"
 
 
-def drawing(images: Path, *depths: int) -> tuple[config.Sweep, list[Draw]]:
+def drawing(images: Path, *depths: int) -> tuple[config.Sweep, list[Sample]]:
     """A study whose first draws have these depths, and those draws."""
     for seed in range(60):
         search = f"search={{kind: optuna, samples: 4, seed: {seed}}}"
@@ -578,7 +583,7 @@ def drawing(images: Path, *depths: int) -> tuple[config.Sweep, list[Draw]]:
         except ConfigError:  # a draw that is looked at ahead has 9
             continue
         study = Study(mine.config, mine.cases)
-        found = [Draw(number, *study.ask(number)) for number in range(len(depths))]
+        found = [Sample(number, *study.ask(number)) for number in range(len(depths))]
         if [draw.values["family.depth"] for draw in found] == list(depths):
             return mine, found
     raise AssertionError(depths)
@@ -641,7 +646,7 @@ def copied(whole: Path, folder: Path) -> Path:
 def test_a_new_driver_tells_the_scheduler_what_the_one_before_it_judged(
     images: Path, whole: Path, tmp_path: Path
 ) -> None:
-    assert not Halving(load(images).config.scheduler, 4).ends("another", 1.0, 0.0)  # the first at a rung goes on
+    assert not ASHA(load(images).config.scheduler, 4).ends("another", 1.0, 0.0)  # the first at a rung goes on
     with ExitStack() as stack:
         controller = sweep.Controller(load(images), copied(whole, tmp_path), 99, Said(), stack)
         assert controller._halving.ends("another", 1.0, 0.0)
@@ -674,7 +679,7 @@ def test_a_trial_that_is_to_end_later_than_it_was_stopped_has_not_ended(
         judged = next(trial for trial in controller.trials if trial.ends_by == "ASHA")
         judged.state = "running"
         for step, state in ((judged.ends_at - 1, "planned"), (judged.ends_at, "stopped")):
-            runner = sweep.Runner(judged, load(images).recipe(judged.draw), controller.folder(judged))
+            runner = sweep.Runner(judged, load(images).recipe(judged.sample), controller.folder(judged))
             runner.result = Result(runner._folder, False, step, (), None, None, "", None)
             controller._conclude(runner)
             assert judged.state == state
@@ -725,7 +730,7 @@ def test_a_sweep_asked_to_stop_saves_its_trial_and_goes_on_from_there(
 
 def test_what_a_killed_writer_left_torn_is_passed_over(tmp_path: Path) -> None:
     first = Record(tmp_path, 1)
-    first.draw(Draw(0, 0, {"a": 1}))
+    first.add(Sample(0, 0, {"a": 1}))
     first.close()
     with open(tmp_path / "journal" / "sweep.jsonl", "a") as file:
         file.write('{"event": "ended", "number": 0, "sta')
@@ -738,7 +743,7 @@ def test_what_a_killed_writer_left_torn_is_passed_over(tmp_path: Path) -> None:
 
 def test_a_driver_that_was_taken_over_from_writes_nothing_that_counts(tmp_path: Path) -> None:
     first = Record(tmp_path, 1)
-    first.draw(Draw(0, 0, {"a": 1}))
+    first.add(Sample(0, 0, {"a": 1}))
     second = Record(tmp_path, 2)
     second.write("judged", number=0, step=5, epoch=1, value=0.5, ends=False)
     first.write("ended", number=0, state="failed", reason="its cluster was gone", step=3, metrics={})
@@ -772,7 +777,7 @@ held.release()
 
 def test_a_trial_that_another_driver_is_at_is_waited_for(images: Path, tmp_path: Path) -> None:
     one = load(images, "space={family.target_rate: {grid: [0.5]}}", "scheduler.kind=none", "training.epochs=1")
-    folder = tmp_path / "sweep" / "trials" / one.draws()[0].name
+    folder = tmp_path / "sweep" / "trials" / one.samples()[0].name
     folder.mkdir(parents=True)
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=Path(__file__).parents[1])
     wait_until(lambda: (folder / "held").exists())
@@ -837,5 +842,5 @@ def test_the_memory_of_a_step_is_what_autograd_keeps() -> None:
     import torch
 
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU())
-    assert price.memory_mib(net, 16) == pytest.approx((3 + 8) * 16 * 16 * 4 / 2**20)
-    assert price.profile(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2), torch.nn.Conv2d(4, 4, 3)), 17) == [8, 6]
+    assert cost.memory_mib(net, 16) == pytest.approx((3 + 8) * 16 * 16 * 4 / 2**20)
+    assert cost.profile(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2), torch.nn.Conv2d(4, 4, 3)), 17) == [8, 6]

@@ -19,13 +19,13 @@ from jobs.verbs.train import _stop_on_signals
 from tuning import config, sweep
 from tuning.outcome import Outcome
 from tuning.record import Trial
-from tuning.space import Draw
+from tuning.space import Sample
 
 OVER = config.SweepConfig(name="a", recipe="b", space={}, objectives={"mean/top1": "max"})
 
 
 def trial(number: int, state: str, **facts: Any) -> Trial:
-    return Trial(Draw(number, 0, {"family.depth": 8 + number}), state=state, **facts)  # type: ignore[arg-type]
+    return Trial(Sample(number, 0, {"family.depth": 8 + number}), state=state, **facts)  # type: ignore[arg-type]
 
 
 def drawn(trials: list[Trial], over: config.SweepConfig = OVER) -> str:

@@ -19,7 +19,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.run_config import RunConfig, RunName
 from tuning import space
-from tuning.space import Case, Draw
+from tuning.space import Case, Sample
 
 SWEEPS = Path(__file__).parent / "sweeps"
 LOOKED_AT = 64  # samples of what a study may draw, before it does
@@ -83,15 +83,15 @@ class SweepConfig(Config):
         return self
 
     @property
-    def accuracy(self) -> str:
+    def accuracy_metric(self) -> str:
         """The objective that trials are chosen by: the first."""
         return next(iter(self.objectives))
 
     @property
-    def cost(self) -> str:
+    def cost_metric(self) -> str:
         """The objective that it is set against: the second, or the MACs of the same policy."""
         names = list(self.objectives)
-        policy, slash, _ = self.accuracy.rpartition("/")
+        policy, slash, _ = self.accuracy_metric.rpartition("/")
         return names[1] if len(names) > 1 else f"{policy}{slash}gmacs"
 
     def sign(self, metric: str) -> int:
@@ -109,7 +109,7 @@ class Sweep:
     base: RunConfig  # what no draw has touched
     data_home: str | None = None
 
-    def recipe(self, draw: Draw) -> RunConfig:
+    def recipe(self, draw: Sample) -> RunConfig:
         """The recipe of a draw. Raises ConfigError naming the draw."""
         try:
             return run_config.load(
@@ -118,12 +118,12 @@ class Sweep:
         except ConfigError as error:
             raise ConfigError(f"draw {draw.number} ({draw.text}): {error}") from None
 
-    def draws(self) -> list[Draw]:
+    def samples(self) -> list[Sample]:
         """All draws, where they do not hang on results (Optuna's do)."""
         search = self.config.search
         if search.kind == "optuna":
             return []
-        return space.draws(self.cases, samples=search.samples, seed=search.seed)
+        return space.draw_samples(self.cases, samples=search.samples, seed=search.seed)
 
     def identity(self, images: str) -> dict[str, Any]:
         """What a sweep's folder must agree with to be gone on with, by dotted key; more samples may be asked for.
@@ -196,15 +196,15 @@ def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = 
     _check_kind(config, cases)
     base = run_config.load(config.recipe, [*texts, f"name={config.name}"], data_home=data_home)
     sweep = Sweep(config, cases, texts, base, data_home)
-    for draw in sweep.draws() or _samples(cases, config.search.seed):
+    for draw in sweep.samples() or _samples(cases, config.search.seed):
         sweep.recipe(draw)
     return sweep
 
 
-def _samples(cases: Sequence[Case], seed: int) -> Iterator[Draw]:
+def _samples(cases: Sequence[Case], seed: int) -> Iterator[Sample]:
     """Draws such as a study may make: those in which a key is there for the first time."""
     seen: set[tuple[int, str]] = set()
-    for draw in space.draws(cases, samples=LOOKED_AT, seed=seed):
+    for draw in space.draw_samples(cases, samples=LOOKED_AT, seed=seed):
         keys = {(draw.case, key) for key in draw.values}
         if not keys <= seen:
             yield draw

@@ -16,13 +16,13 @@ from pipeline import registry
 from pipeline.errors import ConfigError
 from pipeline.evaluation import from_weights
 from pipeline.evaluation.evaluate import load_reports
-from pipeline.evaluation.frontier import dominated
 from pipeline.run_config import RunConfig
 from pipeline.runs import journal, records
 from pipeline.runs.files import write_json, write_text
-from tuning import price
+from tuning import cost, pictures
 from tuning.config import Sweep, SweepConfig
 from tuning.record import Trial
+from tuning.selection import best, frontier
 from tuning.space import written
 
 METRICS = ("top1", "top5", "ece", "gmacs", "gmacs_p95", "full_share")  # of an evaluation, by policy
@@ -58,7 +58,7 @@ def check_objectives(config: SweepConfig, policies: Sequence[str], num_classes: 
     metrics = reported(num_classes)
     known = [*metrics, *(metric for metric in OF_NET if metric != "memory_mib" or config.memory)]
     known += [f"{policy}/{metric}" for policy in (*policies, MEAN) for metric in metrics]
-    for name in (*config.objectives, config.cost):
+    for name in (*config.objectives, config.cost_metric):
         if name not in known:
             close = get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}? " if close else ""
@@ -101,9 +101,9 @@ def _of_net(sweep: Sweep, folder: Path, config: RunConfig) -> dict[str, float]:
     found = {"mparameters": sum(p.numel() for p in net.parameters()) / 1e6}
     side = config.data.side_for_eval
     if sweep.config.memory:
-        found["memory_mib"] = price.memory_mib(net, side)
+        found["memory_mib"] = cost.memory_mib(net, side)
     if sweep.config.profiles:
-        found |= {f"side_px/{place:02d}": float(px) for place, px in enumerate(price.profile(net, side))}
+        found |= {f"side_px/{place:02d}": float(px) for place, px in enumerate(cost.profile(net, side))}
     return found
 
 
@@ -118,44 +118,17 @@ def metrics_at(folder: Path, step: int) -> dict[str, float]:
     return found | {name: value for policy in policies for name, value in _of_first(found, policy).items()}
 
 
-# --- which trial is best
-
-
-def best(config: SweepConfig, trials: Sequence[Trial]) -> Trial | None:
-    """The finished trial that is best by the first objective; of equals the one of less cost, then the earlier."""
-    able = [trial for trial in trials if trial.state == "finished" and config.accuracy in trial.metrics]
-
-    def merit(trial: Trial) -> tuple[float, float, int]:
-        spent = trial.metrics.get(config.cost, 0.0)
-        return (
-            config.sign(config.accuracy) * trial.metrics[config.accuracy],
-            config.sign(config.cost) * spent,
-            -trial.number,
-        )
-
-    return max(able, key=merit, default=None)
-
-
-def frontier(config: SweepConfig, trials: Sequence[Trial]) -> list[Trial]:
-    """The finished trials that no other beats in accuracy and cost, cheapest first."""
-    able = [t for t in trials if t.state == "finished" and {config.accuracy, config.cost} <= set(t.metrics)]
-    costs = [-config.sign(config.cost) * trial.metrics[config.cost] for trial in able]
-    merits = [config.sign(config.accuracy) * trial.metrics[config.accuracy] for trial in able]
-    beaten = dominated(costs, merits)
-    return [able[n] for n in sorted(range(len(able)), key=lambda n: costs[n]) if not beaten[n]]
-
-
 # --- tables
 
 
 def rows(config: SweepConfig, trials: Sequence[Trial]) -> list[list[str]]:
     """Cells of results.csv, a heading first: the trial, what was drawn, how it ended, every metric. No times."""
     unbeaten = {trial.name for trial in frontier(config, trials)}
-    keys = list(dict.fromkeys(key for trial in trials for key in trial.draw.shown))
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.sample.shown))
     names = list(dict.fromkeys(name for trial in trials for name in trial.metrics if not name.startswith("side_px/")))
     table = [["trial", *keys, "state", "step", "frontier", *names]]
     for trial in trials:
-        drawn = [written(trial.draw.values[key]) if key in trial.draw.values else "" for key in keys]
+        drawn = [written(trial.sample.values[key]) if key in trial.sample.values else "" for key in keys]
         state = f"{trial.state} ({trial.reason})" if trial.reason else trial.state
         figures = [f"{trial.metrics[name]:.6g}" if name in trial.metrics else "" for name in names]
         table.append([trial.name, *drawn, state, str(trial.step), "*" if trial.name in unbeaten else "", *figures])
@@ -182,7 +155,7 @@ def brief(config: SweepConfig, table: Sequence[Sequence[str]]) -> list[list[str]
     """The columns of `table` that fit a screen: what was drawn, the state, and what the sweep is about."""
     heading = table[0]
     end = heading.index("frontier") + 1
-    wanted = [*config.objectives, config.cost]
+    wanted = [*config.objectives, config.cost_metric]
     tops = [name for name in heading[end:] if name.endswith("/top1") and not name.startswith(MEAN)]
     wanted += tops[1:] if "top1" in wanted else tops  # the first policy's goes without its name
     wanted += [name for name in heading[end:] if name.endswith("/layers")]
@@ -197,8 +170,6 @@ def _cut(cell: str) -> str:
 
 def conclude(sweep: Sweep, run_dir: Path, trials: Sequence[Trial], *, tracked: Mapping[str, str | None]) -> Outcome:
     """Writes results.csv, results.json, note.md, status.json and the pictures; says what has come out."""
-    from tuning import pictures
-
     config, table = sweep.config, rows(sweep.config, trials)
     chosen, unbeaten = best(config, trials), frontier(config, trials)
     _write_tables(run_dir, config, trials, table)
@@ -226,8 +197,8 @@ def _write_tables(run_dir: Path, config: SweepConfig, trials: Sequence[Trial], t
     csv.writer(text, lineterminator="\n").writerows(table)
     write_text(run_dir / "results.csv", text.getvalue())
     entries = [
-        {"trial": t.name, "values": t.draw.values, "state": t.state, "reason": t.reason, "step": t.step}
-        | {"metrics": t.metrics, "judged": t.judged, "price": t.price}
+        {"trial": t.name, "values": t.sample.values, "state": t.state, "reason": t.reason, "step": t.step}
+        | {"metrics": t.metrics, "judged": t.judged, "price": t.cost}
         for t in trials
     ]
     write_text(run_dir / "results.json", json.dumps(entries, indent=1))

@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline.runs import journal
 from tuning.config import Sweep
-from tuning.outcome import frontier
 from tuning.record import Trial
+from tuning.selection import frontier
 from tuning.space import written
 
 DPI = 120
@@ -21,10 +21,10 @@ Axes = Any
 
 def draw(sweep: Sweep, run_dir: Path, trials: Sequence[Trial]) -> None:
     """Draws what there is to draw into RUN/plots."""
-    done = [trial for trial in trials if sweep.config.accuracy in trial.metrics]
+    done = [trial for trial in trials if sweep.config.accuracy_metric in trial.metrics]
     pictures: dict[str, Callable[[Axes], None]] = {}
-    if any(sweep.config.cost in trial.metrics for trial in done):
-        pictures["frontier"] = lambda axes: _frontier(axes, sweep, done, sweep.config.cost)
+    if any(sweep.config.cost_metric in trial.metrics for trial in done):
+        pictures["frontier"] = lambda axes: _frontier(axes, sweep, done, sweep.config.cost_metric)
     if len(_columns(done)) and len(done) > 1:
         pictures["parallel"] = lambda axes: _parallel(axes, sweep, done)
     if sweep.config.memory and any("memory_mib" in trial.metrics for trial in done):
@@ -51,32 +51,32 @@ def _frontier(axes: Axes, sweep: Sweep, trials: Sequence[Trial], cost: str) -> N
     """Accuracy against cost; a line through what nothing beats, hollow what ended early."""
     config = sweep.config
     found = [trial for trial in trials if cost in trial.metrics]
-    unbeaten = [trial for trial in frontier(config, found) if cost == config.cost]
+    unbeaten = [trial for trial in frontier(config, found) if cost == config.cost_metric]
     for state, face in (("finished", "tab:blue"), ("stopped", "none")):
         chosen = [trial for trial in found if trial.state == state]
-        points = [[trial.metrics[name] for trial in chosen] for name in (cost, config.accuracy)]
+        points = [[trial.metrics[name] for trial in chosen] for name in (cost, config.accuracy_metric)]
         if chosen:
             axes.scatter(*points, facecolors=face, edgecolors="tab:blue", label=state)
     if unbeaten:
-        line = [[trial.metrics[name] for trial in unbeaten] for name in (cost, config.accuracy)]
+        line = [[trial.metrics[name] for trial in unbeaten] for name in (cost, config.accuracy_metric)]
         axes.plot(*line, color="tab:orange", label="nothing beats these")
     for trial in (unbeaten or found)[:MOST_NAMED]:
-        where = (trial.metrics[cost], trial.metrics[config.accuracy])
+        where = (trial.metrics[cost], trial.metrics[config.accuracy_metric])
         axes.annotate(_short(trial), where, fontsize=7, xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel=cost, ylabel=config.accuracy)
+    axes.set(xlabel=cost, ylabel=config.accuracy_metric)
     axes.margins(x=0.12)  # for the words beside the rightmost
     axes.grid(alpha=0.3)
     axes.legend()
 
 
 def _short(trial: Trial) -> str:
-    return ", ".join(written(value) for value in trial.draw.shown.values())[:40]
+    return ", ".join(written(value) for value in trial.sample.shown.values())[:40]
 
 
 def _columns(trials: Sequence[Trial]) -> dict[str, list[Any]]:
     """Drawn keys with more than one value among the trials."""
-    keys = list(dict.fromkeys(key for trial in trials for key in trial.draw.shown))
-    found = {key: [trial.draw.values.get(key) for trial in trials] for key in keys}
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.sample.shown))
+    found = {key: [trial.sample.values.get(key) for trial in trials] for key in keys}
     return {key: values for key, values in found.items() if len({written(value) for value in values}) > 1}
 
 
@@ -84,10 +84,10 @@ def _parallel(axes: Axes, sweep: Sweep, trials: Sequence[Trial]) -> None:
     """One line a trial through what was drawn to what came out, coloured by the first objective."""
     config = sweep.config
     columns: dict[str, list[Any]] = _columns(trials)
-    for name in (config.cost, config.accuracy):
+    for name in (config.cost_metric, config.accuracy_metric):
         columns[name] = [trial.metrics.get(name) for trial in trials]
     heights = {key: _heights(values) for key, values in columns.items()}
-    colour = _heights(columns[config.accuracy])[0]
+    colour = _heights(columns[config.accuracy_metric])[0]
     from matplotlib import colormaps
 
     for number in range(len(trials)):
@@ -137,13 +137,13 @@ def _profiles(axes: Axes, sweep: Sweep, trials: Sequence[Trial]) -> None:
     """Sides along the net: the best and the worst that were drawn, and every net with nothing random in it."""
     config = sweep.config
     done = [trial for trial in trials if trial.state == "finished" and _profile(trial)]
-    random = [trial for trial in done if any(e.kind != "fixed" for e in sweep.cases[trial.draw.case])]
-    merits = {trial.name: config.sign(config.accuracy) * trial.metrics[config.accuracy] for trial in done}
+    random = [trial for trial in done if any(e.kind != "fixed" for e in sweep.cases[trial.sample.case])]
+    merits = {trial.name: config.sign(config.accuracy_metric) * trial.metrics[config.accuracy_metric] for trial in done}
     random.sort(key=lambda trial: merits[trial.name])
     named = [(trial, _short(trial)) for trial in done if trial not in random]
     named += [(random[-1], "best drawn"), (random[0], "worst drawn")] if random else []
     for trial, text in named:
-        axes.plot(_profile(trial), marker=".", label=f"{text}: {trial.metrics[config.accuracy]:.4g}")
+        axes.plot(_profile(trial), marker=".", label=f"{text}: {trial.metrics[config.accuracy_metric]:.4g}")
     axes.set(xlabel="convolution", ylabel="side, px")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pipeline.runs import journal
 from pipeline.runs.journal import Journal
-from tuning.space import Draw
+from tuning.space import Sample
 
 State = Literal["planned", "running", "finished", "stopped", "failed", "refused"]
 ENDED = ("finished", "stopped", "failed", "refused")
@@ -29,10 +29,10 @@ OVERTIME = "max_minutes"
 class Trial:
     """One draw and what has become of it."""
 
-    draw: Draw
+    sample: Sample
     state: State = "planned"
     reason: str = ""  # of the state, where it is refused, stopped or failed
-    price: Mapping[str, int] = field(default_factory=dict)  # macs, parameters of the whole net
+    cost: Mapping[str, int] = field(default_factory=dict)  # macs, parameters of the whole net
     judged: dict[int, float] = field(default_factory=dict)  # step: value, of evaluations while training
     ends_at: int | None = None  # the step by which it was decided to end before its time
     ends_by: str = ""  # what decided it: ASHA or max_minutes
@@ -42,11 +42,11 @@ class Trial:
 
     @property
     def number(self) -> int:
-        return self.draw.number
+        return self.sample.number
 
     @property
     def name(self) -> str:
-        return self.draw.name
+        return self.sample.name
 
     @property
     def newest(self) -> float | None:
@@ -75,7 +75,7 @@ class Record:
         self._journal.sync()
         self._apply({"event": kind, "step": step, **facts})
 
-    def draw(self, draw: Draw) -> Trial:
+    def add(self, draw: Sample) -> Trial:
         self.write("drawn", number=draw.number, case=draw.case, values=dict(draw.values))
         return self.trials[draw.number]
 
@@ -87,13 +87,13 @@ class Record:
         kind = event["event"]
         if kind == "drawn":
             if event["number"] == len(self.trials):  # a driver may have written it while it was being taken over from
-                self.trials.append(Trial(Draw(event["number"], event["case"], event["values"])))
+                self.trials.append(Trial(Sample(event["number"], event["case"], event["values"])))
             return
         trial = self.trials[event["number"]]
         if kind == "refused":
             trial.state, trial.reason = "refused", event["reason"]
         elif kind == "priced":
-            trial.price = {"macs": event["macs"], "parameters": event["parameters"]}
+            trial.cost = {"macs": event["macs"], "parameters": event["parameters"]}
         elif kind == "judged":
             trial.judged[event["step"]] = event["value"]
             if event["ends"]:

@@ -35,7 +35,7 @@ Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Dimension:
     """One key of a case: what it may be (`of`: values, or the two bounds), and when it is there at all."""
 
     key: str
@@ -47,11 +47,11 @@ class Entry:
         return all(key in values and values[key] in allowed for key, allowed in self.when.items())
 
 
-Case = tuple[Entry, ...]
+Case = tuple[Dimension, ...]
 
 
 @dataclass(frozen=True)
-class Draw:
+class Sample:
     """What one trial is to be: every key that applies, names inside the sweep included."""
 
     number: int  # from 0
@@ -112,7 +112,7 @@ def flattened(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _case(section: Mapping[str, Any]) -> Case:
-    entries: list[Entry] = []
+    entries: list[Dimension] = []
     for key, value in flattened(section).items():
         entry = _entry(str(key), value)
         _check_conditions(entry, {earlier.key: earlier for earlier in entries})
@@ -121,7 +121,7 @@ def _case(section: Mapping[str, Any]) -> Case:
     return tuple(entries)
 
 
-def _check_conditions(entry: Entry, earlier: Mapping[str, Entry]) -> None:
+def _check_conditions(entry: Dimension, earlier: Mapping[str, Dimension]) -> None:
     """Every key asked stands before it, and each value asked for is one that the key may have."""
     for asked, values in entry.when.items():
         if asked not in earlier:
@@ -137,7 +137,7 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("$")
 
 
-def _check_grids(entries: Sequence[Entry]) -> None:
+def _check_grids(entries: Sequence[Dimension]) -> None:
     """How many trials there are must not hang on what is drawn."""
     drawn = {e.key for e in entries if e.kind in (*RANDOM, "list") or (e.kind == "fixed" and _is_name(e.of[0]))}
     for entry in entries:
@@ -148,14 +148,14 @@ def _check_grids(entries: Sequence[Entry]) -> None:
             )
 
 
-def _entry(key: str, value: Any) -> Entry:
+def _entry(key: str, value: Any) -> Dimension:
     place = key.partition(".")[0]
     if place in PLACES:
         raise ConfigError(
             f"space: {key}: nothing under {place} changes what is learned; give it as an override, {key}=VALUE"
         )
     if not isinstance(value, dict):
-        return Entry(key, "fixed", (value,), {})
+        return Dimension(key, "fixed", (value,), {})
     kinds = [kind for kind in value if kind != "when"]
     if len(kinds) != 1 or kinds[0] not in KINDS:
         raise ConfigError(f"space: {key} (={value}): say one of {', '.join(KINDS)}, and `when` if it is conditional")
@@ -164,7 +164,7 @@ def _entry(key: str, value: Any) -> Entry:
         raise ConfigError(f"space: {key}: when (={conditions!r}): write {{other.key: value}}, or a list of values")
     when = {asked: tuple(v) if isinstance(v, list) else (v,) for asked, v in conditions.items()}
     (kind,) = kinds
-    return Entry(key, kind, _bounds(key, kind, value[kind]), when)
+    return Dimension(key, kind, _bounds(key, kind, value[kind]), when)
 
 
 def _bounds(key: str, kind: str, given: Any) -> tuple[Any, ...]:
@@ -197,15 +197,15 @@ def is_random(case: Case) -> bool:
     return any(entry.kind in RANDOM for entry in case)
 
 
-def draws(cases: Sequence[Case], *, samples: int, seed: int) -> list[Draw]:
+def draw_samples(cases: Sequence[Case], *, samples: int, seed: int) -> list[Sample]:
     """Every draw, sample by sample; what has nothing random in it is drawn once. The same for the same arguments."""
-    found: list[Draw] = []
+    found: list[Sample] = []
     for sample in range(samples):
         for number, case in enumerate(cases):
             if sample == 0 or is_random(case):
                 for place, picked in enumerate(_grid(case)):
                     random = np.random.default_rng([seed, sample, number, place])
-                    found.append(Draw(len(found), number, _drawn(case, picked, random)))
+                    found.append(Sample(len(found), number, _drawn(case, picked, random)))
     return found
 
 
@@ -228,10 +228,10 @@ def _grid(case: Case) -> Iterator[Values]:
 
 
 def _drawn(case: Case, picked: Values, random: np.random.Generator) -> Values:
-    return assemble(case, lambda entry: picked[entry.key] if entry.kind == "grid" else sample(entry, random))
+    return assemble(case, lambda entry: picked[entry.key] if entry.kind == "grid" else draw_value(entry, random))
 
 
-def assemble(case: Case, pick: Callable[[Entry], Any]) -> Values:
+def assemble(case: Case, pick: Callable[[Dimension], Any]) -> Values:
     """The values of a case, key by key: `pick` is asked for those that are not fixed and apply."""
     values: Values = {}
     for entry in case:
@@ -245,7 +245,7 @@ def assemble(case: Case, pick: Callable[[Entry], Any]) -> Values:
     return values
 
 
-def _listed(entry: Entry, values: Values) -> list[Any]:
+def _listed(entry: Dimension, values: Values) -> list[Any]:
     found: list[Any] = []
     for item in entry.of:
         times = 1
@@ -257,7 +257,7 @@ def _listed(entry: Entry, values: Values) -> list[Any]:
     return found
 
 
-def _filled(entry: Entry, value: Any, values: Values) -> Any:
+def _filled(entry: Dimension, value: Any, values: Values) -> Any:
     """`$name` as what it was drawn to be."""
     if not _is_name(value):
         return value
@@ -266,18 +266,18 @@ def _filled(entry: Entry, value: Any, values: Values) -> Any:
     return values[value]
 
 
-def sample(entry: Entry, random: np.random.Generator) -> Any:
+def draw_value(entry: Dimension, random: np.random.Generator) -> Any:
     """A value of a random entry, by Ray Tune's domain of its kind."""
     value = _domain(entry).sample(random_state=random)
     return shortened(value, entry) if entry.kind in ("uniform", "loguniform") else value
 
 
-def shortened(value: float, entry: Entry) -> float:
+def shortened(value: float, entry: Dimension) -> float:
     """A drawn float in DIGITS digits, so that names and tables are as exact as the run; still within its bounds."""
     return min(max(float(f"{value:.{DIGITS}g}"), float(entry.of[0])), float(entry.of[1]))
 
 
-def _domain(entry: Entry) -> Any:
+def _domain(entry: Dimension) -> Any:
     tune = _tune()
     if entry.kind == "choice":
         return tune.choice(list(entry.of))

@@ -35,12 +35,12 @@ from pipeline.runs.journal import FirstValues
 from pipeline.runs.lease import Lease
 from pipeline.tracking import Shipper
 from pipeline.training import checkpoint
-from tuning import outcome, price, slots
-from tuning.advice import Halving, Study
+from tuning import cost, outcome, selection, slots
 from tuning.config import Sweep
 from tuning.outcome import Outcome
 from tuning.record import ENDED, Record, Trial
-from tuning.space import Draw
+from tuning.schedulers import ASHA, Study
+from tuning.space import Sample
 
 POLL_S = 0.5
 TRIALS = "trials"
@@ -111,7 +111,7 @@ class Controller:
         self._heard_of_cluster = time.monotonic()
         self._check_objectives()
         self._check_scheduler()
-        self._halving = Halving(self.config.scheduler, self._epochs())
+        self._halving = ASHA(self.config.scheduler, self._epochs())
         self._study = Study(self.config, sweep.cases) if self.config.search.kind == "optuna" else None
         self._write_config()  # once nothing of the file can be refused any more
         self.record = Record(run_dir, fence)
@@ -211,7 +211,7 @@ class Controller:
         if free is not None or self._study is None or len(self.trials) >= self.config.search.samples:
             return free
         number = len(self.trials)
-        self._admit(self.record.draw(Draw(number, *self._study.ask(number))))
+        self._admit(self.record.add(Sample(number, *self._study.ask(number))))
         return self._next()
 
     def _is_elsewhere(self, trial: Trial) -> bool:
@@ -297,7 +297,7 @@ class Controller:
     def _log_progress(self) -> None:
         """How the sweep stands, into its run in MLflow; a step is a trial that has ended."""
         ended = [trial for trial in self.trials if trial.state in ("finished", "stopped", "failed")]
-        best = outcome.best(self.config, self.trials)
+        best = selection.best(self.config, self.trials)
         values = {"trials/ended": float(len(ended))}
         if best is not None:
             values |= {f"best/{name}": best.metrics[name] for name in self._shown if name in best.metrics}
@@ -307,8 +307,8 @@ class Controller:
 
     def _plan(self, retry_failed: bool) -> None:
         """Makes the draws that are not there yet, all of them before anything is trained; refuses the too costly."""
-        for draw in self.sweep.draws()[len(self.trials) :]:
-            self.record.draw(draw)
+        for draw in self.sweep.samples()[len(self.trials) :]:
+            self.record.add(draw)
         for trial in self.trials:
             if trial.state == "planned":
                 self._admit(trial)
@@ -319,7 +319,7 @@ class Controller:
         """Refuses a draw that costs too much, and of a study's, which were not checked before, one that is invalid."""
         try:
             if self._study is not None:
-                self.sweep.recipe(trial.draw)
+                self.sweep.recipe(trial.sample)
             self._price(trial)
         except ConfigError as error:  # of the recipe, which not every draw need suit; a study learns from it
             if self._study is None:
@@ -331,10 +331,10 @@ class Controller:
         bounds = self.config.bounds
         if bounds.max_gmacs is None and bounds.max_mparameters is None:
             return
-        if not trial.price:
-            found = price.of_recipe(self.sweep.recipe(trial.draw), self._num_classes)
+        if not trial.cost:
+            found = cost.of_recipe(self.sweep.recipe(trial.sample), self._num_classes)
             self.record.write("priced", number=trial.number, macs=found.macs, parameters=found.parameters)
-        reason = price.Price(**trial.price).refusal(bounds)  # which a killed driver may not have written down
+        reason = cost.NetCost(**trial.cost).refusal(bounds)  # which a killed driver may not have written down
         if reason is not None:
             self._refuse(trial, reason)
 
@@ -362,16 +362,16 @@ class Controller:
     def _ask_again(self, trial: Trial) -> None:
         assert self._study is not None
         found = self._study.ask(trial.number)
-        if found != (trial.draw.case, dict(trial.draw.values)):
+        if found != (trial.sample.case, dict(trial.sample.values)):
             raise ConfigError(
-                f"{self.run_dir}: Optuna {self._study.version} does not draw {trial.draw.text} again, as it did when "
+                f"{self.run_dir}: Optuna {self._study.version} does not draw {trial.sample.text} again, as it did when "
                 "this sweep was begun; go on with the version in requirements.txt there, or begin a new sweep"
             )
 
     def _check_objectives(self) -> None:
-        first = {draw.case: draw for draw in reversed(self.sweep.draws())}.values()  # of each case
+        first = {draw.case: draw for draw in reversed(self.sweep.samples())}.values()  # of each case
         recipes = [self.sweep.base, *map(self.sweep.recipe, first)]
-        found = [recipe.evaluation.policies or price.policies(recipe, self._num_classes) for recipe in recipes]
+        found = [recipe.evaluation.policies or cost.policies(recipe, self._num_classes) for recipe in recipes]
         policies = dict.fromkeys(name for names in found for name in names)
         outcome.check_objectives(self.config, list(policies), self._num_classes)
 
@@ -432,7 +432,7 @@ class Controller:
 
     def _recipe(self, trial: Trial) -> RunConfig:
         """The recipe of a trial, as a run among the sweep's: tracked below its parent, registered by nobody."""
-        config = self.sweep.recipe(trial.draw)
+        config = self.sweep.recipe(trial.sample)
         tracking = config.tracking.model_copy(
             update={"uri": self.shipper.uri, "register": None, "parent": self.run_dir}
         )
@@ -451,7 +451,7 @@ class Controller:
         """The longest that a trial may train; a study's is the recipe's."""
         if all(entry.key != "training.epochs" for case in self.sweep.cases for entry in case):
             return self.sweep.base.training.epochs
-        return max([self.sweep.recipe(draw).training.epochs for draw in self.sweep.draws()], default=0.0)
+        return max([self.sweep.recipe(draw).training.epochs for draw in self.sweep.samples()], default=0.0)
 
     @cached_property
     def _splits(self) -> Splits:
@@ -472,7 +472,7 @@ class Controller:
 
     @property
     def _shown(self) -> list[str]:
-        return list(dict.fromkeys([*self.config.objectives, self.config.cost]))
+        return list(dict.fromkeys([*self.config.objectives, self.config.cost_metric]))
 
     def folder(self, trial: Trial) -> Path:
         return self.run_dir / TRIALS / trial.name

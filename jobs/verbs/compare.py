@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipeline.evaluation.comparing import AtCost, Pair
+    from pipeline.evaluation.comparing import AtCost, PairedTest
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -48,7 +48,7 @@ def compare(
         _print(pair, costs)
 
 
-def _print(pair: Pair, costs: Sequence[AtCost]) -> None:
+def _print(pair: PairedTest, costs: Sequence[AtCost]) -> None:
     from jobs import tables
     from pipeline.evaluation.frontier import macs_text
 
@@ -71,7 +71,7 @@ def _points(share: float) -> str:
     return f"{100 * share:+.2f}"
 
 
-def _verdict(pair: Pair) -> str:
+def _verdict(pair: PairedTest) -> str:
     if pair.p_value >= 0.05:
         return "these images do not tell them apart"
     return f"{'A' if pair.difference > 0 else 'B'} is more accurate"

@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
     from pipeline.deploy.evaluations import Evaluation
-    from pipeline.evaluation.robustness import Attack, Sweep
+    from pipeline.evaluation.robustness import Attack, ResolutionSweep
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -85,12 +85,12 @@ def _attack(kind: str | None, eps: str | None, jpeg: int | None) -> Attack | Non
     return robustness.Attack(kind, robustness.strength(eps) if eps else 0.0, jpeg)  # type: ignore[arg-type]
 
 
-def _sweep(sides: str | None, up_again: bool) -> Sweep | None:
+def _sweep(sides: str | None, up_again: bool) -> ResolutionSweep | None:
     from pipeline.evaluation import robustness
 
     if sides is None and up_again:
         raise ConfigError("--down-and-up goes with --sides, e.g. --sides 160,112 --down-and-up")
-    return None if sides is None else robustness.Sweep(robustness.sides(sides), up_again)
+    return None if sides is None else robustness.ResolutionSweep(robustness.sides(sides), up_again)
 
 
 def _against(done: Evaluation) -> str:

@@ -76,10 +76,10 @@ def sweep(
     if register is not None:  # a name that the registry would refuse after hours
         validate(TrackingConfig, {"register": register}, "--register")
     loaded = config.load(source, overrides or (), data_home=data_home())
-    _check_trial(trial, register, [draw.name for draw in loaded.draws()])
+    _check_trial(trial, register, [draw.name for draw in loaded.samples()])
     if show:
         typer.echo(dump_yaml(as_mapping(loaded.config)), nl=False)
-        typer.echo("\n".join(f"{draw.name}: {draw.text}" for draw in loaded.draws()))
+        typer.echo("\n".join(f"{draw.name}: {draw.text}" for draw in loaded.samples()))
         return
     folder = run_dir or Path("runs") / loaded.config.name
     with _view(loaded.config) as view, _stop_on_signals(folder) as asked:
@@ -159,13 +159,13 @@ class Board(Lines):
 def _table(trials: Sequence[Trial], config: SweepConfig) -> Table:
     """Those that run and the newest others, at most MOST_ROWS: what the scheduler judges, and the first objective."""
     table = Table(title=_tally(trials), title_justify="left", box=None)
-    for heading in ("trial", "state", "step", f"newest {config.scheduler.metric}", config.accuracy):
+    for heading in ("trial", "state", "step", f"newest {config.scheduler.metric}", config.accuracy_metric):
         table.add_column(heading, justify="left" if heading in ("trial", "state") else "right")
     running = [trial for trial in trials if trial.state == "running"]
     others = [trial for trial in trials if trial.state not in ("running", "planned", "refused")]
     for trial in [*others[-max(1, MOST_ROWS - len(running)) :], *running[:MOST_ROWS]]:
         newest = "" if trial.newest is None else f"{trial.newest:.4g}"
-        result = f"{trial.metrics[config.accuracy]:.4g}" if config.accuracy in trial.metrics else ""
+        result = f"{trial.metrics[config.accuracy_metric]:.4g}" if config.accuracy_metric in trial.metrics else ""
         table.add_row(trial.name, trial.state, f"{trial.step}/{trial.total_steps or '?'}", newest, result)
     return table
 

@@ -26,7 +26,7 @@ from pipeline.data.index import ImageIndex, open_splits
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import from_weights
 from pipeline.evaluation.evaluate import load_reports
-from pipeline.evaluation.robustness import Attack, Sweep
+from pipeline.evaluation.robustness import Attack, ResolutionSweep
 from pipeline.execution.launch import absolute, check_device
 from pipeline.family import Curves, Evaluated, Report
 from pipeline.registry import Trained
@@ -64,7 +64,7 @@ def evaluate(
     out: Path | None = None,
     uri: str | None = None,
     attack: Attack | None = None,
-    sweep: Sweep | None = None,
+    sweep: ResolutionSweep | None = None,
 ) -> Evaluation:
     """Runs the trained net `source` on the val split under its policies, in this process, and stores the reports.
 

@@ -33,7 +33,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairedTest:
     """Paired test of two policies on num_images: difference = a - b in 0..1, its interval, and McNemar's p."""
 
     a: Side
@@ -59,7 +59,7 @@ class AtCost:
     high: float
 
 
-def policies(a: Evaluated, b: Evaluated, policy_a: str | None = None, policy_b: str | None = None) -> Pair:
+def policies(a: Evaluated, b: Evaluated, policy_a: str | None = None, policy_b: str | None = None) -> PairedTest:
     """Compares a policy of each net (None: its default) on the images that both evaluations answered.
 
     Raises ConfigError for an unknown policy, or where an evaluation holds no answers by image.
@@ -68,7 +68,7 @@ def policies(a: Evaluated, b: Evaluated, policy_a: str | None = None, policy_b: 
     hits_a, hits_b = _common(_hits(a, report_a.policy), _hits(b, report_b.policy))
     only_a, only_b = int((hits_a > hits_b).sum()), int((hits_b > hits_a).sum())
     low, high = interval(hits_a - hits_b)
-    return Pair(
+    return PairedTest(
         a=Side(a.name, report_a.policy, float(hits_a.mean()), report_a.macs_mean),
         b=Side(b.name, report_b.policy, float(hits_b.mean()), report_b.macs_mean),
         num_images=len(hits_a),

@@ -32,7 +32,7 @@ BINS = 15  # of the calibration error
 Arrays = dict[str, NDArray[Any]]
 
 
-class EvalBatch(Protocol):
+class LabelledBatch(Protocol):
     """What the loader gives: images uint8 [B, S, S, 3] and labels [B] i64 on the device, rows [B] of the index."""
 
     @property
@@ -51,7 +51,7 @@ class Batches(Protocol):
     @property
     def unreadable(self) -> Sequence[str]: ...
 
-    def __iter__(self) -> Iterator[EvalBatch]: ...
+    def __iter__(self) -> Iterator[LabelledBatch]: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Evaluator:
     latency_batches: Sequence[int] = ()
     latency_repeats: int = 0
 
-    def images(self, batch: EvalBatch) -> Tensor:
+    def images(self, batch: LabelledBatch) -> Tensor:
         """Normalised images [B, 3, S, S] of a batch."""
         images = pixels.normalise(batch.images, self.data.mean, self.data.std)
         return images if self.channels_last else images.contiguous()
@@ -90,14 +90,16 @@ class _Pairs:
     """A split as (normalised images, labels), decoded anew at each walk: it need not fit into memory."""
 
     batches: Batches
-    how: Evaluator
+    evaluator: Evaluator
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.batches:
-            yield self.how.images(batch), batch.labels
+            yield self.evaluator.images(batch), batch.labels
 
 
-def calibrate(policies: Sequence[Policy], net: nn.Module, batches: Batches | None, how: Evaluator) -> list[Policy]:
+def calibrate(
+    policies: Sequence[Policy], net: nn.Module, batches: Batches | None, evaluator: Evaluator
+) -> list[Policy]:
     """Each policy fitted on held-out training images. Collective.
 
     Raises ConfigError where there are none and a policy cannot do without.
@@ -111,8 +113,8 @@ def calibrate(policies: Sequence[Policy], net: nn.Module, batches: Batches | Non
             )
         return list(policies)
     net.eval()
-    pairs = _Pairs(batches, how)
-    with torch.inference_mode(), torch.autocast(how.device.type, torch.bfloat16, enabled=how.autocast):
+    pairs = _Pairs(batches, evaluator)
+    with torch.inference_mode(), torch.autocast(evaluator.device.type, torch.bfloat16, enabled=evaluator.autocast):
         return [policy.calibrated(net, pairs) for policy in policies]
 
 
@@ -126,17 +128,17 @@ def restored(policies: Sequence[Policy], reports: Iterable[Mapping[str, Any]]) -
 
 
 def evaluate(
-    net: nn.Module, policies: Sequence[Policy], batches: Batches, how: Evaluator, store: Path | None = None
+    net: nn.Module, policies: Sequence[Policy], batches: Batches, evaluator: Evaluator, store: Path | None = None
 ) -> list[Report]:
     """One report per policy, on every rank; each image is decoded once. Collective.
 
     With `store`, rank 0 writes reports.json and per-image arrays `<policy>.npz` into that folder. Latency is measured
     on rank 0 alone while the others wait. Raises DataError where no image of the split can be read.
     """
-    if how.device.type == "cpu":
+    if evaluator.device.type == "cpu":
         keep_freed_memory()
     net.eval()
-    mine, sample = _run_all(net, policies, batches, how)
+    mine, sample = _run_all(net, policies, batches, evaluator)
     gathered = ranks.gather((mine, list(batches.unreadable)))
     unreadable = [name for _, names in gathered for name in names]
     merged = {policy.name: _merge([arrays[policy.name] for arrays, _ in gathered]) for policy in policies}
@@ -145,32 +147,32 @@ def evaluate(
         if any(len(arrays.get("rows", ())) == 0 for arrays in merged.values()):
             raise DataError(f"no image of the split could be read; unreadable: {', '.join(unreadable[:5]) or 'none'}")
         if sample is None:  # other ranks had the images
-            side = how.data.side_for_eval
-            sample = torch.zeros(1, 3, side, side, device=how.device)
+            side = evaluator.data.side_for_eval
+            sample = torch.zeros(1, 3, side, side, device=evaluator.device)
         full = cost.measure(net, sample[:1]).macs
-        latencies = _latencies(policies, net, sample, how)
+        latencies = _latencies(policies, net, sample, evaluator)
         for policy, latency in zip(policies, latencies, strict=True):
-            reports.append(_report(policy, merged[policy.name], full, how.num_classes, latency, unreadable))
+            reports.append(_report(policy, merged[policy.name], full, evaluator.num_classes, latency, unreadable))
         if store is not None:
             _store(store, reports, merged)
     return ranks.agree(reports)
 
 
 def _run_all(
-    net: nn.Module, policies: Sequence[Policy], batches: Batches, how: Evaluator
+    net: nn.Module, policies: Sequence[Policy], batches: Batches, evaluator: Evaluator
 ) -> tuple[dict[str, Arrays], Tensor | None]:
     """This rank's per-image arrays by policy, and its first batch of images."""
     parts: dict[str, list[Arrays]] = {policy.name: [] for policy in policies}
     sample: Tensor | None = None
     for batch in batches:
-        images = how.images(batch)
+        images = evaluator.images(batch)
         sample = images if sample is None else sample
         for policy in policies:
-            parts[policy.name].append(_per_image(how.predict(policy, net, images), batch))
+            parts[policy.name].append(_per_image(evaluator.predict(policy, net, images), batch))
     return {name: _merge(arrays) for name, arrays in parts.items()}, sample
 
 
-def _per_image(prediction: Prediction, batch: EvalBatch) -> Arrays:
+def _per_image(prediction: Prediction, batch: LabelledBatch) -> Arrays:
     probabilities = prediction.logits.float().softmax(1)
     confidence, predicted = probabilities.max(1)
     rank_of_truth = (prediction.logits > prediction.logits.gather(1, batch.labels[:, None])).sum(1)
@@ -242,24 +244,27 @@ def _by_class(values: NDArray[Any], labels: NDArray[Any], num_classes: int) -> l
 
 
 def _latencies(
-    policies: Sequence[Policy], net: nn.Module, sample: Tensor, how: Evaluator
+    policies: Sequence[Policy], net: nn.Module, sample: Tensor, evaluator: Evaluator
 ) -> list[list[dict[str, Any]]]:
     """For each policy and batch size the median and the 95th percentile of the time of `predict`.
 
     The policies take turns, so that other work on the machine falls on all of them; the first round warms up.
     """
-    if how.latency_repeats == 0:
+    if evaluator.latency_repeats == 0:
         return [[] for _ in policies]
     found: list[list[dict[str, Any]]] = [[] for _ in policies]
-    for size in how.latency_batches:
+    for size in evaluator.latency_batches:
         images = sample.repeat(-(-size // len(sample)), 1, 1, 1)[:size]
-        if how.channels_last:
+        if evaluator.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         before, start = _waited_s(), time.perf_counter()
-        rounds = [[seconds_of(policy, net, images, how) for policy in policies] for _ in range(how.latency_repeats + 1)]
+        rounds = [
+            [seconds_of(policy, net, images, evaluator) for policy in policies]
+            for _ in range(evaluator.latency_repeats + 1)
+        ]
         waited = max(0.0, _waited_s() - before) / (time.perf_counter() - start) / torch.get_num_threads()
         for entries, times in zip(found, zip(*rounds[1:], strict=True), strict=True):
-            entries.append({**_entry(size, times, how.device), "waited_share": waited})
+            entries.append({**_entry(size, times, evaluator.device), "waited_share": waited})
     return found
 
 
@@ -272,12 +277,12 @@ def _waited_s() -> float:
     return waited / 1e9
 
 
-def seconds_of(policy: Policy, net: nn.Module, images: Tensor, how: Evaluator) -> float:
+def seconds_of(policy: Policy, net: nn.Module, images: Tensor, evaluator: Evaluator) -> float:
     """Seconds of one `predict`, with the device synchronised."""
-    _synchronise(how.device)
+    _synchronise(evaluator.device)
     start = time.perf_counter()
-    how.predict(policy, net, images)
-    _synchronise(how.device)
+    evaluator.predict(policy, net, images)
+    _synchronise(evaluator.device)
     return time.perf_counter() - start
 
 

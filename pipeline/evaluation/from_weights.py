@@ -14,7 +14,7 @@ from pipeline import ranks
 from pipeline.data.dali import EvalLoader
 from pipeline.data.index import ImageIndex, Splits
 from pipeline.evaluation.evaluate import Batches, Evaluator, calibrate, choose, evaluate, restored
-from pipeline.evaluation.robustness import Attack, Attacked, Sweep
+from pipeline.evaluation.robustness import Attack, Attacked, ResolutionSweep
 from pipeline.family import Fitted, Report
 from pipeline.run_config import RunConfig
 from pipeline.training import step
@@ -77,7 +77,7 @@ def evaluate_checkpoint(
     known: Sequence[Mapping[str, Any]] = (),
     *,
     attack: Attack | None = None,
-    sweep: Sweep | None = None,
+    sweep: ResolutionSweep | None = None,
 ) -> Sequence[Report]:
     """Runs the net with `weights` (safetensors) on the val split, in this process, under the `wanted` policies.
 

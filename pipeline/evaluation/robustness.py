@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.evaluation.evaluate import Batches, EvalBatch, Evaluator
+from pipeline.evaluation.evaluate import Batches, Evaluator, LabelledBatch
 from pipeline.family import Policy, Prediction
 
 Kind = Literal["fgsm"]
@@ -87,24 +87,24 @@ class Attacked:
 
     batches: Batches
     net: nn.Module
-    how: Evaluator
+    evaluator: Evaluator
     attack: Attack
 
     @property
     def unreadable(self) -> Sequence[str]:
         return self.batches.unreadable
 
-    def __iter__(self) -> Iterator[EvalBatch]:
+    def __iter__(self) -> Iterator[LabelledBatch]:
         for batch in self.batches:
             images = batch.images
             if self.attack.kind == "fgsm":
-                images = fgsm(self.net, batch, self.how, self.attack.step)
+                images = fgsm(self.net, batch, self.evaluator, self.attack.step)
             if self.attack.jpeg is not None:
                 images = compressed(images, self.attack.jpeg)
             yield Tampered(images, batch.labels, batch.rows)
 
 
-def fgsm(net: nn.Module, batch: EvalBatch, how: Evaluator, step: int) -> Tensor:
+def fgsm(net: nn.Module, batch: LabelledBatch, evaluator: Evaluator, step: int) -> Tensor:
     """The batch's pixels moved by `step` levels up the loss, by the sign of its gradient, within 0..255.
 
     The loss is the cross-entropy of the logits of the net's own forward in eval mode, without noise, in fp32: of RANet
@@ -115,7 +115,9 @@ def fgsm(net: nn.Module, batch: EvalBatch, how: Evaluator, step: int) -> Tensor:
     net.eval()
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            parts = zip(torch.split(how.images(batch), TOGETHER), torch.split(batch.labels, TOGETHER), strict=True)
+            parts = zip(
+                torch.split(evaluator.images(batch), TOGETHER), torch.split(batch.labels, TOGETHER), strict=True
+            )
             found = [_signs(net, images, labels) for images, labels in parts]
     finally:
         for module, mode in modes.items():
@@ -151,7 +153,7 @@ def _through_jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 
 
 @dataclass(frozen=True)
-class AtSide:
+class ResizedPolicy:
     """A policy, calibrated already, on images resized to side_px first, and back to their own side if `up_again`.
 
     Bilinear, with antialias. The resizing is part of the time and, as it multiplies no weights, not of the MACs.
@@ -165,7 +167,7 @@ class AtSide:
     def name(self) -> str:
         return f"{self.policy.name}@{self.side_px}px{'-and-up' if self.up_again else ''}"
 
-    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> AtSide:
+    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> ResizedPolicy:
         """Itself: thresholds stay those of the full resolution."""
         return self
 
@@ -183,7 +185,7 @@ def _resized(images: Tensor, height: int, width: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class ResolutionSweep:
     """The sides at which policies are run, and whether images come back up before the net sees them.
 
     Raises ConfigError where there is none, one twice, or one below 1.
@@ -203,7 +205,7 @@ class Sweep:
 
     def of(self, policies: Sequence[Policy]) -> list[Policy]:
         """Each policy at each side."""
-        return [AtSide(policy, side, self.up_again) for policy in policies for side in self.sides_px]
+        return [ResizedPolicy(policy, side, self.up_again) for policy in policies for side in self.sides_px]
 
     def check(self, net: nn.Module, side_px: int) -> None:
         """Raises ConfigError for a side above the images' side_px, and what the net has to say of one too small."""

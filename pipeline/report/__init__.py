@@ -34,7 +34,7 @@ FIGURE_NAME = re.compile("[a-z0-9]+(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
-class Made:
+class WrittenReport:
     """A report: its page, what it is of, and what a user should hear of sending it to MLflow."""
 
     page: Path
@@ -47,7 +47,7 @@ class Made:
 
 def report(
     sources: Sequence[str], out: Path, *, groups: Path | None = None, uri: str | None = None, track: bool = True
-) -> Made:
+) -> WrittenReport:
     """The report of the nets that `sources` name (runs' folders, checkpoints', versions), in the folder `out`.
 
     groups is a file {superclass: [class, ...]}. With `track` the folder is logged to the nets' MLflow runs too, where
@@ -102,7 +102,7 @@ def grouped(nets: Sequence[Evaluated], path: Path) -> list[Evaluated]:
     return [replace(net, superclasses={str(group): tuple(classes) for group, classes in found.items()}) for net in nets]
 
 
-def build(nets: Sequence[Evaluated], out: Path, images: ImageIndex | None = None) -> Made:
+def build(nets: Sequence[Evaluated], out: Path, images: ImageIndex | None = None) -> WrittenReport:
     """Writes the report of these nets into `out`; `images` is the split they were evaluated on, if it is at hand.
 
     Raises ContractError where a family's figure does not keep what `pipeline.figures` promises.
@@ -121,7 +121,7 @@ def build(nets: Sequence[Evaluated], out: Path, images: ImageIndex | None = None
     contents[folder.PAGE] = page(_title(nets), _facts(nets), pictures, made)
     folder.write(out, _data(nets, sections), contents)
     num_policies = sum(len(net.reports) for net in nets)
-    return Made(out / folder.PAGE, len(nets), num_policies, sum(len(group) for _, group in pictures))
+    return WrittenReport(out / folder.PAGE, len(nets), num_policies, sum(len(group) for _, group in pictures))
 
 
 def _title(nets: Sequence[Evaluated]) -> str:

@@ -11,12 +11,12 @@ from pipeline.figures import Cell, Figure, Lines, Series, Table
 from pipeline.report.cells import NO, YES
 from pipeline.report.general import TOP1
 
-NAME = re.compile(r"(.+)@(\d+)px(-and-up)?")  # of a policy at a side: `robustness.AtSide.name`
+NAME = re.compile(r"(.+)@(\d+)px(-and-up)?")  # of a policy at a side: `robustness.ResizedPolicy.name`
 MOST_LINES = 8  # of more ways to run nets, the first policy of each net is drawn
 
 
 @dataclass(frozen=True)
-class Way:
+class ResolutionCurve:
     """A net under one policy, its images reduced and, if `up_again`, brought back: reports by side in pixels."""
 
     net: Evaluated
@@ -51,29 +51,29 @@ def resolutions(nets: Sequence[Evaluated]) -> list[Figure]:
     ]
 
 
-def _ways(net: Evaluated) -> Iterator[Way]:
+def _ways(net: Evaluated) -> Iterator[ResolutionCurve]:
     """In the order of the net's policies, each with the images' own side beside the lower ones."""
     own = {report.policy: report for report in net.reports}
-    found: dict[tuple[str, bool], Way] = {}
+    found: dict[tuple[str, bool], ResolutionCurve] = {}
     for reports in net.swept.values():
         for report in reports:
             match = NAME.fullmatch(report.policy)
             if match is None or match[1] not in own:
                 continue
             key = (match[1], match[3] is not None)
-            way = found.setdefault(key, Way(net, *key, {net.side_px: own[match[1]]}))
+            way = found.setdefault(key, ResolutionCurve(net, *key, {net.side_px: own[match[1]]}))
             way.reports[int(match[2])] = report
     order = list(own)
     yield from sorted(found.values(), key=lambda way: (order.index(way.policy), way.up_again))
 
 
-def _series(way: Way) -> Series:
+def _series(way: ResolutionCurve) -> Series:
     sides = sorted(way.reports)
     top1 = [100 * way.reports[side].top1 for side in sides]
     return Series(way.name, [float(side) for side in sides], top1, [f"{way.name} at {side} px" for side in sides])
 
 
-def _table(ways: Sequence[Way]) -> Table:
+def _table(ways: Sequence[ResolutionCurve]) -> Table:
     rows: list[list[Cell]] = [
         [way.net.name, way.policy, side, YES if way.up_again else NO, 100 * report.top1, report.macs_mean / 1e6]
         for way in ways

@@ -14,10 +14,10 @@ from typing import Any
 from pipeline.errors import ConfigError
 from tuning import space
 from tuning.config import SchedulerConfig, SweepConfig
-from tuning.space import Case, Entry, Values
+from tuning.space import Case, Dimension, Values
 
 
-class Halving:
+class ASHA:
     """Tune's AsyncHyperBandScheduler, told one evaluation at a time. No trial ends where the scheduler is `none`."""
 
     def __init__(self, config: SchedulerConfig, epochs: float) -> None:
@@ -75,7 +75,7 @@ class Study:
         found = self._search.suggest(str(number))
         case = int(found.get("case", 0))
 
-        def pick(entry: Entry) -> Any:
+        def pick(entry: Dimension) -> Any:
             value = found[self._name(case, entry)]
             if entry.kind == "choice":
                 return entry.of[value]
@@ -93,7 +93,7 @@ class Study:
         """Optuna's define-by-run: asks for what applies, case by case."""
         case = trial.suggest_categorical("case", range(len(self._cases))) if len(self._cases) > 1 else 0
 
-        def pick(entry: Entry) -> Any:
+        def pick(entry: Dimension) -> Any:
             name = self._name(case, entry)
             if entry.kind == "choice":  # by position, since Optuna takes plain values only
                 return entry.of[trial.suggest_categorical(name, range(len(entry.of)))]
@@ -105,7 +105,7 @@ class Study:
 
         space.assemble(self._cases[case], pick)
 
-    def _name(self, case: int, entry: Entry) -> str:
+    def _name(self, case: int, entry: Dimension) -> str:
         """Of a key in one case: to Optuna a name is drawn alike in every trial, and another case may draw otherwise."""
         return f"{case}: {entry.key}" if len(self._cases) > 1 else entry.key
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import cost
+from pipeline import cost as costs
 from pipeline import family as families
 from pipeline.run_config import RunConfig
 from tuning.config import Bounds
 
 
 @dataclass(frozen=True)
-class Price:
+class NetCost:
     """Of one image in the whole net: MACs and parameters."""
 
     macs: int
@@ -31,11 +31,11 @@ class Price:
         return None
 
 
-def of_recipe(config: RunConfig, num_classes: int) -> Price:
+def of_recipe(config: RunConfig, num_classes: int) -> NetCost:
     """Measured on the net that the recipe builds."""
     net = build(config, num_classes)
     parameters = sum(p.numel() for p in net.parameters())
-    return Price(cost.measure(net, _image(config)).macs, parameters)
+    return NetCost(costs.measure(net, _image(config)).macs, parameters)
 
 
 def build(config: RunConfig, num_classes: int) -> nn.Module:
