@@ -51,7 +51,7 @@ def test_a_head_that_is_not_heard_of_is_waited_for_as_long_as_there_is_patience(
 def test_nodes_that_are_missing_are_named_and_why(tmp_path: Path) -> None:
     """One that has left no answer does not see the folder, or has not begun; one that has did not reach Ray."""
     head = node(tmp_path, 0, "127.0.0.2")
-    member = allocation.Member(head, "127.0.0.2:1", subprocess.Popen(["true"]))
+    member = allocation.JoinedNode(head, "127.0.0.2:1", subprocess.Popen(["true"]))
     member.ray.wait()
     said = str(member._missing(1))
     assert f"second: nothing was heard of these nodes in {tmp_path} within 60 s" in said and "--run-dir" in said

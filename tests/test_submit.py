@@ -24,7 +24,7 @@ from jobs.slurm import queue, site
 from pipeline import run_config
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.execution import cluster
-from pipeline.execution.allocation import Member
+from pipeline.execution.allocation import JoinedNode
 from pipeline.runs import provenance
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -488,7 +488,7 @@ def test_a_verb_that_waits_for_a_head_that_is_gone_is_left(
     job, warned = slurm.Job("sweep", (), str(desk), str(desk), 1.0, 100), slurm.Warned.__new__(slurm.Warned)
     warned.over = False
     with socket.create_server(("127.0.0.1", 0)) as head:
-        member = Member(None, f"127.0.0.1:{head.getsockname()[1]}", None)  # type: ignore[arg-type]
+        member = JoinedNode(None, f"127.0.0.1:{head.getsockname()[1]}", None)  # type: ignore[arg-type]
 
         def look() -> None:
             with contextlib.suppress(Left):

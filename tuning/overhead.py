@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline import run_config
-from pipeline.bench.rows import Row, interleave
+from pipeline.bench.rows import BenchRow, interleave
 from pipeline.data import toy
 from pipeline.errors import ResourceError
 from pipeline.execution import cluster, launch
@@ -19,7 +19,9 @@ TRIALS = 3
 SMALL = ("tracking.register=null", "evaluation.latency_repeats=0")
 
 
-def overhead(recipe: str, overrides: Sequence[str] = (), *, rounds: int = 1, data_home: str | None = None) -> list[Row]:
+def overhead(
+    recipe: str, overrides: Sequence[str] = (), *, rounds: int = 1, data_home: str | None = None
+) -> list[BenchRow]:
     """TRIALS trainings one after another, alone and as a sweep, on one connected Ray, in turns; seconds of one.
 
     Images are drawn where the recipe's are the toy set's.
@@ -38,11 +40,14 @@ def overhead(recipe: str, overrides: Sequence[str] = (), *, rounds: int = 1, dat
     return _rows(found)
 
 
-def _rows(found: dict[str, list[float]]) -> list[Row]:
+def _rows(found: dict[str, list[float]]) -> list[BenchRow]:
     from statistics import median
 
     alone, swept = (median(seconds) for seconds in found.values())
-    return [Row("training alone", alone, "s"), Row("a trial of a sweep", swept, "s", "training alone", swept / alone)]
+    return [
+        BenchRow("training alone", alone, "s"),
+        BenchRow("a trial of a sweep", swept, "s", "training alone", swept / alone),
+    ]
 
 
 def _alone(folder: Path, recipe: str, overrides: Sequence[str], data_home: str | None, trials: int = TRIALS) -> float:

@@ -26,7 +26,7 @@ import psutil
 
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.execution import allocation
-from pipeline.execution.allocation import Member, Node
+from pipeline.execution.allocation import JoinedNode, Node
 from pipeline.runs.files import write_text
 
 CLUSTERS = Path("runs") / "clusters"
@@ -119,7 +119,7 @@ class Local:
             keepers.append(_keeper(node, gpus))
             self._write(keepers, None)
         address = _address(nodes[0], keepers[0])
-        Member(nodes[0], address, keepers[0]).await_nodes()
+        JoinedNode(nodes[0], address, keepers[0]).await_nodes()
         self._write(keepers, address)
         return address
 

@@ -60,17 +60,17 @@ def render(site: Site, job: Sequence[str] = ()) -> dict[str, str]:
 
 def _text(site: Site, made: Mapping[str, Any]) -> str:
     head = f"# {site.name}: written by `adaptnet cluster render`; change the site's file, not this one.\n"
-    return head + yaml.dump(json.loads(json.dumps(made)), Dumper=_Dumper, sort_keys=False, width=10**6)
+    return head + yaml.dump(json.loads(json.dumps(made)), Dumper=_QuotingDumper, sort_keys=False, width=10**6)
 
 
-class _Dumper(yaml.SafeDumper):
+class _QuotingDumper(yaml.SafeDumper):
     """Text that another reader of YAML may take for a number, like 3e4, is quoted; nothing is wrapped."""
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if _is_number(text) else None)
 
 
-_Dumper.add_representer(str, _Dumper.represent_str)
+_QuotingDumper.add_representer(str, _QuotingDumper.represent_str)
 
 
 def _is_number(text: str) -> bool:

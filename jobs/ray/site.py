@@ -27,7 +27,7 @@ class Ssh(Config):
     key: Text | None = None
 
 
-class Shared(Config):
+class SharedStorage(Config):
     """The folder in which runs and images lie, seen by every node at the same path."""
 
     path: Folder = "/shared"
@@ -106,7 +106,7 @@ class _Launched(_Site):
     image: Text | None = None  # of infra/docker, run by Docker on every node
     prefix: Folder | None = None  # or an environment that is there already, e.g. /shared/venv: bin/ray lies in it
     python: Text = "python3"  # or else, 3.11 or newer: this checkout is copied to every node and installed by it
-    shared: Shared = Shared()
+    shared: SharedStorage = SharedStorage()
     setup: tuple[Text, ...] = ()  # shell lines on every node, before all else
 
     @model_validator(mode="after")

@@ -32,7 +32,7 @@ from jobs.slurm import munge
 from jobs.slurm.site import Site
 from pipeline.errors import AdaptNetError, ConfigError, ResourceError
 from pipeline.execution import allocation, cluster
-from pipeline.execution.allocation import Member, Node
+from pipeline.execution.allocation import JoinedNode, Node
 from pipeline.runs import provenance
 from pipeline.runs.files import whole_folder, write_text
 from pipeline.training import memory
@@ -152,7 +152,7 @@ class Job:
 
         return DelayedSubmission(self)
 
-    def _drive(self, member: Member | None, starts: Starts, warned: Warned) -> str:
+    def _drive(self, member: JoinedNode | None, starts: Starts, warned: Warned) -> str:
         words = [*self.arguments, *([f"compute.address={member.address}"] if member else [])]
         lost: ResourceError | None = None
         finished = False
@@ -368,7 +368,7 @@ class Starts:
         write_text(self._path, json.dumps(entries, indent=1))
 
 
-def head_is_there(member: Member) -> Callable[[], str]:
+def head_is_there(member: JoinedNode) -> Callable[[], str]:
     """Looks whether the head listens; what is lost, empty where nothing is."""
     return lambda: "" if member.head_listens() else f"Ray's head at {member.address} is gone"
 

@@ -10,7 +10,7 @@ from jobs.cli import data_home
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.bench.plan import Cost, Images, Plan
+    from pipeline.bench.plan import Images, Measurements, ResourcePlan
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -59,7 +59,7 @@ def plan(
     _print(config.name, plans.plan(config, workers, known, cost, network_bytes_per_s=bandwidth), known, cost)
 
 
-def _print(name: str, found: Plan, images: Images, cost: Cost) -> None:
+def _print(name: str, found: ResourcePlan, images: Images, cost: Measurements) -> None:
     from jobs import tables
 
     each = "" if found.micro_rows == found.rows else f", {found.micro_rows} in memory at once"

@@ -18,7 +18,7 @@ from statistics import median
 from jobs.slurm import queue
 from jobs.slurm.job import check_slurm
 from jobs.slurm.site import Site
-from pipeline.bench.rows import Row, compare, interleave
+from pipeline.bench.rows import BenchRow, compare, interleave
 from pipeline.config import as_mapping, dump_yaml
 from pipeline.data import toy
 from pipeline.errors import ResourceError
@@ -42,7 +42,7 @@ def _desk() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def starts(recipe: str, overrides: Sequence[str], site: Site, *, nodes: int, rounds: int) -> list[Row]:
+def starts(recipe: str, overrides: Sequence[str], site: Site, *, nodes: int, rounds: int) -> list[BenchRow]:
     """Seconds from the start of a job's script, and of the command by hand with as many workers, to the first step."""
     check_slurm()
     with _desk() as desk:
@@ -71,7 +71,7 @@ def _job(desk: Path, asked: Sequence[str], site: Site, nodes: int) -> float:
     return _first_step(run) - float(stamp.read_text())
 
 
-def warnings(overrides: Sequence[str], site: Site, *, nodes: int, rounds: int) -> list[Row]:
+def warnings(overrides: Sequence[str], site: Site, *, nodes: int, rounds: int) -> list[BenchRow]:
     """Seconds from SLURM's warning signal to a whole checkpoint of all ranks, of a ResNet-50 with its momentum."""
     check_slurm()
     found, size = [], 0
@@ -89,20 +89,20 @@ def warnings(overrides: Sequence[str], site: Site, *, nodes: int, rounds: int) -
             size = sum(path.stat().st_size for path in _whole(run)[0].parent.iterdir())
             queue.tell("scancel", job)
             _until(lambda run=run: not queue.state_of(queue.find(str(run))).lives, run)  # type: ignore[misc]
-    return [Row("warning to all ranks saved", median(found), "s"), Row("a checkpoint", size / 1e6, "MB")]
+    return [BenchRow("warning to all ranks saved", median(found), "s"), BenchRow("a checkpoint", size / 1e6, "MB")]
 
 
-def ranks(recipe: str, overrides: Sequence[str], *, worlds: Sequence[int], rounds: int) -> list[Row]:
+def ranks(recipe: str, overrides: Sequence[str], *, worlds: Sequence[int], rounds: int) -> list[BenchRow]:
     """Images/s of trainings on so many workers of this machine, which share its CPUs, against one worker's."""
     with _desk() as desk:
         asked = [recipe, f"data.root={desk}/images", *SMALL, "logging.every=10 steps", *overrides]
         runs = {f"{world} workers": lambda world=world: _rate(desk, asked, world) for world in worlds}
         found = interleave(runs, rounds)
     first, *others = found
-    rows = [Row(first, median(found[first]))]
+    rows = [BenchRow(first, median(found[first]))]
     for name in others:
         ratio = median(mine / theirs for mine, theirs in zip(found[name], found[first], strict=True))
-        rows.append(Row(name, median(found[name]), peer=first, ratio=ratio))
+        rows.append(BenchRow(name, median(found[name]), peer=first, ratio=ratio))
     return rows
 
 

@@ -37,7 +37,7 @@ SHORTEST_S = 0.3  # a turn lasts as long at least
 
 
 @dataclass(frozen=True)
-class Pair:
+class PolicyPair:
     """A policy and its peer on the same images; `macs` is the policy's share of the peer's."""
 
     name: str
@@ -49,7 +49,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Cut:
+class PairTiming:
     """A pair measured: the policy's share of the peer's MACs and of its time, medians over the rounds."""
 
     name: str
@@ -66,18 +66,20 @@ class Cut:
         return self.time / self.macs
 
 
-def inference(kinds: Sequence[str] | None = None, *, rounds: int = 7, threads: int | None = None) -> Iterator[Cut]:
+def inference(
+    kinds: Sequence[str] | None = None, *, rounds: int = 7, threads: int | None = None
+) -> Iterator[PairTiming]:
     """Every pair of the families in `kinds` (default: all), on `threads` (default: as many as torch takes)."""
     for kind in chosen("inference", kinds, PAIRS):
         with on_threads(threads), torch.inference_mode():
             yield from map(partial(_timed, rounds=rounds), PAIRS[kind]())
 
 
-def _timed(pair: Pair, rounds: int) -> Cut:
+def _timed(pair: PolicyPair, rounds: int) -> PairTiming:
     found = interleave({"ours": lambda: _seconds(pair.ours), "theirs": lambda: _seconds(pair.theirs)}, rounds + 1)
     ours, theirs = found["ours"][1:], found["theirs"][1:]  # the first round warms up
     share = median(mine / his for mine, his in zip(ours, theirs, strict=True))
-    return Cut(pair.name, pair.peer, pair.batch, torch.get_num_threads(), pair.macs, share, 1e3 * median(theirs))
+    return PairTiming(pair.name, pair.peer, pair.batch, torch.get_num_threads(), pair.macs, share, 1e3 * median(theirs))
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -121,7 +123,7 @@ def _settle(net: nn.Module, images: Tensor) -> None:
 # ---- ConvNet-AIG: gates that open as often as their published targets say
 
 
-def aig_pairs() -> Iterator[Pair]:
+def aig_pairs() -> Iterator[PolicyPair]:
     for t in (0.4, 0.7):
         config = AigConfig(depth=50, target_rate=t, schedule="published")
         torch.manual_seed(0)
@@ -134,7 +136,7 @@ def aig_pairs() -> Iterator[Pair]:
             images, policy = _images(batch, 224), Gates("gates-hard")
             macs = float(policy.predict(net, images).macs.mean()) / full
             ours = _call(policy.predict, net, images)
-            yield Pair(
+            yield PolicyPair(
                 f"AIG-50 gates-hard, t = {t:g}", "the same, all blocks run", batch, macs, ours, _call(net, images)
             )
 
@@ -156,7 +158,7 @@ def _set_gates(net: Aig, config: AigConfig, images: Tensor) -> None:
 # ---- RANet: thresholds that spread the images over the exits by q^k
 
 
-def ranet_pairs() -> Iterator[Pair]:
+def ranet_pairs() -> Iterator[PolicyPair]:
     net = _net(ranet.FAMILY, name="ranet")  # C-b1
     assert isinstance(net, Ranet)
     images = _images(256, 32)
@@ -172,7 +174,7 @@ def ranet_pairs() -> Iterator[Pair]:
             some = images[:batch]
             macs = float(early_exit(net, some, until, prices).macs.mean()) / prices.cumulative[-1]
             ours = _call(early_exit, net, some, until, prices)
-            yield Pair(
+            yield PolicyPair(
                 f"RANet C-b1, q = {q:g}", "the same, every exit of every image", batch, macs, ours, _call(net, some)
             )
     for peer, keys in {"ResNet-50": {"net": "resnet50", "stem": "cifar"}, "VGG-16": {"net": "vgg16_bn"}}.items():
@@ -182,7 +184,7 @@ def ranet_pairs() -> Iterator[Pair]:
             some = images[:batch]
             macs = float(early_exit(net, some, until, prices).macs.mean()) / full
             ours = _call(early_exit, net, some, until, prices)
-            yield Pair("RANet C-b1, q = 1", f"{peer}, CIFAR-10", batch, macs, ours, _call(plain, some))
+            yield PolicyPair("RANet C-b1, q = 1", f"{peer}, CIFAR-10", batch, macs, ours, _call(plain, some))
 
 
 # ---- ARRN: the net at a half and a quarter of its resolution
@@ -196,7 +198,7 @@ ARRN_SIZES = {  # the finest side in px, and the batches
 }
 
 
-def arrn_pairs() -> Iterator[Pair]:
+def arrn_pairs() -> Iterator[PolicyPair]:
     for size, (finest, batches) in ARRN_SIZES.items():
         net = _net(arrn.FAMILY, name="arrn", size=size)
         for batch, part in product(batches, (2, 4)):
@@ -205,7 +207,7 @@ def arrn_pairs() -> Iterator[Pair]:
             full = float(AtResolution(finest).predict(net, images[:1]).macs)
             macs = float(policy.predict(net, small[:1]).macs) / full
             name = f"ARRN {size} at {finest // part} px"
-            yield Pair(
+            yield PolicyPair(
                 name, f"the same at {finest} px", batch, macs, _call(policy.predict, net, small), _call(net, images)
             )
 
@@ -228,7 +230,7 @@ class _Resize(nn.Module):
         return resized(x, cells.sizes[self.number])
 
 
-def shape_pairs() -> Iterator[Pair]:
+def shape_pairs() -> Iterator[PolicyPair]:
     for kind, side, batch in (("vgg16_bn", 32, 64), ("mobilenet_v2", 224, 8), ("resnet50", 224, 8)):
         net = _net(shape_adaptor.FAMILY, name="shape_adaptor", net=kind, side_px=side)
         images = _images(batch, side)
@@ -239,7 +241,7 @@ def shape_pairs() -> Iterator[Pair]:
                 if isinstance(child, Adaptor):
                     setattr(module, name, _Resize(child.number))
         macs = cost.measure(frozen, images[:1]).macs / cost.measure(plain, images[:1]).macs
-        yield Pair(
+        yield PolicyPair(
             f"Shape Adaptor {kind}, frozen",
             "one resize for each blend",
             batch,
@@ -249,7 +251,7 @@ def shape_pairs() -> Iterator[Pair]:
         )
 
 
-PAIRS: Mapping[str, Callable[[], Iterator[Pair]]] = {
+PAIRS: Mapping[str, Callable[[], Iterator[PolicyPair]]] = {
     "convnet_aig": aig_pairs,
     "ranet": ranet_pairs,
     "arrn": arrn_pairs,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.bench.rows import Row, compare, interleave
+from pipeline.bench.rows import BenchRow, compare, interleave
 from pipeline.data import index as indexes
 from pipeline.data import pixels
 from pipeline.data.config import DataConfig
@@ -38,7 +38,7 @@ IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
 
 def loader(
     root: Path, *, read_latency_s: float = 0.0, seconds: float = 8.0, rounds: int = 5, threads: int = 2
-) -> list[Row]:
+) -> list[BenchRow]:
     """Our loader against both peers on `threads` CPUs; with `read_latency_s` added to each read, against itself."""
     index = open_index(root).subset(slice(0, MOST_IMAGES))
     with ExitStack() as stack, _on_cpus(threads):
@@ -170,7 +170,7 @@ def _loose(index: ImageIndex, folder: Path) -> list[tuple[str, int]]:
 # --- the index --------------------------------------------------------------------------------------------------
 
 
-def index_only(images: int = IMAGENET_IMAGES, classes: int = IMAGENET_CLASSES) -> list[Row]:
+def index_only(images: int = IMAGENET_IMAGES, classes: int = IMAGENET_CLASSES) -> list[BenchRow]:
     """What an index of a synthetic set costs a worker: seconds to open, memory added, seconds for an epoch's order."""
     with TemporaryDirectory(prefix="adaptnet-bench-") as folder:
         made = indexes.synthetic(images, classes, Path(folder))
@@ -178,7 +178,7 @@ def index_only(images: int = IMAGENET_IMAGES, classes: int = IMAGENET_CLASSES) -
             found = worker.apply(_index_costs, (made,))
         shutil.rmtree(made.folder)
     units = {"load": "s", "memory added": "MB", "epoch order, full": "s", "epoch order, block": "s"}
-    return [Row(f"index of {images:,} images: {name}", found[name], unit) for name, unit in units.items()]
+    return [BenchRow(f"index of {images:,} images: {name}", found[name], unit) for name, unit in units.items()]
 
 
 def _index_costs(index: ImageIndex) -> dict[str, float]:

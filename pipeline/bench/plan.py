@@ -50,7 +50,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Measurements:
     """Measured on this machine: one image's activations, one state's bytes, a worker's images/s, a core's decoding."""
 
     parameters: int
@@ -64,7 +64,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResourcePlan:
     """What the run needs; see the module's formula. None where what it follows from was neither measured nor given."""
 
     workers: int
@@ -97,7 +97,9 @@ class Plan:
         return "network" if self.communication_s >= self.step_s else "computing"
 
 
-def plan(config: RunConfig, workers: int, images: Images, cost: Cost, *, network_bytes_per_s: float | None) -> Plan:
+def plan(
+    config: RunConfig, workers: int, images: Images, cost: Measurements, *, network_bytes_per_s: float | None
+) -> ResourcePlan:
     """The plan of `config` on so many workers. Raises ConfigError where they are more than a step has images."""
     batch = config.training.batch_size
     if workers > batch:
@@ -115,7 +117,7 @@ def plan(config: RunConfig, workers: int, images: Images, cost: Cost, *, network
     step_s = rows / rate if rate is not None else None
     slower = max(step_s, sending or 0.0) if step_s is not None else None
     total_rate = batch / slower if slower is not None else None
-    return Plan(
+    return ResourcePlan(
         workers=workers,
         rows=rows,
         micro_rows=micro,
@@ -161,7 +163,9 @@ def images_of(config: RunConfig) -> tuple[Images, ImageIndex] | None:
     return Images(len(train), len(train.classes), float(train.length.mean())), train
 
 
-def measure(config: RunConfig, num_classes: int, rows: int, *, train: ImageIndex | None, timed: bool = True) -> Cost:
+def measure(
+    config: RunConfig, num_classes: int, rows: int, *, train: ImageIndex | None, timed: bool = True
+) -> Measurements:
     """Measures a step of `rows` random images on this machine's device, its time where `timed`.
 
     Decoding too, where `train` images are given.
@@ -176,7 +180,7 @@ def measure(config: RunConfig, num_classes: int, rows: int, *, train: ImageIndex
     parameters = sum(parameter.numel() for parameter in current.net.parameters())
     held = [*current.net.parameters(), *current.net.buffers(), *(current.ema.parameters() if current.ema else ())]
     moments = [t for o in current.optimizers.values() for s in o.state.values() for t in s.values() if _is(t)]
-    return Cost(
+    return Measurements(
         parameters=parameters,
         state_bytes=sum(t.nbytes for t in (*held, *moments)) + 4 * parameters,
         checkpoint_bytes=_saved_bytes(current),
@@ -288,8 +292,12 @@ def _loader(config: DataConfig, train: ImageIndex, batch: int) -> Iterator[Train
 
 
 def given(
-    cost: Cost, *, images_per_s: float | None = None, decoded_per_s: float | None = None, device: str | None = None
-) -> Cost:
+    cost: Measurements,
+    *,
+    images_per_s: float | None = None,
+    decoded_per_s: float | None = None,
+    device: str | None = None,
+) -> Measurements:
     """`cost` with what the user has measured elsewhere."""
     return replace(
         cost,

@@ -14,7 +14,7 @@ from pipeline.training.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """`rate` in `unit`, the median over rounds; `ratio` to `peer`, the median of the rounds' own ratios."""
 
     name: str
@@ -33,14 +33,14 @@ def interleave(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, l
     return found
 
 
-def compare(found: dict[str, list[float]], ours: str, unit: str = "images/s") -> list[Row]:
+def compare(found: dict[str, list[float]], ours: str, unit: str = "images/s") -> list[BenchRow]:
     """A row for `ours` against each other run, and one for each of those."""
     rows = []
     for name, rates in found.items():
         if name == ours:
             continue
         ratio = median(mine / theirs for mine, theirs in zip(found[ours], rates, strict=True))
-        rows += [Row(name, median(rates), unit), Row(ours, median(found[ours]), unit, peer=name, ratio=ratio)]
+        rows += [BenchRow(name, median(rates), unit), BenchRow(ours, median(found[ours]), unit, peer=name, ratio=ratio)]
     return rows
 
 

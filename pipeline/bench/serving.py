@@ -28,7 +28,7 @@ import torch
 
 from pipeline import config as configs
 from pipeline import registry
-from pipeline.bench.rows import Row, compare, interleave, on_threads
+from pipeline.bench.rows import BenchRow, compare, interleave, on_threads
 from pipeline.data import pixels
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.registry import LoadedModel
@@ -51,7 +51,7 @@ class Load:
     refused: int
 
 
-def in_process(model: str, images: Sequence[bytes], uri: str | None = None, *, rounds: int = 9) -> list[Row]:
+def in_process(model: str, images: Sequence[bytes], uri: str | None = None, *, rounds: int = 9) -> list[BenchRow]:
     """Images/s of MLflow's pyfunc and of the net alone under the same policy, decoding included, in one batch."""
     folder = registry.resolve(model, uri)
     bare = registry.load_model(folder)

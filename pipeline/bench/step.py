@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import ranks
-from pipeline.bench.rows import Row, compare, interleave
+from pipeline.bench.rows import BenchRow, compare, interleave
 from pipeline.config import Duration, as_mapping
 from pipeline.errors import ResourceError
 from pipeline.execution import cluster
@@ -44,7 +44,7 @@ OURS, BARE, RAY, TORCHRUN = "our loop", "bare loop", "our loop, Ray Train x2", "
 
 
 @dataclass(frozen=True)
-class Setting:
+class LoopSetup:
     """What both sides train: a recipe's net on random images [b, 3, S, S], b for each worker."""
 
     config: RunConfig
@@ -57,16 +57,16 @@ class Setting:
         return self.config.training.batch_size
 
 
-def loops(config: RunConfig, *, num_classes: int = 10, steps: int = 60, rounds: int = 5) -> list[Row]:
+def loops(config: RunConfig, *, num_classes: int = 10, steps: int = 60, rounds: int = 5) -> list[BenchRow]:
     """Our loop against the bare one, in this process."""
-    setting = Setting(config, num_classes, steps)
+    setting = LoopSetup(config, num_classes, steps)
     found = interleave({OURS: lambda: ours(setting), BARE: lambda: bare(setting)}, rounds)
     return compare(found, OURS)
 
 
-def workers(config: RunConfig, *, num_classes: int = 10, steps: int = 60, rounds: int = 5) -> list[Row]:
+def workers(config: RunConfig, *, num_classes: int = 10, steps: int = 60, rounds: int = 5) -> list[BenchRow]:
     """Our loop in two workers of Ray Train against a bare DDP loop in two processes of torchrun."""
-    setting = Setting(config, num_classes, steps, WARM_WORKERS)
+    setting = LoopSetup(config, num_classes, steps, WARM_WORKERS)
     with TemporaryDirectory(prefix="adaptnet-bench-") as folder, cluster.cluster(_compute(config)):
         runs = {
             RAY: lambda: _under_ray(setting, Path(folder)),
@@ -80,7 +80,7 @@ def _compute(config: RunConfig) -> ComputeConfig:
     return config.compute.model_copy(update={"workers": 2})
 
 
-def ours(setting: Setting) -> float:
+def ours(setting: LoopSetup) -> float:
     """Images/s of `training.loop.train`, of all ranks, timed on this one."""
     device, current = fresh(setting)
     task, laps = task_of(setting, current, device), Laps(device, setting.warm)
@@ -88,7 +88,7 @@ def ours(setting: Setting) -> float:
     return laps.rate(setting.batch_size)
 
 
-def bare(setting: Setting) -> float:
+def bare(setting: LoopSetup) -> float:
     """Images/s of the loop of every PyTorch tutorial, with DDP where there are ranks; keeps memory as ours does."""
     keep_freed_memory()
     device, current = fresh(setting)
@@ -107,7 +107,7 @@ def bare(setting: Setting) -> float:
     return laps.rate(setting.batch_size)
 
 
-def _total(setting: Setting) -> int:
+def _total(setting: LoopSetup) -> int:
     """Steps of a turn: whole laps, and one step more, at whose start the last lap ends."""
     return setting.warm + max(1, round(setting.steps / LAP)) * LAP + 1
 
@@ -135,7 +135,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def fresh(setting: Setting) -> tuple[torch.device, TrainState]:
+def fresh(setting: LoopSetup) -> tuple[torch.device, TrainState]:
     """This rank's device, and the net and optimizers on it."""
     from pipeline import family
 
@@ -156,7 +156,7 @@ def fresh(setting: Setting) -> tuple[torch.device, TrainState]:
     return device, current
 
 
-def task_of(setting: Setting, current: TrainState, device: torch.device) -> Task:
+def task_of(setting: LoopSetup, current: TrainState, device: torch.device) -> Task:
     """What `train_step` needs besides the state."""
     from pipeline import family
 
@@ -177,13 +177,13 @@ def task_of(setting: Setting, current: TrainState, device: torch.device) -> Task
     )
 
 
-def _plan(setting: Setting, total_steps: int) -> Plan:
+def _plan(setting: LoopSetup, total_steps: int) -> Plan:
     never = Duration(value=1e9, unit="steps")
     often = setting.config.logging.every
     return Plan(total_steps, 1e-6, setting.batch_size, often, never, never)
 
 
-def batches(setting: Setting, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(setting: LoopSetup, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The same few random batches over and over: this rank's rows of them."""
     rows = ranks.shard(setting.batch_size, ranks.rank(), ranks.world())
     generator = torch.Generator().manual_seed(1)
@@ -219,7 +219,7 @@ class _Nothing:
         return False
 
 
-def _under_ray(setting: Setting, folder: Path) -> float:
+def _under_ray(setting: LoopSetup, folder: Path) -> float:
     from ray.train import RunConfig as RayRunConfig
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -243,7 +243,7 @@ def _measure_ours(arguments: dict[str, Any]) -> None:
         Path(arguments["path"]).write_text(json.dumps(rate))
 
 
-def _under_torchrun(setting: Setting, folder: Path) -> float:
+def _under_torchrun(setting: LoopSetup, folder: Path) -> float:
     order, path = folder / "setting.json", folder / "torchrun.json"
     plain = {
         "recipe": as_mapping(setting.config),

@@ -19,7 +19,7 @@ def main(order: str, path: str) -> None:
     init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     plain = json.loads(Path(order).read_text(encoding="utf-8"))
     config = run_config.from_mapping(plain["recipe"], order)
-    setting = step.Setting(config, plain["num_classes"], plain["steps"], plain["warm"])
+    setting = step.LoopSetup(config, plain["num_classes"], plain["steps"], plain["warm"])
     rate = step.bare(setting)
     if ranks.rank() == 0:
         Path(path).write_text(json.dumps(rate))

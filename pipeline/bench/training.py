@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline import cost, run_config
 from pipeline import family as families
 from pipeline.bench.rows import chosen, interleave, on_threads
-from pipeline.bench.step import Setting, batches, fresh, micros, task_of
+from pipeline.bench.step import LoopSetup, batches, fresh, micros, task_of
 from pipeline.training.step import Meter, train_step
 
 RECIPES: Mapping[
@@ -89,18 +89,18 @@ def _compared(recipe: str, batch_size: int, rounds: int) -> Compared:
     )
 
 
-def _setting(recipe: str, batch_size: int, overrides: Sequence[str]) -> Setting:
+def _setting(recipe: str, batch_size: int, overrides: Sequence[str]) -> LoopSetup:
     asked = [*COMMON, f"training.batch_size={batch_size}", *overrides]
-    return Setting(run_config.load(recipe, asked), CLASSES, STEPS)
+    return LoopSetup(run_config.load(recipe, asked), CLASSES, STEPS)
 
 
-def _macs(setting: Setting) -> int:
+def _macs(setting: LoopSetup) -> int:
     config = setting.config
     net = families.find(config.family.name).build(config.family, CLASSES).eval()
     return cost.measure(net, torch.zeros(1, 3, config.data.side_px, config.data.side_px)).macs
 
 
-def _stepper(setting: Setting) -> Callable[[], object]:
+def _stepper(setting: LoopSetup) -> Callable[[], object]:
     """Does one training step at each call."""
     device, current = fresh(setting)
     task, meter, source = task_of(setting, current, device), Meter(), micros(batches(setting, device))

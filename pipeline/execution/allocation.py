@@ -103,7 +103,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Member:
+class JoinedNode:
     """A node that has joined: the cluster's address, and Ray's process here."""
 
     node: Node
@@ -171,7 +171,7 @@ class Member:
 
 
 @contextmanager
-def joined(node: Node) -> Iterator[Member]:
+def joined(node: Node) -> Iterator[JoinedNode]:
     """This node in the job's Ray cluster; what was started here is ended afterwards.
 
     Raises ResourceError where Ray does not start, or the head is not heard of within the node's patience.
@@ -224,7 +224,7 @@ def _remove_left(held: Path) -> None:
             os.close(descriptor)
 
 
-def _head(node: Node, scratch: Path) -> Member:
+def _head(node: Node, scratch: Path) -> JoinedNode:
     descriptor = os.open(node.token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
@@ -234,7 +234,7 @@ def _head(node: Node, scratch: Path) -> Member:
         write_text(node.letter, json.dumps({"error": str(error)}))
         raise
     write_text(node.letter, json.dumps({"address": address, "head": node.names[0]}))
-    return Member(node, address, started)
+    return JoinedNode(node, address, started)
 
 
 def _start_head(node: Node, scratch: Path) -> tuple[str, subprocess.Popen[bytes]]:
@@ -255,7 +255,7 @@ def _start_head(node: Node, scratch: Path) -> tuple[str, subprocess.Popen[bytes]
     raise AssertionError("the last attempt returns or raises")
 
 
-def _follower(node: Node, scratch: Path) -> Member:
+def _follower(node: Node, scratch: Path) -> JoinedNode:
     deadline = time.monotonic() + node.patience_s
     write_text(node.answer(node.rank), json.dumps({"name": node.names[node.rank]}))
     while not (letter := _read(node.letter)):
@@ -276,7 +276,7 @@ def _follower(node: Node, scratch: Path) -> Member:
         error = _died(node, started)
         write_text(node.answer(node.rank), json.dumps({"error": error}))
         raise ResourceError(error)
-    return Member(node, address, started)
+    return JoinedNode(node, address, started)
 
 
 def _start(node: Node, words: list[str]) -> subprocess.Popen[bytes]:
@@ -326,7 +326,7 @@ def _authentication(node: Node) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(node.token)}
 
 
-def _connect(address: str, deadline: float, member: Member) -> None:
+def _connect(address: str, deadline: float, member: JoinedNode) -> None:
     """A head's port listens before its own node is registered."""
     import logging
 
