@@ -1,4 +1,7 @@
-"""The console command `adaptnet`: one verb a file; each parses, calls one function of the pipeline and prints."""
+"""The console command `adaptnet`.
+
+Each verb is a module of `jobs.verbs`: it parses its arguments, calls one function of the library, prints the result.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +9,40 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NoReturn, Protocol
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from pipeline.errors import AdaptNetError, ConfigError
 from pipeline.training import memory
 
-VERBS = {  # each is the module jobs.verbs.<verb>, imported when it is asked for
-    "train": "Train a recipe, or go on with the run in its folder.",
-    "evaluate": "Accuracy, MACs and latency of a trained net under each of its policies.",
-    "export": "A static policy of a trained net as a .pt2 or ONNX file.",
-    "compare": "A paired test of two trained nets on the same images, as they are and at equal cost.",
-    "submit": "Run a verb as a job on SLURM, over as many nodes as it is given.",
-    "cluster": "Ray clusters outside SLURM: on this machine, on hosts, in a cloud, under Kubernetes.",
+VERBS = {  # the module jobs.verbs.<verb> is imported when the verb is used
+    "train": "Train a recipe, or resume the run in its folder.",
+    "evaluate": "Measure a trained net under each of its policies: accuracy, MACs and latency.",
+    "export": "Write a static policy of a trained net as a .pt2 or ONNX file.",
+    "compare": "Test two trained nets on the same images, as they are and at equal cost.",
+    "submit": "Run a verb as a job: on SLURM, on a Ray cluster or as a process of this machine.",
+    "cluster": "Start and stop Ray clusters outside SLURM: on this machine, on hosts, in a cloud, under Kubernetes.",
     "jobs": "List jobs; show, follow, cancel, requeue or resubmit one.",
-    "predict": "What is in these images, under the most accurate policy within a budget.",
-    "report": "A page of trained nets: accuracy against cost under all their policies.",
+    "predict": "Classify images under the most accurate policy within a budget.",
+    "report": "Write a web page about trained nets: accuracy against cost under all their policies.",
     "data": "Make, pack, check and describe image sets.",
-    "models": "Look trained nets up, register, promote and fetch them.",
-    "doctor": "What this machine offers, and what is missing for what.",
+    "models": "Look up, register, promote and fetch trained nets.",
+    "doctor": "Check this machine: what it offers, and what is missing.",
     "runs": "List runs and send their journals to the tracking server.",
-    "plan": "What a recipe needs on so many nodes: memory, steps, reading, decoding, saving, time.",
-    "sweep": "Train every draw of a space, or go on with the sweep in its folder.",
-    "bench": "Our speed as a ratio to a named peer's, in one run.",
+    "plan": "Estimate what a recipe needs on a number of nodes: memory, steps, reading, decoding, saving, time.",
+    "sweep": "Train every sample of a search space, or resume the sweep in its folder.",
+    "bench": "Measure our speed as a ratio to that of a named peer, in one run.",
 }
 
-INTERRUPTED = 130  # the exit status where Ctrl-C left something unfinished
-STOPPED = 75  # where it was asked to save and stop, and the same command goes on
+INTERRUPTED = 130  # exit status after Ctrl-C, when work is unfinished
+STOPPED = 75  # exit status after a save and a stop on request; the same command resumes
 
 EXAMPLES = """Examples:
 
@@ -50,39 +54,52 @@ EXAMPLES = """Examples:
 """
 
 
-class Verbs(TyperGroup):
-    """Loads a verb's module when it is used, so that --help need not import torch."""
+class HelpFormatter(Protocol):
+    """The part of Typer's help formatter that `VerbGroup` uses."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    def section(self, name: str) -> AbstractContextManager[None]: ...
+
+    def write_dl(self, rows: Sequence[tuple[str, str]]) -> None: ...
+
+
+class VerbGroup(TyperGroup):
+    """Imports a verb's module when the verb is used, so that `adaptnet --help` need not import torch."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
         return list(VERBS)
 
-    def get_command(self, ctx: Any, name: str) -> Any:
-        return _as_typed(get_command(importlib.import_module(f"jobs.verbs.{name}").app)) if name in VERBS else None
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> TyperCommand | TyperGroup | None:
+        if cmd_name not in VERBS:
+            return None
+        return _with_copyable_examples(get_command(importlib.import_module(f"jobs.verbs.{cmd_name}").app))
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+    def resolve_command(
+        self, ctx: typer.Context, args: list[str]
+    ) -> tuple[str | None, TyperCommand | TyperGroup | None, list[str]]:
         if args and args[0] not in VERBS and not args[0].startswith("-"):
             close = get_close_matches(args[0], VERBS, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"{args[0]}: no such verb; known: {', '.join(VERBS)}{hint}")
+            message = f"{args[0]}: no such verb; known: {', '.join(VERBS)}{hint}"
+            raise ConfigError(message, key="verb", subject=args[0])
         return super().resolve_command(ctx, args)
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
+    def format_commands(self, ctx: typer.Context, formatter: HelpFormatter) -> None:
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
 
 
-def _as_typed(command: Any) -> Any:
-    """The command, whose help and whose verbs' help show each example on one line, to be copied."""
+def _with_copyable_examples(command: TyperCommand | TyperGroup) -> TyperCommand | TyperGroup:
+    """The command; its help, and that of its subcommands, shows each example on one line, ready to be copied."""
     paragraphs = (command.help or "").split("\n\n")
-    typed = ("\b\n  " + " ".join(p.split()) if p.lstrip().startswith("adaptnet ") else p for p in paragraphs)
-    command.help = "\n\n".join(typed)
-    for verb in getattr(command, "commands", {}).values():
-        _as_typed(verb)
+    lines = ("\b\n  " + " ".join(p.split()) if p.lstrip().startswith("adaptnet ") else p for p in paragraphs)
+    command.help = "\n\n".join(lines)
+    for subcommand in getattr(command, "commands", {}).values():
+        _with_copyable_examples(subcommand)
     return command
 
 
 app = typer.Typer(
-    cls=Verbs,
+    cls=VerbGroup,
     help=f"Train, compare and ship image classifiers that spend compute only where an image needs it.\n\n{EXAMPLES}",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -91,8 +108,8 @@ app = typer.Typer(
 )
 
 
-def _say_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"adaptnet {version('adaptnet')}")
         raise typer.Exit
 
@@ -100,36 +117,37 @@ def _say_version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Verbs are added by `Verbs`."""
+    """`VerbGroup` adds the verbs."""
 
 
 def data_home() -> str | None:
-    """The folder that `${data_home}` in a recipe stands for: the environment variable ADAPTNET_DATA."""
+    """The absolute path in ADAPTNET_DATA, which `${data_home}` in recipes stands for; None if it is unset."""
     home = os.environ.get("ADAPTNET_DATA")
     return str(Path(home).absolute()) if home else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a verb. User errors, and memory that is spent, are printed without a traceback and exit with 2."""
+    """Runs a verb. User errors and out-of-memory errors are printed without a traceback and exit with status 2."""
     try:
         app(args=arguments, prog_name="adaptnet")
     except AdaptNetError as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        words = memory.words_if_spent(error)
-        if words is None:
+        reason = memory.words_if_spent(error)
+        if reason is None:
             raise
-        fail(f"memory is spent ({words}). Take smaller batches; nothing that was stored before is lost")
-    except SystemExit as left:
-        if left.code == INTERRUPTED:
-            fail("interrupted; what was stored before stays", INTERRUPTED)
+        fail(f"out of memory ({reason}). Use smaller batches; everything that was saved before is intact")
+    except SystemExit as exit_:
+        if exit_.code == INTERRUPTED:
+            fail("interrupted; everything that was saved before is intact", INTERRUPTED)
         raise
 
 
-def fail(message: str, code: int = 2) -> Any:
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Prints the message to standard error and exits with this status."""
     print(f"adaptnet: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the seam imports torch, which takes seconds
+if TYPE_CHECKING:  # pipeline.family imports torch, which takes seconds
     from pipeline.family import Report
 
 MOST_FACTS = 64  # values of one fact that are printed
-WAITED = 0.1  # share of time that threads may wait for a core before a latency is called doubtful
+MOST_WAITED_SHARE = 0.1  # above this share of time spent waiting for a core, a latency is called doubtful
 
 
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text, the first one a heading; numbers to the right, the first column to the left."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+def align(rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
+    """Rows of cells as lines of text with aligned columns; the first row is the heading.
+
+    The first column is aligned to the left, the others to the right, or all to the left with `left`.
+    """
+    from rich.box import Box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rule = Box("    \n    \n -  \n    \n    \n    \n    \n    \n", ascii=True)
+    table = Table(box=rule, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(rows[0]):
+        table.add_column(Text(heading), justify="left" if left or number == 0 else "right", no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    console = Console(file=io.StringIO(), width=100_000, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def byte_size(count: float) -> str:
+    """A number of bytes in decimal units: "1.5 GB"."""
+    from rich.filesize import decimal
+
+    return decimal(round(count))
 
 
 def of_reports(reports: Sequence[Report]) -> str:
-    """One row per policy: accuracy, price, share of the full network, latency by batch size."""
+    """One row for each policy: accuracy, MACs, share of the full net's MACs, latency by batch size."""
     sizes = [entry["batch"] for entry in reports[0].latency]
     heading = ["policy", "images", "top-1 %", "top-5 %", "MMACs mean", "MMACs p95", "% of full"]
     heading += [text for size in sizes for text in (f"ms @{size}", f"img/s @{size}")]
-    rows = [heading, *(_row(report) for report in reports)]
-    text = align(rows)
+    text = align([heading, *(_row(report) for report in reports)])
     if reports[0].latency:
         entry = reports[0].latency[0]
         text += f"\nlatency: medians on {entry['device']}, {entry['threads']} threads{_spread(reports)}"
@@ -38,12 +57,12 @@ def of_reports(reports: Sequence[Report]) -> str:
 
 
 def _spread(reports: Sequence[Report]) -> str:
-    """How far the slowest of each 20 passes lies above the median, at the worst, and whether others held the cores."""
+    """How far the 95th percentile of the passes is above the median, at worst, and whether the machine was busy."""
     entries = [entry for report in reports for entry in report.latency]
     worst = max(entry["p95_ms"] / entry["median_ms"] for entry in entries)
     waited = max(entry.get("waited_share", 0.0) for entry in entries)
     text = f"; p95 up to {worst:.1f} x the median"
-    if waited > WAITED:
+    if waited > MOST_WAITED_SHARE:
         return f"{text}: a busy machine (threads waited {waited:.0%} of the time for a core), measure again"
     return text + (": a busy machine, measure again" if worst > 2 else "")
 
@@ -58,7 +77,7 @@ def _row(report: Report) -> list[str]:
 
 
 def of_attack(clean: Sequence[Report], attacked: Sequence[Report]) -> str:
-    """Policies of both evaluations: accuracy and price, clean beside attacked, then the mean facts that moved."""
+    """Policies of both evaluations: accuracy and MACs, clean beside attacked, then the mean facts that changed."""
     before = {report.policy: report for report in clean}
     pairs = [(before[report.policy], report) for report in attacked if report.policy in before]
     rows = [["policy", "top-1 % clean", "attacked", "MMACs clean", "attacked"]]
@@ -73,7 +92,7 @@ def of_attack(clean: Sequence[Report], attacked: Sequence[Report]) -> str:
 
 
 def of_facts(report: Report, classes: Sequence[str]) -> str:
-    """A family's facts under one policy: the mean of each value, then of each class."""
+    """A family's facts under one policy: the mean of each value over all images, then over each class."""
     lines: list[str] = []
     for name, values in report.facts.items():
         lines.append(f"{report.policy}: {name}, mean over all images, then by class")
@@ -89,7 +108,7 @@ def _numbers(values: Sequence[float]) -> str:
     return shown + (" ..." if len(values) > MOST_FACTS else "")
 
 
-def of_pairs(pairs: Mapping[str, Any]) -> str:
-    """Names and values, one a line."""
+def of_pairs(pairs: Mapping[str, object]) -> str:
+    """Names and values, one pair on each line."""
     width = max(map(len, pairs))
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs.items())

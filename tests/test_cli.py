@@ -121,13 +121,13 @@ def test_what_lies_beside_runs_is_passed_over_and_a_wrong_name_is_not(say, tmp_p
 def test_ctrl_c_that_is_ignored_stays_so_and_a_second_one_leaves_at_once(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with train._stop_on_signals(tmp_path):
+        with train.stop_on_signals(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
         assert not (tmp_path / "stop").exists()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        with pytest.raises(KeyboardInterrupt), train._stop_on_signals(tmp_path) as asked:
+        with pytest.raises(KeyboardInterrupt), train.stop_on_signals(tmp_path) as received:
             os.kill(os.getpid(), signal.SIGINT)
-            assert (tmp_path / "stop").exists() and asked == {signal.SIGINT}
+            assert (tmp_path / "stop").exists() and received == {signal.SIGINT}
             os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:

@@ -199,7 +199,7 @@ def test_two_workers_pass_a_truncated_jpeg_stop_at_ctrl_c_and_one_goes_on(images
     wait_for(lambda: passed(run_dir, 20), "two full epochs", process=process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and to whatever it started
     assert process.wait(timeout=300) == 130, (tmp_path / "run.log").read_text()[-3000:]
-    assert "Ctrl-C again leaves without it" in (tmp_path / "run.log").read_text()
+    assert "Ctrl-C again" in (tmp_path / "run.log").read_text()
     assert not events(run_dir, "resumed")  # no worker was lost
     stopped = json.loads((run_dir / "status.json").read_text())
     assert not stopped["finished"] and 20 <= stopped["step"] < 200

@@ -567,7 +567,7 @@ def test_a_training_is_submitted_followed_and_stopped_with_its_steps_saved(
     _until(lambda: "CANCELLED" in show(), 120)
     newest = max(path.parent.name for path in run.glob("checkpoints/*/COMPLETE.json"))
     log = "\n".join(command(home, "jobs", "logs", "mine"))
-    (step,) = re.findall(r"stopped at step (\d+); the same command goes on", log)
+    (step,) = re.findall(r"stopped at step (\d+); ", log)
     assert "/py_modules_files/" in (run / "journal" / "driver.jsonl").read_text(), "the code that was submitted"
     assert newest == f"step-{int(step):08d}" and int(step) > 0
 

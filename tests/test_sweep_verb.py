@@ -15,7 +15,7 @@ from rich.live import Live
 
 from jobs import cli
 from jobs.verbs import sweep as verb
-from jobs.verbs.train import _stop_on_signals
+from jobs.verbs.train import stop_on_signals
 from tuning import config, sweep
 from tuning.outcome import Outcome
 from tuning.record import Trial
@@ -32,7 +32,7 @@ def drawn(trials: list[Trial], over: config.SweepConfig = OVER) -> str:
     """What a terminal shows of these trials."""
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
     with Live(console=console, auto_refresh=False) as live:
-        verb.Board(console, live, over).show(trials, 1)
+        verb.LiveTable(console, live, over).show(trials, 1)
         live.refresh()
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
@@ -90,8 +90,8 @@ def test_ctrl_c_asks_for_a_save_and_says_how_to_go_on(
 
     assert swept(tmp_path, monkeypatch, course, "--register", "mine") == code
     said = capsys.readouterr().out
-    assert ("stopping at the next save; Ctrl-C again leaves without it" in said) == (number == signal.SIGINT)
-    assert "stopped; the same command goes on" in said and "nothing is registered before the sweep has ended" in said
+    assert ("press Ctrl-C again" in said) == (number == signal.SIGINT)
+    assert "stopped; the same command resumes" in said and "nothing is registered until the sweep has finished" in said
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +114,9 @@ def test_a_failed_trial_is_named_with_its_reason_and_the_way_to_try_it_again(
 
 def test_what_ctrl_c_says_is_not_drawn_over_by_the_table(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
-    with Live(console=console, auto_refresh=False) as live, _stop_on_signals(tmp_path):
-        verb.Board(console, live, OVER).show([trial(0, "running")], 1)
+    with Live(console=console, auto_refresh=False) as live, stop_on_signals(tmp_path):
+        verb.LiveTable(console, live, OVER).show([trial(0, "running")], 1)
         live.refresh()
         os.kill(os.getpid(), signal.SIGINT)
         live.refresh()
-    assert "\x1b[2Kstopping at the next save; Ctrl-C again leaves" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b[2Kstopping at the next save; press Ctrl-C again" in console.file.getvalue()  # type: ignore[attr-defined]

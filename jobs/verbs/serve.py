@@ -1,8 +1,7 @@
-"""A registered net as a Ray Serve application (infra/ray/serve.yaml); `serve run` starts it, it is no verb.
+"""Serves a registered net with Ray Serve (infra/ray/serve.yaml). `serve run` starts it; it is not a verb.
 
-POST {"images": [base64 …], "policy": … or "budget": "50%", "top_k": 5}; the answer is {"predictions": [...]}, as
-MLflow's server gives it, or {"message": …} with status 400. Requests that come at once share their passes, those of
-one policy each.
+POST {"images": [base64, ...], "policy": ... or "budget": "50%", "top_k": 5}. The response is {"predictions": [...]} in
+the format of MLflow's server, or {"message": ...} with status 400. Concurrent requests for one policy are batched.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from ray import serve
 from starlette.requests import Request
@@ -22,8 +20,16 @@ from pipeline.registry.requests import Answer, Asked, answers, asked_of
 from pipeline.training.loop import device_of
 
 
-@serve.deployment
-class Net:
+@serve.deployment(name="Net")
+class ServedNet:
+    """A Ray Serve replica that batches concurrent requests.
+
+    model: models:/NAME@ALIAS, a run's folder, or a folder made by `adaptnet models pull`.
+    uri: tracking server of models:/; by default runs/mlflow.db.
+    most: largest number of images in one pass.
+    wait_ms: how long a request waits for others to share its pass.
+    """
+
     def __init__(self, model: str, uri: str | None = None, most: int = 64, wait_ms: float = 5.0) -> None:
         self._model, self._most = registry.load_model(registry.resolve(model, uri), device_of("auto")), most
         self._together.set_max_batch_size(most)
@@ -44,6 +50,6 @@ class Net:
         return JSONResponse({"predictions": answer})
 
 
-def app(arguments: Mapping[str, Any]) -> Any:
-    """The application of infra/ray/serve.yaml; `args` there are Net's."""
-    return Net.bind(**arguments)
+def app(arguments: Mapping[str, str | int | float | None]) -> serve.Application:
+    """The application of infra/ray/serve.yaml; its `args` are the arguments of `ServedNet`."""
+    return ServedNet.bind(**arguments)

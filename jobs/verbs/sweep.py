@@ -1,4 +1,4 @@
-"""`adaptnet sweep`: trains every draw of a space, or goes on with the sweep in its folder."""
+"""`adaptnet sweep`: trains every sample of a search space, or resumes the sweep in its folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 
 from jobs.cli import INTERRUPTED, STOPPED, data_home
-from jobs.verbs.train import _stop_on_signals
+from jobs.verbs.train import stop_on_signals
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 MOST_ROWS = 20  # trials in the live table
-SOME_FAILED = 1  # the exit status where a trial failed
+SOME_FAILED = 1  # exit status when a trial failed
 
-EXAMPLES = """Trains every draw of a sweep's space, or goes on with the sweep in its folder: the same command does both,
-whatever was killed meanwhile. SWEEP is a shipped sweep's name or a path ending in .yaml; a key of the recipe holds for
-every trial, search.samples=4 and space.KEY={grid: [1, 2]} change the sweep itself.
+EXAMPLES = """Trains every sample of a sweep's search space, or resumes the sweep in its folder: the same command does
+both, whatever was killed in between. SWEEP is the name of a shipped sweep or a path ending in .yaml. A key of the
+recipe applies to every trial; search.samples=4 and space.KEY={grid: [1, 2]} change the sweep itself.
 
 Examples:
 
@@ -46,11 +46,11 @@ Examples:
 """
 
 
-def _list_sweeps(asked: bool) -> None:
+def _list_sweeps(requested: bool) -> None:
     from jobs import tables
     from tuning import config
 
-    if asked:
+    if requested:
         typer.echo(tables.of_pairs({name: config.title(name) for name in config.names()}))
         raise typer.Exit
 
@@ -59,13 +59,13 @@ def _list_sweeps(asked: bool) -> None:
 def sweep(
     source: Annotated[str, typer.Argument(metavar="SWEEP", help="a shipped sweep's name, or a path ending in .yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. search.samples=4")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="the sweep's folder; default runs/NAME")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="folder of the sweep; default runs/NAME")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="train the failed trials again")] = False,
-    register: Annotated[str | None, typer.Option(help="a registry name for the best trial, as @candidate")] = None,
-    trial: Annotated[str | None, typer.Option(help="with --register: this trial instead of the best")] = None,
-    show: Annotated[bool, typer.Option("--show", help="print the resolved sweep and its draws, and stop")] = False,
+    register: Annotated[str | None, typer.Option(help="register the best trial under this name, as @candidate")] = None,
+    trial: Annotated[str | None, typer.Option(help="with --register: register this trial instead of the best")] = None,
+    show: Annotated[bool, typer.Option("--show", help="print the resolved sweep and its samples, and exit")] = False,
     listed: Annotated[
-        bool, typer.Option("--list", is_eager=True, callback=_list_sweeps, help="print every shipped sweep and stop")
+        bool, typer.Option("--list", is_eager=True, callback=_list_sweeps, help="print every shipped sweep and exit")
     ] = False,
 ) -> None:
     from pipeline.config import as_mapping, dump_yaml, validate
@@ -73,7 +73,7 @@ def sweep(
     from tuning import config, outcome
     from tuning import sweep as sweeps
 
-    if register is not None:  # a name that the registry would refuse after hours
+    if register is not None:  # check the name now, not after hours of training
         validate(TrackingConfig, {"register": register}, "--register")
     loaded = config.load(source, overrides or (), data_home=data_home())
     _check_trial(trial, register, [draw.name for draw in loaded.samples()])
@@ -82,53 +82,59 @@ def sweep(
         typer.echo("\n".join(f"{draw.name}: {draw.text}" for draw in loaded.samples()))
         return
     folder = run_dir or Path("runs") / loaded.config.name
-    with _view(loaded.config) as view, _stop_on_signals(folder) as asked:
-        found = sweeps.run(loaded, folder, retry_failed=retry_failed, watcher=view)
-    _conclude(found)
-    if register is not None and found.finished:
-        version = outcome.register(found, register, trial)
-        typer.echo(f"registered as {version.reference}, from now on @candidate")
+    with _view(loaded.config) as view, stop_on_signals(folder) as received:
+        outcome_ = sweeps.run(loaded, folder, retry_failed=retry_failed, watcher=view)
+    _print_outcome(outcome_)
+    if register is not None and outcome_.finished:
+        version = outcome.register(outcome_, register, trial)
+        typer.echo(f"registered as {version.reference}, now @candidate")
     elif register is not None:
-        typer.echo("nothing is registered before the sweep has ended")
-    if not found.finished:
-        raise typer.Exit(INTERRUPTED if signal.SIGINT in asked else STOPPED)
-    if found.failed:
+        typer.echo("nothing is registered until the sweep has finished")
+    if not outcome_.finished:
+        raise typer.Exit(INTERRUPTED if signal.SIGINT in received else STOPPED)
+    if outcome_.failed:
         raise typer.Exit(SOME_FAILED)
 
 
 def _check_trial(trial: str | None, register: str | None, drawn: Sequence[str]) -> None:
-    """Refuses before training what would be refused after; the draws of a study are not known yet."""
+    """Rejects a wrong --trial before training; the samples of an Optuna study are not known in advance."""
     if trial is None:
         return
     if register is None:
-        raise ConfigError(f"--trial (={trial}) says which trial --register NAME is to take; give that as well")
+        raise ConfigError(
+            f"--trial (={trial}) selects the trial that --register NAME registers; pass --register as well",
+            key="--trial",
+            subject=trial,
+        )
     if drawn and trial not in drawn:
         close = get_close_matches(trial, drawn, 1, 0.3)
-        raise ConfigError(f"--trial (={trial}): no such trial; did you mean {(close or drawn)[0]}?")
+        message = f"--trial (={trial}): no such trial; did you mean {(close or drawn)[0]}?"
+        raise ConfigError(message, key="--trial", subject=trial)
 
 
-def _conclude(found: Outcome) -> None:
+def _print_outcome(outcome: Outcome) -> None:
     from jobs import tables
 
-    if found.rows[1:]:
-        typer.echo(tables.align(found.rows))
-    typer.echo(f"{found.tally}. * marks what nothing beats in accuracy and cost; all in {found.run_dir}/results.csv")
-    for name, reason in found.failed.items():
+    if outcome.rows[1:]:
+        typer.echo(tables.align(outcome.rows))
+    legend = "* marks trials that no other beats in both accuracy and cost"
+    typer.echo(f"{outcome.tally}. {legend}; all results are in {outcome.run_dir}/results.csv")
+    for name, reason in outcome.failed.items():
         typer.echo(f"failed: {name}: {reason}")
-    if found.failed:
+    if outcome.failed:
         typer.echo("the same command with --retry-failed trains these again")
-    if not found.finished:
-        typer.echo("stopped; the same command goes on")
-    elif found.best:
-        typer.echo(f"best: {found.best} in {found.run_dir}/trials")
-    if found.run_id:
+    if not outcome.finished:
+        typer.echo("stopped; the same command resumes")
+    elif outcome.best:
+        typer.echo(f"best: {outcome.best} in {outcome.run_dir}/trials")
+    if outcome.run_id:
         from pipeline.runs.provenance import without_secrets
 
-        typer.echo(f"MLflow run {found.run_id} in {without_secrets(found.tracking_uri or '')}")
+        typer.echo(f"MLflow run {outcome.run_id} in {without_secrets(outcome.tracking_uri or '')}")
 
 
-class Lines:
-    """One line an event, with the seconds since the start."""
+class LinePrinter:
+    """Prints one line for each event, with the seconds since the start."""
 
     def __init__(self, console: Console) -> None:
         self.console, self._started = console, time.monotonic()
@@ -141,8 +147,8 @@ class Lines:
     def close(self) -> None: ...
 
 
-class Board(Lines):
-    """On a terminal: the trials as a table that is kept up to date below the lines."""
+class LiveTable(LinePrinter):
+    """On a terminal: the lines, and below them a live table of the trials."""
 
     def __init__(self, console: Console, live: Live, config: SweepConfig) -> None:
         super().__init__(console)
@@ -152,12 +158,12 @@ class Board(Lines):
         self._live.update(_table(trials, self._config))
 
     def close(self) -> None:
-        """Gives the terminal its cursor back."""
+        """Stops the live display, so that the terminal's cursor is visible again."""
         self._live.stop()
 
 
 def _table(trials: Sequence[Trial], config: SweepConfig) -> Table:
-    """Those that run and the newest others, at most MOST_ROWS: what the scheduler judges, and the first objective."""
+    """At most MOST_ROWS trials, those that run first, then the newest: the scheduler's metric and the accuracy."""
     table = Table(title=_tally(trials), title_justify="left", box=None)
     for heading in ("trial", "state", "step", f"newest {config.scheduler.metric}", config.accuracy_metric):
         table.add_column(heading, justify="left" if heading in ("trial", "state") else "right")
@@ -170,17 +176,17 @@ def _table(trials: Sequence[Trial], config: SweepConfig) -> Table:
     return table
 
 
-def _tally(trials: Sequence[Any]) -> str:
+def _tally(trials: Sequence[Trial]) -> str:
     from tuning import outcome
 
     return outcome.tally(trials)
 
 
 @contextmanager
-def _view(config: SweepConfig) -> Iterator[Lines]:
+def _view(config: SweepConfig) -> Iterator[LinePrinter]:
     console = Console(stderr=False, soft_wrap=True)
     if not console.is_terminal:
-        yield Lines(console)
+        yield LinePrinter(console)
         return
     with Live(console=console, refresh_per_second=2) as live:
-        yield Board(live.console, live, config)
+        yield LiveTable(live.console, live, config)

@@ -1,4 +1,4 @@
-"""`adaptnet train`: trains a recipe, or goes on with the run in its folder."""
+"""`adaptnet train`: trains a recipe, or resumes the run in its folder."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.cli import INTERRUPTED, STOPPED, data_home
 
+if TYPE_CHECKING:
+    from pipeline.execution.launch import Result
+
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-EXAMPLES = """Trains RECIPE, or goes on with the run in its folder: the same command does both.
+EXAMPLES = """Trains RECIPE, or resumes the run in its folder: the same command does both.
 
 Examples:
 
@@ -31,11 +35,11 @@ Examples:
 """
 
 
-def _list_recipes(asked: bool) -> None:
+def _list_recipes(requested: bool) -> None:
     from jobs import tables
     from pipeline import run_config
 
-    if asked:
+    if requested:
         typer.echo(tables.of_pairs({name: run_config.title(name) for name in run_config.recipes()}))
         raise typer.Exit
 
@@ -44,13 +48,13 @@ def _list_recipes(asked: bool) -> None:
 def train(
     recipe: Annotated[str, typer.Argument(help="family/recipe, or a path ending in .yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. training.epochs=3")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="the run's folder; default runs/NAME")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="folder of the run; default runs/NAME")] = None,
     allow_changed: Annotated[
-        list[str] | None, typer.Option(help="a key that may differ from the run's checkpoints; repeatable")
+        list[str] | None, typer.Option(help="key whose value may differ from that in the run's checkpoints; repeatable")
     ] = None,
-    show: Annotated[bool, typer.Option("--show", help="print the resolved config and stop")] = False,
+    show: Annotated[bool, typer.Option("--show", help="print the resolved config and exit")] = False,
     listed: Annotated[
-        bool, typer.Option("--list", is_eager=True, callback=_list_recipes, help="print every shipped recipe and stop")
+        bool, typer.Option("--list", is_eager=True, callback=_list_recipes, help="print every shipped recipe and exit")
     ] = False,
 ) -> None:
     from pipeline import config as configs
@@ -64,48 +68,49 @@ def train(
     from pipeline.execution import launch
 
     folder = run_dir or Path("runs") / config.name
-    with progress.follow(folder) as shown, _stop_on_signals(folder) as asked:
+    with progress.follow(folder) as view, stop_on_signals(folder) as received:
         result = launch.train(
-            config, folder, allow_changed=allow_changed or (), progress=shown.index, on_start=shown.start
+            config, folder, allow_changed=allow_changed or (), progress=view.index, on_start=view.start
         )
-    _conclude(result)
-    if not result.finished:  # so that a script does not go on to its next line
-        raise typer.Exit(INTERRUPTED if signal.SIGINT in asked else STOPPED)
+    _print_result(result)
+    if not result.finished:  # a nonzero status, so that a script does not run its next line
+        raise typer.Exit(INTERRUPTED if signal.SIGINT in received else STOPPED)
 
 
 @contextmanager
-def _stop_on_signals(run_dir: Path) -> Iterator[set[int]]:
-    """SIGTERM, and Ctrl-C once, ask the run to save at its next step and end; a second Ctrl-C ends it at once.
+def stop_on_signals(run_dir: Path) -> Iterator[set[int]]:
+    """SIGTERM, or Ctrl-C once, asks the run to save at its next step and stop; a second Ctrl-C quits at once.
 
-    Gives the signals that came. Ctrl-C stays ignored where it is, as behind `&` in a script.
+    Yields the set of signals received so far. A signal that was ignored before stays ignored, as Ctrl-C is for a
+    command that a script starts with `&`.
     """
-    asked: set[int] = set()
+    received: set[int] = set()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield received
         return
 
-    def stop(number: int, _: Any) -> None:
-        if not run_dir.is_dir() or (number == signal.SIGINT and number in asked):
+    def stop(number: int, _: FrameType | None) -> None:
+        if not run_dir.is_dir() or (number == signal.SIGINT and number in received):
             raise KeyboardInterrupt
         (run_dir / "stop").touch()
-        asked.add(number)
-        if number == signal.SIGINT:
-            print("stopping at the next save; Ctrl-C again leaves without it", flush=True)  # rich puts it above a table
+        received.add(number)
+        if number == signal.SIGINT:  # rich prints this above a live table
+            print("stopping at the next save; press Ctrl-C again to quit without saving", flush=True)
 
-    heeded = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heeded}
+    handled = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in handled}
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _conclude(result: Any) -> None:
+def _print_result(result: Result) -> None:
     from jobs import tables
 
     if not result.finished:
-        typer.echo(f"stopped at step {result.step}; the same command goes on from {result.checkpoint}")
+        typer.echo(f"stopped at step {result.step}; the same command resumes from {result.checkpoint}")
         return
     typer.echo(f"finished at step {result.step}; best checkpoint {result.checkpoint}")
     if result.reports:
@@ -113,4 +118,4 @@ def _conclude(result: Any) -> None:
     if result.run_id:
         typer.echo(f"MLflow run {result.run_id} in {result.tracking_uri}")
     if result.version:
-        typer.echo(f"registered as {result.version}, from now on @candidate")
+        typer.echo(f"registered as {result.version}, now @candidate")

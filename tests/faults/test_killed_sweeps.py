@@ -201,7 +201,7 @@ def test_ctrl_c_on_a_terminal_saves_the_trial_and_the_same_command_ends_alike(
     finally:
         os.close(ours)
     text = log.read_text()
-    for words in ("newest top1", "running", "stopping at the next save", "the same command goes on"):
+    for words in ("newest top1", "running", "stopping at the next save", "stopped; "):
         assert words in text, text[-3000:]
     assert "saved at step" in text or "finished at step" in text, "a trial may be at its end by then"
     (folder,) = (run_dir / "trials").iterdir()
