@@ -19,10 +19,10 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from pipeline.data import dali, views
+from pipeline.data import crop_geometry, dali
 from pipeline.data.bad import BadImages
 from pipeline.data.config import AugmentConfig, DataConfig
-from pipeline.data.dali import EvalLoader, Setting, TrainBatch, TrainLoader, decode
+from pipeline.data.dali import DecoderConfig, EvalLoader, TrainBatch, TrainLoader, decode
 from pipeline.data.feed import TrainSource, read_ahead
 from pipeline.data.index import ImageIndex, open_index
 from pipeline.data.pack import pack
@@ -166,7 +166,7 @@ def test_windows_show_what_torchvision_cuts_from_what_pillow_decodes(folder: Pat
 
 def test_the_side_changes_by_epoch_without_a_new_pipeline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built, pipeline = [], dali._pipeline
-    monkeypatch.setattr(dali, "_pipeline", lambda *setting: built.append(1) or pipeline(*setting))
+    monkeypatch.setattr(dali, "_pipeline", lambda *config: built.append(1) or pipeline(*config))
     found = batches(folder, 11, side_px=24, side_schedule=((1, 32), (2, 48)))
     assert {batch.epoch: batch.images.shape[1] for batch in found} == {0: 24, 1: 32, 2: 48} and len(built) == 1
     (fixed,) = batches(folder, 1, start_step=5, side_px=32)
@@ -399,8 +399,8 @@ def test_evaluation_shows_what_torchvisions_resize_and_centre_crop_show(side: in
     config = DataConfig(root=Path("nowhere"), eval_side_px=side, eval_resize_px=resized)
     pictures = [torch.from_numpy(np.array(upright(each))).permute(2, 0, 1) for each in encoded]
     sizes = np.array([picture.shape[1:] for picture in pictures], dtype=np.int32)
-    decoder = Setting(CPU, gpu=False, threads=2, most=8, resize=resize).decoder()
-    decoder.put(encoded, views.for_evaluation(sizes, config))
+    decoder = DecoderConfig(CPU, gpu=False, threads=2, most=8, resize=resize).decoder()
+    decoder.put(encoded, crop_geometry.for_evaluation(sizes, config))
     found = decoder.take().permute(0, 3, 1, 2)
     decoder.close()
     theirs = v2.Compose([v2.Resize(resized, antialias=True), v2.CenterCrop(side)])
@@ -418,9 +418,9 @@ def test_small_images_pass_as_they_are() -> None:
 
 def test_an_extremely_long_image_is_evaluated_in_its_middle_within_bounds() -> None:
     config = DataConfig(root=Path("nowhere"), side_px=32, eval_resize_px=32)
-    found = views.for_evaluation(np.array([[2, 50_000]], dtype=np.int32), config)
-    assert found.sizes.tolist() == [[32, 32 * views.LONGEST]]
-    assert found.windows.tolist() == [[0, 25_000 - views.LONGEST, 2, 2 * views.LONGEST]]
+    found = crop_geometry.for_evaluation(np.array([[2, 50_000]], dtype=np.int32), config)
+    assert found.sizes.tolist() == [[32, 32 * crop_geometry.LONGEST]]
+    assert found.windows.tolist() == [[0, 25_000 - crop_geometry.LONGEST, 2, 2 * crop_geometry.LONGEST]]
 
 
 @pytest.mark.data

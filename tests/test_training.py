@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline import ranks
 from pipeline.config import validate
 from pipeline.data.config import DataConfig
-from pipeline.data.dali import EvalBatch
+from pipeline.data.dali import DecodedEvalBatch
 from pipeline.errors import ConfigError, ContractError, DivergedError
 from pipeline.evaluation.evaluate import Evaluator, _waited_s, evaluate
 from pipeline.family import Params, Prediction, find
@@ -254,7 +254,7 @@ def _evaluate_one(rank: int, folder: Path) -> None:
         def __iter__(self):
             if rank == 1:
                 images = torch.zeros(1, tiny.SIDE, tiny.SIDE, 3, dtype=torch.uint8)
-                yield EvalBatch(images, torch.tensor([2]), np.array([0]))
+                yield DecodedEvalBatch(images, torch.tensor([2]), np.array([0]))
 
     class Whole:
         name = "whole"

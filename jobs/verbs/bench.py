@@ -251,7 +251,7 @@ def _pictures(path: Path, count: int) -> list[bytes]:
     """That many images: a file's again and again, or a folder's in turn."""
     from itertools import cycle, islice
 
-    from pipeline.data.encoded import EXTENSIONS
+    from pipeline.data.image_headers import EXTENSIONS
     from pipeline.errors import ConfigError
 
     files = sorted(path.rglob("*")) if path.is_dir() else [path]

@@ -75,7 +75,7 @@ def _files(images: Sequence[str]) -> Iterator[Path]:
 
 
 def _of(argument: str) -> list[Path]:
-    from pipeline.data.encoded import EXTENSIONS
+    from pipeline.data.image_headers import EXTENSIONS
 
     path = Path(argument)
     if path.is_dir():

@@ -11,20 +11,20 @@ from hashlib import sha256
 from pathlib import Path
 
 from pipeline.data.listing import Listing, read_classes
-from pipeline.data.sources import TAR, Layout
+from pipeline.data.sources import TAR, SourceLayout
 from pipeline.data.store import Progress
 from pipeline.data.tars import from_shards, from_tree_tar
 from pipeline.errors import DataError
 from pipeline.runs.files import whole_file
 
 
-def key_of_tars(found: Layout) -> str:
+def key_of_tars(found: SourceLayout) -> str:
     """16 hex digits that change when an archive or the list of classes does."""
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for _, path in found.tars]
     return sha256(repr((stats, read_classes(found.root))).encode()).hexdigest()[:16]
 
 
-def listing_of_tars(found: Layout, scratch: Path, workers: int, progress: Progress | None) -> Listing:
+def listing_of_tars(found: SourceLayout, scratch: Path, workers: int, progress: Progress | None) -> Listing:
     """The images in the tars of a source; compressed ones are unpacked into `scratch`. Raises DataError if damaged."""
     tars = _uncompressed(found.tars, scratch, workers, progress)
     classes = read_classes(found.root)

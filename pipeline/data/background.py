@@ -12,18 +12,18 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pipeline.data.feed import Asked
+from pipeline.data.crop_geometry import CropGeometry
+from pipeline.data.feed import Request
 from pipeline.data.reader import Reader
-from pipeline.data.views import Views
 
 IN_DECODER = 2  # batches put into the decoder beside the one that is taken out
 READY = 2  # decoded batches that wait to be asked for
 
 
-class Decodes(Protocol):
+class BatchDecoder(Protocol):
     """Takes batches in and gives them out in the same order; of no more use after a RuntimeError."""
 
-    def put(self, encoded: Sequence[bytes], wanted: Views) -> None: ...
+    def put(self, encoded: Sequence[bytes], geometry: CropGeometry) -> None: ...
 
     def take(self) -> Tensor: ...
 
@@ -31,38 +31,38 @@ class Decodes(Protocol):
 
 
 @dataclass(frozen=True)
-class Made:
+class DecodedBatch:
     """A decoded batch: images uint8 [b, S, S, 3]."""
 
-    asked: Asked
+    request: Request
     images: Tensor
 
 
 @dataclass(frozen=True)
-class Failed:
-    """The thread has ended by `error`; `asked` were in the decoder, oldest first, if it was the decoder's."""
+class LoaderFailure:
+    """The thread has ended by `error`; `request` were in the decoder, oldest first, if it was the decoder's."""
 
     error: BaseException
-    asked: Sequence[Asked] = ()
+    request: Sequence[Request] = ()
 
-    def bad_rows(self, alone: Callable[[], Decodes]) -> list[tuple[int, str]]:
+    def bad_rows(self, alone: Callable[[], BatchDecoder]) -> list[tuple[int, str]]:
         """(row, reason) of the images that cannot be decoded, each tried alone, in the first batch that has any.
 
         Raises the error where there are none: then it was not for the images.
         """
-        for asked in self.asked:
-            found = [(int(asked.rows[position]), reason) for position, reason in _faults(asked, alone)]
+        for request in self.request:
+            found = [(int(request.rows[position]), reason) for position, reason in _faults(request, alone)]
             if found:
                 return found
         raise self.error
 
 
-def _faults(asked: Asked, alone: Callable[[], Decodes]) -> Iterator[tuple[int, str]]:
+def _faults(request: Request, alone: Callable[[], BatchDecoder]) -> Iterator[tuple[int, str]]:
     decoder = alone()
     try:
-        for position, encoded in enumerate(asked.encoded):
+        for position, encoded in enumerate(request.encoded):
             try:
-                decoder.put([encoded], asked.views.only(position))
+                decoder.put([encoded], request.geometry.only(position))
                 decoder.take()
             except RuntimeError as error:
                 yield position, reason_of(error)
@@ -81,14 +81,14 @@ def reason_of(error: RuntimeError) -> str:
 class Background:
     """The thread. It owns the decoder, made in it, and the reader; `close` ends all of them."""
 
-    def __init__(self, asked: Iterator[Asked], reader: Reader, decoder: Callable[[], Decodes]) -> None:
-        self._asked, self._reader, self._decoder = asked, reader, decoder
-        self._ready: queue.Queue[Made | Failed | None] = queue.Queue(READY)
+    def __init__(self, request: Iterator[Request], reader: Reader, decoder: Callable[[], BatchDecoder]) -> None:
+        self._asked, self._reader, self._decoder = request, reader, decoder
+        self._ready: queue.Queue[DecodedBatch | LoaderFailure | None] = queue.Queue(READY)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="adaptnet-loader", daemon=True)
         self._thread.start()
 
-    def get(self) -> Made | Failed | None:
+    def get(self) -> DecodedBatch | LoaderFailure | None:
         """The next batch; None after the last. Nothing comes after None or a failure."""
         return self._ready.get()
 
@@ -98,32 +98,32 @@ class Background:
         self._reader.close()
 
     def _run(self) -> None:
-        in_decoder: deque[Asked] = deque()
+        in_decoder: deque[Request] = deque()
         try:
             with closing(self._make(in_decoder)) as made:
                 while not self._closing.is_set() and (batch := next(made, None)) is not None:
                     self._hand_over(batch)
             self._hand_over(None)
         except BaseException as error:  # whatever it is, the caller must not wait for ever
-            self._hand_over(Failed(error, tuple(in_decoder) if isinstance(error, RuntimeError) else ()))
+            self._hand_over(LoaderFailure(error, tuple(in_decoder) if isinstance(error, RuntimeError) else ()))
 
-    def _hand_over(self, item: Made | Failed | None) -> None:
+    def _hand_over(self, item: DecodedBatch | LoaderFailure | None) -> None:
         while not self._closing.is_set():
             with suppress(queue.Full):
                 self._ready.put(item, timeout=0.1)
                 break
 
-    def _make(self, in_decoder: deque[Asked]) -> Generator[Made]:
+    def _make(self, in_decoder: deque[Request]) -> Generator[DecodedBatch]:
         with closing(self._decoder()) as decoder:
-            for asked in self._asked:
-                in_decoder.append(asked)
-                decoder.put(asked.encoded, asked.views)
+            for request in self._asked:
+                in_decoder.append(request)
+                decoder.put(request.encoded, request.geometry)
                 if len(in_decoder) > IN_DECODER:
                     yield _take(decoder, in_decoder)
             while in_decoder:
                 yield _take(decoder, in_decoder)
 
 
-def _take(decoder: Decodes, in_decoder: deque[Asked]) -> Made:
+def _take(decoder: BatchDecoder, in_decoder: deque[Request]) -> DecodedBatch:
     images = decoder.take()
-    return Made(in_decoder.popleft(), images)
+    return DecodedBatch(in_decoder.popleft(), images)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.encoded import looks_whole
+from pipeline.data.image_headers import looks_whole
 from pipeline.data.index import ImageIndex
 from pipeline.errors import DataError
 

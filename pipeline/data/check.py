@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from pipeline.data.encoded import MAX_PIXELS, kind, looks_whole, upright_size
+from pipeline.data.image_headers import MAX_PIXELS, kind, looks_whole, upright_size
 from pipeline.data.index import COMPLETE, open_index
 from pipeline.data.listing import SPLITS, Listing
 from pipeline.data.parallel import in_processes, num_cpus

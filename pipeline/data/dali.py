@@ -1,7 +1,7 @@
 """The only user of DALI: TrainLoader, EvalLoader and decode; CPU or GPU is one argument.
 
-A background thread reads ahead, hands whole batches of encoded bytes and views (views.py) to DALI, and keeps a few
-decoded batches ready. On a GPU DALI does all of it. On CPU DALI decodes the window, and the resize is torch's
+A background thread reads ahead, hands whole batches of encoded bytes and crops (crop_geometry.py) to DALI, and keeps a
+few decoded batches ready. On a GPU DALI does all of it. On CPU DALI decodes the window, and the resize is torch's
 antialiased one of uint8, image by image in threads: torchvision's pixels, and faster than DALI's (bench/loader.py).
 b images of a rank's batch, S their side.
 """
@@ -25,16 +25,16 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pipeline import ranks
-from pipeline.data import views
-from pipeline.data.background import Background, Failed, Made
+from pipeline.data import crop_geometry
+from pipeline.data.background import Background, DecodedBatch, LoaderFailure
 from pipeline.data.bad import BadImages
 from pipeline.data.config import DataConfig
-from pipeline.data.encoded import MAX_PIXELS, looks_whole, upright_size
-from pipeline.data.feed import Asked, EvalSource, TrainSource, read_ahead
+from pipeline.data.crop_geometry import CropGeometry
+from pipeline.data.feed import EvalSource, Request, TrainSource, read_ahead
+from pipeline.data.image_headers import MAX_PIXELS, looks_whole, upright_size
 from pipeline.data.index import ImageIndex
 from pipeline.data.reader import Reader
 from pipeline.data.stream import Ints, Stream
-from pipeline.data.views import Views
 from pipeline.errors import ConfigError, UndecodableError
 
 RESIZED_PER_TASK = 8  # images
@@ -59,7 +59,7 @@ class TrainBatch:
 
 
 @dataclass(frozen=True)
-class EvalBatch:
+class DecodedEvalBatch:
     images: Tensor  # uint8 [b, S, S, 3] on the device
     labels: Tensor  # [b] i64 on the device
     rows: Ints  # [b]
@@ -97,7 +97,9 @@ class TrainLoader:
         self._step, self._rank, self._world, self._latency_s = start_step, rank, world, read_latency_s
         self._on_event = on_event
         self._named: set[int] = set()
-        self._setting = Setting(device, _on_gpu(config, device), threads, self.stream.most_rows(rank, world))
+        self._decoder_config = DecoderConfig(
+            device, _on_gpu(config, device), threads, self.stream.most_rows(rank, world)
+        )
         self._thread: Background | None = None
 
     def __iter__(self) -> Iterator[TrainBatch]:
@@ -107,31 +109,31 @@ class TrainLoader:
         stopped_at = None
         while True:
             made = self._background().get()
-            assert isinstance(made, Made | Failed)  # the stream has no end
-            if isinstance(made, Failed):
+            assert isinstance(made, DecodedBatch | LoaderFailure)  # the stream has no end
+            if isinstance(made, LoaderFailure):
                 stopped_at = stopped_at or time.monotonic()
                 self.close()
-                for row, reason in made.bad_rows(self._setting.alone):
+                for row, reason in made.bad_rows(self._decoder_config.alone):
                     self.bad.add(row, reason)
-            elif any(int(row) in self.bad for row in made.asked.rows):  # another rank has found it since
+            elif any(int(row) in self.bad for row in made.request.rows):  # another rank has found it since
                 self.close()
             else:
                 break
-        for row, reason in made.asked.found:
+        for row, reason in made.request.unreadable:
             self.bad.add(row, reason)
-        plan = made.asked.plan
+        plan = made.request.plan
         assert plan is not None and plan.step == self._step
         pause_s = 0.0 if stopped_at is None else time.monotonic() - stopped_at
-        self._name(plan.rows[plan.rows != made.asked.rows], pause_s)
+        self._name(plan.rows[plan.rows != made.request.rows], pause_s)
         self._step += 1
         return TrainBatch(
             step=plan.step,
             epoch=plan.epoch,
             images=_handed_over(made.images, self.device),
-            labels=_labels(self.index, made.asked.rows, self.device),
+            labels=_labels(self.index, made.request.rows, self.device),
             flips=torch.from_numpy(plan.flips).to(self.device, non_blocking=True),
             levels=torch.from_numpy(plan.levels).to(self.device, non_blocking=True),
-            rows=made.asked.rows,
+            rows=made.request.rows,
             positions=plan.positions,
         )
 
@@ -153,8 +155,8 @@ class TrainLoader:
             known = BadImages(self.index, max_share=1.0)
             known.merge(self.bad.state())
             source = TrainSource(self.stream, reader, known, self._rank, self._world)
-            asked = read_ahead(source, count(self._step), self.config.read_ahead)
-            self._thread = Background(asked, reader, self._setting.decoder)
+            request = read_ahead(source, count(self._step), self.config.read_ahead)
+            self._thread = Background(request, reader, self._decoder_config.decoder)
         return self._thread
 
     def _name(self, rows: Ints, pause_s: float) -> None:
@@ -185,7 +187,7 @@ class EvalLoader:
         """batch_size counts this rank's images."""
         self.index, self.config, self.device, self.batch_size = index, config, device, batch_size
         self.rows = np.arange(len(index))[ranks.shard(len(index), rank, world)]
-        self._setting = Setting(device, _on_gpu(config, device), threads, batch_size)
+        self._decoder_config = DecoderConfig(device, _on_gpu(config, device), threads, batch_size)
         self._lost = {int(row): _NO_SIZE for row in self.rows[index.height[self.rows] == 0]}
         if bad is not None:
             self._lost |= {int(row): bad.reason(int(row)) for row in self.rows if int(row) in bad}
@@ -198,30 +200,30 @@ class EvalLoader:
         """Batches of this rank."""
         return -(-len(self.rows) // self.batch_size)
 
-    def __iter__(self) -> Iterator[EvalBatch]:
+    def __iter__(self) -> Iterator[DecodedEvalBatch]:
         number = 0
         while number < len(self):
             thread = self._background(number)
             try:
-                while isinstance(made := thread.get(), Made):
+                while isinstance(made := thread.get(), DecodedBatch):
                     number += 1
-                    self._lost |= dict(made.asked.found)
-                    if len(made.asked.rows):
+                    self._lost |= dict(made.request.unreadable)
+                    if len(made.request.rows):
                         yield self._batch(made)
             finally:
                 thread.close()
-            if isinstance(made, Failed):
-                self._lost |= dict(made.bad_rows(self._setting.alone))
+            if isinstance(made, LoaderFailure):
+                self._lost |= dict(made.bad_rows(self._decoder_config.alone))
 
     def _background(self, number: int) -> Background:
         reader = Reader(self.index, self.config.io_threads)
         source = EvalSource(self.index, self.config, reader, self.rows, self.batch_size, dict(self._lost))
-        asked = read_ahead(source, range(number, len(self)), self.config.read_ahead)
-        return Background(asked, reader, self._setting.decoder)
+        request = read_ahead(source, range(number, len(self)), self.config.read_ahead)
+        return Background(request, reader, self._decoder_config.decoder)
 
-    def _batch(self, made: Made) -> EvalBatch:
-        rows = made.asked.rows
-        return EvalBatch(_handed_over(made.images, self.device), _labels(self.index, rows, self.device), rows)
+    def _batch(self, made: DecodedBatch) -> DecodedEvalBatch:
+        rows = made.request.rows
+        return DecodedEvalBatch(_handed_over(made.images, self.device), _labels(self.index, rows, self.device), rows)
 
 
 def decode(encoded: Sequence[bytes], config: DataConfig, device: torch.device | str, threads: int = 1) -> Tensor:
@@ -241,7 +243,7 @@ class Decoding:
 
     def __init__(self, config: DataConfig, device: torch.device | str, threads: int, most: int) -> None:
         self.most, self._config, self._device = most, config, torch.device(device)
-        self._setting = Setting(self._device, _on_gpu(config, self._device), threads, most)
+        self._decoder_config = DecoderConfig(self._device, _on_gpu(config, self._device), threads, most)
         self._decoder: Decoder | None = None
         self._lock = Lock()
 
@@ -249,26 +251,26 @@ class Decoding:
         reasons = {position: reason for position, each in enumerate(encoded) if (reason := _unusable(each))}
         usable = [position for position in range(len(encoded)) if position not in reasons]
         sizes = np.array([upright_size(encoded[position]) for position in usable], dtype=np.int32).reshape(-1, 2)
-        asked = Asked(
+        request = Request(
             rows=np.array(usable, dtype=np.int64),
             encoded=[encoded[position] for position in usable],
-            views=views.for_evaluation(sizes, self._config),
+            geometry=crop_geometry.for_evaluation(sizes, self._config),
         )
         images = torch.empty(0, self._config.side_for_eval, self._config.side_for_eval, 3, dtype=torch.uint8)
         with self._lock:
             try:
-                images = self._take(asked) if usable else images
+                images = self._take(request) if usable else images
             except RuntimeError as error:
                 self.close()
-                reasons |= dict(Failed(error, [asked]).bad_rows(self._setting.alone))
+                reasons |= dict(LoaderFailure(error, [request]).bad_rows(self._decoder_config.alone))
         if reasons:
             raise UndecodableError(len(encoded), reasons)
         return _handed_over(images, self._device)
 
-    def _take(self, asked: Asked) -> Tensor:
+    def _take(self, request: Request) -> Tensor:
         if self._decoder is None:
-            self._decoder = self._setting.decoder()
-        self._decoder.put(asked.encoded, asked.views)
+            self._decoder = self._decoder_config.decoder()
+        self._decoder.put(request.encoded, request.geometry)
         return self._decoder.take()
 
     def close(self) -> None:
@@ -282,7 +284,7 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class Setting:
+class DecoderConfig:
     """Where and with how much a decoder works."""
 
     device: torch.device
@@ -304,46 +306,46 @@ class Setting:
 
 
 class Decoder:
-    """Encoded images and views to uint8 [b, S, S, 3]; batches go in and come out in the same order.
+    """Encoded images and geometry to uint8 [b, S, S, 3]; batches go in and come out in the same order.
 
     An error of DALI's (RuntimeError) leaves it unusable: close it and make another.
     """
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-        self.in_dali = setting.gpu or setting.resize == "dali"
-        self._pipeline = _pipeline(setting, self.in_dali)
-        self._threads = ThreadPoolExecutor(setting.threads, "adaptnet-resize") if not self.in_dali else None
-        self._stream: Any = torch.cuda.Stream(setting.device) if setting.gpu else None  # type: ignore[no-untyped-call]
-        self._views: deque[Views] = deque()
+    def __init__(self, config: DecoderConfig) -> None:
+        self.config = config
+        self.in_dali = config.gpu or config.resize == "dali"
+        self._pipeline = _pipeline(config, self.in_dali)
+        self._threads = ThreadPoolExecutor(config.threads, "adaptnet-resize") if not self.in_dali else None
+        self._stream: Any = torch.cuda.Stream(config.device) if config.gpu else None  # type: ignore[no-untyped-call]
+        self._geometries: deque[CropGeometry] = deque()
 
-    def put(self, encoded: Sequence[bytes], wanted: Views) -> None:
+    def put(self, encoded: Sequence[bytes], geometry: CropGeometry) -> None:
         """Begins to decode a batch."""
-        self._views.append(wanted)
-        if not len(wanted):
+        self._geometries.append(geometry)
+        if not len(geometry):
             return
         feed = self._pipeline.feed_input
         feed("encoded", [np.frombuffer(each, dtype=np.uint8) for each in encoded])
-        feed("start", np.ascontiguousarray(wanted.windows[:, :2]))
-        feed("shape", np.ascontiguousarray(wanted.windows[:, 2:]))
+        feed("start", np.ascontiguousarray(geometry.windows[:, :2]))
+        feed("shape", np.ascontiguousarray(geometry.windows[:, 2:]))
         if self.in_dali:
-            feed("size", wanted.sizes.astype(np.float32))
-            feed("origin", wanted.origins)
-            feed("square", np.full_like(wanted.origins, wanted.side_px))
+            feed("size", geometry.sizes.astype(np.float32))
+            feed("origin", geometry.origins)
+            feed("square", np.full_like(geometry.origins, geometry.side_px))
         self._pipeline.schedule_run()
 
     def take(self) -> Tensor:
         """Waits for the oldest batch."""
-        wanted = self._views.popleft()
-        if not len(wanted):
-            return torch.empty(0, wanted.side_px, wanted.side_px, 3, dtype=torch.uint8, device=self.setting.device)
+        geometry = self._geometries.popleft()
+        if not len(geometry):
+            return torch.empty(0, geometry.side_px, geometry.side_px, 3, dtype=torch.uint8, device=self.config.device)
         (pictures,) = self._pipeline.share_outputs()
-        if self.setting.gpu:
+        if self.config.gpu:
             images = self._copied_on_gpu(pictures.as_tensor())
         elif self.in_dali:
             images = from_dlpack(pictures.as_tensor()).clone()
         else:
-            images = self._squares([np.asarray(picture) for picture in pictures], wanted)
+            images = self._squares([np.asarray(picture) for picture in pictures], geometry)
         self._pipeline.release_outputs()
         return images
 
@@ -357,15 +359,15 @@ class Decoder:
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         with torch.cuda.stream(self._stream):  # its own, so as not to wait for the net
-            images = torch.empty(pictures.shape(), dtype=torch.uint8, device=self.setting.device)
+            images = torch.empty(pictures.shape(), dtype=torch.uint8, device=self.config.device)
             feed_ndarray(pictures, images, cuda_stream=self._stream)
             self._stream.synchronize()
         return images
 
-    def _squares(self, pictures: Sequence[Pixels], wanted: Views) -> Tensor:
-        side, everything = wanted.side_px, range(len(pictures))
-        images = torch.empty(len(pictures), side, side, 3, dtype=torch.uint8, pin_memory=self.setting.pinned)
-        squares, sizes, origins = images.numpy(), wanted.sizes.tolist(), wanted.origins.tolist()
+    def _squares(self, pictures: Sequence[Pixels], geometry: CropGeometry) -> Tensor:
+        side, everything = geometry.side_px, range(len(pictures))
+        images = torch.empty(len(pictures), side, side, 3, dtype=torch.uint8, pin_memory=self.config.pinned)
+        squares, sizes, origins = images.numpy(), geometry.sizes.tolist(), geometry.origins.tolist()
 
         def cut(positions: Sequence[int]) -> None:
             for at in positions:
@@ -399,13 +401,13 @@ def _cut(picture: Pixels, origin: list[int], square: Pixels) -> None:
         square[top - y : bottom - y, left - x : right - x] = picture[top:bottom, left:right]
 
 
-def _pipeline(setting: Setting, in_dali: bool) -> Any:
+def _pipeline(config: DecoderConfig, in_dali: bool) -> Any:
     from nvidia.dali import fn, pipeline_def, types
 
-    device_id = setting.device.index or 0 if setting.gpu else None
+    device_id = config.device.index or 0 if config.gpu else None
 
     @pipeline_def(  # type: ignore[untyped-decorator]
-        batch_size=setting.most, num_threads=setting.threads, device_id=device_id, prefetch_queue_depth=1
+        batch_size=config.most, num_threads=config.threads, device_id=device_id, prefetch_queue_depth=1
     )
     def pipeline() -> Any:
         def given(name: str, dtype: Any) -> Any:
@@ -416,7 +418,7 @@ def _pipeline(setting: Setting, in_dali: bool) -> Any:
             start=given("start", types.INT32),
             shape=given("shape", types.INT32),
             axis_names="HW",
-            device="mixed" if setting.gpu else "cpu",
+            device="mixed" if config.gpu else "cpu",
             jpeg_fancy_upsampling=True,  # as libjpeg-turbo does, and so all that torchvision and Pillow read
         )
         if not in_dali:

@@ -9,23 +9,23 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.data import views
+from pipeline.data import crop_geometry
 from pipeline.data.bad import BadImages
 from pipeline.data.config import DataConfig
+from pipeline.data.crop_geometry import CropGeometry
 from pipeline.data.index import ImageIndex
 from pipeline.data.reader import Pending, Read, Reader
 from pipeline.data.stream import BatchPlan, Ints, Stream
-from pipeline.data.views import Views
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """A batch before it is decoded."""
 
     rows: Ints  # [b], the images shown
     encoded: Sequence[bytes]
-    views: Views
-    found: Sequence[tuple[int, str]] = ()  # rows whose bytes cannot be decoded, and why
+    geometry: CropGeometry
+    unreadable: Sequence[tuple[int, str]] = ()  # rows whose bytes cannot be decoded, and why
     plan: BatchPlan | None = None  # of a training step
 
 
@@ -34,10 +34,10 @@ class Source(Protocol):
 
     def begin(self, number: int) -> Any: ...
 
-    def finish(self, begun: Any) -> Asked: ...
+    def finish(self, begun: Any) -> Request: ...
 
 
-def read_ahead(source: Source, numbers: Iterable[int], ahead: int) -> Iterator[Asked]:
+def read_ahead(source: Source, numbers: Iterable[int], ahead: int) -> Iterator[Request]:
     """The batches in order, the reads of `ahead` more under way."""
     under_way: deque[Any] = deque()
     for number in numbers:
@@ -63,7 +63,7 @@ class TrainSource:
         self.reader.fetch(self.stream.ahead(plan))
         return plan, rows, begun
 
-    def finish(self, begun: tuple[BatchPlan, Ints, Pending]) -> Asked:
+    def finish(self, begun: tuple[BatchPlan, Ints, Pending]) -> Request:
         plan, rows, futures = begun
         reads: list[Read] = [read for future in futures for read in future.result()]
         found = []
@@ -78,8 +78,8 @@ class TrainSource:
         if (rows != plan.rows).any():
             windows = self.stream.windows(plan.epochs, plan.rows, rows, plan.side_px)
         sizes = np.stack([index.height[rows], index.width[rows]], axis=-1)
-        wanted = views.for_training(self.stream.config.augment.crop, windows, sizes, plan.side_px)
-        return Asked(rows, [read.encoded for read in reads], wanted, found, plan)
+        geometry = crop_geometry.for_training(self.stream.config.augment.crop, windows, sizes, plan.side_px)
+        return Request(rows, [read.encoded for read in reads], geometry, found, plan)
 
 
 class EvalSource:
@@ -96,7 +96,7 @@ class EvalSource:
         rows = np.array([row for row in rows if int(row) not in self.lost], dtype=np.int64)
         return rows, self.reader.start(rows)
 
-    def finish(self, begun: tuple[Ints, Pending]) -> Asked:
+    def finish(self, begun: tuple[Ints, Pending]) -> Request:
         rows, futures = begun
         reads: list[Read] = [read for future in futures for read in future.result()]
         found = [(int(row), read.reason) for row, read in zip(rows, reads, strict=True) if read.reason]
@@ -104,4 +104,4 @@ class EvalSource:
         rows = rows[whole]
         sizes = np.stack([self.index.height[rows], self.index.width[rows]], axis=-1)
         encoded = [read.encoded for read in reads if read.reason is None]
-        return Asked(rows, encoded, views.for_evaluation(sizes, self.config), found)
+        return Request(rows, encoded, crop_geometry.for_evaluation(sizes, self.config), found)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.encoded import EXTENSIONS
+from pipeline.data.image_headers import EXTENSIONS
 from pipeline.data.listing import SCAN_THREADS, Listing, read_classes
 from pipeline.errors import DataError
 

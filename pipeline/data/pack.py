@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from pipeline.data.archives import key_of_tars, listing_of_tars
 from pipeline.data.check import StoredImage, stored_images
-from pipeline.data.encoded import kind, orientation, upright_size
 from pipeline.data.folders import from_folders
+from pipeline.data.image_headers import kind, orientation, upright_size
 from pipeline.data.index import COMPLETE, LARGEST_SHARD, PACKING
 from pipeline.data.listing import Listing
 from pipeline.data.parallel import in_processes, num_cpus

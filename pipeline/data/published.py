@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.archives import unpack
-from pipeline.data.encoded import EXTENSIONS
+from pipeline.data.image_headers import EXTENSIONS
 from pipeline.data.listing import SCAN_THREADS
 from pipeline.data.sources import TAR
 from pipeline.data.store import Progress
@@ -40,7 +40,7 @@ PICKLED = {  # all that a batch of CIFAR needs: arrays and bytes
 
 
 @dataclass(frozen=True)
-class Entry:
+class PublishedImage:
     """An encoded image where it lies."""
 
     split: str  # train or val
@@ -52,13 +52,13 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Found:
+class PublishedSet:
     classes: tuple[str, ...]
-    entries: Sequence[Entry]
+    entries: Sequence[PublishedImage]
 
 
 @dataclass(frozen=True)
-class Desk:
+class ReaderContext:
     """Where a reader works: the given files by their role, room for what it unpacks, and who hears of progress."""
 
     files: Mapping[str, Path]
@@ -76,7 +76,7 @@ class Desk:
                 (_zip_to_tar if path.suffix.lower() == ".zip" else unpack)(path, tar)
         return Archive(tar, {_plain(name): (offset, length) for name, offset, length in tar_members(tar)})
 
-    def pngs(self, split: str, images: Pixels, labels: Iterable[int]) -> Iterator[Entry]:
+    def pngs(self, split: str, images: Pixels, labels: Iterable[int]) -> Iterator[PublishedImage]:
         """images [N, H, W, 3] as PNGs in one file of the scratch folder."""
         from PIL import Image
 
@@ -88,7 +88,9 @@ class Desk:
                 Image.fromarray(pixels).save(buffer, "PNG", compress_level=6)
                 start = file.tell()
                 file.write(buffer.getvalue())
-                yield Entry(split, f"{label:04d}/{split}_{start:012d}.png", label, path, start, file.tell() - start)
+                yield PublishedImage(
+                    split, f"{label:04d}/{split}_{start:012d}.png", label, path, start, file.tell() - start
+                )
                 if self.progress and number % 1000 == 0:
                     self.progress(f"encoding {split}", number, len(images))
 
@@ -116,30 +118,34 @@ class Archive:
     def lines(self, name: str) -> list[str]:
         return [line.strip() for line in self.read(name).decode("utf-8").splitlines() if line.strip()]
 
-    def entry(self, split: str, member: str, label: int) -> Entry:
+    def entry(self, split: str, member: str, label: int) -> PublishedImage:
         """Raises DataError where an annotation names an image that is not there."""
         if member not in self.members:
             raise DataError(f"{self.path.name}: its lists name {member}, which is not in it; fetch it again")
-        return Entry(split, f"{label:04d}/{PurePosixPath(member).name}", label, self.path, *self.members[member])
+        return PublishedImage(
+            split, f"{label:04d}/{PurePosixPath(member).name}", label, self.path, *self.members[member]
+        )
 
 
-def cifar10(desk: Desk) -> Found:
-    return _cifar(desk, [f"data_batch_{n}" for n in range(1, 6)], "test_batch", "batches.meta", "label_names", "labels")
+def cifar10(context: ReaderContext) -> PublishedSet:
+    return _cifar(
+        context, [f"data_batch_{n}" for n in range(1, 6)], "test_batch", "batches.meta", "label_names", "labels"
+    )
 
 
-def cifar100(desk: Desk) -> Found:
-    return _cifar(desk, ["train"], "test", "meta", "fine_label_names", "fine_labels")
+def cifar100(context: ReaderContext) -> PublishedSet:
+    return _cifar(context, ["train"], "test", "meta", "fine_label_names", "fine_labels")
 
 
-def _cifar(desk: Desk, train: Sequence[str], test: str, meta: str, names: str, labels: str) -> Found:
-    archive = desk.archive("archive")
-    entries: list[Entry] = []
+def _cifar(context: ReaderContext, train: Sequence[str], test: str, meta: str, names: str, labels: str) -> PublishedSet:
+    archive = context.archive("archive")
+    entries: list[PublishedImage] = []
     for split, members in (("train", train), ("val", [test])):
         batches = [unpickle(archive.read(member), f"{archive.path.name}: {member}") for member in members]
         data = np.concatenate([np.asarray(batch["data"], dtype=np.uint8) for batch in batches])
         images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        entries += desk.pngs(split, np.ascontiguousarray(images), [int(n) for b in batches for n in b[labels]])
-    return Found(tuple(map(_text, unpickle(archive.read(meta), meta)[names])), entries)
+        entries += context.pngs(split, np.ascontiguousarray(images), [int(n) for b in batches for n in b[labels]])
+    return PublishedSet(tuple(map(_text, unpickle(archive.read(meta), meta)[names])), entries)
 
 
 def unpickle(content: bytes, where: str) -> dict[str, Any]:
@@ -158,30 +164,30 @@ def unpickle(content: bytes, where: str) -> dict[str, Any]:
     return {_text(key): value for key, value in found.items()}
 
 
-def svhn(desk: Desk) -> Found:
+def svhn(context: ReaderContext) -> PublishedSet:
     """The digit 0 has the label 10 there, and 0 here. `extra_32x32.mat` joins train where it is given."""
-    entries: list[Entry] = []
+    entries: list[PublishedImage] = []
     for role, split in (("train", "train"), ("extra", "train"), ("test", "val")):
-        if role in desk.files:
-            found = _mat(desk.files[role])
+        if role in context.files:
+            found = _mat(context.files[role])
             labels = [int(label) % 10 for label in np.asarray(found["y"]).reshape(-1)]
-            entries += desk.pngs(split, np.ascontiguousarray(np.transpose(found["X"], (3, 0, 1, 2))), labels)
-    return Found(tuple("0123456789"), entries)
+            entries += context.pngs(split, np.ascontiguousarray(np.transpose(found["X"], (3, 0, 1, 2))), labels)
+    return PublishedSet(tuple("0123456789"), entries)
 
 
-def stl10(desk: Desk) -> Found:
+def stl10(context: ReaderContext) -> PublishedSet:
     """The labelled images; the 100,000 without a label are left out."""
-    archive = desk.archive("archive")
-    entries: list[Entry] = []
+    archive = context.archive("archive")
+    entries: list[PublishedImage] = []
     for split, stem in (("train", "train"), ("val", "test")):
         columns = np.frombuffer(archive.read(f"{stem}_X.bin"), dtype=np.uint8).reshape(-1, 3, 96, 96)
         labels = np.frombuffer(archive.read(f"{stem}_y.bin"), dtype=np.uint8).astype(int) - 1
-        entries += desk.pngs(split, np.ascontiguousarray(columns.transpose(0, 3, 2, 1)), labels.tolist())
-    return Found(tuple(archive.lines("class_names.txt")), entries)
+        entries += context.pngs(split, np.ascontiguousarray(columns.transpose(0, 3, 2, 1)), labels.tolist())
+    return PublishedSet(tuple(archive.lines("class_names.txt")), entries)
 
 
-def tiny_imagenet(desk: Desk) -> Found:
-    archive = desk.archive("archive")
+def tiny_imagenet(context: ReaderContext) -> PublishedSet:
+    archive = context.archive("archive")
     classes = tuple(sorted(archive.lines("wnids.txt")))
     label = {wnid: number for number, wnid in enumerate(classes)}
     entries = []
@@ -194,12 +200,12 @@ def tiny_imagenet(desk: Desk) -> Found:
     for line in archive.lines("val_annotations.txt"):
         name, wnid = line.split("\t")[:2]
         entries.append(archive.entry("val", str(folder / name), label[wnid]))
-    return Found(classes, entries)
+    return PublishedSet(classes, entries)
 
 
-def aircraft(desk: Desk) -> Found:
+def aircraft(context: ReaderContext) -> PublishedSet:
     """Variants (100 classes), trained on train and val together. The pictures keep their 20 pixels of copyright."""
-    archive = desk.archive("archive")
+    archive = context.archive("archive")
     classes = tuple(archive.lines("data/variants.txt"))
     label = {variant: number for number, variant in enumerate(classes)}
     folder = PurePosixPath(archive.find("data/variants.txt")).parent / "images"
@@ -208,41 +214,41 @@ def aircraft(desk: Desk) -> Found:
         for line in archive.lines(f"data/images_variant_{stem}.txt"):
             number, _, variant = line.partition(" ")
             entries.append(archive.entry(split, str(folder / f"{number}.jpg"), label[variant]))
-    return Found(classes, entries)
+    return PublishedSet(classes, entries)
 
 
-def flowers102(desk: Desk) -> Found:
+def flowers102(context: ReaderContext) -> PublishedSet:
     """Trained on train and validation together (2,040 images). The names are torchvision's: the publisher has none."""
     from torchvision.datasets import Flowers102
 
-    archive = desk.archive("images")
-    labels = np.asarray(_mat(desk.files["labels"])["labels"]).reshape(-1)
-    splits = _mat(desk.files["splits"])
+    archive = context.archive("images")
+    labels = np.asarray(_mat(context.files["labels"])["labels"]).reshape(-1)
+    splits = _mat(context.files["splits"])
     entries = []
     for split, keys in (("train", ("trnid", "valid")), ("val", ("tstid",))):
         for number in np.concatenate([np.asarray(splits[key]).reshape(-1) for key in keys]):
             member = f"jpg/image_{int(number):05d}.jpg"
             entries.append(archive.entry(split, member, int(labels[int(number) - 1]) - 1))
-    return Found(tuple(Flowers102.classes), entries)
+    return PublishedSet(tuple(Flowers102.classes), entries)
 
 
-def cars(desk: Desk) -> Found:
-    kit = desk.archive("devkit")
+def cars(context: ReaderContext) -> PublishedSet:
+    kit = context.archive("devkit")
     names = np.asarray(_mat(io.BytesIO(kit.read("cars_meta.mat")))["class_names"]).reshape(-1)
     classes = tuple(str(np.asarray(name).item()) for name in names)
     train = _mat(io.BytesIO(kit.read("cars_train_annos.mat")))["annotations"]
-    test = _mat(desk.files["test labels"])["annotations"]
+    test = _mat(context.files["test labels"])["annotations"]
     entries = []
     for split, role, rows in (("train", "train", train), ("val", "test", test)):
-        archive = desk.archive(role)
+        archive = context.archive(role)
         for row in np.asarray(rows).reshape(-1):
             member = f"cars_{role}/{np.asarray(row['fname']).item()}"
             entries.append(archive.entry(split, member, int(np.asarray(row["class"]).item()) - 1))
-    return Found(classes, entries)
+    return PublishedSet(classes, entries)
 
 
-def cub(desk: Desk) -> Found:
-    archive = desk.archive("archive")
+def cub(context: ReaderContext) -> PublishedSet:
+    archive = context.archive("archive")
     listed = archive.find("images.txt")
     folder = PurePosixPath(listed).parent
 
@@ -255,16 +261,16 @@ def cub(desk: Desk) -> Found:
         archive.entry("train" if trained[n] == "1" else "val", str(folder / "images" / path), int(labels[n]) - 1)
         for n, path in paths.items()
     ]
-    return Found(tuple(classes[str(n + 1)] for n in range(len(classes))), entries)
+    return PublishedSet(tuple(classes[str(n + 1)] for n in range(len(classes))), entries)
 
 
-def imagenet(desk: Desk) -> Found:
+def imagenet(context: ReaderContext) -> PublishedSet:
     """From the two tars, read in place, or from a folder with train/<wnid>/ and a flat val/."""
-    validation = _validation(desk)
-    if "folder" in desk.files:
-        images = list(_imagenet_folder(desk.files["folder"]))
+    validation = _validation(context)
+    if "folder" in context.files:
+        images = list(_imagenet_folder(context.files["folder"]))
     else:
-        images = [*_imagenet_train(desk.files["train"]), *_imagenet_val(desk.files["val"])]
+        images = [*_imagenet_train(context.files["train"]), *_imagenet_val(context.files["val"])]
     wnids = tuple(sorted({wnid for wnid, *_ in images if wnid is not None}))
     label = {wnid: number for number, wnid in enumerate(wnids)}
     entries = []
@@ -273,8 +279,8 @@ def imagenet(desk: Desk) -> Found:
         if known not in label:
             why = "no ground truth" if known is None else f"the class {known}, which train lacks"
             raise DataError(f"{path}: {name} has {why}")
-        entries.append(Entry(split, f"{known}/{Path(name).name}", label[known], path, offset, length))
-    return Found(wnids, entries)
+        entries.append(PublishedImage(split, f"{known}/{Path(name).name}", label[known], path, offset, length))
+    return PublishedSet(wnids, entries)
 
 
 Located: TypeAlias = tuple[str | None, str, Path, int, int]  # wnid or None for val, name, path, offset, length
@@ -314,19 +320,19 @@ def _images_in(folder: Path) -> list[tuple[Path, int]]:
     return sorted((path, path.stat().st_size) for path in folder.iterdir() if _is_image(path.name))
 
 
-def _validation(desk: Desk) -> dict[str, str]:
+def _validation(context: ReaderContext) -> dict[str, str]:
     """The wnid of each validation image, by stem: from the development kit, or from LOC_val_solution.csv."""
-    if "solution" in desk.files:
-        with open(desk.files["solution"], newline="", encoding="utf-8") as file:
+    if "solution" in context.files:
+        with open(context.files["solution"], newline="", encoding="utf-8") as file:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-    kit = desk.archive("devkit")
+    kit = context.archive("devkit")
     synsets = np.asarray(_mat(io.BytesIO(kit.read("meta.mat")), squeeze_me=True)["synsets"]).reshape(-1)
     wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
     truth = kit.lines("ILSVRC2012_validation_ground_truth.txt")
     return {f"ILSVRC2012_val_{number:08d}": wnid[int(line)] for number, line in enumerate(truth, 1)}
 
 
-READERS: Mapping[str, Callable[[Desk], Found]] = {
+READERS: Mapping[str, Callable[[ReaderContext], PublishedSet]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
     "svhn": svhn,

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.data.listing import Listing
 from pipeline.data.pack import QUALITY, PackReport, pack_listing
-from pipeline.data.published import READERS, Desk, Entry
+from pipeline.data.published import READERS, PublishedImage, ReaderContext
 from pipeline.data.store import Progress
 from pipeline.errors import ConfigError, DataError
 from pipeline.runs.files import write_json
@@ -93,10 +93,10 @@ def import_set(
 
     def make(scratch: Path) -> Listing:
         sums = {path.name: _checked(file, path, checksums, progress) for file, path in given if path.is_file()}
-        desk = Desk({file.role: path for file, path in given}, scratch, progress)
+        context = ReaderContext({file.role: path for file, path in given}, scratch, progress)
         for left in scratch.glob("*.pngs"):
             left.unlink()  # of an interrupted call
-        found = READERS[name](desk)
+        found = READERS[name](context)
         listing = _listing(found.entries, found.classes, destination)
         source = {"set": name, "files": [{"name": n, "md5": md5} for n, md5 in sums.items()]}
         write_json(destination / "source.json", source)
@@ -154,7 +154,7 @@ def _checked(file: File, path: Path, checksums: bool, progress: Progress | None)
     return digest.hexdigest()
 
 
-def _listing(entries: Sequence[Entry], classes: tuple[str, ...], root: Path) -> Listing:
+def _listing(entries: Sequence[PublishedImage], classes: tuple[str, ...], root: Path) -> Listing:
     """The entries in the order in which their bytes lie, train first; paths relative to `root`."""
     if not entries:
         raise DataError("the files hold no image")

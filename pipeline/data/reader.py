@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.encoded import looks_whole
+from pipeline.data.image_headers import looks_whole
 from pipeline.data.index import ImageIndex
 
 READS_PER_TASK = 4

@@ -22,7 +22,7 @@ _SPLIT_IN_NAME = re.compile(r"(?:^|[-_.])(train|val|validation)(?=[-_.]|\d)", re
 
 
 @dataclass(frozen=True)
-class Layout:
+class SourceLayout:
     """How a root is laid out. `tars` by split; a split of None is a tar of class folders, or a plain folder."""
 
     root: Path
@@ -37,12 +37,12 @@ class Layout:
         return "a tar of class folders, not of KEY.jpg with KEY.cls" if any(s is None for s, _ in self.tars) else None
 
 
-def layout(root: Path) -> Layout:
+def layout(root: Path) -> SourceLayout:
     """Raises DataError where `root` is missing, empty or of no known layout."""
     if root.is_file():
         if not TAR.search(root.name):
             raise DataError(f"{root}: a file, but no tar; looked for {_LOOKED_FOR}")
-        return Layout(root.parent, tars=((None, root),))
+        return SourceLayout(root.parent, tars=((None, root),))
     if not root.is_dir():
         raise DataError(
             f"{root}: no such folder; looked there for {_LOOKED_FOR}. Name another folder (in a recipe: data.root), or "
@@ -50,16 +50,16 @@ def layout(root: Path) -> Layout:
         )
     splits = [(SPLITS[name], root / name) for name in SPLITS if (root / name).is_dir()]
     if any(subfolders(folder) for _, folder in splits):
-        return Layout(root, folders=tuple(splits))
+        return SourceLayout(root, folders=tuple(splits))
     tars = [(_split_of(path, root), path) for path in _tars_in(root)]
     named = [(split, path) for split, path in tars if split is not None]
     if named:
-        return Layout(root, tars=tuple(named))
+        return SourceLayout(root, tars=tuple(named))
     if not splits and subfolders(root):
-        return Layout(root, folders=((None, root),))
+        return SourceLayout(root, folders=((None, root),))
     if not tars:
         raise DataError(f"{root}: holds no class folders and no tars; looked for {_LOOKED_FOR}")
-    return Layout(root, tars=tuple(tars))
+    return SourceLayout(root, tars=tuple(tars))
 
 
 def find(root: Path) -> Listing:

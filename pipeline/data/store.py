@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.encoded import HEAD_BYTES, MAX_PIXELS, upright_size
+from pipeline.data.image_headers import HEAD_BYTES, MAX_PIXELS, upright_size
 from pipeline.data.listing import Listing
 from pipeline.errors import DataError
 from pipeline.runs.files import whole_folder

@@ -59,7 +59,7 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
-class Order:
+class EpochOrder:
     """The rows of one epoch. `rows` [N] as they are trained on; block shuffle: `stored` [N] as lanes walk the shards,
     lane l holding stored[starts[l]:starts[l + 1]]."""
 
@@ -78,7 +78,7 @@ class Stream:
         self.config, self.seed, self.batch_size, self.num_images = config, seed, batch_size, len(index)
         self.height, self.width = index.height, index.width
         self.lanes: Lanes | None = None
-        self._orders: dict[int, Order] = {}
+        self._orders: dict[int, EpochOrder] = {}
         if config.shuffle == "block":
             starts = np.arange(0, len(index), FILES_PER_RUN) if index.shards is None else _run_starts(index.shard)
             count = min(config.lanes, batch_size, len(index))
@@ -150,10 +150,10 @@ class Stream:
         each = self.batch_size // self.lanes.count
         return min(each * len(self.lanes.of_rank(rank, world)) for rank in range(world)), max(most)
 
-    def order(self, epoch: int) -> Order:
+    def order(self, epoch: int) -> EpochOrder:
         if epoch not in self._orders:
             if self.lanes is None:
-                self._orders[epoch] = Order(permutation(self.num_images, self.seed, epoch, Purpose.ORDER))
+                self._orders[epoch] = EpochOrder(permutation(self.num_images, self.seed, epoch, Purpose.ORDER))
             else:
                 self._orders[epoch] = self.lanes.order(epoch)
             for old in list(self._orders)[:-ORDERS_KEPT]:
@@ -188,7 +188,7 @@ class Lanes:
     def at(self, positions: Ints) -> Ints:
         return self.turns[positions % self.count]
 
-    def order(self, epoch: int) -> Order:
+    def order(self, epoch: int) -> EpochOrder:
         shards = permutation(len(self.runs) - 1, self.seed, epoch, Purpose.SHARDS)
         lengths = np.diff(self.runs)[shards]
         stored = np.repeat(self.runs[shards] - (np.cumsum(lengths) - lengths), lengths) + np.arange(self.num_images)
@@ -200,9 +200,9 @@ class Lanes:
         within = np.arange(self.num_images)
         lane = self.at(within + epoch * self.num_images)
         rows = shuffled[starts[lane] + within // self.count]
-        return Order(rows.astype(np.int32), stored.astype(np.int32), starts)
+        return EpochOrder(rows.astype(np.int32), stored.astype(np.int32), starts)
 
-    def ahead(self, positions: Ints, order: Callable[[int], Order]) -> Ints:
+    def ahead(self, positions: Ints, order: Callable[[int], EpochOrder]) -> Ints:
         distance = min(self.window, self.num_images // self.count)
         epochs, within = np.divmod(positions, self.num_images)
         lane, found = self.at(positions), []

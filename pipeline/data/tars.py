@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pipeline.data.encoded import EXTENSIONS
+from pipeline.data.image_headers import EXTENSIONS
 from pipeline.data.listing import SCAN_THREADS, SPLITS, Listing
 from pipeline.errors import DataError
 
@@ -58,7 +58,7 @@ def from_shards(root: Path, tars: Sequence[tuple[str | None, Path]], classes: tu
 
 
 @dataclass(frozen=True)
-class Member:
+class ShardMember:
     """An image in a tar; `label` is the text of its KEY.cls, None without one."""
 
     name: str
@@ -68,7 +68,7 @@ class Member:
     label: str | None
 
 
-def scan_shard(path: Path) -> list[Member]:
+def scan_shard(path: Path) -> list[ShardMember]:
     """The images of one tar in the order they lie in it. Raises DataError if the tar is damaged."""
     images: list[tuple[str, str, int, int]] = []
     labels: dict[str, str] = {}
@@ -79,7 +79,7 @@ def scan_shard(path: Path) -> list[Member]:
                 images.append((name, key, offset, length))
             elif extension.lower() == ".cls":
                 labels[key] = os.pread(file.fileno(), min(length, 32), offset).decode("ascii", "replace").strip()
-    return [Member(name, key, offset, length, labels.get(key)) for name, key, offset, length in images]
+    return [ShardMember(name, key, offset, length, labels.get(key)) for name, key, offset, length in images]
 
 
 def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
@@ -99,7 +99,7 @@ def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
         raise DataError(f"{path}: not a whole tar ({error}); fetch it again or take it away") from None
 
 
-def _label_fault(member: Member, num_classes: int) -> str | None:
+def _label_fault(member: ShardMember, num_classes: int) -> str | None:
     if member.label is None:
         return "wrong label: no KEY.cls beside it"
     if not re.fullmatch(r"\d{1,9}", member.label):

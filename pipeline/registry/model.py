@@ -225,7 +225,7 @@ def predict(
 
 def _batches(encoded: Sequence[bytes], batch_size: int) -> Iterator[slice]:
     """Runs of at most batch_size images whose pixels, decoded, fit into MAX_PIXELS together; or one alone."""
-    from pipeline.data.encoded import MAX_PIXELS, upright_size
+    from pipeline.data.image_headers import MAX_PIXELS, upright_size
 
     start, pixels = 0, 0
     for position, each in enumerate(encoded):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.data.encoded import EXTENSIONS, MAX_PIXELS
+from pipeline.data.image_headers import EXTENSIONS, MAX_PIXELS
 from pipeline.errors import AdaptNetError, ConfigError, UndecodableError
 from pipeline.evaluation.frontier import best_within, parse_budget
 from pipeline.family import Report

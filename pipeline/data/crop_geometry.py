@@ -17,7 +17,7 @@ LONGEST = 64  # times the shorter side: an image that is longer is evaluated in 
 
 
 @dataclass(frozen=True)
-class Views:
+class CropGeometry:
     """windows [b, 4]: y, x, height, width, inside the image and not empty; sizes [b, 2]: height and width after the
     resize; origins [b, 2]: y, x of the square in the resized picture, negative where it begins outside; all i32."""
 
@@ -29,25 +29,25 @@ class Views:
     def __len__(self) -> int:
         return len(self.windows)
 
-    def only(self, position: int) -> Views:
+    def only(self, position: int) -> CropGeometry:
         at = slice(position, position + 1)
-        return Views(self.windows[at], self.sizes[at], self.origins[at], self.side_px)
+        return CropGeometry(self.windows[at], self.sizes[at], self.origins[at], self.side_px)
 
 
-def for_training(crop: str, windows: NDArray[np.int32], image_sizes: NDArray[np.int32], side_px: int) -> Views:
+def for_training(crop: str, windows: NDArray[np.int32], image_sizes: NDArray[np.int32], side_px: int) -> CropGeometry:
     """windows [b, 4] of the stream in images of `image_sizes` [b, 2], resized to the square.
 
     Windows of random-pad are not resized; they may reach beyond the image.
     """
     if crop != "random-pad":
         sizes = np.full((len(windows), 2), side_px, dtype=np.int32)
-        return Views(windows, sizes, np.zeros_like(sizes), side_px)
+        return CropGeometry(windows, sizes, np.zeros_like(sizes), side_px)
     starts = np.clip(windows[:, :2], 0, image_sizes - 1)
     ends = np.clip(windows[:, :2] + windows[:, 2:], starts + 1, image_sizes)
-    return Views(np.hstack([starts, ends - starts]), ends - starts, windows[:, :2] - starts, side_px)
+    return CropGeometry(np.hstack([starts, ends - starts]), ends - starts, windows[:, :2] - starts, side_px)
 
 
-def for_evaluation(image_sizes: NDArray[np.int32], config: DataConfig) -> Views:
+def for_evaluation(image_sizes: NDArray[np.int32], config: DataConfig) -> CropGeometry:
     """Shorter side to `resize_for_eval`, then the square in the middle; rounded as torchvision rounds."""
     image_sizes = image_sizes.astype(np.int64)
     shorter = image_sizes.min(axis=1, keepdims=True)
@@ -58,4 +58,4 @@ def for_evaluation(image_sizes: NDArray[np.int32], config: DataConfig) -> Views:
     spare = sizes - side
     origins = np.where(spare >= 0, np.rint(spare / 2), -(-spare // 2)).astype(np.int32)
     windows = np.hstack([starts, extents]).astype(np.int32)
-    return Views(windows, sizes.astype(np.int32), origins, side)
+    return CropGeometry(windows, sizes.astype(np.int32), origins, side)

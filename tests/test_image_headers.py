@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline.data.check import fault
-from pipeline.data.encoded import MAX_PIXELS, kind, looks_whole, upright_size
+from pipeline.data.image_headers import MAX_PIXELS, kind, looks_whole, upright_size
 from pipeline.data.pack import shrink
 from tests import images
 
