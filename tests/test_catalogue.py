@@ -20,10 +20,9 @@ import pytest
 from mlflow_here import database, server
 
 from jobs.cli import main
-from pipeline import registry
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.evaluation.frontier import parse_budget
-from pipeline.registry import finding, kept, reading
+from pipeline.registry import cache, catalogue, resolve, store_reader
 from pipeline.tracking import connect
 from pipeline.tracking.address import reason_of
 
@@ -112,9 +111,9 @@ def test_five_thousand_versions_are_looked_through_in_two_seconds(large: str, wo
 def test_neither_torch_nor_mlflow_is_imported_to_look_up(large: str) -> None:
     code = f"""
 import sys
-from pipeline import registry
-assert len(registry.versions({large!r})) == {NAMES * EACH}
-assert registry.lookup("models:/m07@champion", {large!r}).version == 3
+from pipeline.registry import catalogue
+assert len(catalogue.versions({large!r})) == {NAMES * EACH}
+assert catalogue.lookup("models:/m07@champion", {large!r}).version == 3
 print(sorted({{"torch", "mlflow", "pandas", "numpy"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
@@ -124,10 +123,12 @@ print(sorted({{"torch", "mlflow", "pandas", "numpy"}} & set(sys.modules)))
 def test_the_quick_reader_sees_what_mlflow_s_client_sees(large: str) -> None:
     client = connect(large)
     there = {(v.name, int(v.version)): dict(v.tags) for v in client.search_model_versions(max_results=10_000)}
-    assert {(row.name, row.version): dict(row.tags) for row in reading.rows(large)} == there
-    models = {model.name: model.aliases for model in reading.models(large)}
+    assert {(row.name, row.version): dict(row.tags) for row in store_reader.rows(large)} == there
+    models = {model.name: model.aliases for model in store_reader.models(large)}
     assert models == {m.name: {a: int(v) for a, v in m.aliases.items()} for m in client.search_registered_models()}
-    assert [row.version for row in reading.rows(large, "m03")].count(5) == 1 and len(reading.rows(large, "m03")) == EACH
+    assert [row.version for row in store_reader.rows(large, "m03")].count(5) == 1 and len(
+        store_reader.rows(large, "m03")
+    ) == EACH
 
 
 def test_over_http_the_same_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,33 +142,33 @@ def test_over_http_the_same_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for number in (1, 2):
         client.create_model_version(name, place, run_id, tags=tags(0, number))
     client.set_registered_model_alias(name, "champion", "1")
-    found = registry.versions(there, name)
+    found = catalogue.versions(there, name)
     assert [(v.version, v.aliases, v.run_id) for v in found] == [(2, (), run_id), (1, ("champion",), run_id)]
     assert dict(found[0].tags) == tags(0, 2) and abs(found[0].created - time.time()) < 600
-    model = next(model for model in reading.models(there) if model.name == name)
+    model = next(model for model in store_reader.models(there) if model.name == name)
     assert (model.aliases, model.tags, model.description) == ({"champion": 1}, {"a": "b"}, "words")
-    known = reading.run(there, run_id)
+    known = store_reader.run(there, run_id)
     assert known is not None and known.tags["adaptnet.run_dir"] == "/somewhere" and not known.deleted
-    assert reading.run(there, "f" * 32) is None
+    assert store_reader.run(there, "f" * 32) is None
     client.delete_run(run_id)
-    deleted = reading.run(there, run_id)
+    deleted = store_reader.run(there, run_id)
     assert deleted is not None and deleted.deleted
     with pytest.raises(ResourceError, match=r"127\.0\.0\.1:9: .*refused.*same command again"):
-        registry.versions("http://me:hush@127.0.0.1:9")
+        catalogue.versions("http://me:hush@127.0.0.1:9")
 
 
 class Asked:
-    """What `reading` was asked over HTTP."""
+    """What `store_reader` was asked over HTTP."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
-        get = reading._get
+        get = store_reader._get
 
         def counted(uri: str, call: str, query: Any) -> Any:
             self.calls.append(call)
             return get(uri, call, query)
 
-        monkeypatch.setattr(reading, "_get", counted)
+        monkeypatch.setattr(store_reader, "_get", counted)
 
     def versions(self) -> int:
         """How often versions were asked for since the last time."""
@@ -188,8 +189,8 @@ def test_a_server_is_asked_again_for_what_has_changed_alone(tmp_path: Path, monk
     asked = Asked(monkeypatch)
 
     def look() -> dict[str, list[int]]:
-        models = [model for model in reading.models(there) if model.name in names]
-        found = kept.rows(there, models, home=tmp_path)
+        models = [model for model in store_reader.models(there) if model.name in names]
+        found = cache.rows(there, models, home=tmp_path)
         assert [dict(row.tags) for row in found] == [tags(0, 1)] * len(found)
         return {name: sorted(row.version for row in found if row.name == name) for name in names}
 
@@ -207,7 +208,7 @@ def test_a_server_is_asked_again_for_what_has_changed_alone(tmp_path: Path, monk
     assert look() == {names[0]: [], names[1]: [2]} and asked.versions() == 2
     assert look() == {names[0]: [], names[1]: [2]} and asked.versions() == 0
     client.set_model_version_tag(names[1], "2", "adaptnet.licence", "MIT")
-    assert registry.lookup(f"models:/{names[1]}/2", there).tags["adaptnet.licence"] == "MIT"  # as it is now
+    assert catalogue.lookup(f"models:/{names[1]}/2", there).tags["adaptnet.licence"] == "MIT"  # as it is now
 
 
 class Elsewhere(BaseHTTPRequestHandler):
@@ -235,11 +236,11 @@ def test_a_password_goes_to_no_other_server_and_half_an_answer_is_told() -> None
     threading.Thread(target=web.serve_forever, daemon=True).start()
     try:
         uri = f"http://me:hush@127.0.0.1:{web.server_port}"
-        assert reading.models(uri) == []
+        assert store_reader.models(uri) == []
         (asked, given), (other, repeated) = Elsewhere.told
         assert asked.endswith("search") and str(given).startswith("Basic ") and (other, repeated) == ("/other", None)
         with pytest.raises(ResourceError, match=r"IncompleteRead.*same command again"):
-            reading.rows(uri, "net")
+            store_reader.rows(uri, "net")
     finally:
         web.shutdown()
 
@@ -255,19 +256,19 @@ def test_what_mlflow_s_client_says_of_a_wrong_password_is_put_in_words() -> None
 
 def test_no_traceback_shows_a_password() -> None:
     secret = str(time.time_ns())
-    with pytest.raises(ResourceError) as found, finding.asking(f"http://me:{secret}@127.0.0.1:9") as client:
+    with pytest.raises(ResourceError) as found, resolve.asking(f"http://me:{secret}@127.0.0.1:9") as client:
         client.search_registered_models()
     assert secret not in "".join(traceback.format_exception(found.value))
 
 
 def test_what_meets_a_budget_comes_best_first(large: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = registry.versions(large)
-    matches = registry.matching(found, max_macs=parse_budget("0.5G"), min_top1=0.2, dataset="set1")
+    found = catalogue.versions(large)
+    matches = catalogue.matching(found, max_macs=parse_budget("0.5G"), min_top1=0.2, dataset="set1")
     assert matches and all(m.policy == "cheap" and m.macs <= 5e8 and m.top1 >= 0.2 for m in matches)
     assert {m.version.tags["adaptnet.dataset"] for m in matches} == {"set1"}
     assert [m.top1 for m in matches] == sorted((m.top1 for m in matches), reverse=True)
-    assert matches == registry.matching(found, max_macs=parse_budget("0.5G"), min_top1=0.2, dataset="identity1")
-    every = registry.matching(found, max_macs=None, min_top1=None, dataset=None)
+    assert matches == catalogue.matching(found, max_macs=parse_budget("0.5G"), min_top1=0.2, dataset="identity1")
+    every = catalogue.matching(found, max_macs=None, min_top1=None, dataset=None)
     assert {m.policy for m in every} == {"dear", "cheap"}  # what another policy of the same net beats is left out
     assert (every[0].version.reference, every[0].top1) == ("models:/m49/100", 149 / 200)
     assert run("models", "lookup", "m01", "--max-macs", "500M", "--json", "--uri", large) == 0
@@ -297,9 +298,9 @@ def test_tables_of_another_mlflow_are_named(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "mlflow.db") as tables:
         tables.execute("UPDATE alembic_version SET version_num = 'abcdef'")
     with pytest.raises(ResourceError, match=r"revision abcdef.*mlflow db upgrade"):
-        registry.versions(f"sqlite:///{tmp_path}/mlflow.db")
+        catalogue.versions(f"sqlite:///{tmp_path}/mlflow.db")
     sqlite3.connect(tmp_path / "empty.db").execute("CREATE TABLE x (y)")
     with pytest.raises(ResourceError, match="revision none"):
-        registry.versions(f"sqlite:///{tmp_path}/empty.db")
+        catalogue.versions(f"sqlite:///{tmp_path}/empty.db")
     with pytest.raises(ConfigError, match="no registry here yet"):
-        registry.versions(f"sqlite:///{tmp_path}/none.db")
+        catalogue.versions(f"sqlite:///{tmp_path}/none.db")

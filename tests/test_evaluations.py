@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import registry
 from pipeline.deploy import evaluations, predicting
 from pipeline.deploy.predicting import Choice
 from pipeline.errors import ConfigError
 from pipeline.evaluation.frontier import parse_budget
+from pipeline.registry.catalogue import RUNS
 
 QUICK = ["evaluation.latency_repeats=0"]
 
@@ -82,7 +82,7 @@ def test_an_alias_that_moves_does_not_take_the_evaluation_along(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished["convnet_aig"].parent, tmp_path / "runs")
     done = evaluations.evaluate("models:/gated@candidate", QUICK)
-    assert done.folder.parent == registry.RUNS / "evaluations" / "gated-1"
+    assert done.folder.parent == RUNS / "evaluations" / "gated-1"
     stored = evaluations.find("models:/gated/1").evaluations
     assert done.folder in [each.folder for each in stored]
 

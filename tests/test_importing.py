@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import registry, run_config
+from pipeline import run_config
 from pipeline.data.toy import make
 from pipeline.deploy import evaluations, importing
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.families.baseline import FAMILY as BASELINE
 from pipeline.family import find
+from pipeline.registry.model import describe, load_model
+from pipeline.registry.resolve import resolve
 from pipeline.run_config import RunConfig
 
 
@@ -42,7 +44,7 @@ def test_an_import_is_a_finished_run_that_evaluates_and_registers(images: Path, 
     assert done.result.version == "models:/foreign/1"
     again = evaluations.evaluate(str(tmp_path / "runs" / "foreign"), ["evaluation.latency_repeats=0"])
     assert [r.top1 for r in again.reports] == [r.top1 for r in done.result.reports]
-    model = registry.load_model(registry.resolve("models:/foreign/1", f"sqlite:///{tmp_path}/runs/mlflow.db"))
+    model = load_model(resolve("models:/foreign/1", f"sqlite:///{tmp_path}/runs/mlflow.db"))
     for name, value in model.net.state_dict().items():
         assert torch.equal(value, tensors[name]), name
     with pytest.raises(ConfigError, match="holds a run already"):
@@ -54,7 +56,7 @@ def test_class_names_stand_in_for_data_that_are_not_here(tmp_path: Path) -> None
     weights(config, tmp_path / "model.pt", num_classes=3)
     done = importing.import_weights(config, tmp_path / "model.pt", tmp_path / "run", classes=["ant", "bee", "cat"])
     assert done.result.finished and list(done.result.reports) == []
-    assert registry.describe(registry.resolve(str(tmp_path / "run"))).classes == ("ant", "bee", "cat")
+    assert describe(resolve(str(tmp_path / "run"))).classes == ("ant", "bee", "cat")
 
 
 @pytest.mark.parametrize("fault", ["another net", "other classes", "no weights", "pickled code"])

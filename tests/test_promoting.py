@@ -18,12 +18,13 @@ from mlflow_here import CONTEXT, database, finish, run_folder
 from jobs.cli import main
 from pipeline import config as configs
 from pipeline import family as families
-from pipeline import registry
 from pipeline.data import toy
 from pipeline.deploy import promoting
 from pipeline.errors import CheckpointError, ConfigError, ResourceError
 from pipeline.family import Report
-from pipeline.registry import holders
+from pipeline.registry import catalogue, promotion_log
+from pipeline.registry.model import describe
+from pipeline.registry.resolve import resolve
 from pipeline.tracking import connect
 from pipeline.training import checkpoint
 
@@ -70,9 +71,9 @@ def registered(tmp_path: Path) -> tuple[str, Any, str]:
     return uri, client, run_id
 
 
-def write(client: Any, uri: str, version: int, **changes: Any) -> holders.Entry:
+def write(client: Any, uri: str, version: int, **changes: Any) -> promotion_log.PromotionEntry:
     """Appends to the journal of `net` as a promoter does that saw it as it is now."""
-    counted = holders.history(uri, "net", "champion")
+    counted = promotion_log.history(uri, "net", "champion")
     present = client.get_registered_model("net").aliases.get("champion")
     given = {
         "kind": "promotion",
@@ -86,7 +87,7 @@ def write(client: Any, uri: str, version: int, **changes: Any) -> holders.Entry:
         "run_id": client.get_model_version("net", "1").run_id,  # a server asks for it beside the source
         "facts": {},
     }
-    return holders.append(client, uri, "net", "champion", **{**given, **changes})
+    return promotion_log.append(client, uri, "net", "champion", **{**given, **changes})
 
 
 def holder(client: Any) -> int:
@@ -116,9 +117,9 @@ def test_of_promotions_at_once_one_wins_and_the_others_are_told(registered: tupl
     assert len(won) == 1 and holder(client) == won[0]
     told = f"promoter-{won[0]}@here was first: version {won[0]} holds it"
     assert [told in str(each) for each in said].count(True) == 3
-    (entry,) = holders.history(uri, "net", "champion")
+    (entry,) = promotion_log.history(uri, "net", "champion")
     assert (entry.version, entry.done) == (won[0], True)
-    assert [v.version for v in registry.versions(uri)] == [4, 3, 2, 1]  # the journal is no model to look up
+    assert [v.version for v in catalogue.versions(uri)] == [4, 3, 2, 1]  # the journal is no model to look up
 
 
 class Dead(Exception):
@@ -152,22 +153,22 @@ def test_a_promoter_that_dies_anywhere_leaves_the_next_one_a_clear_holder(regist
     moment, entered = 0, 0
     while True:
         moment += 1
-        before = len(holders.history(uri, "net", "champion"))
+        before = len(promotion_log.history(uri, "net", "champion"))
         wanted = 2 + moment % 2
         try:
             write(Dying(client, moment), uri, wanted, before=holder(client))
         except Dead:
-            counts = len(holders.history(uri, "net", "champion")) > before
+            counts = len(promotion_log.history(uri, "net", "champion")) > before
             entered += counts
             was = holder(client)
-            holders.settle(client, uri, "net", "champion")  # as the next promoter does first
+            promotion_log.settle(client, uri, "net", "champion")  # as the next promoter does first
             assert holder(client) == (wanted if counts else was)
         else:
             break
     assert moment > 8 and entered >= 4
-    assert holder(client) == wanted and holders.history(uri, "net", "champion")[-1].done
+    assert holder(client) == wanted and promotion_log.history(uri, "net", "champion")[-1].done
     assert (
-        f"entry {holders.history(uri, 'net', 'champion')[-1].number}"
+        f"entry {promotion_log.history(uri, 'net', 'champion')[-1].number}"
         in (client.get_model_version("net", str(wanted)).tags["adaptnet.alias.champion"])
     )
 
@@ -188,19 +189,19 @@ def test_a_slow_promoter_does_not_move_the_alias_back(registered: tuple[str, Any
     uri, client, _ = registered
 
     def other() -> None:
-        holders.settle(client, uri, "net", "champion")
+        promotion_log.settle(client, uri, "net", "champion")
         write(client, uri, 2)
 
     write(Slow(client, other), uri, 1)
     assert holder(client) == 2
-    assert [entry.version for entry in holders.history(uri, "net", "champion")] == [1, 2]
+    assert [entry.version for entry in promotion_log.history(uri, "net", "champion")] == [1, 2]
 
 
 def test_rollbacks_go_back_step_by_step(registered: tuple[str, Any, str]) -> None:
     uri, client, _ = registered
 
     def back() -> int | None:
-        return holders.previous(holders.history(uri, "net", "champion"), holder(client))
+        return promotion_log.previous(promotion_log.history(uri, "net", "champion"), holder(client))
 
     for version in (1, 2, 3):
         write(client, uri, version)
@@ -213,7 +214,7 @@ def test_rollbacks_go_back_step_by_step(registered: tuple[str, Any, str]) -> Non
     assert back() == 4
     write(client, uri, 1)
     assert back() == 3  # what was set by hand has been a holder too
-    assert [entry.kind for entry in holders.history(uri, "net", "champion")].count("rollback") == 1
+    assert [entry.kind for entry in promotion_log.history(uri, "net", "champion")].count("rollback") == 1
 
 
 def test_a_model_that_has_the_journal_s_name_is_left_alone(registered: tuple[str, Any, str]) -> None:
@@ -307,7 +308,7 @@ def test_from_register_to_rollback(say: Callable[..., tuple[int, str]], home: Pa
         assert code == 0 and "forced, although models:/gated/1, the present champion, dominates it" in text
     assert code == 0 and "models:/gated/2 is the champion, which models:/gated/1 held" in text, text
     client = connect(uri)
-    entry = holders.history(uri, "gated", "champion")[-1]
+    entry = promotion_log.history(uri, "gated", "champion")[-1]
     assert (entry.version, entry.before, entry.forced, entry.done) == (2, 1, refused, True)
     made = client.get_model_version("gated.promotions", str(entry.number))
     kept = Path(made.source.removeprefix("file://"))
@@ -366,12 +367,12 @@ def test_a_pulled_folder_needs_no_mlflow(say: Callable[..., tuple[int, str]], ho
 def test_a_version_whose_files_were_exchanged_is_not_promoted(say: Callable[..., tuple[int, str]], home: Path) -> None:
     assert say("models", "register", "runs/run1", "tampered")[0] == 0
     uri = f"sqlite:///{home}/runs/mlflow.db"
-    place = registry.resolve("models:/tampered/1", uri)
+    place = resolve("models:/tampered/1", uri)
     recipe = place / "recipe.yaml"
     whole = recipe.read_text()
     recipe.write_text("\n".join(whole.splitlines()[:-1]) + "\n")  # broken off: still YAML
     with pytest.raises(CheckpointError, match=r"recipe\.yaml: not the recipe"):
-        registry.describe(place)
+        describe(place)
     recipe.write_text(whole)
     card = json.loads((place / "card.json").read_text())
     other = home / "runs" / "run2" / "checkpoints" / checkpoint.name_of(2) / "net.safetensors"
@@ -388,5 +389,5 @@ def test_a_version_whose_files_were_exchanged_is_not_promoted(say: Callable[...,
     assert text.endswith("To promote it all the same: --force --why REASON\n")
     code, text = say("models", "promote", "tampered", 2, "--force", "--why", "the old one is broken")
     assert code == 0 and "forced, although models:/tampered/1, the present champion, cannot be evaluated" in text, text
-    client.delete_run(registry.lookup("models:/tampered/1", uri).run_id)
+    client.delete_run(catalogue.lookup("models:/tampered/1", uri).run_id)
     assert "deleted; `mlflow runs restore" in say("models", "show", "models:/tampered/1")[1]

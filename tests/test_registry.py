@@ -22,11 +22,14 @@ from PIL import Image
 from jobs.cli import main
 from pipeline import config as configs
 from pipeline import family as families
-from pipeline import registry
 from pipeline.errors import CheckpointError, ConfigError, DataError, ResourceError, UndecodableError
 from pipeline.family import Report
-from pipeline.registry import finding, publishing
-from pipeline.tracking import Shipper, TrackingConfig, connect, sync
+from pipeline.registry import cards, catalogue, publishing
+from pipeline.registry import resolve as resolving
+from pipeline.registry.model import describe, load_model, predict, write_model_folder
+from pipeline.registry.publishing import publish_run, register_best
+from pipeline.registry.resolve import resolve
+from pipeline.tracking import TrackingConfig, Uploader, connect, sync
 from pipeline.training import checkpoint
 
 SECTION = {"name": "convnet_aig", "depth": 14}
@@ -80,14 +83,14 @@ def run(*arguments: object) -> int:
 
 def test_a_model_folder_holds_the_moving_average_and_answers_alike(trained: Path, tmp_path: Path) -> None:
     source = trained / "checkpoints" / "step-00000007"
-    folder = registry.write_model_folder(source, REPORTS, tmp_path / "model")
+    folder = write_model_folder(source, REPORTS, tmp_path / "model")
     assert (folder / "net.safetensors").read_bytes() == (source / "ema.safetensors").read_bytes()
     before = torch.get_rng_state()
-    model = registry.load_model(folder)
+    model = load_model(folder)
     assert torch.equal(torch.get_rng_state(), before)
     assert not model.net.training and model.classes == tuple(CLASSES) and model.data_config.side_px == 32
-    answers = registry.predict(model, IMAGES, batch_size=2)
-    again = registry.predict(registry.load_model(source), IMAGES)
+    answers = predict(model, IMAGES, batch_size=2)
+    again = predict(load_model(source), IMAGES)
     assert answers.probabilities.shape == (3, 3) and answers.probabilities.sum(1) == pytest.approx(1)
     assert np.allclose(answers.probabilities, again.probabilities, atol=1e-6)
     assert (answers.macs > 0).all() and model.card["step"] == 7 and model.card["data"] == "abc"
@@ -101,36 +104,36 @@ def test_a_model_folder_holds_the_moving_average_and_answers_alike(trained: Path
 
 def test_weights_that_were_exchanged_are_refused(trained: Path, tmp_path: Path) -> None:
     source = trained / "checkpoints" / "step-00000007"
-    folder = registry.write_model_folder(source, REPORTS, tmp_path / "model")
+    folder = write_model_folder(source, REPORTS, tmp_path / "model")
     shutil.copyfile(source / "net.safetensors", folder / "net.safetensors")  # whole, of equal size, another net's
     with pytest.raises(CheckpointError, match=r"net\.safetensors: not the weights"):
-        registry.load_model(folder)
+        load_model(folder)
     (folder / "net.safetensors").unlink()
     with pytest.raises(CheckpointError, match="damaged or exchanged"):
-        registry.load_model(folder)
+        load_model(folder)
     (folder / "card.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"card\.json"):
-        registry.load_model(folder)
+        load_model(folder)
     with pytest.raises(ResourceError, match="cannot be written"):
-        registry.write_model_folder(source, REPORTS, trained)
+        write_model_folder(source, REPORTS, trained)
     broken = tmp_path / "broken"
     shutil.copytree(source, broken)
     with open(broken / "ema.safetensors", "rb+") as file:
         file.truncate(1000)
     with pytest.raises(CheckpointError, match="has 1000 bytes"):
-        registry.write_model_folder(broken, REPORTS, tmp_path / "other")
+        write_model_folder(broken, REPORTS, tmp_path / "other")
     assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_what_cannot_be_decoded_is_named_by_position(trained: Path) -> None:
-    model = registry.load_model(trained / "checkpoints" / "step-00000007")
+    model = load_model(trained / "checkpoints" / "step-00000007")
     with pytest.raises(DataError, match="image 1"):
-        registry.predict(model, [IMAGES[0], IMAGES[0][:300], IMAGES[1]])
+        predict(model, [IMAGES[0], IMAGES[0][:300], IMAGES[1]])
     with pytest.raises(UndecodableError, match="2 of 4 images") as found:
-        registry.predict(model, [IMAGES[0], b"", IMAGES[1], b"no image"], batch_size=2)
+        predict(model, [IMAGES[0], b"", IMAGES[1], b"no image"], batch_size=2)
     assert set(found.value.reasons) == {1, 3} and pickle.loads(pickle.dumps(found.value)).reasons == found.value.reasons
     with pytest.raises(ConfigError, match="no such policy"):
-        registry.predict(model, IMAGES, "warp")
+        predict(model, IMAGES, "warp")
 
 
 # --- versions
@@ -172,22 +175,22 @@ print(pipeline.__file__)
 def test_a_version_answers_in_a_process_of_its_own(run_dir: Path, tmp_path: Path) -> None:
     uri = f"sqlite:///{run_dir.parent}/mlflow.db"
     run_id = sync(run_dir).run_id
-    version = registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri)
+    version = publish_run(run_dir, "aig", run_id=run_id, uri=uri)
     assert version is not None and version.version == 1
     encoded = [base64.b64encode(image).decode() for image in IMAGES]
     words = [sys.executable, "-c", FRESH_PROCESS, uri, *encoded]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     table, code = done.stdout.splitlines()[-2:]
-    model = registry.load_model(run_dir / "checkpoints" / "step-00000007")
-    answers = registry.predict(model, IMAGES)
+    model = load_model(run_dir / "checkpoints" / "step-00000007")
+    answers = predict(model, IMAGES)
     for row, probabilities, macs in zip(json.loads(table), answers.probabilities, answers.macs, strict=True):
         assert row["label"] == CLASSES[probabilities.argmax()] and row["macs"] == macs
         assert row["probabilities"] == pytest.approx(sorted(probabilities.tolist(), reverse=True), abs=1e-5)
     assert code.startswith(str(tmp_path))  # the code that came with the version, not what is installed
-    place = registry.resolve("models:/aig@candidate", uri)
+    place = resolve("models:/aig@candidate", uri)
     assert not [path for path in place.parents[1].rglob("*") if path.suffix in (".pkl", ".pt")]
-    assert registry.load_model(place).card["weights"]["sha256"] == version.tags["adaptnet.weights_sha256"]
+    assert load_model(place).card["weights"]["sha256"] == version.tags["adaptnet.weights_sha256"]
 
 
 def test_publishing_twice_or_after_a_death_makes_one_version(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,21 +199,21 @@ def test_publishing_twice_or_after_a_death_makes_one_version(run_dir: Path, monk
     client = connect(uri)
     died = 0
     while True:  # dies before its n-th call, for n = 1, 2, ...
-        monkeypatch.setattr(finding, "connect", lambda uri, n=died + 1: Mortal(client, n))
+        monkeypatch.setattr(resolving, "connect", lambda uri, n=died + 1: Mortal(client, n))
         try:
-            version = registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri)
+            version = publish_run(run_dir, "aig", run_id=run_id, uri=uri)
             break
         except MemoryError:
             died += 1
     monkeypatch.undo()
     assert version is not None and died >= 5
-    assert registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri) == version
-    assert [(v.version, v.aliases) for v in registry.versions(uri)] == [(1, ("candidate",))]
+    assert publish_run(run_dir, "aig", run_id=run_id, uri=uri) == version
+    assert [(v.version, v.aliases) for v in catalogue.versions(uri)] == [(1, ("candidate",))]
     other = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
-    newer = registry.publish_run(run_dir, "aig", run_id=other, uri=uri)
+    newer = publish_run(run_dir, "aig", run_id=other, uri=uri)
     assert newer is not None and newer.version == 2
-    registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri)
-    assert registry.lookup("models:/aig@candidate", uri).version == 2  # an old run published again takes nothing
+    publish_run(run_dir, "aig", run_id=run_id, uri=uri)
+    assert catalogue.lookup("models:/aig@candidate", uri).version == 2  # an old run published again takes nothing
 
 
 def test_of_two_that_publish_at_once_one_makes_the_version(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,14 +223,14 @@ def test_of_two_that_publish_at_once_one_makes_the_version(run_dir: Path, monkey
 
     def while_another_is_quicker(*arguments: Any) -> None:
         monkeypatch.setattr(publishing, "_upload", upload)
-        other.append(registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri))
+        other.append(publish_run(run_dir, "aig", run_id=run_id, uri=uri))
         upload(*arguments)
 
     monkeypatch.setattr(publishing, "_upload", while_another_is_quicker)
-    mine = registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri)
+    mine = publish_run(run_dir, "aig", run_id=run_id, uri=uri)
     assert mine is not None and mine.version == 1 and [mine] == other
-    assert [(v.version, v.aliases) for v in registry.versions(uri)] == [(1, ("candidate",))]
-    assert registry.load_model(registry.resolve("models:/aig/1", uri))
+    assert [(v.version, v.aliases) for v in catalogue.versions(uri)] == [(1, ("candidate",))]
+    assert load_model(resolve("models:/aig/1", uri))
 
 
 class Mortal:
@@ -251,25 +254,25 @@ def test_a_server_s_version_is_fetched_once_and_checked(trained: Path, tmp_path:
         configs.read_mapping(trained / "config.yaml")["recipe"], {"tracking": configs.as_mapping(config)}
     )
     (tmp_path / "aig" / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe}))
-    with Shipper(tmp_path / "aig", config, recipe) as shipper:
-        version = registry.conclude(tmp_path / "aig", config, shipper)
-    assert version is not None and version.run_id == shipper.run_id
-    folder = registry.resolve(f"models:/{name}@candidate", uri, cache=tmp_path / "cache")
-    assert folder.is_relative_to(tmp_path / "cache") and registry.describe(folder).step == 7
+    with Uploader(tmp_path / "aig", config, recipe) as uploader:
+        version = register_best(tmp_path / "aig", config, uploader)
+    assert version is not None and version.run_id == uploader.run_id
+    folder = resolve(f"models:/{name}@candidate", uri, cache=tmp_path / "cache")
+    assert folder.is_relative_to(tmp_path / "cache") and describe(folder).step == 7
     stamp = (folder / "net.safetensors").stat().st_mtime_ns
-    assert registry.resolve(version.reference, uri, cache=tmp_path / "cache") == folder
+    assert resolve(version.reference, uri, cache=tmp_path / "cache") == folder
     assert (folder / "net.safetensors").stat().st_mtime_ns == stamp
     (stored,) = server()._folder.glob(f"artifacts/*/{version.run_id}/artifacts/models/*/artifacts/*/net.safetensors")
     whole = stored.read_bytes()
     stored.write_bytes(whole[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match=f"{version.reference}: its files in the registry are no good"):
-        registry.resolve(version.reference, uri, cache=tmp_path / "later")
+        resolve(version.reference, uri, cache=tmp_path / "later")
     stored.write_bytes(whole)  # mended there: nothing of the damaged copy was kept
-    assert registry.describe(registry.resolve(version.reference, uri, cache=tmp_path / "later")).step == 7
+    assert describe(resolve(version.reference, uri, cache=tmp_path / "later")).step == 7
     tampered = folder / "net.safetensors"
     tampered.write_bytes(tampered.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match="damaged or exchanged"):
-        registry.load_model(registry.resolve(version.reference, uri, cache=tmp_path / "cache"))
+        load_model(resolve(version.reference, uri, cache=tmp_path / "cache"))
 
 
 def test_a_server_that_is_away_at_the_end_is_registered_with_later(run_dir: Path) -> None:
@@ -277,31 +280,31 @@ def test_a_server_that_is_away_at_the_end_is_registered_with_later(run_dir: Path
     config = TrackingConfig(uri="http://127.0.0.1:9", register="aig", patience_s=1)
     recipe["tracking"] = configs.as_mapping(config)
     (run_dir / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe}))
-    with Shipper(run_dir, config, recipe) as shipper:
-        assert registry.conclude(run_dir, config, shipper) is None
+    with Uploader(run_dir, config, recipe) as uploader:
+        assert register_best(run_dir, config, uploader) is None
     assert "tracking-away" in tracking_events(run_dir)
     assert "not-registered" in (run_dir / "journal" / "driver.jsonl").read_text()
     uri = f"sqlite:///{run_dir.parent}/mlflow.db"
     assert run("runs", "sync", run_dir, "--uri", uri) == 0
-    assert [v.reference for v in registry.versions(uri)] == ["models:/aig/1"]
+    assert [v.reference for v in catalogue.versions(uri)] == ["models:/aig/1"]
     assert run("runs", "sync", run_dir, "--uri", uri) == 0
-    assert len(registry.versions(uri)) == 1
+    assert len(catalogue.versions(uri)) == 1
 
 
 def test_a_version_whose_run_or_files_are_gone_is_told_so(run_dir: Path) -> None:
     uri = f"sqlite:///{run_dir.parent}/mlflow.db"
     run_id = sync(run_dir).run_id
-    registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri)
+    publish_run(run_dir, "aig", run_id=run_id, uri=uri)
     client = connect(uri)
-    shutil.rmtree(registry.resolve("models:/aig/1", uri).parents[1])
+    shutil.rmtree(resolve("models:/aig/1", uri).parents[1])
     with pytest.raises(CheckpointError, match=r"models:/aig/1: no files to be had at .*models/step-.*\)$"):
-        registry.resolve("models:/aig/1", uri)
+        resolve("models:/aig/1", uri)
     client.delete_run(run_id)
     with pytest.raises(CheckpointError, match=f"no files to be had.*`mlflow runs restore --run-id {run_id}` brings it"):
-        registry.resolve("models:/aig/1", uri)
+        resolve("models:/aig/1", uri)
     client._tracking_client.store._hard_delete_run(run_id)  # as `mlflow gc` does
     with pytest.raises(CheckpointError, match=f"the MLflow run {run_id} that kept them is gone: register the net anew"):
-        registry.resolve("models:/aig/1", uri)
+        resolve("models:/aig/1", uri)
     assert run("models", "show", "models:/aig/1", "--uri", uri) == 0
 
 
@@ -312,11 +315,11 @@ def test_names_resolve_to_folders_and_unknown_ones_list_what_there_is(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = f"sqlite:///{run_dir.parent}/mlflow.db"
-    registry.publish_run(run_dir, "aig", run_id=sync(run_dir).run_id, uri=uri)
+    publish_run(run_dir, "aig", run_id=sync(run_dir).run_id, uri=uri)
     best = run_dir / "checkpoints" / "step-00000007"
-    assert registry.resolve(str(run_dir)) == registry.resolve(str(best)) == best
+    assert resolve(str(run_dir)) == resolve(str(best)) == best
     for reference in ("models:/aig@candidate", "models:/aig/1", "models:/aig/latest"):
-        assert registry.describe(registry.resolve(reference, uri)).classes == tuple(CLASSES)
+        assert describe(resolve(reference, uri)).classes == tuple(CLASSES)
     for reference, said in (
         ("models:/other@candidate", "no model of that name; there are: aig"),
         ("models:/aig@champion", "aig has: 1 @candidate"),
@@ -326,13 +329,13 @@ def test_names_resolve_to_folders_and_unknown_ones_list_what_there_is(
         ("nowhere", "no such folder"),
     ):
         with pytest.raises(ConfigError, match=said):
-            registry.resolve(reference, uri)
+            resolve(reference, uri)
     with pytest.raises(ConfigError, match="no registry here yet"):
-        registry.versions(f"sqlite:///{run_dir}/none.db")
+        catalogue.versions(f"sqlite:///{run_dir}/none.db")
     assert not (run_dir / "none.db").exists()
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        registry.resolve(str(run_dir))
+        resolve(str(run_dir))
     assert run("models", "list", "--uri", uri) == 0
     assert f"models:/aig/1  candidate  {SECTION['name']}     7  native    90.00  30.000" in capsys.readouterr().out
     assert run("models", "show", "models:/aig@candidate", "--uri", uri) == 0
@@ -354,8 +357,8 @@ def test_a_card_tells_what_a_version_is_and_what_it_came_from(run_dir: Path) -> 
     (run_dir / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe}))
     above, run_id = sync(swept).run_id, sync(run_dir).run_id
     remarks = {"licence": "CC-BY-4.0", "note": "without the roses"}
-    registry.publish_run(run_dir, "aig", run_id=run_id, uri=uri, remarks=remarks)
-    facts = registry.card("models:/aig/1", uri).facts
+    publish_run(run_dir, "aig", run_id=run_id, uri=uri, remarks=remarks)
+    facts = cards.card("models:/aig/1", uri).facts
     told = {key: facts[key] for key in ("family", "recipe", "dataset", "data", "licence", "note")}
     assert told == {"family": SECTION["name"], "recipe": "aig", "dataset": "nowhere", "data": "abc"} | remarks
     assert facts["fingerprint"] == configs.fingerprint({"seed": 1, "data.identity": "abc"})
@@ -363,10 +366,10 @@ def test_a_card_tells_what_a_version_is_and_what_it_came_from(run_dir: Path) -> 
     client = connect(uri)
     for origin, said in (({"sha256": "f" * 64}, f" (sha256 {'f' * 16})"), ({"sha256": None}, "")):
         client.set_model_version_tag("aig", "1", "adaptnet.imported", json.dumps({"file": "old.pth", **origin}))
-        assert f"imported from old.pth{said}; a trial" in registry.card("models:/aig/1", uri).facts["lineage"]
+        assert f"imported from old.pth{said}; a trial" in cards.card("models:/aig/1", uri).facts["lineage"]
     client.set_model_version_tag("aig", "1", "adaptnet.start_from", "runs/small")
     client.delete_run(run_id)
     client._tracking_client.store._hard_delete_run(run_id)
-    facts = registry.card("models:/aig/1", uri).facts
+    facts = cards.card("models:/aig/1", uri).facts
     assert facts["MLflow run"] == f"{run_id}, which is gone"
     assert facts["lineage"] == "imported from old.pth; grown from runs/small"

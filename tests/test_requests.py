@@ -19,13 +19,12 @@ from test_promoting import make_run
 from test_served import CHEAP, DEAR, IMAGES, SECTION, TEXTS, bomb
 
 from jobs.cli import main
-from pipeline import registry
 from pipeline.bench import serving
 from pipeline.data import toy
 from pipeline.errors import AdaptNetError, ConfigError, ResourceError
 from pipeline.family import Report
-from pipeline.registry import LoadedModel
-from pipeline.registry.requests import answers, asked_of
+from pipeline.registry.model import LoadedModel, load_model, write_model_folder
+from pipeline.registry.requests import answers, parse_request
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(home / "run", root, 1, section=SECTION)
     reports = [Report(DEAR, 10, 0.6, None, 0.0, 2e6, 2e6, 1.0), Report(CHEAP, 10, 0.5, None, 0.0, 1e6, 1e6, 0.5)]
     checkpoint = next((home / "run" / "checkpoints").iterdir())
-    return registry.write_model_folder(checkpoint, reports, home / "model")
+    return write_model_folder(checkpoint, reports, home / "model")
 
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> LoadedModel:
-    return registry.load_model(folder)
+    return load_model(folder)
 
 
 def test_together_and_alone_are_the_same(model: LoadedModel) -> None:
@@ -51,11 +50,11 @@ def test_together_and_alone_are_the_same(model: LoadedModel) -> None:
         {"images": TEXTS[2:], "policy": DEAR},
         {"images": TEXTS[:1], "policy": CHEAP},
     ]
-    together = [asked_of(model, body) for body in bodies]
+    together = [parse_request(model, body) for body in bodies]
     assert [asked.policy for asked in together] == [DEAR, CHEAP, DEAR, CHEAP]
     found = answers(model, together, most=4)
     for body, answer in zip(bodies, found, strict=True):
-        (alone,) = answers(model, [asked_of(model, body)], most=64)
+        (alone,) = answers(model, [parse_request(model, body)], most=64)
         assert isinstance(answer, list) and isinstance(alone, list) and len(answer) == len(body["images"])
         for mine, other in zip(answer, alone, strict=True):
             assert {**mine, "probability": 0, "probabilities": 0} == {**other, "probability": 0, "probabilities": 0}
@@ -66,7 +65,7 @@ def test_together_and_alone_are_the_same(model: LoadedModel) -> None:
 def test_a_bad_image_spoils_its_own_request_alone(model: LoadedModel) -> None:
     broken = base64.b64encode(IMAGES[0][:300]).decode()
     bodies = [{"images": TEXTS[:1]}, {"images": [TEXTS[1], broken]}, {"images": TEXTS[2:]}]
-    good, bad, other = answers(model, [asked_of(model, body) for body in bodies], most=64)
+    good, bad, other = answers(model, [parse_request(model, body) for body in bodies], most=64)
     assert isinstance(good, list) and isinstance(other, list)
     assert isinstance(bad, AdaptNetError) and "image 1" in str(bad)
 
@@ -87,7 +86,7 @@ def test_a_bad_image_spoils_its_own_request_alone(model: LoadedModel) -> None:
 )
 def test_what_cannot_be_answered_is_told_in_a_sentence(model: LoadedModel, body: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        asked_of(model, body)
+        parse_request(model, body)
 
 
 class Slow(BaseHTTPRequestHandler):

@@ -24,8 +24,10 @@ from mlflow_here import database
 from PIL import Image
 from test_promoting import make_run
 
-from pipeline import registry
 from pipeline.data import toy
+from pipeline.registry.model import load_model, predict
+from pipeline.registry.publishing import publish_run
+from pipeline.registry.resolve import resolve
 from pipeline.tracking import sync
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
@@ -57,7 +59,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     found[0] |= {"policy": CHEAP, "top1": 0.5, "macs_mean": 1e6, "full_share": 0.5}
     found[1] |= {"policy": DEAR, "top1": 0.6, "macs_mean": 2e6, "full_share": 1.0}
     path.write_text(json.dumps(found))
-    registry.publish_run(run_dir, "gated", run_id=sync(run_dir).run_id, uri=uri, alias="champion")
+    publish_run(run_dir, "gated", run_id=sync(run_dir).run_id, uri=uri, alias="champion")
     return uri
 
 
@@ -133,7 +135,7 @@ def many() -> dict[str, list[str]]:
 
 
 def test_a_plain_curl_is_answered_under_the_policy_asked_for(uri: str, address: str, tmp_path: Path) -> None:
-    model = registry.load_model(registry.resolve("models:/gated@champion", uri))
+    model = load_model(resolve("models:/gated@champion", uri))
     for params, policy in (
         ({}, DEAR),
         ({"policy": CHEAP}, CHEAP),
@@ -142,11 +144,11 @@ def test_a_plain_curl_is_answered_under_the_policy_asked_for(uri: str, address: 
     ):
         code, rows = ask(address, {"inputs": TEXTS, "params": params}, tmp_path)
         assert code == 200, rows
-        wanted = registry.predict(model, IMAGES, policy)
+        wanted = predict(model, IMAGES, policy)
         assert [row["policy"] for row in rows] == [policy] * 3
         assert [row["macs"] for row in rows] == pytest.approx(wanted.macs)
         assert [row["probability"] for row in rows] == pytest.approx(wanted.probabilities.max(1), abs=1e-5)
-    dear, cheap = (registry.predict(model, IMAGES, name).macs.mean() for name in (DEAR, CHEAP))
+    dear, cheap = (predict(model, IMAGES, name).macs.mean() for name in (DEAR, CHEAP))
     assert cheap < 0.6 * dear  # the policies really differ in what is done
 
 
@@ -206,7 +208,7 @@ def test_in_process_paths_and_arrays_are_taken(uri: str, tmp_path: Path, monkeyp
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    place = registry.resolve("models:/gated@champion", uri).parents[1]
+    place = resolve("models:/gated@champion", uri).parents[1]
     model = mlflow.pyfunc.load_model(str(place))
     (tmp_path / "one.jpg").write_bytes(IMAGES[0])
     wanted = model.predict(pandas.DataFrame({"image": [IMAGES[0]]}))

@@ -19,15 +19,15 @@ import pytest
 from mlflow_here import database
 
 from jobs import cli
-from pipeline import registry
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.execution import launch
 from pipeline.execution.launch import Result
+from pipeline.registry.resolve import resolve
 from pipeline.run_config import ComputeConfig
 from pipeline.runs import journal
 from pipeline.tracking import connect
-from pipeline.tracking.carrier import Ledger
+from pipeline.tracking.ledger import Ledger
 from tuning import config, cost, outcome, overhead, selection, slots, space, sweep
 from tuning.config import SchedulerConfig
 from tuning.outcome import Outcome
@@ -610,7 +610,7 @@ def test_the_best_trial_is_registered_as_candidate(images: Path, whole: Path) ->
     assert int(made.version) == version.version
     assert client.get_run(made.run_id).info.run_name == found.best
     with pytest.raises(ConfigError, match=rf"a sweep; name one of its 4 trials, e\.g\. .*/trials/{found.best}"):
-        registry.resolve(str(whole))
+        resolve(str(whole))
     with pytest.raises(ConfigError, match=r"--trial \(=00\): no such trial"):
         outcome.register(found, "from-a-sweep", "00")
     ended = next(row[0] for row in table(whole) if row[table(whole)[0].index("state")] == "stopped (ASHA)")
@@ -631,7 +631,7 @@ def test_the_trial_that_is_asked_for_is_registered_instead_of_the_best(
     found = outcome.conclude(load(images), tmp_path, trials, tracked={"run_id": "parent", "uri": "sqlite:///x"})
     sent = list[tuple[str, str, str]]()
     monkeypatch.setattr(
-        registry, "publish_run", lambda at, name, *, run_id, uri: sent.append((at.name, name, run_id)) or 1
+        outcome, "publish_run", lambda at, name, *, run_id, uri: sent.append((at.name, name, run_id)) or 1
     )
     outcome.register(found, "net")
     outcome.register(found, "net", "000-a-0")

@@ -29,7 +29,7 @@ from mlflow_here import (
 from pipeline import config as configs
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.runs.journal import Journal
-from pipeline.tracking import Shipper, TrackingConfig, address, carrier, connect, resolve_uri, shipper, sync
+from pipeline.tracking import TrackingConfig, Uploader, address, connect, replay, resolve_uri, sync, uploader
 
 NO_UPLOADS = {"upload_checkpoints": False}
 
@@ -73,7 +73,7 @@ def test_processes_that_find_no_database_make_one() -> None:
 def carry_until(run_dir: Path, recipe: dict[str, Any], deadly: int) -> None:
     """Carries the run; SIGKILLs its own process before or after a call to MLflow, at the `deadly`-th such moment."""
     os.chdir("/")
-    carrier.METRICS_PER_CALL = 40
+    replay.METRICS_PER_CALL = 40
     moments = iter(range(1, 10**6))
 
     class Deadly:
@@ -93,9 +93,9 @@ def carry_until(run_dir: Path, recipe: dict[str, Any], deadly: int) -> None:
         if next(moments) == deadly:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    carrier.connect = lambda uri: Deadly(connect(uri))
+    replay.connect = lambda uri: Deadly(connect(uri))
     config = TrackingConfig(**recipe["tracking"])
-    carrier.Carrier(run_dir, resolve_uri(config.uri, run_dir), config, recipe).carry(final=True)
+    replay.Replay(run_dir, resolve_uri(config.uri, run_dir), config, recipe).send(final=True)
 
 
 def die_at_every_moment(run_dir: Path, recipe: dict[str, Any], deaths: Any) -> None:
@@ -134,11 +134,11 @@ def test_killed_between_any_two_calls_nothing_is_lost_or_doubled(runs: Path) -> 
 
 def drive(run_dir: Path, recipe: dict[str, Any], attempt: int, last: int, ready: Any) -> None:
     """A driver: ships while it writes steps, from a checkpoint some steps back, up to `last`."""
-    shipper.PAUSE_S = 0.05
-    carrier.METRICS_PER_CALL = 20
+    uploader.PAUSE_S = 0.05
+    replay.METRICS_PER_CALL = 20
     first = max(0, max((r["step"] for r in _metrics(run_dir)), default=0) - 30)
-    with Shipper(run_dir, TrackingConfig(**NO_UPLOADS), recipe) as shipping:
-        assert shipping.ready(120)
+    with Uploader(run_dir, TrackingConfig(**NO_UPLOADS), recipe) as uploading:
+        assert uploading.ready(120)
         ready.set()
         for step in range(first, last):
             write_steps(run_dir, step, step + 1, attempt)
@@ -183,34 +183,34 @@ def test_a_driver_killed_at_random_goes_on_as_the_same_run(runs: Path) -> None:
 
 
 def test_a_server_that_hangs_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipper, "PAUSE_S", 0.2)
-    monkeypatch.setattr(shipper, "LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr(uploader, "PAUSE_S", 0.2)
+    monkeypatch.setattr(uploader, "LONGEST_PAUSE_S", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     there = server()
     config = TrackingConfig(uri=there.uri, experiment=tmp_path.name, patience_s=3)
     run_dir, recipe = run_folder(tmp_path / "a", **configs.as_mapping(config))
     with there.frozen():
-        shipping = Shipper(run_dir, config, recipe).__enter__()
+        uploading = Uploader(run_dir, config, recipe).__enter__()
         start = time.monotonic()
         write_steps(run_dir, 0, 50)
         assert time.monotonic() - start < 5  # training does not wait
-        assert shipping.ready(0.1) is None
+        assert uploading.ready(0.1) is None
         wait_for(lambda: tracking_events(run_dir) == ["tracking-away"])
-    run_id = shipping.ready(120)
+    run_id = uploading.ready(120)
     assert run_id is not None
     with there.frozen():
         write_steps(run_dir, 50, 100)
         finish(run_dir, step=99)
         wait_for(lambda: tracking_events(run_dir).count("tracking-away") == 2)  # batches were sent and not answered
         closing = time.monotonic()
-        shipping.__exit__(None, None, None)
+        uploading.__exit__(None, None, None)
         assert time.monotonic() - closing < 15
         with pytest.raises(ResourceError, match=r"another process|Nothing is lost"):
             sync(run_dir)
     said = tracking_events(run_dir)
     assert said[:2] == ["tracking-away", "tracking-back"] and said[-1] == "tracking-left"
     assert said.count("tracking-away") == 2  # once each time, however often it tried
-    shipping._thread.join(120)
+    uploading._thread.join(120)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # a busy machine answers, if late
     done = sync(run_dir)
     assert (done.run_id, done.status) == (run_id, "FINISHED")
@@ -233,16 +233,16 @@ def wait_for(fact: Callable[[], bool]) -> None:
 
 def test_a_resumed_run_is_running_again_and_says_what_changed(runs: Path) -> None:
     run_dir, recipe = run_folder(runs / "a")
-    with Shipper(run_dir, TrackingConfig(), recipe) as shipping:
+    with Uploader(run_dir, TrackingConfig(), recipe) as uploading:
         write_steps(run_dir, 0, 3)
         finish(run_dir)
-        client = connect(shipping.uri)
+        client = connect(uploading.uri)
     run = sole_run(client)
     assert run.info.status == "FINISHED"
     (run_dir / "status.json").unlink()
     changed = configs.merge(recipe, {"seed": 2, "training": {"epochs": 9}})
-    with pytest.raises(RuntimeError), Shipper(run_dir, TrackingConfig(), changed) as shipping:
-        assert shipping.ready(120) == run.info.run_id
+    with pytest.raises(RuntimeError), Uploader(run_dir, TrackingConfig(), changed) as uploading:
+        assert uploading.ready(120) == run.info.run_id
         assert sole_run(client).info.status == "RUNNING"
         raise RuntimeError("no more: http://me:hush@host/ said so")
     run = sole_run(client)
@@ -250,7 +250,7 @@ def test_a_resumed_run_is_running_again_and_says_what_changed(runs: Path) -> Non
     assert run.data.tags["adaptnet.error"] == "RuntimeError: no more: http://host/ said so"
     assert (run.data.params["seed"], run.data.tags["changed.seed"]) == ("1", "2")
     assert run.data.params["training.epochs"] == "9"
-    with pytest.raises(KeyboardInterrupt), Shipper(run_dir, TrackingConfig(), changed):
+    with pytest.raises(KeyboardInterrupt), Uploader(run_dir, TrackingConfig(), changed):
         raise KeyboardInterrupt
     assert sole_run(client).info.status == "KILLED"
 
@@ -259,7 +259,7 @@ def test_a_lost_ledger_of_a_known_id_finds_its_run(runs: Path) -> None:
     run_dir, _ = run_folder(runs / "a")
     write_steps(run_dir, 0, 3)
     first = sync(run_dir)
-    ledger = carrier.Ledger.open(run_dir)
+    ledger = replay.Ledger.open(run_dir)
     ledger.run_id, ledger.offsets = None, {}  # as if the driver had died while the run was being made
     ledger.save()
     assert sync(run_dir).run_id == first.run_id
@@ -359,15 +359,15 @@ def test_an_address_is_made_whole(uri: str | None, full: str) -> None:
 @pytest.mark.parametrize("uri", ["runs/mlflow", "file:///tmp/x", "ftp://host/x", "sqlite://", "http://", "http://h:x"])
 def test_an_address_that_mlflow_does_not_know_is_refused(uri: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tracking\.uri"):
-        Shipper(tmp_path, TrackingConfig(uri=uri), {})
+        Uploader(tmp_path, TrackingConfig(uri=uri), {})
 
 
 def test_no_secret_leaves_the_address(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipper, "PAUSE_S", 0.05)
+    monkeypatch.setattr(uploader, "PAUSE_S", 0.05)
     uri = "http://me:hush@127.0.0.1:9/?token=hush2"  # nobody listens there
     config = TrackingConfig(uri=uri, patience_s=10)
     run_dir, recipe = run_folder(runs / "a", **configs.as_mapping(config))
-    with Shipper(run_dir, config, recipe, command=["adaptnet", "train", f"tracking.uri={uri}"]):
+    with Uploader(run_dir, config, recipe, command=["adaptnet", "train", f"tracking.uri={uri}"]):
         write_steps(run_dir, 0, 1)
     with pytest.raises(ResourceError) as refused:
         sync(run_dir, uri)
@@ -384,9 +384,9 @@ def test_sqlite_on_a_network_file_system_is_left_alone(runs: Path, monkeypatch: 
     mounts.write_text(f"/dev/vda / ext4 rw 0 0\nhost:/x {str(shared).replace(' ', chr(92) + '040')} nfs4 rw 0 0\n")
     monkeypatch.setattr(address, "MOUNTS", mounts)
     run_dir, recipe = run_folder(shared / "a")
-    with Shipper(run_dir, TrackingConfig(), recipe) as shipping:
+    with Uploader(run_dir, TrackingConfig(), recipe) as uploading:
         write_steps(run_dir, 0, 3)
-        assert shipping.ready(0.1) is None
+        assert uploading.ready(0.1) is None
         finish(run_dir)
     assert not list(shared.glob("mlflow.db*"))
     said = events(run_dir)[1]

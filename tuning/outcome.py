@@ -12,10 +12,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from statistics import fmean
 
-from pipeline import registry
 from pipeline.errors import ConfigError
 from pipeline.evaluation import from_weights
 from pipeline.evaluation.evaluate import load_reports
+from pipeline.registry.catalogue import Version
+from pipeline.registry.publishing import publish_run
 from pipeline.run_config import RunConfig
 from pipeline.runs import journal, records
 from pipeline.runs.files import write_json, write_text
@@ -214,9 +215,9 @@ def _write_tables(run_dir: Path, config: SweepConfig, trials: Sequence[Trial], t
 # --- the registry
 
 
-def register(found: Outcome, name: str, trial: str | None = None) -> registry.Version:
+def register(found: Outcome, name: str, trial: str | None = None) -> Version:
     """Makes the best trial, or the one called `trial`, a version of `name` with the alias candidate."""
-    from pipeline.tracking.carrier import Ledger
+    from pipeline.tracking.ledger import Ledger
 
     chosen = trial or found.best
     if chosen is None:
@@ -229,7 +230,7 @@ def register(found: Outcome, name: str, trial: str | None = None) -> registry.Ve
     run_id, uri = Ledger.peek(folder).run_id, found.tracking_uri
     if run_id is None or uri is None:
         raise ConfigError(f"{folder}: MLflow does not have this run yet; send it: adaptnet runs sync {folder}")
-    version = registry.publish_run(folder, name, run_id=run_id, uri=uri)
+    version = publish_run(folder, name, run_id=run_id, uri=uri)
     if version is None:
         raise ConfigError(f"--trial (={chosen}): this trial was not trained to its end; register one that was")
     return version

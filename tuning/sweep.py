@@ -33,7 +33,7 @@ from pipeline.runs import journal, lease, records
 from pipeline.runs.files import write_text
 from pipeline.runs.journal import FirstValues
 from pipeline.runs.lease import Lease
-from pipeline.tracking import Shipper
+from pipeline.tracking import Uploader
 from pipeline.training import checkpoint
 from tuning import cost, outcome, selection, slots
 from tuning.config import Sweep
@@ -124,7 +124,7 @@ class Controller:
         self._plan(retry_failed)
         if self._left():
             (self.run_dir / "status.json").unlink(missing_ok=True)
-        self.shipper = self._stack.enter_context(self._shipper())
+        self.uploader = self._stack.enter_context(self._uploader())
         if self._left():
             with self._joined():
                 self._say(f"{len(self.trials)} trials drawn, {self._tally()}; {self._concurrency()} at a time")
@@ -420,21 +420,21 @@ class Controller:
         mapping = {"sweep": configs.as_mapping(self.config), "recipe": configs.as_mapping(self.sweep.base)}
         write_text(path, configs.dump_yaml(mapping | {"fingerprint": identity}))
 
-    def _shipper(self) -> Shipper:
+    def _uploader(self) -> Uploader:
         """Of the sweep's own run, the parent of its trials'."""
         tracking = self.sweep.base.tracking.model_copy(update={"register": None, "upload_checkpoints": False})
         recipe = configs.as_mapping(self.sweep.base) | {"sweep": configs.as_mapping(self.config)}
         write_text(self.run_dir / "note.md", f"{self.config.question}\n")
-        return Shipper(self.run_dir, tracking, recipe, command=sys.argv, fence=self._fence)
+        return Uploader(self.run_dir, tracking, recipe, command=sys.argv, fence=self._fence)
 
     def _tracked(self) -> dict[str, str | None]:
-        return {"run_id": self.shipper.run_id, "uri": self.shipper.uri}
+        return {"run_id": self.uploader.run_id, "uri": self.uploader.uri}
 
     def _recipe(self, trial: Trial) -> RunConfig:
         """The recipe of a trial, as a run among the sweep's: tracked below its parent, registered by nobody."""
         config = self.sweep.recipe(trial.sample)
         tracking = config.tracking.model_copy(
-            update={"uri": self.shipper.uri, "register": None, "parent": self.run_dir}
+            update={"uri": self.uploader.uri, "register": None, "parent": self.run_dir}
         )
         storage = config.checkpoint.storage
         if storage is not None:
@@ -580,7 +580,7 @@ def _send_rest(config: RunConfig, folder: Path) -> None:
     """Sends what a driver that was killed had not sent of a trial that is done."""
     held = Lease(folder).acquire()
     try:
-        with Shipper(folder, config.tracking, configs.as_mapping(config), command=sys.argv, fence=held.fence):
+        with Uploader(folder, config.tracking, configs.as_mapping(config), command=sys.argv, fence=held.fence):
             pass
     finally:
         held.release()

@@ -244,10 +244,10 @@ class Job:
         """Steps that are saved: the newest checkpoint's, of a sweep the sum over its trials."""
         if self.run_dir is None:
             return 0
-        from pipeline import registry
+        from pipeline.registry.resolve import newest_step
 
         folder = Path(self.run_dir)
-        return sum(registry.newest_step(each) for each in (folder, *folder.glob("trials/*")))
+        return sum(newest_step(each) for each in (folder, *folder.glob("trials/*")))
 
 
 class Ended(AdaptNetError):

@@ -198,13 +198,12 @@ def _storage(folder: Path) -> Finding:
 
 
 def _mlflow(uri: str | None) -> Iterator[Finding]:
-    from pipeline import registry
-    from pipeline.registry import reading
+    from pipeline.registry import catalogue, store_reader
     from pipeline.runs.provenance import without_secrets
     from pipeline.tracking.address import database_file, unusable
 
     try:
-        place = registry.address(uri)
+        place = catalogue.address(uri)
         path, shown = database_file(place), without_secrets(place)
         if reason := unusable(place):
             yield Finding("MLflow", "fault", f"{reason}; name a server or a local file with --uri")
@@ -212,7 +211,7 @@ def _mlflow(uri: str | None) -> Iterator[Finding]:
         if path is not None and not path.exists():
             said = f"{path} is not there yet: the first training makes it"
         else:
-            said = f"{shown} answers and is migrated; {len(reading.models(place)):,} models"
+            said = f"{shown} answers and is migrated; {len(store_reader.models(place)):,} models"
     except AdaptNetError as error:
         yield Finding("MLflow", "fault", str(error))
         return
@@ -225,10 +224,10 @@ def _mlflow(uri: str | None) -> Iterator[Finding]:
 
 def _clock(place: str) -> Finding:
     """This clock against the server's, by the time that it puts on its answers."""
-    from pipeline.registry import reading
+    from pipeline.registry import store_reader
 
     before = time.time()
-    stamp = reading.date(place)
+    stamp = store_reader.date(place)
     after = time.time()
     if stamp is None:
         return Finding("clock", "without", "the tracking server puts no time on its answers; not compared")

@@ -55,7 +55,7 @@ def list_jobs(runs: Runs = RUNS) -> None:
 def show(job: Wanted, runs: Runs = RUNS) -> None:
     from jobs import tables
     from jobs.slurm import queue
-    from pipeline.registry import newest_step
+    from pipeline.registry.resolve import newest_step
 
     entry = queue.find(job, runs)
     state = queue.state_of(entry)
@@ -90,7 +90,7 @@ def _end_of(start: dict[str, Any]) -> str:
 
 
 def _mlflow(run_dir: Path) -> str:
-    from pipeline.tracking.carrier import Ledger
+    from pipeline.tracking.ledger import Ledger
 
     ledger = Ledger.peek(run_dir)
     return f"{ledger.run_id} in {ledger.uri}" if ledger.run_id else "none yet"

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.deploy.promoting import Promotion
-    from pipeline.registry import Match, Version
+    from pipeline.registry.catalogue import Match, Version
 
 EXAMPLES = """Looks trained nets up in the registry, registers and promotes them, takes them away as folders.
 
@@ -123,9 +123,9 @@ def list_models(
     name: Annotated[str | None, typer.Argument(help="only versions of this name")] = None, uri: Uri = None
 ) -> None:
     from jobs import tables
-    from pipeline import registry
+    from pipeline.registry import catalogue
 
-    found = registry.versions(registry.address(uri), name)
+    found = catalogue.versions(catalogue.address(uri), name)
     if not found:
         typer.echo("the registry has no versions yet")
         return
@@ -146,9 +146,9 @@ def show(
     reference: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")], uri: Uri = None
 ) -> None:
     from jobs import tables
-    from pipeline import registry
+    from pipeline.registry import cards, catalogue
 
-    found = registry.card(reference, registry.address(uri))
+    found = cards.card(reference, catalogue.address(uri))
     typer.echo(tables.of_pairs(found.facts))
     if found.version.reports:
         typer.echo("")
@@ -177,17 +177,17 @@ def lookup(
     uri: Uri = None,
 ) -> None:
     from jobs import tables
-    from pipeline import registry
     from pipeline.evaluation.frontier import parse_budget
+    from pipeline.registry import catalogue
 
     budget = parse_budget(max_macs) if max_macs is not None else None
     if budget is not None and budget.unit != "macs":
         raise ConfigError(f"--max-macs (={max_macs}): give MACs, e.g. 1G or 300M")
-    found = registry.versions(registry.address(uri), name)
+    found = catalogue.versions(catalogue.address(uri), name)
     if not found:
         raise ConfigError("the registry has no versions yet; `adaptnet models register RUN NAME` makes one")
     share = min_top1 / 100 if min_top1 is not None else None
-    matches = registry.matching(found, max_macs=budget, min_top1=share, dataset=dataset)
+    matches = catalogue.matching(found, max_macs=budget, min_top1=share, dataset=dataset)
     if as_json:
         typer.echo(json.dumps([_mapping(match) for match in matches], indent=1))
         return
@@ -286,9 +286,9 @@ def pull(
     folder: Annotated[Path, typer.Argument(help="a new folder")],
     uri: Uri = None,
 ) -> None:
-    from pipeline import registry
+    from pipeline.registry.resolve import pull_version
 
-    version = registry.pull(reference, folder, uri)
+    version = pull_version(reference, folder, uri)
     typer.echo(f"{version.reference} is in {folder}; `adaptnet predict {folder} IMAGE` works without MLflow")
 
 
@@ -299,12 +299,14 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
     uri: Uri = None,
 ) -> None:
-    from pipeline import registry
+    from pipeline.registry import cards, catalogue
+    from pipeline.registry.model import describe
+    from pipeline.registry.resolve import resolve
 
-    place = registry.address(uri)
-    versions = [registry.lookup(reference, place) for reference in (a, b)]
-    recipes = [registry.describe(registry.resolve(version.reference, uri)).recipe for version in versions]
-    found = registry.differences(*versions, *recipes)
+    place = catalogue.address(uri)
+    versions = [catalogue.lookup(reference, place) for reference in (a, b)]
+    recipes = [describe(resolve(version.reference, uri)).recipe for version in versions]
+    found = cards.differences(*versions, *recipes)
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in found], indent=1))
     elif not found:

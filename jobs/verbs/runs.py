@@ -82,10 +82,11 @@ def sync(
 
 
 def _sync(run_dir: Path, uri: str | None) -> None:
-    from pipeline import registry, tracking
+    from pipeline import tracking
+    from pipeline.registry.publishing import register_late
 
     done = tracking.sync(run_dir, uri)
     typer.echo(f"{run_dir}: MLflow run {done.run_id} is {done.status}; {done.num_metrics:,} metrics sent to {done.uri}")
-    version = registry.register_late(run_dir, uri)
+    version = register_late(run_dir, uri)
     if version is not None:
         typer.echo(f"{run_dir}: registered as {version.reference}")

@@ -14,9 +14,10 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from pipeline import registry
 from pipeline.errors import AdaptNetError
-from pipeline.registry.requests import Answer, Asked, answers, asked_of
+from pipeline.registry.model import load_model
+from pipeline.registry.requests import Answer, ServedRequest, answers, parse_request
+from pipeline.registry.resolve import resolve
 from pipeline.training.loop import device_of
 
 
@@ -31,17 +32,17 @@ class ServedNet:
     """
 
     def __init__(self, model: str, uri: str | None = None, most: int = 64, wait_ms: float = 5.0) -> None:
-        self._model, self._most = registry.load_model(registry.resolve(model, uri), device_of("auto")), most
+        self._model, self._most = load_model(resolve(model, uri), device_of("auto")), most
         self._together.set_max_batch_size(most)
         self._together.set_batch_wait_timeout_s(wait_ms / 1000)
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005)
-    async def _together(self, waiting: list[Asked]) -> list[Answer]:
+    async def _together(self, waiting: list[ServedRequest]) -> list[Answer]:
         return await asyncio.to_thread(answers, self._model, waiting, self._most)
 
     async def __call__(self, request: Request) -> JSONResponse:
         try:
-            asked = asked_of(self._model, json.loads(await request.body()))
+            asked = parse_request(self._model, json.loads(await request.body()))
         except (AdaptNetError, ValueError, RecursionError) as error:
             return JSONResponse({"message": str(error)}, status_code=400)
         answer = await self._together(asked)

@@ -27,11 +27,12 @@ import numpy as np
 import torch
 
 from pipeline import config as configs
-from pipeline import registry
 from pipeline.bench.rows import BenchRow, compare, interleave, on_threads
 from pipeline.data import pixels
 from pipeline.errors import ConfigError, ResourceError
-from pipeline.registry import LoadedModel
+from pipeline.registry import catalogue
+from pipeline.registry.model import LoadedModel, load_model
+from pipeline.registry.resolve import resolve
 from pipeline.runs.provenance import without_secrets
 
 CHECKOUT = Path(__file__).parents[2]
@@ -53,8 +54,8 @@ class Load:
 
 def in_process(model: str, images: Sequence[bytes], uri: str | None = None, *, rounds: int = 9) -> list[BenchRow]:
     """Images/s of MLflow's pyfunc and of the net alone under the same policy, decoding included, in one batch."""
-    folder = registry.resolve(model, uri)
-    bare = registry.load_model(folder)
+    folder = resolve(model, uri)
+    bare = load_model(folder)
     with tempfile.TemporaryDirectory(prefix="adaptnet-bench-") as scratch, on_threads(None):
         served = _pyfunc(folder, Path(scratch) / "mlflow")
         texts = [b64encode(image).decode() for image in images]
@@ -97,7 +98,7 @@ def servers(
     model: str, image: bytes, uri: str | None, *, clients: Sequence[int], seconds: float, names: Sequence[str]
 ) -> Iterator[Load]:
     """Requests of one image each to MLflow's server and to Ray Serve, one server at a time."""
-    place = registry.address(uri)
+    place = catalogue.address(uri)
     for name in names:
         with _mlflow(model, place) if name == "mlflow" else _ray(model, place) as address:
             text = b64encode(image).decode()

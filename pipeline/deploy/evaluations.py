@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline import config as configs
 from pipeline import family as families
-from pipeline import registry, run_config
+from pipeline import run_config
 from pipeline.data.config import DataConfig
 from pipeline.data.index import ImageIndex, open_splits
 from pipeline.errors import ConfigError, DataError
@@ -29,8 +29,10 @@ from pipeline.evaluation.evaluate import load_reports
 from pipeline.evaluation.robustness import Attack, ResolutionSweep
 from pipeline.execution.launch import absolute, check_device
 from pipeline.family import Curves, Evaluated, Report
-from pipeline.registry import Trained
-from pipeline.registry.model import CARD
+from pipeline.registry import catalogue
+from pipeline.registry.catalogue import RUNS
+from pipeline.registry.model import CARD, Trained, describe
+from pipeline.registry.resolve import resolve, run_folder
 from pipeline.runs import journal
 from pipeline.runs.files import write_json
 from pipeline.training import checkpoint
@@ -75,8 +77,8 @@ def evaluate(
     """
     for override in overrides:
         _check_evaluates(override)
-    folder = registry.resolve(source, uri)
-    model = registry.describe(folder)
+    folder = resolve(source, uri)
+    model = describe(folder)
     nested = reduce(configs.merge, map(configs.parse_override, overrides), dict(model.recipe))
     config = run_config.from_mapping(configs.interpolate(nested, {"data_home": data_home}), f"recipe of {source}")
     config = absolute(config)
@@ -133,7 +135,7 @@ def _check_kind(home: Path, mine: Mapping[str, Any], keys: Sequence[str]) -> Non
 
 def _settled(source: str, uri: str | None) -> str:
     """The source with its version instead of an alias, which may move."""
-    return registry.lookup(source, registry.address(uri)).reference if source.startswith("models:") else source
+    return catalogue.lookup(source, catalogue.address(uri)).reference if source.startswith("models:") else source
 
 
 def _clean(source: str, uri: str | None, data: str) -> Sequence[Report]:
@@ -165,7 +167,7 @@ def _home(source: str, name: str, step: int) -> Path:
 
 def _outside(source: str) -> Path:
     """Where evaluations of a registry version lie."""
-    return registry.RUNS / EVALUATIONS / source.replace("models:/", "").replace("/", "-")
+    return RUNS / EVALUATIONS / source.replace("models:/", "").replace("/", "-")
 
 
 # ---- found again
@@ -206,7 +208,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Net:
+class EvaluatedNet:
     """A trained net that a user named, with all its stored evaluations, newest first, whole ones before parts."""
 
     source: str
@@ -245,13 +247,13 @@ class Net:
         return list(dict.fromkeys(found.data for found in self.evaluations if found.plain))
 
 
-def find(source: str, uri: str | None = None) -> Net:
+def find(source: str, uri: str | None = None) -> EvaluatedNet:
     """The trained net that `source` names (a run's folder, a checkpoint's, a version) and its stored evaluations.
 
     Raises ConfigError where none is stored.
     """
-    folder = registry.resolve(source, uri)
-    model = registry.describe(folder)
+    folder = resolve(source, uri)
+    model = describe(folder)
     run_dir = _run_of(source, uri)
     homes = [run_dir / EVALUATIONS] if run_dir else []
     homes += [_outside(_settled(source, uri))] if source.startswith("models:") else []
@@ -263,7 +265,7 @@ def find(source: str, uri: str | None = None) -> Net:
     card = [Report(**report) for report in _reports_inside(folder)]
     if card:
         found.append(Stored(card, None, {"data": model.card.get("evaluated_on") or "unknown", "step": model.step}))
-    net = Net(source, model, run_dir, found)
+    net = EvaluatedNet(source, model, run_dir, found)
     if not net.sets:
         raise ConfigError(f"{source}: no evaluation of it is stored; make one with `adaptnet evaluate {source}`")
     return net
@@ -272,7 +274,7 @@ def find(source: str, uri: str | None = None) -> Net:
 def _run_of(source: str, uri: str | None) -> Path | None:
     """The run's folder behind a net, if it is on this machine."""
     if source.startswith("models:"):
-        return registry.run_folder(registry.lookup(source, registry.address(uri)), registry.address(uri))
+        return run_folder(catalogue.lookup(source, catalogue.address(uri)), catalogue.address(uri))
     folder = Path(source).absolute()
     return next((place for place in (folder, *folder.parents) if (place / "config.yaml").is_file()), None)
 
@@ -294,7 +296,7 @@ def _reports_inside(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def together(nets: Sequence[Net]) -> list[Evaluated]:
+def together(nets: Sequence[EvaluatedNet]) -> list[Evaluated]:
     """The nets' evaluations on images that all of them were evaluated on: the first net's newest such.
 
     Raises ConfigError where there are no such images, or the classes differ.
@@ -318,7 +320,7 @@ def together(nets: Sequence[Net]) -> list[Evaluated]:
     return [_evaluated(net, name, shared[0]) for net, name in zip(nets, names, strict=True)]
 
 
-def images(nets: Sequence[Net], data: str) -> ImageIndex | None:
+def images(nets: Sequence[EvaluatedNet], data: str) -> ImageIndex | None:
     """The split whose identity is `data`, from where any of these nets was evaluated on it; None if it is not here."""
     for net in nets:
         stored = net.on(data)
@@ -333,7 +335,7 @@ def images(nets: Sequence[Net], data: str) -> ImageIndex | None:
     return None
 
 
-def _evaluated(net: Net, name: str, data: str) -> Evaluated:
+def _evaluated(net: EvaluatedNet, name: str, data: str) -> Evaluated:
     stored = net.on(data)
     assert stored is not None
     section = configs.validate(DataConfig, net.model.recipe["data"], f"{net.source}: recipe.data")

@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline import cost, registry
+from pipeline import cost
 from pipeline.data import pixels
 from pipeline.data.config import DataConfig
 from pipeline.deploy import evaluations
 from pipeline.errors import ConfigError, ContractError, ResourceError
 from pipeline.family import Report
-from pipeline.registry import LoadedModel
+from pipeline.registry.model import LoadedModel, describe, load_model
+from pipeline.registry.resolve import resolve
 from pipeline.runs.files import whole_file
 from pipeline.training import checkpoint
 
@@ -118,8 +119,8 @@ def export(
     ContractError where the file's logits are not the net's.
     """
     _check(form, side_px, batch)
-    folder = registry.resolve(source, uri)
-    found, model = registry.describe(folder), registry.load_model(folder)
+    folder = resolve(source, uri)
+    found, model = describe(folder), load_model(folder)
     target = out or Path(f"{found.recipe.get('name') or model.family_config.name}-{policy}.{form}")
     _check_target(target, form, force)
     given = Input(side_px or model.data_config.side_for_eval, batch, raw, model.data_config)
@@ -131,7 +132,7 @@ def export(
 
 def names(source: str, uri: str | None = None) -> list[str]:
     """The policies of the trained net `source` that can be exported."""
-    model = registry.load_model(registry.resolve(source, uri))
+    model = load_model(resolve(source, uri))
     return list(model.family.static(model.family_config, model.net, _reports(source, uri)))
 
 

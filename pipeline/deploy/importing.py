@@ -25,7 +25,7 @@ from pipeline.run_config import RunConfig
 from pipeline.runs.files import write_json
 from pipeline.runs.journal import Journal
 from pipeline.runs.lease import Lease
-from pipeline.tracking import Shipper
+from pipeline.tracking import Uploader
 from pipeline.training import checkpoint, state
 from pipeline.training.checkpoint import Checkpointer
 from pipeline.training.state import TrainState
@@ -59,7 +59,7 @@ def import_weights(config: RunConfig, file: Path, run_dir: Path, *, classes: Seq
         fingerprint = run_config.fingerprint(config, splits.train.identity if splits else "none")
         launch.write_config(run_dir, config, fingerprint, ())
         recipe = configs.as_mapping(config)
-        with Shipper(run_dir, config.tracking, recipe, command=sys.argv, fence=lease.fence) as shipper:
+        with Uploader(run_dir, config.tracking, recipe, command=sys.argv, fence=lease.fence) as uploader:
             digest = checkpoint.sha256(file) if file.is_file() else None
             origin = {"file": file.name, "kept": list(kept), "sha256": digest}
             meta = {
@@ -83,7 +83,7 @@ def import_weights(config: RunConfig, file: Path, run_dir: Path, *, classes: Seq
             name = checkpoint.name_of(0)
             done = {"finished": True, "step": 0, "fingerprint": fingerprint, "best": name, "last": name}
             write_json(run_dir / "status.json", done)
-            return Imported(launch.conclude(config, run_dir, shipper), len(tensors), kept)
+            return Imported(launch.conclude(config, run_dir, uploader), len(tensors), kept)
     finally:
         if new and not (run_dir / "config.yaml").exists():
             lease.withdraw()

@@ -17,14 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import registry
 from pipeline.data import dali, pixels
 from pipeline.deploy import evaluations
 from pipeline.errors import ConfigError, UndecodableError
 from pipeline.evaluation.evaluate import Evaluator, choose, device_name, restored, seconds_of
 from pipeline.evaluation.frontier import Budget, best_within, macs_text
 from pipeline.family import Policy, Report
-from pipeline.registry import LoadedModel
+from pipeline.registry.model import Answers, LoadedModel, load_model, predict
 from pipeline.runs.files import write_text
 from pipeline.training.loop import device_of
 
@@ -121,8 +120,8 @@ class Predictor:
                 row = rows[number]
                 yield self._named(str(file), found.probabilities[row], float(found.macs[row]), top)
 
-    def _predict(self, encoded: Sequence[bytes], policy: str, batch_size: int) -> registry.Answers:
-        return registry.predict(self._ready, encoded, policy, batch_size=batch_size)
+    def _predict(self, encoded: Sequence[bytes], policy: str, batch_size: int) -> Answers:
+        return predict(self._ready, encoded, policy, batch_size=batch_size)
 
     @cached_property
     def _ready(self) -> LoadedModel:
@@ -206,7 +205,7 @@ def load(source: str, uri: str | None = None, *, device: str = "auto", cache: Pa
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device (=cuda): torch sees no GPU here; take auto or cpu")
     net = evaluations.find(source, uri)
-    model = registry.load_model(net.model.folder, device_of(device))
+    model = load_model(net.model.folder, device_of(device))
     home = cache or Path.home() / ".cache" / "adaptnet" / "latency"
     return Predictor(source, model, net.newest.reports, net.sha256, home)
 

@@ -14,15 +14,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import registry, tracking
+from pipeline import tracking
 from pipeline.deploy import evaluations
 from pipeline.deploy.evaluations import ABOUT, Evaluation
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.frontier import dominated, macs_text
 from pipeline.family import Report
-from pipeline.registry import Version, holders
-from pipeline.registry.catalogue import listed
-from pipeline.registry.finding import asking
+from pipeline.registry import catalogue, promotion_log
+from pipeline.registry.catalogue import Version, listed
+from pipeline.registry.publishing import publish
+from pipeline.registry.resolve import asking
 from pipeline.runs import provenance
 from pipeline.tracking.address import registered_alias
 
@@ -41,7 +42,7 @@ class Promotion:
     data: str
     reports: Sequence[Report]
     champion_reports: Sequence[Report]
-    entry: holders.Entry | None
+    entry: promotion_log.PromotionEntry | None
     overruled: str | None = None  # why the gate would have refused it
 
 
@@ -62,15 +63,15 @@ def register(
     net = evaluations.find(source)
     if net.run_dir is None:
         raise ConfigError(f"{source}: this is not of a run's folder; register what a run has trained or imported")
-    place = registry.address(uri) if uri else tracking.resolve_uri(_recipe_uri(net.run_dir), net.run_dir)
+    place = catalogue.address(uri) if uri else tracking.resolve_uri(_recipe_uri(net.run_dir), net.run_dir)
     run_id = tracking.sync(net.run_dir, place).run_id
-    if alias != NEWEST and holders.history(place, name, alias):
+    if alias != NEWEST and promotion_log.history(place, name, alias):
         raise ConfigError(
             f"--alias (={alias}): versions of {name} are promoted to it, through a gate; leave --alias out, then "
             f"`adaptnet models promote {name} VERSION --alias {alias}`"
         )
     newest = net.newest
-    return registry.publish(
+    return publish(
         net.model.folder,
         newest.reports,
         name,
@@ -108,13 +109,13 @@ def promote(
         raise ConfigError(f"--alias (={alias}): that is the newest version; promote to another, e.g. champion")
     if force and not why.strip():
         raise ConfigError("--force: say why, with --why, so that others can read it")
-    place = registry.address(uri)
-    found = registry.versions(place, name)
+    place = catalogue.address(uri)
+    found = catalogue.versions(place, name)
     version = _numbered(found, number)
     with asking(place) as client:
-        holders.settle(client, place, name, alias)
-        follows = _last(holders.history(place, name, alias))
-        found = registry.versions(place, name)
+        promotion_log.settle(client, place, name, alias)
+        follows = _last(promotion_log.history(place, name, alias))
+        found = catalogue.versions(place, name)
         before = next((each for each in found if alias in each.aliases), None)
         if before is not None and before.version == number:
             return Promotion(version, before, "", (), (), None)
@@ -125,7 +126,7 @@ def promote(
                 f"{version.reference} is not promoted: {refusal}. To promote it all the same: --force --why REASON"
             )
         source = _keep_reports(client, version, alias, mine, theirs)
-        entry = holders.append(
+        entry = promotion_log.append(
             client,
             place,
             name,
@@ -153,7 +154,7 @@ def _numbered(found: Sequence[Version], number: int) -> Version:
     return version
 
 
-def _last(counted: Sequence[holders.Entry]) -> int:
+def _last(counted: Sequence[promotion_log.PromotionEntry]) -> int:
     return counted[-1].number if counted else 0
 
 
@@ -241,21 +242,21 @@ def rollback(name: str, *, alias: str = "champion", why: str = "", uri: str | No
 
     Raises ConfigError where nobody held it before, or that version is gone.
     """
-    place = registry.address(uri)
-    registry.versions(place, name)
+    place = catalogue.address(uri)
+    catalogue.versions(place, name)
     with asking(place) as client:
-        holders.settle(client, place, name, alias)
-        counted = holders.history(place, name, alias)
-        found = registry.versions(place, name)
+        promotion_log.settle(client, place, name, alias)
+        counted = promotion_log.history(place, name, alias)
+        found = catalogue.versions(place, name)
         present = next((each for each in found if alias in each.aliases), None)
-        number = holders.previous(counted, present.version if present else None)
+        number = promotion_log.previous(counted, present.version if present else None)
         if present is None or number is None:
             held = (
                 f"only {present.reference} has held it" if present else f"nobody holds it; there are: {listed(found)}"
             )
             raise ConfigError(f"{name}@{alias}: there is nothing to roll back to: {held}")
         target = _numbered(found, number)
-        holders.append(
+        promotion_log.append(
             client,
             place,
             name,

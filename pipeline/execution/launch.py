@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config as configs
-from pipeline import registry, run_config
+from pipeline import run_config
 from pipeline.data.index import Splits, open_splits
 from pipeline.data.store import Progress
 from pipeline.data.stream import Stream
@@ -20,12 +20,13 @@ from pipeline.evaluation.evaluate import load_reports
 from pipeline.execution import cluster, worker
 from pipeline.execution.worker import Order
 from pipeline.family import Report
+from pipeline.registry.publishing import register_best
 from pipeline.run_config import ComputeConfig, RunConfig
 from pipeline.runs import records
 from pipeline.runs.files import write_text
 from pipeline.runs.lease import Lease
 from pipeline.runs.provenance import without_secrets
-from pipeline.tracking import Shipper
+from pipeline.tracking import Uploader
 from pipeline.training import checkpoint
 from pipeline.training.step import num_micros
 
@@ -83,10 +84,10 @@ def train(
         fingerprint = run_config.fingerprint(config, splits.train.identity)
         write_config(run_dir, config, fingerprint, allow_changed)
         recipe = configs.as_mapping(config)
-        with Shipper(run_dir, config.tracking, recipe, command=sys.argv, fence=lease.fence) as shipper:
+        with Uploader(run_dir, config.tracking, recipe, command=sys.argv, fence=lease.fence) as uploader:
             if not _is_finished(run_dir, fingerprint):
                 _run(config, Order(recipe, str(run_dir), lease.fence, tuple(allow_changed)))
-            return conclude(config, run_dir, shipper)
+            return conclude(config, run_dir, uploader)
     finally:
         if new and not (run_dir / "config.yaml").exists():
             lease.withdraw()
@@ -254,11 +255,11 @@ def _give_up_on_user_errors() -> Any:
     return GiveUp()
 
 
-def conclude(config: RunConfig, run_dir: Path, shipper: Shipper) -> Result:
+def conclude(config: RunConfig, run_dir: Path, uploader: Uploader) -> Result:
     """Reads what the workers left; publishes the best checkpoint where the run is finished and has a name for it."""
     status = records.read_status(run_dir)
     best = status.get("best")
-    version = registry.conclude(run_dir, config.tracking, shipper)
+    version = register_best(run_dir, config.tracking, uploader)
     storage = checkpoint.open_storage(config.checkpoint, run_dir)
     return Result(
         run_dir=run_dir,
@@ -266,7 +267,7 @@ def conclude(config: RunConfig, run_dir: Path, shipper: Shipper) -> Result:
         step=int(status.get("step", 0)),
         reports=load_reports(run_dir / "evaluations" / from_weights.FINAL) if status.get("finished") else (),
         checkpoint=storage.where(best) if best else None,
-        run_id=shipper.run_id,
-        tracking_uri=without_secrets(shipper.uri),
+        run_id=uploader.run_id,
+        tracking_uri=without_secrets(uploader.uri),
         version=version.reference if version else None,
     )

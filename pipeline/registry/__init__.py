@@ -1,69 +1,27 @@
 """The registry: trained nets as folders that work without MLflow, and as versions that people look up by name.
 
-A model's folder holds net.safetensors (the moving average where there is one), recipe.yaml (the whole RunConfig),
-card.json (what it is, with the weights' checksum and the figures of each policy) and reports/reports.json. A version
-is that folder inside an MLflow model made from code: nothing is pickled, and the code that ran the net goes along.
+A model's folder holds net.safetensors (the moving average of the weights if training kept one), recipe.yaml (the whole
+RunConfig), card.json (what the net is, with the checksum of its weights and the figures of each policy) and
+reports/reports.json. A version is that folder inside an MLflow model made from code: nothing is pickled, and the code
+that runs the net is stored with it.
 
-Names are imported when they are asked for: looking a version up needs neither torch nor MLflow's client.
+This package imports nothing: looking up a version needs neither torch nor MLflow's client.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from pipeline.registry.cards import Card, Difference, card, differences
-    from pipeline.registry.catalogue import RUNS, Match, Version, address, lookup, matching, versions
-    from pipeline.registry.finding import newest_step, pull, resolve, run_folder
-    from pipeline.registry.model import Answers, LoadedModel, Trained, describe, load_model, predict, write_model_folder
-    from pipeline.registry.publishing import conclude, publish, publish_run, register_late
-    from pipeline.registry.requests import ANSWER_KEYS, check_rows, encoded_of, named, policy_for
-
-HOMES = {
-    "cards": ("Card", "Difference", "card", "differences"),
-    "catalogue": ("RUNS", "Match", "Version", "address", "lookup", "matching", "versions"),
-    "finding": ("newest_step", "pull", "resolve", "run_folder"),
-    "model": ("Answers", "LoadedModel", "Trained", "describe", "load_model", "predict", "write_model_folder"),
-    "publishing": ("conclude", "publish", "publish_run", "register_late"),
-    "requests": ("ANSWER_KEYS", "check_rows", "encoded_of", "named", "policy_for"),
+# The code inside versions published up to commit bc067e3 reads these names from this package. It finds this package,
+# and not its own copy, where a process that has imported it loads such a version.
+PUBLISHED_CODE_USES = {
+    "ANSWER_KEYS": "requests",
+    "Answers": "model",
+    "load_model": "model",
+    "named": "requests",
+    "predict": "model",
 }
 
-__all__ = [
-    "ANSWER_KEYS",
-    "RUNS",
-    "Answers",
-    "Card",
-    "Difference",
-    "LoadedModel",
-    "Match",
-    "Trained",
-    "Version",
-    "address",
-    "card",
-    "check_rows",
-    "conclude",
-    "describe",
-    "differences",
-    "encoded_of",
-    "load_model",
-    "lookup",
-    "matching",
-    "named",
-    "newest_step",
-    "policy_for",
-    "predict",
-    "publish",
-    "publish_run",
-    "pull",
-    "register_late",
-    "resolve",
-    "run_folder",
-    "versions",
-    "write_model_folder",
-]
 
-
-def __getattr__(name: str) -> Any:
-    for module, names in HOMES.items():
-        if name in names:
-            return getattr(import_module(f"pipeline.registry.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    if name not in PUBLISHED_CODE_USES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"pipeline.registry.{PUBLISHED_CODE_USES[name]}"), name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import config as configs
-from pipeline.registry import reading
+from pipeline.registry import store_reader
 from pipeline.registry.catalogue import Version, lookup
 
 NOT_FACTS = {"adaptnet.reports", "adaptnet.imported", "adaptnet.start_from"}  # told in words of their own
@@ -36,11 +36,11 @@ class Difference:
 def card(reference: str, uri: str) -> Card:
     """Raises ConfigError where the reference is unknown, ResourceError where the registry does not answer."""
     version = lookup(reference, uri)
-    run = reading.run(uri, version.run_id) if version.run_id else None
+    run = store_reader.run(uri, version.run_id) if version.run_id else None
     return Card(version, dict(_facts(version, run, uri)))
 
 
-def _facts(version: Version, run: reading.Run | None, uri: str) -> Iterator[tuple[str, str]]:
+def _facts(version: Version, run: store_reader.TrackedRun | None, uri: str) -> Iterator[tuple[str, str]]:
     tags = version.tags
     yield "version", version.reference
     yield "aliases", " ".join(version.aliases) or "-"
@@ -54,7 +54,7 @@ def _facts(version: Version, run: reading.Run | None, uri: str) -> Iterator[tupl
         yield "lineage", "; ".join(lines)
 
 
-def _of_run(run_id: str, run: reading.Run | None) -> Iterator[tuple[str, str]]:
+def _of_run(run_id: str, run: store_reader.TrackedRun | None) -> Iterator[tuple[str, str]]:
     if run is None:
         yield "MLflow run", f"{run_id}, which is gone"
         return
@@ -72,7 +72,7 @@ def _lineage(tags: Mapping[str, str], run: Mapping[str, str], uri: str) -> Itera
     if "adaptnet.start_from" in tags:
         yield f"grown from {tags['adaptnet.start_from']}"
     if parent := run.get("mlflow.parentRunId"):
-        above = reading.run(uri, parent)
+        above = store_reader.run(uri, parent)
         known = above.tags if above else {}
         what = f"a trial of the sweep {known['adaptnet.sweep']}," if "adaptnet.sweep" in known else "below"
         yield f"{what} run {parent} ({known.get('mlflow.runName', 'no name') if above else 'gone'})"

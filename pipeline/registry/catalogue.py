@@ -15,8 +15,8 @@ from typing import Any
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.frontier import Budget, dominated
-from pipeline.registry import kept, reading
-from pipeline.registry.reading import Model, Row
+from pipeline.registry import cache, store_reader
+from pipeline.registry.store_reader import RegisteredModel, VersionRow
 from pipeline.tracking.address import database_file, resolve_uri
 
 RUNS = Path("runs")  # where runs lie, and their database, if nothing else is said
@@ -67,15 +67,15 @@ def address(uri: str | None) -> str:
 def versions(uri: str, name: str | None = None) -> list[Version]:
     """Every version of `name`, or of all names, newest first. Raises ConfigError listing the names there are."""
     models = _models(uri, name)
-    if reading.is_web(uri):
-        return _versions(models, kept.rows(uri, models))
-    return _versions(models, reading.rows(uri, name))
+    if store_reader.is_web(uri):
+        return _versions(models, cache.rows(uri, models))
+    return _versions(models, store_reader.rows(uri, name))
 
 
-def _models(uri: str, name: str | None) -> list[Model]:
+def _models(uri: str, name: str | None) -> list[RegisteredModel]:
     """The model of that name, or all; without those that hold promotions."""
     check_there(uri)
-    models = [model for model in reading.models(uri) if JOURNAL not in model.tags]
+    models = [model for model in store_reader.models(uri) if JOURNAL not in model.tags]
     if name is None:
         return models
     names = ", ".join(model.name for model in models) or "none"
@@ -85,7 +85,7 @@ def _models(uri: str, name: str | None) -> list[Model]:
     return wanted
 
 
-def _versions(models: Sequence[Model], rows: Sequence[Row]) -> list[Version]:
+def _versions(models: Sequence[RegisteredModel], rows: Sequence[VersionRow]) -> list[Version]:
     """Newest first."""
     names = {model.name for model in models}
     aliases: dict[tuple[str, int], tuple[str, ...]] = {}
@@ -125,7 +125,7 @@ def lookup(reference: str, uri: str) -> Version:
         number = max((version.version for version in versions(uri, match["name"])), default=0)
     else:
         number = int(match["version"])
-    wanted = _versions(models, reading.rows(uri, match["name"], number)) if 0 < number <= MOST else []
+    wanted = _versions(models, store_reader.rows(uri, match["name"], number)) if 0 < number <= MOST else []
     if not wanted:
         found = listed(versions(uri, match["name"]))
         raise ConfigError(f"{reference}: no such version or alias; {match['name']} has: {found}")

@@ -19,11 +19,12 @@ from pipeline.errors import ResourceError
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.family import Report
 from pipeline.registry.catalogue import Version
-from pipeline.registry.finding import asking, search, version_of
 from pipeline.registry.model import FIGURES, load_model, weights_of, write_model_folder
+from pipeline.registry.resolve import asking, search, version_of
 from pipeline.runs.provenance import without_secrets
-from pipeline.tracking import Shipper, TrackingConfig, recipe_of, resolve_uri
-from pipeline.tracking.carrier import TAG_CHARS, Ledger, status_of
+from pipeline.tracking import TrackingConfig, Uploader, recipe_of, resolve_uri
+from pipeline.tracking.ledger import Ledger, status_of
+from pipeline.tracking.replay import TAG_CHARS
 from pipeline.training import checkpoint
 from pipeline.training.config import CheckpointConfig
 
@@ -120,7 +121,7 @@ def _upload(
 
 
 def save_mlflow_model(folder: Path, destination: Path) -> None:
-    """Wraps a model's folder as an MLflow model: `served.py` as its code, this package beside it."""
+    """Wraps a model's folder as an MLflow model: `pyfunc_model.py` as its code, this package beside it."""
     import mlflow.pyfunc
     import pandas  # type: ignore[import-untyped]
     from mlflow.models import ModelSignature
@@ -145,7 +146,7 @@ def save_mlflow_model(folder: Path, destination: Path) -> None:
     package = Path(__file__).parents[1]
     mlflow.pyfunc.save_model(
         destination,
-        python_model=str(package / "registry" / "served.py"),
+        python_model=str(package / "registry" / "pyfunc_model.py"),
         artifacts={"model": str(folder)},
         code_paths=[str(package)],
         signature=signature,
@@ -232,8 +233,8 @@ def register_late(run_dir: Path, uri: str | None = None) -> Version | None:
     return publish_run(run_dir, config.register, run_id=run_id, uri=resolve_uri(uri or config.uri, run_dir))
 
 
-def conclude(run_dir: Path, config: TrackingConfig, shipper: Shipper) -> Version | None:
-    """Registers a finished run's best checkpoint where `tracking.register` names it; called before the shipper ends.
+def register_best(run_dir: Path, config: TrackingConfig, uploader: Uploader) -> Version | None:
+    """Registers a finished run's best checkpoint where `tracking.register` names it; called before the uploader ends.
 
     A server that is away is waited for, for `tracking.patience_s`; then the journal says how to register later, and
     the answer is None, as it is where there is nothing to register.
@@ -243,14 +244,14 @@ def conclude(run_dir: Path, config: TrackingConfig, shipper: Shipper) -> Version
     name, deadline, pause = config.register, time.monotonic() + config.patience_s, 1.0
     while True:
         try:
-            run_id = shipper.ready(max(0.0, deadline - time.monotonic()))
+            run_id = uploader.ready(max(0.0, deadline - time.monotonic()))
             if run_id is None:
                 raise ResourceError("the tracking server has not answered")
-            return publish_run(run_dir, name, run_id=run_id, uri=shipper.uri)
+            return publish_run(run_dir, name, run_id=run_id, uri=uploader.uri)
         except ResourceError as error:
-            if not shipper.sends or time.monotonic() + pause > deadline:
+            if not uploader.sends or time.monotonic() + pause > deadline:
                 hint = f"adaptnet runs sync {run_dir}"
-                shipper.journal.event("not-registered", name=name, reason=without_secrets(str(error)), hint=hint)
+                uploader.journal.event("not-registered", name=name, reason=without_secrets(str(error)), hint=hint)
                 return None
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_S)

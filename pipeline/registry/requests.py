@@ -129,7 +129,7 @@ def _as_png(value: Any, position: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ServedRequest:
     """One request, checked: its encoded images and the policy they are run under."""
 
     images: Sequence[bytes]
@@ -140,7 +140,7 @@ class Asked:
 Answer = list[dict[str, Any]] | AdaptNetError
 
 
-def asked_of(model: LoadedModel, body: Any) -> Asked:
+def parse_request(model: LoadedModel, body: Any) -> ServedRequest:
     """Raises ConfigError, in a sentence, for what cannot be answered."""
     if not isinstance(body, dict) or not isinstance(body.get("images"), list) or not body["images"]:
         raise ConfigError('send a JSON object with "images", a list of base64 texts')
@@ -156,10 +156,10 @@ def asked_of(model: LoadedModel, body: Any) -> Asked:
     policy = policy_for(model, **texts)
     if policy not in {each.name for each in model.policies}:
         raise ConfigError(f"policy {policy}: this net has: {', '.join(each.name for each in model.policies)}")
-    return Asked(images, policy, top_k)
+    return ServedRequest(images, policy, top_k)
 
 
-def answers(model: LoadedModel, together: Sequence[Asked], most: int) -> list[Answer]:
+def answers(model: LoadedModel, together: Sequence[ServedRequest], most: int) -> list[Answer]:
     """One for each request, those of a policy in common passes; what cannot be decoded spoils its own request alone."""
     found: list[Answer] = [[] for _ in together]
     for policy in {asked.policy for asked in together}:
@@ -169,7 +169,7 @@ def answers(model: LoadedModel, together: Sequence[Asked], most: int) -> list[An
     return found
 
 
-def _of_policy(model: LoadedModel, together: Sequence[Asked], most: int) -> list[Answer]:
+def _of_policy(model: LoadedModel, together: Sequence[ServedRequest], most: int) -> list[Answer]:
     images = [image for asked in together for image in asked.images]
     try:
         every = predict(model, images, together[0].policy, batch_size=most)

@@ -20,7 +20,7 @@ from pipeline import family as families
 from pipeline import tracking
 from pipeline.data.index import ImageIndex
 from pipeline.deploy import evaluations
-from pipeline.deploy.evaluations import Net
+from pipeline.deploy.evaluations import EvaluatedNet
 from pipeline.errors import ConfigError, ContractError
 from pipeline.family import Evaluated
 from pipeline.figures import Bars, Figure, Gallery, HeatMap, Lines, Table
@@ -67,7 +67,7 @@ def report(
     return replace(made, sent=sent, warnings=warnings)
 
 
-def _refuse_doubles(nets: Sequence[Net]) -> None:
+def _refuse_doubles(nets: Sequence[EvaluatedNet]) -> None:
     seen: dict[str, str] = {}
     for net in nets:
         key = checkpoint.sha256(net.model.weights)

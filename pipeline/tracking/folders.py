@@ -17,8 +17,8 @@ from pipeline.tracking.address import (
     resolve_uri,
     unusable,
 )
-from pipeline.tracking.carrier import Ledger
-from pipeline.tracking.shipper import recipe_of
+from pipeline.tracking.ledger import Ledger
+from pipeline.tracking.uploader import recipe_of
 
 
 def send_folder(

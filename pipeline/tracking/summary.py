@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.runs import journal
-from pipeline.tracking.carrier import Ledger, status_of
-from pipeline.tracking.shipper import is_live, last_status
+from pipeline.tracking.ledger import Ledger, status_of
+from pipeline.tracking.uploader import is_live, last_status
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ def test_with_three_slots_three_trials_run_and_no_metric_is_lost(
     assert "3 at a time" in said.lines[0]
     client = connect(uri)
     for folder in (tmp_path / "sweep" / "trials").iterdir():
-        from pipeline.tracking.carrier import Ledger
+        from pipeline.tracking.ledger import Ledger
 
         run_id = Ledger.peek(folder).run_id
         wanted = {(record["key"], record["step"]) for record in records(folder)}

@@ -21,12 +21,14 @@ from test_promoting import contend, holder, make_run
 
 from jobs.cli import main
 from pipeline import config as configs
-from pipeline import registry
 from pipeline.data import toy
 from pipeline.errors import ResourceError
-from pipeline.registry import holders
+from pipeline.registry import catalogue, promotion_log
+from pipeline.registry.model import load_model
+from pipeline.registry.publishing import publish_run, register_best
+from pipeline.registry.resolve import resolve
 from pipeline.runs.journal import Journal
-from pipeline.tracking import Shipper, TrackingConfig, connect, shipper, sync
+from pipeline.tracking import TrackingConfig, Uploader, connect, sync, uploader
 
 OUTAGE_S = 60.0
 METRICS, STEPS = 200, 50
@@ -95,7 +97,7 @@ def test_smoke(team: TeamServer, images: Path, say: Callable[..., Any], tmp_path
     found = {line.split()[0]: line.split()[1] for line in text.splitlines()[2:]}
     assert code == 0 and found == {"models:/smoke/1": "champion", "models:/smoke/2": "candidate"}, text
     code, text = say("models", "pull", "models:/smoke@champion", tmp_path / "pulled", "--uri", team.uri)
-    assert code == 0 and registry.load_model(tmp_path / "pulled").classes
+    assert code == 0 and load_model(tmp_path / "pulled").classes
     status = team.run("server.sh", "status")
     assert "database   up" in status and f"server     up: {team.uri}" in status
 
@@ -164,8 +166,8 @@ def test_every_value_of_many_processes_is_there_once(
 def test_a_server_killed_in_training_and_in_publishing_loses_and_doubles_nothing(
     team: TeamServer, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shipper, "PAUSE_S", 0.2)
-    monkeypatch.setattr(shipper, "LONGEST_PAUSE_S", 3.0)
+    monkeypatch.setattr(uploader, "PAUSE_S", 0.2)
+    monkeypatch.setattr(uploader, "LONGEST_PAUSE_S", 3.0)
     run_dir = tmp_path / "runs" / "killed"
     make_run(run_dir, images, 1)
     config = TrackingConfig(uri=team.uri, experiment=tmp_path.name, register="killed", patience_s=280)
@@ -173,8 +175,8 @@ def test_a_server_killed_in_training_and_in_publishing_loses_and_doubles_nothing
     (run_dir / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe}))
     (run_dir / "status.json").rename(tmp_path / "status.json")
     artifacts = team.home / "artifacts"
-    with Shipper(run_dir, config, recipe) as shipping:
-        assert shipping.ready(60)
+    with Uploader(run_dir, config, recipe) as uploading:
+        assert uploading.ready(60)
         writer = Journal(run_dir / "journal")
         begun = time.monotonic()
         for step in range(600):
@@ -187,14 +189,14 @@ def test_a_server_killed_in_training_and_in_publishing_loses_and_doubles_nothing
             time.sleep(0.01)
         writer.close()
         shutil.move(tmp_path / "status.json", run_dir / "status.json")
-        killer = threading.Thread(target=kill_in_upload, args=(team, artifacts, str(shipping.run_id)))
+        killer = threading.Thread(target=kill_in_upload, args=(team, artifacts, str(uploading.run_id)))
         killer.start()
-        version = registry.conclude(run_dir, config, shipping)
+        version = register_best(run_dir, config, uploading)
         killer.join()
     assert version is not None
     kinds = [event["event"] for event in events(run_dir)]
     assert "tracking-away" in kinds and "tracking-back" in kinds and "not-registered" not in kinds
-    run_id = shipping.run_id
+    run_id = uploading.run_id
     found = team.rows(
         "SELECT count(*), count(DISTINCT step), max(step) FROM metrics "
         f"WHERE run_uuid = '{run_id}' AND key = 'train/loss'"
@@ -203,10 +205,10 @@ def test_a_server_killed_in_training_and_in_publishing_loses_and_doubles_nothing
     client = connect(team.uri)
     experiment = client.get_experiment_by_name(tmp_path.name).experiment_id
     assert len(client.search_runs([experiment])) == 1
-    again = registry.publish_run(run_dir, "killed", run_id=str(run_id), uri=team.uri)
-    assert again is not None and [v.version for v in registry.versions(team.uri, "killed")] == [1]
-    folder = registry.resolve("models:/killed@candidate", team.uri, cache=tmp_path / "cache")
-    model = registry.load_model(folder)
+    again = publish_run(run_dir, "killed", run_id=str(run_id), uri=team.uri)
+    assert again is not None and [v.version for v in catalogue.versions(team.uri, "killed")] == [1]
+    folder = resolve("models:/killed@candidate", team.uri, cache=tmp_path / "cache")
+    model = load_model(folder)
     assert model.card["weights"]["sha256"] == version.tags["adaptnet.weights_sha256"]
 
 
@@ -235,7 +237,7 @@ def test_of_promotions_at_once_one_wins(team: TeamServer) -> None:
     said = [answers.get(timeout=200) for _ in racing]
     won = [each for each in said if isinstance(each, int)]
     assert len(won) == 1 and holder(client) == won[0], said
-    assert [entry.version for entry in holders.history(team.uri, "net", "champion")] == won
+    assert [entry.version for entry in promotion_log.history(team.uri, "net", "champion")] == won
 
 
 def test_five_thousand_versions_are_looked_through(team: TeamServer) -> None:
@@ -259,7 +261,7 @@ def test_five_thousand_versions_are_looked_through(team: TeamServer) -> None:
     waits = []
     for _ in range(2):
         start = time.monotonic()
-        found = registry.versions(team.uri, "many")
+        found = catalogue.versions(team.uri, "many")
         waits.append(time.monotonic() - start)
         assert len(found) == 5000
     start = time.monotonic()
@@ -279,8 +281,8 @@ def test_no_secret_is_kept_anywhere(team: TeamServer, images: Path, tmp_path: Pa
     config = TrackingConfig(uri=uri, experiment="secretive", register="secretive")
     recipe = configs.read_mapping(run_dir / "config.yaml")["recipe"] | {"tracking": configs.as_mapping(config)}
     (run_dir / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe}))
-    with Shipper(run_dir, config, recipe, command=["adaptnet", "train", f"tracking.uri={uri}"]) as shipping:
-        assert registry.conclude(run_dir, config, shipping) is not None
+    with Uploader(run_dir, config, recipe, command=["adaptnet", "train", f"tracking.uri={uri}"]) as uploading:
+        assert register_best(run_dir, config, uploading) is not None
     with pytest.raises(ResourceError) as found:
         sync(run_dir, uri.replace(str(team.port), "9"))
     code, text = say("models", "show", "models:/secretive/1", "--uri", uri)
@@ -313,11 +315,11 @@ def test_a_backup_goes_into_an_empty_server_and_no_other(
         other.run("restore.sh", backup)
         for where in (team, other):
             assert say("models", "list", "--uri", where.uri)[0] == 0
-        assert registry.versions(other.uri) == registry.versions(team.uri)
+        assert catalogue.versions(other.uri) == catalogue.versions(team.uri)
         assert "keep me" in say("models", "show", "models:/kept/1", "--uri", other.uri)[1]
         code, text = say("models", "pull", "models:/kept/1", tmp_path / "pulled", "--uri", other.uri)
-        assert code == 0 and registry.load_model(tmp_path / "pulled").classes, text
-        run_id = registry.lookup("models:/kept/1", other.uri).run_id
+        assert code == 0 and load_model(tmp_path / "pulled").classes, text
+        run_id = catalogue.lookup("models:/kept/1", other.uri).run_id
         assert sync(tmp_path / "runs" / "kept", other.uri).run_id == run_id  # found there again, not made anew
         with open(backup / "mlflow.dump", "r+b") as dump:
             dump.truncate(1000)

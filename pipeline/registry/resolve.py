@@ -13,14 +13,14 @@ from typing import Any
 
 from pipeline import config as configs
 from pipeline.errors import CheckpointError, ConfigError, ResourceError
-from pipeline.registry import reading
+from pipeline.registry import store_reader
 from pipeline.registry.catalogue import Version, address, lookup
 from pipeline.registry.model import CARD, describe
 from pipeline.runs.files import move_folder, whole_folder
 from pipeline.runs.provenance import without_secrets
 from pipeline.tracking import connect, recipe_of
 from pipeline.tracking.address import failures, reason_of
-from pipeline.tracking.carrier import Ledger, status_of
+from pipeline.tracking.ledger import Ledger, status_of
 from pipeline.training import checkpoint
 from pipeline.training.config import CheckpointConfig
 
@@ -31,7 +31,7 @@ def run_folder(version: Version, uri: str) -> Path | None:
     """The folder of the run that a version came from, if it is on this machine and still that run's."""
     if version.run_id is None:
         return None
-    run = reading.run(uri, version.run_id)
+    run = store_reader.run(uri, version.run_id)
     folder = Path(run.tags.get("adaptnet.run_dir", "") if run else "")
     here = (folder / "config.yaml").is_file() and Ledger.peek(folder).run_id == version.run_id
     return folder if here else None
@@ -65,7 +65,7 @@ def resolve(reference: str, uri: str | None = None, *, cache: Path | None = None
     return storage.fetch(best if best in names else names[-1])
 
 
-def pull(reference: str, folder: Path, uri: str | None = None, *, cache: Path | None = None) -> Version:
+def pull_version(reference: str, folder: Path, uri: str | None = None, *, cache: Path | None = None) -> Version:
     """Copies a version's model folder to `folder`, whole or not at all; it works there without MLflow.
 
     Raises ConfigError where `folder` exists, CheckpointError where the version's files are damaged.
@@ -127,7 +127,7 @@ def _download(source: str, uri: str, version: Version, destination: Path | None 
     try:
         return Path(mlflow.artifacts.download_artifacts(source, dst_path=place, tracking_uri=uri))
     except failures() as error:
-        run = reading.run(uri, version.run_id) if version.run_id else None
+        run = store_reader.run(uri, version.run_id) if version.run_id else None
         why = ""
         if run is None:
             why = f"; the MLflow run {version.run_id} that kept them is gone: register the net anew from its folder"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.errors import ConfigError, ResourceError
-from pipeline.registry import reading
+from pipeline.registry import store_reader
 from pipeline.registry.catalogue import JOURNAL
 
 Kind = Literal["promotion", "rollback"]
@@ -22,7 +22,7 @@ SUFFIX = ".promotions"
 
 
 @dataclass(frozen=True)
-class Entry:
+class PromotionEntry:
     """One change of an alias's holder; `before` and `follows` are None and 0 where there was none."""
 
     number: int
@@ -38,10 +38,10 @@ class Entry:
     done: bool  # the alias has been moved
 
 
-def history(uri: str, name: str, alias: str) -> list[Entry]:
+def history(uri: str, name: str, alias: str) -> list[PromotionEntry]:
     """The entries that count, in order."""
-    rows = sorted(reading.rows(uri, name + SUFFIX), key=lambda row: row.version)
-    counted: list[Entry] = []
+    rows = sorted(store_reader.rows(uri, name + SUFFIX), key=lambda row: row.version)
+    counted: list[PromotionEntry] = []
     for row in rows:
         entry = _entry(row)
         if entry.alias == alias and entry.follows == (counted[-1].number if counted else 0):
@@ -49,9 +49,9 @@ def history(uri: str, name: str, alias: str) -> list[Entry]:
     return counted
 
 
-def _entry(row: reading.Row) -> Entry:
+def _entry(row: store_reader.VersionRow) -> PromotionEntry:
     tags = {key.removeprefix("adaptnet."): value for key, value in row.tags.items()}
-    return Entry(
+    return PromotionEntry(
         number=row.version,
         alias=tags.get("alias", ""),
         kind=tags.get("kind", ""),
@@ -82,7 +82,7 @@ def append(
     source: str,
     run_id: str | None,
     facts: Mapping[str, str],
-) -> Entry:
+) -> PromotionEntry:
     """Writes an entry and, where it counts, moves the alias. `source` is where its artifacts lie, `facts` more tags.
 
     Raises ResourceError where another entry came first: then nothing has changed.
@@ -135,7 +135,7 @@ def settle(client: Any, uri: str, name: str, alias: str) -> None:
         moved = last.number
 
 
-def previous(counted: Sequence[Entry], present: int | None) -> int | None:
+def previous(counted: Sequence[PromotionEntry], present: int | None) -> int | None:
     """The version that held the alias before the present one did; None where none is known.
 
     A rollback takes back what came last, so that two of them go back two holders. An alias that was moved past this

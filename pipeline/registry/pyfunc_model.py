@@ -23,9 +23,9 @@ from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from pipeline import registry
 from pipeline.errors import AdaptNetError, ConfigError
-from pipeline.registry.requests import check_rows, encoded_of, policy_for
+from pipeline.registry.model import Answers, load_model, predict
+from pipeline.registry.requests import ANSWER_KEYS, check_rows, encoded_of, named, policy_for
 from pipeline.training.loop import device_of
 
 COLUMNS = ("image", 0, "0", "inputs")  # what the one column may be called
@@ -33,7 +33,7 @@ COLUMNS = ("image", 0, "0", "inputs")  # what the one column may be called
 
 class Served(PythonModel):  # type: ignore[misc]
     def load_context(self, context: PythonModelContext) -> None:
-        self._model = registry.load_model(Path(context.artifacts["model"]), device_of("auto"))
+        self._model = load_model(Path(context.artifacts["model"]), device_of("auto"))
         files = (context.model_config or {}).get("files")
         self._files = Path(files) if files else None
         self._lock = Lock()  # MLflow's server answers in threads
@@ -48,16 +48,16 @@ class Served(PythonModel):  # type: ignore[misc]
             images = [encoded_of(value, n, files=self._files, reads_files=reads) for n, value in values]
             policy = policy_for(self._model, asked.get("policy"), asked.get("budget"))
             with self._lock:
-                answers = registry.predict(self._model, images, policy)
+                answers = predict(self._model, images, policy)
             return self._table(answers, policy, int(asked.get("top_k", 5)))
         except AdaptNetError as error:
             raise Refused(str(error)) from None
 
-    def _table(self, answers: registry.Answers, policy: str, top_k: int) -> pandas.DataFrame:
-        found = registry.named(answers, self._model.classes, policy, top_k)
+    def _table(self, answers: Answers, policy: str, top_k: int) -> pandas.DataFrame:
+        found = named(answers, self._model.classes, policy, top_k)
         rows = [tuple(row.values()) for row in found]
         # of objects, and all at once: column by column it takes pandas three times as long
-        return pandas.DataFrame(rows, columns=registry.ANSWER_KEYS, dtype=object)
+        return pandas.DataFrame(rows, columns=ANSWER_KEYS, dtype=object)
 
 
 class Refused(MlflowException):  # type: ignore[misc]

@@ -33,7 +33,7 @@ CREDENTIALS = Path.home() / ".mlflow" / "credentials"  # MLflow's own file
 
 
 @dataclass(frozen=True)
-class Model:
+class RegisteredModel:
     """A registered model: its aliases {alias: version}, tags and description.
 
     A server's `stamp` is another one once versions have come or gone; tables have none: "".
@@ -47,7 +47,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Row:
+class VersionRow:
     """A version as the registry stores it; created in seconds since 1970."""
 
     name: str
@@ -58,19 +58,19 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrackedRun:
     """An MLflow run, which may be in the bin, and its tags."""
 
     deleted: bool
     tags: Mapping[str, str]
 
 
-def models(uri: str) -> list[Model]:
+def models(uri: str) -> list[RegisteredModel]:
     """Every registered model, by name. Raises ResourceError where the registry does not answer."""
     return _models_over_http(uri) if is_web(uri) else _models_in_tables(uri)
 
 
-def rows(uri: str, name: str | None = None, number: int | None = None) -> list[Row]:
+def rows(uri: str, name: str | None = None, number: int | None = None) -> list[VersionRow]:
     """Every version of `name`, or that of this number alone, or all of all names; as they are now.
 
     Raises ResourceError where the registry does not answer.
@@ -78,18 +78,18 @@ def rows(uri: str, name: str | None = None, number: int | None = None) -> list[R
     return _rows_over_http(uri, name, number) if is_web(uri) else _rows_in_tables(uri, name, number)
 
 
-def run(uri: str, run_id: str) -> Run | None:
+def run(uri: str, run_id: str) -> TrackedRun | None:
     """What is known of a run; None where there is none of this id."""
     if is_web(uri):
         try:
             found = _get(uri, "runs/get", {"run_id": run_id})["run"]
         except LookupError:
             return None
-        return Run(found["info"].get("lifecycle_stage") == "deleted", _tags(found["data"].get("tags", ())))
+        return TrackedRun(found["info"].get("lifecycle_stage") == "deleted", _tags(found["data"].get("tags", ())))
     with _tables(uri) as tables:
         stages = tables.all("SELECT lifecycle_stage FROM runs WHERE run_uuid = :run", run=run_id)
         tags = dict(map(tuple, tables.all("SELECT key, value FROM tags WHERE run_uuid = :run", run=run_id)))
-    return Run(stages[0][0] == "deleted", tags) if stages else None
+    return TrackedRun(stages[0][0] == "deleted", tags) if stages else None
 
 
 def date(uri: str) -> str | None:
@@ -109,10 +109,10 @@ def is_web(uri: str) -> bool:
 # ---- over HTTP
 
 
-def _models_over_http(uri: str) -> list[Model]:
+def _models_over_http(uri: str) -> list[RegisteredModel]:
     found = [entry for page in _pages(uri, "registered-models/search", {"max_results": 1000}) for entry in page]
     return [
-        Model(
+        RegisteredModel(
             entry["name"],
             {alias["alias"]: int(alias["version"]) for alias in entry.get("aliases", ())},
             _tags(entry.get("tags", ())),
@@ -128,16 +128,18 @@ def _stamp(entry: Mapping[str, Any]) -> str:
     return " ".join(map(str, times)) if all(times) else ""
 
 
-def _rows_over_http(uri: str, name: str | None, number: int | None) -> list[Row]:
+def _rows_over_http(uri: str, name: str | None, number: int | None) -> list[VersionRow]:
     wanted = [f"name = '{name}'"] if name is not None else []
     wanted += [f"version_number = {number}"] if number is not None else []
     query = {"max_results": PER_PAGE, **({"filter": " AND ".join(wanted)} if wanted else {})}
     return [_row(entry) for page in _pages(uri, "model-versions/search", query) for entry in page]
 
 
-def _row(entry: Mapping[str, Any]) -> Row:
+def _row(entry: Mapping[str, Any]) -> VersionRow:
     created = float(entry["creation_timestamp"]) / 1000
-    return Row(entry["name"], int(entry["version"]), entry.get("run_id") or None, created, _tags(entry.get("tags", ())))
+    return VersionRow(
+        entry["name"], int(entry["version"]), entry.get("run_id") or None, created, _tags(entry.get("tags", ()))
+    )
 
 
 def _tags(pairs: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -257,7 +259,7 @@ def _check_revision(uri: str, found: Sequence[str]) -> None:
         )
 
 
-def _models_in_tables(uri: str) -> list[Model]:
+def _models_in_tables(uri: str) -> list[RegisteredModel]:
     with _tables(uri) as tables:
         aliases: dict[str, dict[str, int]] = {}
         for name, alias, version in tables.all(f"SELECT name, alias, version FROM registered_model_aliases {HERE}"):
@@ -266,13 +268,13 @@ def _models_in_tables(uri: str) -> list[Model]:
         for name, key, value in tables.all(f"SELECT name, key, value FROM registered_model_tags {HERE}"):
             tags.setdefault(name, {})[key] = value
         found = tables.all(f"SELECT name, description FROM registered_models {HERE} ORDER BY name")
-    return [Model(name, aliases.get(name, {}), tags.get(name, {}), text or "") for name, text in found]
+    return [RegisteredModel(name, aliases.get(name, {}), tags.get(name, {}), text or "") for name, text in found]
 
 
 HERE = "WHERE workspace = 'default'"
 
 
-def _rows_in_tables(uri: str, name: str | None, number: int | None) -> list[Row]:
+def _rows_in_tables(uri: str, name: str | None, number: int | None) -> list[VersionRow]:
     values = {key: value for key, value in (("name", name), ("version", number)) if value is not None}
     wanted = "".join(f" AND {key} = :{key}" for key in values)
     with _tables(uri) as tables:
@@ -283,7 +285,7 @@ def _rows_in_tables(uri: str, name: str | None, number: int | None) -> list[Row]
         query = f"SELECT name, version, run_id, creation_time, current_stage FROM model_versions {HERE}{wanted}"
         found = tables.all(query, **values)
     return [
-        Row(owner, version, run_id, created / 1000, tags.get((owner, version), {}))
+        VersionRow(owner, version, run_id, created / 1000, tags.get((owner, version), {}))
         for owner, version, run_id, created, stage in found
         if stage != "Deleted_Internal"
     ]

@@ -16,14 +16,15 @@ from pipeline.runs import journal, lease, provenance
 from pipeline.runs.journal import Journal
 from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.address import TrackingConfig, failures, locked, reason_of, resolve_uri, unusable
-from pipeline.tracking.carrier import STATUS_EVENTS, Carrier, Ledger, status_of
+from pipeline.tracking.ledger import Ledger, status_of
+from pipeline.tracking.replay import STATUS_EVENTS, Replay
 
 PAUSE_S = 2.0  # between two looks at the journals
 LONGEST_PAUSE_S = 60.0  # while the server is away
 LAST_TRY_S = 10.0  # at the end of a run, for a server that is away already
 
 
-class Shipper:
+class Uploader:
     """A thread in the driver that carries the run's record to MLflow while it trains, between `with` and its end.
 
     Training never waits for it. What it has to say (the server is away, is back) goes as events into the journal
@@ -42,16 +43,16 @@ class Shipper:
         self._run_dir, self._config, self._recipe, self._command = run_dir, config, recipe, command
         self.uri = resolve_uri(config.uri, run_dir)
         self.journal = Journal(run_dir / "journal", "driver", fence=fence)
-        self._carrier: Carrier | None = None
+        self._replay: Replay | None = None
         self._away = False
         self._closing, self._wake = threading.Event(), threading.Event()  # asked of the thread
         self._sent, self._done = threading.Event(), threading.Event()  # said by it
-        self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
 
     @property
     def run_id(self) -> str | None:
         """Of the MLflow run; None until a server has answered once."""
-        ledger = self._carrier.ledger if self._carrier else Ledger.peek(self._run_dir)
+        ledger = self._replay.ledger if self._replay else Ledger.peek(self._run_dir)
         return ledger.run_id
 
     @property
@@ -59,7 +60,7 @@ class Shipper:
         """False where only the journal is written."""
         return self._thread.ident is not None
 
-    def __enter__(self) -> Shipper:
+    def __enter__(self) -> Uploader:
         with suppress(OSError):
             provenance.record(self._run_dir, self._command)
         self.journal.event("driver-started", command=[without_secrets(word) for word in self._command])
@@ -113,9 +114,9 @@ class Shipper:
             with locked(self._run_dir / "tracking.lock", wait=False) as mine:
                 if not mine:
                     raise ResourceError("another process is sending this run to MLflow")
-                if self._carrier is None:
-                    self._carrier = Carrier(self._run_dir, self.uri, self._config, self._recipe)
-                self._carrier.carry(final=final)
+                if self._replay is None:
+                    self._replay = Replay(self._run_dir, self.uri, self._config, self._recipe)
+                self._replay.send(final=final)
         except Exception as error:  # of MLflow, requests or sqlalchemy; training must not end by it
             self._say_away(error)
             return False
@@ -159,16 +160,16 @@ def sync(run_dir: Path, uri: str | None = None) -> Sync:
         if not mine:
             raise ResourceError(f"{run_dir}: another process is sending this run to MLflow now; let it, or try later")
         _end_if_dead(run_dir)
-        carrier = Carrier(run_dir, address, config, recipe)
+        replay = Replay(run_dir, address, config, recipe)
         try:
-            carrier.carry(final=not is_live(run_dir))
+            replay.send(final=not is_live(run_dir))
         except failures() as error:
             raise ResourceError(
                 f"{without_secrets(address)}: not everything of {run_dir} could be sent ({reason_of(error)}). "
                 "Nothing is lost: see that the server runs and give the same command again"
             ) from None  # a traceback would show the address, with a password that stands in it
-    assert carrier.ledger.run_id is not None
-    return Sync(carrier.ledger.run_id, without_secrets(address), carrier.num_metrics, carrier.status or "")
+    assert replay.ledger.run_id is not None
+    return Sync(replay.ledger.run_id, without_secrets(address), replay.num_metrics, replay.status or "")
 
 
 def recipe_of(run_dir: Path) -> dict[str, Any]:

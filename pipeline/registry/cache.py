@@ -3,7 +3,7 @@
 MLflow's server takes milliseconds for each version that it tells of, and tells of all models at once in no time. It
 stamps a model anew when a version of it is made, deleted or moved to another stage, so versions of a model whose stamp
 is the one that was kept are the same. Setting a tag on a version does not stamp: the tags that are set later (licence,
-note, promotions) are read afresh by those who show them, with `reading.rows` of one number.
+note, promotions) are read afresh by those who show them, with `store_reader.rows` of one number.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.registry import reading
-from pipeline.registry.reading import Model, Row
+from pipeline.registry import store_reader
+from pipeline.registry.store_reader import RegisteredModel, VersionRow
 from pipeline.runs.files import write_text
 from pipeline.runs.provenance import without_secrets
 
@@ -25,7 +25,7 @@ FORMAT = 1
 FEW = 20  # models whose versions are asked for one by one; of more, the server is asked for everything at once
 
 
-def rows(uri: str, models: Sequence[Model], *, home: Path | None = None) -> list[Row]:
+def rows(uri: str, models: Sequence[RegisteredModel], *, home: Path | None = None) -> list[VersionRow]:
     """Every version of these models. home: the cache's folder; default: the user's.
 
     Raises ResourceError where the registry does not answer.
@@ -38,13 +38,13 @@ def rows(uri: str, models: Sequence[Model], *, home: Path | None = None) -> list
         for row in _asked(uri, [model.name for model in changed]):
             known[row.name]["rows"].append(asdict(row))
         _write(path, known)
-    return [Row(**row) for model in models for row in known[model.name]["rows"]]
+    return [VersionRow(**row) for model in models for row in known[model.name]["rows"]]
 
 
-def _asked(uri: str, names: Sequence[str]) -> list[Row]:
+def _asked(uri: str, names: Sequence[str]) -> list[VersionRow]:
     if len(names) <= FEW:
-        return [row for name in names for row in reading.rows(uri, name)]
-    return [row for row in reading.rows(uri) if row.name in set(names)]
+        return [row for name in names for row in store_reader.rows(uri, name)]
+    return [row for row in store_reader.rows(uri) if row.name in set(names)]
 
 
 def _path(uri: str, home: Path | None) -> Path:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,10 +13,10 @@ from urllib.parse import quote
 from pipeline import config as configs
 from pipeline.errors import ResourceError
 from pipeline.runs import journal, provenance
-from pipeline.runs.files import write_text
 from pipeline.runs.journal import FirstValues, Record
 from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.address import TrackingConfig, connect, database_file
+from pipeline.tracking.ledger import Ledger, status_of
 
 METRICS_PER_CALL = 1000  # MLflow's limits
 PAIRS_PER_CALL = 100
@@ -29,57 +27,7 @@ ID_TAG = "adaptnet.run_dir_id"
 STATUS_EVENTS = ("driver-started", "driver-ended")  # of the journal `driver`
 
 
-@dataclass
-class Ledger:
-    """run_dir/tracking.json: which MLflow run this folder is, and how far its journals have been sent.
-
-    The offsets save time; that nothing is sent twice does not rest on them. The URI is kept without its secrets.
-    """
-
-    path: Path
-    id: str  # stands in a tag of the MLflow run
-    uri: str = ""
-    experiment: str = ""
-    run_id: str | None = None
-    offsets: dict[str, int] = field(default_factory=dict)  # bytes of each journal
-    files: dict[str, Any] = field(default_factory=dict)  # uploaded: {name: what it was like}
-
-    @classmethod
-    def open(cls, run_dir: Path) -> Ledger:
-        """The folder's ledger, begun where there is none. Raises ResourceError where it is damaged."""
-        ledger = cls.peek(run_dir)
-        if not ledger.path.exists():
-            ledger.save()
-        return ledger
-
-    @classmethod
-    def peek(cls, run_dir: Path) -> Ledger:
-        """As `open`, without beginning one."""
-        path = run_dir / "tracking.json"
-        if not path.exists():
-            return cls(path, uuid.uuid4().hex)
-        try:
-            return cls(path, **json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ResourceError(
-                f"{path}: cannot be read ({error}). Bring back a copy, or remove it: a new MLflow run is then begun"
-            ) from None
-
-    def aim(self, uri: str, experiment: str) -> None:
-        """Points the ledger at a server; another one than before is sent everything anew."""
-        shown = without_secrets(uri)
-        if shown != self.uri:
-            self.uri, self.experiment, self.run_id = shown, experiment, None
-        if self.run_id is None:
-            self.offsets, self.files = {}, {}
-        self.save()
-
-    def save(self) -> None:
-        values = {key: value for key, value in vars(self).items() if key != "path"}
-        write_text(self.path, json.dumps(values, indent=1))
-
-
-class Carrier:
+class Replay:
     """One connection between a run folder and MLflow. After an error the same object may be asked again."""
 
     def __init__(self, run_dir: Path, uri: str, config: TrackingConfig, recipe: Mapping[str, Any]) -> None:
@@ -96,7 +44,7 @@ class Carrier:
         self._note = ""  # as MLflow has it
         self.status: str | None = None  # as MLflow has it
 
-    def carry(self, *, final: bool) -> None:
+    def send(self, *, final: bool) -> None:
         """Sends all that is new; with `final` also plots, the best and the last checkpoint, and how the run ended.
 
         Raises whatever MLflow's client raises where the server is away.
@@ -343,14 +291,6 @@ def _files(run_dir: Path) -> list[Path]:
     patterns = ("*.yaml", "*.csv", "environment.json", "requirements.txt", "git.diff", "bad_images.json", "status.json")
     nested = ("evaluations/*/*.json", "plots/*.png")
     return sorted(path for pattern in (*patterns, *nested) for path in run_dir.glob(pattern) if path.is_file())
-
-
-def status_of(run_dir: Path) -> dict[str, Any]:
-    try:
-        status: dict[str, Any] = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status
 
 
 def draw_curves(run_dir: Path) -> None:
