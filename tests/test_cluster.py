@@ -101,7 +101,7 @@ def open_head(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.ray
 def test_one_process_visits_clusters_with_a_token_without_one_and_its_own(open_head: str, tmp_path: Path) -> None:
     """In any order, its user's token being at hand; and workers run the driver's code, wherever it stands."""
-    ours = Path(allocation.__file__).parents[1]
+    ours = Path(allocation.__file__).parents[2]
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "__init__.py").write_text("raise AssertionError('edited')")
     (tmp_path / ".ray").mkdir()
