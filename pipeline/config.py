@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 from pydantic import BeforeValidator as Before
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, JsonValue
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -226,6 +226,12 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     elif get_origin(annotation) in (Union, types.UnionType, Annotated, list, tuple, dict):
         for inner in get_args(annotation):
             yield from _models_in(inner)
+
+
+def section(recipe: Mapping[str, Any], name: str) -> dict[str, JsonValue]:
+    """The section `name` of a stored recipe; empty if the recipe has none."""
+    found = recipe.get(name)
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def as_mapping(config: BaseModel) -> dict[str, Any]:

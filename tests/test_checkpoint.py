@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from raised import fails
 
 from pipeline.config import validate
 from pipeline.errors import CheckpointError, ConfigError, ResourceError
@@ -135,7 +136,7 @@ def test_a_uri_works_as_a_folder_does(tmp_path: Path) -> None:
     save(to, 1)
     save(to, 2)
     assert storage.names() == ["step-00000002"]
-    assert storage.meta("step-00000002")["step"] == 2
+    assert storage.meta("step-00000002").step == 2
     folder = checkpoint.open_storage(config, tmp_path / "run").fetch("step-00000002")
     checkpoint.verify(folder)  # the copy outlives the storage that fetched it
     (folder / "net.safetensors").write_bytes(b"")
@@ -242,5 +243,5 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     save(saver(tmp_path), 1)
     path = tmp_path / "step-00000001" / "meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99"):
+    with fails(CheckpointError, "meta.json", 99):
         checkpoint.read_meta(tmp_path / "step-00000001")

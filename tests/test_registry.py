@@ -29,6 +29,7 @@ from pipeline.registry import resolve as resolving
 from pipeline.registry.model import describe, load_model, predict, write_model_folder
 from pipeline.registry.publishing import publish_run, register_best
 from pipeline.registry.resolve import resolve
+from pipeline.runs.records import Meta
 from pipeline.tracking import TrackingConfig, Uploader, connect, sync
 from pipeline.training import checkpoint
 
@@ -46,9 +47,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     family = families.find(SECTION["name"])
     torch.manual_seed(1)
     nets = [family.build(configs.validate(family.config, SECTION, "test"), len(CLASSES)) for _ in range(2)]
-    meta = {"step": 7, "recipe": recipe, "fingerprint": {"seed": 1, "data.identity": "abc"}, "classes": CLASSES}
+    meta = Meta(step=7, recipe=recipe, fingerprint={"seed": 1, "data.identity": "abc"}, classes=tuple(CLASSES))
     mapping = {"net": nets[0].state_dict(), "ema": nets[1].state_dict(), "step": 7}
-    checkpoint.write(run_dir / "checkpoints" / "step-00000007", mapping, {**meta, "metrics": {}})
+    checkpoint.write(run_dir / "checkpoints" / "step-00000007", mapping, meta)
     (run_dir / publishing.FINAL).mkdir(parents=True)
     (run_dir / publishing.FINAL / "reports.json").write_text(json.dumps([dataclasses.asdict(r) for r in REPORTS]))
     finish(run_dir, best="step-00000007")

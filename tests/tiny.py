@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Duration
 from pipeline.family import Family, FamilyConfig, Loss, Params, cross_entropy
+from pipeline.runs.records import Meta
 from pipeline.training import state
 from pipeline.training.checkpoint import Checkpointer, LocalStorage
 from pipeline.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
@@ -151,8 +152,8 @@ class Recorder:
         return self.stop_at is not None
 
 
-def meta(step: int, **metrics: float) -> dict[str, object]:
-    return {"step": step, "fingerprint": {}, "recipe": {}, "classes": [], "metrics": metrics, "best_key": "top1"}
+def meta(step: int, **metrics: float) -> Meta:
+    return Meta(step=step, fingerprint={}, recipe={}, classes=(), metrics=metrics, best_key="top1")
 
 
 def tensors(current: TrainState) -> dict[str, Tensor]:

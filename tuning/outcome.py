@@ -19,7 +19,8 @@ from pipeline.registry.catalogue import Version
 from pipeline.registry.publishing import publish_run
 from pipeline.run_config import RunConfig
 from pipeline.runs import journal, records
-from pipeline.runs.files import write_json, write_text
+from pipeline.runs.files import write_text
+from pipeline.runs.records import Status
 from tuning import cost, pictures
 from tuning.config import Sweep, SweepConfig
 from tuning.record import Trial
@@ -94,7 +95,7 @@ def _of_net(sweep: Sweep, folder: Path, config: RunConfig) -> dict[str, float]:
     """Parameters of the trained net; where the sweep asks for it memory, and the sides along it (side_px/NN)."""
     from pipeline.training import checkpoint
 
-    best = records.read_status(folder).get("best")
+    best = records.read_status(folder).best
     if not best:
         return {}
     where = checkpoint.open_storage(config.checkpoint, folder).fetch(best)
@@ -177,8 +178,8 @@ def conclude(sweep: Sweep, run_dir: Path, trials: Sequence[Trial], *, tracked: M
     pictures.draw(sweep, run_dir, trials)
     ended = all(trial.state in ("finished", "stopped", "failed", "refused") for trial in trials)
     whole = ended and (config.search.kind != "optuna" or len(trials) >= config.search.samples)
-    status = {"finished": whole, "trials": tally(trials), "best_trial": chosen.name if chosen else None}
-    write_json(run_dir / "status.json", status)
+    status = Status(finished=whole, trials=tally(trials), best_trial=chosen.name if chosen else None)
+    records.write_status(run_dir, status)
     uri = tracked["uri"]
     return Outcome(
         run_dir=run_dir,

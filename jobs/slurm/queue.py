@@ -18,6 +18,7 @@ import psutil
 from jobs.slurm import munge
 from jobs.slurm.job import FOLDER, RECORD, STARTS, recorded
 from pipeline.errors import ConfigError, ResourceError
+from pipeline.runs import records
 from pipeline.runs.files import write_text
 
 LIVES = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED"}
@@ -230,7 +231,7 @@ def _runs(entry: Mapping[str, Any]) -> bool:
 
 
 def _finished(entry: Mapping[str, Any]) -> bool:
-    return bool(_json(Path(entry["run_dir"]) / "status.json").get("finished"))
+    return records.read_status(Path(entry["run_dir"])).finished
 
 
 def _json(path: Path) -> Any:

@@ -28,6 +28,7 @@ from pipeline.data.dali import TrainLoader
 from pipeline.data.index import ImageIndex, open_splits
 from pipeline.errors import ConfigError, DataError
 from pipeline.run_config import RunConfig
+from pipeline.runs.records import Meta
 from pipeline.training import checkpoint, state, step
 from pipeline.training.loop import device_of
 from pipeline.training.memory import keep_freed_memory
@@ -266,7 +267,7 @@ def _saved_bytes(current: TrainState) -> int:
     """Of a checkpoint on disk."""
     with TemporaryDirectory(prefix="adaptnet-plan-") as folder:
         path = Path(folder) / "step-00000000"
-        meta = {"step": 0, "recipe": {}, "fingerprint": {}, "classes": [], "metrics": {}}
+        meta = Meta(step=0, recipe={}, fingerprint={}, classes=())
         checkpoint.write(path, checkpoint._to_cpu(state.to_mapping(current)), meta)
         return sum(file.stat().st_size for file in path.iterdir())
 

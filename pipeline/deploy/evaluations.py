@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,11 @@ from pipeline.registry import catalogue
 from pipeline.registry.catalogue import RUNS
 from pipeline.registry.model import CARD, Trained, describe
 from pipeline.registry.resolve import resolve, run_folder
-from pipeline.runs import journal
-from pipeline.runs.files import write_json
+from pipeline.runs import journal, records
+from pipeline.runs.records import ABOUT, About
 from pipeline.training import checkpoint
 
-EVALUATIONS, ABOUT = "evaluations", "about.json"
+EVALUATIONS = "evaluations"
 HARMLESS = (  # keys that change where an evaluation runs, not what it finds
     *("data.root", "data.index", "data.decode", "data.io_threads", "data.read_ahead", "compute."),
     *("evaluation.latency", "evaluation.batch_size"),
@@ -98,17 +98,17 @@ def evaluate(
     part = f"-{'+'.join(policies)}" if policies else ""  # a part never replaces the whole
     kinds = "".join(f"-{kind.name}" for kind in (attack, sweep) if kind is not None)
     kinds += f"-{configs.fingerprint({'overrides': changed})[:8]}" if changed else ""
-    about = {
-        "source": source,
-        "step": model.step,
-        "sha256": checkpoint.sha256(model.weights),
-        "data": splits.val.identity,
-        "root": str(config.data.root),
-        "policies": list(policies) if policies else None,
-        "attack": attack.name if attack else None,
-        "sides": sweep.name if sweep else None,
-        "overrides": changed,
-    }
+    about = About(
+        source=source,
+        step=model.step,
+        sha256=checkpoint.sha256(model.weights),
+        data=splits.val.identity,
+        root=str(config.data.root),
+        policies=tuple(policies) if policies else None,
+        attack=attack.name if attack else None,
+        sides=sweep.name if sweep else None,
+        overrides=tuple(changed),
+    )
     name = f"{config.data.root.name}-{splits.val.identity}{part}{kinds}"
     home = out or _home(_settled(source, uri), name, model.step)
     _check_kind(home, about, ("attack", "sides", "overrides", *(("step", "sha256", "data", "policies") if out else ())))
@@ -116,20 +116,20 @@ def evaluate(
     reports = from_weights.evaluate_checkpoint(
         config, model.weights, splits, policies, home, known, attack=attack, sweep=sweep
     )
-    write_json(home / ABOUT, about)
+    records.write_about(home, about)
     clean = _clean(source, uri, splits.val.identity) if attack and not sweep else ()
     return Evaluation(source, config.data.root, model.step, model.classes, reports, home, clean)
 
 
-def _check_kind(home: Path, mine: Mapping[str, Any], keys: Sequence[str]) -> None:
+def _check_kind(home: Path, mine: About, keys: Sequence[str]) -> None:
     """What was found otherwise, or of another net, is never replaced."""
     if not load_reports(home):
         return
-    about = json.loads((home / ABOUT).read_text(encoding="utf-8")) if (home / ABOUT).is_file() else {}
-    about = {"sha256": mine["sha256"], **about}  # that after training names its weights by their step
-    other = [key for key in keys if (about.get(key) or None) != (mine[key] or None)]
+    about = records.read_about(home)
+    about = replace(about, sha256=about.sha256 or mine.sha256)  # the evaluation after training has no sha256
+    other = [key for key in keys if (getattr(about, key) or None) != (getattr(mine, key) or None)]
     if other:
-        held = ", ".join(f"{key} {about.get(key) or 'none'}" for key in other)
+        held = ", ".join(f"{key} {getattr(about, key) or 'none'}" for key in other)
         raise ConfigError(f"{home}: holds an evaluation of another kind ({held}); name another folder with --out")
 
 
@@ -179,25 +179,25 @@ class Stored:
 
     reports: Sequence[Report]
     folder: Path | None
-    about: Mapping[str, Any]
+    about: About
 
     @property
     def data(self) -> str:
-        return str(self.about.get("data"))
+        return str(self.about.data)
 
     @property
     def attack(self) -> str | None:
-        return self.about.get("attack")
+        return self.about.attack
 
     @property
     def swept(self) -> bool:
         """Whether its policies ran at sides other than the images' own."""
-        return self.about.get("sides") is not None
+        return self.about.sides is not None
 
     @property
     def plain(self) -> bool:
         """Whether it is of the images as they are, by the net's own recipe."""
-        return self.attack is None and not self.swept and not self.about.get("overrides")
+        return self.attack is None and not self.swept and not self.about.overrides
 
     def details(self, policy: str) -> Mapping[str, NDArray[Any]] | None:
         path = self.folder / f"{policy}.npz" if self.folder else None
@@ -259,12 +259,12 @@ def find(source: str, uri: str | None = None) -> EvaluatedNet:
     homes += [_outside(_settled(source, uri))] if source.startswith("models:") else []
     homes += [Path(source) / EVALUATIONS] if (Path(source) / CARD).is_file() else []
     mine = (None, checkpoint.sha256(model.weights))  # that after training says nothing of its weights
-    stored = [each for home in homes for each in _read_all(home) if each.about.get("step") == model.step]
-    found = [each for each in stored if each.about.get("sha256") in mine]
-    found.sort(key=lambda stored: (bool(stored.about.get("policies")), -_written(stored)))
+    stored = [each for home in homes for each in _read_all(home) if each.about.step == model.step]
+    found = [each for each in stored if each.about.sha256 in mine]
+    found.sort(key=lambda stored: (bool(stored.about.policies), -_written(stored)))
     card = [Report(**report) for report in _reports_inside(folder)]
     if card:
-        found.append(Stored(card, None, {"data": model.card.get("evaluated_on") or "unknown", "step": model.step}))
+        found.append(Stored(card, None, About(data=model.card.get("evaluated_on") or "unknown", step=model.step)))
     net = EvaluatedNet(source, model, run_dir, found)
     if not net.sets:
         raise ConfigError(f"{source}: no evaluation of it is stored; make one with `adaptnet evaluate {source}`")
@@ -283,7 +283,7 @@ def _read_all(home: Path) -> Iterator[Stored]:
     for path in sorted(home.glob(f"*/{ABOUT}")):
         reports = load_reports(path.parent)
         if reports:
-            yield Stored(reports, path.parent, json.loads(path.read_text(encoding="utf-8")))
+            yield Stored(reports, path.parent, records.read_about(path.parent))
 
 
 def _written(stored: Stored) -> float:
@@ -324,7 +324,7 @@ def images(nets: Sequence[EvaluatedNet], data: str) -> ImageIndex | None:
     """The split whose identity is `data`, from where any of these nets was evaluated on it; None if it is not here."""
     for net in nets:
         stored = net.on(data)
-        root = stored.about.get("root") if stored else None
+        root = stored.about.root if stored else None
         if root is None or not Path(root).is_dir():
             continue
         section = configs.validate(DataConfig, {**net.model.recipe["data"], "root": root}, f"{net.source}: recipe.data")
@@ -339,10 +339,10 @@ def _evaluated(net: EvaluatedNet, name: str, data: str) -> Evaluated:
     stored = net.on(data)
     assert stored is not None
     section = configs.validate(DataConfig, net.model.recipe["data"], f"{net.source}: recipe.data")
-    mine = [found for found in net.evaluations if found.data == data and not found.about.get("overrides")]
+    mine = [found for found in net.evaluations if found.data == data and not found.about.overrides]
     others = mine[::-1]  # whole ones over parts
     attacks = {found.attack: found.reports for found in others if found.attack and not found.swept}
-    swept = {found.about["sides"]: found.reports for found in others if found.swept and not found.attack}
+    swept = {found.about.sides: found.reports for found in others if found.about.sides and not found.attack}
     return Evaluated(
         name=name,
         family=net.config.name,

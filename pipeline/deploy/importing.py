@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,16 +14,17 @@ from pipeline import config as configs
 from pipeline import family as families
 from pipeline import run_config
 from pipeline.data.index import Splits, open_splits
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, JsonValue
 from pipeline.evaluation import from_weights
 from pipeline.evaluation.from_weights import FINAL
 from pipeline.execution import launch
 from pipeline.execution.launch import Result
 from pipeline.family import Fitted
 from pipeline.run_config import RunConfig
-from pipeline.runs.files import write_json
+from pipeline.runs import records
 from pipeline.runs.journal import Journal
 from pipeline.runs.lease import Lease
+from pipeline.runs.records import About, Meta, Status
 from pipeline.tracking import Uploader
 from pipeline.training import checkpoint, state
 from pipeline.training.checkpoint import Checkpointer
@@ -61,19 +61,17 @@ def import_weights(config: RunConfig, file: Path, run_dir: Path, *, classes: Seq
         recipe = configs.as_mapping(config)
         with Uploader(run_dir, config.tracking, recipe, command=sys.argv, fence=lease.fence) as uploader:
             digest = checkpoint.sha256(file) if file.is_file() else None
-            origin = {"file": file.name, "kept": list(kept), "sha256": digest}
-            meta = {
-                "step": 0,
-                "images_seen": 0,
-                "epoch": 0.0,
-                "metrics": {},
-                "best_key": "top1",
-                "fence": lease.fence,
-                "fingerprint": fingerprint,
-                "recipe": recipe,
-                "classes": list(names),
-                "imported": origin,
-            }
+            origin: dict[str, JsonValue] = {"file": file.name, "kept": list(kept), "sha256": digest}
+            meta = Meta(
+                step=0,
+                epoch=0.0,
+                best_key="top1",
+                fence=lease.fence,
+                fingerprint=fingerprint,
+                recipe=recipe,
+                classes=names,
+                imported=origin,
+            )
             checkpoint.claim_storage(checkpoint.open_storage(config.checkpoint, run_dir), run_dir)
             folder = _save(config, current, meta, run_dir)
             with closing(Journal(run_dir / "journal", attempt=1, fence=lease.fence)) as journal:
@@ -81,8 +79,7 @@ def import_weights(config: RunConfig, file: Path, run_dir: Path, *, classes: Seq
                 if splits is not None and len(splits.val):
                     journal.metrics(0, _assessed(config, folder, splits, run_dir))
             name = checkpoint.name_of(0)
-            done = {"finished": True, "step": 0, "fingerprint": fingerprint, "best": name, "last": name}
-            write_json(run_dir / "status.json", done)
+            records.write_status(run_dir, Status(finished=True, fingerprint=fingerprint, best=name, last=name))
             return Imported(launch.conclude(config, run_dir, uploader), len(tensors), kept)
     finally:
         if new and not (run_dir / "config.yaml").exists():
@@ -102,7 +99,7 @@ def _adopted(
     return current, family.adopt(config.family, current.net, tensors)
 
 
-def _save(config: RunConfig, current: TrainState, meta: Mapping[str, Any], run_dir: Path) -> Path:
+def _save(config: RunConfig, current: TrainState, meta: Meta, run_dir: Path) -> Path:
     """Writes the checkpoint; its folder here."""
     storage = checkpoint.open_storage(config.checkpoint, run_dir)
     staging = storage.root if isinstance(storage, checkpoint.LocalStorage) else run_dir / "staging"
@@ -118,6 +115,6 @@ def _assessed(config: RunConfig, folder: Path, splits: Splits, run_dir: Path) ->
         wanted = tuple(policy.name for policy in family.policies(section, net) if not isinstance(policy, Fitted))
     store = run_dir / "evaluations" / FINAL
     reports = from_weights.evaluate_checkpoint(config, folder / "net.safetensors", splits, wanted, store)
-    about = {"checkpoint": str(folder), "step": 0, "data": splits.val.identity, "root": str(config.data.root)}
-    write_json(store / "about.json", about)
+    about = About(checkpoint=str(folder), step=0, data=splits.val.identity, root=str(config.data.root))
+    records.write_about(store, about)
     return {key.replace("eval/", "final/", 1): value for key, value in from_weights.metrics_of(reports).items()}

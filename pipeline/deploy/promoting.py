@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline import tracking
 from pipeline.deploy import evaluations
-from pipeline.deploy.evaluations import ABOUT, Evaluation
+from pipeline.deploy.evaluations import Evaluation
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.frontier import dominated, macs_text
 from pipeline.family import Report
@@ -25,6 +25,7 @@ from pipeline.registry.catalogue import Version, listed
 from pipeline.registry.publishing import publish
 from pipeline.registry.resolve import asking
 from pipeline.runs import provenance
+from pipeline.runs.records import read_about
 from pipeline.tracking.address import registered_alias
 
 NEWEST = "candidate"  # the alias of a model's newest version, which nothing is promoted to
@@ -185,8 +186,7 @@ def _compared(
 
 
 def _identity(evaluation: Evaluation) -> str:
-    about = json.loads((evaluation.folder / ABOUT).read_text(encoding="utf-8"))
-    return str(about["data"])
+    return str(read_about(evaluation.folder).data)
 
 
 def gate(challenger: Sequence[Report], champion: Sequence[Report]) -> str | None:

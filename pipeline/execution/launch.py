@@ -169,7 +169,7 @@ def write_config(run_dir: Path, config: RunConfig, fingerprint: dict[str, Any], 
 
 def _is_finished(run_dir: Path, fingerprint: dict[str, Any]) -> bool:
     status = records.read_status(run_dir)
-    return bool(status.get("finished")) and status.get("fingerprint") == fingerprint
+    return status.finished and status.fingerprint == fingerprint
 
 
 def _run(config: RunConfig, order: Order) -> None:
@@ -258,15 +258,14 @@ def _give_up_on_user_errors() -> Any:
 def conclude(config: RunConfig, run_dir: Path, uploader: Uploader) -> Result:
     """Reads what the workers left; publishes the best checkpoint where the run is finished and has a name for it."""
     status = records.read_status(run_dir)
-    best = status.get("best")
     version = register_best(run_dir, config.tracking, uploader)
     storage = checkpoint.open_storage(config.checkpoint, run_dir)
     return Result(
         run_dir=run_dir,
-        finished=bool(status.get("finished")),
-        step=int(status.get("step", 0)),
-        reports=load_reports(run_dir / "evaluations" / from_weights.FINAL) if status.get("finished") else (),
-        checkpoint=storage.where(best) if best else None,
+        finished=status.finished,
+        step=status.step,
+        reports=load_reports(run_dir / "evaluations" / from_weights.FINAL) if status.finished else (),
+        checkpoint=storage.where(status.best) if status.best else None,
         run_id=uploader.run_id,
         tracking_uri=without_secrets(uploader.uri),
         version=version.reference if version else None,

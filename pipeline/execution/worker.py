@@ -29,6 +29,7 @@ from pipeline.run_config import RunConfig
 from pipeline.runs import lease, records
 from pipeline.runs.files import write_json
 from pipeline.runs.journal import Journal, SystemSampler
+from pipeline.runs.records import About, Meta, Status
 from pipeline.training import checkpoint, memory, optim, state, step
 from pipeline.training.checkpoint import Checkpointer, Storage
 from pipeline.training.loop import Plan, device_of, train
@@ -161,12 +162,12 @@ class Run:
         folder = self.storage.fetch(name)
         meta = checkpoint.read_meta(folder)
         allowed = self.order.allow_changed
-        changed = checkpoint.check_fingerprint(meta["fingerprint"], self.fingerprint, allowed, self.storage.where(name))
+        changed = checkpoint.check_fingerprint(meta.fingerprint, self.fingerprint, allowed, self.storage.where(name))
         mapping = checkpoint.read(folder)
         state.restore(current, mapping)
         self.bad.merge(mapping["bad"])
         self._event("resumed", step=current.step, checkpoint=self.storage.where(name), changed=changed)
-        before = meta.get("workers", ranks.world())
+        before = meta.workers or ranks.world()
         if before != ranks.world() and not self._batchnorm_over_all:
             rows = self.config.training.batch_size / ranks.world()
             text = f"{before} workers before, {ranks.world()} now: BatchNorm takes its statistics over {rows:g} images"
@@ -298,15 +299,9 @@ class Run:
         folder = self.run_dir / "evaluations" / FINAL
         reports = evaluate(net, policies, self._eval_loader(self.splits.val), how, store=folder)
         if ranks.rank() == 0:
-            write_json(
-                folder / "about.json",
-                {
-                    "checkpoint": self.storage.where(best),
-                    "step": meta["step"],
-                    "data": self.splits.val.identity,
-                    "root": str(self.config.data.root),
-                },
-            )
+            root, where = str(self.config.data.root), self.storage.where(best)
+            about = About(checkpoint=where, step=meta.step, data=self.splits.val.identity, root=root)
+            records.write_about(folder, about)
             assert self.journal is not None
             final = {key.replace("eval/", "final/", 1): value for key, value in metrics_of(reports).items()}
             self.journal.metrics(current.step, final)
@@ -316,14 +311,8 @@ class Run:
         if self.saver is None:
             return
         best = self.saver.best()
-        status = {
-            "finished": finished,
-            "step": current.step,
-            "fingerprint": self.fingerprint,
-            "best": best,
-            "last": checkpoint.name_of(current.step),
-        }
-        write_json(self.run_dir / "status.json", status)
+        last = checkpoint.name_of(current.step)
+        records.write_status(self.run_dir, Status(finished, current.step, self.fingerprint, best, last))
         self._event("finished" if finished else "stopped", step=current.step, best=best)
 
     # --- parts
@@ -379,20 +368,20 @@ class Run:
         if self.journal is not None:
             self.journal.event(kind, **facts)
 
-    def _meta(self, current: TrainState) -> dict[str, Any]:
+    def _meta(self, current: TrainState) -> Meta:
         first = self.family.policies(self.config.family, current.net)[0].name
-        return {
-            "step": current.step,
-            "images_seen": current.images_seen,
-            "epoch": current.images_seen / len(self.splits.train),
-            "fence": self.order.fence,
-            "workers": ranks.world(),
-            "fingerprint": self.fingerprint,
-            "recipe": configs.as_mapping(self.config),
-            "classes": list(self.splits.train.classes),
-            "metrics": self.latest if self.evaluated_at == current.step else {},
-            "best_key": f"eval/{first}/top1",
-        }
+        return Meta(
+            step=current.step,
+            images_seen=current.images_seen,
+            epoch=current.images_seen / len(self.splits.train),
+            fence=self.order.fence,
+            workers=ranks.world(),
+            fingerprint=self.fingerprint,
+            recipe=configs.as_mapping(self.config),
+            classes=tuple(self.splits.train.classes),
+            metrics=dict(self.latest) if self.evaluated_at == current.step else {},
+            best_key=f"eval/{first}/top1",
+        )
 
     def _check_fence(self) -> None:
         if not lease.is_current(self.run_dir, self.order.fence):

@@ -24,6 +24,7 @@ from pipeline.errors import CheckpointError, ResourceError, UndecodableError
 from pipeline.evaluation.evaluate import choose, restored
 from pipeline.family import Family, FamilyConfig, Policy, Report
 from pipeline.runs.files import whole_folder
+from pipeline.runs.records import Meta
 from pipeline.training import checkpoint
 from pipeline.training.memory import keep_freed_memory
 
@@ -57,7 +58,7 @@ def write_model_folder(
         with whole_folder(destination) as aside:
             (aside / "reports").mkdir()
             shutil.copyfile(weights_of(source), aside / WEIGHTS)
-            (aside / RECIPE).write_text(configs.dump_yaml(meta["recipe"]), encoding="utf-8")
+            (aside / RECIPE).write_text(configs.dump_yaml(meta.recipe), encoding="utf-8")
             whole = [asdict(report) for report in reports]
             (aside / "reports" / "reports.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
             recipe = {"sha256": checkpoint.sha256(aside / RECIPE)}
@@ -74,18 +75,18 @@ def weights_of(folder: Path) -> Path:
     return ema if ema.exists() else folder / WEIGHTS
 
 
-def _card(meta: Mapping[str, Any], reports: Sequence[Mapping[str, Any]], weights: Path) -> dict[str, Any]:
+def _card(meta: Meta, reports: Sequence[Mapping[str, Any]], weights: Path) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "name": meta["recipe"].get("name"),
-        "family": meta["recipe"]["family"]["name"],
-        "step": meta["step"],
-        "epoch": meta.get("epoch"),
-        "data": meta["fingerprint"].get("data.identity"),
-        "classes": meta["classes"],
+        "name": meta.recipe.get("name"),
+        "family": meta.family["name"],
+        "step": meta.step,
+        "epoch": meta.epoch,
+        "data": meta.data_identity,
+        "classes": list(meta.classes),
         "weights": {"bytes": weights.stat().st_size, "sha256": checkpoint.sha256(weights)},
         "reports": [{key: report.get(key) for key in (*FIGURES, "calibration")} for report in reports],
-        "fingerprint": meta["fingerprint"],
+        "fingerprint": meta.fingerprint,
     }
 
 
@@ -109,7 +110,7 @@ def describe(folder: Path) -> Trained:
     if not (folder / CARD).is_file():
         checkpoint.verify(folder)
         meta = checkpoint.read_meta(folder)
-        return Trained(folder, weights_of(folder), meta["recipe"], tuple(meta["classes"]), meta["step"])
+        return Trained(folder, weights_of(folder), meta.recipe, meta.classes, meta.step)
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         known = card["format"] <= FORMAT

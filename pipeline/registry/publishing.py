@@ -21,9 +21,11 @@ from pipeline.family import Report
 from pipeline.registry.catalogue import Version
 from pipeline.registry.model import FIGURES, load_model, weights_of, write_model_folder
 from pipeline.registry.resolve import asking, search, version_of
+from pipeline.runs import records
 from pipeline.runs.provenance import without_secrets
+from pipeline.runs.records import Meta
 from pipeline.tracking import TrackingConfig, Uploader, recipe_of, resolve_uri
-from pipeline.tracking.ledger import Ledger, status_of
+from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.replay import TAG_CHARS
 from pipeline.training import checkpoint
 from pipeline.training.config import CheckpointConfig
@@ -58,7 +60,7 @@ def publish(
     checkpoint.verify(source)
     meta, sha256 = checkpoint.read_meta(source), checkpoint.sha256(weights_of(source))
     told = {f"adaptnet.{key}": value for key, value in (remarks or {}).items()}
-    same = {"adaptnet.step": str(meta["step"]), "adaptnet.weights_sha256": sha256}
+    same = {"adaptnet.step": str(meta.step), "adaptnet.weights_sha256": sha256}
     with asking(uri) as client:
         made = _first(client, name, run_id, same)
         if made is not None:
@@ -66,7 +68,7 @@ def publish(
                 client.set_model_version_tag(name, str(made.version), key, value)
         else:
             _make_name(client, name)
-            place = f"models/{checkpoint.name_of(meta['step'])}-{sha256[:8]}"
+            place = f"models/{checkpoint.name_of(meta.step)}-{sha256[:8]}"
             _upload(client, source, reports, run_id, place, evaluated_on)
             new = version_of(
                 client.create_model_version(
@@ -172,24 +174,24 @@ def requirements() -> list[str]:
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in (*REQUIREMENTS, *sorted(set(dali)))]
 
 
-def _version_tags(meta: Mapping[str, Any], reports: Sequence[Report], evaluated_on: str | None) -> dict[str, str]:
+def _version_tags(meta: Meta, reports: Sequence[Report], evaluated_on: str | None) -> dict[str, str]:
     figures = [{key: value for key, value in asdict(report).items() if key in FIGURES} for report in reports]
-    recipe, started = meta["recipe"], meta["recipe"].get("training", {}).get("start_from")
+    recipe, started = meta.recipe, configs.section(meta.recipe, "training").get("start_from")
     tags = {
-        "adaptnet.family": recipe["family"]["name"],
+        "adaptnet.family": str(meta.family["name"]),
         "adaptnet.recipe": str(recipe.get("name")),
-        "adaptnet.dataset": Path(recipe.get("data", {}).get("root", "unknown")).name,
-        "adaptnet.data": str(meta["fingerprint"].get("data.identity")),
-        "adaptnet.fingerprint": configs.fingerprint(meta["fingerprint"]),
+        "adaptnet.dataset": Path(str(configs.section(recipe, "data").get("root", "unknown"))).name,
+        "adaptnet.data": str(meta.data_identity),
+        "adaptnet.fingerprint": configs.fingerprint(meta.fingerprint),
         "adaptnet.reports": json.dumps(figures),
     }
     tags |= {"adaptnet.evaluated_on": evaluated_on} if evaluated_on else {}
     tags |= {"adaptnet.start_from": str(started)} if started else {}
-    return tags | ({"adaptnet.imported": json.dumps(meta["imported"])} if meta.get("imported") else {})
+    return tags | ({"adaptnet.imported": json.dumps(meta.imported)} if meta.imported else {})
 
 
-def _description(meta: Mapping[str, Any], reports: Sequence[Report]) -> str:
-    text = f"{meta['recipe']['family']['name']} trained by {meta['recipe'].get('name')}, step {meta['step']}"
+def _description(meta: Meta, reports: Sequence[Report]) -> str:
+    text = f"{meta.family['name']} trained by {meta.recipe.get('name')}, step {meta.step}"
     figures = [f"{r.policy}: top-1 {100 * r.top1:.2f} % at {r.macs_mean / 1e6:.3f} MMACs" for r in reports]
     return "; ".join([text, *figures])[:TAG_CHARS]
 
@@ -204,14 +206,13 @@ def publish_run(
     remarks: Mapping[str, str] | None = None,
 ) -> Version | None:
     """Registers a finished run's best checkpoint with the final reports; None where the run is not finished."""
-    status = status_of(run_dir)
-    if not status.get("finished") or not status.get("best"):
+    status = records.read_status(run_dir)
+    if not status.finished or status.best is None:
         return None
     section = configs.validate(CheckpointConfig, recipe_of(run_dir).get("checkpoint", {}), f"{run_dir}: recipe")
     storage = checkpoint.open_storage(section, run_dir)
     home = run_dir / FINAL
-    about = json.loads((home / "about.json").read_text(encoding="utf-8")) if (home / "about.json").is_file() else {}
-    best = storage.fetch(status["best"])
+    best = storage.fetch(status.best)
     return publish(
         best,
         load_reports(home),
@@ -219,7 +220,7 @@ def publish_run(
         run_id=run_id,
         uri=uri,
         alias=alias,
-        evaluated_on=about.get("data"),
+        evaluated_on=records.read_about(home).data,
         remarks=remarks,
     )
 
@@ -239,7 +240,7 @@ def register_best(run_dir: Path, config: TrackingConfig, uploader: Uploader) -> 
     A server that is away is waited for, for `tracking.patience_s`; then the journal says how to register later, and
     the answer is None, as it is where there is nothing to register.
     """
-    if config.register is None or not status_of(run_dir).get("finished"):
+    if config.register is None or not records.read_status(run_dir).finished:
         return None
     name, deadline, pause = config.register, time.monotonic() + config.patience_s, 1.0
     while True:

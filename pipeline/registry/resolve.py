@@ -16,11 +16,12 @@ from pipeline.errors import CheckpointError, ConfigError, ResourceError
 from pipeline.registry import store_reader
 from pipeline.registry.catalogue import Version, address, lookup
 from pipeline.registry.model import CARD, describe
+from pipeline.runs import records
 from pipeline.runs.files import move_folder, whole_folder
 from pipeline.runs.provenance import without_secrets
 from pipeline.tracking import connect, recipe_of
 from pipeline.tracking.address import failures, reason_of
-from pipeline.tracking.ledger import Ledger, status_of
+from pipeline.tracking.ledger import Ledger
 from pipeline.training import checkpoint
 from pipeline.training.config import CheckpointConfig
 
@@ -57,12 +58,12 @@ def resolve(reference: str, uri: str | None = None, *, cache: Path | None = None
     storage = checkpoint.open_storage(section, folder.absolute())
     names = storage.names()
     if not names and (trials := sorted(path.parent.name for path in folder.glob("trials/*/config.yaml"))):
-        best = status_of(folder).get("best_trial") or trials[0]
+        best = records.read_status(folder).best_trial or trials[0]
         raise ConfigError(f"{folder}: a sweep; name one of its {len(trials)} trials, e.g. {folder / 'trials' / best}")
     if not names:
         raise CheckpointError(f"{folder}: this run has no whole checkpoint yet")
-    best = status_of(folder).get("best")
-    return storage.fetch(best if best in names else names[-1])
+    chosen = records.read_status(folder).best
+    return storage.fetch(chosen if chosen in names else names[-1])
 
 
 def pull_version(reference: str, folder: Path, uri: str | None = None, *, cache: Path | None = None) -> Version:

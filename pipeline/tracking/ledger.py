@@ -61,11 +61,3 @@ class Ledger:
     def save(self) -> None:
         values = {key: value for key, value in vars(self).items() if key != "path"}
         write_text(self.path, json.dumps(values, indent=1))
-
-
-def status_of(run_dir: Path) -> dict[str, Any]:
-    try:
-        status: dict[str, Any] = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status

@@ -12,11 +12,11 @@ from urllib.parse import quote
 
 from pipeline import config as configs
 from pipeline.errors import ResourceError
-from pipeline.runs import journal, provenance
+from pipeline.runs import journal, provenance, records
 from pipeline.runs.journal import FirstValues, Record
 from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.address import TrackingConfig, connect, database_file
-from pipeline.tracking.ledger import Ledger, status_of
+from pipeline.tracking.ledger import Ledger
 
 METRICS_PER_CALL = 1000  # MLflow's limits
 PAIRS_PER_CALL = 100
@@ -210,11 +210,11 @@ class Replay:
         section = configs.validate(CheckpointConfig, self._recipe.get("checkpoint", {}), "recipe: checkpoint")
         storage = checkpoint.open_storage(section, self._run_dir)
         names = storage.names()
-        wanted = {"last": names[-1] if names else None, "best": status_of(self._run_dir).get("best")}
+        wanted = {"last": names[-1] if names else None, "best": records.read_status(self._run_dir).best}
         for role, name in wanted.items():
             if name not in names:
                 continue
-            stamp = [storage.where(name), storage.meta(name)["step"]]
+            stamp = [storage.where(name), storage.meta(name).step]
             if self.ledger.files.get(f"checkpoints/{name}") != stamp:
                 folder = storage.fetch(name)
                 checkpoint.verify(folder)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.runs import journal
-from pipeline.tracking.ledger import Ledger, status_of
+from pipeline.runs.records import read_status
+from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.uploader import is_live, last_status
 
 
@@ -34,12 +35,12 @@ def _summary(run_dir: Path) -> RunSummary:
     metrics = [r for r in journal.read_all(written) if "event" not in r] if written.exists() else []
     tops = [r["value"] for r in metrics if re.fullmatch("eval/.*/top1", r["key"])]
     sent = Ledger.peek(run_dir)
-    unsaid = "FINISHED" if status_of(run_dir).get("finished") else "KILLED"
+    unsaid = "FINISHED" if read_status(run_dir).finished else "KILLED"
     ended = (last_status(run_dir) or {}).get("status", unsaid)
     return RunSummary(
         run_dir=run_dir,
         status="RUNNING" if is_live(run_dir) else ended,
-        step=max([r["step"] for r in metrics] + [status_of(run_dir).get("step", 0)]),
+        step=max([r["step"] for r in metrics] + [read_status(run_dir).step]),
         top1=max(tops, default=None),
         run_id=sent.run_id,
         unsent_bytes=sum(p.stat().st_size - sent.offsets.get(p.name, 0) for p in journal.paths(run_dir / "journal")),

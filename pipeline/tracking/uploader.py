@@ -12,11 +12,11 @@ from typing import Any
 
 from pipeline import config as configs
 from pipeline.errors import ConfigError, ResourceError
-from pipeline.runs import journal, lease, provenance
+from pipeline.runs import journal, lease, provenance, records
 from pipeline.runs.journal import Journal
 from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.address import TrackingConfig, failures, locked, reason_of, resolve_uri, unusable
-from pipeline.tracking.ledger import Ledger, status_of
+from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.replay import STATUS_EVENTS, Replay
 
 PAUSE_S = 2.0  # between two looks at the journals
@@ -74,7 +74,7 @@ class Uploader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        if error is None and status_of(self._run_dir).get("finished"):
+        if error is None and records.read_status(self._run_dir).finished:
             status = "FINISHED"
         self.close(status, error=reason_of(error) if error else None)
 

@@ -30,11 +30,11 @@ from pipeline import config as configs
 from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, ResourceError
 from pipeline.family import Family, FamilyConfig, find
 from pipeline.runs.files import move_folder, sync_file, sync_folder
+from pipeline.runs.records import META, Meta, read_status
 from pipeline.training import state as states
 from pipeline.training.config import CheckpointConfig
 from pipeline.training.state import TrainState
 
-FORMAT = 1
 COMPLETE = "COMPLETE.json"
 OWNER = "OWNER"  # in a storage that runs share: the id of the run folder whose checkpoints lie beside it
 PARALLEL = "module."  # before each name of a net that DataParallel or DDP held
@@ -55,7 +55,7 @@ class Storage(Protocol):
         """A local folder with the checkpoint's files."""
         ...
 
-    def meta(self, name: str) -> dict[str, Any]:
+    def meta(self, name: str) -> Meta:
         """Its meta.json, without fetching the rest."""
         ...
 
@@ -85,7 +85,7 @@ class LocalStorage:
     def fetch(self, name: str) -> Path:
         return self.root / name
 
-    def meta(self, name: str) -> dict[str, Any]:
+    def meta(self, name: str) -> Meta:
         return read_meta(self.root / name)
 
     def owner(self) -> str | None:
@@ -176,9 +176,9 @@ class RemoteStorage:
         with self._fs.open_output_stream(f"{self._root}/{OWNER}") as stream:
             stream.write(owner.encode())
 
-    def meta(self, name: str) -> dict[str, Any]:
+    def meta(self, name: str) -> Meta:
         with self._fs.open_input_stream(f"{self._root}/{name}/meta.json") as stream:
-            return _checked_meta(stream.read(), self.where(name))
+            return _meta_in(stream.read(), self.where(name))
 
     def remove(self, name: str) -> None:
         from pyarrow import fs
@@ -284,12 +284,12 @@ class Checkpointer:
             with suppress(CheckpointError):  # one without a readable meta.json is left alone too
                 self._scores[name] = _score(storage.meta(name), config.best)
 
-    def save(self, state: TrainState, meta: Mapping[str, Any], extra: Mapping[str, Any], *, wait: bool) -> str:
+    def save(self, state: TrainState, meta: Meta, extra: Mapping[str, Any], *, wait: bool) -> str:
         """Saves `state`; `extra` goes into state.pt beside it. Returns where it will lie."""
         self.wait()
         mapping = _to_cpu({**states.to_mapping(state), **extra})
         name = name_of(state.step)
-        self._thread = threading.Thread(target=self._run, args=(name, mapping, dict(meta)), name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(name, mapping, meta), name="checkpoint")
         self._thread.start()
         if wait:
             self.wait()
@@ -304,7 +304,7 @@ class Checkpointer:
             error, self._error = self._error, None
             raise error
 
-    def _run(self, name: str, mapping: dict[str, Any], meta: dict[str, Any]) -> None:
+    def _run(self, name: str, mapping: dict[str, Any], meta: Meta) -> None:
         folder = self._staging / f".writing-{uuid.uuid4().hex[:8]}"
         try:
             write(folder, mapping, meta)
@@ -352,9 +352,8 @@ def _disk_error(error: OSError, where: str, kept: Sequence[str]) -> AdaptNetErro
     )
 
 
-def _score(meta: Mapping[str, Any], key: str | None) -> float | None:
-    value = meta["metrics"].get(key or meta.get("best_key") or "")
-    return None if value is None else float(value)
+def _score(meta: Meta, key: str | None) -> float | None:
+    return meta.metrics.get(key or meta.best_key or "")
 
 
 def _to_cpu(value: Any) -> Any:
@@ -368,7 +367,7 @@ def _to_cpu(value: Any) -> Any:
     return value
 
 
-def write(folder: Path, mapping: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+def write(folder: Path, mapping: Mapping[str, Any], meta: Meta) -> None:
     """Writes a checkpoint's files into a new folder, COMPLETE.json last, each flushed to the disk."""
     from safetensors.torch import save
 
@@ -380,7 +379,7 @@ def write(folder: Path, mapping: Mapping[str, Any], meta: Mapping[str, Any]) -> 
     buffer = io.BytesIO()  # torch's and safetensors' own writers hide why a disk refuses
     torch.save(rest, buffer)
     (folder / "state.pt").write_bytes(buffer.getbuffer())
-    _write_json(folder / "meta.json", {"format": FORMAT, **meta})
+    _write_json(folder / META, meta.to_json())
     files = sorted(folder.iterdir())
     for file in files:
         sync_file(file)
@@ -398,22 +397,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> Meta:
     """meta.json of a checkpoint. Raises CheckpointError where it is missing, unreadable or of a newer format."""
     try:
-        return _checked_meta((folder / "meta.json").read_bytes(), str(folder))
+        return _meta_in((folder / META).read_bytes(), str(folder))
     except OSError as error:
-        raise CheckpointError(f"{folder}: no readable meta.json, so this is no checkpoint ({error})") from None
+        raise CheckpointError(
+            f"{folder}: no readable meta.json, so this is no checkpoint ({error})", key=META, subject=folder
+        ) from None
 
 
-def _checked_meta(content: bytes, where: str) -> dict[str, Any]:
+def _meta_in(content: bytes, where: str) -> Meta:
     try:
-        meta: dict[str, Any] = json.loads(content)
+        return Meta.from_json(json.loads(content), where)
     except ValueError as error:
-        raise CheckpointError(f"{where}: meta.json is damaged ({error})") from None
-    if meta.get("format", 0) > FORMAT:
-        raise CheckpointError(f"{where}: format {meta['format']}, this version of adaptnet reads up to {FORMAT}")
-    return meta
+        raise CheckpointError(f"{where}: meta.json is damaged ({error})", key=META, subject=where) from None
 
 
 def verify(folder: Path) -> None:
@@ -476,10 +474,9 @@ def weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     places = [path]
-    with suppress(OSError, ValueError):  # a checkpoint has no status, a killed run may have none yet
-        best = json.loads((path / "status.json").read_text(encoding="utf-8")).get("best")
-        if best is not None:
-            places.append(path / "checkpoints" / best)
+    best = read_status(path).best
+    if best is not None:
+        places.append(path / "checkpoints" / best)
     for place in places:
         for file in (place / "ema.safetensors", place / "net.safetensors"):
             if file.is_file():
@@ -543,14 +540,14 @@ def check_fingerprint(
     return sorted(changed)
 
 
-def load_net(folder: Path) -> tuple[nn.Module, Family, FamilyConfig, dict[str, Any]]:
+def load_net(folder: Path) -> tuple[nn.Module, Family, FamilyConfig, Meta]:
     """(net in eval mode on the CPU, family, its config, meta) of a checkpoint; its moving average if there is one."""
     from safetensors.torch import load_file
 
     meta = read_meta(folder)
-    family = find(meta["recipe"]["family"]["name"])
-    config = configs.validate(family.config, meta["recipe"]["family"], f"{folder}: recipe.family")
-    net = family.build(config, len(meta["classes"]))
+    family = find(str(meta.family["name"]))
+    config = configs.validate(family.config, meta.family, f"{folder}: recipe.family")
+    net = family.build(config, len(meta.classes))
     ema = folder / "ema.safetensors"
     try:
         net.load_state_dict(load_file(ema if ema.exists() else folder / "net.safetensors"))
