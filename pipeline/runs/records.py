@@ -56,7 +56,8 @@ class Record:
 
     def to_json(self) -> dict[str, JsonValue]:
         """The record as JSON can hold it, with its format number."""
-        return {"format": self.FORMAT, **asdict(self)}
+        fields = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {"format": self.FORMAT, **fields}
 
 
 @dataclass(frozen=True)
