@@ -83,7 +83,7 @@ def test_what_a_killed_task_left_on_the_node_is_removed_and_what_a_living_one_ho
     for folder in foreign:
         folder.mkdir()
     (foreign[1] / "held").touch()
-    env = {**os.environ, "PYTHONPATH": str(Path(allocation.__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(allocation.__file__).parents[2])}
     tasks = {}
     for key in ("5-0", "6-0"):
         line = [sys.executable, "-c", HOLDS_A_FOLDER, str(tmp_path), key]
@@ -173,7 +173,7 @@ def ours(key: str) -> list[psutil.Process]:
 def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A task that holds a head, as the first node's does; and its key."""
     key = secrets.token_hex(4)
-    env = {**os.environ, "PYTHONPATH": str(Path(allocation.__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(allocation.__file__).parents[2])}
     line = [sys.executable, "-c", HOLD, key, str(tmp_path)]
     process = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True)
     try:
