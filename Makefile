@@ -1,22 +1,24 @@
-# Each target does all the set-up it needs on a machine with Python >= 3.11; nothing is installed outside .venv.
-# Options: PYTHON=python3.12, TESTS="tests/test_index.py -k pack".
+# Each target does all the set-up it needs on a machine with Python >= 3.11. Everything is installed into .venv (for
+# test-newest into .venv-newest). Options: PYTHON=python3.12, TESTS="tests/test_index.py -k pack", PROCESSES=4.
 
 SHELL := /bin/bash
 adaptnet := .venv/bin/adaptnet
 TESTS ?= tests
 export PYTHON
 
-.PHONY: help venv demo test test-slurm test-browser test-faults test-server check bench clean
+.PHONY: help venv demo test test-slurm test-browser test-faults test-server test-newest check bench clean
 
 help:
 	@echo "make demo    draw images, train a gated net on them, evaluate and register it"
-	@echo "make test    all tests; with ADAPTNET_DATA=FOLDER those on real images too"
-	@echo "make test-slurm, test-browser, test-server, test-faults    those that make test leaves out: on a real SLURM, in"
-	@echo "             a real browser, with a real PostgreSQL, and of killed sweeps"
-	@echo "make check   formatting, lint, types, import order"
-	@echo "make bench   our speed as ratios to named peers'"
-	@echo "make venv    only the set-up: .venv from constraints.txt"
-	@echo "make clean   remove .venv, caches and the demo's run; other runs stay"
+	@echo "make test    run all tests but the next four; with ADAPTNET_DATA=FOLDER also those on real images"
+	@echo "make test-slurm, test-browser, test-server, test-faults"
+	@echo "             run the tests on a real SLURM, in a real browser, with a real PostgreSQL, of killed sweeps"
+	@echo "make test-newest"
+	@echo "             run the quick tests on the newest Ray, MLflow, torch, DALI and submitit (in .venv-newest)"
+	@echo "make check   check formatting, lint, types and import order"
+	@echo "make bench   measure our speed as ratios to that of named peers"
+	@echo "make venv    only set up .venv from constraints.txt"
+	@echo "make clean   remove .venv, .venv-newest, caches and the demo's run; other runs stay"
 
 venv:
 	@infra/venv.sh
@@ -37,6 +39,9 @@ test: venv
 test-slurm test-browser test-server test-faults: test-%: venv
 	.venv/bin/python -m pytest -m $* tests
 
+test-newest: venv
+	infra/newest.sh
+
 check: venv
 	infra/check.sh
 
@@ -48,9 +53,9 @@ ifdef ADAPTNET_DATA
 	$(adaptnet) bench loader packed/imagenet-sample
 	$(adaptnet) bench loader packed/imagenet-sample --read-latency 5ms
 else
-	@echo "bench loader on photographs left out: set ADAPTNET_DATA"
+	@echo "bench loader on photographs is left out: set ADAPTNET_DATA"
 endif
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info runs/toy-data runs/convnet_aig-toy
+	rm -rf .venv .venv-newest .pytest_cache .mypy_cache .ruff_cache build *.egg-info runs/toy-data runs/convnet_aig-toy
 	find pipeline jobs tuning tests -name __pycache__ -type d -prune -exec rm -rf {} +

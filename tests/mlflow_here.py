@@ -92,7 +92,7 @@ def database() -> Database:
         process.start()
     made = [answers.get(timeout=400) for _ in racing]
     for process in racing:
-        process.join(120)
+        process.join(300)
     return Database(folder / "deep" / "mlflow.db", made)
 
 

@@ -51,7 +51,7 @@ class TeamServer:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         said = done.stdout + done.stderr
         assert code is None or done.returncode == code, said

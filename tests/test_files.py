@@ -124,7 +124,7 @@ with files.whole_folder(Path(sys.argv[1])) as aside:
 
 
 def test_a_killed_writer_leaves_the_destination_as_it_was(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "folder"], cwd=ROOT, timeout=60)
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "folder"], cwd=ROOT, timeout=300)
     assert done.returncode == -signal.SIGKILL and not (tmp_path / "folder").exists()
     fill(tmp_path / "made", NEW)
     files.move_folder(tmp_path / "made", tmp_path / "folder")

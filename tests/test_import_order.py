@@ -146,7 +146,7 @@ def test_families_and_training_run_where_only_torch_torchvision_numpy_pydantic_a
         if not bare & {_normal(owner) for owner in owners} and module not in ("pipeline", "jobs", "tuning")
     }
     assert {"ray", "mlflow", "safetensors", "torchmetrics", "typer", "psutil"} <= hidden
-    done = subprocess.run([sys.executable, "-c", BARE, ROOT, *hidden], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", BARE, ROOT, *hidden], capture_output=True, text=True, timeout=600)
     assert done.stdout == "step 1\n", done.stderr
 
 

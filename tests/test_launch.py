@@ -198,7 +198,7 @@ def test_two_workers_pass_a_truncated_jpeg_stop_at_ctrl_c_and_one_goes_on(images
     process = command(damaged, run_dir, *long)
     wait_for(lambda: passed(run_dir, 20), "two full epochs", process=process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and to whatever it started
-    assert process.wait(timeout=300) == 130, (tmp_path / "run.log").read_text()[-3000:]
+    assert process.wait(timeout=600) == 130, (tmp_path / "run.log").read_text()[-3000:]
     assert "Ctrl-C again" in (tmp_path / "run.log").read_text()
     assert not events(run_dir, "resumed")  # no worker was lost
     stopped = json.loads((run_dir / "status.json").read_text())
@@ -225,7 +225,7 @@ def test_a_driver_that_is_terminated_has_its_workers_save_and_ends_well(images: 
     process = command(images, run_dir, "training.epochs=20", "checkpoint.every=100 steps", "evaluation.every=20 epochs")
     wait_for(lambda: bool(events(run_dir, "started")), "training", process=process)
     process.terminate()
-    assert process.wait(timeout=300) == 75, (tmp_path / "run.log").read_text()[-3000:]
+    assert process.wait(timeout=600) == 75, (tmp_path / "run.log").read_text()[-3000:]
     stopped = json.loads((run_dir / "status.json").read_text())
     assert not stopped["finished"]
     assert (run_dir / "checkpoints" / stopped["last"] / "COMPLETE.json").exists()

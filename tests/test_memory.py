@@ -63,13 +63,13 @@ def test_memory_that_is_spent_is_told_with_what_took_it_and_how_to_take_less(tmp
     words = ["train", "convnet_aig/toy", "--run-dir", str(tmp_path / "run"), *own]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     line = [sys.executable, "-c", SPENT, *words]
-    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("adaptnet: ")]
     assert "memory is spent (" in said and "4096 images of 32 px at once, of training.batch_size (=4096)" in said
     assert "compute.max_batch_per_worker below 4096" in said and "Traceback" not in done.stderr
     line += ["compute.max_batch_per_worker=64"]
-    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0 and "finished" in done.stdout, done.stdout + done.stderr
 
 

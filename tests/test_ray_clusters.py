@@ -326,7 +326,7 @@ def test_rays_launcher_brings_a_host_up_tells_of_it_and_takes_it_down(tmp_path: 
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     env = {**kept, "HOME": str(home), "PATH": f"{home / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     line = [*ALONE, "bash", "-c", ON_A_HOST, "bash", sys.executable]
-    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "lab is up; to train on it" in done.stdout and "lab is taken down" in done.stdout
     assert "/3.0 CPU" in done.stdout, "ray status tells of the CPUs that the site gives"
@@ -346,7 +346,7 @@ def command(home: Path, *words: str, **more: str) -> list[str]:
     """Runs `adaptnet` in a process of its own; its lines."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
     line = [sys.executable, "-m", "jobs.cli", *words]
-    done = subprocess.run(line, cwd=home, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(line, cwd=home, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{words}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout.splitlines()
 
@@ -387,7 +387,7 @@ def test_two_trainings_share_a_cluster_of_this_machine_and_down_leaves_no_proces
                 for name in ("first", "second")
             ]
         for driver in drivers:
-            driver.wait(timeout=240)
+            driver.wait(timeout=600)
         said = (home / "drivers.log").read_text()[-3000:]
         assert [driver.returncode for driver in drivers] == [0, 0], said
         first, second = (load_file(_weights(home / "runs" / name)) for name in ("first", "second"))
@@ -413,10 +413,10 @@ def test_a_strangers_driver_is_refused_and_killed_keepers_leave_nothing(tmp_path
         printed = command(tmp_path, "cluster", "up", "--local", "1")
         (address,) = re.findall(r"compute\.address=(\S+)", "\n".join(printed))
         with pytest.raises(ResourceError, match=f"it runs at {address}"):
-            local.up(1, cpus=1, gpus=[], patience_s=60)
+            local.up(1, cpus=1, gpus=[], patience_s=300)
         code = f"import ray; ray.init(address={address!r})"
         env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode != 0 and "uthentication" in done.stderr
         record = local.read()
         assert record is not None
@@ -518,7 +518,7 @@ def job_server(tmp_path: Path) -> Iterator[str]:
     with open(tmp_path / "head.log", "wb") as log:
         head = psutil.Popen(ray, cwd=tmp_path, env=env, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 300
         while socket.socket().connect_ex(("127.0.0.1", ports[1])) != 0:
             assert head.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()[-2000:]
             time.sleep(0.5)
@@ -529,7 +529,7 @@ def job_server(tmp_path: Path) -> Iterator[str]:
     finally:
         below = head.children(recursive=True)
         head.terminate()
-        psutil.wait_procs([head, *below], timeout=15)
+        psutil.wait_procs([head, *below], timeout=300)
         for process in [head, *below]:
             if process.is_running():
                 process.kill()
@@ -573,7 +573,7 @@ def test_a_training_is_submitted_followed_and_stopped_with_its_steps_saved(
 
 
 def _until(holds: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + max(seconds, 300)  # the machine may be busy
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(1)

@@ -175,7 +175,7 @@ def test_ray_serve_answers_and_refuses(folder: Path) -> None:
 def post(address: str, body: str) -> tuple[int, Any]:
     """Status and answer."""
     try:
-        with urllib.request.urlopen(address, body.encode(), timeout=60) as answer:
+        with urllib.request.urlopen(address, body.encode(), timeout=300) as answer:
             return answer.status, json.load(answer)
     except HTTPError as error:
         return error.code, json.load(error)

@@ -100,7 +100,7 @@ def ask(address: str, body: Any, folder: Path) -> tuple[int, Any]:
     (folder / "body.json").write_text(body if isinstance(body, str) else json.dumps(body))
     words = ["curl", "-s", "-w", "\n%{http_code}", "-H", "Content-Type: application/json", "--data-binary"]
     words += [f"@{folder / 'body.json'}", f"{address}/invocations"]
-    text, _, code = subprocess.run(words, capture_output=True, text=True, timeout=200).stdout.rpartition("\n")
+    text, _, code = subprocess.run(words, capture_output=True, text=True, timeout=600).stdout.rpartition("\n")
     answer = json.loads(text)
     return int(code), answer.get("predictions", answer.get("message"))
 

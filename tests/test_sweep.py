@@ -830,7 +830,7 @@ def ended(run_dir: Path) -> int:
     return path.read_text().count('"event": "ended"') if path.exists() else 0
 
 
-def wait_until(done, seconds: float = 200) -> None:
+def wait_until(done, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline

@@ -16,7 +16,7 @@ import aiohttp
 
 EXECUTABLE = shutil.which("chromium")
 MISSING = "chromium is not installed; on Debian: apt-get install chromium"
-PATIENCE_S = 60
+PATIENCE_S = 300
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
     *("--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-component-update"),

@@ -93,7 +93,7 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def wait_until_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=120)
+    _, alive = psutil.wait_procs(processes, timeout=600)
     assert not alive
 
 
@@ -109,7 +109,7 @@ def kill(kind: str, process: subprocess.Popen[bytes], log: Path) -> None:
                 child.send_signal(signal.SIGKILL)
     else:
         process.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=120) != 0
+    assert process.wait(timeout=600) != 0
     assert kind == "driver" or "the Ray cluster is gone" in log.read_text()
     wait_until_gone(family)
 
@@ -126,7 +126,7 @@ def test_smoke_a_sweep_killed_on_ray_ends_as_one_that_trained_in_one_process(ima
     wait_for(lambda: any(there.glob("trials/*/checkpoints/*/COMPLETE.json")), process, log)
     kill("driver", process, log)
     assert ended(there) == 0, "killed before its end"
-    assert start(images, there, *short).wait(timeout=300) == 0, log.read_text()
+    assert start(images, there, *short).wait(timeout=600) == 0, log.read_text()
     assert table(there) == table(here)
     assert any(events_of(folder, "resumed") for folder in (there / "trials").iterdir())
 
@@ -196,8 +196,8 @@ def test_ctrl_c_on_a_terminal_saves_the_trial_and_the_same_command_ends_alike(
         process = STARTED[-1]
         wait_for(lambda: any(run_dir.glob("trials/*/checkpoints/*/COMPLETE.json")), process, log)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=120) == INTERRUPTED, log.read_text()[-3000:]
-        shown.join(timeout=60)
+        assert process.wait(timeout=600) == INTERRUPTED, log.read_text()[-3000:]
+        shown.join(timeout=300)
     finally:
         os.close(ours)
     text = log.read_text()
@@ -281,4 +281,4 @@ def test_what_fits_no_cluster_is_refused_at_once_with_the_numbers(images: Path, 
     loaded = config.load("toy", [*settings(images), "compute.cpus_per_worker=500"])
     with pytest.raises(ResourceError, match=r"cpus_per_worker \(=500\) needs 500 CPUs, the Ray cluster has"):
         sweep.run(loaded, tmp_path / "sweep")
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 300

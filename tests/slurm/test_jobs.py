@@ -72,7 +72,7 @@ class Desk:
             yield
         finally:
             process.terminate()
-            process.wait(60)
+            process.wait(300)
 
     def starts(self, name: str) -> list[dict[str, Any]]:
         path = self.home / "runs" / name / "slurm" / "starts.json"
@@ -310,7 +310,7 @@ def test_what_the_readme_says_to_try_works_from_a_fresh_clone(tmp_path: Path) ->
                 line, cwd=tmp_path / "adaptnet", env=env, stdout=file, stderr=subprocess.STDOUT, timeout=580
             )
     finally:
-        subprocess.run([ROOT / "infra/slurm/testcluster", "down"], env=env, capture_output=True, timeout=60)
+        subprocess.run([ROOT / "infra/slurm/testcluster", "down"], env=env, capture_output=True, timeout=300)
     said = transcript.read_text()
     assert done.returncode == 0, said[-5000:]
     for words in ("requeueing job", "finished at step", "COMPLETED", "registered as models:/aig-toy/1", "down: "):
