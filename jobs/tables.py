@@ -44,13 +44,13 @@ def byte_size(count: float) -> str:
 
 def of_reports(reports: Sequence[Report]) -> str:
     """One row for each policy: accuracy, MACs, share of the full net's MACs, latency by batch size."""
-    sizes = [entry["batch"] for entry in reports[0].latency]
+    sizes = [entry.batch for entry in reports[0].latency]
     heading = ["policy", "images", "top-1 %", "top-5 %", "MMACs mean", "MMACs p95", "% of full"]
     heading += [text for size in sizes for text in (f"ms @{size}", f"img/s @{size}")]
     text = align([heading, *(_row(report) for report in reports)])
     if reports[0].latency:
         entry = reports[0].latency[0]
-        text += f"\nlatency: medians on {entry['device']}, {entry['threads']} threads{_spread(reports)}"
+        text += f"\nlatency: medians on {entry.device}, {entry.threads} threads{_spread(reports)}"
     if reports[0].unreadable:
         text += f"\nunreadable images, left out: {', '.join(reports[0].unreadable[:10])}"
     return text
@@ -59,8 +59,8 @@ def of_reports(reports: Sequence[Report]) -> str:
 def _spread(reports: Sequence[Report]) -> str:
     """How far the 95th percentile of the passes is above the median, at worst, and whether the machine was busy."""
     entries = [entry for report in reports for entry in report.latency]
-    worst = max(entry["p95_ms"] / entry["median_ms"] for entry in entries)
-    waited = max(entry.get("waited_share", 0.0) for entry in entries)
+    worst = max(entry.p95_ms / entry.median_ms for entry in entries)
+    waited = max(entry.waited_share for entry in entries)
     text = f"; p95 up to {worst:.1f} x the median"
     if waited > MOST_WAITED_SHARE:
         return f"{text}: a busy machine (threads waited {waited:.0%} of the time for a core), measure again"
@@ -70,9 +70,9 @@ def _spread(reports: Sequence[Report]) -> str:
 def _row(report: Report) -> list[str]:
     top5 = "-" if report.top5 is None else f"{100 * report.top5:.2f}"
     row = [report.policy, f"{report.num_images:,}", f"{100 * report.top1:.2f}", top5]
-    row += [f"{report.macs_mean / 1e6:.3f}", f"{report.macs_p95 / 1e6:.3f}", f"{100 * report.full_share:.1f}"]
+    row += [f"{report.macs_mean / 1e6:.3f}", f"{report.macs_p95 / 1e6:.3f}", f"{100 * report.relative_macs:.1f}"]
     for entry in report.latency:
-        row += [f"{entry['median_ms']:.2f}", f"{entry['images_per_s']:.0f}"]
+        row += [f"{entry.median_ms:.2f}", f"{entry.images_per_s:.0f}"]
     return row
 
 

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, TypeAlias, TypeVar, cast, runtime_checkable
 
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, JsonValue
 from pipeline.figures import Figure
+
+Settings: TypeAlias = "Mapping[str, int | float | str | bool]"
+T = TypeVar("T")
+LATENCY_FORMAT = 1
+REPORT_FORMAT = 2  # format 1 had no format number, no kind and no settings
 
 
 class FamilyConfig(Config):
@@ -62,19 +67,19 @@ class Loss:
 class Params:
     """Parameters that share a treatment: the learning rate is multiplied by lr_factor, weight decay may be off.
 
-    `apart` is for a few scalars that shape the net, with an optimizer to themselves: they stay out of DDP, their
+    `outside_ddp` is for a few scalars that shape the net, with an optimizer to themselves: they stay out of DDP, their
     update runs in fp32, takes gradients of them alone and averages these over the ranks as one vector.
     """
 
     parameters: Sequence[nn.Parameter]
     lr_factor: float = 1.0
     decay: bool = True
-    apart: bool = False
+    outside_ddp: bool = False
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits and their price: logits [B, K] f32, macs [B] f64 really spent on each, facts {name: [B] or [B, n]}."""
+    """logits [B, K] f32; macs [B] f64, the MACs that each image really took; facts {name: [B] or [B, n]}."""
 
     logits: Tensor
     macs: Tensor
@@ -82,15 +87,39 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What one policy did on one split; every mean is over images, each counted once whatever the number of ranks.
+class Latency:
+    """How long a policy takes for one batch: median and 95th percentile over repeated passes, in ms.
 
-    top1, top5, ece, full_share in 0..1 (top5 is None below 5 classes); macs are multiply-accumulates per image,
-    full_share the mean over the MACs of the dearest policy's full network; latency one entry per batch size:
-    {"batch", "median_ms", "p95_ms", "images_per_s", "device", "threads", "waited_share": of the threads' time, for a
-    core}; facts {name: mean over images, [n]};
-    facts_by_class {name: [K][n]}; top1_by_class [K], None for a class without images; unreadable lists bad images;
-    calibration is the policy's `state()` where it is `Fitted`, so that a stored report brings the policy back.
+    waited_share is the share of the time, in 0..1, that the threads were ready but had to wait for a CPU core.
+    """
+
+    batch: int
+    median_ms: float
+    p95_ms: float
+    images_per_s: float
+    device: str
+    threads: int
+    waited_share: float = 0.0
+
+    def to_json(self) -> dict[str, JsonValue]:
+        return {"format": LATENCY_FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, JsonValue]) -> Self:
+        """Reads what `to_json` wrote; a record without a format number is of format 1."""
+        values: dict[str, Any] = {key: value for key, value in record.items() if key != "format"}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of one policy on one split; a mean is over images, each counted once whatever the number of ranks.
+
+    top1, top5, ece in 0..1 (top5 is None below 5 classes); macs are multiply-accumulates per image; relative_macs is
+    macs_mean over the MACs of the net's own forward; kind and settings are the policy's; latency has one entry per
+    batch size; facts {name: mean over images, [n]}; facts_by_class {name: [K][n]}; top1_by_class [K], None for a class
+    without images; unreadable lists the images that could not be read; calibration is the policy's `state()` if it is
+    `Fitted`, from which the policy is restored.
     """
 
     policy: str
@@ -100,13 +129,34 @@ class Report:
     ece: float
     macs_mean: float
     macs_p95: float
-    full_share: float
-    latency: Sequence[Mapping[str, Any]] = ()
+    relative_macs: float
+    kind: str = ""
+    settings: Settings = field(default_factory=dict)
+    latency: Sequence[Latency] = ()
     facts: Mapping[str, Sequence[float]] = field(default_factory=dict)
     facts_by_class: Mapping[str, Sequence[Sequence[float] | None]] = field(default_factory=dict)
     top1_by_class: Sequence[float | None] = ()
     unreadable: Sequence[str] = ()
-    calibration: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """The report as JSON can hold it; relative_macs is stored as `full_share`, its name in files of format 1."""
+        values = asdict(self)
+        full_share = values.pop("relative_macs")
+        return {
+            "format": REPORT_FORMAT,
+            **values,
+            "full_share": full_share,
+            "latency": [each.to_json() for each in self.latency],
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, JsonValue]) -> Self:
+        """Reads what `to_json` wrote. One of format 1 has no kind: `evaluation.reports_v1.read` completes it."""
+        values: dict[str, Any] = {key: value for key, value in record.items() if key != "format"}
+        values["relative_macs"] = values.pop("full_share")
+        values["latency"] = [Latency.from_json(each) for each in values.get("latency") or ()]
+        return cls(**values)
 
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]  # key: its (step, value), steps rising
@@ -146,7 +196,19 @@ class Policy(Protocol):
     """One way to run a trained net, e.g. "gates-hard", "exit-3", "160px"."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Unique among the net's policies; for people. Code selects by `kind` and `settings`."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """What the policy chooses: "resolution", "exit", "budget", "gates", ..."""
+        ...
+
+    @property
+    def settings(self) -> Settings:
+        """What it is set to, e.g. {"side_px": 112, "full": True}; unique among the net's policies of this kind."""
+        ...
 
     def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Policy:
         """This policy fitted on held-out (images [B,3,H,W], labels [B]); itself where there is nothing to fit.
@@ -182,6 +244,28 @@ class Fitted(Policy, Protocol):
 
 
 @dataclass(frozen=True)
+class MeasuresOnce:
+    """A base class of policies that keeps what they measure, e.g. the MACs for images of one shape."""
+
+    _measured: dict[Hashable, object] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def once(self, key: Hashable, measure: Callable[[], T]) -> T:
+        """What `measure` returned at the first call with this key."""
+        if key not in self._measured:
+            self._measured[key] = measure()
+        return cast(T, self._measured[key])
+
+
+@dataclass(frozen=True)
+class FixedPolicy(MeasuresOnce):
+    """A base class of policies that have nothing to fit."""
+
+    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Self:
+        """Returns the policy itself."""
+        return self
+
+
+@dataclass(frozen=True)
 class Family:
     """One kind of network, as callables over its own config.
 
@@ -190,10 +274,11 @@ class Family:
     groups(config, net)           -> optimizer name -> its Params; together they partition the trainable parameters
     updates(config, step)         -> names of the optimizers that move at this step, in order
     policies(config, net)         -> the ways to run the trained net; the first is the default
-    adopt(config, net, tensors)   -> fills a fresh net from foreign weights by name (released code's, torchvision's, a
+    load_pretrained(config, net, tensors)
+                                  -> fills a fresh net from foreign weights by name (released code's, torchvision's, a
                                      smaller net's of ours); returns the net's names that keep their initial values;
                                      raises ConfigError listing tensors that fit nowhere; strict and ours by default
-    remarks(config, side_px)      -> sentences on what training on images of at most side_px leaves unused
+    warnings(config, side_px)     -> sentences on what training on images of at most side_px leaves unused
     figures(mine, others)         -> the family's own pictures of its trained nets `mine`; `others` are those of other
                                      families that are shown beside them, to be compared with
     static(config, net, reports)  -> {name: images -> module} of the ways to run the net that do the same whatever the
@@ -207,8 +292,10 @@ class Family:
     groups: Callable[[Any, nn.Module], Mapping[str, Sequence[Params]]]
     updates: Callable[[Any, int], Sequence[str]]
     policies: Callable[[Any, nn.Module], Sequence[Policy]]
-    adopt: Callable[[Any, nn.Module, Mapping[str, Tensor]], Sequence[str]] = lambda _, net, tensors: load(net, tensors)
-    remarks: Callable[[Any, int], Sequence[str]] = lambda _, side_px: ()
+    load_pretrained: Callable[[Any, nn.Module, Mapping[str, Tensor]], Sequence[str]] = lambda _, net, tensors: load(
+        net, tensors
+    )
+    warnings: Callable[[Any, int], Sequence[str]] = lambda _, side_px: ()
     figures: Callable[[Sequence[Evaluated], Sequence[Evaluated]], Sequence[Figure]] = lambda mine, others: ()
     static: Callable[[Any, nn.Module, Sequence[Report]], Mapping[str, Callable[[Tensor], nn.Module]]] = (
         lambda _, net, reports: {}

@@ -10,7 +10,8 @@ import numpy as np
 import tiny
 from numpy.typing import NDArray
 
-from pipeline.family import Evaluated, Family, FamilyConfig, Report
+from pipeline.evaluation.reports_v1 import identity
+from pipeline.family import Evaluated, Family, FamilyConfig, Latency, Report
 from pipeline.figures import Bars, Figure, Gallery, HeatMap, Lines, Series, Table
 
 HOSTILE = ('<b>ant & "bee"</b>', "$x_1$", "=SUM(A1)", "bee, 'wasp'\nline", "_under", "naïve 猫", "bad \udcff\x01 name")
@@ -19,25 +20,22 @@ HOSTILE = ('<b>ant & "bee"</b>', "$x_1$", "=SUM(A1)", "bee, 'wasp'\nline", "_und
 def report(policy: str, seed: int, num_classes: int, num_images: int = 10_000) -> Report:
     draw = np.random.default_rng(seed)
     top1 = draw.uniform(0.3, 0.9)
-    entry = {"device": "Some <CPU> & more", "threads": 2, "waited_share": float(draw.uniform(0, 0.2))}
+    waited = float(draw.uniform(0, 0.2))
     ms = draw.uniform(0.5, 40.0, 2)
+    kind, settings = identity(policy)
     return Report(
         policy=policy,
+        kind=kind,
+        settings=settings,
         num_images=num_images,
         top1=float(top1),
         top5=float(top1 + 0.09),
         ece=float(draw.uniform(0.001, 0.1)),
         macs_mean=float(draw.uniform(1e6, 4e8)),
         macs_p95=float(draw.uniform(4e8, 5e8)),
-        full_share=float(draw.uniform(0.2, 1.0)),
+        relative_macs=float(draw.uniform(0.2, 1.0)),
         latency=[
-            {
-                **entry,
-                "batch": size,
-                "median_ms": float(m),
-                "p95_ms": float(1.3 * m),
-                "images_per_s": float(1e3 * size / m),
-            }
+            Latency(size, float(m), float(1.3 * m), float(1e3 * size / m), "Some <CPU> & more", 2, waited)
             for size, m in zip((1, 32), ms, strict=True)
         ],
         top1_by_class=[None if k == 1 else float(draw.uniform()) for k in range(num_classes)],

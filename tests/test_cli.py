@@ -12,7 +12,7 @@ import pytest
 from jobs import cli, tables
 from jobs.verbs import train
 from pipeline.data.toy import make
-from pipeline.family import Report
+from pipeline.family import Latency, Report
 from pipeline.runs.journal import Journal
 
 
@@ -96,13 +96,12 @@ def test_every_verbs_help_shows_examples_that_can_be_copied(say) -> None:
 
 
 def test_a_latency_on_cores_that_others_held_is_called_doubtful() -> None:
-    entry = {"batch": 1, "median_ms": 1.0, "p95_ms": 1.1, "images_per_s": 1000.0, "device": "cpu", "threads": 2}
-    quiet, busy = (_report({**entry, "waited_share": share}) for share in (0.02, 0.4))
+    quiet, busy = (_report(Latency(1, 1.0, 1.1, 1000.0, "cpu", 2, waited_share=share)) for share in (0.02, 0.4))
     assert "busy" not in tables.of_reports([quiet])
     assert "threads waited 40% of the time for a core), measure again" in tables.of_reports([quiet, busy])
 
 
-def _report(entry: dict[str, object]) -> Report:
+def _report(entry: Latency) -> Report:
     return Report("a", 1, 1.0, None, 0.0, 1.0, 1.0, 1.0, latency=[entry])
 
 

@@ -36,7 +36,8 @@ needs_onnx = pytest.mark.skipif(any(importlib.util.find_spec(n) is None for n in
 def reports(blocks: int) -> list[Report]:
     """As an evaluation stores them: the gates' mean rates, and rates that were fitted."""
     facts = {"gates": RATES[:blocks]}
-    hard = Report("gates-hard", 10, 0.9, None, 0.01, 3e7, 4e7, 0.6, facts=facts)
+    identity = {"kind": "gates", "settings": {"gates": "hard"}}
+    hard = Report("gates-hard", 10, 0.9, None, 0.01, 3e7, 4e7, 0.6, **identity, facts=facts)  # type: ignore[arg-type]
     rated = Report("expected-rate", 10, 0.9, None, 0.01, 3e7, 4e7, 0.6, calibration={"rates": RATES[:blocks]})
     return [hard, rated]
 
@@ -253,7 +254,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint.write(folder / "checkpoints" / "step-00000007", {"net": awake(net).state_dict(), "step": 7}, meta)
     home = folder / "evaluations" / "final"
     home.mkdir(parents=True)
-    (home / "reports.json").write_text(json.dumps([dataclasses.asdict(report) for report in reports(3)]))
+    (home / "reports.json").write_text(json.dumps([report.to_json() for report in reports(3)]))
     (home / "about.json").write_text(json.dumps({"step": 7, "data": "abc", "root": "/nowhere"}))
     finish(folder, best="step-00000007")
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -256,7 +255,7 @@ def make_run(path: Path, root: Path, seed: int, section: dict[str, Any] = SECTIO
     checkpoint.write(run_dir / "checkpoints" / name, {"net": net.state_dict(), "step": seed}, {**meta, "metrics": {}})
     store = run_dir / "evaluations" / "final"
     store.mkdir(parents=True)
-    found = [dataclasses.asdict(report("gates-hard", 0.5, 1e6)), dataclasses.asdict(report("all", 0.4, 2e6))]
+    found = [report("gates-hard", 0.5, 1e6).to_json(), report("all", 0.4, 2e6).to_json()]
     (store / "reports.json").write_text(json.dumps(found))
     about = {"source": str(run_dir), "step": seed, "data": "abc", "root": str(root), "policies": None, "attack": None}
     (store / "about.json").write_text(json.dumps(about))

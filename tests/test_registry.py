@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import json
 import pickle
@@ -51,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mapping = {"net": nets[0].state_dict(), "ema": nets[1].state_dict(), "step": 7}
     checkpoint.write(run_dir / "checkpoints" / "step-00000007", mapping, meta)
     (run_dir / publishing.FINAL).mkdir(parents=True)
-    (run_dir / publishing.FINAL / "reports.json").write_text(json.dumps([dataclasses.asdict(r) for r in REPORTS]))
+    (run_dir / publishing.FINAL / "reports.json").write_text(json.dumps([r.to_json() for r in REPORTS]))
     finish(run_dir, best="step-00000007")
     return run_dir
 

@@ -150,7 +150,7 @@ def test_json_holds_the_reports_whole_and_every_figure(made: Path) -> None:
     data = json.loads((made / "data.json").read_text(encoding="utf-8"))
     for kept, net in zip(data["nets"], drawn_nets.three(), strict=True):
         assert [entry["top1"] for entry in kept["reports"]] == [each.top1 for each in net.reports]
-        assert kept["reports"][0]["latency"] == net.reports[0].latency
+        assert kept["reports"][0]["latency"] == [each.to_json() for each in net.reports[0].latency]
     assert {figure["name"] for figure in data["figures"]} == {path.stem for path in (made / "figures").glob("*.csv")}
     assert sorted(data["files"]) == sorted(str(p.relative_to(made)) for p in made.rglob("*") if p.is_file())
 
@@ -204,7 +204,7 @@ def test_only_nets_that_were_timed_at_a_batch_size_stand_in_its_frontier() -> No
 def test_a_latency_says_how_it_was_measured_and_whether_to_trust_it() -> None:
     def caption(**changes: Any) -> str:
         net = drawn_nets.net("n")
-        reports = [replace(r, latency=[{**entry, **changes} for entry in r.latency]) for r in net.reports]
+        reports = [replace(r, latency=[replace(entry, **changes) for entry in r.latency]) for r in net.reports]
         return general.frontiers([replace(net, reports=reports)])[1].caption
 
     quiet = caption(waited_share=0.01)
@@ -214,7 +214,7 @@ def test_a_latency_says_how_it_was_measured_and_whether_to_trust_it() -> None:
     assert "busy" not in quiet and "do not compare" not in quiet
     assert "waited up to 40 % of the time for a core: a busy machine, measure again" in caption(waited_share=0.4)
     one, other = drawn_nets.net("one"), drawn_nets.net("other")
-    slow = [replace(r, latency=[{**entry, "device": "GPU"} for entry in r.latency]) for r in other.reports]
+    slow = [replace(r, latency=[replace(entry, device="GPU") for entry in r.latency]) for r in other.reports]
     assert "their times do not compare" in general.frontiers([one, replace(other, reports=slow)])[1].caption
 
 
@@ -222,7 +222,16 @@ def test_a_latency_says_how_it_was_measured_and_whether_to_trust_it() -> None:
 
 
 def swept(net: Evaluated, sides: Sequence[int], up: str = "") -> Evaluated:
-    reports = [replace(report, policy=f"{report.policy}@{side}px{up}") for report in net.reports for side in sides]
+    reports = [
+        replace(
+            report,
+            policy=f"{report.policy}@{side}px{up}",
+            kind="resized",
+            settings={"policy": report.policy, "side_px": side, "up_again": bool(up)},
+        )
+        for report in net.reports
+        for side in sides
+    ]
     return replace(net, swept={**net.swept, f"sides{sides}{up}": reports})
 
 

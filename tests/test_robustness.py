@@ -208,7 +208,7 @@ def test_macs_are_those_of_the_smaller_images(learnt: nn.Module) -> None:
         learnt, [policy, ResizedPolicy(policy, 12), ResizedPolicy(policy, 12, True)], split, how(3)
     )
     assert at12.macs_mean == cost.measure(learnt, torch.zeros(1, 3, 12, 12)).macs < at24.macs_mean == back.macs_mean
-    assert at12.full_share == pytest.approx(at12.macs_mean / at24.macs_mean)
+    assert at12.relative_macs == pytest.approx(at12.macs_mean / at24.macs_mean)
 
 
 def test_a_side_below_the_nets_least_is_refused_by_its_own_rule() -> None:

@@ -54,7 +54,9 @@ class Tiny(nn.Module):
 
 def groups(config: TinyConfig, net: nn.Module) -> dict[str, list[Params]]:
     weights = Params([p for name, p in net.named_parameters() if name != "alpha"])
-    return {"main": [weights]} | ({"shape": [Params([net.alpha], decay=False, apart=True)]} if config.shaped else {})
+    return {"main": [weights]} | (
+        {"shape": [Params([net.alpha], decay=False, outside_ddp=True)]} if config.shaped else {}
+    )
 
 
 FAMILY = Family(

@@ -22,7 +22,7 @@ from pipeline import cost
 from pipeline.bench.rows import chosen, interleave, on_threads
 from pipeline.config import validate
 from pipeline.families import arrn, baseline, convnet_aig, ranet, shape_adaptor
-from pipeline.families.arrn.inference import AtResolution
+from pipeline.families.arrn.inference import ArrnResolution
 from pipeline.families.convnet_aig.inference import Gates
 from pipeline.families.convnet_aig.model import Aig, AigConfig
 from pipeline.families.ranet.budget import shares, thresholds
@@ -167,13 +167,13 @@ def ranet_pairs() -> Iterator[PolicyPair]:
     for classifier, spread in zip(net.classifiers, exits.std((0, 2)), strict=True):
         assert isinstance(classifier, Classifier)
         classifier.fc.weight.div_(float(spread))
-    found, prices = confidence(net(images).exits), measure(net, images)
+    found, costs = confidence(net(images).exits), measure(net, images)
     for batch, qs in ((256, (0.5, 0.8, 1.0, 1.5)), (32, (0.5, 1.0, 1.5)), (8, (1.0, 1.5)), (1, (1.0,))):
         for q in qs:
             until = (*thresholds(found, shares(log(q), net.config.num_exits)), 0.0)
             some = images[:batch]
-            macs = float(early_exit(net, some, until, prices).macs.mean()) / prices.cumulative[-1]
-            ours = _call(early_exit, net, some, until, prices)
+            macs = float(early_exit(net, some, until, costs).macs.mean()) / costs.cumulative[-1]
+            ours = _call(early_exit, net, some, until, costs)
             yield PolicyPair(
                 f"RANet C-b1, q = {q:g}", "the same, every exit of every image", batch, macs, ours, _call(net, some)
             )
@@ -182,8 +182,8 @@ def ranet_pairs() -> Iterator[PolicyPair]:
         full, until = cost.measure(plain, images[:1]).macs, (*thresholds(found, shares(0.0, 6)), 0.0)
         for batch in (256, 1):
             some = images[:batch]
-            macs = float(early_exit(net, some, until, prices).macs.mean()) / full
-            ours = _call(early_exit, net, some, until, prices)
+            macs = float(early_exit(net, some, until, costs).macs.mean()) / full
+            ours = _call(early_exit, net, some, until, costs)
             yield PolicyPair("RANet C-b1, q = 1", f"{peer}, CIFAR-10", batch, macs, ours, _call(plain, some))
 
 
@@ -202,9 +202,9 @@ def arrn_pairs() -> Iterator[PolicyPair]:
     for size, (finest, batches) in ARRN_SIZES.items():
         net = _net(arrn.FAMILY, name="arrn", size=size)
         for batch, part in product(batches, (2, 4)):
-            images, policy = _images(batch, finest), AtResolution(finest // part)
+            images, policy = _images(batch, finest), ArrnResolution(finest // part)
             small = _images(batch, finest // part)
-            full = float(AtResolution(finest).predict(net, images[:1]).macs)
+            full = float(ArrnResolution(finest).predict(net, images[:1]).macs)
             macs = float(policy.predict(net, small[:1]).macs) / full
             name = f"ARRN {size} at {finest // part} px"
             yield PolicyPair(

@@ -24,7 +24,7 @@ from pipeline import run_config
 from pipeline.data.config import DataConfig
 from pipeline.data.index import ImageIndex, open_splits
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation import from_weights
+from pipeline.evaluation import from_weights, reports_v1
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.evaluation.robustness import Attack, ResolutionSweep
 from pipeline.execution.launch import absolute, check_device
@@ -262,7 +262,7 @@ def find(source: str, uri: str | None = None) -> EvaluatedNet:
     stored = [each for home in homes for each in _read_all(home) if each.about.step == model.step]
     found = [each for each in stored if each.about.sha256 in mine]
     found.sort(key=lambda stored: (bool(stored.about.policies), -_written(stored)))
-    card = [Report(**report) for report in _reports_inside(folder)]
+    card = [reports_v1.read(report) for report in _reports_inside(folder)]
     if card:
         found.append(Stored(card, None, About(data=model.card.get("evaluated_on") or "unknown", step=model.step)))
     net = EvaluatedNet(source, model, run_dir, found)

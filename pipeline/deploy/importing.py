@@ -96,7 +96,7 @@ def _adopted(
     training = config.training.model_copy(update={"ema_decay": None})
     cpu = torch.device("cpu")
     current = state.fresh(family, config.family, training, num_classes=num_classes, seed=config.seed, device=cpu)
-    return current, family.adopt(config.family, current.net, tensors)
+    return current, family.load_pretrained(config.family, current.net, tensors)
 
 
 def _save(config: RunConfig, current: TrainState, meta: Meta, run_dir: Path) -> Path:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, median
@@ -73,7 +73,7 @@ class Predictor:
     @cached_property
     def policies(self) -> dict[str, Policy]:
         """Those that can run at once: all but the ones whose calibration is not stored."""
-        found = restored(self.model.policies, [asdict(report) for report in self.reports])
+        found = restored(self.model.policies, [report.to_json() for report in self.reports])
         return {policy.name: policy for policy in found}
 
     def choose(self, budget: Budget | None, policy: str | None, sample: Sequence[Path]) -> Choice:
@@ -242,7 +242,7 @@ def _read(files: Sequence[Path]) -> tuple[list[bytes], dict[int, str]]:
 
 def full_macs(reports: Sequence[Report]) -> float:
     """The MACs of the whole network, from a policy's own price and share of it."""
-    return reports[0].macs_mean / reports[0].full_share
+    return reports[0].macs_mean / reports[0].relative_macs
 
 
 def as_mapping(answer: Answer | Unreadable) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,7 @@ def _keep_reports(client: Any, version: Version, alias: str, mine: Evaluation, t
 
 
 def _whole(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    return [asdict(report) for report in reports]
+    return [report.to_json() for report in reports]
 
 
 def _figures(reports: Sequence[Report]) -> str:

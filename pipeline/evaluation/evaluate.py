@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -24,7 +24,8 @@ from pipeline import cost, ranks
 from pipeline.data import pixels
 from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.family import Fitted, Policy, Prediction, Report
+from pipeline.evaluation import reports_v1
+from pipeline.family import Fitted, Latency, Policy, Prediction, Report
 from pipeline.runs.files import whole_file, write_json
 from pipeline.training.memory import keep_freed_memory
 
@@ -202,7 +203,7 @@ def _report(
     arrays: Arrays,
     full: float,
     num_classes: int,
-    latency: Sequence[Mapping[str, Any]],
+    latency: Sequence[Latency],
     unreadable: Sequence[str],
 ) -> Report:
     hit = arrays["predicted"] == arrays["labels"]
@@ -215,7 +216,9 @@ def _report(
         ece=_calibration_error(arrays["confidence"], hit),
         macs_mean=float(arrays["macs"].mean()),
         macs_p95=float(np.percentile(arrays["macs"], 95)),
-        full_share=float(arrays["macs"].mean()) / full,
+        relative_macs=float(arrays["macs"].mean()) / full,
+        kind=policy.kind,
+        settings=dict(policy.settings),
         latency=latency,
         facts={name: _row(values.mean(0)) for name, values in facts.items()},
         facts_by_class={name: _by_class(values, arrays["labels"], num_classes) for name, values in facts.items()},
@@ -243,16 +246,14 @@ def _by_class(values: NDArray[Any], labels: NDArray[Any], num_classes: int) -> l
     return [_row(rows.mean(0)) if len(rows) else None for rows in found]
 
 
-def _latencies(
-    policies: Sequence[Policy], net: nn.Module, sample: Tensor, evaluator: Evaluator
-) -> list[list[dict[str, Any]]]:
+def _latencies(policies: Sequence[Policy], net: nn.Module, sample: Tensor, evaluator: Evaluator) -> list[list[Latency]]:
     """For each policy and batch size the median and the 95th percentile of the time of `predict`.
 
     The policies take turns, so that other work on the machine falls on all of them; the first round warms up.
     """
     if evaluator.latency_repeats == 0:
         return [[] for _ in policies]
-    found: list[list[dict[str, Any]]] = [[] for _ in policies]
+    found: list[list[Latency]] = [[] for _ in policies]
     for size in evaluator.latency_batches:
         images = sample.repeat(-(-size // len(sample)), 1, 1, 1)[:size]
         if evaluator.channels_last:
@@ -264,7 +265,7 @@ def _latencies(
         ]
         waited = max(0.0, _waited_s() - before) / (time.perf_counter() - start) / torch.get_num_threads()
         for entries, times in zip(found, zip(*rounds[1:], strict=True), strict=True):
-            entries.append({**_entry(size, times, evaluator.device), "waited_share": waited})
+            entries.append(_latency(size, times, evaluator.device, waited))
     return found
 
 
@@ -286,15 +287,16 @@ def seconds_of(policy: Policy, net: nn.Module, images: Tensor, evaluator: Evalua
     return time.perf_counter() - start
 
 
-def _entry(size: int, times: Sequence[float], device: torch.device) -> dict[str, Any]:
-    return {
-        "batch": size,
-        "median_ms": median(times) * 1e3,
-        "p95_ms": float(np.percentile(times, 95)) * 1e3,
-        "images_per_s": size / median(times),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-    }
+def _latency(size: int, times: Sequence[float], device: torch.device, waited_share: float) -> Latency:
+    return Latency(
+        batch=size,
+        median_ms=median(times) * 1e3,
+        p95_ms=float(np.percentile(times, 95)) * 1e3,
+        images_per_s=size / median(times),
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        waited_share=waited_share,
+    )
 
 
 def _synchronise(device: torch.device) -> None:
@@ -319,7 +321,7 @@ def _store(folder: Path, reports: Sequence[Report], merged: Mapping[str, Arrays]
     for report in reports:
         with whole_file(folder / f"{report.policy}.npz") as path, open(path, "wb") as file:
             np.savez_compressed(file, **{n.replace("/", "."): v for n, v in merged[report.policy].items()})  # type: ignore[arg-type]
-    write_json(folder / "reports.json", [asdict(report) for report in reports])
+    write_json(folder / "reports.json", [report.to_json() for report in reports])
 
 
 def load_reports(folder: Path) -> list[Report]:
@@ -327,4 +329,4 @@ def load_reports(folder: Path) -> list[Report]:
     path = folder / "reports.json"
     if not path.exists():
         return []
-    return [Report(**mapping) for mapping in json.loads(path.read_text(encoding="utf-8"))]
+    return [reports_v1.read(record) for record in json.loads(path.read_text(encoding="utf-8"))]

@@ -116,7 +116,7 @@ def metrics_of(reports: Sequence[Report]) -> dict[str, float]:
             "ece": report.ece,
             "gmacs": report.macs_mean / 1e9,
             "gmacs_p95": report.macs_p95 / 1e9,
-            "full_share": report.full_share,
+            "full_share": report.relative_macs,
         }
         values |= {f"eval/{report.policy}/{key}": value for key, value in found.items() if value is not None}
     return values

@@ -46,7 +46,7 @@ class Budget:
         if self.unit == "ms":
             assert milliseconds is not None
             return milliseconds
-        return report.macs_mean if self.unit == "macs" else report.full_share
+        return report.macs_mean if self.unit == "macs" else report.relative_macs
 
     def written(self, cost: float) -> str:
         """A cost in this budget's unit, for people."""

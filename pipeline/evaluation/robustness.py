@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import Batches, Evaluator, LabelledBatch
-from pipeline.family import Policy, Prediction
+from pipeline.family import Policy, Prediction, Settings
 
 Kind = Literal["fgsm"]
 TOGETHER = 64  # images whose gradients are taken at once
@@ -166,6 +166,14 @@ class ResizedPolicy:
     @property
     def name(self) -> str:
         return f"{self.policy.name}@{self.side_px}px{'-and-up' if self.up_again else ''}"
+
+    @property
+    def kind(self) -> str:
+        return "resized"
+
+    @property
+    def settings(self) -> Settings:
+        return {"policy": self.policy.name, "side_px": self.side_px, "up_again": self.up_again}
 
     def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> ResizedPolicy:
         """Itself: thresholds stay those of the full resolution."""

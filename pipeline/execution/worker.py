@@ -193,7 +193,7 @@ class Run:
             device=self.device,
             epochs_per_step=training.batch_size / len(self.splits.train),
             forward=forward,
-            remarks=(*remarks, *self.family.remarks(config.family, config.data.largest_side_px)),
+            remarks=(*remarks, *self.family.warnings(config.family, config.data.largest_side_px)),
             autocast=step.use_bf16(training.precision, self.device),
             channels_last=self.config.training.channels_last,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def write_model_folder(
             (aside / "reports").mkdir()
             shutil.copyfile(weights_of(source), aside / WEIGHTS)
             (aside / RECIPE).write_text(configs.dump_yaml(meta.recipe), encoding="utf-8")
-            whole = [asdict(report) for report in reports]
+            whole = [report.to_json() for report in reports]
             (aside / "reports" / "reports.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
             recipe = {"sha256": checkpoint.sha256(aside / RECIPE)}
             card = {**_card(meta, whole, aside / WEIGHTS), "recipe": recipe, "evaluated_on": evaluated_on}

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -175,7 +174,7 @@ def requirements() -> list[str]:
 
 
 def _version_tags(meta: Meta, reports: Sequence[Report], evaluated_on: str | None) -> dict[str, str]:
-    figures = [{key: value for key, value in asdict(report).items() if key in FIGURES} for report in reports]
+    figures = [{key: value for key, value in report.to_json().items() if key in FIGURES} for report in reports]
     recipe, started = meta.recipe, configs.section(meta.recipe, "training").get("start_from")
     tags = {
         "adaptnet.family": str(meta.family["name"]),

@@ -14,8 +14,8 @@ from PIL import Image
 
 from pipeline.data.image_headers import EXTENSIONS, MAX_PIXELS
 from pipeline.errors import AdaptNetError, ConfigError, UndecodableError
+from pipeline.evaluation import reports_v1
 from pipeline.evaluation.frontier import best_within, parse_budget
-from pipeline.family import Report
 from pipeline.registry.model import Answers, LoadedModel, predict
 
 MAX_ROWS = 1024  # images of a request
@@ -40,7 +40,7 @@ def policy_for(model: LoadedModel, policy: str | None, budget: str | None) -> st
     wanted = parse_budget(budget)
     if wanted.unit == "ms":
         raise ConfigError(f"params.budget (={budget}): a served net takes MACs, as 0.8G, or a share, as 50%")
-    reports = [Report(**report) for report in model.card.get("reports", ())]
+    reports = [reports_v1.read(report) for report in model.card.get("reports", ())]
     if not reports:
         raise ConfigError(f"params.budget (={budget}): this net was registered without an evaluation; give a policy")
     return reports[best_within(reports, [wanted.cost_of(report) for report in reports], wanted)].policy

@@ -231,7 +231,7 @@ def _net(net: Evaluated) -> dict[str, Any]:
     plain = ("name", "family", "data", "side_px", "step", "parameters")
     return {
         **{name: getattr(net, name) for name in plain},
-        "reports": [asdict(report) for report in net.reports],
-        "attacked": {attack: [asdict(report) for report in reports] for attack, reports in net.attacked.items()},
-        "swept": {sweep: [asdict(report) for report in reports] for sweep, reports in net.swept.items()},
+        "reports": [report.to_json() for report in net.reports],
+        "attacked": {attack: [report.to_json() for report in reports] for attack, reports in net.attacked.items()},
+        "swept": {sweep: [report.to_json() for report in reports] for sweep, reports in net.swept.items()},
     }

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from pipeline.evaluation.frontier import dominated
-from pipeline.family import Evaluated, Report
+from pipeline.family import Evaluated, Latency, Report
 from pipeline.figures import Cell, Figure, HeatMap, Lines, Series, Table, marks
 from pipeline.report.cells import NO, YES
 
@@ -63,18 +62,18 @@ def by_macs(nets: Sequence[Evaluated]) -> Frontier:
 def by_latency(nets: Sequence[Evaluated], batch: int) -> Frontier:
     """Over those that were measured at this batch size."""
     return frontier(
-        [Point(net, report, e["median_ms"]) for net in nets for report in net.reports for e in timed(report, batch)]
+        [Point(net, report, e.median_ms) for net in nets for report in net.reports for e in timed(report, batch)]
     )
 
 
-def timed(report: Report, batch: int) -> Sequence[Any]:
+def timed(report: Report, batch: int) -> Sequence[Latency]:
     """The report's latency at this batch size, if it was measured."""
-    return [entry for entry in report.latency if entry["batch"] == batch][:1]
+    return [entry for entry in report.latency if entry.batch == batch][:1]
 
 
 def batches(nets: Sequence[Evaluated]) -> list[int]:
     """The batch sizes at which latency was measured, rising."""
-    return sorted({entry["batch"] for net in nets for report in net.reports for entry in report.latency})
+    return sorted({entry.batch for net in nets for report in net.reports for entry in report.latency})
 
 
 # ---- accuracy against cost
@@ -150,31 +149,31 @@ def _to_choose(found: Frontier) -> Table:
 
 def _row(point: Point) -> list[Cell]:
     report = point.report
-    return [point.net.name, report.policy, 100 * report.top1, report.macs_mean / 1e6, 100 * report.full_share]
+    return [point.net.name, report.policy, 100 * report.top1, report.macs_mean / 1e6, 100 * report.relative_macs]
 
 
-def _entries(nets: Sequence[Evaluated], size: int) -> list[Any]:
+def _entries(nets: Sequence[Evaluated], size: int) -> list[Latency]:
     return [entry for net in nets for report in net.reports for entry in timed(report, size)]
 
 
-def _measured(entries: Sequence[Any], size: int) -> str:
+def _measured(entries: Sequence[Latency], size: int) -> str:
     """How a latency was measured, and whether to trust it."""
-    places = _listed(f"{e['device']} with {e['threads']} thread{'s' if e['threads'] > 1 else ''}" for e in entries)
+    places = _listed(f"{e.device} with {e.threads} thread{'s' if e.threads > 1 else ''}" for e in entries)
     text = (
         f"Median time of one pass over {size} image{'s' if size > 1 else ''} on {places}, after one pass to warm up; "
         "the policies of a net take turns, and the device is waited for. "
     )
     text += f"The slowest of twenty passes took up to {_spread(entries):.1f} times the median; "
-    waited = max(entry.get("waited_share", 0.0) for entry in entries)
+    waited = max(entry.waited_share for entry in entries)
     text += f"threads waited up to {100 * waited:.0f} % of the time for a core"
     text += ": a busy machine, measure again." if waited > WAITED else "."
-    if len({(entry["device"], entry["threads"]) for entry in entries}) > 1:
+    if len({(entry.device, entry.threads) for entry in entries}) > 1:
         text += " Not all nets were measured on the same device with as many threads: their times do not compare."
     return text
 
 
-def _spread(entries: Sequence[Any]) -> float:
-    return max(float(entry["p95_ms"]) / float(entry["median_ms"]) for entry in entries)
+def _spread(entries: Sequence[Latency]) -> float:
+    return max(entry.p95_ms / entry.median_ms for entry in entries)
 
 
 def _listed(words: Iterable[str]) -> str:
@@ -202,10 +201,10 @@ def all_policies(nets: Sequence[Evaluated]) -> Table:
 def _figures(report: Report, sizes: Sequence[int]) -> list[Cell]:
     top5 = None if report.top5 is None else 100 * report.top5
     row: list[Cell] = [report.policy, 100 * report.top1, top5, report.ece]
-    row += [report.macs_mean / 1e6, report.macs_p95 / 1e6, 100 * report.full_share]
+    row += [report.macs_mean / 1e6, report.macs_p95 / 1e6, 100 * report.relative_macs]
     for size in sizes:
         found = timed(report, size)
-        row += [found[0]["median_ms"], found[0]["p95_ms"]] if found else [None, None]
+        row += [found[0].median_ms, found[0].p95_ms] if found else [None, None]
     return row
 
 
@@ -235,7 +234,7 @@ def _about(net: Evaluated) -> str:
     )
     entries = [entry for report in net.reports for entry in report.latency]
     if entries:
-        text += f"times are in ms per pass at each batch size (@), on {_listed(str(e['device']) for e in entries)}; "
+        text += f"times are in ms per pass at each batch size (@), on {_listed(e.device for e in entries)}; "
     return text + "dominated among all points of this report, in MACs, and in ms at each batch size (@)."
 
 

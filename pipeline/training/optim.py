@@ -69,7 +69,13 @@ def _torch_groups(settings: OptimizerConfig, params: Sequence[Params], plain: se
         full = settings.lr * group.lr_factor
         for members, decay in ((decayed, settings.weight_decay), (bare, 0.0)):
             if members:
-                yield {"params": members, "lr": full, "full_lr": full, "weight_decay": decay, "apart": group.apart}
+                yield {
+                    "params": members,
+                    "lr": full,
+                    "full_lr": full,
+                    "weight_decay": decay,
+                    "apart": group.outside_ddp,
+                }
 
 
 def is_apart(optimizer: Optimizer) -> bool:
@@ -96,7 +102,7 @@ def norms_and_biases(net: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _assert_partition(groups: Mapping[str, Sequence[Params]], net: nn.Module) -> None:
-    mixed = [name for name, params in groups.items() if len({group.apart for group in params}) > 1]
+    mixed = [name for name, params in groups.items() if len({group.outside_ddp for group in params}) > 1]
     if mixed:
         raise ContractError(f"optimizer {mixed[0]}: parameters apart need an optimizer to themselves")
     grouped = [id(p) for params in groups.values() for group in params for p in group.parameters]

@@ -52,7 +52,7 @@ def fresh(
     torch.manual_seed(seed_of(seed, "weights"))
     net = family.build(config, num_classes)
     if weights is not None:
-        family.adopt(config, net, weights)
+        family.load_pretrained(config, net, weights)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net = net.to(device).to(memory_format=layout)
     optimizers = optim.build(family.groups(config, net), net, training)

@@ -19,8 +19,8 @@ from pipeline.errors import ConfigError
 from pipeline.families.arrn import FAMILY
 from pipeline.families.arrn.config import SIZES, ArrnConfig
 from pipeline.families.arrn.filters import Filter, Pair, matrix
-from pipeline.families.arrn.growing import adopt, cut
-from pipeline.families.arrn.inference import AtResolution, policies
+from pipeline.families.arrn.growing import cut, load_pretrained
+from pipeline.families.arrn.inference import ArrnResolution, policies
 from pipeline.families.arrn.inner import Border, ConvNorm
 from pipeline.families.arrn.model import Arrn, Residual, affine, build, scaled
 from pipeline.family import Prediction, cross_entropy
@@ -516,7 +516,7 @@ def test_a_rank_that_drops_all_and_one_that_drops_none_train_together(tmp_path: 
 # ---- policies
 
 
-def predict(policy: AtResolution, net: Arrn, x: Tensor) -> Prediction:
+def predict(policy: ArrnResolution, net: Arrn, x: Tensor) -> Prediction:
     with torch.no_grad():
         return policy.predict(net, x)
 
@@ -549,9 +549,9 @@ def test_policies_run_fewer_residuals_for_less_and_full_ones_all_of_them() -> No
         assert found.logits.dtype == torch.float32
         prices[policy.name] = found.macs[0].item()
         if policy.full:
-            skipped = predict(AtResolution(policy.side_px), net, x).logits
+            skipped = predict(ArrnResolution(policy.side_px), net, x).logits
             assert apart(found.logits, skipped) <= 1e-3
-            assert apart(skipped, predict(AtResolution(32), net, x).logits) >= 0.1
+            assert apart(skipped, predict(ArrnResolution(32), net, x).logits) >= 0.1
     assert prices["32px"] > prices["16px"] > prices["8px"] > prices["4px"]
     assert prices["full-8px"] > prices["32px"]
     assert torch.equal(x, before)
@@ -559,9 +559,9 @@ def test_policies_run_fewer_residuals_for_less_and_full_ones_all_of_them() -> No
 
 def test_images_below_a_policys_resolution_stay_as_they_are() -> None:
     net, y = trained(small()), images(3, 16)
-    assert torch.equal(predict(AtResolution(32), net, y).logits, logits(net, y).float())
-    assert torch.equal(predict(AtResolution(16, full=True), net, y).logits, logits(net, lifted(net, y)).float())
-    assert predict(AtResolution(32), net, y).facts["residuals"].tolist() == [2, 2, 2]
+    assert torch.equal(predict(ArrnResolution(32), net, y).logits, logits(net, y).float())
+    assert torch.equal(predict(ArrnResolution(16, full=True), net, y).logits, logits(net, lifted(net, y)).float())
+    assert predict(ArrnResolution(32), net, y).facts["residuals"].tolist() == [2, 2, 2]
 
 
 def test_not_square_images_keep_their_shape_on_every_rung() -> None:
@@ -570,7 +570,7 @@ def test_not_square_images_keep_their_shape_on_every_rung() -> None:
     shapes = [tuple(net.at_side(x, side).shape[-2:]) for side in LADDER]
     assert shapes == [(45, 32), (23, 16), (12, 8), (6, 4)]
     assert scaled(x, 16) == (23, 16)
-    assert predict(AtResolution(16), net, x).logits.isfinite().all()
+    assert predict(ArrnResolution(16), net, x).logits.isfinite().all()
 
 
 # ---- growing
@@ -586,7 +586,7 @@ def test_a_net_grown_on_top_of_a_smaller_one_has_its_function(kind: Filter, star
     for layer in (net.stem, *(residual.project for residual in net.residuals)):
         nn.init.normal_(layer.bias)
     initial = {name: value.clone() for name, value in net.state_dict().items()}
-    kept = adopt(config, net, smaller.state_dict())
+    kept = load_pretrained(config, net, smaller.state_dict())
     x = images(4)
     assert apart(logits(net, x), logits(smaller, net.at_side(x, LADDER[start]))) <= 1e-10
     assert apart(logits(net, net.at_side(x, LADDER[start])), logits(smaller, net.at_side(x, LADDER[start]))) <= 1e-10
@@ -596,7 +596,7 @@ def test_a_net_grown_on_top_of_a_smaller_one_has_its_function(kind: Filter, star
 
 def test_a_grown_net_learns_in_its_new_residual() -> None:
     net = build(small(drop=0.5), CLASSES).double()
-    adopt(small(drop=0.5), net, trained(small(finest_px=16)).state_dict())
+    load_pretrained(small(drop=0.5), net, trained(small(finest_px=16)).state_dict())
     net.train()(images(6), noise_for([0] * 6)).logits.square().sum().backward()
     first = net.residuals[0]
     assert isinstance(first, Residual)
@@ -607,14 +607,14 @@ def test_a_grown_net_learns_in_its_new_residual() -> None:
 def test_growing_in_fp32_keeps_the_function_too() -> None:
     smaller = trained(small(finest_px=16, drop=0)).float()
     net = build(small(), CLASSES).eval()
-    adopt(small(), net, smaller.state_dict())
+    load_pretrained(small(), net, smaller.state_dict())
     x = images(4).float()
     assert apart(logits(net, x), logits(smaller, net.at_side(x, 16))) <= 1e-4
 
 
 def test_a_net_of_the_same_ladder_is_adopted_as_it_is() -> None:
     net = build(small(), CLASSES).double().eval()
-    assert adopt(small(), net, trained(small()).state_dict()) == []
+    assert load_pretrained(small(), net, trained(small()).state_dict()) == []
     assert torch.equal(logits(net, images(2)), logits(trained(small()), images(2)))
 
 
@@ -622,18 +622,18 @@ def test_weights_of_another_net_are_refused_by_name() -> None:
     net = build(small(), CLASSES)
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(ConfigError, match=r"not used: layer1"):
-        adopt(small(), net, {**net.state_dict(), "layer1": torch.zeros(1)})
+        load_pretrained(small(), net, {**net.state_dict(), "layer1": torch.zeros(1)})
     with pytest.raises(ConfigError, match=r"stem.weight of a ladder 3 shorter would be \(12, 3, 1, 1\), found nothing"):
-        adopt(small(), net, {"fc.weight": torch.zeros(1)})
+        load_pretrained(small(), net, {"fc.weight": torch.zeros(1)})
     wider = build(small(finest_px=16, widths=(6, 9, 10, 12), drop=0), CLASSES)
     with pytest.raises(ConfigError, match=r"stem.weight of a ladder 1 shorter would be \(8, 3, 1, 1\), found \(9, 3"):
-        adopt(small(), net, wider.state_dict())
+        load_pretrained(small(), net, wider.state_dict())
     longer = build(small(), CLASSES).state_dict()
     with pytest.raises(ConfigError, match="have 3 residuals, the net has 2"):
-        adopt(small(finest_px=16, drop=0), build(small(finest_px=16, drop=0), CLASSES), longer)
+        load_pretrained(small(finest_px=16, drop=0), build(small(finest_px=16, drop=0), CLASSES), longer)
     other = build(small(finest_px=16, inner=("F2x2", "M2x1", "F1x1"), drop=0), CLASSES)
     with pytest.raises(ConfigError, match=r"missing: residuals\.1\.inner\.blocks\.1"):
-        adopt(small(), net, other.state_dict())
+        load_pretrained(small(), net, other.state_dict())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
@@ -688,7 +688,7 @@ def test_a_wrong_setting_is_refused_with_its_rule(changes: dict[str, object], sa
 
 @pytest.mark.parametrize("side_px", [40, 32, 20, 16, 9, 8, 4])
 def test_a_remark_names_the_residuals_that_training_images_would_skip(side_px: int) -> None:
-    said = FAMILY.remarks(small(), side_px)
+    said = FAMILY.warnings(small(), side_px)
     skipped = build(small(), CLASSES).level(torch.zeros(1, 3, side_px, side_px))
     assert (len(said) == 1 and f"the first {skipped} of 3 residuals" in said[0]) if skipped else not said
 
@@ -698,7 +698,7 @@ def test_images_below_the_last_rung_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"images of 9 x 3 px: the ladder \[32, 16, 8, 4\] ends at 4 px, the least"):
         net(images(2, 3, 9))
     with pytest.raises(ConfigError, match="ends at 4 px"):
-        AtResolution(4).predict(net, images(2, 3, 3))
+        ArrnResolution(4).predict(net, images(2, 3, 3))
 
 
 def test_a_ladder_may_have_its_filter_by_residual_and_any_length() -> None:

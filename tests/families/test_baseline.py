@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline import cost
 from pipeline.config import validate
 from pipeline.errors import ConfigError
-from pipeline.families.baseline.inference import AtResolution, policies
+from pipeline.families.baseline.inference import BaselineResolution, policies
 from pipeline.families.baseline.model import MIN_SIDE_PX, TORCHVISION, BaselineConfig, CifarResNet, build
 from pipeline.families.convnet_aig.model import AigConfig
 from pipeline.families.convnet_aig.model import build as build_aig
@@ -166,7 +166,7 @@ def test_training_draws_its_own_noise_and_repeats_with_the_seed() -> None:
 # ---- policies
 
 
-def predict(policy: AtResolution, net: nn.Module, images: Tensor) -> Prediction:
+def predict(policy: BaselineResolution, net: nn.Module, images: Tensor) -> Prediction:
     with torch.no_grad():
         return policy.predict(net.eval(), images)
 
@@ -201,7 +201,7 @@ def test_a_resolution_is_the_net_on_resized_images_at_their_price() -> None:
 
 def test_prices_are_those_of_each_size_of_images_and_are_counted_on_that_forward() -> None:
     net = build(BaselineConfig(net="cifar_resnet", depth=8), 10)
-    policy = AtResolution()
+    policy = BaselineResolution()
     for x in (torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 24), torch.randn(5, 3, 16, 16)):
         predict(policy, net, x)
         with FlopCounterMode(display=False) as counter:

@@ -21,7 +21,7 @@ from pipeline.families.baseline.model import build as build_baseline
 from pipeline.families.convnet_aig.inference import ExpectedProb, ExpectedRate, Gates, policies
 from pipeline.families.convnet_aig.model import STAGES, Aig, AigConfig, Block, build, logistic, straight_through
 from pipeline.families.convnet_aig.objective import groups, loss, rate_loss
-from pipeline.families.convnet_aig.released import adopt
+from pipeline.families.convnet_aig.released import load_pretrained
 from pipeline.family import Prediction, cross_entropy
 
 CLASSES = 10
@@ -534,23 +534,23 @@ def test_released_weights_load_by_name_and_all_of_them(depth: int) -> None:
     theirs = {f"module.{names[name]}": value for name, value in source.state_dict().items()}
     theirs = {name: value for name, value in theirs.items() if not name.endswith("num_batches_tracked")}  # torch 0.3
     assert "module.layer2.0.shortcut.0.weight" in theirs and "module.layer3.1.fc1bn.running_var" in theirs
-    assert adopt(config, net, theirs) == []
+    assert load_pretrained(config, net, theirs) == []
     for name, value in source.state_dict().items():
         assert torch.equal(net.state_dict()[name], value), name
     with pytest.raises(ConfigError, match=r"not used: blocks\.0\.odd\.weight"):
-        adopt(config, net, {**theirs, "module.layer1.0.odd.weight": torch.zeros(1)})
+        load_pretrained(config, net, {**theirs, "module.layer1.0.odd.weight": torch.zeros(1)})
     with pytest.raises(ConfigError, match=r"missing: fc\.bias"):
-        adopt(config, net, {name: value for name, value in theirs.items() if name != "module.linear.bias"})
+        load_pretrained(config, net, {name: value for name, value in theirs.items() if name != "module.linear.bias"})
     fixed = AigConfig(depth=depth, target_rate=(1.0, *(0.5,) * (config.num_blocks - 1)))
     with pytest.raises(ConfigError, match=r"gates in blocks 0, which a target rate of 1 fixes open"):
-        adopt(fixed, build(fixed, 7), theirs)
+        load_pretrained(fixed, build(fixed, 7), theirs)
 
 
 def test_torchvisions_weights_fill_all_but_the_gates() -> None:
     config = AigConfig(depth=50)
     torch.manual_seed(0)
     plain, net = torchvision.models.resnet50(num_classes=4).eval(), build(config, 4).eval()
-    kept = adopt(config, net, plain.state_dict())
+    kept = load_pretrained(config, net, plain.state_dict())
     assert kept and all(".gate." in name for name in kept)
     batch = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
@@ -559,7 +559,7 @@ def test_torchvisions_weights_fill_all_but_the_gates() -> None:
             opened = block(opened, None)
         torch.testing.assert_close(net.fc(opened.mean(dim=(2, 3))), plain(batch), rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigError, match="of another shape: fc"):
-        adopt(config, build(config, 5), plain.state_dict())
+        load_pretrained(config, build(config, 5), plain.state_dict())
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -269,7 +269,7 @@ def test_a_figure_whose_inputs_are_not_there_is_left_out(net: Evaluated) -> None
     bars = {"convnet-aig-executed-layers"} & whole
     assert set(drawn(no_arrays)) == whole - galleries - bars
     assert set(drawn(no_curves)) == whole - training
-    bare = [replace(report, facts={}, facts_by_class={}, latency=[], policy="other") for report in net.reports]
+    bare = [replace(report, facts={}, facts_by_class={}, latency=[], policy="other", kind="") for report in net.reports]
     assert not set(drawn(replace(no_arrays, curves=dict, reports=bare))) - {"shape-adaptor-against-human"}
 
 
@@ -524,8 +524,8 @@ def test_skipping_costs_less_and_every_point_is_its_report(arrn: Evaluated) -> N
     assert list(accuracy[1].texts) == ["16px", "full-12px", "full-8px"]
     time = one(figures, "arrn-time-by-resolution", Lines)
     assert "passes of 2 images" in time.caption
-    entry = next(entry for entry in reports["full-8px"].latency if entry["batch"] == 2)
-    assert time.series[1].y[-1] == entry["median_ms"] / 2
+    entry = next(entry for entry in reports["full-8px"].latency if entry.batch == 2)
+    assert time.series[1].y[-1] == entry.median_ms / 2
 
 
 def test_totals_are_over_the_resolutions_that_all_share(arrn: Evaluated, plain: Evaluated, folder: Path) -> None:
@@ -537,7 +537,7 @@ def test_totals_are_over_the_resolutions_that_all_share(arrn: Evaluated, plain: 
         assert top1 == pytest.approx(sum(reports[policy].top1 for policy in policies) / 3)
         assert macs == pytest.approx(sum(reports[policy].macs_mean for policy in policies) / 1e6)
         assert ms == pytest.approx(
-            sum(entry["median_ms"] / 2 for p in policies for entry in reports[p].latency if entry["batch"] == 2)
+            sum(entry.median_ms / 2 for p in policies for entry in reports[p].latency if entry.batch == 2)
         )
     beside = one(drawn(arrn, others=[plain]), "arrn-over-all-resolutions", Table)
     assert "16, 8 px" in beside.caption
@@ -564,7 +564,7 @@ def test_baselines_are_fed_both_ways(arrn: Evaluated, plain: Evaluated) -> None:
 
 def test_times_of_other_machines_are_not_set_side_by_side(arrn: Evaluated, plain: Evaluated) -> None:
     moved = [
-        replace(report, latency=[{**entry, "device": "another"} for entry in report.latency])
+        replace(report, latency=[replace(entry, device="another") for entry in report.latency])
         for report in plain.reports
     ]
     figures = drawn(arrn, others=[replace(plain, reports=moved)])

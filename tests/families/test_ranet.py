@@ -21,7 +21,7 @@ from pipeline.families.ranet.budget import expected, shares, solve, thresholds
 from pipeline.families.ranet.config import RanetConfig
 from pipeline.families.ranet.inference import (
     Anytime,
-    Budget,
+    MacsBudget,
     batch_of,
     confidence,
     early_exit,
@@ -30,7 +30,7 @@ from pipeline.families.ranet.inference import (
 )
 from pipeline.families.ranet.model import Ranet, Walk, build
 from pipeline.families.ranet.objective import loss
-from pipeline.families.ranet.released import adopt
+from pipeline.families.ranet.released import load_pretrained
 from pipeline.family import Fitted, Prediction
 
 IMAGENET = {"stem": "imagenet", "scales": [1, 2, 3, 4], "width_factors": [4, 2, 2, 1], "layers": 8, "depth": "even"}
@@ -527,7 +527,7 @@ def test_budgets_share_one_walk_and_keep_to_their_price(small: Ranet) -> None:
     assert held_out.walks == 1
     full = measure(small, images(1)).cumulative[-1]
     for policy in done:
-        assert isinstance(policy, Budget)
+        assert isinstance(policy, MacsBudget)
         assert policy.state()["num_images"] == 160
         with torch.no_grad():
             spent = torch.cat([policy.predict(small, batch).macs for batch in held_out.batches])
@@ -562,7 +562,7 @@ def test_a_budget_without_thresholds_or_images_says_what_to_set(small: Ranet) ->
     with pytest.raises(ConfigError, match=r"data\.held_out"):
         policy.calibrated(small, Counted())
     with pytest.raises(ConfigError, match="out of reach"):
-        Budget(1000.0, small.config.num_exits).calibrated(small, Counted(images(4)))
+        MacsBudget(1000.0, small.config.num_exits).calibrated(small, Counted(images(4)))
 
 
 def test_confidences_of_all_ranks_count(small: Ranet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -611,14 +611,14 @@ def test_released_weights_load_by_name_and_all_of_them(stem: str) -> None:
     assert "module.classifier.5.m.1.net.1.running_var" in theirs
     first = "0.0.bias" if stem == "imagenet" else "0.net.0.weight"
     assert f"module.FirstLayer.layers.{first}" in theirs
-    assert adopt(config, net, theirs) == []
+    assert load_pretrained(config, net, theirs) == []
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in source.state_dict().items())
-    assert adopt(config, net, source.state_dict()) == []
+    assert load_pretrained(config, net, source.state_dict()) == []
     with pytest.raises(ConfigError, match=r"not used: odd\.weight"):
-        adopt(config, net, {**theirs, "odd.weight": torch.zeros(1)})
+        load_pretrained(config, net, {**theirs, "odd.weight": torch.zeros(1)})
     del theirs["module.classifier.0.linear.bias"]
     with pytest.raises(ConfigError, match=r"missing: classifiers\.0\.fc\.bias"):
-        adopt(config, net, theirs)
+        load_pretrained(config, net, theirs)
 
 
 def test_a_small_net_learns_images_by_heart_at_every_exit() -> None:

@@ -33,7 +33,7 @@ from pipeline.families.shape_adaptor.inference import AtShape, Live, freeze
 from pipeline.families.shape_adaptor.model import ShapeConfig, ShapeNet, build, first_alphas, places
 from pipeline.families.shape_adaptor.objective import groups, loss, updates
 from pipeline.families.shape_adaptor.shape import Plan, Rules, Shape, Size, factor, initial_alpha, plan, weights
-from pipeline.families.shape_adaptor.weights import RELEASED_ALPHAS, adopt
+from pipeline.families.shape_adaptor.weights import RELEASED_ALPHAS, load_pretrained
 from pipeline.family import cross_entropy
 from pipeline.training import optim, state
 from pipeline.training.config import OptimizerConfig, TrainingConfig
@@ -879,7 +879,7 @@ def test_alphas_are_apart_and_never_decay() -> None:
     config = small()
     net = opened(config)
     (params,) = groups(config, net)["shape"]
-    assert params.apart
+    assert params.outside_ddp
     assert not params.decay
     assert params.parameters == [alphas(net)]
     settings = OptimizerConfig(weight_decay=0.5)
@@ -1050,7 +1050,7 @@ def torchvisions(net: str) -> tuple[nn.Module, dict[str, Tensor]]:
 def test_torchvisions_weights_are_all_taken_but_the_head(net: Any) -> None:
     plain, tensors = torchvisions(net)
     human = build(ShapeConfig(net=net, mode="human"), CLASSES)
-    kept = adopt(ShapeConfig(net=net, mode="human"), human, tensors)
+    kept = load_pretrained(ShapeConfig(net=net, mode="human"), human, tensors)
     head = human.body.fc if net == "resnet50" else human.body.classifier
     assert set(kept) == {f"body.{'fc' if net == 'resnet50' else 'classifier'}.{kind}" for kind in ("weight", "bias")}
     head_of_plain = {"resnet50": "fc", "mobilenet_v2": "classifier"}.get(net)
@@ -1065,7 +1065,7 @@ def test_torchvisions_weights_are_all_taken_but_the_head(net: Any) -> None:
     config = ShapeConfig(net=net, mode="autotl")
     tuned = build(config, CLASSES)
     first = alphas(tuned).detach().clone()
-    assert set(adopt(config, tuned, tensors)) == {*kept, "shape.alphas"}
+    assert set(load_pretrained(config, tuned, tensors)) == {*kept, "shape.alphas"}
     assert torch.equal(alphas(tuned).detach(), first)
     theirs = human.state_dict()
     body = {name: value for name, value in tuned.state_dict().items() if name not in kept and name != "shape.alphas"}
@@ -1087,9 +1087,9 @@ def test_weights_that_do_not_fit_are_refused_by_name(resnet: dict[str, Tensor]) 
         ({**resnet, "conv1.weight": torch.zeros(64, 3, 3, 3)}, r"another shape: body.conv1.weight \(64, 3, 3, 3\)"),
     ):
         with pytest.raises(ConfigError, match=says):
-            adopt(config, net, tensors)
+            load_pretrained(config, net, tensors)
     with pytest.raises(ConfigError, match=r"missing: .*layer1\.1\.downsample"):  # SA has shortcuts that are not there
-        adopt(ShapeConfig(mode="sa"), on_meta(ShapeConfig(mode="sa"), CLASSES), resnet)
+        load_pretrained(ShapeConfig(mode="sa"), on_meta(ShapeConfig(mode="sa"), CLASSES), resnet)
 
 
 def test_a_released_autotl_checkpoint_is_taken_whole(resnet: dict[str, Tensor]) -> None:
@@ -1097,7 +1097,7 @@ def test_a_released_autotl_checkpoint_is_taken_whole(resnet: dict[str, Tensor]) 
     learned = {name: torch.tensor(float(number)) for number, name in enumerate(RELEASED_ALPHAS)}
     net = build(config, 1000)
     released = {f"module.{name}": value for name, value in {**resnet, **learned}.items()}
-    assert list(adopt(config, net, released)) == []
+    assert list(load_pretrained(config, net, released)) == []
     assert alphas(net).tolist() == [0, 1, 2, 3, 4]
     assert net.plan((224, 224)) == plan([0.0, 1.0, 2.0, 3.0, 4.0], (224, 224), net.shape.rules)
     assert torch.equal(net.body.fc.weight.detach(), resnet["fc.weight"])
@@ -1106,7 +1106,7 @@ def test_a_released_autotl_checkpoint_is_taken_whole(resnet: dict[str, Tensor]) 
 def test_our_own_weights_come_back_whole() -> None:
     net, other = opened(small()), opened(small(), seed=1)
     move(other, 1.0, 2.0, 3.0)
-    assert list(adopt(small(), net, other.state_dict())) == []
+    assert list(load_pretrained(small(), net, other.state_dict())) == []
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in net.state_dict().items())
 
 

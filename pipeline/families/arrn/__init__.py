@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pipeline.families.arrn.config import ArrnConfig
 from pipeline.families.arrn.figures import figures
-from pipeline.families.arrn.growing import adopt
+from pipeline.families.arrn.growing import load_pretrained
 from pipeline.families.arrn.inference import policies
 from pipeline.families.arrn.model import build
-from pipeline.families.arrn.objective import groups, loss, remarks, updates
+from pipeline.families.arrn.objective import groups, loss, updates, warnings
 from pipeline.families.arrn.static import static
 from pipeline.family import Family
 
@@ -18,8 +18,8 @@ FAMILY = Family(
     groups=groups,
     updates=updates,
     policies=policies,
-    adopt=adopt,
-    remarks=remarks,
+    load_pretrained=load_pretrained,
+    warnings=warnings,
     figures=figures,
     static=static,
 )

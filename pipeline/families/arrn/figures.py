@@ -7,26 +7,24 @@ Source: Demeule et al., arXiv 2412.06195.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from pipeline.families.arrn.config import ArrnConfig
-from pipeline.family import Evaluated, Report
+from pipeline.family import Evaluated, Latency, Report
 from pipeline.figures import Cell, Figure, Lines, Number, Series, Table
 
 SKIPPING, ALL = "skipping", "all residuals"
 NATIVE, UP_AGAIN = "natively", "down and up"
-POLICIES = {
-    "arrn": {SKIPPING: re.compile(r"(\d+)px"), ALL: re.compile(r"full-(\d+)px")},
-    "baseline": {NATIVE: re.compile(r"native-(\d+)px"), UP_AGAIN: re.compile(r"down-and-up-(\d+)px")},
+WAYS: Mapping[str, Mapping[str, tuple[str, bool]]] = {  # by family: the setting of its "resolution" policies
+    "arrn": {SKIPPING: ("full", False), ALL: ("full", True)},
+    "baseline": {NATIVE: ("up_again", False), UP_AGAIN: ("up_again", True)},
 }
 
 
 @dataclass(frozen=True)
-class Way:
+class ResolutionCurve:
     """A net's reports by the side of the images in pixels, the finest first, under one way to take smaller ones."""
 
     net: Evaluated
@@ -43,38 +41,41 @@ def figures(mine: Sequence[Evaluated], others: Sequence[Evaluated]) -> list[Figu
     return [figure for figure in found if figure is not None]
 
 
-def _ways(net: Evaluated) -> Iterable[Way]:
+def _ways(net: Evaluated) -> Iterable[ResolutionCurve]:
     """Those under which the net was evaluated at two resolutions at least."""
-    for kind, pattern in POLICIES.get(net.family, {}).items():
+    for kind, (setting, value) in WAYS.get(net.family, {}).items():
         finest = _finest(net)
         found = {min(net.side_px, finest[0]): finest[1]} if finest else {}
         for report in net.reports:
-            if match := pattern.fullmatch(report.policy):
-                found.setdefault(min(net.side_px, int(match[1])), report)
+            if report.kind == "resolution" and report.settings.get(setting) == value:
+                found.setdefault(min(net.side_px, int(report.settings["side_px"])), report)
         if len(found) > 1:
-            yield Way(net, kind, dict(sorted(found.items(), reverse=True)))
+            yield ResolutionCurve(net, kind, dict(sorted(found.items(), reverse=True)))
 
 
 def _finest(net: Evaluated) -> tuple[int, Report] | None:
     """The policy that takes images as they come, which belongs to both ways, and its side."""
-    side = net.config.plan.ladder[0] if isinstance(net.config, ArrnConfig) else net.side_px
-    name = f"{side}px" if isinstance(net.config, ArrnConfig) else "native"
-    return next(((side, report) for report in net.reports if report.policy == name), None)
+    side, settings = net.side_px, dict[str, object]()
+    if isinstance(net.config, ArrnConfig):
+        side = net.config.plan.ladder[0]
+        settings = {"side_px": side, "full": False}
+    wanted = (report for report in net.reports if report.kind == "resolution" and report.settings == settings)
+    return next(((side, report) for report in wanted), None)
 
 
-def _names(ways: Sequence[Way]) -> list[str]:
+def _names(ways: Sequence[ResolutionCurve]) -> list[str]:
     several = len({way.net.name for way in ways}) > 1
     return [f"{way.net.name}: {way.kind}" if several else way.kind for way in ways]
 
 
-def _images(ways: Sequence[Way]) -> str:
+def _images(ways: Sequence[ResolutionCurve]) -> str:
     return f"{ways[0].net.reports[0].num_images:,} images"
 
 
 # ---- against resolution
 
 
-def _accuracy(ways: Sequence[Way], named: Sequence[str]) -> Lines:
+def _accuracy(ways: Sequence[ResolutionCurve], named: Sequence[str]) -> Lines:
     return Lines(
         name="arrn-accuracy-by-resolution",
         title="Accuracy against input resolution",
@@ -86,7 +87,7 @@ def _accuracy(ways: Sequence[Way], named: Sequence[str]) -> Lines:
     )
 
 
-def _time(ways: Sequence[Way], named: Sequence[str]) -> Lines | None:
+def _time(ways: Sequence[ResolutionCurve], named: Sequence[str]) -> Lines | None:
     how = _measured(ways)
     if how is None:
         return None
@@ -103,7 +104,7 @@ def _time(ways: Sequence[Way], named: Sequence[str]) -> Lines | None:
     )
 
 
-def _macs(ways: Sequence[Way], named: Sequence[str]) -> Lines:
+def _macs(ways: Sequence[ResolutionCurve], named: Sequence[str]) -> Lines:
     return Lines(
         name="arrn-macs-by-resolution",
         title="MACs against input resolution",
@@ -115,12 +116,12 @@ def _macs(ways: Sequence[Way], named: Sequence[str]) -> Lines:
     )
 
 
-def _fed(ways: Sequence[Way]) -> str:
+def _fed(ways: Sequence[ResolutionCurve]) -> str:
     beside = any(way.net.family != "arrn" for way in ways)
     return "; baselines take them natively, or made small and large again" if beside else ""
 
 
-def _series(ways: Sequence[Way], named: Sequence[str], value: Callable[[Report], Number]) -> list[Series]:
+def _series(ways: Sequence[ResolutionCurve], named: Sequence[str], value: Callable[[Report], Number]) -> list[Series]:
     return [
         Series(
             name,
@@ -135,31 +136,31 @@ def _series(ways: Sequence[Way], named: Sequence[str], value: Callable[[Report],
 How = tuple[str, int, int]  # device, threads, batch
 
 
-def _latencies(way: Way) -> set[How]:
+def _latencies(way: ResolutionCurve) -> set[How]:
     """How the latency of all of its reports was measured."""
     each = [{_how(entry) for entry in report.latency} for report in way.reports.values()]
     return set.intersection(*each)
 
 
-def _how(entry: Mapping[str, Any]) -> How:
-    return entry["device"], entry["threads"], entry["batch"]
+def _how(entry: Latency) -> How:
+    return entry.device, entry.threads, entry.batch
 
 
-def _measured(ways: Sequence[Way]) -> How | None:
+def _measured(ways: Sequence[ResolutionCurve]) -> How | None:
     """The largest batch that all ways of this family were timed with on one device; None where there is none."""
     common = set.intersection(*(_latencies(way) for way in ways if way.net.family == "arrn"))
     return max(common, key=lambda how: (how[2], how), default=None)
 
 
 def _ms(report: Report, how: How) -> float | None:
-    found = [entry["median_ms"] / entry["batch"] for entry in report.latency if _how(entry) == how]
-    return float(found[0]) if found else None
+    found = [entry.median_ms / entry.batch for entry in report.latency if _how(entry) == how]
+    return found[0] if found else None
 
 
 # ---- over all resolutions
 
 
-def _totals(ways: Sequence[Way]) -> Table | None:
+def _totals(ways: Sequence[ResolutionCurve]) -> Table | None:
     """Over the resolutions that all ways share, so that the sums are of the same images; those that share less than
     two with the family's nets are left out.
     """
@@ -192,7 +193,7 @@ def _totals(ways: Sequence[Way]) -> Table | None:
     )
 
 
-def _common(ways: Sequence[Way]) -> set[int]:
+def _common(ways: Sequence[ResolutionCurve]) -> set[int]:
     own = set.intersection(*(set(way.reports) for way in ways if way.net.family == "arrn"))
     beside = [own & set(way.reports) for way in ways if way.net.family != "arrn"]
     return set.intersection(own, *(sides for sides in beside if len(sides) > 1))

@@ -18,7 +18,7 @@ from pipeline.family import load
 PART = "residuals."
 
 
-def adopt(config: ArrnConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
+def load_pretrained(config: ArrnConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
     """Fills a fresh net from one of ours whose ladder is as long, or begins k resolutions lower.
 
     In the second case the k new residuals add nothing at first, and the linear map below them is set so that it and

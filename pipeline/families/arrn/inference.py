@@ -7,8 +7,8 @@ give the same logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -16,11 +16,11 @@ from pipeline import cost
 from pipeline.blocks import per_image
 from pipeline.families.arrn.config import ArrnConfig
 from pipeline.families.arrn.model import Arrn, Output
-from pipeline.family import Prediction
+from pipeline.family import FixedPolicy, Prediction, Settings
 
 
 @dataclass(frozen=True)
-class AtResolution:
+class ArrnResolution(FixedPolicy):
     """The net on images of at most side_px on their shorter side, and back at its finest resolution if `full`.
 
     Larger images are reduced by the net's own filters, which is part of the price; smaller ones stay as they are.
@@ -28,23 +28,25 @@ class AtResolution:
 
     side_px: int
     full: bool = False
-    prices: dict[tuple[int, ...], int] = field(default_factory=dict, compare=False)  # MACs by shape of one image
 
     @property
     def name(self) -> str:
         return f"{'full-' if self.full else ''}{self.side_px}px"
 
-    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> AtResolution:
-        return self
+    @property
+    def kind(self) -> str:
+        return "resolution"
+
+    @property
+    def settings(self) -> Settings:
+        return {"side_px": self.side_px, "full": self.full}
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
         assert isinstance(net, Arrn)
-        shape = tuple(images.shape[1:])
-        if shape not in self.prices:
-            self.prices[shape] = cost.measure(_Under(self, net), images[:1]).macs
+        macs = self.once(images.shape[1:], lambda: cost.measure(_Under(self, net), images[:1]).macs)
         output = self.run(net, images)
         ran = len(net.residuals) - output.levels  # [B]
-        return Prediction(output.logits.float(), per_image(self.prices[shape], images), {"residuals": ran})
+        return Prediction(output.logits.float(), per_image(macs, images), {"residuals": ran})
 
     def run(self, net: Arrn, images: Tensor) -> Output:
         output: Output = net(self.sized(net, images))
@@ -62,7 +64,7 @@ class AtResolution:
 class _Under(nn.Module):
     """A net that is run under a policy, to be measured."""
 
-    def __init__(self, policy: AtResolution, net: Arrn) -> None:
+    def __init__(self, policy: ArrnResolution, net: Arrn) -> None:
         super().__init__()
         self.policy, self.net = policy, net
 
@@ -70,7 +72,7 @@ class _Under(nn.Module):
         return self.policy.run(self.net, images).logits
 
 
-def policies(config: ArrnConfig, net: nn.Module) -> Sequence[AtResolution]:
+def policies(config: ArrnConfig, net: nn.Module) -> Sequence[ArrnResolution]:
     """The finest resolution first, then each lower one with residuals skipped and with all of them run."""
-    lower = [AtResolution(side, full) for side in config.evaluated_px for full in (False, True)]
-    return [AtResolution(config.plan.ladder[0]), *lower]
+    lower = [ArrnResolution(side, full) for side in config.evaluated_px for full in (False, True)]
+    return [ArrnResolution(config.plan.ladder[0]), *lower]

@@ -24,7 +24,7 @@ def updates(config: ArrnConfig, step: int) -> Sequence[str]:
     return ["main"]
 
 
-def remarks(config: ArrnConfig, side_px: int) -> Sequence[str]:
+def warnings(config: ArrnConfig, side_px: int) -> Sequence[str]:
     """Names the residuals that images of side_px would skip in all of training."""
     ladder = config.plan.ladder
     skipped = sum(rung >= side_px for rung in ladder[1:])

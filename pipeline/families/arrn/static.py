@@ -8,15 +8,15 @@ from functools import partial
 from torch import Tensor, nn
 
 from pipeline.families.arrn.config import ArrnConfig
-from pipeline.families.arrn.inference import AtResolution, policies
+from pipeline.families.arrn.inference import ArrnResolution, policies
 from pipeline.families.arrn.model import Affine, Arrn, Residual, affine, scaled
 from pipeline.family import Report
 
 
-class AtSide(nn.Module):
+class StaticArrn(nn.Module):
     """The net under a policy: the same logits as `Arrn.forward`, without its lists of images by level."""
 
-    def __init__(self, policy: AtResolution, net: Arrn) -> None:
+    def __init__(self, policy: ArrnResolution, net: Arrn) -> None:
         super().__init__()
         self.policy, self.net = policy, net
 
@@ -61,5 +61,5 @@ def static(
     return {policy.name: partial(_at, policy, net) for policy in policies(config, net)}
 
 
-def _at(policy: AtResolution, net: Arrn, images: Tensor) -> nn.Module:
-    return AtSide(policy, net)
+def _at(policy: ArrnResolution, net: Arrn, images: Tensor) -> nn.Module:
+    return StaticArrn(policy, net)

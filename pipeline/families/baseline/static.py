@@ -7,15 +7,15 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from pipeline.families.baseline.inference import AtResolution, policies
+from pipeline.families.baseline.inference import BaselineResolution, policies
 from pipeline.families.baseline.model import BaselineConfig
 from pipeline.family import Report
 
 
-class AtSide(nn.Module):
+class StaticBaseline(nn.Module):
     """The net behind a policy's resizing."""
 
-    def __init__(self, policy: AtResolution, net: nn.Module) -> None:
+    def __init__(self, policy: BaselineResolution, net: nn.Module) -> None:
         super().__init__()
         self.policy, self.net = policy, net
 
@@ -32,5 +32,5 @@ def static(
     return {policy.name: partial(_at, policy, net) for policy in policies(config, net)}
 
 
-def _at(policy: AtResolution, net: nn.Module, images: Tensor) -> nn.Module:
-    return AtSide(policy, net)
+def _at(policy: BaselineResolution, net: nn.Module, images: Tensor) -> nn.Module:
+    return StaticBaseline(policy, net)

@@ -6,7 +6,7 @@ from pipeline.families.convnet_aig.figures import figures
 from pipeline.families.convnet_aig.inference import policies
 from pipeline.families.convnet_aig.model import AigConfig, build
 from pipeline.families.convnet_aig.objective import groups, loss, updates
-from pipeline.families.convnet_aig.released import adopt
+from pipeline.families.convnet_aig.released import load_pretrained
 from pipeline.families.convnet_aig.static import static
 from pipeline.family import Family
 
@@ -17,7 +17,7 @@ FAMILY = Family(
     groups=groups,
     updates=updates,
     policies=policies,
-    adopt=adopt,
+    load_pretrained=load_pretrained,
     figures=figures,
     static=static,
 )

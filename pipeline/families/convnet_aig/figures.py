@@ -227,7 +227,7 @@ def _error_against_cost(mine: Sequence[Evaluated], others: Sequence[Evaluated]) 
 
 def _by_layers(report: Report) -> float:
     gates = report.facts["gates"]
-    return report.macs_mean / report.full_share * sum(gates) / len(gates)
+    return report.macs_mean / report.relative_macs * sum(gates) / len(gates)
 
 
 def _swept(name: str, found: Sequence[tuple[Evaluated, Report]], macs: Sequence[float]) -> Series:

@@ -7,30 +7,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import cost, ranks
+from pipeline.blocks import per_image
 from pipeline.errors import ContractError
 from pipeline.families.convnet_aig.model import Aig, AigConfig, Block, logistic
-from pipeline.family import Policy, Prediction
+from pipeline.family import FixedPolicy, MeasuresOnce, Policy, Prediction, Settings
 
 SAMPLED_SEED = 0
 
 
 @dataclass(frozen=True)
-class Prices:
-    """MACs of one image: what it always pays, and the residual of each block, [L]."""
+class GateCosts:
+    """MACs of one image: those that it always takes, and those of the residual of each block, [L]."""
 
     fixed: int
     residuals: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Gates:
+class Gates(FixedPolicy):
     """Opens a block where its log-odds, plus logistic noise if `sampled`, exceed `odds`.
 
     Deterministic gates do not depend on the other images of the batch. Sampled ones draw their noise from a generator
@@ -40,14 +41,21 @@ class Gates:
     name: str
     odds: float = 0.0
     sampled: bool = False
-    prices: dict[tuple[int, ...], Prices] = field(default_factory=dict, compare=False)  # by shape of one image
+    threshold: float | None = None  # the probability whose log-odds are `odds`, where the recipe names one
 
-    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Gates:
-        return self
+    @property
+    def kind(self) -> str:
+        return "gates"
+
+    @property
+    def settings(self) -> Settings:
+        if self.threshold is not None:
+            return {"gates": "threshold", "threshold": self.threshold}
+        return {"gates": "sampled" if self.sampled else "hard"}
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
         assert isinstance(net, Aig)
-        prices = self._prices(net, images)
+        costs = self.once(images.shape[1:], lambda: _gate_costs(net, images))
         x = net.stem(images)
         opened, noise = [], self._noise(net, images)
         for block in net.blocks:
@@ -59,7 +67,7 @@ class Gates:
             x = block.skipping(x, gate.nonzero().flatten())
             opened.append(gate)
         gates = torch.stack(opened, dim=1)  # [B, L]
-        macs = prices.fixed + gates.double() @ torch.tensor(prices.residuals, dtype=torch.float64, device=gates.device)
+        macs = costs.fixed + gates.double() @ torch.tensor(costs.residuals, dtype=torch.float64, device=gates.device)
         facts = {"gates": gates, "layers": gates.sum(1)}
         return Prediction(net.fc(x.mean(dim=(2, 3))).float(), macs, facts)
 
@@ -70,17 +78,15 @@ class Gates:
         uniform = torch.rand(len(images), len(net.gates()), generator=generator)
         return iter(logistic(uniform).to(images.device).unbind(1))
 
-    def _prices(self, net: Aig, images: Tensor) -> Prices:
-        shape = tuple(images.shape[1:])
-        if shape not in self.prices:
-            found = cost.measure(net, images[:1])
-            residuals = tuple(found.by_module[f"blocks.{number}.residual"] for number in range(len(net.blocks)))
-            self.prices[shape] = Prices(found.macs - sum(residuals), residuals)
-        return self.prices[shape]
+
+def _gate_costs(net: Aig, images: Tensor) -> GateCosts:
+    whole = cost.measure(net, images[:1])
+    residuals = tuple(whole.by_module[f"blocks.{number}.residual"] for number in range(len(net.blocks)))
+    return GateCosts(whole.macs - sum(residuals), residuals)
 
 
 @dataclass(frozen=True)
-class ExpectedRate:
+class ExpectedRate(MeasuresOnce):
     """All blocks run, each residual scaled by the share of images that opens it: y = ReLU(S(x) + rate · F(x)).
 
     The rates, [L], are means over held-out training images of the gates' probabilities, along sampled gates. The net
@@ -91,7 +97,14 @@ class ExpectedRate:
 
     name: str = "expected-rate"
     rates: tuple[float, ...] = ()
-    prices: dict[tuple[int, ...], int] = field(default_factory=dict, compare=False)  # by shape of one image
+
+    @property
+    def kind(self) -> str:
+        return "scaled"
+
+    @property
+    def settings(self) -> Settings:
+        return {"by": "rate"}
 
     def check(self, net: nn.Module, images: Tensor) -> None: ...
 
@@ -121,27 +134,31 @@ class ExpectedRate:
         for block, rate in zip(net.blocks, self.rates, strict=True):
             assert isinstance(block, Block)
             x = torch.relu(block.shortcut(x) + rate * block.residual(x))
-        shape = tuple(images.shape[1:])
-        if shape not in self.prices:
-            found = cost.measure(net, images[:1])
-            gates = (found.by_module.get(f"blocks.{number}.gate", 0) for number in range(len(net.blocks)))
-            self.prices[shape] = found.macs - sum(gates)
-        macs = torch.full((len(images),), float(self.prices[shape]), dtype=torch.float64, device=images.device)
-        return Prediction(net.fc(x.mean(dim=(2, 3))).float(), macs, {})
+        macs = self.once(images.shape[1:], lambda: _macs_without_gates(net, images))
+        return Prediction(net.fc(x.mean(dim=(2, 3))).float(), per_image(macs, images), {})
+
+
+def _macs_without_gates(net: Aig, images: Tensor) -> int:
+    whole = cost.measure(net, images[:1])
+    return whole.macs - sum(whole.by_module.get(f"blocks.{number}.gate", 0) for number in range(len(net.blocks)))
 
 
 @dataclass(frozen=True)
-class ExpectedProb:
+class ExpectedProb(FixedPolicy):
     """All blocks run, each residual scaled by that image's own probability of opening it: y = ReLU(S(x) + p(x) · F(x)).
 
     Facts: the probabilities [B, L]. Source: as for `ExpectedRate`.
     """
 
     name: str = "expected-prob"
-    prices: dict[tuple[int, ...], int] = field(default_factory=dict, compare=False)
 
-    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> ExpectedProb:
-        return self
+    @property
+    def kind(self) -> str:
+        return "scaled"
+
+    @property
+    def settings(self) -> Settings:
+        return {"by": "prob"}
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
         assert isinstance(net, Aig)
@@ -151,10 +168,7 @@ class ExpectedProb:
             probability = torch.ones(len(x), device=x.device) if block.gate is None else block.gate(x).sigmoid()  # [B]
             x = block(x, probability)
             found.append(probability)
-        shape = tuple(images.shape[1:])
-        if shape not in self.prices:
-            self.prices[shape] = cost.measure(net, images[:1]).macs
-        macs = torch.full((len(images),), float(self.prices[shape]), dtype=torch.float64, device=images.device)
+        macs = per_image(self.once(images.shape[1:], lambda: cost.measure(net, images[:1]).macs), images)
         return Prediction(net.fc(x.mean(dim=(2, 3))).float(), macs, {"probabilities": torch.stack(found, dim=1)})
 
 
@@ -172,6 +186,6 @@ def likelihoods(net: Aig, images: Tensor, noise: Tensor) -> Tensor:
 
 def policies(config: AigConfig, net: nn.Module) -> Sequence[Policy]:
     """`gates-hard` first: open where execution is the likelier; sampled; each threshold; the whole net, scaled."""
-    at = [Gates(f"gates-{p:g}", odds=math.log(p / (1 - p))) for p in config.thresholds]
+    at = [Gates(f"gates-{p:g}", odds=math.log(p / (1 - p)), threshold=p) for p in config.thresholds]
     scaled = {"rate": ExpectedRate, "prob": ExpectedProb}
     return [Gates("gates-hard"), Gates("gates-sampled", sampled=True), *at, *(scaled[kind]() for kind in config.scaled)]

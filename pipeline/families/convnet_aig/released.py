@@ -17,7 +17,7 @@ PARTS |= {"fc1": "gate.fc1", "fc1bn": "gate.fc1bn", "fc2": "gate.fc2"}
 STEM = {"conv1": "stem.0", "bn1": "stem.1", "linear": "fc", "fc": "fc"}
 
 
-def adopt(config: AigConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
+def load_pretrained(config: AigConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
     """Fills `net` from its own state, from the released code's, or from torchvision's ResNet of that depth.
 
     From torchvision's the gates keep their initial values and are returned; else every tensor has its place. Raises

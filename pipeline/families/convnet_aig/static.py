@@ -96,7 +96,7 @@ def static(config: AigConfig, net: nn.Module, reports: Sequence[Report]) -> Make
     assert isinstance(net, Aig)
     by_policy = {report.policy: report for report in reports}
     scales = {"all-open": [1.0] * len(net.blocks)}
-    hard = by_policy.get("gates-hard")
+    hard = next((r for r in reports if r.kind == "gates" and r.settings.get("gates") == "hard"), None)
     if hard is not None and "gates" in hard.facts:
         scales |= {f"mask-{t:g}": [float(rate >= t) for rate in hard.facts["gates"]] for t in MASKS}
     for policy in policies(config, net):

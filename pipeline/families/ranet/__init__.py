@@ -7,7 +7,7 @@ from pipeline.families.ranet.figures import figures
 from pipeline.families.ranet.inference import policies
 from pipeline.families.ranet.model import build
 from pipeline.families.ranet.objective import groups, loss, updates
-from pipeline.families.ranet.released import adopt
+from pipeline.families.ranet.released import load_pretrained
 from pipeline.families.ranet.static import static
 from pipeline.family import Family
 
@@ -18,7 +18,7 @@ FAMILY = Family(
     groups=groups,
     updates=updates,
     policies=policies,
-    adopt=adopt,
+    load_pretrained=load_pretrained,
     figures=figures,
     static=static,
 )

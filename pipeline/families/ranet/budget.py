@@ -26,21 +26,21 @@ def shares(log_q: float, num_exits: int) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def solve(budget: float, prices: Sequence[float]) -> float:
-    """log q at which the expected price is `budget`; prices [E], rising, of an image that leaves at each exit.
+def solve(budget: float, costs: Sequence[float]) -> float:
+    """log q at which the expected cost is `budget`; costs [E], rising, of an image that leaves at each exit.
 
-    Raises ConfigError where the budget lies outside the prices.
+    Raises ConfigError where the budget lies outside the costs.
     """
-    if not prices[0] <= budget <= prices[-1]:
+    if not costs[0] <= budget <= costs[-1]:
         raise ConfigError(
             f"family.budgets: {budget / 1e6:.6g} million MACs per image are out of reach; this net spends between "
-            f"{prices[0] / 1e6:.6g} (all images at the first exit) and {prices[-1] / 1e6:.6g} (all at the last), as "
-            f"shares {prices[0] / prices[-1]:.3g} to 1"
+            f"{costs[0] / 1e6:.6g} (all images at the first exit) and {costs[-1] / 1e6:.6g} (all at the last), as "
+            f"shares {costs[0] / costs[-1]:.3g} to 1"
         )
     low, high = LOG_Q
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if expected(middle, prices) < budget else (low, middle)
+        low, high = (middle, high) if expected(middle, costs) < budget else (low, middle)
     return (low + high) / 2
 
 
@@ -58,9 +58,9 @@ def lowered(log_q: float, budget: float, spent: Callable[[float], float]) -> flo
     return low
 
 
-def expected(log_q: float, prices: Sequence[float]) -> float:
-    """Mean price of an image under the shares of q."""
-    return sum(share * price for share, price in zip(shares(log_q, len(prices)), prices, strict=True))
+def expected(log_q: float, costs: Sequence[float]) -> float:
+    """Mean cost of an image under the shares of q."""
+    return sum(share * cost for share, cost in zip(shares(log_q, len(costs)), costs, strict=True))
 
 
 def thresholds(confidences: Tensor, wanted: Sequence[float]) -> list[float | None]:

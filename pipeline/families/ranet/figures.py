@@ -73,7 +73,7 @@ def _several_exits(net: Evaluated) -> bool:
 
 def _budgets(net: Evaluated) -> list[Report]:
     """The reports of policies that let images leave where they are sure enough, the cheapest first."""
-    found = [report for report in net.reports if report.policy.startswith("budget-")]
+    found = [report for report in net.reports if report.kind == "budget"]
     return sorted(found, key=lambda report: report.macs_mean)
 
 
@@ -85,9 +85,8 @@ def _middle(net: Evaluated) -> Report | None:
 
 def _alone(net: Evaluated) -> dict[int, Report]:
     """{exit: report of the policy by which all images leave there}, rising."""
-    by_name = {report.policy: report for report in net.reports}
-    names = {number: f"exit-{number}" for number in range(1, _config(net).num_exits + 1)}
-    return {number: by_name[name] for number, name in names.items() if name in by_name}
+    found = {int(report.settings["exit"]): report for report in net.reports if report.kind == "exit"}
+    return dict(sorted(found.items()))
 
 
 # ---- who answers

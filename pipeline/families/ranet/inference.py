@@ -22,14 +22,14 @@ from pipeline.errors import ConfigError
 from pipeline.families.ranet.budget import lowered, shares, solve, thresholds
 from pipeline.families.ranet.config import RanetConfig, budget_name
 from pipeline.families.ranet.model import Ranet, Walk
-from pipeline.family import Prediction
+from pipeline.family import FixedPolicy, Prediction, Settings
 
 STEPS = 4
 Thresholds = Sequence[float | None]
 
 
 @dataclass(frozen=True)
-class Prices:
+class ExitCosts:
     """MACs of one image between two exits: the blocks on the way to each, [E], and each classifier, [E]."""
 
     blocks: tuple[int, ...]
@@ -44,8 +44,8 @@ class Prices:
         return [self.until(number) for number in range(1, len(self.blocks) + 1)]
 
 
-def measure(net: Ranet, images: Tensor) -> Prices:
-    """The prices of an image of the size of `images` [B, 3, H, W]; the base maps belong to the first exit."""
+def measure(net: Ranet, images: Tensor) -> ExitCosts:
+    """The costs of an image of the size of `images` [B, 3, H, W]; the base maps belong to the first exit."""
     spent = cost.measure(net, images[:1]).by_module
     blocks, waiting = [], spent["base"]
     for s, plans in enumerate(net.config.plan):
@@ -54,22 +54,22 @@ def measure(net: Ranet, images: Tensor) -> Prices:
             if not plan.fused:
                 blocks.append(waiting)
                 waiting = 0
-    return Prices(tuple(blocks), tuple(spent[f"classifiers.{k}"] for k in range(len(blocks))))
+    return ExitCosts(tuple(blocks), tuple(spent[f"classifiers.{k}"] for k in range(len(blocks))))
 
 
 @dataclass
-class Shared:
-    """What the policies of one net measure once: prices by image size, and the confidences of held-out images."""
+class Measurements:
+    """What the policies of one net measure once: costs by image size, and the confidences of held-out images."""
 
-    prices: dict[tuple[int, ...], Prices] = field(default_factory=dict)
+    costs: dict[tuple[int, ...], ExitCosts] = field(default_factory=dict)
     walked: tuple[Any, ...] | None = None  # the net, its weights' versions and the batches
     held_out: HeldOut | None = None
 
-    def price(self, net: Ranet, images: Tensor) -> Prices:
+    def cost(self, net: Ranet, images: Tensor) -> ExitCosts:
         shape = tuple(images.shape[1:])
-        if shape not in self.prices:
-            self.prices[shape] = measure(net, images)
-        return self.prices[shape]
+        if shape not in self.costs:
+            self.costs[shape] = measure(net, images)
+        return self.costs[shape]
 
     def collect(self, net: Ranet, batches: Iterable[tuple[Tensor, Tensor]]) -> HeldOut:
         """Walks `batches` once, whatever the number of policies that ask. Collective.
@@ -88,11 +88,11 @@ class Shared:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """confidences [n, E] f32 on the CPU, of all ranks; sizes of the batches they came in; prices of one image."""
+    """confidences [n, E] f32 on the CPU, of all ranks; sizes of the batches they came in; costs of one image."""
 
     confidences: Tensor
     sizes: tuple[int, ...]
-    prices: Prices
+    costs: ExitCosts
 
     def spent(self, until: Thresholds) -> float:
         """Mean MACs of these images in these batches under `early_exit`, images that are carried along included."""
@@ -103,10 +103,10 @@ class HeldOut:
             rows, staying = len(batch), len(batch)
             leaving = batch.bincount(minlength=len(floors)).tolist()
             for number, floor in enumerate(floors.tolist()):
-                total += rows * self.prices.blocks[number]
+                total += rows * self.costs.blocks[number]
                 if floor == inf:
                     continue
-                total += rows * self.prices.classifiers[number]
+                total += rows * self.costs.classifiers[number]
                 staying -= leaving[number]
                 if staying == 0:
                     break
@@ -115,33 +115,38 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Exit:
+class Exit(FixedPolicy):
     """All images leave at exit `number`, from 1; the classifiers before it do not run."""
 
     number: int
-    shared: Shared = field(default_factory=Shared, compare=False, repr=False)
+    shared: Measurements = field(default_factory=Measurements, compare=False, repr=False)
 
     @property
     def name(self) -> str:
         return f"exit-{self.number}"
 
-    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Exit:
-        return self
+    @property
+    def kind(self) -> str:
+        return "exit"
+
+    @property
+    def settings(self) -> Settings:
+        return {"exit": self.number}
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
         assert isinstance(net, Ranet)
-        prices = self.shared.price(net, images)
+        costs = self.shared.cost(net, images)
         walk = Walk(net, images)
         for _ in range(self.number):
             x = walk.to_next_exit()
         logits = net.classifiers[self.number - 1](x).float()
-        macs = sum(prices.blocks[: self.number]) + prices.classifiers[self.number - 1]
+        macs = sum(costs.blocks[: self.number]) + costs.classifiers[self.number - 1]
         taken = torch.full((len(images),), self.number, device=images.device)
         return Prediction(logits, per_image(macs, images), _facts(net, taken))
 
 
 @dataclass(frozen=True)
-class Anytime:
+class Anytime(FixedPolicy):
     """Every exit answers on the way, as where the answer may be asked for at any moment; the last one counts.
 
     Facts by exit, [B, E]: `exit_macs` is the price of having its answer (the paper's axis, where exit-k has the top-1),
@@ -149,28 +154,33 @@ class Anytime:
     """
 
     name: str = "anytime"
-    shared: Shared = field(default_factory=Shared, compare=False, repr=False)
+    shared: Measurements = field(default_factory=Measurements, compare=False, repr=False)
 
-    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Anytime:
-        return self
+    @property
+    def kind(self) -> str:
+        return "anytime"
+
+    @property
+    def settings(self) -> Settings:
+        return {}
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
         assert isinstance(net, Ranet)
-        prices = torch.tensor(self.shared.price(net, images).cumulative, dtype=torch.float64, device=images.device)
+        costs = torch.tensor(self.shared.cost(net, images).cumulative, dtype=torch.float64, device=images.device)
         exits = net(images).exits.float()  # [B, E, K]
         answers = exits.argmax(2)
         taken = torch.full((len(images),), exits.shape[1], device=images.device)
         facts = {
             **_facts(net, taken),
-            "exit_macs": prices.expand(len(images), -1),
+            "exit_macs": costs.expand(len(images), -1),
             "exit_confidence": confidence(exits),
             "exit_agrees": answers == answers[:, -1:],
         }
-        return Prediction(exits[:, -1], prices[-1:].expand(len(images)), facts)
+        return Prediction(exits[:, -1], costs[-1:].expand(len(images)), facts)
 
 
 @dataclass(frozen=True)
-class Budget:
+class MacsBudget:
     """Images leave at the first exit that is confident enough, so that they cost `budget` MACs in the mean.
 
     budget above 1: MACs per image; else a share of all the net's. The thresholds are fitted on held-out images, in
@@ -181,23 +191,31 @@ class Budget:
     num_exits: int
     thresholds: tuple[float | None, ...] | None = None  # [E - 1]; None: not calibrated
     found: Mapping[str, Any] = field(default_factory=dict, compare=False)  # how they were found, for the record
-    shared: Shared = field(default_factory=Shared, compare=False, repr=False)
+    shared: Measurements = field(default_factory=Measurements, compare=False, repr=False)
 
     @property
     def name(self) -> str:
         return budget_name(self.budget)
 
-    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Budget:
+    @property
+    def kind(self) -> str:
+        return "budget"
+
+    @property
+    def settings(self) -> Settings:
+        return {"budget": self.budget}
+
+    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> MacsBudget:
         """Fitted to these images. Collective. Raises ConfigError for a budget that is out of reach."""
         assert isinstance(net, Ranet)
         held_out = self.shared.collect(net, batches)
-        prices = held_out.prices.cumulative
+        costs = held_out.costs.cumulative
 
         def fit(log_q: float) -> list[float | None]:
             return thresholds(held_out.confidences, shares(log_q, self.num_exits))
 
-        macs = self._macs(prices)
-        log_q = lowered(solve(macs, prices), macs, lambda log_q: held_out.spent(fit(log_q)))
+        macs = self._macs(costs)
+        log_q = lowered(solve(macs, costs), macs, lambda log_q: held_out.spent(fit(log_q)))
         fitted = fit(log_q)
         found = {
             "q": exp(min(log_q, 700.0)),
@@ -209,17 +227,17 @@ class Budget:
     def check(self, net: nn.Module, images: Tensor) -> None:
         """Raises ConfigError for a budget that is out of reach on images of this size."""
         assert isinstance(net, Ranet)
-        prices = self.shared.price(net, images).cumulative
-        solve(self._macs(prices), prices)
+        costs = self.shared.cost(net, images).cumulative
+        solve(self._macs(costs), costs)
 
-    def _macs(self, prices: Sequence[int]) -> float:
-        return self.budget if self.budget > 1 else self.budget * prices[-1]
+    def _macs(self, costs: Sequence[int]) -> float:
+        return self.budget if self.budget > 1 else self.budget * costs[-1]
 
     def state(self) -> Mapping[str, Any]:
         """thresholds [E - 1], null where none leaves; q, expected_macs per image, num_images they were fitted on."""
         return {} if self.thresholds is None else {"thresholds": list(self.thresholds), **self.found}
 
-    def restored(self, state: Mapping[str, Any]) -> Budget:
+    def restored(self, state: Mapping[str, Any]) -> MacsBudget:
         """Raises ConfigError where the state is of a net with another number of exits."""
         kept = tuple(state.get("thresholds", ()))
         if len(kept) != self.num_exits - 1:
@@ -236,10 +254,10 @@ class Budget:
                 f"policy {self.name} has no thresholds: they are fitted on held-out training images; set "
                 "data.held_out, e.g. 0.1, before training, or choose another policy"
             )
-        return early_exit(net, images, (*self.thresholds, 0.0), self.shared.price(net, images))
+        return early_exit(net, images, (*self.thresholds, 0.0), self.shared.cost(net, images))
 
 
-def early_exit(net: Ranet, images: Tensor, until: Thresholds, prices: Prices) -> Prediction:
+def early_exit(net: Ranet, images: Tensor, until: Thresholds, costs: ExitCosts) -> Prediction:
     """Runs each image to the first exit where its confidence reaches the threshold, until [E]; all leave at the last.
 
     An exit that no image can leave by (None) has no need of its classifier. Images that have left are taken out of the
@@ -251,11 +269,11 @@ def early_exit(net: Ranet, images: Tensor, until: Thresholds, prices: Prices) ->
     walk, waiting = Walk(net, images), None  # of the images under way, those without an answer, [n]; None: all
     for number, threshold in enumerate(until, 1):
         x = walk.to_next_exit()
-        macs = _added(macs, walk.rows, prices.blocks[number - 1])
+        macs = _added(macs, walk.rows, costs.blocks[number - 1])
         if threshold is None:
             continue
         found = net.classifiers[number - 1](x).float()
-        macs = _added(macs, walk.rows, prices.classifiers[number - 1])
+        macs = _added(macs, walk.rows, costs.classifiers[number - 1])
         last = number == len(until)
         leaves = torch.ones(len(x), dtype=torch.bool, device=x.device) if last else confidence(found) >= threshold
         waiting = torch.ones_like(leaves) if waiting is None else waiting
@@ -286,15 +304,15 @@ def confidence(logits: Tensor) -> Tensor:
         return logits.float().softmax(-1).amax(-1)
 
 
-def policies(config: RanetConfig, net: nn.Module) -> Sequence[Exit | Anytime | Budget]:
+def policies(config: RanetConfig, net: nn.Module) -> Sequence[Exit | Anytime | MacsBudget]:
     """The last exit first, then the others, `anytime`, and the budgets."""
-    shared, last = Shared(), config.num_exits
+    shared, last = Measurements(), config.num_exits
     exits = [Exit(number, shared) for number in (last, *range(1, last))]
-    return [*exits, Anytime(shared=shared), *(Budget(budget, last, shared=shared) for budget in config.budgets)]
+    return [*exits, Anytime(shared=shared), *(MacsBudget(budget, last, shared=shared) for budget in config.budgets)]
 
 
-def _added(macs: Tensor, rows: Tensor | None, price: int) -> Tensor:
-    return macs + price if rows is None else macs.index_add(0, rows, macs.new_full((len(rows),), price))
+def _added(macs: Tensor, rows: Tensor | None, cost: int) -> Tensor:
+    return macs + cost if rows is None else macs.index_add(0, rows, macs.new_full((len(rows),), cost))
 
 
 def _facts(net: Ranet, taken: Tensor) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ PARTS = {
 }
 
 
-def adopt(config: RanetConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
+def load_pretrained(config: RanetConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
     """Ours, or the released code's with or without the prefix of its DataParallel; every tensor is used."""
     plain = {name.removeprefix("module."): value for name, value in tensors.items()}
     return load(net, {our_name(name): value for name, value in plain.items()})

@@ -7,7 +7,7 @@ from pipeline.families.shape_adaptor.inference import policies
 from pipeline.families.shape_adaptor.model import ShapeConfig, build
 from pipeline.families.shape_adaptor.objective import groups, loss, updates
 from pipeline.families.shape_adaptor.static import static
-from pipeline.families.shape_adaptor.weights import adopt
+from pipeline.families.shape_adaptor.weights import load_pretrained
 from pipeline.family import Family
 
 FAMILY = Family(
@@ -17,7 +17,7 @@ FAMILY = Family(
     groups=groups,
     updates=updates,
     policies=policies,
-    adopt=adopt,
+    load_pretrained=load_pretrained,
     figures=figures,
     static=static,
 )

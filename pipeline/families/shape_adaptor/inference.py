@@ -6,8 +6,8 @@ Letters: B images, K classes, N adaptors.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.families.shape_adaptor.bodies import Cells
 from pipeline.families.shape_adaptor.model import ShapeConfig, ShapeNet
 from pipeline.families.shape_adaptor.shape import Plan, Size
-from pipeline.family import Prediction
+from pipeline.family import FixedPolicy, Prediction, Settings
 
 
 class Frozen(nn.Module):
@@ -50,56 +50,56 @@ def freeze(net: nn.Module, size: Size) -> Frozen:
     return copy.deepcopy(Frozen(net, size)).eval()
 
 
-Prices = dict[tuple[tuple[int, ...], tuple[Size, ...]], int]  # MACs by shape of one image and sizes of the adaptors
-
-
 @dataclass(frozen=True)
-class Live:
+class Live(FixedPolicy):
     """The net with the shape that its alphas have now."""
 
     name: str = "live"
-    prices: Prices = field(default_factory=dict, compare=False)
 
-    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Live:
-        return self
+    @property
+    def kind(self) -> str:
+        return "shape"
+
+    @property
+    def settings(self) -> Settings:
+        return {"frozen": False}
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
         assert isinstance(net, ShapeNet)
         plan = net.plan((images.shape[2], images.shape[3]))
         logits = net.body(images, net.cells(plan))
-        return Prediction(logits.float(), _macs(self.prices, net, plan, images), _facts(net, plan, images))
+        return Prediction(logits.float(), _macs(self, net, plan, images), _facts(net, plan, images))
 
 
 @dataclass(frozen=True)
-class AtShape:
+class AtShape(FixedPolicy):
     """The frozen form, made at the first batch of each size; alphas that move afterwards change nothing in it."""
 
     name: str = "frozen"
-    prices: Prices = field(default_factory=dict, compare=False)
-    kept: dict[tuple[int, Size], tuple[nn.Module, Frozen]] = field(default_factory=dict, compare=False)  # by id of net
 
-    def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> AtShape:
-        return self
+    @property
+    def kind(self) -> str:
+        return "shape"
+
+    @property
+    def settings(self) -> Settings:
+        return {"frozen": True}
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
         assert isinstance(net, ShapeNet)
         frozen = self.frozen(net, (images.shape[2], images.shape[3]))
-        macs = _macs(self.prices, frozen, frozen.plan, images)
+        macs = _macs(self, frozen, frozen.plan, images)
         return Prediction(frozen(images).float(), macs, _facts(net, frozen.plan, images))
 
     def frozen(self, net: ShapeNet, size: Size) -> Frozen:
-        key = (id(net), size)
-        if key not in self.kept:
-            self.kept[key] = (net, Frozen(net, size).eval())  # holding the net keeps its id from being used again
-        return self.kept[key][1]
+        """The frozen form of `net` for images of `size`."""
+        return self.once((net, size), lambda: Frozen(net, size).eval())
 
 
-def _macs(prices: Prices, net: nn.Module, plan: Plan, images: Tensor) -> Tensor:
-    """The price of each image, [B] f64: constant, measured once for each shape that the net takes."""
-    key = (tuple(images.shape[1:]), plan.sizes)
-    if key not in prices:
-        prices[key] = cost.measure(net, images[:1]).macs
-    return per_image(prices[key], images)
+def _macs(policy: FixedPolicy, net: nn.Module, plan: Plan, images: Tensor) -> Tensor:
+    """The MACs of each image, [B] f64: constant, measured once for each shape that the net takes."""
+    macs = policy.once((images.shape[1:], plan.sizes), lambda: cost.measure(net, images[:1]).macs)
+    return per_image(macs, images)
 
 
 def _facts(net: ShapeNet, plan: Plan, images: Tensor) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def groups(config: ShapeConfig, net: nn.Module) -> Mapping[str, Sequence[Params]
     weights = Params(list(net.body.parameters()))
     if alphas is None:
         return {"main": [weights]}
-    return {"main": [weights], "shape": [Params([alphas], decay=False, apart=True)]}
+    return {"main": [weights], "shape": [Params([alphas], decay=False, outside_ddp=True)]}
 
 
 def updates(config: ShapeConfig, step: int) -> Sequence[str]:

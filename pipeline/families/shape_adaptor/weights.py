@@ -21,7 +21,7 @@ HEADS: dict[Kind, tuple[str, ...]] = {  # modules of torchvision's nets that are
 }
 
 
-def adopt(config: ShapeConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
+def load_pretrained(config: ShapeConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
     """Fills `net` from its own state, from torchvision's, or from a ResNet-50 of the released code's AutoTL.
 
     From torchvision's all but the head is taken; head and alphas keep their initial values and are returned. A released
