@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from pipeline.data import pixels
 from pipeline.data.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
-from pipeline.families.arrn.filters import Pair
+from pipeline.families.arrn.filters import FilterPair
 
 CLASSES = 5
 
@@ -39,7 +39,7 @@ def test_a_low_pass_keeps_what_arrns_filter_keeps_of_the_lower_resolution() -> N
     images, _ = batch()
     levels = torch.tensor([0, 1, 2, 0, 3, 1])
     sides = (9, 4, 20)  # the last is larger than the images: nothing to take away
-    found, pair = pixels.low_pass(images, levels, sides), Pair("dct")
+    found, pair = pixels.low_pass(images, levels, sides), FilterPair("dct")
     assert found.is_contiguous(memory_format=torch.channels_last) and torch.equal(
         found[levels == 0], images[levels == 0]
     )

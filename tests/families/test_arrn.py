@@ -18,7 +18,7 @@ from pipeline.config import validate
 from pipeline.errors import ConfigError
 from pipeline.families.arrn import FAMILY
 from pipeline.families.arrn.config import SIZES, ArrnConfig
-from pipeline.families.arrn.filters import Filter, Pair, matrix
+from pipeline.families.arrn.filters import Filter, FilterPair, matrix
 from pipeline.families.arrn.growing import cut, load_pretrained
 from pipeline.families.arrn.inference import ArrnResolution, policies
 from pipeline.families.arrn.inner import Border, ConvNorm
@@ -147,7 +147,7 @@ def test_a_pair_is_its_matrices_on_each_axis_in_either_layout(kind: Filter, chan
         if size == (12, 8):
             rows, columns = torch.eye(12).double(), torch.eye(8).double()
         for layout in (torch.contiguous_format, torch.channels_last):
-            found = Pair(kind).resize(x.contiguous(memory_format=layout), size)
+            found = FilterPair(kind).resize(x.contiguous(memory_format=layout), size)
             torch.testing.assert_close(found, rows @ x @ columns.T, rtol=1e-12, atol=1e-12)
             assert found.is_contiguous(memory_format=layout)
 
@@ -537,7 +537,7 @@ def test_policies_run_fewer_residuals_for_less_and_full_ones_all_of_them() -> No
     net, x = trained(config).float(), images(5).float()
     before = x.clone()
     wanted = {32: [5, 5, 5], 24: [5, 5, 5], 16: [0, 5, 5], 12: [0, 5, 5], 8: [0, 0, 5], 4: [0, 0, 0]}
-    prices = {}
+    costs = {}
     for policy in policies(config, net):
         predict(policy, net, x)  # priced from here on
         rows, hooks = rows_of(net)
@@ -547,13 +547,13 @@ def test_policies_run_fewer_residuals_for_less_and_full_ones_all_of_them() -> No
         assert rows == ([5, 5, 5] if policy.full else wanted[policy.side_px]), policy.name
         assert found.facts["residuals"].tolist() == [sum(n > 0 for n in rows)] * 5
         assert found.logits.dtype == torch.float32
-        prices[policy.name] = found.macs[0].item()
+        costs[policy.name] = found.macs[0].item()
         if policy.full:
             skipped = predict(ArrnResolution(policy.side_px), net, x).logits
             assert apart(found.logits, skipped) <= 1e-3
             assert apart(skipped, predict(ArrnResolution(32), net, x).logits) >= 0.1
-    assert prices["32px"] > prices["16px"] > prices["8px"] > prices["4px"]
-    assert prices["full-8px"] > prices["32px"]
+    assert costs["32px"] > costs["16px"] > costs["8px"] > costs["4px"]
+    assert costs["full-8px"] > costs["32px"]
     assert torch.equal(x, before)
 
 

@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, ContractError
 from pipeline.families.baseline.model import BaselineConfig
 from pipeline.families.baseline.model import build as build_baseline
 from pipeline.families.convnet_aig.inference import ExpectedProb, ExpectedRate, Gates, policies
-from pipeline.families.convnet_aig.model import STAGES, Aig, AigConfig, Block, build, logistic, straight_through
+from pipeline.families.convnet_aig.model import STAGES, Aig, AigConfig, GatedBlock, build, logistic, straight_through
 from pipeline.families.convnet_aig.objective import groups, loss, rate_loss
 from pipeline.families.convnet_aig.released import load_pretrained
 from pipeline.family import Prediction, cross_entropy
@@ -337,7 +337,7 @@ def test_skipping_equals_masking_and_runs_each_residual_on_its_open_images_alone
     with torch.no_grad():
         masked = mixed.eval()(x)
     policy = Gates("gates-hard")
-    predict(policy, mixed, x)  # prices known from here on
+    predict(policy, mixed, x)  # costs known from here on
     hooks = [block.residual.register_forward_hook(count(n)) for n, block in enumerate(mixed.blocks)]
     skipped = predict(policy, mixed, x)
     for hook in hooks:
@@ -369,7 +369,7 @@ def test_nan_in_a_block_that_is_always_closed_does_not_leak(mixed: Aig) -> None:
     net = build(MIXED, CLASSES)
     net.load_state_dict(mixed.state_dict())
     first = net.blocks[0]
-    assert isinstance(first, Block)
+    assert isinstance(first, GatedBlock)
     nn.init.constant_(first.residual[0].weight, float("nan"))
     assert net.eval()(images(8)).logits.isnan().all()  # the masked net multiplies it by 0, which is no cure
     torch.testing.assert_close(
@@ -380,7 +380,7 @@ def test_nan_in_a_block_that_is_always_closed_does_not_leak(mixed: Aig) -> None:
 @pytest.mark.parametrize("policy", policies(MIXED, build(MIXED, CLASSES)), ids=lambda policy: policy.name)
 def test_macs_are_those_counted_on_that_very_forward(policy: Gates, mixed: Aig) -> None:
     for batch in (*images(4).split(1), images(8)):
-        predict(policy, mixed, batch)  # the prices of this size are known from here on
+        predict(policy, mixed, batch)  # the costs of this size are known from here on
         with FlopCounterMode(display=False) as counter:
             found = predict(policy, mixed, batch)
         assert found.macs.sum().item() == counter.get_total_flops() // 2

@@ -19,8 +19,8 @@ from pipeline.config import validate
 from pipeline.data.config import DataConfig
 from pipeline.evaluation.evaluate import Evaluator, calibrate, evaluate
 from pipeline.families.convnet_aig.model import Aig
+from pipeline.families.shape_adaptor.body_costs import BodyCosts
 from pipeline.families.shape_adaptor.model import ShapeConfig, layout_of
-from pipeline.families.shape_adaptor.price import PriceList
 from pipeline.family import Evaluated, find
 from pipeline.figures import (
     MOST_POINTS,
@@ -616,10 +616,10 @@ def test_sides_that_layers_read_are_the_published_ones(net: str, side_px: int, m
     torch.manual_seed(0)
     found = find("shape_adaptor").build(config, 10)
     sizes = found.plan((side_px, side_px)).sizes  # type: ignore[operator]
-    prices, image = PriceList(layout_of(config), 10), (side_px, side_px)
-    assert prices.values(image, sizes) == PriceList(layout_of(config), 10).values(image, sizes) > 0
+    costs, image = BodyCosts(layout_of(config), 10), (side_px, side_px)
+    assert costs.values(image, sizes) == BodyCosts(layout_of(config), 10).values(image, sizes) > 0
     for _ in range(2):
-        assert list(prices.sides(image, sizes)) == PUBLISHED[net, side_px, mode]  # type: ignore[index]
+        assert list(costs.sides(image, sizes)) == PUBLISHED[net, side_px, mode]  # type: ignore[index]
 
 
 def test_learned_sides_stand_beside_the_human_design(shaped: Evaluated) -> None:

@@ -1,4 +1,4 @@
-"""Laws of RANet: the published sizes and prices, the literal threshold rule, and leaving early that equals deciding."""
+"""Laws of RANet: the published sizes and costs, the literal threshold rule, and leaving early that equals deciding."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def fitted(net: Ranet, log_q: float, count: int = 64) -> list[float | None]:
     return [*found, 0.0]
 
 
-# ---- sizes and prices
+# ---- sizes and costs
 
 
 @pytest.mark.parametrize("published", PUBLISHED)
@@ -136,15 +136,15 @@ def test_parameters_exits_and_prices_are_the_published_ones(published: str) -> N
     with FakeTensorMode():  # shapes only: nothing is computed
         net = build(config, classes).eval()
         found = released_count(net, torch.empty(1, 3, side_px, side_px))
-        prices = measure(net, torch.empty(1, 3, side_px, side_px)).cumulative
+        costs = measure(net, torch.empty(1, 3, side_px, side_px)).cumulative
         whole = cost.measure(net, torch.empty(1, 3, side_px, side_px)).macs
     assert sum(p.numel() for p in net.parameters()) == params
     assert len(net.state_dict()) == entries
     assert [f"{value / 1e6:.2f}" for value in found] == operations.split()
-    assert prices == sorted(set(prices))
-    assert prices[-1] == whole
-    assert len(prices) == config.num_exits == config.first_blocks + config.more_blocks * (len(config.scales) - 1)
-    assert all(0.001 < 1 - ours / theirs < 0.009 for ours, theirs in zip(prices, found, strict=True))
+    assert costs == sorted(set(costs))
+    assert costs[-1] == whole
+    assert len(costs) == config.num_exits == config.first_blocks + config.more_blocks * (len(config.scales) - 1)
+    assert all(0.001 < 1 - ours / theirs < 0.009 for ours, theirs in zip(costs, found, strict=True))
 
 
 def released_count(net: Ranet, example: Tensor) -> list[int]:
@@ -348,18 +348,18 @@ def test_a_share_below_one_image_and_one_above_what_is_left_let_none_leave() -> 
 
 
 def test_shares_are_geometric_and_the_price_follows_q() -> None:
-    prices = [8.0, 20.0, 30.0, 60.0]
+    costs = [8.0, 20.0, 30.0, 60.0]
     for q in (0.05, 1.0, 1.95):
         found = shares(log(q), 4)
         assert sum(found) == pytest.approx(1)
         assert all(b / a == pytest.approx(q) for a, b in pairwise(found))
-    spent = [expected(log_q / 5, prices) for log_q in range(-40, 40)]
+    spent = [expected(log_q / 5, costs) for log_q in range(-40, 40)]
     assert spent == sorted(spent)
     for budget in (8.0, 8.001, 15.0, 29.5, 59.9, 60.0):
-        assert expected(solve(budget, prices), prices) == pytest.approx(budget, rel=1e-9)
+        assert expected(solve(budget, costs), costs) == pytest.approx(budget, rel=1e-9)
     for budget in (7.9, 60.1):
         with pytest.raises(ConfigError, match=r"out of reach.*shares 0\.133 to 1"):
-            solve(budget, prices)
+            solve(budget, costs)
 
 
 # ---- leaving early
@@ -409,10 +409,10 @@ def rows_by_module(net: Ranet, until: list[float | None], batch: Tensor) -> tupl
         for name, module in net.named_modules()
         if (name.count(".") == 2 and name.startswith("sub")) or (name.count(".") == 1 and name.startswith("class"))
     ]
-    prices = measure(net, batch)
+    costs = measure(net, batch)
     seen.clear()
     with torch.no_grad():
-        found = early_exit(net, batch, until, prices)
+        found = early_exit(net, batch, until, costs)
     for hook in hooks:
         hook.remove()
     return found, seen
@@ -514,9 +514,9 @@ def test_the_first_policy_is_the_last_exit_and_needs_no_calibration(small: Ranet
 def test_anytime_tells_the_price_of_each_answer(small: Ranet) -> None:
     with torch.no_grad():
         found = Anytime().predict(small, images(3))
-    prices = measure(small, images(1)).cumulative
-    assert found.facts["exit_macs"].tolist() == [prices] * 3
-    assert found.macs.tolist() == [prices[-1]] * 3
+    costs = measure(small, images(1)).cumulative
+    assert found.facts["exit_macs"].tolist() == [costs] * 3
+    assert found.macs.tolist() == [costs[-1]] * 3
     assert found.facts["exit_agrees"][:, -1].all()
 
 

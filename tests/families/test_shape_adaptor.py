@@ -32,7 +32,7 @@ from pipeline.families.shape_adaptor.bodies import (
 from pipeline.families.shape_adaptor.inference import AtShape, Live, freeze
 from pipeline.families.shape_adaptor.model import ShapeConfig, ShapeNet, build, first_alphas, places
 from pipeline.families.shape_adaptor.objective import groups, loss, updates
-from pipeline.families.shape_adaptor.shape import Plan, Rules, Shape, Size, factor, initial_alpha, plan, weights
+from pipeline.families.shape_adaptor.shape import Rules, Shape, ShapePlan, Size, factor, initial_alpha, plan, weights
 from pipeline.families.shape_adaptor.weights import RELEASED_ALPHAS, load_pretrained
 from pipeline.family import cross_entropy
 from pipeline.training import optim, state
@@ -606,7 +606,7 @@ def test_the_price_of_uniform_factors_is_the_published_one(
     count = len(alphas(model))
     for s, expected in gmacs.items():
         drawn = plan([for_factor(s)] * count, (side_px, side_px), local(count))
-        assert model.price_list.macs((side_px, side_px), drawn.sizes) / 1e9 == pytest.approx(expected, rel=6e-3), s
+        assert model.costs.macs((side_px, side_px), drawn.sizes) / 1e9 == pytest.approx(expected, rel=6e-3), s
 
 
 def test_lost_residuals_are_the_published_ones() -> None:
@@ -831,8 +831,8 @@ def test_predicted_prices_are_those_counted_on_the_very_forward(net: str, mode: 
         values.clear()
         found = cost.measure(model, images(1, *size))
         asked = (size, model.plan(size).sizes)
-        assert model.price_list.values(*asked) == model.price_list.values(*asked) == sum(values)
-        assert model.price_list.macs(*asked) == found.macs
+        assert model.costs.values(*asked) == model.costs.values(*asked) == sum(values)
+        assert model.costs.macs(*asked) == found.macs
 
 
 def test_asking_for_the_price_costs_nothing_where_macs_are_counted() -> None:
@@ -844,8 +844,8 @@ def test_asking_for_the_price_costs_nothing_where_macs_are_counted() -> None:
 def test_a_plan_above_its_budget_is_refused_before_anything_runs(key: str) -> None:
     free = opened(small())
     asked = ((SIDE, SIDE), free.plan((SIDE, SIDE)).sizes)
-    prices = free.price_list
-    amount = prices.values(*asked) / 1e6 if key == "max_mvalues" else prices.macs(*asked) / 1e9
+    costs = free.costs
+    amount = costs.values(*asked) / 1e6 if key == "max_mvalues" else costs.macs(*asked) / 1e9
     with torch.no_grad():
         opened(small(**{key: amount}))(images())
         net = opened(small(**{key: amount}))
@@ -898,7 +898,7 @@ def test_each_phase_moves_its_own_parameters_alone() -> None:
     net = current.net
     task = Task(FAMILY, config, settings, 1, CLASSES, cpu, 0.1, net)
     moved: list[tuple[str, set[str]]] = []
-    plans: list[Plan] = []
+    plans: list[ShapePlan] = []
 
     def watched(name: str, step: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:

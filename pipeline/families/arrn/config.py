@@ -26,7 +26,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
-class Plan:
+class LadderPlan:
     """ladder, widths [N+1]; inner [N], the layers inside each residual; final, those of the ordinary last stage."""
 
     ladder: tuple[int, ...]
@@ -39,13 +39,13 @@ _224 = (224, 112, 56, 28, 14, 7)
 _LIKE_EFFICIENTNET = ("F2x1", "F2x2", "F3x3", "M4x6", "M4x9")
 _SMALL = ("F4x2", "F4x2", "M4x4", "M4x4")
 SIZES = {
-    "T": Plan(_224, (12, 24, 48, 96, 160, 320), ("F1x1", "F2x2", "M4x3", "M4x4", "M4x6"), "M4x3"),
-    "S": Plan(_224, (16, 32, 64, 128, 256, 448), _LIKE_EFFICIENTNET, "M4x5"),
-    "S-steep": Plan(_224, (32, 64, 112, 160, 288, 512), ("F2x1", "F2x1", "F2x1", "M4x3", "M4x4"), "M4x5"),
-    "M": Plan(_224, (24, 48, 80, 160, 288, 480), _LIKE_EFFICIENTNET, "M4x5"),
-    "cifar": Plan((32, 16, 8, 4), (48, 96, 192, 384), ("F4x2", "F4x3", "M4x4"), "M4x3"),
-    "tiny-imagenet": Plan((64, 32, 16, 8, 4), (32, 64, 128, 256, 384), _SMALL, "M4x3"),
-    "stl10": Plan((96, 48, 24, 12, 6), (32, 64, 128, 256, 384), _SMALL, "M4x3"),
+    "T": LadderPlan(_224, (12, 24, 48, 96, 160, 320), ("F1x1", "F2x2", "M4x3", "M4x4", "M4x6"), "M4x3"),
+    "S": LadderPlan(_224, (16, 32, 64, 128, 256, 448), _LIKE_EFFICIENTNET, "M4x5"),
+    "S-steep": LadderPlan(_224, (32, 64, 112, 160, 288, 512), ("F2x1", "F2x1", "F2x1", "M4x3", "M4x4"), "M4x5"),
+    "M": LadderPlan(_224, (24, 48, 80, 160, 288, 480), _LIKE_EFFICIENTNET, "M4x5"),
+    "cifar": LadderPlan((32, 16, 8, 4), (48, 96, 192, 384), ("F4x2", "F4x3", "M4x4"), "M4x3"),
+    "tiny-imagenet": LadderPlan((64, 32, 16, 8, 4), (32, 64, 128, 256, 384), _SMALL, "M4x3"),
+    "stl10": LadderPlan((96, 48, 24, 12, 6), (32, 64, 128, 256, 384), _SMALL, "M4x3"),
 }
 
 
@@ -130,9 +130,9 @@ class ArrnConfig(FamilyConfig):
             )
 
     @property
-    def _whole(self) -> Plan:
+    def _whole(self) -> LadderPlan:
         size = SIZES[self.size]
-        return Plan(
+        return LadderPlan(
             self.ladder_px or size.ladder,
             self.widths or size.widths,
             self.inner or size.inner,
@@ -144,10 +144,10 @@ class ArrnConfig(FamilyConfig):
         return 0 if self.finest_px is None else self._whole.ladder.index(self.finest_px)
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> LadderPlan:
         """What is built: the whole ladder, or the part of it from finest_px on."""
         whole, start = self._whole, self._left_out
-        return Plan(whole.ladder[start:], whole.widths[start:], whole.inner[start:], whole.final)
+        return LadderPlan(whole.ladder[start:], whole.widths[start:], whole.inner[start:], whole.final)
 
     @property
     def kinds(self) -> tuple[Filter, ...]:

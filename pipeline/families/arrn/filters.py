@@ -24,7 +24,7 @@ ZERO_CROSSINGS, BETA, ROLLOFF = 6, 14.769656459379492, 0.99
 FEW_CHANNELS = 8  # below, a product over the channels' axis is slower than a copy in the other layout
 
 
-class Pair:
+class FilterPair:
     """D and U of one kind between any two sizes, in fp32 (fp64 for fp64) also under autocast. Matrices are kept."""
 
     def __init__(self, kind: Filter) -> None:

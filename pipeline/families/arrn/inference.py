@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline import cost
 from pipeline.blocks import per_image
 from pipeline.families.arrn.config import ArrnConfig
-from pipeline.families.arrn.model import Arrn, Output
+from pipeline.families.arrn.model import Arrn, ArrnOutput
 from pipeline.family import FixedPolicy, Prediction, Settings
 
 
@@ -48,8 +48,8 @@ class ArrnResolution(FixedPolicy):
         ran = len(net.residuals) - output.levels  # [B]
         return Prediction(output.logits.float(), per_image(macs, images), {"residuals": ran})
 
-    def run(self, net: Arrn, images: Tensor) -> Output:
-        output: Output = net(self.sized(net, images))
+    def run(self, net: Arrn, images: Tensor) -> ArrnOutput:
+        output: ArrnOutput = net(self.sized(net, images))
         return output
 
     def sized(self, net: Arrn, images: Tensor) -> Tensor:

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.families.arrn.config import ArrnConfig
-from pipeline.families.arrn.filters import Pair
+from pipeline.families.arrn.filters import FilterPair
 from pipeline.families.arrn.inner import Stack
 
 LEAST_ROWS = 2  # that each residual runs in training, so that no parameter is without a gradient on some rank
 
 
 @dataclass(frozen=True)
-class Output:
+class ArrnOutput:
     """logits [B, K]; levels [B] i64: how many residuals each image skipped."""
 
     logits: Tensor
@@ -75,7 +75,7 @@ def affine(layer: nn.Conv2d) -> Affine:
 class Residual(nn.Module):
     """A Laplacian residual: `inner` is b_n, `project` A_n, `pair` D and U."""
 
-    def __init__(self, layers: str, inputs: int, outputs: int, gain: float, pair: Pair) -> None:
+    def __init__(self, layers: str, inputs: int, outputs: int, gain: float, pair: FilterPair) -> None:
         super().__init__()
         self.pair = pair
         self.inner = Stack(layers, inputs, "replicate", first_skip=False)
@@ -107,7 +107,7 @@ class Arrn(nn.Module):
         super().__init__()
         plan = config.plan
         self.ladder, self.probabilities = plan.ladder, config.probabilities
-        self.pairs = [Pair(kind) for kind in config.kinds]
+        self.pairs = [FilterPair(kind) for kind in config.kinds]
         self.stem = nn.Conv2d(3, plan.widths[0], 1)
         steps = zip(plan.inner, plan.widths, plan.widths[1:], strict=False)
         self.residuals = nn.ModuleList(
@@ -124,7 +124,7 @@ class Arrn(nn.Module):
         """Uniform numbers [B, N], on the CPU, so that the sizes they decide need no wait; None without dropout."""
         return torch.rand(num_images, len(self.residuals)) if any(self.probabilities) else None
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Output:
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> ArrnOutput:
         """Residual n runs on the images that do not skip it: those above its resolution, but for the dropped.
 
         Dropped are the first residuals of an image, in training or with `noise`; never others, and nothing is rescaled.
@@ -145,7 +145,7 @@ class Arrn(nn.Module):
             r = r[order.argsort().to(r.device)]
         logits = self.answer(r)
         logits = logits if idle is None else logits + idle.to(logits.dtype)
-        return Output(logits, torch.tensor(levels, device=images.device))
+        return ArrnOutput(logits, torch.tensor(levels, device=images.device))
 
     def answer(self, r: Tensor) -> Tensor:
         """Logits [B, K] of what the residuals leave, [B, C_N, ...] at R_N."""

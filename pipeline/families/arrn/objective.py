@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from pipeline.families.arrn.config import ArrnConfig
-from pipeline.families.arrn.model import Output
+from pipeline.families.arrn.model import ArrnOutput
 from pipeline.family import Loss, Params, cross_entropy
 
 
-def loss(config: ArrnConfig, output: Output, targets: Tensor) -> Loss:
+def loss(config: ArrnConfig, output: ArrnOutput, targets: Tensor) -> Loss:
     ce = cross_entropy(output.logits, targets)
     return Loss(ce, {"ce": ce.detach(), "dropped": output.levels.to(ce.dtype).mean()})
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline import cost, ranks
 from pipeline.blocks import per_image
 from pipeline.errors import ContractError
-from pipeline.families.convnet_aig.model import Aig, AigConfig, Block, logistic
+from pipeline.families.convnet_aig.model import Aig, AigConfig, GatedBlock, logistic
 from pipeline.family import FixedPolicy, MeasuresOnce, Policy, Prediction, Settings
 
 SAMPLED_SEED = 0
@@ -59,7 +59,7 @@ class Gates(FixedPolicy):
         x = net.stem(images)
         opened, noise = [], self._noise(net, images)
         for block in net.blocks:
-            assert isinstance(block, Block)
+            assert isinstance(block, GatedBlock)
             if block.gate is None:
                 gate = torch.ones(len(x), dtype=torch.bool, device=x.device)
             else:
@@ -132,7 +132,7 @@ class ExpectedRate(MeasuresOnce):
             raise ContractError(f"policy {self.name}: it is to be calibrated before it predicts")
         x = net.stem(images)
         for block, rate in zip(net.blocks, self.rates, strict=True):
-            assert isinstance(block, Block)
+            assert isinstance(block, GatedBlock)
             x = torch.relu(block.shortcut(x) + rate * block.residual(x))
         macs = self.once(images.shape[1:], lambda: _macs_without_gates(net, images))
         return Prediction(net.fc(x.mean(dim=(2, 3))).float(), per_image(macs, images), {})
@@ -164,7 +164,7 @@ class ExpectedProb(FixedPolicy):
         assert isinstance(net, Aig)
         x, found = net.stem(images), []
         for block in net.blocks:
-            assert isinstance(block, Block)
+            assert isinstance(block, GatedBlock)
             probability = torch.ones(len(x), device=x.device) if block.gate is None else block.gate(x).sigmoid()  # [B]
             x = block(x, probability)
             found.append(probability)
@@ -176,7 +176,7 @@ def likelihoods(net: Aig, images: Tensor, noise: Tensor) -> Tensor:
     """Each block's probability of execution, [B, L], along the path that `noise` [B, G] draws; 1 where fixed open."""
     x, found, drawn = net.stem(images), [], iter(noise.unbind(1))
     for block in net.blocks:
-        assert isinstance(block, Block)
+        assert isinstance(block, GatedBlock)
         odds = x.new_full((len(x),), math.inf) if block.gate is None else block.gate(x)
         opened = odds > 0 if block.gate is None else odds + next(drawn) > 0
         x = block.skipping(x, opened.nonzero().flatten())

@@ -84,7 +84,7 @@ class AigConfig(FamilyConfig):
 
 
 @dataclass(frozen=True)
-class Output:
+class AigOutput:
     """logits [B, K]; gates [B, L] f32, 1 where a block ran, with the straight-through gradient in training."""
 
     logits: Tensor
@@ -123,7 +123,7 @@ def straight_through(odds: Tensor, noise: Tensor) -> Tensor:
     return hard.detach() + (soft - soft.detach())
 
 
-class Block(nn.Module):
+class GatedBlock(nn.Module):
     """A residual block: `residual(x)` without its last ReLU, `shortcut(x)`, and a gate unless it is fixed open."""
 
     def __init__(self, residual: nn.Sequential, shortcut: nn.Module, gate: Gate | None) -> None:
@@ -181,7 +181,7 @@ class Aig(nn.Module):
 
     def gates(self) -> list[Gate]:
         """The gates there are, in the order of their blocks, [G]."""
-        return [block.gate for block in self.blocks if isinstance(block, Block) and block.gate is not None]
+        return [block.gate for block in self.blocks if isinstance(block, GatedBlock) and block.gate is not None]
 
     def draw_noise(self, num_images: int) -> Tensor | None:
         """Logistic noise [B, G] from torch's default generator; None without gates."""
@@ -191,14 +191,14 @@ class Aig(nn.Module):
         uniform = torch.rand(num_images, count, device=self.fc.weight.device, dtype=torch.float32)
         return logistic(uniform)
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Output:
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> AigOutput:
         """Masked: every block runs for every image. Gates are sampled in training or with `noise`, else by odds > 0."""
         if noise is None and self.training:
             noise = self.draw_noise(len(images))
         x = self.stem(images)
         gates, used = [], 0
         for block in self.blocks:
-            assert isinstance(block, Block)
+            assert isinstance(block, GatedBlock)
             gate = None
             if block.gate is not None:
                 odds = block.gate(x)
@@ -207,7 +207,7 @@ class Aig(nn.Module):
             gates.append(x.new_ones(len(x), dtype=self.fc.weight.dtype) if gate is None else gate)
             x = block(x, gate)
         logits = self.fc(x.mean(dim=(2, 3)))
-        return Output(logits, torch.stack(gates, dim=1))
+        return AigOutput(logits, torch.stack(gates, dim=1))
 
 
 def logistic(uniform: Tensor) -> Tensor:
@@ -216,11 +216,11 @@ def logistic(uniform: Tensor) -> Tensor:
     return torch.log(kept) - torch.log1p(-kept)
 
 
-def _blocks(config: AigConfig) -> list[Block]:
+def _blocks(config: AigConfig) -> list[GatedBlock]:
     widths = (64, 128, 256, 512) if config.for_imagenet else (16, 32, 64)
     expansion = 4 if config.for_imagenet else 1
     inputs = widths[0]
-    made: list[Block] = []
+    made: list[GatedBlock] = []
     for stage, (count, width) in enumerate(zip(config.stages, widths, strict=True)):
         for number in range(count):
             stride = 2 if stage and number == 0 else 1
@@ -228,7 +228,7 @@ def _blocks(config: AigConfig) -> list[Block]:
             residual = _bottleneck(inputs, width, stride) if config.for_imagenet else _basic(inputs, width, stride)
             gated = config.targets[len(made)] < 1
             gate = Gate(inputs, config.gate_batchnorm) if gated else None
-            made.append(Block(residual, _shortcut(inputs, outputs, stride), gate))
+            made.append(GatedBlock(residual, _shortcut(inputs, outputs, stride), gate))
             inputs = outputs
     return made
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import ranks
-from pipeline.families.convnet_aig.model import Aig, AigConfig, Output
+from pipeline.families.convnet_aig.model import Aig, AigConfig, AigOutput
 from pipeline.family import Loss, Params, cross_entropy
 
 
@@ -26,7 +26,7 @@ def rate_loss(gates: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     return distance / len(target) if reduction == "mean" else distance
 
 
-def loss(config: AigConfig, output: Output, targets: Tensor) -> Loss:
+def loss(config: AigConfig, output: AigOutput, targets: Tensor) -> Loss:
     ce = cross_entropy(output.logits, targets)
     wanted = _targets(config.targets, output.gates.dtype, output.gates.device)
     rate = rate_loss(output.gates, wanted, config.rate_reduction)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.families.convnet_aig.model import Aig, AigConfig, Block
+from pipeline.families.convnet_aig.model import Aig, AigConfig, GatedBlock
 from pipeline.family import load
 
 PARTS = {"conv1": "residual.0", "bn1": "residual.1", "conv2": "residual.3", "bn2": "residual.4"}
@@ -32,7 +32,7 @@ def load_pretrained(config: AigConfig, net: nn.Module, tensors: Mapping[str, Ten
     fixed = [
         str(number)
         for number, block in enumerate(net.blocks)
-        if isinstance(block, Block) and block.gate is None and f"blocks.{number}.gate.fc2.weight" in ours
+        if isinstance(block, GatedBlock) and block.gate is None and f"blocks.{number}.gate.fc2.weight" in ours
     ]
     if fixed:
         raise ConfigError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.families.convnet_aig.inference import ExpectedRate, Gates, policies
-from pipeline.families.convnet_aig.model import Aig, AigConfig, Block
+from pipeline.families.convnet_aig.model import Aig, AigConfig, GatedBlock
 from pipeline.family import Report
 
 MASKS = (0.3, 0.5, 0.7)  # least mean execution rate of a block that a fixed mask runs
@@ -26,7 +26,7 @@ class Scaled(nn.Module):
     def __init__(self, net: Aig, scales: Sequence[float]) -> None:
         super().__init__()
         self.stem, self.fc, self.scales = net.stem, net.fc, tuple(scales)
-        blocks = [block for block in net.blocks if isinstance(block, Block)]
+        blocks = [block for block in net.blocks if isinstance(block, GatedBlock)]
         self.shortcuts = nn.ModuleList(block.shortcut for block in blocks)
         pairs = zip(blocks, self.scales, strict=True)
         self.residuals = nn.ModuleList(block.residual if scale else nn.Identity() for block, scale in pairs)
@@ -54,7 +54,7 @@ class Likely(nn.Module):
         """images [B, 3, H, W] -> logits [B, K]."""
         x = self.net.stem(images)
         for block in self.net.blocks:
-            assert isinstance(block, Block)
+            assert isinstance(block, GatedBlock)
             x = block(x, None if block.gate is None else block.gate(x).sigmoid())
         logits: Tensor = self.net.fc(x.mean(dim=(2, 3)))
         return logits
@@ -71,7 +71,7 @@ class Branching(nn.Module):
         """images [1, 3, H, W] -> logits [1, K]."""
         x = self.net.stem(images)
         for block in self.net.blocks:
-            assert isinstance(block, Block)
+            assert isinstance(block, GatedBlock)
             if block.gate is None:
                 x = block(x, None)
             else:
@@ -80,11 +80,11 @@ class Branching(nn.Module):
         return logits
 
 
-def _opened(block: Block, x: Tensor) -> Tensor:
+def _opened(block: GatedBlock, x: Tensor) -> Tensor:
     return torch.relu(block.shortcut(x) + block.residual(x))
 
 
-def _closed(block: Block, x: Tensor) -> Tensor:
+def _closed(block: GatedBlock, x: Tensor) -> Tensor:
     return torch.relu(block.shortcut(x))
 
 

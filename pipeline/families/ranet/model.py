@@ -23,7 +23,7 @@ CIFAR_CLASSIFIER = 128  # channels of a classifier's convolutions
 
 
 @dataclass(frozen=True)
-class Output:
+class RanetOutput:
     """logits [B, K] of the last exit; exits [B, E, K] of each."""
 
     logits: Tensor
@@ -100,7 +100,7 @@ class NormalLayer(nn.Module):
         return torch.cat([x, self.own(x)], dim=1)
 
 
-class Block(nn.Module):
+class RanetBlock(nn.Module):
     """A chain of layers; a fused one reads the tensors of the same block of the sub-network before."""
 
     def __init__(self, plan: BlockPlan) -> None:
@@ -153,7 +153,7 @@ class Ranet(nn.Module):
     def __init__(self, config: RanetConfig, num_classes: int) -> None:
         super().__init__()
         exits = [block.outputs for blocks in config.plan for block in blocks if not block.fused]
-        self.subnetworks = nn.ModuleList([nn.ModuleList(map(Block, blocks)) for blocks in config.plan])
+        self.subnetworks = nn.ModuleList([nn.ModuleList(map(RanetBlock, blocks)) for blocks in config.plan])
         self.classifiers = nn.ModuleList(
             [Classifier(c, CIFAR_CLASSIFIER if config.stem == "cifar" else c, num_classes) for c in exits]
         )
@@ -168,11 +168,11 @@ class Ranet(nn.Module):
     def draw_noise(self, num_images: int) -> Tensor | None:
         return None
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Output:
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> RanetOutput:
         """All exits of all images. Raises ConfigError for images below the net's smallest."""
         walk = Walk(self, images)
         exits = [classifier(walk.to_next_exit()) for classifier in self.classifiers]
-        return Output(exits[-1], torch.stack(exits, dim=1))
+        return RanetOutput(exits[-1], torch.stack(exits, dim=1))
 
 
 class Walk:

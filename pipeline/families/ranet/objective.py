@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.families.ranet.config import RanetConfig
-from pipeline.families.ranet.model import Output
+from pipeline.families.ranet.model import RanetOutput
 from pipeline.family import Loss, Params, cross_entropy
 
 
-def loss(config: RanetConfig, output: Output, targets: Tensor) -> Loss:
+def loss(config: RanetConfig, output: RanetOutput, targets: Tensor) -> Loss:
     """The sum over exits; parts: `ce` of the last exit, `ce/<exit>` and `top1/<exit>` of each.
 
     Of mixed images the top-1 asks for the class that has most of them.

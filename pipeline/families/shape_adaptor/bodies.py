@@ -46,7 +46,7 @@ class Cells:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BodyLayout:
     """What a body is built from; `places` are the numbers of the layers that carry an adaptor (`model.places`)."""
 
     kind: Kind
@@ -92,7 +92,7 @@ class Route:
 Body: TypeAlias = "Vgg16 | ResNet50 | MobileNetV2"
 
 
-def build_body(layout: Layout, num_classes: int) -> tuple[Body, Route]:
+def build_body(layout: BodyLayout, num_classes: int) -> tuple[Body, Route]:
     """The body with its initial weights, and where its adaptors stand."""
     route = Route(layout.ceil_pool)
     if layout.kind == "resnet50":
@@ -153,7 +153,7 @@ def rounded(channels: float) -> int:
 class Vgg16(nn.Module):
     """13 convolutions of 3x3 with ReLU, global average, one linear layer. No adaptor follows the last convolution."""
 
-    def __init__(self, layout: Layout, num_classes: int, route: Route) -> None:
+    def __init__(self, layout: BodyLayout, num_classes: int, route: Route) -> None:
         super().__init__()
         pooled = VGG_POOLED[:4] if layout.small else VGG_POOLED
         self.pools = frozenset(pooled if layout.strided else ())
@@ -221,7 +221,7 @@ class ResNet50(nn.Module):
     an adaptor each.
     """
 
-    def __init__(self, layout: Layout, num_classes: int, route: Route) -> None:
+    def __init__(self, layout: BodyLayout, num_classes: int, route: Route) -> None:
         super().__init__()
         inputs, large = rounded(64 * layout.width), not layout.small
         stride = route.shrink(2) if large and layout.strided else 1
@@ -261,7 +261,7 @@ class ResNet50(nn.Module):
         return logits
 
 
-def _bottleneck(layout: Layout, route: Route, inputs: int, width: int, place: int, stride: int) -> Bottleneck:
+def _bottleneck(layout: BodyLayout, route: Route, inputs: int, width: int, place: int, stride: int) -> Bottleneck:
     """Block number `place`, which has `stride` in the human net."""
     if place in layout.places:
         return Bottleneck(inputs, width, 1, 2, route.joining())
@@ -298,7 +298,7 @@ class MobileNetV2(nn.Module):
     `keep_residual`.
     """
 
-    def __init__(self, layout: Layout, num_classes: int, route: Route) -> None:
+    def __init__(self, layout: BodyLayout, num_classes: int, route: Route) -> None:
         super().__init__()
         strides = mobilenet_strides(layout.small)
         inputs, last = rounded(32 * layout.width), rounded(1280 * max(1.0, layout.width))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from pipeline.families.shape_adaptor.body_costs import BodyCosts
 from pipeline.families.shape_adaptor.model import ShapeConfig, layout_of
-from pipeline.families.shape_adaptor.price import PriceList
 from pipeline.families.shape_adaptor.shape import Size
 from pipeline.family import Evaluated
 from pipeline.figures import Cell, Figure, Lines, Series, Table, for_each, numbered, over_training
@@ -60,8 +60,8 @@ def _learned(net: Evaluated) -> tuple[Size, ...] | None:
     return tuple((round(side), round(side)) for side in found) if found else None
 
 
-def _prices(net: Evaluated, config: ShapeConfig) -> PriceList:
-    return PriceList(layout_of(config), len(net.classes))
+def _costs(net: Evaluated, config: ShapeConfig) -> BodyCosts:
+    return BodyCosts(layout_of(config), len(net.classes))
 
 
 # ---- one net
@@ -73,8 +73,8 @@ def _sides(net: Evaluated) -> Lines | None:
         return None
     image = (net.side_px, net.side_px)
     shapes = {
-        "learned": _prices(net, config).sides(image, sizes),
-        "human design": _prices(net, _human(config)).sides(image, ()),
+        "learned": _costs(net, config).sides(image, sizes),
+        "human design": _costs(net, _human(config)).sides(image, ()),
     }
     carry = ", ".join(str(place) for place in layout_of(config).places)
     return Lines(
@@ -116,10 +116,10 @@ def _against_human(mine: Sequence[Evaluated]) -> Table | None:
         sizes, human = _learned(net), _human(_config(net))
         if sizes is None:
             continue
-        rows.append([net.name, _config(net).mode, *_priced(net, _config(net), sizes), net.reports[0].top1])
+        rows.append([net.name, _config(net).mode, *_cost_cells(net, _config(net), sizes), net.reports[0].top1])
         if layout_of(human) not in given:
             given.add(layout_of(human))
-            rows.append([f"{net.name} as designed", "human", *_priced(net, human, ()), None])
+            rows.append([f"{net.name} as designed", "human", *_cost_cells(net, human, ()), None])
     if len(rows) < 2:
         return None
     return Table(
@@ -133,12 +133,12 @@ def _against_human(mine: Sequence[Evaluated]) -> Table | None:
     )
 
 
-def _priced(net: Evaluated, config: ShapeConfig, sizes: tuple[Size, ...]) -> list[Cell]:
+def _cost_cells(net: Evaluated, config: ShapeConfig, sizes: tuple[Size, ...]) -> list[Cell]:
     """Parameters, million MACs, million activations and the last side, of an image as it was evaluated."""
-    prices, image = _prices(net, config), (net.side_px, net.side_px)
+    costs, image = _costs(net, config), (net.side_px, net.side_px)
     return [
-        prices.parameters + len(sizes),
-        prices.macs(image, sizes) / 1e6,
-        prices.values(image, sizes) / 1e6,
-        prices.sides(image, sizes)[-1],
+        costs.parameters + len(sizes),
+        costs.macs(image, sizes) / 1e6,
+        costs.values(image, sizes) / 1e6,
+        costs.sides(image, sizes)[-1],
     ]

@@ -17,7 +17,7 @@ from pipeline.blocks import per_image
 from pipeline.errors import ConfigError
 from pipeline.families.shape_adaptor.bodies import Cells
 from pipeline.families.shape_adaptor.model import ShapeConfig, ShapeNet
-from pipeline.families.shape_adaptor.shape import Plan, Size
+from pipeline.families.shape_adaptor.shape import ShapePlan, Size
 from pipeline.family import FixedPolicy, Prediction, Settings
 
 
@@ -96,13 +96,13 @@ class AtShape(FixedPolicy):
         return self.once((net, size), lambda: Frozen(net, size).eval())
 
 
-def _macs(policy: FixedPolicy, net: nn.Module, plan: Plan, images: Tensor) -> Tensor:
+def _macs(policy: FixedPolicy, net: nn.Module, plan: ShapePlan, images: Tensor) -> Tensor:
     """The MACs of each image, [B] f64: constant, measured once for each shape that the net takes."""
     macs = policy.once((images.shape[1:], plan.sizes), lambda: cost.measure(net, images[:1]).macs)
     return per_image(macs, images)
 
 
-def _facts(net: ShapeNet, plan: Plan, images: Tensor) -> dict[str, Tensor]:
+def _facts(net: ShapeNet, plan: ShapePlan, images: Tensor) -> dict[str, Tensor]:
     """The longer side after each adaptor in pixels, and the alphas, both [B, N]; none for a net of fixed shape."""
     alphas = net.shape.alphas
     if alphas is None:

@@ -23,15 +23,15 @@ from pipeline.families.shape_adaptor.bodies import (
     RESNET_STAGES,
     VGG_POOLED,
     VGG_WIDTHS,
+    BodyLayout,
     Cells,
     Kind,
-    Layout,
     Mode,
     build_body,
     mobilenet_strides,
 )
-from pipeline.families.shape_adaptor.price import PriceList
-from pipeline.families.shape_adaptor.shape import LARGER, SMALLER, Plan, Rule, Rules, Shape, Size, initial_alpha
+from pipeline.families.shape_adaptor.body_costs import BodyCosts
+from pipeline.families.shape_adaptor.shape import LARGER, SMALLER, Rule, Rules, Shape, ShapePlan, Size, initial_alpha
 from pipeline.family import FamilyConfig
 
 SMALL_PX = 64  # up to this declared side a net has the layout for small images
@@ -105,12 +105,12 @@ class ShapeConfig(FamilyConfig):
 
 
 @dataclass(frozen=True)
-class Output:
+class ShapeAdaptorOutput:
     """logits [B, K]; alphas [N], detached; the plan that this forward ran with."""
 
     logits: Tensor
     alphas: Tensor
-    plan: Plan
+    plan: ShapePlan
 
 
 def build(config: ShapeConfig, num_classes: int) -> ShapeNet:
@@ -127,35 +127,35 @@ class ShapeNet(nn.Module):
         residual = tuple(cell and config.doubled for cell in route.residual)
         rule = config.rule or ("global" if config.mode == "autosc" else "local")
         self.shape = Shape(first_alphas(config), Rules(tuple(route.fixed), residual, rule, config.limit_px))
-        self.price_list = PriceList(layout, num_classes)
+        self.costs = BodyCosts(layout, num_classes)
         self.config = config
 
     def draw_noise(self, num_images: int) -> Tensor | None:
         return None
 
-    def plan(self, size: Size) -> Plan:
+    def plan(self, size: Size) -> ShapePlan:
         """The plan for images of `size`. Raises ConfigError, before anything is computed, where it breaks a budget."""
         found = self.shape.plan(size)
-        prices = self.price_list
-        self._check("max_mvalues", lambda: prices.values(size, found.sizes) / 1e6, size, found)
-        self._check("max_gmacs", lambda: prices.macs(size, found.sizes) / 1e9, size, found)
+        costs = self.costs
+        self._check("max_mvalues", lambda: costs.values(size, found.sizes) / 1e6, size, found)
+        self._check("max_gmacs", lambda: costs.macs(size, found.sizes) / 1e9, size, found)
         return found
 
-    def cells(self, plan: Plan) -> Cells:
+    def cells(self, plan: ShapePlan) -> Cells:
         return Cells(plan.sizes, self.shape.weights(plan.penalty))
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Output:
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> ShapeAdaptorOutput:
         """images [B, 3, H, W] of any size; waits for the device only in the first forward after alphas moved."""
         plan = self.plan((images.shape[2], images.shape[3]))
         logits = self.body(images, self.cells(plan))
         alphas = self.shape.alphas
-        return Output(logits, logits.new_empty(0) if alphas is None else alphas.detach(), plan)
+        return ShapeAdaptorOutput(logits, logits.new_empty(0) if alphas is None else alphas.detach(), plan)
 
     def _check(
-        self, key: Literal["max_mvalues", "max_gmacs"], price: Callable[[], float], size: Size, plan: Plan
+        self, key: Literal["max_mvalues", "max_gmacs"], amount_of: Callable[[], float], size: Size, plan: ShapePlan
     ) -> None:
         budget: float | None = getattr(self.config, key)
-        if budget is None or (amount := price()) <= budget:
+        if budget is None or (amount := amount_of()) <= budget:
             return
         raise ConfigError(
             f"images of {size[0]}x{size[1]} px would cost {amount:.4g} each with sides {list(plan.sides_px)} px after "
@@ -174,9 +174,9 @@ def first_alphas(config: ShapeConfig) -> tuple[float, ...]:
     return (MODE_ALPHA[config.mode],) * count if count else ()
 
 
-def layout_of(config: ShapeConfig) -> Layout:
+def layout_of(config: ShapeConfig) -> BodyLayout:
     ceil = config.pool == "ceil" if config.pool else config.mode == "autosc"
-    return Layout(
+    return BodyLayout(
         kind=config.net,
         mode=config.mode,
         small=config.small,

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.families.shape_adaptor.model import Output, ShapeConfig, ShapeNet
+from pipeline.families.shape_adaptor.model import ShapeAdaptorOutput, ShapeConfig, ShapeNet
 from pipeline.family import Loss, Params, cross_entropy
 
 
-def loss(config: ShapeConfig, output: Output, targets: Tensor) -> Loss:
+def loss(config: ShapeConfig, output: ShapeAdaptorOutput, targets: Tensor) -> Loss:
     """Cross-entropy; the parts are the shape's curves: alpha and side of each adaptor, and the limit's penalty."""
     ce = cross_entropy(output.logits, targets)
     return Loss(ce, {"ce": ce.detach(), **_curves(output)})
 
 
-def _curves(output: Output) -> dict[str, Tensor]:
+def _curves(output: ShapeAdaptorOutput) -> dict[str, Tensor]:
     """Filled on the device from plain numbers, so that nothing waits for a copy."""
     device = output.logits.device
     numbers = {f"side_px/{number:02d}": float(side) for number, side in enumerate(output.plan.sides_px)}

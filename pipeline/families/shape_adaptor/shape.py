@@ -42,7 +42,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShapePlan:
     """The penalty in (0, 1] and the size that each adaptor gives, [N]; plain numbers, so a forward needs no read."""
 
     penalty: float
@@ -63,13 +63,13 @@ def factor(alpha: float) -> float:
     return SMALLER if math.isnan(alpha) else SMALLER + (LARGER - SMALLER) * sigmoid
 
 
-def plan(alphas: Sequence[float], size: Size, rules: Rules) -> Plan:
+def plan(alphas: Sequence[float], size: Size, rules: Rules) -> ShapePlan:
     """The plan for images of `size`; a pure function of its arguments."""
     factors = [factor(alpha) for alpha in alphas]
     p = penalty(factors, max(size), rules)
     shrunk = [p * s for s in factors]
     heights, widths = (sides(length, shrunk, rules) for length in size)
-    return Plan(p, tuple(zip(heights, widths, strict=True)))
+    return ShapePlan(p, tuple(zip(heights, widths, strict=True)))
 
 
 def penalty(factors: Sequence[float], side_px: int, rules: Rules) -> float:
@@ -134,7 +134,7 @@ class _Reading:
     alphas: Tensor
     version: int | None
     values: tuple[float, ...]
-    plans: dict[Size, Plan] = field(default_factory=dict)
+    plans: dict[Size, ShapePlan] = field(default_factory=dict)
 
 
 class Shape(nn.Module):
@@ -156,10 +156,10 @@ class Shape(nn.Module):
         if self.alphas is not None:
             self._reading = _Reading(self.alphas, _version(self.alphas), values)
 
-    def plan(self, size: Size) -> Plan:
+    def plan(self, size: Size) -> ShapePlan:
         """The plan for images of `size`; reads the alphas, which waits for the device, only if they moved."""
         if self.alphas is None:
-            return Plan(1.0, ())
+            return ShapePlan(1.0, ())
         reading = self._read(self.alphas)
         if size not in reading.plans:
             reading.plans[size] = plan(reading.values, size, self.rules)

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pipeline import cost
-from pipeline.families.shape_adaptor.bodies import Adaptor, Body, Cells, Layout, build_body
+from pipeline.families.shape_adaptor.bodies import Adaptor, Body, BodyLayout, Cells, build_body
 from pipeline.families.shape_adaptor.shape import Size
 
 Asked = tuple[Size, tuple[Size, ...]]  # of an image, and of what its adaptors give, [N]
 
 
 @dataclass
-class PriceList:
+class BodyCosts:
     """Prices one image in a body of this layout, by its size and those of the adaptors; each once."""
 
-    layout: Layout
+    layout: BodyLayout
     num_classes: int
     _body: Body | None = None
     _given: list[int] = field(default_factory=list)  # values of each convolution and adaptor in the forward under way
