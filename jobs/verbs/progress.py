@@ -123,7 +123,7 @@ def _event_line(record: Mapping[str, Any]) -> str:
 @contextmanager
 def follow(run_dir: Path) -> Iterator[View]:
     """Shows the run in `run_dir` until the end of the block."""
-    view = View(run_dir)
+    view = View(run_dir.absolute())  # the working directory changes while Ray starts
     try:
         yield view
     finally:

@@ -115,7 +115,7 @@ class JoinedNode:
 
         Head only. Raises ResourceError at once where a node's Ray has died, and naming the nodes that are missing.
         """
-        ray_token.set_for_good(_authentication(self.node))
+        ray_token.set_permanently(_authentication(self.node))
         import ray
 
         node, deadline = self.node, time.monotonic() + self.node.patience_s

@@ -1,13 +1,13 @@
-"""What the driver does: `train(config, run_dir)`. Idempotent: starting is resuming from nothing."""
+"""The driver of a training: `train(config, run_dir)`. It is idempotent: starting is resuming from nothing."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline import config as configs
 from pipeline import run_config
@@ -30,22 +30,24 @@ from pipeline.tracking import Uploader
 from pipeline.training import checkpoint
 from pipeline.training.step import num_micros
 
+if TYPE_CHECKING:  # importing Ray takes seconds
+    from ray.train import UserCallback
+
+    from pipeline.compat.ray_train import Trainer
+
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has come to. `finished` is False where it was asked to stop; the same call goes on from there."""
+    """The outcome of a call of `train`. `finished` is False after a request to stop; the same call then resumes."""
 
     run_dir: Path
     finished: bool
     step: int
     reports: Sequence[Report]
     checkpoint: str | None
-    run_id: str | None  # of the MLflow run
-    tracking_uri: str  # where that run is, without secrets
-    version: str | None  # `models:/NAME/VERSION`, where `tracking.register` is set
-
-
-DIED = ("OOM killer", "closed by peer", "remote worker")  # Ray's words for a worker that ended without one, and gloo's
+    run_id: str | None  # of the run in the tracker
+    tracking_uri: str  # of that run, without secrets
+    version: str | None  # `models:/NAME/VERSION` if `tracking.register` is set
 
 
 def train(
@@ -56,11 +58,12 @@ def train(
     progress: Progress | None = None,
     on_start: Callable[[], None] | None = None,
 ) -> Result:
-    """Trains `config` in `run_dir`, from its newest whole checkpoint or from nothing, tracks it and registers the best.
+    """Trains `config` in `run_dir`, tracks the run and registers its best checkpoint.
 
-    Another driver on the same folder is refused. `progress` hears of the index being built; `on_start` is called
-    once this driver holds the folder. Raises the AdaptNetError that a worker met, or ResourceError where workers were
-    lost more often than `compute.max_failures`.
+    Resumes from the newest complete checkpoint if there is one. `progress` is called while the index is built,
+    `on_start` once this driver holds the folder's lease. `allow_changed` are recipe keys that may differ from the
+    checkpoint's fingerprint. Raises ResourceError if another driver holds the folder or workers were lost more often
+    than `compute.max_failures`, and the AdaptNetError that a worker raised.
     """
     config = absolute(config)
     _check_place(run_dir)
@@ -69,8 +72,8 @@ def train(
     lease = Lease(run_dir).acquire()
     try:
         (run_dir / "stop").unlink(missing_ok=True)
-        for left in run_dir.glob("error-*.json"):
-            left.unlink()
+        for error in run_dir.glob("error-*.json"):
+            error.unlink()
         if on_start is not None:
             on_start()
         _check(config)
@@ -79,7 +82,7 @@ def train(
         from_weights.check_policies(config, splits)
         storage = checkpoint.open_storage(config.checkpoint, run_dir)
         checkpoint.claim_storage(storage, run_dir)
-        if config.training.start_from is not None and not storage.names():  # needed for the first step alone
+        if config.training.start_from is not None and not storage.names():  # needed for the first step only
             checkpoint.weights_file(config.training.start_from)
         fingerprint = run_config.fingerprint(config, splits.train.identity)
         write_config(run_dir, config, fingerprint, allow_changed)
@@ -96,7 +99,7 @@ def train(
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """Paths made absolute, since workers run in other folders."""
+    """`config` with absolute paths: workers run in other folders."""
     data = config.data.model_copy(update={"root": config.data.root.absolute()})
     if data.index is not None:
         data = data.model_copy(update={"index": data.index.absolute()})
@@ -110,7 +113,7 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def make_folder(run_dir: Path) -> Path:
-    """The run's folder, there and writable. Raises ResourceError where it is not."""
+    """Makes the run's folder and returns its absolute path. Raises ResourceError if it cannot be written."""
     run_dir = run_dir.absolute()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -118,47 +121,60 @@ def make_folder(run_dir: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ResourceError(f"run folder {run_dir}: cannot be written ({error.strerror}); take another") from None
+        raise ResourceError(
+            f"run folder {run_dir}: cannot be written ({error.strerror}); choose another with --run-dir",
+            key="--run-dir",
+            subject=run_dir,
+        ) from None
     return run_dir
 
 
 def _check_place(run_dir: Path) -> None:
-    """Raises ConfigError for a folder of runs, a sweep's among them."""
+    """Raises ConfigError if `run_dir` is a sweep's folder or holds the folders of other runs."""
     if (run_dir / "config.yaml").exists() and "sweep" in configs.read_mapping(run_dir / "config.yaml"):
-        raise ConfigError(f"run folder {run_dir}: holds a sweep; give the run a folder of its own with --run-dir")
+        raise ConfigError(
+            f"run folder {run_dir}: holds a sweep; give the run a folder of its own with --run-dir",
+            key="--run-dir",
+            subject=run_dir,
+        )
     inside = [path.parent.name for path in sorted(run_dir.glob("*/config.yaml"))]
     if inside and not (run_dir / "config.yaml").exists():
         raise ConfigError(
             f"run folder {run_dir}: holds other runs ({', '.join(inside[:3])}); give the run a folder of its own, e.g. "
-            f"--run-dir {run_dir / 'NAME'}"
+            f"--run-dir {run_dir / 'NAME'}",
+            key="--run-dir",
+            subject=run_dir,
         )
 
 
 def _check(config: RunConfig) -> None:
-    """What can be refused before anything is started."""
+    """Raises ConfigError for settings that this machine cannot run. A cluster's nodes are checked later."""
     if config.compute.address is None:
         check_device(config.compute)
 
 
 def check_device(compute: ComputeConfig) -> None:
+    """Raises ConfigError if `compute.device` is cuda and torch finds no GPU on this machine."""
     import torch
 
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "compute.device (=cuda): torch sees no GPU here; set compute.device=cpu, or take a GPU build of torch"
+            "compute.device (=cuda): torch finds no GPU here; set compute.device=cpu, or install a GPU build of torch",
+            key="compute.device",
+            subject="cuda",
         )
 
 
 def _check_batches(config: RunConfig, splits: Splits) -> None:
-    """Every number of workers that the run may have gets its images, and no empty micro-batch."""
+    """Raises ConfigError if at any world size that the run may have a worker gets no image, or an empty micro-batch."""
     compute, batch_size = config.compute, config.training.batch_size
     stream = Stream(splits.train, config.data, seed=config.seed, batch_size=batch_size)
     for world in range(max(1, compute.fewest_workers), max(1, compute.most_workers) + 1):
         num_micros(stream.row_bounds(world), world, compute.max_batch_per_worker)
 
 
-def write_config(run_dir: Path, config: RunConfig, fingerprint: dict[str, Any], allowed: Sequence[str]) -> None:
-    """Dumps the recipe beside its fingerprint. Raises CheckpointError if the folder holds a run of another recipe."""
+def write_config(run_dir: Path, config: RunConfig, fingerprint: Mapping[str, object], allowed: Sequence[str]) -> None:
+    """Writes config.yaml: the recipe and its fingerprint. Raises CheckpointError if it holds another run's."""
     path = run_dir / "config.yaml"
     if path.exists():
         saved = configs.read_mapping(path).get("fingerprint", {})
@@ -167,7 +183,7 @@ def write_config(run_dir: Path, config: RunConfig, fingerprint: dict[str, Any], 
     write_text(path, text)
 
 
-def _is_finished(run_dir: Path, fingerprint: dict[str, Any]) -> bool:
+def _is_finished(run_dir: Path, fingerprint: Mapping[str, object]) -> bool:
     status = records.read_status(run_dir)
     return status.finished and status.fingerprint == fingerprint
 
@@ -180,47 +196,43 @@ def _run(config: RunConfig, order: Order) -> None:
     with cluster.cluster(config.compute):
         try:
             _trainer(config.compute, order).fit()
-        except Exception as error:  # Ray wraps what a worker raised in kinds of its own
-            left = records.error_left(run_dir)
-            if left is not None:
-                raise left from error
+        except Exception as error:  # Ray wraps a worker's error in classes of its own
+            stored = records.error_left(run_dir)
+            if stored is not None:
+                raise stored from error
             if isinstance(error, AdaptNetError):
                 raise
             raise _lost(config, run_dir, error) from error
 
 
 def _lost(config: RunConfig, run_dir: Path, error: Exception) -> ResourceError:
-    compute, training, words = config.compute, config.training, _cause(error)
-    short = " If it was killed because memory was short, make training.batch_size"
-    short += f" (={training.batch_size}) or compute.max_batch_per_worker smaller."
+    from pipeline.compat import ray_train
+
+    compute, batch_size = config.compute, config.training.batch_size
+    failures = ray_train.worker_failures(error)
+    killed = any(ray_train.process_lost(each) or ray_train.peer_lost(each) for each in failures)
+    hint = (
+        " If a worker was killed because the machine ran out of memory, set training.batch_size "
+        f"(={batch_size}) or compute.max_batch_per_worker lower."
+    )
     return ResourceError(
         f"{run_dir}: the workers failed more often than compute.max_failures (={compute.max_failures}) or could not be "
-        f"started within compute.start_patience_s (={compute.start_patience_s:g}): {words}."
-        f"{short if any(each in words for each in DIED) else ''} The same command goes on from the newest checkpoint"
+        f"started within compute.start_patience_s (={compute.start_patience_s:g}): {_last_line(failures[0])}."
+        f"{hint if killed else ''} The same command resumes from the newest checkpoint",
+        key="compute.max_failures",
+        subject=run_dir,
     )
 
 
-def _cause(error: Exception) -> str:
-    """The last line of the workers' errors; of one that has died, for the others' loss of it is no cause."""
-    found = [str(each) for each in getattr(error, "worker_failures", {}).values()] or [str(error)]
-    found.sort(key=lambda text: DIED[0] not in text)
-    return (found[0].strip().splitlines() or [type(error).__name__])[-1][:500].rstrip(" .")
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:500].rstrip(" .")
 
 
-def _trainer(compute: ComputeConfig, order: Order) -> Any:
+def _trainer(compute: ComputeConfig, order: Order) -> Trainer:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
-    class Trainer(TorchTrainer):  # type: ignore[misc]
-        """Leaves Ctrl-C to the driver; Ray's own handler would end the workers before they have saved.
-
-        Does without Ray Data, which would start a process for the data sets that it is not given.
-        """
-
-        def _register_sigint_handler(self, controller: Any) -> None: ...
-
-        def _create_default_callbacks(self) -> list[Any]:
-            return [each for each in super()._create_default_callbacks() if type(each).__name__ != "DatasetsCallback"]
+    from pipeline.compat.ray_train import Trainer
 
     gpu = cluster.computes_on_gpu(compute)
     return Trainer(
@@ -236,27 +248,27 @@ def _trainer(compute: ComputeConfig, order: Order) -> Any:
             name=f"driver-{order.fence}",
             storage_path=str(Path(order.run_dir) / "ray"),
             failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=1),
-            callbacks=[_give_up_on_user_errors()],
+            callbacks=[_no_retry_of_user_errors()],
         ),
     )
 
 
-def _give_up_on_user_errors() -> Any:
-    """A callback that ends the run where a worker met an AdaptNetError: trying again would meet it again."""
+def _no_retry_of_user_errors() -> UserCallback:
+    """A callback that ends the run if a worker raised an AdaptNetError, which a retry would raise again."""
     from ray.train import UserCallback
 
-    class GiveUp(UserCallback):  # type: ignore[misc]
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+    class NoRetry(UserCallback):  # type: ignore[misc]
+        def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
             for error in worker_exceptions.values():
                 cause = getattr(error, "cause", error)
                 if isinstance(cause, AdaptNetError):
                     raise cause
 
-    return GiveUp()
+    return NoRetry()
 
 
 def conclude(config: RunConfig, run_dir: Path, uploader: Uploader) -> Result:
-    """Reads what the workers left; publishes the best checkpoint where the run is finished and has a name for it."""
+    """The result from the run's files; registers the best checkpoint if the run is finished and has a name for it."""
     status = records.read_status(run_dir)
     version = register_best(run_dir, config.tracking, uploader)
     storage = checkpoint.open_storage(config.checkpoint, run_dir)

@@ -1,9 +1,9 @@
-"""Ray in this process: whether it shows a token to a cluster, and asks for one; and that it leaves SIGTERM alone.
+"""Ray's token authentication in this process, and keeping Ray's SIGTERM handler out of it.
 
-Ray reads RAY_AUTH_MODE once, when it is imported: what is set afterwards reaches the processes that it starts and not
-the process itself, and the two turn each other away. A driver that shows a token also asks for one, so that a cluster
-without authentication, whose head has none to show, cannot answer it. So the mode is settled at each connection, by
-what the cluster asks for, and is put back when that ends.
+Ray reads RAY_AUTH_MODE once, when it is imported. A later change reaches the processes that it starts and not this
+process, and the two then refuse each other. A driver that sends a token also requires one of the cluster, so a cluster
+without authentication cannot answer it. So the mode is set for each connection by what the cluster requires, and is
+restored when the connection ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from pipeline.execution.sockets import host_and_port
 
 MODE = "RAY_AUTH_MODE"
 PROBE_S = 10.0
@@ -22,7 +23,7 @@ PROBE_S = 10.0
 
 @contextmanager
 def mode(wanted: str | None) -> Iterator[None]:
-    """Ray in that mode ("token", "disabled"; None: Ray's own rule), in this process and in what it starts."""
+    """Sets Ray's mode ("token", "disabled"; None: Ray's default) for this process and the processes that it starts."""
     before = os.environ.get(MODE)
     _set(wanted)
     try:
@@ -31,52 +32,44 @@ def mode(wanted: str | None) -> Iterator[None]:
         _set(before)
 
 
-def set_for_good(variables: dict[str, str]) -> None:
-    """Takes these variables of Ray's over into this process."""
+def set_permanently(variables: dict[str, str]) -> None:
+    """Sets these variables of Ray in this process and makes Ray read them."""
     os.environ.update(variables)
     _set(os.environ.get(MODE))
 
 
 def mode_for(address: str | None) -> str | None:
-    """What a driver of the cluster at HOST:PORT needs: what the environment says, or what the cluster asks for.
+    """The mode for a driver of the cluster at HOST:PORT: the environment's, or the one that the cluster requires.
 
-    Ray's own rule (None) for a cluster that is still to be started, and for "auto" and its like.
+    None, which is Ray's default, for a cluster that is yet to be started and for addresses such as "auto".
     """
     given = os.environ.get(MODE)
     if given is not None or address is None or not has_token():
         return given
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or "/" in host:
+    if host_and_port(address) is None:
         return None
-    return "token" if _asks(address) else "disabled"
+    return "token" if _asks_for_token(address) else "disabled"
 
 
 def has_token() -> bool:
-    """Whether this user holds a token of Ray's."""
+    """Whether this user has a Ray token."""
     places = [os.environ.get("RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"]
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or any(place and Path(place).is_file() for place in places)
 
 
-def _asks(address: str) -> bool:
-    """Whether the head turns a caller without a token away."""
-    from ray.exceptions import AuthenticationError
+def _asks_for_token(address: str) -> bool:
+    from pipeline.compat import ray as compat
 
     with mode("disabled"):
-        try:
-            _raylet().GcsClient(address=address).internal_kv_get(b"adaptnet", None, timeout=PROBE_S)
-        except AuthenticationError:
-            return True
-        except Exception:  # it does not answer at all: what follows says so
-            return False
-    return False
+        return compat.asks_for_token(address, PROBE_S)
 
 
 @contextmanager
 def own_sigterm() -> Iterator[None]:
-    """Around ray.init and ray.shutdown: what SIGTERM does here stays as it was.
+    """Keeps this process's SIGTERM handler across ray.init and ray.shutdown.
 
-    The first puts a handler of Ray's in place, by which a driver ends without saving; the second has the kernel end
-    the process, while Python still shows the handler.
+    ray.init installs a handler that ends a driver without saving. ray.shutdown restores the default action in the
+    kernel while Python still shows the handler.
     """
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -87,16 +80,10 @@ def own_sigterm() -> Iterator[None]:
 
 
 def _set(wanted: str | None) -> None:
+    from pipeline.compat import ray as compat
+
     if wanted is None:
         os.environ.pop(MODE, None)
     else:
         os.environ[MODE] = wanted
-    _raylet().Config.initialize("")  # before the token is forgotten: Ray's threads look it up in the old mode
-    _raylet().AuthenticationTokenLoader.instance().reset_cache()
-
-
-def _raylet() -> Any:
-    """Ray's compiled part, of which mypy knows nothing."""
-    import ray._raylet
-
-    return ray._raylet
+    compat.reload_authentication()

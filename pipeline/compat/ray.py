@@ -1,0 +1,46 @@
+"""Private parts of Ray's core: token authentication of a process that is already running.
+
+Ray reads RAY_AUTH_MODE once, when it is imported. No public function makes it read the variable again.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import ray
+
+from pipeline.compat import require
+
+_raylet = import_module("ray._raylet")  # compiled, and without type hints
+require(
+    "ray",
+    _raylet,
+    (
+        "Config.initialize",
+        "AuthenticationTokenLoader.instance",
+        "AuthenticationTokenLoader.reset_cache",
+        "GcsClient.internal_kv_get",
+    ),
+    tried="2.60",
+)
+require("ray", ray, ("exceptions.AuthenticationError",), tried="2.60")
+
+
+def reload_authentication() -> None:
+    """Makes Ray read RAY_AUTH_MODE and the token's place again in this process."""
+    _raylet.Config.initialize("")  # before the cached token is dropped: Ray's threads look it up in the old mode
+    _raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def asks_for_token(address: str, timeout_s: float) -> bool:
+    """Whether the head at HOST:PORT refuses a caller without a token; False where nothing answers.
+
+    Authentication must be disabled in this process when this is called.
+    """
+    try:
+        _raylet.GcsClient(address=address).internal_kv_get(b"adaptnet", None, timeout=timeout_s)
+    except ray.exceptions.AuthenticationError:
+        return True
+    except Exception:  # nothing answers; the connection that follows reports why
+        return False
+    return False

@@ -1,0 +1,38 @@
+"""TCP addresses of a cluster: their parts, free ports, and whether something listens."""
+
+from __future__ import annotations
+
+import socket
+
+HERE = "127.0.0.1"
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """The parts of HOST:PORT or [IPv6]:PORT; None for other addresses, such as "auto" or a URI."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return None
+    return host.strip("[]"), int(port)
+
+
+def free_port(ip: str = HERE) -> int:
+    """A TCP port at `ip` that is free at this moment. Raises OSError where `ip` is no address of this machine."""
+    with socket.socket() as probe:
+        probe.bind((ip, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def connection_error(host: str, port: int, timeout_s: float = 2.0) -> OSError | None:
+    """The error of an attempt to connect; None where something listens."""
+    try:
+        socket.create_connection((host, port), timeout=timeout_s).close()
+    except OSError as error:
+        return error
+    return None
+
+
+def listens(address: str) -> bool:
+    """Whether something accepts connections at HOST:PORT."""
+    place = host_and_port(address)
+    return place is not None and connection_error(*place) is None
