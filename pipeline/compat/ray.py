@@ -19,7 +19,8 @@ require(
         "Config.initialize",
         "AuthenticationTokenLoader.instance",
         "AuthenticationTokenLoader.reset_cache",
-        "GcsClient.internal_kv_get",
+        "GcsClient",  # passes its calls on to the inner one
+        "InnerGcsClient.internal_kv_get",
     ),
     tried="2.60",
 )
