@@ -100,10 +100,10 @@ def open_head(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.ray
-def test_one_process_connects_to_clusters_with_and_without_a_token_and_to_its_own(
+def test_one_process_connects_to_clusters_with_a_token_without_one_and_to_its_own(
     open_head: str, tmp_path: Path
 ) -> None:
-    """In any order, while its user has a token. Workers import the driver's code, whatever its working directory holds."""
+    """In any order, while its user has a token. Workers import our code, whatever the working directory holds."""
     ours = Path(allocation.__file__).parents[2]
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "__init__.py").write_text("raise AssertionError('edited')")
