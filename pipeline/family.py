@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any, Protocol, Self, TypeAlias, TypeVar, cast, runtime_checkable
 
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -266,6 +267,39 @@ class FixedPolicy(MeasuresOnce):
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Numbers along a net, layer by layer: measure(net, side_px) -> [n] for images of that side.
+
+    A sweep stores them as metrics `<name>/<place>` and draws them under the labels.
+    """
+
+    name: str
+    x_label: str
+    y_label: str
+    measure: Callable[[nn.Module, int], Sequence[float]]
+
+
+def map_sides(net: nn.Module, side_px: int) -> list[float]:
+    """The longer side in pixels of each convolution's output, in the order in which they run. Sets eval mode."""
+    sides: list[float] = []
+
+    def note(module: nn.Module, inputs: object, output: Tensor) -> None:
+        sides.append(max(output.shape[-2:]))
+
+    hooks = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, nn.Conv2d)]
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, 3, side_px, side_px))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sides
+
+
+MAP_SIDES = Profile("side_px", "convolution", "side, px", map_sides)
+
+
+@dataclass(frozen=True)
 class Family:
     """One kind of network, as callables over its own config.
 
@@ -284,6 +318,9 @@ class Family:
     static(config, net, reports)  -> {name: images -> module} of the ways to run the net that do the same whatever the
                                      images hold: the module takes images of the given size [B, 3, H, W] and returns
                                      logits [B, K], and torch.export can trace it; reports are the stored ones
+    profile                       -> the numbers along a net that a sweep with `profiles: true` draws
+    summary_facts                 -> names of the facts of a Prediction that a sweep's table shows beside accuracy
+    adaptive                      -> False if a net computes the same for every image: others are compared with it
     """
 
     config: type[FamilyConfig]
@@ -300,6 +337,9 @@ class Family:
     static: Callable[[Any, nn.Module, Sequence[Report]], Mapping[str, Callable[[Tensor], nn.Module]]] = (
         lambda _, net, reports: {}
     )
+    profile: Profile = MAP_SIDES
+    summary_facts: Sequence[str] = ()
+    adaptive: bool = True
 
 
 def load(net: nn.Module, tensors: Mapping[str, Tensor], keep: Callable[[str], bool] = lambda name: False) -> list[str]:

@@ -63,7 +63,7 @@ def test_of_many_trials_the_table_keeps_those_that_run() -> None:
 
 def standing(run_dir: Path, *, finished: bool, failed: dict[str, str] | None = None) -> Outcome:
     """What a sweep of one trial returns."""
-    return Outcome(run_dir, finished, [["trial"], ["000"]], [], None, failed or {}, "1 trial", None, None)
+    return Outcome(run_dir, finished, [["trial"], ["000"]], failed=failed or {}, tally="1 trial")
 
 
 def swept(folder: Path, monkeypatch: pytest.MonkeyPatch, course: Callable[[Path], Outcome], *words: str) -> object:

@@ -1,4 +1,4 @@
-"""A sweep's file: the question, the recipe, the space, and how it is searched; `load` reads one with its overrides."""
+"""A sweep's file: question, recipe, search space and search method; `load` reads one with its overrides."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, field_validator
 
 from pipeline import config as configs
 from pipeline import run_config
@@ -19,127 +19,142 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.run_config import RunConfig, RunName
 from tuning import space
-from tuning.space import Case, Sample
+from tuning.space import Case, Sample, Values
 
 SWEEPS = Path(__file__).parent / "sweeps"
-LOOKED_AT = 64  # samples of what a study may draw, before it does
+CHECKED_SAMPLES = 64  # rounds of random samples that stand for those of a study, which are not known before
 Positive = Annotated[float, Field(gt=0)]
 
 
 class SearchConfig(Config):
-    """How draws are made. A grid is gone through in full for each sample; `grid` says that nothing else is drawn."""
+    """How samples are drawn. Each round goes through the whole grid; `grid` requires a space without random keys."""
 
     kind: Literal["grid", "random", "optuna"] = "random"
-    samples: Annotated[int, Field(ge=1)] = 1  # of each case in which something is random; optuna: trials in all
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of the draws; the recipe's own seed is the training's
+    samples: Annotated[int, Field(ge=1)] = 1  # rounds over the cases with random keys; optuna: trials in all
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of the samples; training has the recipe's own seed
 
 
 class SchedulerConfig(Config):
-    """Which trials end early. ASHA (Li et al., MLSys 2020, arXiv 1810.05934) lets the best 1/reduction of them go on.
+    """Which trials stop early. ASHA (Li et al., MLSys 2020, arXiv 1810.05934) continues the best 1/reduction of them.
 
-    It judges the recipe's first policy, by the evaluations while training (`evaluation.every`).
+    It judges the recipe's first policy by its evaluations during training (`evaluation.every`).
     """
 
     kind: Literal["none", "asha"] = "none"
-    grace_epochs: Positive = 1.0  # no trial ends before
+    grace_epochs: Positive = 1.0  # no trial stops earlier
     reduction: Annotated[float, Field(gt=1)] = 3.0
     metric: str = "top1"  # of the first policy
 
 
 class Bounds(Config):
-    """What a draw may cost: one above is refused before it is trained, and counted."""
+    """Limits on the cost of a trial. A sample above one is refused before training and counted."""
 
-    max_gmacs: Positive | None = None  # of the whole net on one image of the recipe's evaluated size
+    max_gmacs: Positive | None = None  # of the whole net on one image of the evaluated size
     max_mparameters: Positive | None = None  # in millions
-    max_minutes: Positive | None = None  # of training; a trial that takes longer is stopped and keeps what it reached
+    max_minutes: Positive | None = None  # of training; a longer trial is stopped and keeps its results so far
 
 
 class SweepConfig(Config):
-    """A sweep's file in full."""
+    """The keys of a sweep's file."""
 
     name: RunName  # of the sweep and its folder
-    question: str = ""  # the file's header
+    question: str = ""  # the header of the file
     recipe: str
-    overrides: dict[str, Any] = Field(default_factory=dict)  # laid over the recipe, for every trial
-    space: Any
+    overrides: dict[str, JsonValue] = Field(default_factory=dict)  # of the recipe, for every trial
+    space: JsonValue
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     bounds: Bounds = Bounds()
     objectives: dict[str, Literal["max", "min"]] = Field(default={"top1": "max", "gmacs": "min"}, min_length=1)
-    concurrency: Annotated[int, Field(ge=1)] | None = None  # trials at once; null: as many as the cluster holds
-    curves: tuple[str, ...] = ()  # expressions for metrics whose curves are drawn over one another, trial by trial
-    memory: bool = False  # measure what a training step keeps of each image, and draw accuracy against it
-    profiles: bool = False  # draw the sides of the maps along the best, worst and fixed nets
+    concurrency: Annotated[int, Field(ge=1)] | None = None  # trials at a time; null: as many as fit the cluster
+    curves: tuple[str, ...] = ()  # regular expressions of metrics; their curves of all trials are drawn in one picture
+    memory: bool = False  # measure the memory of a training step per image, and draw accuracy against it
+    profiles: bool = False  # draw the family's profile of the best and worst net and of those without random keys
 
-    @model_validator(mode="after")
-    def _rules(self) -> SweepConfig:
-        if len(self.objectives) > 2:
-            raise ValueError(f"objectives (={', '.join(self.objectives)}): one, or accuracy and cost")
-        for curve in self.curves:
+    @field_validator("objectives")
+    @classmethod
+    def _at_most_two(cls, objectives: dict[str, str]) -> dict[str, str]:
+        if len(objectives) > 2:
+            raise ValueError(f"(={', '.join(objectives)}): give one, or accuracy and cost")
+        return objectives
+
+    @field_validator("curves")
+    @classmethod
+    def _are_expressions(cls, curves: tuple[str, ...]) -> tuple[str, ...]:
+        for curve in curves:
             try:
                 re.compile(curve)
             except re.error as error:
-                raise ValueError(f"curves: {curve!r} is no regular expression ({error})") from None
-        return self
+                raise ValueError(f"{curve!r} is no regular expression ({error})") from None
+        return curves
 
     @property
     def accuracy_metric(self) -> str:
-        """The objective that trials are chosen by: the first."""
+        """The metric by which trials are chosen: the first objective."""
         return next(iter(self.objectives))
 
     @property
     def cost_metric(self) -> str:
-        """The objective that it is set against: the second, or the MACs of the same policy."""
+        """The metric against which accuracy is drawn: the second objective, or the MACs of the same policy."""
         names = list(self.objectives)
         policy, slash, _ = self.accuracy_metric.rpartition("/")
         return names[1] if len(names) > 1 else f"{policy}{slash}gmacs"
 
     def sign(self, metric: str) -> int:
-        """1 where more of it is better; cost that is no objective is to be low."""
+        """1 if more of the metric is better, else -1. Less is better for a metric that is no objective."""
         return 1 if self.objectives.get(metric, "min") == "max" else -1
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep ready to run: its file, and what a trial is made of."""
+    """A sweep that is ready to run.
+
+    overrides: those of the recipe, the file's before the command's. base: the recipe with them, without a sample.
+    data_home: the folder of data sets, for ${data} in recipes.
+    """
 
     config: SweepConfig
     cases: Sequence[Case]
-    overrides: Sequence[str]  # of the recipe, in order: the file's, then the command's
-    base: RunConfig  # what no draw has touched
+    overrides: Sequence[str]
+    base: RunConfig
     data_home: str | None = None
 
-    def recipe(self, draw: Sample) -> RunConfig:
-        """The recipe of a draw. Raises ConfigError naming the draw."""
+    def recipe(self, sample: Sample) -> RunConfig:
+        """The recipe of a sample. Raises ConfigError naming the sample and the keys of the recipe."""
         try:
             return run_config.load(
-                self.config.recipe, [*self.overrides, *_texts(draw.overrides)], data_home=self.data_home
+                self.config.recipe, [*self.overrides, *_texts(sample.overrides)], data_home=self.data_home
             )
         except ConfigError as error:
-            raise ConfigError(f"draw {draw.number} ({draw.text}): {error}") from None
+            raise ConfigError(
+                f"sample {sample.number} ({sample.text}): {error}",
+                key=error.key,
+                keys=error.keys,
+                subject=error.subject,
+            ) from None
 
     def samples(self) -> list[Sample]:
-        """All draws, where they do not hang on results (Optuna's do)."""
+        """All samples; none for an Optuna study, whose samples depend on results."""
         search = self.config.search
         if search.kind == "optuna":
             return []
-        return space.draw_samples(self.cases, samples=search.samples, seed=search.seed)
+        return space.draw_samples(self.cases, rounds=search.samples, seed=search.seed)
 
-    def identity(self, images: str) -> dict[str, Any]:
-        """What a sweep's folder must agree with to be gone on with, by dotted key; more samples may be asked for.
+    def identity(self, images: str) -> dict[str, JsonValue]:
+        """The values by dotted key that must not change when a sweep resumes in its folder; more samples are allowed.
 
         `images` is the identity of the training images.
         """
         mapping = configs.as_mapping(self.config)
-        kept = {key: mapping[key] for key in ("recipe", "scheduler", "bounds", "objectives")}
+        own = {key: mapping[key] for key in ("recipe", "scheduler", "bounds", "objectives")}
         search = {key: value for key, value in mapping["search"].items() if key != "samples"}
         learned = {f"recipe.{key}": value for key, value in run_config.fingerprint(self.base, images).items()}
         judged = {"recipe.evaluation.every": str(self.base.evaluation.every), "space": mapping["space"]}
-        return configs.flat({**kept, "search": search}) | learned | judged
+        return configs.flat({**own, "search": search}) | learned | judged
 
 
 def names() -> list[str]:
-    """The shipped sweeps."""
+    """The names of the shipped sweeps."""
     return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 
 
@@ -149,105 +164,118 @@ def title(name: str) -> str:
 
 
 def path_of(source: str) -> Path:
-    """The file of a shipped sweep's name, or of a path. Raises ConfigError with the nearest name."""
+    """The file of a shipped sweep, or the path itself. Raises ConfigError with the nearest name."""
     if source.endswith((".yaml", ".yml")):
         if not Path(source).is_file():
-            raise ConfigError(f"sweep {source}: no such file")
+            raise ConfigError(f"sweep {source}: no such file", key="sweep", subject=source)
         return Path(source)
     if source not in names():
         close = get_close_matches(source, names(), 1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"sweep {source}: no such sweep; {hint}known: {', '.join(names())}; or a path to a .yaml")
+        raise ConfigError(
+            f"sweep {source}: no such sweep; {hint}known: {', '.join(names())}; or a path to a .yaml",
+            key="sweep",
+            subject=source,
+        )
     return SWEEPS / f"{source}.yaml"
 
 
 def question_of(path: Path) -> str:
-    """The header up to its first line that names a source, command or the like."""
+    """The header of a sweep's file up to its first line such as "Source: ..."."""
     lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
-    words = [line.lstrip("# ") for line in lines]
-    return " ".join(takewhile(lambda line: not re.match(r"[A-Z][a-z]+:", line), words)).strip()
+    texts = (line.lstrip("# ") for line in lines)
+    return " ".join(takewhile(lambda text: not re.match(r"[A-Z][a-z]+:", text), texts)).strip()
 
 
 def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = None) -> Sweep:
-    """The shipped sweep of that name, or the file at that path, with overrides laid on top in order.
+    """The shipped sweep of that name, or the file at that path, with the overrides in order.
 
-    `search.samples=4` and the like change the sweep, `space.KEY=…` what a key may be; any other key is the recipe's and
-    holds for every trial. Raises ConfigError naming each fault; for a draw that the recipe does not take, the draw.
+    `search.samples=4` and the like change the sweep, `space.KEY=…` the allowed values of a key; any other key is the
+    recipe's and holds for every trial. Raises ConfigError naming each fault, and the sample that the recipe refuses.
     """
     path = path_of(source)
     mapping = {"name": path.stem, "question": question_of(path), **configs.read_mapping(path)}
-    of_recipe: list[str] = []
+    recipe_overrides: list[str] = []
     for text in overrides:
         key, _, value = text.partition("=")
         if key.strip().startswith("space."):
             given = configs.parse_override(f"value={value}")["value"]
-            mapping["space"] = _respaced(mapping.get("space"), key.strip().removeprefix("space."), given)
-        elif key.strip() in ("space", "objectives"):  # anew, not beside what is there
+            mapping["space"] = _with_key(mapping.get("space"), key.strip().removeprefix("space."), given)
+        elif key.strip() in ("space", "objectives"):  # replaced, not merged
             mapping[key.strip()] = configs.parse_override(f"value={value}")["value"]
         elif key.strip().partition(".")[0] in SweepConfig.model_fields:
             mapping = configs.merge(mapping, configs.parse_override(text))
         else:
             _check_section(key.strip())
-            of_recipe.append(text)
+            recipe_overrides.append(text)
     config = configs.validate(SweepConfig, mapping, f"sweep {source}")
     cases = space.parse(config.space)
-    texts = [*_texts(configs.flat(config.overrides)), *of_recipe]
-    _check_overrides(of_recipe, cases)
+    texts = [*_texts(configs.flat(config.overrides)), *recipe_overrides]
+    _check_overrides(recipe_overrides, cases)
     _check_kind(config, cases)
     base = run_config.load(config.recipe, [*texts, f"name={config.name}"], data_home=data_home)
     sweep = Sweep(config, cases, texts, base, data_home)
-    for draw in sweep.samples() or _samples(cases, config.search.seed):
-        sweep.recipe(draw)
+    for sample in sweep.samples() or _first_of_each_key(cases, config.search.seed):
+        sweep.recipe(sample)
     return sweep
 
 
-def _samples(cases: Sequence[Case], seed: int) -> Iterator[Sample]:
-    """Draws such as a study may make: those in which a key is there for the first time."""
+def _first_of_each_key(cases: Sequence[Case], seed: int) -> Iterator[Sample]:
+    """Samples such as a study may draw: each in which a key of a case appears for the first time."""
     seen: set[tuple[int, str]] = set()
-    for draw in space.draw_samples(cases, samples=LOOKED_AT, seed=seed):
-        keys = {(draw.case, key) for key in draw.values}
+    for sample in space.draw_samples(cases, rounds=CHECKED_SAMPLES, seed=seed):
+        keys = {(sample.case, key) for key in sample.values}
         if not keys <= seen:
-            yield draw
+            yield sample
         seen |= keys
 
 
 def _check_section(key: str) -> None:
-    """Raises ConfigError for what is a sweep's own section but for a slip; whatever else is the recipe's to refuse."""
+    """Raises ConfigError for a misspelt section of a sweep. The recipe refuses all other unknown keys."""
     section, dot, rest = key.partition(".")
     close = get_close_matches(section, SweepConfig.model_fields, 1, 0.75)
     if section not in RunConfig.model_fields and close:
-        raise ConfigError(f"{key}: no such key of a sweep or its recipe; did you mean {close[0]}{dot}{rest}?")
+        raise ConfigError(f"{key}: no such key of a sweep or its recipe; did you mean {close[0]}{dot}{rest}?", key=key)
 
 
-def _respaced(section: Any, key: str, value: Any) -> Any:
-    """The space with what `key` may be replaced wherever it stands; added to every case where it stands nowhere."""
-    cases = [space.flattened(case) for case in (section if isinstance(section, list) else [section or {}])]
-    having = [case for case in cases if key in case] or cases
-    for case in having:
+def _with_key(section: JsonValue, key: str, value: JsonValue) -> list[Values]:
+    """The space with other allowed values of `key` in the cases that have it, or in every case if none has it."""
+    cases = [space.flattened(case) for case in (space.sections(section) if section else [{}])]
+    for case in [case for case in cases if key in case] or cases:
         case[key] = value
     return cases
 
 
-def _texts(values: Mapping[str, Any]) -> list[str]:
+def _texts(values: Mapping[str, JsonValue]) -> list[str]:
+    """The values as overrides, KEY=JSON."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def _check_overrides(texts: Iterable[str], cases: Sequence[Case]) -> None:
-    drawn = {entry.key for case in cases for entry in case}
+    """Raises ConfigError for an override of a key that the space sets."""
+    in_space = {dimension.key for case in cases for dimension in case}
     for text in texts:
         key = text.partition("=")[0].strip()
-        if key in drawn:
-            raise ConfigError(f"{key}: the sweep's space sets it; say what it may be with space.{key}=…")
+        if key in in_space:
+            raise ConfigError(f"{key}: the sweep's space sets it; give its allowed values with space.{key}=…", key=key)
 
 
 def _check_kind(config: SweepConfig, cases: Sequence[Case]) -> None:
+    """Raises ConfigError if the search cannot handle a kind of key in the space."""
+    kinds = {dimension.key: dimension.kind for case in cases for dimension in case}
     if config.search.kind == "grid":
-        drawn = [entry.key for case in cases for entry in case if entry.kind in space.RANDOM]
-        if drawn:
-            raise ConfigError(f"search.kind (=grid): {', '.join(drawn)} is drawn; take search.kind=random, or a grid")
+        random = ", ".join(key for key, kind in kinds.items() if kind in space.RANDOM)
+        if random:
+            raise ConfigError(
+                f"search.kind (=grid): {random} is random; use search.kind=random, or a grid",
+                key="search.kind",
+                subject=random,
+            )
     if config.search.kind == "optuna":
-        grids = [entry.key for case in cases for entry in case if entry.kind == "grid"]
+        grids = ", ".join(key for key, kind in kinds.items() if kind == "grid")
         if grids:
             raise ConfigError(
-                f"search.kind (=optuna): {', '.join(grids)} is a grid, which is not searched: a choice is"
+                f"search.kind (=optuna): {grids} is a grid, which a study cannot search; write it as a choice",
+                key="search.kind",
+                subject=grids,
             )

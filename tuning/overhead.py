@@ -1,4 +1,4 @@
-"""What a sweep costs beside its trainings: seconds of a trial of it against the same training alone."""
+"""The overhead of a sweep: seconds for one of its trials against the same training alone."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ SMALL = ("tracking.register=null", "evaluation.latency_repeats=0")
 def overhead(
     recipe: str, overrides: Sequence[str] = (), *, rounds: int = 1, data_home: str | None = None
 ) -> list[BenchRow]:
-    """TRIALS trainings one after another, alone and as a sweep, on one connected Ray, in turns; seconds of one.
+    """Trains TRIALS times in a row, alone and as a sweep, in turns on one Ray; returns the seconds of one training.
 
-    Images are drawn where the recipe's are the toy set's.
+    For a toy recipe it draws the images. Raises ResourceError if a trial of the sweep was not trained.
     """
     with tempfile.TemporaryDirectory(prefix="adaptnet-overhead-") as scratch:
         images = toy.make(Path(scratch) / "images")
-        asked = [*SMALL, *([f"data.root={images}"] if recipe.endswith("/toy") else []), *overrides]
-        compute = run_config.load(recipe, asked, data_home=data_home).compute
+        settings = [*SMALL, *([f"data.root={images}"] if recipe.endswith("/toy") else []), *overrides]
+        compute = run_config.load(recipe, settings, data_home=data_home).compute
         with cluster.cluster(compute) if compute.workers != 0 else nullcontext():
             runs: dict[str, Callable[[], float]] = {
-                "training alone": lambda: _alone(Path(tempfile.mkdtemp(dir=scratch)), recipe, asked, data_home),
-                "a trial of a sweep": lambda: _swept(Path(tempfile.mkdtemp(dir=scratch)), recipe, asked, data_home),
+                "training alone": lambda: _alone(Path(tempfile.mkdtemp(dir=scratch)), recipe, settings, data_home),
+                "a trial of a sweep": lambda: _swept(Path(tempfile.mkdtemp(dir=scratch)), recipe, settings, data_home),
             }
-            _alone(Path(tempfile.mkdtemp(dir=scratch)), recipe, asked, data_home, trials=1)  # warms up
-            found = interleave(runs, rounds)
-    return _rows(found)
+            _alone(Path(tempfile.mkdtemp(dir=scratch)), recipe, settings, data_home, trials=1)  # warm-up
+            seconds = interleave(runs, rounds)
+    return _rows(seconds)
 
 
-def _rows(found: dict[str, list[float]]) -> list[BenchRow]:
+def _rows(measured: dict[str, list[float]]) -> list[BenchRow]:
     from statistics import median
 
-    alone, swept = (median(seconds) for seconds in found.values())
+    alone, swept = (median(seconds) for seconds in measured.values())
     return [
         BenchRow("training alone", alone, "s"),
         BenchRow("a trial of a sweep", swept, "s", "training alone", swept / alone),
@@ -62,10 +62,12 @@ def _swept(folder: Path, recipe: str, overrides: Sequence[str], data_home: str |
     seeds = ", ".join(map(str, range(1, TRIALS + 1)))
     path.write_text(f"# Seeds?\nrecipe: {recipe}\nspace:\n  seed: {{grid: [{seeds}]}}\n", encoding="utf-8")
     started = time.perf_counter()
-    found = sweep.run(config.load(str(path), [*overrides, "concurrency=1"], data_home=data_home), folder / "sweep")
-    if not found.finished or found.failed:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.failed.items())
+    outcome = sweep.run(config.load(str(path), [*overrides, "concurrency=1"], data_home=data_home), folder / "sweep")
+    if not outcome.finished or outcome.failed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.failed.items())
         raise ResourceError(
-            f"bench scaling --sweep: not every trial was trained, so nothing is told; {reasons or found.tally}"
+            f"bench scaling --sweep: not every trial was trained, so there is no result; {reasons or outcome.tally}",
+            key="--sweep",
+            subject=reasons,
         )
     return (time.perf_counter() - started) / TRIALS

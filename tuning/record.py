@@ -1,41 +1,45 @@
-"""A sweep's own record on disk: what was drawn, judged and ended, in order. What is not there did not happen.
-
-RUN/journal/sweep.jsonl holds one event a line, written before it is acted on:
-
-  drawn    number, case, values          refused  number, reason
-  priced   number, macs, parameters      judged   number, step, epoch, value, ends: whether it is to end by it
-  overtime number, step                  ended    number, state, reason, step, metrics
-  retried  number
-"""
+"""A sweep's record on disk: an event is written before it takes effect, so what is not in the record did not happen."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 from pipeline.runs import journal
 from pipeline.runs.journal import Journal
+from tuning.events import (
+    NAMES,
+    CostMeasured,
+    Event,
+    NetCost,
+    SampleDrawn,
+    State,
+    TrialEnded,
+    TrialJudged,
+    TrialOvertime,
+    TrialRefused,
+    from_json,
+    to_json,
+)
 from tuning.space import Sample
 
-State = Literal["planned", "running", "finished", "stopped", "failed", "refused"]
 ENDED = ("finished", "stopped", "failed", "refused")
 NAME = "sweep"  # of the journal
-OVERTIME = "max_minutes"
+OVERTIME = "max_minutes"  # the reason of a trial that was stopped by this bound
 
 
 @dataclass
 class Trial:
-    """One draw and what has become of it."""
+    """One sample and its state by the events so far."""
 
     sample: Sample
     state: State = "planned"
-    reason: str = ""  # of the state, where it is refused, stopped or failed
-    cost: Mapping[str, int] = field(default_factory=dict)  # macs, parameters of the whole net
-    judged: dict[int, float] = field(default_factory=dict)  # step: value, of evaluations while training
-    ends_at: int | None = None  # the step by which it was decided to end before its time
-    ends_by: str = ""  # what decided it: ASHA or max_minutes
+    reason: str = ""  # for a state of refused, stopped or failed
+    cost: NetCost | None = None  # if it was measured
+    judged: dict[int, float] = field(default_factory=dict)  # step: value, of the evaluations during training
+    ends_at: int | None = None  # the step at which it is to stop before its time
+    ends_by: str = ""  # what decided that: ASHA or max_minutes
     metrics: Mapping[str, float] = field(default_factory=dict)  # at the end
     step: int = 0
     total_steps: int = 0
@@ -50,68 +54,72 @@ class Trial:
 
     @property
     def newest(self) -> float | None:
-        """What was judged last."""
+        """The newest judged value."""
         return self.judged[max(self.judged)] if self.judged else None
 
 
-class Record:
-    """The events of a sweep's folder, and the trials as they stand by them."""
+class SweepRecord:
+    """The events in a sweep's folder, and the trials in their state by these events.
+
+    `before` holds the events of earlier drivers. Raises ResourceError if the journal cannot be written.
+    """
 
     def __init__(self, run_dir: Path, fence: int) -> None:
         self.trials: list[Trial] = []
-        self.ends = 0  # that were written; a trial that is tried again ends again
+        self.num_ends = 0  # trials that ended, each retry counted again
         self._journal = Journal(run_dir / "journal", NAME, fence=fence)
-        self.before = list(past(run_dir))  # what earlier drivers wrote
+        self.before = list(past_events(run_dir))
         for event in self.before:
             self._apply(event)
 
     def close(self) -> None:
         self._journal.close()
 
-    def write(self, kind: str, **facts: Any) -> None:
-        """Puts an event on the disk, then lets it count."""
-        step = facts.pop("step", None)
-        self._journal.event(kind, step, **facts)
+    def write(self, event: Event) -> None:
+        """Writes an event to the disk, then applies it to its trial."""
+        fields = to_json(event)
+        self._journal.event(NAMES[type(event)], fields.pop("step", None), **fields)
         self._journal.sync()
-        self._apply({"event": kind, "step": step, **facts})
+        self._apply(event)
 
-    def add(self, draw: Sample) -> Trial:
-        self.write("drawn", number=draw.number, case=draw.case, values=dict(draw.values))
-        return self.trials[draw.number]
+    def add(self, sample: Sample) -> Trial:
+        """Records a new sample; returns its trial."""
+        self.write(SampleDrawn(sample.number, sample.case, dict(sample.values)))
+        return self.trials[sample.number]
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Of the sweep as a whole, for its run in MLflow."""
+        """Logs metrics of the sweep as a whole, for its MLflow run."""
         self._journal.metrics(step, values)
 
-    def _apply(self, event: Mapping[str, Any]) -> None:
-        kind = event["event"]
-        if kind == "drawn":
-            if event["number"] == len(self.trials):  # a driver may have written it while it was being taken over from
-                self.trials.append(Trial(Sample(event["number"], event["case"], event["values"])))
+    def _apply(self, event: Event) -> None:
+        if isinstance(event, SampleDrawn):
+            if event.number == len(self.trials):  # it is known already if a driver wrote it during a takeover
+                self.trials.append(Trial(Sample(event.number, event.case, event.values)))
             return
-        trial = self.trials[event["number"]]
-        if kind == "refused":
-            trial.state, trial.reason = "refused", event["reason"]
-        elif kind == "priced":
-            trial.cost = {"macs": event["macs"], "parameters": event["parameters"]}
-        elif kind == "judged":
-            trial.judged[event["step"]] = event["value"]
-            if event["ends"]:
-                trial.ends_at, trial.ends_by = event["step"], "ASHA"
-        elif kind == "overtime":
-            trial.ends_at, trial.ends_by = event["step"], OVERTIME
-        elif kind == "ended":
-            trial.state, trial.reason = event["state"], event["reason"]
-            trial.step, trial.metrics = event["step"], event["metrics"]
-            self.ends += 1
-        elif kind == "retried":
-            trial.state, trial.reason = "planned", ""
+        trial = self.trials[event.number]
+        match event:
+            case TrialRefused():
+                trial.state, trial.reason = "refused", event.reason
+            case CostMeasured():
+                trial.cost = NetCost(event.macs, event.parameters)
+            case TrialJudged():
+                trial.judged[event.step] = event.value
+                if event.ends:
+                    trial.ends_at, trial.ends_by = event.step, "ASHA"
+            case TrialOvertime():
+                trial.ends_at, trial.ends_by = event.step, OVERTIME
+            case TrialEnded():
+                trial.state, trial.reason = event.state, event.reason
+                trial.step, trial.metrics = event.step, event.metrics
+                self.num_ends += 1
+            case _:
+                trial.state, trial.reason = "planned", ""
 
 
-def past(run_dir: Path) -> Iterator[Mapping[str, Any]]:
-    """The events written so far, in order; without those of a driver that another one had taken over from."""
+def past_events(run_dir: Path) -> Iterator[Event]:
+    """The events written so far, in order; without those that a driver wrote after another one had taken over."""
     path, fence = run_dir / "journal" / f"{NAME}{journal.SUFFIX}", 0
     for record in journal.read_all(path) if path.exists() else ():
         fence = max(fence, record.get("fence", 0))
         if "event" in record and record.get("fence", 0) == fence:
-            yield record
+            yield from_json(record)

@@ -1,123 +1,104 @@
-"""What Ray Tune decides: which trials end early (ASHA), and what an Optuna study draws next.
+"""Decisions that Ray Tune makes: which trials stop early (ASHA), and which sample an Optuna study draws next.
 
-Neither keeps its state over a kill: Tune does not save a scheduler's rungs, and restores searchers only with an
-experiment of its own. Both are functions of what they were told, in order: so they are made anew and told it again.
+Neither survives a kill: Tune does not save a scheduler's rungs, and restores a searcher only with an experiment of its
+own. Both depend on nothing but their inputs in order, so a restarted sweep creates them anew and replays the inputs.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, JsonValue
 from tuning import space
 from tuning.config import SchedulerConfig, SweepConfig
 from tuning.space import Case, Dimension, Values
 
+if TYPE_CHECKING:  # Ray Tune takes seconds to import
+    from pipeline.compat.ray_tune import OptunaSearcher, OptunaTrial
+
 
 class ASHA:
-    """Tune's AsyncHyperBandScheduler, told one evaluation at a time. No trial ends where the scheduler is `none`."""
+    """Ray Tune's ASHA, fed with one evaluation at a time; stops no trial if the scheduler is `none`.
+
+    epochs is the length of the longest trial. Raises ConfigError if the grace period is longer.
+    """
 
     def __init__(self, config: SchedulerConfig, epochs: float) -> None:
-        self._scheduler: Any = None
-        self._known: set[str] = set()
+        self._asha = None
         if config.kind == "asha":
-            from ray.tune.schedulers.async_hyperband import AsyncHyperBandScheduler
+            from pipeline.compat.ray_tune import Asha
 
             if config.grace_epochs > epochs:
                 raise ConfigError(
                     f"scheduler.grace_epochs (={config.grace_epochs:g}) is above training.epochs (={epochs:g}): no "
-                    "trial would ever be judged"
+                    "trial would ever be judged",
+                    key="scheduler.grace_epochs",
+                    subject=f"{config.grace_epochs:g}",
                 )
-            self._scheduler = AsyncHyperBandScheduler(
-                time_attr="epoch",
-                metric="value",
-                mode="max",
-                max_t=epochs,
-                grace_period=config.grace_epochs,
-                reduction_factor=config.reduction,
-                stop_last_trials=False,
-            )
+            self._asha = Asha(epochs=epochs, grace_epochs=config.grace_epochs, reduction=config.reduction)
 
-    def ends(self, trial: str, epoch: float, value: float) -> bool:
-        """Takes note of an evaluation, of which more is better; whether the trial is to end by it."""
-        if self._scheduler is None:
-            return False
-        handle = SimpleNamespace(trial_id=trial)
-        if trial not in self._known:
-            self._known.add(trial)
-            self._scheduler.on_trial_add(None, handle)
-        decision = self._scheduler.on_trial_result(None, handle, {"epoch": epoch, "value": value})
-        return bool(decision == self._scheduler.STOP)
+    def should_stop(self, trial: str, epoch: float, value: float) -> bool:
+        """Records an evaluation, of which more is better; returns whether the trial is to stop there."""
+        return self._asha is not None and self._asha.should_stop(trial, epoch, value)
 
 
 class Study:
-    """An Optuna study, by Tune's OptunaSearch: asked for draws, told what became of them."""
+    """An Optuna study: `ask` draws a sample, `tell` reports its result. Raises ConfigError if Optuna is missing."""
 
     def __init__(self, config: SweepConfig, cases: Sequence[Case]) -> None:
-        search, optuna = _optuna()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        logging.getLogger("ray.tune.search.optuna").setLevel(logging.ERROR)
         self._cases, self._objectives = cases, dict(config.objectives)
-        self.version = str(optuna.__version__)
-        names = list(self._objectives)
-        self._search = search(
-            space=self._suggest,
-            metric=names if len(names) > 1 else names[0],
-            mode=list(self._objectives.values()) if len(names) > 1 else self._objectives[names[0]],
-            seed=config.search.seed,
-        )
+        self._search = _searcher(self, self._objectives, config.search.seed)
+        self.version = self._search.version
 
     def ask(self, number: int) -> tuple[int, Values]:
-        """The case and the values of draw `number`; the same where it was asked before."""
-        found = self._search.suggest(str(number))
-        case = int(found.get("case", 0))
+        """The case and the values of sample `number`; the same if it is asked for again."""
+        drawn = self._search.suggest(str(number))
+        case = int(drawn.get("case", 0))
 
-        def pick(entry: Dimension) -> Any:
-            value = found[self._name(case, entry)]
-            if entry.kind == "choice":
-                return entry.of[value]
-            return value if entry.kind == "integer" else space.shortened(value, entry)
+        def pick(dimension: Dimension) -> JsonValue:
+            value = drawn[self._name(case, dimension)]
+            if dimension.kind == "choice":
+                return dimension.allowed[int(value)]
+            return value if dimension.kind == "integer" else space.shortened(value, dimension)
 
         return case, space.assemble(self._cases[case], pick)
 
     def tell(self, number: int, metrics: Mapping[str, float] | None) -> None:
-        """What draw `number` came to; None where it was refused or failed."""
+        """Reports the metrics of sample `number`; None if it was refused or failed."""
         values = {name: metrics[name] for name in self._objectives if name in metrics} if metrics else {}
-        whole = len(values) == len(self._objectives)
-        self._search.on_trial_complete(str(number), values if whole else None, error=not whole)
+        self._search.complete(str(number), values if len(values) == len(self._objectives) else None)
 
-    def _suggest(self, trial: Any) -> None:
-        """Optuna's define-by-run: asks for what applies, case by case."""
+    def define(self, trial: OptunaTrial) -> None:
+        """Optuna's define-by-run: suggests a case, then each key of it that applies."""
         case = trial.suggest_categorical("case", range(len(self._cases))) if len(self._cases) > 1 else 0
 
-        def pick(entry: Dimension) -> Any:
-            name = self._name(case, entry)
-            if entry.kind == "choice":  # by position, since Optuna takes plain values only
-                return entry.of[trial.suggest_categorical(name, range(len(entry.of)))]
-            low, high = entry.of
-            if entry.kind == "integer":
-                return trial.suggest_int(name, low, high)
-            value = trial.suggest_float(name, low, high, log=entry.kind == "loguniform")
-            return space.shortened(value, entry)
+        def pick(dimension: Dimension) -> JsonValue:
+            name = self._name(case, dimension)
+            if dimension.kind == "choice":  # by position, since Optuna takes plain values only
+                return dimension.allowed[trial.suggest_categorical(name, range(len(dimension.allowed)))]
+            low, high = dimension.bounds
+            if dimension.kind == "integer":
+                return trial.suggest_int(name, int(low), int(high))
+            value = trial.suggest_float(name, low, high, log=dimension.kind == "loguniform")
+            return space.shortened(value, dimension)
 
         space.assemble(self._cases[case], pick)
 
-    def _name(self, case: int, entry: Dimension) -> str:
-        """Of a key in one case: to Optuna a name is drawn alike in every trial, and another case may draw otherwise."""
-        return f"{case}: {entry.key}" if len(self._cases) > 1 else entry.key
+    def _name(self, case: int, dimension: Dimension) -> str:
+        """The key's name in Optuna, which requires one distribution per name; cases may differ in theirs."""
+        return f"{case}: {dimension.key}" if len(self._cases) > 1 else dimension.key
 
 
-def _optuna() -> tuple[Any, Any]:
+def _searcher(study: Study, objectives: Mapping[str, str], seed: int) -> OptunaSearcher:
+    from pipeline.compat.ray_tune import OptunaSearcher
+
     try:
-        import optuna  # type: ignore[import-not-found, unused-ignore]
+        return OptunaSearcher(study.define, objectives, seed)
     except ImportError:
         raise ConfigError(
             "search.kind (=optuna) needs the extra `optuna`: pip install --constraint constraints.txt '.[optuna]'; "
-            "search.kind=random draws without it"
+            "search.kind=random works without it",
+            key="search.kind",
+            subject="optuna",
         ) from None
-    from ray.tune.search.optuna import OptunaSearch
-
-    return OptunaSearch, optuna

@@ -1,7 +1,6 @@
-"""How many trials the connected Ray cluster holds at once; what cannot be held at all is refused with the numbers.
+"""The number of trials that fit the connected Ray cluster.
 
-A trial's driver is a thread of the sweep's process and takes no slot of its own, so that a trial needs its workers and
-nothing else: where one fits, it runs.
+A trial's driver is a thread of the sweep's process and needs no resources of its own: a trial needs its workers only.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from pipeline.run_config import ComputeConfig
 
 
 def slots(compute: ComputeConfig) -> int:
-    """Trials of this size that the cluster's nodes hold if nothing else runs on them.
+    """The trials of this size that fit the cluster's nodes if nothing else runs there.
 
-    Raises ResourceError where not one does.
+    Raises ResourceError with the numbers if not even one fits.
     """
     one, nodes = _of_worker(compute), _nodes()
     fewest, workers = max(1, compute.fewest_workers), sum(cluster.fitting(node, one) for node in nodes)
@@ -28,37 +27,39 @@ def slots(compute: ComputeConfig) -> int:
         )
         raise ResourceError(
             f"a trial is {fewest} workers (compute.workers) of {needs} each; the cluster's nodes have "
-            f"{offers or 'none'}: room for {workers}. Set compute.workers or cpus_per_worker lower, or add nodes"
+            f"{offers or 'none'}: room for {workers}. Lower compute.workers or compute.cpus_per_worker, or add nodes",
+            key="compute.workers",
+            subject=fewest,
         )
     return _trials(compute, workers)
 
 
 def _trials(compute: ComputeConfig, workers: int) -> int:
-    """Trials of the room for so many workers: of elastic ones as many as may grow to their most, and one at least."""
+    """The trials for which there are workers: elastic ones at their largest size, but at least one at its smallest."""
     fewest, most = max(1, compute.fewest_workers), max(1, compute.most_workers)
     return max(workers // most, min(1, workers // fewest))
 
 
 def free(compute: ComputeConfig, running: int) -> int:
-    """Trials that may be started beside the `running` ones, given what others hold of the cluster just now.
+    """The trials that may start beside the `running` ones, without the resources that others use now.
 
-    What our own trials take is counted as taken even while they start. Nodes that came later count, lost ones do not.
+    Resources of our own trials count as used even while they start. New nodes count at once, lost ones no more.
     """
     import ray
 
-    held = _trials(compute, sum(cluster.fitting(node, _of_worker(compute)) for node in _nodes()))
+    capacity = _trials(compute, sum(cluster.fitting(node, _of_worker(compute)) for node in _nodes()))
     each = cluster.demand(compute, max(1, compute.fewest_workers), gpu=cluster.computes_on_gpu(compute))
     whole, now = ray.cluster_resources(), ray.available_resources()
-    found = []
+    rooms = []
     for name, amount in each.items():
         ours = running * amount
         others = max(0.0, whole.get(name, 0) - now.get(name, 0) - ours)
-        found.append(int((whole.get(name, 0) - ours - others + 1e-6) // amount))
-    return max(0, min([*found, held - running]))
+        rooms.append(int((whole.get(name, 0) - ours - others + 1e-6) // amount))
+    return max(0, min([*rooms, capacity - running]))
 
 
 def alive() -> bool:
-    """Whether the cluster's head listens and a node of it lives."""
+    """Whether the cluster's head accepts connections and the cluster has a node."""
     return listens(head()) and bool(_nodes())
 
 
@@ -71,7 +72,7 @@ def head() -> str:
 
 
 def listens(address: str) -> bool:
-    """Whether something takes connections at HOST:PORT."""
+    """Whether something accepts connections at HOST:PORT."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
@@ -81,7 +82,7 @@ def listens(address: str) -> bool:
 
 
 def _nodes() -> list[Mapping[str, float]]:
-    """What each living node has."""
+    """The resources of each living node."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

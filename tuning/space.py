@@ -1,16 +1,16 @@
-"""The space of a sweep: what its keys may be, and the draws that are made of it.
+"""The search space of a sweep: the values that each key may take, and the samples drawn from it.
 
-A space is one case or several, which are drawn one after another. A case maps keys of the recipe to what they may be:
+A space is one case or several, which are sampled one after another. A case maps keys of the recipe to allowed values:
 
   family.depth: 14                                        fixed
-  family.target_rate: {grid: [0.4, 0.6]}                  each of these values with each of every other grid
-  training.optimizer.lr: {loguniform: [1e-3, 1e-1]}       drawn; uniform, integer (both ends included), choice likewise
-  family.limit_px: {choice: [8, 16], when: {family.mode: sa}}     where an earlier key has that value
-  family.target_rate: {list: [$early, {value: $late, times: 3}]}   put together of other keys and values
+  family.target_rate: {grid: [0.4, 0.6]}                  every combination with the other grids
+  training.optimizer.lr: {loguniform: [1e-3, 1e-1]}       random; so are uniform, integer (ends included) and choice
+  family.limit_px: {choice: [8, 16], when: {family.mode: sa}}     only if an earlier key has this value
+  family.target_rate: {list: [$early, {value: $late, times: 3}]}   a list built from other keys and values
 
-A key that begins with $ is a name inside the sweep and no key of the recipe. Ray Tune's domains draw; each draw has a
-generator of its own, seeded by (seed, number of the sample, case, place in the grid), so that more samples do not
-change the first ones, and another key in one case changes no other case.
+A key that begins with $ is a variable of the sweep and no key of the recipe. Ray Tune's distributions draw the values.
+Each sample has its own generator, seeded by (seed, round, case, grid point): more samples do not change the first ones,
+and another key in one case changes no other case.
 """
 
 from __future__ import annotations
@@ -20,31 +20,42 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, JsonValue
 
 RANDOM = ("choice", "uniform", "loguniform", "integer")
 KINDS = ("grid", *RANDOM, "list")
-PLACES = ("name", "compute", "tracking", "checkpoint", "logging")  # of a recipe; nothing in them is learned from
-DIGITS = 6  # of a drawn float
-Values = dict[str, Any]
+NOT_LEARNED_FROM = ("name", "compute", "tracking", "checkpoint", "logging")  # sections that do not change training
+DIGITS = 6  # significant digits of a drawn float
+NAME_CHARS = 60  # of a sample's values in its name
+Values = dict[str, JsonValue]
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One key of a case: what it may be (`of`: values, or the two bounds), and when it is there at all."""
+    """One key of a case.
+
+    kind: one of KINDS, or "fixed". allowed: the values, or the two bounds of an interval. when {earlier key: values}:
+    the key applies only if each of these keys has one of these values.
+    """
 
     key: str
-    kind: str  # one of KINDS, or "fixed"
-    of: tuple[Any, ...]
-    when: Mapping[str, tuple[Any, ...]]
+    kind: str
+    allowed: tuple[JsonValue, ...]
+    when: Mapping[str, tuple[JsonValue, ...]]
 
-    def applies(self, values: Mapping[str, Any]) -> bool:
+    def applies(self, values: Mapping[str, JsonValue]) -> bool:
+        """Whether `values`, those of the earlier keys, meet every condition."""
         return all(key in values and values[key] in allowed for key, allowed in self.when.items())
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The ends of the interval of a uniform, loguniform or integer key."""
+        low, high = self.allowed
+        assert isinstance(low, int | float) and isinstance(high, int | float)
+        return low, high
 
 
 Case = tuple[Dimension, ...]
@@ -52,37 +63,38 @@ Case = tuple[Dimension, ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """What one trial is to be: every key that applies, names inside the sweep included."""
+    """The values of one trial: every key that applies, the sweep's variables included. `number` counts from 0."""
 
-    number: int  # from 0
+    number: int
     case: int
-    values: Mapping[str, Any]
+    values: Mapping[str, JsonValue]
 
     @property
     def overrides(self) -> Values:
-        """The keys of the recipe among them."""
+        """The values without the sweep's variables: keys of the recipe."""
         return {key: value for key, value in self.values.items() if not key.startswith("$")}
 
     @property
     def shown(self) -> Values:
-        """What tells it from the others: without lists that are put together of names that are shown."""
-        named = any(key.startswith("$") for key in self.values)
-        return {key: value for key, value in self.values.items() if not (named and isinstance(value, list))}
+        """The values that distinguish the sample: without lists if there are variables, from which they are built."""
+        has_variables = any(key.startswith("$") for key in self.values)
+        return {key: value for key, value in self.values.items() if not (has_variables and isinstance(value, list))}
 
     @property
     def text(self) -> str:
+        """As in "family.depth=14, training.optimizer.lr=0.05"."""
         return ", ".join(f"{key}={written(value)}" for key, value in self.shown.items())
 
     @property
     def name(self) -> str:
-        """Of the trial and its folder; the same whenever this draw is made."""
+        """The name of the trial and its folder; a function of the sample alone."""
         parts = [f"{key.rpartition('.')[2].lstrip('$')}-{written(value)}" for key, value in self.shown.items()]
-        words = re.sub(r"[^A-Za-z0-9.-]+", "_", "_".join(parts)).strip("_.-")
-        return f"{self.number:03d}-{words[:60].rstrip('_.-')}" if words else f"{self.number:03d}"
+        text = re.sub(r"[^A-Za-z0-9.-]+", "_", "_".join(parts)).strip("_.-")
+        return f"{self.number:03d}-{text[:NAME_CHARS].rstrip('_.-')}" if text else f"{self.number:03d}"
 
 
-def written(value: Any) -> str:
-    """A drawn value for people."""
+def written(value: object) -> str:
+    """A drawn value as text for people."""
     if isinstance(value, list | tuple):
         return "[" + ",".join(written(item) for item in value) + "]"
     if value is None or isinstance(value, bool):
@@ -90,205 +102,220 @@ def written(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# --- reading
+# --- reading a space
 
 
-def parse(space: Any) -> list[Case]:
+def parse(space: object) -> list[Case]:
     """The cases of a `space:` section. Raises ConfigError naming the key and the rule."""
-    sections = space if isinstance(space, list) else [space]
-    if not sections or not all(isinstance(section, dict) and section for section in sections):
-        raise ConfigError("space: a mapping of keys to what they may be, or a list of such mappings")
-    return [_case(section) for section in sections]
+    return [_case(section) for section in sections(space)]
 
 
-def flattened(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"family": {"depth": X}} as {"family.depth": X}; a mapping that says what a key may be stays whole."""
-    found: dict[str, Any] = {}
+def sections(space: object) -> list[Values]:
+    """The mapping of each case. Raises ConfigError if `space` is neither a mapping nor a list of mappings."""
+    given = space if isinstance(space, list) else [space]
+    parts: list[Values] = [part for part in given if isinstance(part, dict) and part]
+    if not parts or len(parts) < len(given):
+        raise ConfigError("space: a mapping of keys to allowed values, or a list of such mappings", key="space")
+    return parts
+
+
+def flattened(section: Mapping[str, JsonValue], prefix: str = "") -> Values:
+    """{"family": {"depth": X}} as {"family.depth": X}; a mapping that describes allowed values stays whole."""
+    flat: Values = {}
     for key, value in section.items():
         name = f"{prefix}{key}"
-        nested = isinstance(value, dict) and value and not set(value) & {*KINDS, "when"}
-        found |= flattened(value, f"{name}.") if nested else {name: value}
-    return found
+        if isinstance(value, dict) and value and not set(value) & {*KINDS, "when"}:
+            flat |= flattened(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
 
 
-def _case(section: Mapping[str, Any]) -> Case:
-    entries: list[Dimension] = []
+def _case(section: Mapping[str, JsonValue]) -> Case:
+    dimensions: list[Dimension] = []
     for key, value in flattened(section).items():
-        entry = _entry(str(key), value)
-        _check_conditions(entry, {earlier.key: earlier for earlier in entries})
-        entries.append(entry)
-    _check_grids(entries)
-    return tuple(entries)
+        dimension = _dimension(str(key), value)
+        _check_conditions(dimension, {earlier.key: earlier for earlier in dimensions})
+        dimensions.append(dimension)
+    _check_grids(dimensions)
+    return tuple(dimensions)
 
 
-def _check_conditions(entry: Dimension, earlier: Mapping[str, Dimension]) -> None:
-    """Every key asked stands before it, and each value asked for is one that the key may have."""
-    for asked, values in entry.when.items():
-        if asked not in earlier:
-            raise ConfigError(f"space: {entry.key}: when: {asked} must stand before it in the same case")
-        of = earlier[asked]
-        never = [value for value in values if value not in of.of]
-        if of.kind in ("grid", "choice", "fixed") and never and not any(map(_is_name, of.of)):
-            there = ", ".join(map(written, of.of))
-            raise ConfigError(f"space: {entry.key}: when: {asked} is never {written(never[0])}; it may be {there}")
+def _error(key: str, message: str, subject: object = None) -> ConfigError:
+    return ConfigError(f"space: {key}: {message}", key=f"space.{key}", subject=subject)
 
 
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith("$")
-
-
-def _check_grids(entries: Sequence[Dimension]) -> None:
-    """How many trials there are must not hang on what is drawn."""
-    drawn = {e.key for e in entries if e.kind in (*RANDOM, "list") or (e.kind == "fixed" and _is_name(e.of[0]))}
-    for entry in entries:
-        if entry.kind == "grid" and drawn & set(entry.when):
-            raise ConfigError(
-                f"space: {entry.key}: a grid may depend on grids and fixed values, not on what is drawn "
-                f"({', '.join(sorted(drawn & set(entry.when)))}); write it as a choice"
+def _check_conditions(dimension: Dimension, earlier: Mapping[str, Dimension]) -> None:
+    """Checks that each key of `when` comes earlier and can have the required values."""
+    for key, values in dimension.when.items():
+        if key not in earlier:
+            raise _error(dimension.key, f"when: {key} must come before it in the same case", key)
+        required = earlier[key]
+        never = [value for value in values if value not in required.allowed]
+        if required.kind in ("grid", "choice", "fixed") and never and not any(map(_is_variable, required.allowed)):
+            allowed = ", ".join(map(written, required.allowed))
+            raise _error(
+                dimension.key, f"when: {key} is never {written(never[0])}; it may be {allowed}", written(never[0])
             )
 
 
-def _entry(key: str, value: Any) -> Dimension:
-    place = key.partition(".")[0]
-    if place in PLACES:
-        raise ConfigError(
-            f"space: {key}: nothing under {place} changes what is learned; give it as an override, {key}=VALUE"
-        )
+def _is_variable(value: object) -> bool:
+    return isinstance(value, str) and value.startswith("$")
+
+
+def _check_grids(dimensions: Sequence[Dimension]) -> None:
+    """Checks that the number of trials does not depend on random values."""
+    random = {
+        each.key
+        for each in dimensions
+        if each.kind in (*RANDOM, "list") or (each.kind == "fixed" and _is_variable(each.allowed[0]))
+    }
+    for dimension in dimensions:
+        wrong = ", ".join(sorted(random & set(dimension.when)))
+        if dimension.kind == "grid" and wrong:
+            message = f"a grid may depend on grids and fixed values, not on random ones ({wrong}); write it as a choice"
+            raise _error(dimension.key, message, wrong)
+
+
+def _dimension(key: str, value: JsonValue) -> Dimension:
+    section = key.partition(".")[0]
+    if section in NOT_LEARNED_FROM:
+        raise _error(key, f"no key of {section} changes what is learned; give it as an override, {key}=VALUE")
     if not isinstance(value, dict):
         return Dimension(key, "fixed", (value,), {})
     kinds = [kind for kind in value if kind != "when"]
     if len(kinds) != 1 or kinds[0] not in KINDS:
-        raise ConfigError(f"space: {key} (={value}): say one of {', '.join(KINDS)}, and `when` if it is conditional")
+        raise ConfigError(
+            f"space: {key} (={value}): give one of {', '.join(KINDS)}, and `when` for a condition",
+            key=f"space.{key}",
+            subject=value,
+        )
     conditions = value.get("when", {})
     if not isinstance(conditions, dict):
-        raise ConfigError(f"space: {key}: when (={conditions!r}): write {{other.key: value}}, or a list of values")
-    when = {asked: tuple(v) if isinstance(v, list) else (v,) for asked, v in conditions.items()}
+        raise _error(key, f"when (={conditions!r}): write {{other.key: value}}, or a list of values", conditions)
+    when = {other: tuple(v) if isinstance(v, list) else (v,) for other, v in conditions.items()}
     (kind,) = kinds
-    return Dimension(key, kind, _bounds(key, kind, value[kind]), when)
+    return Dimension(key, kind, _allowed(key, kind, value[kind]), when)
 
 
-def _bounds(key: str, kind: str, given: Any) -> tuple[Any, ...]:
+def _allowed(key: str, kind: str, given: JsonValue) -> tuple[JsonValue, ...]:
     if not isinstance(given, list) or not given:
-        raise ConfigError(f"space: {key}: {kind} (={given!r}): give a list with a value at least")
+        raise _error(key, f"{kind} (={given!r}): give a list of at least one value", given)
     if kind in ("uniform", "loguniform", "integer"):
         _check_bounds(key, kind, given)
     return tuple(given)
 
 
-def _check_bounds(key: str, kind: str, given: list[Any]) -> None:
-    whole = kind == "integer"
-    numbers = all(isinstance(n, int if whole else int | float) and not isinstance(n, bool) for n in given)
-    if len(given) != 2 or not numbers:
-        wanted = "two whole numbers" if whole else "two numbers"
-        raise ConfigError(f"space: {key}: {kind} (={given}): give {wanted}, [LOWEST, HIGHEST]")
-    low, high = given
+def _check_bounds(key: str, kind: str, given: list[JsonValue]) -> None:
+    numbers = [n for n in given if isinstance(n, int if kind == "integer" else int | float) and not isinstance(n, bool)]
+    if len(given) != 2 or len(numbers) != 2:
+        wanted = "two whole numbers" if kind == "integer" else "two numbers"
+        raise _error(key, f"{kind} (={given}): give {wanted}, [LOWEST, HIGHEST]", given)
+    low, high = numbers
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ConfigError(f"space: {key}: {kind} (={given}): both bounds are finite numbers")
+        raise _error(key, f"{kind} (={given}): both bounds must be finite numbers", given)
     if low >= high:
-        raise ConfigError(f"space: {key}: {kind} (={given}): the lower bound comes first, and they differ")
+        raise _error(key, f"{kind} (={given}): the lower bound must be below the upper one", given)
     if kind == "loguniform" and low <= 0:
-        raise ConfigError(f"space: {key}: loguniform (={given}): both bounds are above 0")
+        raise _error(key, f"loguniform (={given}): both bounds must be above 0", given)
 
 
-# --- drawing
+# --- drawing samples
 
 
 def is_random(case: Case) -> bool:
-    return any(entry.kind in RANDOM for entry in case)
+    """Whether two samples of this case can differ."""
+    return any(dimension.kind in RANDOM for dimension in case)
 
 
-def draw_samples(cases: Sequence[Case], *, samples: int, seed: int) -> list[Sample]:
-    """Every draw, sample by sample; what has nothing random in it is drawn once. The same for the same arguments."""
-    found: list[Sample] = []
-    for sample in range(samples):
-        for number, case in enumerate(cases):
-            if sample == 0 or is_random(case):
-                for place, picked in enumerate(_grid(case)):
-                    random = np.random.default_rng([seed, sample, number, place])
-                    found.append(Sample(len(found), number, _drawn(case, picked, random)))
-    return found
+def draw_samples(cases: Sequence[Case], *, rounds: int, seed: int) -> list[Sample]:
+    """All samples, round by round, with every grid point of each case in a round; a case without randomness only once.
+
+    The same arguments give the same samples, and more rounds leave the first ones as they are.
+    """
+    drawn: list[Sample] = []
+    for number in range(rounds):
+        for case_number, case in enumerate(cases):
+            if number == 0 or is_random(case):
+                for place, point in enumerate(_grid(case)):
+                    random = np.random.default_rng([seed, number, case_number, place])
+                    drawn.append(Sample(len(drawn), case_number, _draw(case, point, random)))
+    return drawn
 
 
 def _grid(case: Case) -> Iterator[Values]:
-    """Each combination of the grids' values, the first grid the slowest; grids that do not apply are left out."""
+    """Each combination of the grids' values, the first grid the slowest; without grids that do not apply."""
 
-    def walk(position: int, values: Values, picked: Values) -> Iterator[Values]:
+    def walk(position: int, values: Values, point: Values) -> Iterator[Values]:
         if position == len(case):
-            yield picked
+            yield point
             return
-        entry = case[position]
-        if not entry.applies(values) or entry.kind not in ("grid", "fixed"):
-            yield from walk(position + 1, values, picked)
+        dimension = case[position]
+        if not dimension.applies(values) or dimension.kind not in ("grid", "fixed"):
+            yield from walk(position + 1, values, point)
             return
-        for value in entry.of:
-            chosen = picked | {entry.key: value} if entry.kind == "grid" else picked
-            yield from walk(position + 1, values | {entry.key: value}, chosen)
+        for value in dimension.allowed:
+            chosen = point | {dimension.key: value} if dimension.kind == "grid" else point
+            yield from walk(position + 1, values | {dimension.key: value}, chosen)
 
     return walk(0, {}, {})
 
 
-def _drawn(case: Case, picked: Values, random: np.random.Generator) -> Values:
-    return assemble(case, lambda entry: picked[entry.key] if entry.kind == "grid" else draw_value(entry, random))
+def _draw(case: Case, point: Values, random: np.random.Generator) -> Values:
+    return assemble(case, lambda each: point[each.key] if each.kind == "grid" else draw_value(each, random))
 
 
-def assemble(case: Case, pick: Callable[[Dimension], Any]) -> Values:
-    """The values of a case, key by key: `pick` is asked for those that are not fixed and apply."""
+def assemble(case: Case, pick: Callable[[Dimension], JsonValue]) -> Values:
+    """The values of a case, key by key; `pick` is called for each key that applies and is a grid or random."""
     values: Values = {}
-    for entry in case:
-        if entry.applies(values):
-            if entry.kind == "fixed":
-                values[entry.key] = _filled(entry, entry.of[0], values)
-            elif entry.kind == "list":
-                values[entry.key] = _listed(entry, values)
+    for dimension in case:
+        if dimension.applies(values):
+            if dimension.kind == "fixed":
+                values[dimension.key] = _resolved(dimension, dimension.allowed[0], values)
+            elif dimension.kind == "list":
+                values[dimension.key] = _list(dimension, values)
             else:
-                values[entry.key] = pick(entry)
+                values[dimension.key] = pick(dimension)
     return values
 
 
-def _listed(entry: Dimension, values: Values) -> list[Any]:
-    found: list[Any] = []
-    for item in entry.of:
+def _list(dimension: Dimension, values: Values) -> list[JsonValue]:
+    items: list[JsonValue] = []
+    for item in dimension.allowed:
         times = 1
         if isinstance(item, dict):
-            if set(item) != {"value", "times"} or not isinstance(item["times"], int) or item["times"] < 1:
-                raise ConfigError(f"space: {entry.key}: list: {item}: write {{value: VALUE, times: NUMBER}}")
-            item, times = item["value"], item["times"]
-        found += [_filled(entry, item, values)] * times
-    return found
+            repeats = item.get("times")
+            if set(item) != {"value", "times"} or not isinstance(repeats, int) or repeats < 1:
+                raise _error(dimension.key, f"list: {item}: write {{value: VALUE, times: NUMBER}}", item)
+            item, times = item["value"], repeats
+        items += [_resolved(dimension, item, values)] * times
+    return items
 
 
-def _filled(entry: Dimension, value: Any, values: Values) -> Any:
-    """`$name` as what it was drawn to be."""
-    if not _is_name(value):
+def _resolved(dimension: Dimension, value: JsonValue, values: Values) -> JsonValue:
+    """The value of `$name` if `value` is a variable, else `value`."""
+    if not isinstance(value, str) or not _is_variable(value):
         return value
     if value not in values:
-        raise ConfigError(f"space: {entry.key}: {value} is drawn nowhere before it in this case")
+        raise _error(dimension.key, f"{value} is not set by an earlier key of this case", value)
     return values[value]
 
 
-def draw_value(entry: Dimension, random: np.random.Generator) -> Any:
-    """A value of a random entry, by Ray Tune's domain of its kind."""
-    value = _domain(entry).sample(random_state=random)
-    return shortened(value, entry) if entry.kind in ("uniform", "loguniform") else value
+def draw_value(dimension: Dimension, random: np.random.Generator) -> JsonValue:
+    """A value of a random key, drawn by Ray Tune's distribution of its kind."""
+    from ray import tune
+
+    if dimension.kind == "choice":
+        value: JsonValue = tune.choice(list(dimension.allowed)).sample(random_state=random)
+        return value
+    low, high = dimension.bounds
+    if dimension.kind == "integer":
+        return int(tune.randint(int(low), int(high) + 1).sample(random_state=random))
+    distribution = tune.uniform(low, high) if dimension.kind == "uniform" else tune.loguniform(low, high)
+    return shortened(float(distribution.sample(random_state=random)), dimension)
 
 
-def shortened(value: float, entry: Dimension) -> float:
-    """A drawn float in DIGITS digits, so that names and tables are as exact as the run; still within its bounds."""
-    return min(max(float(f"{value:.{DIGITS}g}"), float(entry.of[0])), float(entry.of[1]))
-
-
-def _domain(entry: Dimension) -> Any:
-    tune = _tune()
-    if entry.kind == "choice":
-        return tune.choice(list(entry.of))
-    low, high = entry.of
-    if entry.kind == "integer":
-        return tune.randint(low, high + 1)
-    return (tune.uniform if entry.kind == "uniform" else tune.loguniform)(low, high)
-
-
-@cache
-def _tune() -> Any:
-    from ray.tune.search import sample as tune
-
-    return tune
+def shortened(value: float, dimension: Dimension) -> float:
+    """The value rounded to DIGITS significant digits, so that its text is exact, and kept within the bounds."""
+    low, high = dimension.bounds
+    return min(max(float(f"{value:.{DIGITS}g}"), float(low)), float(high))

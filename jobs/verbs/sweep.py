@@ -177,9 +177,9 @@ def _table(trials: Sequence[Trial], config: SweepConfig) -> Table:
 
 
 def _tally(trials: Sequence[Trial]) -> str:
-    from tuning import outcome
+    from tuning import tables
 
-    return outcome.tally(trials)
+    return tables.tally(trials)
 
 
 @contextmanager

@@ -16,4 +16,5 @@ FAMILY = Family(
     updates=updates,
     policies=policies,
     static=static,
+    adaptive=False,
 )

@@ -20,4 +20,5 @@ FAMILY = Family(
     load_pretrained=load_pretrained,
     figures=figures,
     static=static,
+    summary_facts=("layers",),
 )
