@@ -32,6 +32,7 @@ class Series:
     `faded` marks points that are shown, but not to be chosen; `group` is what series of one kind have in common (a
     family): they share a colour and are shown or hidden together. A `reference` is what others are compared with: a
     neutral line without markers, on which `texts` stand as labels where there is room.
+    A `neutral` series, such as that of a baseline, is drawn in ink instead of a colour.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Series:
     joined: bool = True
     group: str = ""
     reference: bool = False
+    neutral: bool = False
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def figures(mine: Sequence[Evaluated], others: Sequence[Evaluated]) -> Sequence[
 
 FAMILIES: Mapping[str, Family] = {
     "tiny": replace(tiny.FAMILY, figures=figures),
-    "baseline": tiny.FAMILY,
+    "baseline": replace(tiny.FAMILY, adaptive=False),
     "other": tiny.FAMILY,
 }
 

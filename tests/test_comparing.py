@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from raised import fails
 
 from jobs.cli import main
 from pipeline.deploy import evaluations
@@ -38,7 +39,7 @@ ANY = {"slow": (4e6, 0.8), "fast": (1e6, 0.6), "bad": (3e6, 0.5)}
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (3, 0), (7, 12), (30, 30)])
-def test_mcnemars_p_is_the_chance_of_a_split_as_uneven_by_tossing_coins(only_a: int, only_b: int) -> None:
+def test_mcnemars_p_is_the_probability_of_a_coin_tossing_split_as_uneven(only_a: int, only_b: int) -> None:
     count = only_a + only_b
     as_uneven = [n for n in range(count + 1) if abs(n - count / 2) >= abs(only_a - count / 2)]
     assert comparing.mcnemar(only_a, only_b) == pytest.approx(sum(comb(count, n) for n in as_uneven) / 2**count)
@@ -52,7 +53,7 @@ def test_a_net_does_not_differ_from_itself() -> None:
     )
 
 
-def test_exchanging_the_nets_turns_the_signs() -> None:
+def test_swapping_the_nets_flips_the_signs() -> None:
     a, b = net("a", ANY), net("b", {"other": (2e6, 0.7)}, seed=1)
     there, back = comparing.policies(a, b, "fast"), comparing.policies(b, a, None, "fast")
     assert there.difference == pytest.approx(-back.difference) and there.p_value == pytest.approx(back.p_value)
@@ -60,7 +61,7 @@ def test_exchanging_the_nets_turns_the_signs() -> None:
     assert there.low == pytest.approx(-back.high, abs=0.01) and there.low < there.difference < there.high
 
 
-def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_an_interval_covers_the_truth_at_its_level() -> None:
     generator = np.random.default_rng(3)
     samples = [generator.choice([-1.0, 0.0, 1.0], 200, p=[0.2, 0.5, 0.3]) for _ in range(200)]  # a mean of 0.1
     covered = [low <= 0.1 <= high for low, high in map(comparing.interval, samples)]
@@ -84,25 +85,25 @@ def test_at_the_cost_of_a_policy_a_net_has_its_accuracy_and_between_two_the_line
         assert each.difference == pytest.approx(each.top1_a - each.top1_b) and each.low <= each.difference <= each.high
 
 
-def test_only_images_that_both_answered_count() -> None:
+def test_only_common_images_count() -> None:
     pair = comparing.policies(net("a", ANY), net("b", ANY, first_row=100))
     assert pair.num_images == IMAGES - 100
-    with pytest.raises(ConfigError, match="no image in common"):
+    with fails(ConfigError, "evaluations"):
         comparing.policies(net("a", ANY), net("b", ANY, first_row=IMAGES))
 
 
-def test_what_cannot_be_compared_is_refused_with_what_there_is() -> None:
-    with pytest.raises(ConfigError, match="was not evaluated under it; it was under: slow, fast, bad"):
+def test_nets_that_cannot_be_compared_are_refused() -> None:
+    with fails(ConfigError, "--policy-a", "quick"):
         comparing.policies(net("a", ANY), net("b", ANY), "quick")
     bare = net("b", ANY)
-    with pytest.raises(ConfigError, match="no answers by image for slow"):
+    with fails(ConfigError, "evaluations", "slow"):
         comparing.policies(net("a", ANY), Evaluated(**{**vars(bare), "details": lambda policy: None}))
 
 
 # --- on trained nets
 
 
-def test_the_verb_prints_what_the_library_finds(
+def test_the_command_prints_the_librarys_results(
     finished: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gated, exits = finished["convnet_aig"], finished["ranet"]
@@ -116,12 +117,11 @@ def test_the_verb_prints_what_the_library_finds(
 
 
 def test_nets_without_an_evaluation_or_with_other_images_are_refused(
-    finished: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    finished: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main_ends(2, "compare", finished["convnet_aig"], finished["elsewhere"])
-    assert "no images that all of these nets were evaluated on" in capsys.readouterr().err
     main_ends(2, "compare", finished["convnet_aig"], finished["convnet_aig"] / "checkpoints" / "step-00000005")
-    assert "no evaluation of it is stored; make one with `adaptnet evaluate" in capsys.readouterr().err
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def main_ends(code: int, *arguments: object) -> None:

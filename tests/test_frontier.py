@@ -1,4 +1,4 @@
-"""What is dominated, against the definition by brute force; budgets as people write them, and the best point in one."""
+"""Dominated points against the definition by brute force; budgets as people write them; the best point within one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from raised import fails
 
 from pipeline.errors import ConfigError
 from pipeline.evaluation.frontier import best_within, dominated, macs_text, parse_budget
@@ -13,7 +14,7 @@ from pipeline.family import Report
 
 
 def by_definition(costs: Sequence[float], accuracies: Sequence[float]) -> list[bool]:
-    """Another point is at least as accurate and at most as costly; of equal ones the first stands."""
+    """Another point is at least as accurate and at most as expensive; the first of equal points is not dominated."""
     points = list(zip(costs, accuracies, strict=True))
     return [
         any(
@@ -33,7 +34,7 @@ def test_a_point_is_dominated_if_and_only_if_another_is_as_good_and_as_cheap(lev
         assert dominated(costs, accuracies) == by_definition(costs, accuracies)
 
 
-def test_of_equal_points_exactly_one_stands() -> None:
+def test_of_equal_points_only_the_first_is_not_dominated() -> None:
     assert dominated([2.0, 2.0, 2.0], [0.5, 0.5, 0.5]) == [False, True, True]
 
 
@@ -51,8 +52,8 @@ def test_budgets_are_read_as_people_write_them(text: str, amount: float, unit: s
 
 
 @pytest.mark.parametrize("text", ["", "fast", "-3G", "0%", "1.2.3G", "5 minutes"])
-def test_what_is_no_budget_is_refused_with_the_ways_to_write_one(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"0\.8G or 300M.*5ms.*50%"):
+def test_other_texts_are_refused_as_budgets(text: str) -> None:
+    with fails(ConfigError, "budget", text):
         parse_budget(text)
 
 
@@ -67,7 +68,7 @@ def test_the_best_within_a_budget_is_the_most_accurate_then_the_cheapest() -> No
         budget = parse_budget(text)
         assert best_within(reports, [budget.cost_of(r) for r in reports], budget) == best
     budget = parse_budget("0.5M")
-    with pytest.raises(ConfigError, match=r"cheapest is a at 1 MMACs"):
+    with fails(ConfigError, "budget", "0.5M"):
         best_within(reports, [budget.cost_of(r) for r in reports], budget)
 
 

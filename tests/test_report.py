@@ -1,4 +1,4 @@
-"""The report: its page shows the numbers of its files, what is faded is dominated, what does not belong is refused."""
+"""The report: its page shows the numbers of its files, dominated points are faded, wrong sources are refused."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from raised import fails
 
 from jobs import cli
 from pipeline import family as families
@@ -30,14 +31,14 @@ from pipeline.errors import ConfigError, ContractError, ResourceError
 from pipeline.families.baseline import FAMILY as BASELINE
 from pipeline.family import Evaluated
 from pipeline.figures import Bars, HeatMap, Lines, Series, Table
-from pipeline.report import build, cells, draw, fault_of, folder, general, grouped, report
+from pipeline.report import NO_IMAGES, build, cells, draw, fault_of, folder, general, grouped, report, style
 from pipeline.report.resolutions import resolutions
 from pipeline.report.thumbnails import SIDE_PX, thumbnails
 
 
 @dataclass
 class Page(HTMLParser):
-    """What a reader of the page finds: by figure its table, its points' texts and its images; and all tags."""
+    """The page as a reader sees it: by figure its table, its points' texts and its images; and all tags."""
 
     figure: str = ""
     tables: dict[str, list[list[str]]] = field(default_factory=dict)
@@ -116,7 +117,7 @@ def test_every_figures_table_on_the_page_is_its_csv(made: Path) -> None:
     assert page.tables == files
 
 
-def test_every_policy_of_policies_csv_stands_on_the_page_in_the_same_digits(made: Path) -> None:
+def test_every_policy_of_policies_csv_is_on_the_page_in_the_same_digits(made: Path) -> None:
     page = read_page(made / "index.html")
     head, *rows = read_csv(made / "policies.csv")
     assert len(rows) == sum(len(net.reports) for net in drawn_nets.three())
@@ -125,7 +126,7 @@ def test_every_policy_of_policies_csv_stands_on_the_page_in_the_same_digits(made
     assert page.tables["policies-plain"][0] == head[2:]
 
 
-def test_what_a_point_says_are_the_numbers_of_its_row(made: Path) -> None:
+def test_a_points_text_has_the_numbers_of_its_row(made: Path) -> None:
     page = read_page(made / "index.html")
     for name in ("frontier-macs", "frontier-latency-1", "tiny-training"):
         (_, _, x_label, y_label, *_), *rows = page.tables[name]
@@ -146,7 +147,7 @@ def test_the_frontiers_numbers_are_those_of_policies_csv(made: Path) -> None:
         assert sorted(drawn) == sorted(of_policies)
 
 
-def test_json_holds_the_reports_whole_and_every_figure(made: Path) -> None:
+def test_json_has_all_reports_and_every_figure(made: Path) -> None:
     data = json.loads((made / "data.json").read_text(encoding="utf-8"))
     for kept, net in zip(data["nets"], drawn_nets.three(), strict=True):
         assert [entry["top1"] for entry in kept["reports"]] == [each.top1 for each in net.reports]
@@ -167,7 +168,7 @@ def test_numbers_are_written_with_four_digits_and_whole_ones_in_full(value: floa
 # ---- what is faded
 
 
-def test_faded_is_what_is_dominated_by_brute_force() -> None:
+def test_faded_points_are_those_dominated_by_brute_force() -> None:
     for seed in range(20):
         nets = [drawn_nets.net(f"n{k}", 7 * seed + k, policies=[f"p{n}" for n in range(9)]) for k in range(3)]
         doubled = replace(nets[2], reports=[*nets[2].reports, replace(nets[2].reports[0], policy="twin")])
@@ -190,32 +191,30 @@ def test_faded_is_what_is_dominated_by_brute_force() -> None:
         assert sorted(zip(line.x, line.y, strict=True)) == sorted({(x, y) for x, y, pale in points if not pale})
 
 
-def test_only_nets_that_were_timed_at_a_batch_size_stand_in_its_frontier() -> None:
+def test_only_nets_timed_at_a_batch_size_are_in_its_frontier() -> None:
     untimed = drawn_nets.net("untimed", 5)
     untimed = replace(untimed, reports=[replace(each, latency=[]) for each in untimed.reports])
     timed = drawn_nets.net("timed", 6)
     figures = {figure.name: figure for figure in general.frontiers([timed, untimed])}
     assert [series.name for series in figures["frontier-latency-1"].series] == ["not dominated", "timed (tiny)"]
     (row,) = [row for row in general.all_policies([timed, untimed]).rows if row[0] == "untimed" and row[2] == "low"]
-    assert row.count(None) == 6  # four times, two verdicts
+    assert row.count(None) == 6  # four latencies, two verdicts
     assert not any(figure.name.startswith("frontier-latency") for figure in general.frontiers([untimed]))
 
 
-def test_a_latency_says_how_it_was_measured_and_whether_to_trust_it() -> None:
+def test_a_latency_caption_describes_the_measurement_and_warns_of_doubtful_ones() -> None:
     def caption(**changes: Any) -> str:
         net = drawn_nets.net("n")
         reports = [replace(r, latency=[replace(entry, **changes) for entry in r.latency]) for r in net.reports]
         return general.frontiers([replace(net, reports=reports)])[1].caption
 
     quiet = caption(waited_share=0.01)
-    assert (
-        "Some <CPU> & more with 2 threads, after one pass to warm up" in quiet and "up to 1.3 times the median" in quiet
-    )
-    assert "busy" not in quiet and "do not compare" not in quiet
-    assert "waited up to 40 % of the time for a core: a busy machine, measure again" in caption(waited_share=0.4)
+    assert "Some <CPU> & more with 2 threads" in quiet and "up to 1.3 times the median" in quiet
+    assert "busy" not in quiet and "same device" not in quiet
+    assert "40 %" in caption(waited_share=0.4) and "busy" in caption(waited_share=0.4)
     one, other = drawn_nets.net("one"), drawn_nets.net("other")
     slow = [replace(r, latency=[replace(entry, device="GPU") for entry in r.latency]) for r in other.reports]
-    assert "their times do not compare" in general.frontiers([one, replace(other, reports=slow)])[1].caption
+    assert "same device" in general.frontiers([one, replace(other, reports=slow)])[1].caption
 
 
 # ---- classes
@@ -235,7 +234,7 @@ def swept(net: Evaluated, sides: Sequence[int], up: str = "") -> Evaluated:
     return replace(net, swept={**net.swept, f"sides{sides}{up}": reports})
 
 
-def test_lower_sides_are_drawn_beside_the_images_own_and_stand_in_a_table() -> None:
+def test_lower_sides_are_drawn_with_the_images_own_and_listed_in_a_table() -> None:
     assert resolutions(drawn_nets.three()) == []
     one = swept(swept(drawn_nets.net("one"), (16, 8)), (16,), "-and-up")
     lines, table = resolutions([one, drawn_nets.net("two")])
@@ -247,15 +246,15 @@ def test_lower_sides_are_drawn_beside_the_images_own_and_stand_in_a_table() -> N
     assert len(table.rows) == 3 * (3 + 2) and table.rows[0][:4] == ["one", "low", 32, "no"]
 
 
-def test_of_many_ways_to_run_at_lower_sides_each_nets_first_is_drawn() -> None:
+def test_of_many_resolution_curves_each_nets_first_is_drawn() -> None:
     nets = [swept(drawn_nets.net(name), (16, 8)) for name in ("one", "two", "three")]
     lines, table = resolutions(nets)
     assert isinstance(lines, Lines) and isinstance(table, Table)
     assert [series.name for series in lines.series] == ["one · low", "two · low", "three · low"]
-    assert "Of 9 ways" in lines.caption and len(table.rows) == 27
+    assert "Of 9 curves" in lines.caption and len(table.rows) == 27
 
 
-def test_of_many_classes_the_worst_and_the_best_are_drawn_and_all_are_in_the_csv(tmp_path: Path) -> None:
+def test_of_many_classes_the_worst_and_best_are_drawn_and_the_csv_has_all(tmp_path: Path) -> None:
     classes = [f"class-{k:03d}" for k in range(200)]
     net = drawn_nets.net("many", 4, classes=classes)
     means = {classes[k]: np.mean([r.top1_by_class[k] for r in net.reports]) for k in range(200) if k != 1}
@@ -264,10 +263,10 @@ def test_of_many_classes_the_worst_and_the_best_are_drawn_and_all_are_in_the_csv
     ranked = sorted(means, key=lambda name: means[name])
     assert [row[0] for row in drawn[1:]] == ranked[:30] + ranked[-30:]
     assert [row[0] for row in read_csv(tmp_path / "out" / "classes.csv")[1:]] == classes
-    assert "Of 200 classes those 30 with the lowest" in (tmp_path / "out" / "index.html").read_text()
+    assert "Of 200 classes, the 30 with the lowest" in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_classes_stand_by_their_groups_and_others_last(tmp_path: Path) -> None:
+def test_classes_are_ordered_by_group_with_others_last(tmp_path: Path) -> None:
     net = drawn_nets.net("n", classes=["ant", "oak", "bee", "rock"])
     (tmp_path / "groups.yaml").write_text("plants: [oak]\nanimals: [bee, ant]\n")
     (one,) = grouped([net], tmp_path / "groups.yaml")
@@ -278,24 +277,24 @@ def test_classes_stand_by_their_groups_and_others_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "subject"),
     [
-        ("animals: [ant, unicorn]", "the nets know no class unicorn"),
-        ('{"animals": "ant"}', "write a list of classes"),
-        ("animals: [ant]\nplants: [ant]", "ant: in two groups"),
-        ("- ant", r"write {superclass: \[class, ...\]} as YAML or JSON; .*groups.yaml"),
+        ("animals: [ant, unicorn]", "unicorn"),
+        ('{"animals": "ant"}', "animals"),
+        ("animals: [ant]\nplants: [ant]", "ant"),
+        ("- ant", "groups.yaml"),
     ],
 )
-def test_groups_that_do_not_fit_are_refused_by_name(text: str, words: str, tmp_path: Path) -> None:
+def test_wrong_groups_are_refused(text: str, subject: str, tmp_path: Path) -> None:
     (tmp_path / "groups.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=words):
+    with fails(ConfigError, "--groups", subject):
         grouped([drawn_nets.net("n", classes=["ant", "oak"])], tmp_path / "groups.yaml")
 
 
 # ---- the page and the pictures
 
 
-def test_hostile_names_stay_text_and_the_page_asks_nobody(made: Path) -> None:
+def test_hostile_names_stay_text_and_the_page_loads_nothing(made: Path) -> None:
     text = (made / "index.html").read_text(encoding="utf-8")
     page = read_page(made / "index.html")
     assert not page.tags & {"b", "i", "net", "cpu", "x", "things", "over", "iframe", "object", "base"}
@@ -306,7 +305,7 @@ def test_hostile_names_stay_text_and_the_page_asks_nobody(made: Path) -> None:
     assert [row[0] for row in page.tables["accuracy-by-class"][1:]] == [cells.text(name) for name in drawn_nets.HOSTILE]
 
 
-def test_ids_are_unique_and_every_link_leads_somewhere(made: Path) -> None:
+def test_ids_are_unique_and_every_link_has_a_target(made: Path) -> None:
     page = read_page(made / "index.html")
     assert len(page.ids) == len(set(page.ids))
     assert page.targets and set(page.targets) <= set(page.ids)
@@ -314,30 +313,30 @@ def test_ids_are_unique_and_every_link_leads_somewhere(made: Path) -> None:
 
 def test_ink_follows_the_theme_in_the_page_and_is_dark_in_the_png(made: Path) -> None:
     text = (made / "index.html").read_text(encoding="utf-8")
-    assert "currentColor" in text and draw.INK not in text.partition("</style>")[2]
+    assert "currentColor" in text and style.INK not in text.partition("</style>")[2]
     for path in (made / "figures").glob("*.png"):
         pixels = np.asarray(Image.open(path).convert("RGB"))
         assert tuple(pixels[0, 0]) == (255, 255, 255) and pixels.min() < 60, path.name
 
 
-def test_every_drawn_figure_is_there_as_png(made: Path) -> None:
+def test_every_drawn_figure_has_a_png(made: Path) -> None:
     kinds = {figure["name"]: figure["kind"] for figure in json.loads((made / "data.json").read_text())["figures"]}
     drawn = {name for name, kind in kinds.items() if kind != "Table"}
     assert drawn == {path.stem for path in (made / "figures").glob("*.png")} and "tiny-easy" in drawn
 
 
-def test_marks_of_a_group_and_its_key_say_so_and_no_two_series_look_alike() -> None:
+def test_marks_and_legend_entries_carry_their_group_and_no_two_series_look_alike() -> None:
     nets = [drawn_nets.net(f"n{k}", k, family="tiny" if k % 2 else "other") for k in range(11)]
     figure = general.frontiers(nets)[0]
     assert isinstance(figure, Lines)
     svg = draw.picture(figure).svg
     assert svg.count('data-group="tiny" class="key"') == 5 and svg.count('data-group="other" class="key"') == 6
-    looks = [draw._key(figure, number) for number in range(1, 12)]
+    looks = [draw.legend_entry(figure, number) for number in range(1, 12)]
     assert len({(key.get_color(), key.get_marker()) for key in looks}) == 11
     assert len({key.get_color() for key in looks}) == 2
 
 
-def test_a_legends_entries_stand_row_by_row_and_each_key_lies_on_its_own() -> None:
+def test_a_legend_reads_row_by_row_and_each_spot_is_on_its_entry() -> None:
     series = [Series(f"series {n}", [0, 1], [n, 1.0], group=f"g{n}") for n in range(7)]
     drawing = draw.draw(Lines("a", "A", "", "x", "y", series))
     keys = {spot.series: spot for spot in drawing.spots if spot.key}
@@ -347,7 +346,7 @@ def test_a_legends_entries_stand_row_by_row_and_each_key_lies_on_its_own() -> No
     assert all(spot.box[0] >= 0 for spot in keys.values())
 
 
-def test_spots_lie_on_the_marks_that_they_name() -> None:
+def test_spots_are_on_their_marks() -> None:
     figure = Lines(
         "a", "A", "", "x", "y", [Series("s", [0, 10, 20], [0.0, None, 5.0], texts=["p", "q", "r"], joined=False)]
     )
@@ -379,10 +378,10 @@ def test_the_same_figure_gives_the_same_drawing() -> None:
     ],
     ids=["no series", "no points", "many points", "no bars", "many bars", "many rows", "many columns"],
 )
-def test_figures_at_the_edge_are_drawn(figure: Lines | Bars | HeatMap) -> None:
+def test_extreme_figures_are_drawn(figure: Lines | Bars | HeatMap) -> None:
     picture = draw.picture(figure)
     assert picture.svg.startswith("<svg") and picture.png[:4] == b"\x89PNG"
-    assert picture.svg.count('class="spot"') <= draw.MOST_SPOTS
+    assert picture.svg.count('class="spot"') <= style.MOST_SPOTS
 
 
 @pytest.mark.parametrize(
@@ -399,21 +398,21 @@ def test_figures_at_the_edge_are_drawn(figure: Lines | Bars | HeatMap) -> None:
         (Lines("a", "", "", "", "", [Series("s", [1], [None])]), None),
     ],
 )
-def test_a_figure_that_breaks_its_promise_is_named(
+def test_a_figure_that_breaks_the_contract_is_named(
     figure: Any, fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (fault_of(figure) or "") == "" if fault is None else fault in (fault_of(figure) or "")
     wrong = replace(drawn_nets.FAMILIES["tiny"], figures=lambda mine, others: [figure])
     monkeypatch.setattr(families, "find", lambda name: wrong)
     if fault is not None:
-        with pytest.raises(ContractError, match="family tiny, figure"):
+        with fails(ContractError, figure.name, "tiny"):
             build([drawn_nets.net("n")], tmp_path / "out")
 
 
 # ---- galleries
 
 
-def test_a_gallery_holds_small_upright_copies_of_the_rows_images(tmp_path: Path) -> None:
+def test_a_gallery_has_small_upright_copies_of_its_images(tmp_path: Path) -> None:
     for number, (width, height) in enumerate([(300, 200), (64, 40)]):
         place = tmp_path / "set" / "ant" / f"{number}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -434,16 +433,16 @@ def test_a_gallery_holds_small_upright_copies_of_the_rows_images(tmp_path: Path)
     assert page.tables["tiny-easy"][1] == ["<i>easy</i>", "0", "ant/0.jpg", "1 layer"]
 
 
-def test_a_gallery_without_its_images_says_so(made: Path) -> None:
+def test_a_gallery_without_images_shows_names(made: Path) -> None:
     text = (made / "index.html").read_text(encoding="utf-8")
-    assert "The images are not at hand here" in text and ">row 2</span>" in text
+    assert NO_IMAGES.strip() in text and ">row 2</span>" in text
     assert not read_page(made / "index.html").images
 
 
 # ---- the folder
 
 
-def test_a_report_is_made_again_in_its_folder_and_leaves_what_others_put_there(tmp_path: Path) -> None:
+def test_a_report_replaces_an_earlier_one_and_leaves_other_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     build(drawn_nets.three(), out)
     (out / "notes.txt").write_text("mine")
@@ -456,7 +455,7 @@ def test_a_report_is_made_again_in_its_folder_and_leaves_what_others_put_there(t
     assert (out / "figures" / "frontier-macs.png").exists()
 
 
-def test_a_file_list_that_somebody_wrote_takes_nothing_else_away(tmp_path: Path) -> None:
+def test_an_edited_file_list_removes_no_other_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     build([drawn_nets.net("n")], out)
     (tmp_path / "precious.csv").write_text("mine")
@@ -468,28 +467,26 @@ def test_a_file_list_that_somebody_wrote_takes_nothing_else_away(tmp_path: Path)
     assert (tmp_path / "precious.csv").exists() and (out / "notes.txt").exists()
 
 
-def test_a_report_that_was_cut_off_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
+def test_an_interrupted_report_can_be_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, full = tmp_path / "out", OSError(28, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(
-            folder, "_put", lambda path, content: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-        )
-        with pytest.raises(ResourceError, match=r"No space left.*that has room"):
+        patch.setattr(folder, "write_bytes", lambda path, content: (_ for _ in ()).throw(full))
+        with fails(ResourceError, "--out", "No space left"):
             build([drawn_nets.net("n")], out)
     build([drawn_nets.net("n")], out)
     assert (out / "index.html").exists()
 
 
-def test_other_things_are_not_written_over(tmp_path: Path) -> None:
+def test_other_files_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("mine")
     (tmp_path / "home" / "data.json").write_text("{}")
-    with pytest.raises(ConfigError, match="holds other things than a report"):
+    with fails(ConfigError, "--out", tmp_path / "home"):
         build([drawn_nets.net("n")], tmp_path / "home")
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["data.json", "thesis.tex"]
-    with pytest.raises(ConfigError, match="is a file"):
+    with fails(ConfigError, "--out", "thesis.tex"):
         folder.check(tmp_path / "home" / "thesis.tex")
-    with pytest.raises(ResourceError, match=r"cannot be written.*name a folder"):
+    with fails(ResourceError, "--out"):
         folder.check(Path("/proc/report"))
 
 
@@ -530,7 +527,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
 
 
 @pytest.mark.usefixtures("real_families")
-def test_the_verb_makes_a_report_of_runs_and_logs_it_to_each(say, runs: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_report_of_runs_and_logs_it_to_each(say, runs: Path, tmp_path: Path) -> None:
     code, text = say("report", str(runs / "a"), str(runs / "b"), "--out", str(tmp_path / "out"))
     assert code == 0 and "2 nets, 6 policies" in text and "warning" not in text, text
     client = tracking.connect(f"sqlite:///{runs}/mlflow.db")
@@ -545,7 +542,7 @@ def test_the_verb_makes_a_report_of_runs_and_logs_it_to_each(say, runs: Path, tm
 
 
 @pytest.mark.usefixtures("real_families")
-def test_a_server_that_is_away_is_one_warning(say, runs: Path, tmp_path: Path) -> None:
+def test_an_unreachable_server_gives_one_warning(say, runs: Path, tmp_path: Path) -> None:
     away = ("--uri", "http://127.0.0.1:9")
     code, text = say("report", str(runs / "a"), str(runs / "b"), "--out", str(tmp_path / "out"), *away)
     assert code == 0 and text.count("warning: http://127.0.0.1:9: the report is not logged there") == 1
@@ -555,25 +552,25 @@ def test_a_server_that_is_away_is_one_warning(say, runs: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("real_families")
-def test_what_cannot_be_reported_is_refused_by_name(runs: Path, tmp_path: Path) -> None:
+def test_wrong_sources_are_refused(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ConfigError, match=rf"{runs}/a/: the same net as {runs}/a; give each net once"):
+    with fails(ConfigError, "sources", f"{runs}/a/"):
         report([str(runs / "a"), f"{runs}/a/"], out)
     shutil.copytree(runs / "a", tmp_path / "bare")
     shutil.rmtree(tmp_path / "bare" / "evaluations")
-    with pytest.raises(ConfigError, match=r"no evaluation of it is stored; make one with `adaptnet evaluate"):
+    with pytest.raises(ConfigError):
         report([str(tmp_path / "bare")], out)
     shutil.copytree(runs / "b", tmp_path / "elsewhere")
     about = tmp_path / "elsewhere" / "evaluations" / "final" / "about.json"
     about.write_text(json.dumps({**json.loads(about.read_text()), "data": "other"}))
-    with pytest.raises(ConfigError, match=r"no images that all of these nets were evaluated on.*adaptnet evaluate"):
+    with pytest.raises(ConfigError):
         report([str(runs / "a"), str(tmp_path / "elsewhere")], out)
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(ConfigError):
         report([str(tmp_path / "nowhere")], out)
 
 
 @pytest.mark.usefixtures("real_families")
-def test_the_images_of_an_evaluation_are_found_where_they_were(runs: Path) -> None:
+def test_the_images_of_an_evaluation_are_found_in_their_folder(runs: Path) -> None:
     net = evaluations.find(str(runs / "a"))
     found = evaluations.images([net], net.sets[0])
     assert found is not None and len(found) == 30 and found.identity == net.sets[0]

@@ -1,4 +1,4 @@
-"""Attacked images stay within their bounds and mislead the net; lower sides are the plain policy at the native one."""
+"""Attacked images stay within their bounds and mislead the net; a policy at the native side is the plain policy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from raised import fails
 from test_family_contract import CASES, CLASSES, case, opened  # noqa: F401
 from torch import Tensor, nn
 
@@ -79,7 +81,7 @@ def attacked(split: Split, net: nn.Module, attack: Attack, classes: int = CLASSE
 
 @pytest.fixture(scope="module")
 def learnt() -> nn.Module:
-    """A small ResNet that tells the toy set's classes apart."""
+    """A small ResNet that is trained on the toy set."""
     torch.manual_seed(0)
     net = families.find("baseline").build(BaselineConfig(net="cifar_resnet", depth=8), 3)
     split = toys(90, seed=1)
@@ -96,7 +98,7 @@ def learnt() -> nn.Module:
 # ---- attacks
 
 
-def test_eps_0_changes_no_bit_and_the_rest_of_a_batch_stays(case: str) -> None:  # noqa: F811
+def test_eps_0_changes_nothing(case: str) -> None:  # noqa: F811
     _, _, net = opened(case)
     split = noise()
     found = list(Attacked(split, net, how(), Attack("fgsm", 0.0)))
@@ -110,7 +112,7 @@ def test_pixels_move_by_eps_up_the_loss_whatever_the_family(case: str) -> None: 
     family, config, net = opened(case)
     split = noise()
     policy = family.policies(config, net)[0]
-    with torch.inference_mode():  # what a policy keeps from there must not stand in the gradient's way
+    with torch.inference_mode():  # inference tensors that a policy caches must not break the gradient
         policy.predict(net.eval(), how().images(next(iter(split))))
     net.train()
     weights = {name: value.clone() for name, value in net.state_dict().items()}
@@ -124,7 +126,7 @@ def test_pixels_move_by_eps_up_the_loss_whatever_the_family(case: str) -> None: 
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_the_sign_is_that_of_the_loss_by_pixel(learnt: nn.Module) -> None:
+def test_the_sign_is_that_of_the_losss_gradient(learnt: nn.Module) -> None:
     split = toys(5, seed=9)
     (found,) = attacked(split, learnt, Attack("fgsm", EPS), 3)
     learnt.eval()
@@ -151,7 +153,7 @@ def test_an_attack_misleads_a_trained_net(learnt: nn.Module) -> None:
 
 
 def test_jpeg_changes_little_at_100_and_more_at_lower_quality() -> None:
-    grey = toys(6, seed=4).images.float().mean(3, keepdim=True)  # for colours lose half of their pixels at any quality
+    grey = toys(6, seed=4).images.float().mean(3, keepdim=True)  # colours lose half of their pixels at any quality
     images = grey.to(torch.uint8).expand(-1, -1, -1, 3)
     moved = {q: (compressed(images, q).int() - images.int()).abs().float().mean().item() for q in (100, 75, 5)}
     assert 0 < moved[100] < 2 and moved[100] < moved[75] < moved[5] and moved[5] > 5, moved
@@ -175,14 +177,14 @@ def test_names_and_strengths() -> None:
 
 @pytest.mark.parametrize("eps", ["1.5", "-1", "4/0", "four", "4/255/2", ""])
 def test_strengths_outside_0_to_1_are_refused(eps: str) -> None:
-    with pytest.raises(ConfigError, match=r"--eps \(="):
+    with fails(ConfigError, "--eps", eps):
         Attack("fgsm", strength(eps))
 
 
 # ---- lower resolutions
 
 
-def test_a_sweep_at_the_native_side_is_the_plain_policy_and_below_it_the_resized_images(case: str) -> None:  # noqa: F811
+def test_a_resized_policy_is_the_plain_policy_on_resized_images(case: str) -> None:  # noqa: F811
     family, config, net = opened(case)
     images = how().images(next(iter(noise())))
     lower = 12
@@ -211,19 +213,19 @@ def test_macs_are_those_of_the_smaller_images(learnt: nn.Module) -> None:
     assert at12.relative_macs == pytest.approx(at12.macs_mean / at24.macs_mean)
 
 
-def test_a_side_below_the_nets_least_is_refused_by_its_own_rule() -> None:
-    with pytest.raises(ConfigError, match="the least that a shorter side may have"):
+def test_a_side_that_the_net_does_not_accept_is_refused_by_the_net() -> None:
+    with pytest.raises(ConfigError):
         ResolutionSweep((16, 3)).check(opened("arrn")[2].eval(), 16)
-    with pytest.raises(ConfigError, match="too small: with"):
+    with pytest.raises(ConfigError):
         ResolutionSweep((16, 2)).check(opened("ranet-imagenet")[2].eval(), 16)
     vgg = families.find("baseline").build(BaselineConfig(net="vgg16"), 2)
-    with pytest.raises(ConfigError, match="images of 24x24 px: vgg16 needs 32 px at least"):
+    with pytest.raises(ConfigError):
         ResolutionSweep((32, 24)).check(vgg.eval(), 32)
-    with pytest.raises(ConfigError, match="--sides 17: above the images' 16 px"):
+    with fails(ConfigError, "--sides", 17):
         ResolutionSweep((17, 8)).check(opened("arrn")[2].eval(), 16)
-    ResolutionSweep((2,), True).check(opened("arrn")[2].eval(), 16)  # they come back up
+    ResolutionSweep((2,), True).check(opened("arrn")[2].eval(), 16)  # images are brought back to their own side
     for wrong in ((), (16, 16), (0,)):
-        with pytest.raises(ConfigError, match="each once"):
+        with fails(ConfigError, "--sides"):
             ResolutionSweep(wrong)
 
 
@@ -255,7 +257,7 @@ def command(*words: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_attacks_and_sweeps_are_stored_apart_and_shown_beside_the_clean(
+def test_attacks_and_resolution_sweeps_are_stored_separately_from_the_clean_evaluation(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = evaluations.find(str(run_dir))
@@ -263,8 +265,8 @@ def test_attacks_and_sweeps_are_stored_apart_and_shown_beside_the_clean(
     clean = before.on(data)
     assert clean is not None
     assert command(run_dir, "--attack", "fgsm", "--eps", "8/255", "--jpeg", "90") == 0
-    told = capsys.readouterr().out
-    assert "top-1 % clean  attacked" in told and f"{100 * clean.reports[0].top1:.2f}" in told
+    printed = capsys.readouterr().out
+    assert "top-1 % clean  attacked" in printed and f"{100 * clean.reports[0].top1:.2f}" in printed
     assert command(run_dir, "--sides", "24,12", "--down-and-up") == 0
     assert command(run_dir, "--sides", "24,12") == 0
     assert command(run_dir, "--sides", "12", "--jpeg", "50") == 0
@@ -289,33 +291,54 @@ def test_attacks_and_sweeps_are_stored_apart_and_shown_beside_the_clean(
 def test_an_attacked_evaluation_does_not_replace_a_clean_one(run_dir: Path, tmp_path: Path) -> None:
     final = run_dir / "evaluations" / "final"
     before = (final / "reports.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"holds an evaluation of another kind \(attack none\)"):
+    with pytest.raises(ConfigError):
         evaluations.evaluate(str(run_dir), attack=Attack("fgsm", EPS), out=final)
     assert (final / "reports.json").read_bytes() == before
     evaluations.evaluate(str(run_dir), attack=Attack(jpeg=50), out=tmp_path / "a")
-    with pytest.raises(ConfigError, match=r"another kind \(attack jpeg50\)"):
+    with pytest.raises(ConfigError):
         evaluations.evaluate(str(run_dir), out=tmp_path / "a")
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    "options",
     [
-        (["--attack", "fgsm"], "--attack and --eps go together"),
-        (["--eps", "4/255"], "--attack and --eps go together"),
-        (["--attack", "pgd", "--eps", "4/255"], "--attack (=pgd): no such attack; known: fgsm"),
-        (["--attack", "fgsm", "--eps", "4"], "--eps (=4) must lie in 0..1"),
-        (["--attack", "fgsm", "--eps", "0.001"], "moves no pixel by a whole level"),
-        (["--jpeg", "0"], "--jpeg (=0) must lie in 1..100"),
-        (["--jpeg", "101"], "--jpeg (=101) must lie in 1..100"),
-        (["--sides", "24,big"], "--sides (=24,big): write sides in pixels"),
-        (["--sides", "48"], "above the images' 24 px"),
-        (["--down-and-up"], "--down-and-up goes with --sides"),
+        ["--attack", "fgsm"],
+        ["--eps", "4/255"],
+        ["--attack", "pgd", "--eps", "4/255"],
+        ["--attack", "fgsm", "--eps", "4"],
+        ["--attack", "fgsm", "--eps", "0.001"],
+        ["--jpeg", "0"],
+        ["--jpeg", "101"],
+        ["--sides", "24,big"],
+        ["--sides", "48"],
+        ["--down-and-up"],
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=" ".join,
 )
-def test_what_cannot_be_asked_is_refused(
-    words: list[str], says: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_options_are_refused_and_leave_nothing(options: list[str], run_dir: Path) -> None:
     stored = sorted((run_dir / "evaluations").iterdir())
-    assert command(run_dir, *words) == 2
-    assert says in capsys.readouterr().err and sorted((run_dir / "evaluations").iterdir()) == stored
+    assert command(run_dir, *options) == 2
+    assert sorted((run_dir / "evaluations").iterdir()) == stored
+
+
+@pytest.mark.parametrize(
+    ("attack", "key"),
+    [
+        ({"kind": "pgd", "eps": 0.1}, "--attack"),
+        ({}, "--attack"),
+        ({"kind": "fgsm", "eps": 4.0}, "--eps"),
+        ({"kind": "fgsm", "eps": 0.001}, "--eps"),
+        ({"jpeg": 0}, "--jpeg"),
+        ({"jpeg": 101}, "--jpeg"),
+    ],
+    ids=str,
+)
+def test_a_wrong_attack_is_refused_by_option(attack: dict[str, Any], key: str) -> None:
+    with fails(ConfigError, key):
+        Attack(**attack)
+
+
+@pytest.mark.parametrize("text", ["24,big", "", "24;12"])
+def test_wrong_sides_are_refused(text: str) -> None:
+    with fails(ConfigError, "--sides", text):
+        sides(text)

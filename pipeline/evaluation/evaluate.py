@@ -1,7 +1,7 @@
 """One evaluator for all families: every policy on every image of a split once, whatever the number of ranks.
 
-It knows nothing of a policy but its name and its predictions; a family's facts are averaged and grouped by class
-without being understood. Letters: N images, B of them in a batch, K classes, n a fact's own length.
+It uses nothing of a policy but its identity and its predictions. It averages a family's facts, and groups them by
+class, without knowing their meaning. Letters: N images, B of them in a batch, K classes, n a fact's own length.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pipeline import cost, ranks
 from pipeline.data import pixels
 from pipeline.data.config import DataConfig
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, JsonValue
 from pipeline.evaluation import reports_v1
 from pipeline.family import Fitted, Latency, Policy, Prediction, Report
 from pipeline.runs.files import whole_file, write_json
@@ -34,7 +34,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class LabelledBatch(Protocol):
-    """What the loader gives: images uint8 [B, S, S, 3] and labels [B] i64 on the device, rows [B] of the index."""
+    """A batch of the loader: images uint8 [B, S, S, 3] and labels [B] i64 on the device, rows [B] of the index."""
 
     @property
     def images(self) -> Tensor: ...
@@ -47,7 +47,7 @@ class LabelledBatch(Protocol):
 
 
 class Batches(Protocol):
-    """A split that can be walked again, and the images that it could not read."""
+    """A split that can be iterated repeatedly, and the names of the images that it could not read."""
 
     @property
     def unreadable(self) -> Sequence[str]: ...
@@ -57,7 +57,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """How nets are run here: pixels' mean and std, device, autocast, and how latency is measured."""
+    """The conditions of an evaluation: pixel statistics, device, precision, memory layout, and latency measurement."""
 
     data: DataConfig
     device: torch.device
@@ -68,27 +68,32 @@ class Evaluator:
     latency_repeats: int = 0
 
     def images(self, batch: LabelledBatch) -> Tensor:
-        """Normalised images [B, 3, S, S] of a batch."""
+        """The normalised images [B, 3, S, S] of a batch."""
         images = pixels.normalise(batch.images, self.data.mean, self.data.std)
         return images if self.channels_last else images.contiguous()
 
     def predict(self, policy: Policy, net: nn.Module, images: Tensor) -> Prediction:
+        """Runs the policy without gradient, under autocast if that is enabled."""
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return policy.predict(net, images)
 
 
-def choose(policies: Sequence[Policy], wanted: Sequence[str] | None) -> list[Policy]:
-    """The policies called `wanted`, all where it is None. Raises ConfigError listing those there are."""
+def choose(policies: Sequence[Policy], names: Sequence[str] | None) -> list[Policy]:
+    """The policies of the given names, or all of them. Raises ConfigError listing the available ones."""
     by_name = {policy.name: policy for policy in policies}
-    unknown = [name for name in wanted or () if name not in by_name]
+    unknown = [name for name in names or () if name not in by_name]
     if unknown:
-        raise ConfigError(f"policy {', '.join(unknown)}: no such policy; this net has: {', '.join(by_name)}")
-    return list(policies) if wanted is None else [by_name[name] for name in wanted]
+        raise ConfigError(
+            f"policy {', '.join(unknown)}: no such policy; this net has: {', '.join(by_name)}",
+            key="evaluation.policies",
+            subject=", ".join(unknown),
+        )
+    return list(policies) if names is None else [by_name[name] for name in names]
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """A split as (normalised images, labels), decoded anew at each walk: it need not fit into memory."""
+    """A split as (normalised images, labels), decoded again at each iteration, so it need not fit into memory."""
 
     batches: Batches
     evaluator: Evaluator
@@ -101,16 +106,18 @@ class _Pairs:
 def calibrate(
     policies: Sequence[Policy], net: nn.Module, batches: Batches | None, evaluator: Evaluator
 ) -> list[Policy]:
-    """Each policy fitted on held-out training images. Collective.
+    """The policies fitted on held-out training images. Collective.
 
-    Raises ConfigError where there are none and a policy cannot do without.
+    Raises ConfigError if there are none and a policy needs them.
     """
     if batches is None:
         unfitted = [policy.name for policy in policies if isinstance(policy, Fitted) and not policy.state()]
         if unfitted:
             raise ConfigError(
                 f"policy {', '.join(unfitted)}: is fitted on held-out training images, and there are none; set "
-                "data.held_out, e.g. 0.1, before training, or name other policies"
+                "data.held_out, e.g. 0.1, before training, or choose other policies",
+                key="data.held_out",
+                subject=", ".join(unfitted),
             )
         return list(policies)
     net.eval()
@@ -119,35 +126,38 @@ def calibrate(
         return [policy.calibrated(net, pairs) for policy in policies]
 
 
-def restored(policies: Sequence[Policy], reports: Iterable[Mapping[str, Any]]) -> list[Policy]:
-    """The policies with the calibration that stored reports hold; those without one as they are."""
-    states: dict[str, Mapping[str, Any]] = {report["policy"]: report.get("calibration") or {} for report in reports}
-    return [
-        policy.restored(states[policy.name]) if isinstance(policy, Fitted) and states.get(policy.name) else policy
-        for policy in policies
-    ]
+def restored(policies: Sequence[Policy], reports: Iterable[Mapping[str, JsonValue]]) -> list[Policy]:
+    """The policies with their calibration from stored reports; those without one stay as they are."""
+    states = {str(report["policy"]): report.get("calibration") for report in reports}
+
+    def restore(policy: Policy) -> Policy:
+        state = states.get(policy.name)
+        return policy.restored(state) if isinstance(policy, Fitted) and isinstance(state, dict) and state else policy
+
+    return [restore(policy) for policy in policies]
 
 
 def evaluate(
     net: nn.Module, policies: Sequence[Policy], batches: Batches, evaluator: Evaluator, store: Path | None = None
 ) -> list[Report]:
-    """One report per policy, on every rank; each image is decoded once. Collective.
+    """The report of each policy, on every rank; each image is decoded once. Collective.
 
-    With `store`, rank 0 writes reports.json and per-image arrays `<policy>.npz` into that folder. Latency is measured
-    on rank 0 alone while the others wait. Raises DataError where no image of the split can be read.
+    With `store`, rank 0 writes reports.json and per-image arrays `<policy>.npz` into that folder. Rank 0 alone measures
+    latency while the others wait. Raises DataError if no image of the split can be read.
     """
     if evaluator.device.type == "cpu":
         keep_freed_memory()
     net.eval()
-    mine, sample = _run_all(net, policies, batches, evaluator)
-    gathered = ranks.gather((mine, list(batches.unreadable)))
+    own, sample = _run_all(net, policies, batches, evaluator)
+    gathered = ranks.gather((own, list(batches.unreadable)))
     unreadable = [name for _, names in gathered for name in names]
     merged = {policy.name: _merge([arrays[policy.name] for arrays, _ in gathered]) for policy in policies}
     reports = []
     if ranks.rank() == 0:
         if any(len(arrays.get("rows", ())) == 0 for arrays in merged.values()):
-            raise DataError(f"no image of the split could be read; unreadable: {', '.join(unreadable[:5]) or 'none'}")
-        if sample is None:  # other ranks had the images
+            names = ", ".join(unreadable[:5]) or "none"
+            raise DataError(f"no image of the split could be read; unreadable: {names}", key="data.root", subject=names)
+        if sample is None:  # the other ranks have all images
             side = evaluator.data.side_for_eval
             sample = torch.zeros(1, 3, side, side, device=evaluator.device)
         full = cost.measure(net, sample[:1]).macs
@@ -162,7 +172,7 @@ def evaluate(
 def _run_all(
     net: nn.Module, policies: Sequence[Policy], batches: Batches, evaluator: Evaluator
 ) -> tuple[dict[str, Arrays], Tensor | None]:
-    """This rank's per-image arrays by policy, and its first batch of images."""
+    """This rank's per-image arrays by policy, and its first batch of images, if it has one."""
     parts: dict[str, list[Arrays]] = {policy.name: [] for policy in policies}
     sample: Tensor | None = None
     for batch in batches:
@@ -189,7 +199,7 @@ def _per_image(prediction: Prediction, batch: LabelledBatch) -> Arrays:
 
 
 def _merge(parts: Iterable[Arrays]) -> Arrays:
-    """The parts joined and put in the order of the rows, so that the number of ranks leaves no trace."""
+    """The parts joined in the order of the rows, so that the result does not depend on the number of ranks."""
     filled = [part for part in parts if part]
     if not filled:
         return {}
@@ -228,8 +238,8 @@ def _report(
     )
 
 
-def _calibration_error(confidence: NDArray[Any], hit: NDArray[Any]) -> float:
-    """Expected calibration error over BINS equal bins of the confidence in the predicted class."""
+def _calibration_error(confidence: NDArray[np.float32], hit: NDArray[np.bool_]) -> float:
+    """The expected calibration error over BINS equal bins of the confidence in the predicted class."""
     from torchmetrics.functional.classification import binary_calibration_error
 
     chosen = torch.from_numpy(confidence).clamp(0, 1)
@@ -241,19 +251,19 @@ def _row(values: NDArray[Any]) -> list[float]:
 
 
 def _by_class(values: NDArray[Any], labels: NDArray[Any], num_classes: int) -> list[list[float] | None]:
-    """Mean of values [N] or [N, n] over the images of each class; None for a class without images."""
-    found = [values[labels == label] for label in range(num_classes)]
-    return [_row(rows.mean(0)) if len(rows) else None for rows in found]
+    """The mean of values [N] or [N, n] over the images of each class; None for a class without images."""
+    groups = [values[labels == label] for label in range(num_classes)]
+    return [_row(rows.mean(0)) if len(rows) else None for rows in groups]
 
 
 def _latencies(policies: Sequence[Policy], net: nn.Module, sample: Tensor, evaluator: Evaluator) -> list[list[Latency]]:
-    """For each policy and batch size the median and the 95th percentile of the time of `predict`.
+    """The latency of each policy at each batch size.
 
-    The policies take turns, so that other work on the machine falls on all of them; the first round warms up.
+    The policies take turns, so that other load on the machine affects all of them; the first round is the warm-up.
     """
     if evaluator.latency_repeats == 0:
         return [[] for _ in policies]
-    found: list[list[Latency]] = [[] for _ in policies]
+    latencies: list[list[Latency]] = [[] for _ in policies]
     for size in evaluator.latency_batches:
         images = sample.repeat(-(-size // len(sample)), 1, 1, 1)[:size]
         if evaluator.channels_last:
@@ -264,22 +274,22 @@ def _latencies(policies: Sequence[Policy], net: nn.Module, sample: Tensor, evalu
             for _ in range(evaluator.latency_repeats + 1)
         ]
         waited = max(0.0, _waited_s() - before) / (time.perf_counter() - start) / torch.get_num_threads()
-        for entries, times in zip(found, zip(*rounds[1:], strict=True), strict=True):
+        for entries, times in zip(latencies, zip(*rounds[1:], strict=True), strict=True):
             entries.append(_latency(size, times, evaluator.device, waited))
-    return found
+    return latencies
 
 
 def _waited_s() -> float:
-    """Seconds that this process' threads were ready and no core was free for them; 0 where the system does not say."""
+    """The seconds for which threads of this process waited for a free core; 0 if the system does not report it."""
     waited = 0
     for file in Path("/proc/self/task").glob("*/schedstat"):
-        with suppress(OSError, ValueError, IndexError):  # the thread has ended
+        with suppress(OSError, ValueError, IndexError):  # the thread ended meanwhile
             waited += int(file.read_text().split()[1])
     return waited / 1e9
 
 
 def seconds_of(policy: Policy, net: nn.Module, images: Tensor, evaluator: Evaluator) -> float:
-    """Seconds of one `predict`, with the device synchronised."""
+    """The seconds of one `predict`, with the device synchronised before and after."""
     _synchronise(evaluator.device)
     start = time.perf_counter()
     evaluator.predict(policy, net, images)
@@ -305,7 +315,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name."""
+    """The name of the GPU or the processor."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:
@@ -316,7 +326,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _store(folder: Path, reports: Sequence[Report], merged: Mapping[str, Arrays]) -> None:
-    """Writes the evaluation aside and renames file by file; reports.json, last, makes it count."""
+    """Writes the evaluation file by file; it is complete with reports.json, the last one."""
     folder.mkdir(parents=True, exist_ok=True)
     for report in reports:
         with whole_file(folder / f"{report.policy}.npz") as path, open(path, "wb") as file:
@@ -325,7 +335,7 @@ def _store(folder: Path, reports: Sequence[Report], merged: Mapping[str, Arrays]
 
 
 def load_reports(folder: Path) -> list[Report]:
-    """The reports stored in an evaluation's folder; an empty list where there are none."""
+    """The reports in the folder of an evaluation; empty if there are none."""
     path = folder / "reports.json"
     if not path.exists():
         return []

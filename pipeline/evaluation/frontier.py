@@ -1,6 +1,6 @@
-"""The frontier between accuracy and cost: which points nothing beats, and the best one within a budget.
+"""The frontier between accuracy and cost: the points that no other one beats, and the best point within a budget.
 
-A point is a policy of a trained net. Its cost is in MACs per image, or in milliseconds of one pass at some batch size.
+A point is a policy of a trained net. Its cost is in MACs per image, or in milliseconds per batch of some size.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ BUDGET = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>ms|s|%|[kmgt]?(ma
 
 
 def dominated(costs: Sequence[float], accuracies: Sequence[float]) -> list[bool]:
-    """For each point whether another is at least as accurate and at most as costly; of equal points the first stays.
+    """Whether each point is beaten by one that is at least as accurate and at most as expensive.
 
-    costs, accuracies [n] -> [n].
+    costs, accuracies [n] -> [n]. The first of equal points is not beaten by the others.
     """
     order = sorted(range(len(costs)), key=lambda n: (costs[n], -accuracies[n], n))
     beaten, best = [True] * len(costs), float("-inf")
-    for number in order:  # cheapest first: a point stands where it is more accurate than all before it
+    for number in order:  # cheapest first: a point is not beaten if it is more accurate than all before it
         if accuracies[number] > best:
             beaten[number], best = False, accuracies[number]
     return beaten
@@ -35,21 +35,21 @@ def dominated(costs: Sequence[float], accuracies: Sequence[float]) -> list[bool]
 
 @dataclass(frozen=True)
 class Budget:
-    """A bound on what an image may cost: MACs on average, milliseconds of a pass, or a share of the full network."""
+    """A limit on the cost: mean MACs per image, milliseconds per batch, or a share of the full network's MACs."""
 
     amount: float
     unit: Unit
     text: str  # as the user wrote it
 
     def cost_of(self, report: Report, milliseconds: float | None = None) -> float:
-        """What a policy costs in this budget's unit; `milliseconds` is its measured time."""
+        """The cost of a policy in this budget's unit; `milliseconds` is its measured time."""
         if self.unit == "ms":
             assert milliseconds is not None
             return milliseconds
         return report.macs_mean if self.unit == "macs" else report.relative_macs
 
     def written(self, cost: float) -> str:
-        """A cost in this budget's unit, for people."""
+        """A cost in this budget's unit as text for people."""
         if self.unit == "ms":
             return f"{cost:.3g} ms"
         return f"{100 * cost:.3g} %" if self.unit == "share" else macs_text(cost)
@@ -60,7 +60,9 @@ def parse_budget(text: str) -> Budget:
     match = BUDGET.fullmatch(text.strip())
     if match is None or float(match["number"]) <= 0:
         raise ConfigError(
-            f"budget (={text}): write MACs as 0.8G or 300M, a time as 5ms, a share of the full net as 50%"
+            f"budget (={text}): write MACs as 0.8G or 300M, a time as 5ms, a share of the full net as 50%",
+            key="budget",
+            subject=text,
         )
     number, unit = float(match["number"]), match["unit"].lower().removesuffix("macs")
     if unit in ("ms", "s"):
@@ -71,16 +73,18 @@ def parse_budget(text: str) -> Budget:
 
 
 def best_within(reports: Sequence[Report], costs: Sequence[float], budget: Budget) -> int:
-    """The position of the most accurate policy that costs at most the budget; of equals the cheapest.
+    """The position of the most accurate policy within the budget; of equally accurate ones the cheapest.
 
-    costs [n] in the budget's unit. Raises ConfigError naming the cheapest where none does.
+    costs [n] in the budget's unit. Raises ConfigError naming the cheapest policy if every one is above the budget.
     """
     within = [number for number, cost in enumerate(costs) if cost <= budget.amount]
     if not within:
         cheapest = min(range(len(costs)), key=lambda number: costs[number])
         raise ConfigError(
             f"budget (={budget.text}): every policy costs more; the cheapest is {reports[cheapest].policy} at "
-            f"{budget.written(costs[cheapest])}"
+            f"{budget.written(costs[cheapest])}",
+            key="budget",
+            subject=budget.text,
         )
     return max(within, key=lambda number: (reports[number].top1, -costs[number]))
 

@@ -1,10 +1,10 @@
-"""What images do to a trained net once they are tampered with: gradient-sign attacks, JPEG, lower resolutions.
+"""How a trained net performs on perturbed images: gradient-sign attacks, JPEG compression, lower resolutions.
 
-Attacked images are uint8 pixels like any others, so that every policy of every family runs on them by the ordinary
-path. Letters: B images, S side in pixels, K classes.
+Attacked images are uint8 pixels like any others, so every policy of every family runs on them as usual. Letters:
+B images, S side in pixels, K classes.
 Source: Goodfellow et al., ICLR 2015 (arXiv 1412.6572), fast gradient sign; Veit & Belongie, ECCV 2018, §4.5, attacks
-gated nets with and without JPEG after the attack. That study's strengths, quality, and whether the gradient flows
-through the gates are not published.
+gated nets with and without JPEG after the attack. That study does not publish its strengths, its JPEG quality, or
+whether the gradient flows through the gates.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -25,36 +25,37 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import Batches, Evaluator, LabelledBatch
 from pipeline.family import Policy, Prediction, Settings
 
-Kind = Literal["fgsm"]
-TOGETHER = 64  # images whose gradients are taken at once
+AttackKind = Literal["fgsm"]
+TOGETHER = 64  # images whose gradients are computed at once
+RESIZED = "resized"  # the kind of a policy that runs another one on resized images
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What happens to an image: `kind` at strength eps, a share of the range of pixels, then JPEG at quality `jpeg`.
+    """A perturbation: `kind` at strength eps, a share of the range of pixels, then JPEG at quality `jpeg`.
 
     Raises ConfigError for a value outside its range.
     """
 
-    kind: Kind | None = None
+    kind: AttackKind | None = None
     eps: float = 0.0
     jpeg: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in get_args(Kind):
-            raise ConfigError(f"--attack (={self.kind}): no such attack; known: {', '.join(get_args(Kind))}")
+        if self.kind is not None and self.kind not in get_args(AttackKind):
+            raise _error("--attack", self.kind, f"no such attack; known: {', '.join(get_args(AttackKind))}")
         if self.kind is None and self.jpeg is None:
-            raise ConfigError("give an attack, an image compression (jpeg), or both")
+            raise ConfigError("give an attack, a JPEG quality, or both", key="--attack")
         if not 0 <= self.eps <= 1:
-            raise ConfigError(f"--eps (={self.eps:g}) must lie in 0..1, a share of the range of pixels, e.g. 4/255")
+            raise _error("--eps", f"{self.eps:g}", "must be in 0..1, a share of the range of pixels, e.g. 4/255")
         if self.eps and not self.step:
-            raise ConfigError(f"--eps (={self.eps:g}) moves no pixel by a whole level of 255; at least 1/255, or 0")
+            raise _error("--eps", f"{self.eps:g}", "moves no pixel by a whole level of 255; use at least 1/255, or 0")
         if self.jpeg is not None and not 1 <= self.jpeg <= 100:
-            raise ConfigError(f"--jpeg (={self.jpeg}) must lie in 1..100")
+            raise _error("--jpeg", self.jpeg, "must be in 1..100")
 
     @property
     def step(self) -> int:
-        """Levels of 255 by which a pixel moves."""
+        """The levels of 255 by which a pixel moves."""
         return round(255 * self.eps)
 
     @property
@@ -64,17 +65,21 @@ class Attack:
         return "-".join([*parts, f"jpeg{self.jpeg}"] if self.jpeg is not None else parts)
 
 
+def _error(option: str, value: object, rule: str) -> ConfigError:
+    return ConfigError(f"{option} (={value}): {rule}", key=option, subject=value)
+
+
 def strength(text: str) -> float:
     """A number or a fraction, "0.0157" or "4/255". Raises ConfigError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(?:/\s*(\d+))?\s*", text)
     if match is None or (match[2] is not None and int(match[2]) == 0):
-        raise ConfigError(f"--eps (={text}): write a number or a fraction in 0..1, e.g. 4/255")
+        raise _error("--eps", text, "write a number or a fraction in 0..1, e.g. 4/255")
     return float(match[1]) / int(match[2] or 1)
 
 
 @dataclass(frozen=True)
-class Tampered:
-    """An attacked batch: images uint8 [B, S, S, 3], labels [B], rows [B]."""
+class AttackedBatch:
+    """Attacked images uint8 [B, S, S, 3], labels [B], rows [B] in the split."""
 
     images: Tensor
     labels: Tensor
@@ -83,7 +88,7 @@ class Tampered:
 
 @dataclass(frozen=True)
 class Attacked:
-    """A split whose images are attacked as they come, each once in a walk, with knowledge of the whole net."""
+    """A split whose images are attacked as they are read, with knowledge of the whole net (white box)."""
 
     batches: Batches
     net: nn.Module
@@ -101,33 +106,31 @@ class Attacked:
                 images = fgsm(self.net, batch, self.evaluator, self.attack.step)
             if self.attack.jpeg is not None:
                 images = compressed(images, self.attack.jpeg)
-            yield Tampered(images, batch.labels, batch.rows)
+            yield AttackedBatch(images, batch.labels, batch.rows)
 
 
 def fgsm(net: nn.Module, batch: LabelledBatch, evaluator: Evaluator, step: int) -> Tensor:
-    """The batch's pixels moved by `step` levels up the loss, by the sign of its gradient, within 0..255.
+    """The batch's pixels moved by `step` levels along the sign of the loss's gradient, within 0..255.
 
-    The loss is the cross-entropy of the logits of the net's own forward in eval mode, without noise, in fp32: of RANet
-    the last exit's, of ARRN those at the images' own resolution, of ConvNet-AIG those along the gates' decisions, which
-    are constants here (the straight-through gradient is training's). The net is left as it was.
+    The loss is the cross-entropy of the logits of the net's own forward in eval mode, without noise, in fp32: for RANet
+    those of the last exit, for ARRN those at the images' own resolution, for ConvNet-AIG those along the gates'
+    decisions, which are constants here (the straight-through gradient is for training only). The net is not changed.
     """
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            parts = zip(
-                torch.split(evaluator.images(batch), TOGETHER), torch.split(batch.labels, TOGETHER), strict=True
-            )
-            found = [_signs(net, images, labels) for images, labels in parts]
+            images = torch.split(evaluator.images(batch), TOGETHER)
+            signs = [_signs(net, *part) for part in zip(images, torch.split(batch.labels, TOGETHER), strict=True)]
     finally:
         for module, mode in modes.items():
             module.training = mode
-    moved = batch.images.short() + step * torch.cat(found).permute(0, 2, 3, 1)
+    moved = batch.images.short() + step * torch.cat(signs).permute(0, 2, 3, 1)
     return moved.clamp(0, 255).to(torch.uint8)
 
 
 def _signs(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Signs [B, 3, S, S] i16 of the loss's gradient; scaling to normalised images is positive and changes none."""
+    """Signs [B, 3, S, S] i16 of the loss's gradient; normalisation scales by positive numbers and changes none."""
     images = images.clone().requires_grad_()
     loss = F.cross_entropy(net(images).logits.float(), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, images)
@@ -135,9 +138,9 @@ def _signs(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def compressed(images: Tensor, quality: int) -> Tensor:
-    """Images uint8 [B, S, S, 3] written as JPEG, colours at half the resolution as is usual, and read again."""
-    read = [_through_jpeg(image, quality) for image in images.cpu().numpy()]
-    return torch.from_numpy(np.stack(read)).to(images.device)
+    """Images uint8 [B, S, S, 3] encoded as JPEG, with colours at half the resolution as usual, and decoded again."""
+    decoded = [_through_jpeg(image, quality) for image in images.cpu().numpy()]
+    return torch.from_numpy(np.stack(decoded)).to(images.device)
 
 
 def _through_jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
@@ -145,8 +148,8 @@ def _through_jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
-    with Image.open(buffer) as read:
-        return np.asarray(read.convert("RGB"))
+    with Image.open(buffer) as decoded:
+        return np.asarray(decoded.convert("RGB"))
 
 
 # ---- lower resolutions
@@ -154,9 +157,9 @@ def _through_jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class ResizedPolicy:
-    """A policy, calibrated already, on images resized to side_px first, and back to their own side if `up_again`.
+    """A calibrated policy on images resized to side_px first, and back to their own side if `up_again`.
 
-    Bilinear, with antialias. The resizing is part of the time and, as it multiplies no weights, not of the MACs.
+    Bilinear with antialiasing. The resizing is part of the time but, as it multiplies no weights, not of the MACs.
     """
 
     policy: Policy
@@ -165,18 +168,19 @@ class ResizedPolicy:
 
     @property
     def name(self) -> str:
+        """As in `native@112px-and-up`."""
         return f"{self.policy.name}@{self.side_px}px{'-and-up' if self.up_again else ''}"
 
     @property
     def kind(self) -> str:
-        return "resized"
+        return RESIZED
 
     @property
     def settings(self) -> Settings:
         return {"policy": self.policy.name, "side_px": self.side_px, "up_again": self.up_again}
 
     def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> ResizedPolicy:
-        """Itself: thresholds stay those of the full resolution."""
+        """Itself: it keeps the thresholds of the full resolution."""
         return self
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
@@ -188,15 +192,15 @@ class ResizedPolicy:
 def _resized(images: Tensor, height: int, width: int) -> Tensor:
     if images.shape[-2:] == (height, width):
         return images
-    found = F.interpolate(images.float(), (height, width), mode="bilinear", antialias=True)
-    return found.to(images.dtype)
+    resized = F.interpolate(images.float(), (height, width), mode="bilinear", antialias=True)
+    return resized.to(images.dtype)
 
 
 @dataclass(frozen=True)
 class ResolutionSweep:
-    """The sides at which policies are run, and whether images come back up before the net sees them.
+    """The sides at which policies are run, and whether images are brought back to their own side for the net.
 
-    Raises ConfigError where there is none, one twice, or one below 1.
+    Raises ConfigError if there is no side, one twice, or one below 1.
     """
 
     sides_px: tuple[int, ...]
@@ -204,7 +208,7 @@ class ResolutionSweep:
 
     def __post_init__(self) -> None:
         if not self.sides_px or len(set(self.sides_px)) < len(self.sides_px) or min(self.sides_px) < 1:
-            raise ConfigError(f"--sides (={list(self.sides_px)}): sides in pixels, each once, e.g. 224,160,112")
+            raise _error("--sides", list(self.sides_px), "write sides in pixels, each once, e.g. 224,160,112")
 
     @property
     def name(self) -> str:
@@ -216,12 +220,14 @@ class ResolutionSweep:
         return [ResizedPolicy(policy, side, self.up_again) for policy in policies for side in self.sides_px]
 
     def check(self, net: nn.Module, side_px: int) -> None:
-        """Raises ConfigError for a side above the images' side_px, and what the net has to say of one too small."""
+        """Raises ConfigError for a side above the images' side_px, and the net's own error for a side too small."""
         above = [side for side in self.sides_px if side > side_px]
         if above:
             raise ConfigError(
-                f"--sides {', '.join(map(str, above))}: above the images' {side_px} px, whose pixels would be invented;"
-                f" data.eval_side_px={max(above)} makes larger images of the files"
+                f"--sides {', '.join(map(str, above))}: above the images' {side_px} px, so pixels would be invented; "
+                f"data.eval_side_px={max(above)} makes larger images from the files",
+                key="--sides",
+                subject=", ".join(map(str, above)),
             )
         weight = next(net.parameters())
         with torch.no_grad():
@@ -230,8 +236,8 @@ class ResolutionSweep:
 
 
 def sides(text: str) -> tuple[int, ...]:
-    """ "224,160,112" as numbers. Raises ConfigError for anything else."""
-    words: list[Any] = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words):
-        raise ConfigError(f"--sides (={text}): write sides in pixels, e.g. 224,160,112")
-    return tuple(int(word) for word in words)
+    """The numbers in "224,160,112". Raises ConfigError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise _error("--sides", text, "write sides in pixels, e.g. 224,160,112")
+    return tuple(int(part) for part in parts)

@@ -1,7 +1,7 @@
 """The report: accuracy against cost of trained nets under all their policies, as a page, pictures and numbers.
 
-`build` makes it of nets with their evaluations (`Evaluated`); `report` finds these by what a user names and sends the
-folder to their MLflow runs.
+`build` writes it from nets with their evaluations (`Evaluated`); `report` finds these by the sources that a user names
+and uploads the folder to their MLflow runs.
 """
 
 from __future__ import annotations
@@ -24,88 +24,98 @@ from pipeline.deploy.evaluations import EvaluatedNet
 from pipeline.errors import ConfigError, ContractError
 from pipeline.family import Evaluated
 from pipeline.figures import Bars, Figure, Gallery, HeatMap, Lines, Table
-from pipeline.report import cells, draw, folder, general, resolutions
+from pipeline.report import cells, folder, general, resolutions
+from pipeline.report.contact_sheet import contact_sheet
 from pipeline.report.page import Section, Shown, drawn, page
 from pipeline.report.thumbnails import thumbnails
 from pipeline.training import checkpoint
 
-NOT_AT_HAND = " The images are not at hand here, so their names stand for them."
+NO_IMAGES = " The images are not available here; their names are shown instead."
 FIGURE_NAME = re.compile("[a-z0-9]+(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """A report: its page, what it is of, and what a user should hear of sending it to MLflow."""
+    """A written report: its page, what it holds, the MLflow runs that have it, and warnings about others."""
 
     page: Path
     num_nets: int
     num_policies: int
     num_figures: int
-    sent: Sequence[str] = ()  # MLflow runs
+    sent: Sequence[str] = ()
     warnings: Sequence[str] = ()
 
 
 def report(
     sources: Sequence[str], out: Path, *, groups: Path | None = None, uri: str | None = None, track: bool = True
 ) -> WrittenReport:
-    """The report of the nets that `sources` name (runs' folders, checkpoints', versions), in the folder `out`.
+    """Writes the report of the nets in `sources` (run folders, checkpoint folders, versions) into the folder `out`.
 
-    groups is a file {superclass: [class, ...]}. With `track` the folder is logged to the nets' MLflow runs too, where
-    these are at hand; a server that is away gives a warning. Raises ConfigError for nets that cannot stand together,
-    a net that is given twice, and an `out` that holds other things.
+    groups is a file {superclass: [class, ...]}. With `track` the folder is also logged to the nets' MLflow runs; a
+    server that cannot be reached gives a warning. Raises ConfigError for nets that cannot be compared, a net that is
+    given twice, and a folder `out` that holds other files.
     """
     folder.check(out)
     nets = [evaluations.find(source, uri) for source in sources]
-    _refuse_doubles(nets)
+    _refuse_duplicates(nets)
     evaluated = evaluations.together(nets)
     if groups is not None:
         evaluated = grouped(evaluated, groups)
-    made = build(evaluated, out, evaluations.images(nets, evaluated[0].data))
+    written = build(evaluated, out, evaluations.images(nets, evaluated[0].data))
     if not track:
-        return made
+        return written
     sent, warnings = tracking.send_folder([net.run_dir for net in nets if net.run_dir], out, "report", uri)
-    return replace(made, sent=sent, warnings=warnings)
+    return replace(written, sent=sent, warnings=warnings)
 
 
-def _refuse_doubles(nets: Sequence[EvaluatedNet]) -> None:
+def _refuse_duplicates(nets: Sequence[EvaluatedNet]) -> None:
     seen: dict[str, str] = {}
     for net in nets:
         key = checkpoint.sha256(net.model.weights)
         if key in seen:
-            raise ConfigError(f"{net.source}: the same net as {seen[key]}; give each net once")
+            raise ConfigError(
+                f"{net.source}: the same net as {seen[key]}; give each net once", key="sources", subject=net.source
+            )
         seen[key] = net.source
 
 
 def grouped(nets: Sequence[Evaluated], path: Path) -> list[Evaluated]:
     """The nets with the superclasses of a YAML or JSON file {superclass: [class, ...]}.
 
-    Raises ConfigError for classes that the nets do not know, or that are in two groups.
+    Raises ConfigError for classes that the nets do not have, or that are in two groups.
     """
     try:
-        found = configs.read_mapping(path)
+        groups = configs.read_mapping(path)
     except ConfigError as error:
-        raise ConfigError(f"--groups: write {{superclass: [class, ...]}} as YAML or JSON; {error}") from None
+        raise ConfigError(
+            f"--groups: write {{superclass: [class, ...]}} as YAML or JSON; {error}", key="--groups", subject=path
+        ) from None
     known, seen = set(nets[0].classes), set[str]()
-    for group, classes in found.items():
+    for group, classes in groups.items():
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ConfigError(f"--groups {path}: {group}: write a list of classes, [CLASS, ...], not {classes!r}")
+            raise _wrong_group(path, group, f"write a list of classes, [CLASS, ...], not {classes!r}", group)
         unknown = [name for name in classes if name not in known]
         if unknown:
-            raise ConfigError(
-                f"--groups {path}: {group}: the nets know no class {', '.join(unknown[:10])}; they know "
-                f"{', '.join(nets[0].classes[:10])}{' ...' if len(known) > 10 else ''}"
-            )
+            listed = f"{', '.join(nets[0].classes[:10])}{' ...' if len(known) > 10 else ''}"
+            message = f"the nets have no class {', '.join(unknown[:10])}; they have {listed}"
+            raise _wrong_group(path, group, message, unknown[0])
         twice = [name for name in classes if name in seen]
         if twice:
-            raise ConfigError(f"--groups {path}: {', '.join(twice[:10])}: in two groups; each class belongs to one")
+            raise _wrong_group(path, group, f"{', '.join(twice[:10])}: in another group as well", twice[0])
         seen.update(classes)
-    return [replace(net, superclasses={str(group): tuple(classes) for group, classes in found.items()}) for net in nets]
+    return [
+        replace(net, superclasses={str(group): tuple(classes) for group, classes in groups.items()}) for net in nets
+    ]
+
+
+def _wrong_group(path: Path, group: object, message: str, subject: object) -> ConfigError:
+    return ConfigError(f"--groups {path}: {group}: {message}", key="--groups", subject=subject)
 
 
 def build(nets: Sequence[Evaluated], out: Path, images: ImageIndex | None = None) -> WrittenReport:
-    """Writes the report of these nets into `out`; `images` is the split they were evaluated on, if it is at hand.
+    """Writes the report of these nets into `out`; `images` is the split of their evaluation, if it is available.
 
-    Raises ContractError where a family's figure does not keep what `pipeline.figures` promises.
+    Raises ContractError if a figure of a family breaks the contract in `pipeline.figures`.
     """
     whole = general.all_policies(nets)
     sections = list(_sections(nets, whole))
@@ -117,8 +127,8 @@ def build(nets: Sequence[Evaluated], out: Path, images: ImageIndex | None = None
         contents[f"{folder.FIGURES}/{shown.figure.name}.csv"] = shown.sheet.csv()
         if shown.png:
             contents[f"{folder.FIGURES}/{shown.figure.name}.png"] = shown.png
-    made = f"Made by adaptnet {version('adaptnet')} at {time.strftime('%Y-%m-%d %H:%M %Z')}."
-    contents[folder.PAGE] = page(_title(nets), _facts(nets), pictures, made)
+    footer = f"Made by adaptnet {version('adaptnet')} at {time.strftime('%Y-%m-%d %H:%M %Z')}."
+    contents[folder.PAGE] = page(_title(nets), _lead(nets), pictures, footer)
     folder.write(out, _data(nets, sections), contents)
     num_policies = sum(len(net.reports) for net in nets)
     return WrittenReport(out / folder.PAGE, len(nets), num_policies, sum(len(group) for _, group in pictures))
@@ -128,17 +138,18 @@ def _title(nets: Sequence[Evaluated]) -> str:
     return f"Accuracy and cost of {nets[0].name}" if len(nets) == 1 else f"Accuracy and cost of {len(nets)} nets"
 
 
-def _facts(nets: Sequence[Evaluated]) -> list[str]:
+def _lead(nets: Sequence[Evaluated]) -> list[str]:
+    """The paragraphs under the title."""
     names = ", ".join(general.titled(net) for net in nets)
     unreadable = {name for net in nets for report in net.reports for name in report.unreadable}
-    told = f"Evaluated on the images {nets[0].data}, {len(nets[0].classes):,} classes."
+    images = f"Evaluated on the images {nets[0].data}, {len(nets[0].classes):,} classes."
     if unreadable:
-        told += f" {len(unreadable):,} unreadable images are left out."
-    how = (
-        "Point at a mark, tap it, or walk with the arrow keys to read its numbers; click a legend's entry to see its "
-        "family alone, again to see all. The same numbers are in policies.csv, figures/*.csv and data.json."
+        images += f" {len(unreadable):,} unreadable images are left out."
+    usage = (
+        "Point at a mark, tap it, or move with the arrow keys to read its numbers. Click an entry of a legend to show "
+        "its family only, again to show all. The same numbers are in policies.csv, figures/*.csv and data.json."
     )
-    return [f"{names}.", told, how]
+    return [f"{names}.", images, usage]
 
 
 def _sections(nets: Sequence[Evaluated], whole: Table) -> Iterator[Section]:
@@ -157,7 +168,7 @@ def _sections(nets: Sequence[Evaluated], whole: Table) -> Iterator[Section]:
 
 
 def families_own(name: str, nets: Sequence[Evaluated]) -> list[Figure]:
-    """A family's figures, checked, with its name before theirs. Raises ContractError for one that is wrong."""
+    """The checked figures of a family, their names prefixed with its own. Raises ContractError for a faulty one."""
     mine = [net for net in nets if net.family == name]
     others = [net for net in nets if net.family != name]
     figures, seen = [], set[str]()
@@ -165,7 +176,7 @@ def families_own(name: str, nets: Sequence[Evaluated]) -> list[Figure]:
     for figure in families.find(name).figures(mine, others):
         fault = "another figure has this name" if figure.name in seen else fault_of(figure)
         if fault:
-            raise ContractError(f"family {name}, figure {figure.name!r}: {fault}")
+            raise ContractError(f"family {name}, figure {figure.name!r}: {fault}", key=figure.name, subject=name)
         seen.add(figure.name)
         figures.append(
             figure if figure.name.startswith(f"{prefix}-") else replace(figure, name=f"{prefix}-{figure.name}")
@@ -174,7 +185,7 @@ def families_own(name: str, nets: Sequence[Evaluated]) -> list[Figure]:
 
 
 def fault_of(figure: Figure) -> str | None:
-    """What is wrong with a figure, by what `pipeline.figures` promises; None where nothing is."""
+    """The way in which a figure breaks the contract in `pipeline.figures`; None if it keeps it."""
     if not FIGURE_NAME.fullmatch(figure.name):
         return "its name may hold lower case, digits and hyphens"
     if isinstance(figure, Lines):
@@ -185,7 +196,7 @@ def fault_of(figure: Figure) -> str | None:
         numbers: list[Any] = [value for series in figure.series for value in (*series.x, *series.y)]
     elif isinstance(figure, Bars):
         if any(len(values) != len(figure.labels) for values in figure.series.values()):
-            return f"a series has not as many values as there are labels ({len(figure.labels)})"
+            return f"a series does not have as many values as there are labels ({len(figure.labels)})"
         numbers = [value for values in figure.series.values() for value in values]
     elif isinstance(figure, HeatMap):
         shape = {len(row) for row in figure.values} | {len(figure.columns)}
@@ -196,7 +207,7 @@ def fault_of(figure: Figure) -> str | None:
         numbers = [value for row in figure.values for value in row]
     elif isinstance(figure, Table):
         if any(len(row) != len(figure.columns) for row in figure.rows):
-            return f"a row has not as many cells as there are columns ({len(figure.columns)})"
+            return f"a row does not have as many cells as there are columns ({len(figure.columns)})"
         numbers = [value for row in figure.rows for value in row if not isinstance(value, str)]
     else:
         numbers = []
@@ -206,14 +217,14 @@ def fault_of(figure: Figure) -> str | None:
 def _shown(figure: Figure, images: ImageIndex | None) -> Shown:
     if not isinstance(figure, Gallery):
         return drawn(figure, {})
-    found = thumbnails(images, [row for group in figure.groups.values() for row, _ in group])
-    if not any(thumbnail.jpeg for thumbnail in found.values()):
-        figure = replace(figure, caption=figure.caption + NOT_AT_HAND)
-    return drawn(figure, found, draw.contact_sheet(figure, found))
+    small = thumbnails(images, [row for group in figure.groups.values() for row, _ in group])
+    if not any(thumbnail.jpeg for thumbnail in small.values()):
+        figure = replace(figure, caption=figure.caption + NO_IMAGES)
+    return drawn(figure, small, contact_sheet(figure, small))
 
 
-def _data(nets: Sequence[Evaluated], sections: Sequence[Section]) -> dict[str, Any]:
-    """data.json: all reports, and all figures as families gave them."""
+def _data(nets: Sequence[Evaluated], sections: Sequence[Section]) -> dict[str, object]:
+    """data.json: all reports and all figures."""
     return {
         "data": nets[0].data,
         "classes": list(nets[0].classes),
@@ -227,7 +238,7 @@ def _data(nets: Sequence[Evaluated], sections: Sequence[Section]) -> dict[str, A
     }
 
 
-def _net(net: Evaluated) -> dict[str, Any]:
+def _net(net: Evaluated) -> dict[str, object]:
     plain = ("name", "family", "data", "side_px", "step", "parameters")
     return {
         **{name: getattr(net, name) for name in plain},

@@ -1,6 +1,6 @@
-"""How numbers and names are written. Page, hover texts and CSV take their strings from here alone, so they agree.
+"""The text of numbers and names. The page, its hover texts and the CSV files all use it, so they agree.
 
-A number's string depends on the number and nothing else: whole numbers in full, others with four digits.
+A number's text depends on the number alone: whole numbers in full, others with four digits.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from numbers import Integral
 from pipeline.figures import Bars, Cell, Gallery, HeatMap, Lines, Number, Table
 
 DIGITS = 4
-SMALLEST = 1e-4  # below, a power of ten is written
-UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # what XML cannot hold
+SMALLEST = 1e-4  # below, numbers are written with a power of ten
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # characters that XML cannot hold
 YES, NO = "yes", "no"
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a figure shows, as strings; its first `num_heads` columns say what a row is."""
+    """The numbers of a figure as text; the first `num_heads` columns name each row."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     num_heads: int = 1
 
     def csv(self) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
-        return text.getvalue()
+        """The content of a CSV file."""
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerows([self.columns, *self.rows])
+        return file.getvalue()
 
 
 def number(value: Number) -> str:
@@ -47,18 +48,19 @@ def number(value: Number) -> str:
     return f"{value:.{max(0, DIGITS - 1 - floor(log10(abs(value))))}f}"
 
 
-def text(words: str) -> str:
-    """`words` without characters that a page cannot hold, e.g. of file names in another encoding."""
-    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", words)
+def text(raw: str) -> str:
+    """`raw` without characters that a page cannot hold, e.g. of file names in another encoding."""
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", raw)
 
 
 def cell(value: Cell) -> str:
+    """A name or a number as text."""
     return text(value) if isinstance(value, str) else number(value)
 
 
-def point(figure: Lines, number_of: int, place: int) -> str:
-    """What one sees of a point: its name, then both coordinates with their axes' names."""
-    series = figure.series[number_of]
+def point(figure: Lines, number_of_series: int, place: int) -> str:
+    """The hover text of a point: its name, then both coordinates with the labels of their axes."""
+    series = figure.series[number_of_series]
     name = series.texts[place] if series.texts else series.name
     x, y = number(series.x[place]), number(series.y[place])
     return text(f"{name}\n{figure.y_label}: {y}\n{figure.x_label}: {x}")
@@ -66,7 +68,7 @@ def point(figure: Lines, number_of: int, place: int) -> str:
 
 @singledispatch
 def sheet(figure: object, files: Mapping[int, str]) -> Sheet:
-    """The figure as a sheet; `files` {row: name} of images."""
+    """The figure as a sheet; files {row: name} are those of a gallery's images."""
     raise AssertionError(figure)
 
 
@@ -105,9 +107,9 @@ def _(figure: HeatMap, files: Mapping[int, str]) -> Sheet:
 @sheet.register
 def _(figure: Gallery, files: Mapping[int, str]) -> Sheet:
     rows = [
-        [text(heading), number(row), text(files.get(row, "")), text(words)]
+        [text(heading), number(row), text(files.get(row, "")), text(label)]
         for heading, images in figure.groups.items()
-        for row, words in images
+        for row, label in images
     ]
     return Sheet(["group", "row", "file", "text"], rows, 3)
 

@@ -1,7 +1,7 @@
 """The report's folder: index.html, data.json, policies.csv, classes.csv, and figures/ with a PNG and a CSV of each.
 
-data.json is written first and lists all files, so that a folder which report began is known again and what an earlier
-report left in it can be taken away. What others have put beside stays.
+data.json is written first and lists all files. So an interrupted report can be recognised and completed, and a new
+report can remove the files of an earlier one. Other files in the folder stay.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ FORMAT = "adaptnet report 1"
 
 
 def check(out: Path) -> None:
-    """Raises ConfigError where `out` holds other things than a report, ResourceError where it cannot be written."""
+    """Raises ConfigError if `out` holds anything but a report, ResourceError if it cannot be written."""
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out (={out}): is a file; name a folder")
+        raise ConfigError(f"--out (={out}): is a file; name a folder", key="--out", subject=out)
     if out.is_dir() and any(out.iterdir()) and not earlier(out):
         raise ConfigError(
-            f"--out (={out}): holds other things than a report, which stay as they are; name a new or empty folder"
+            f"--out (={out}): holds files that are no report and would be mixed with it; name a new or empty folder",
+            key="--out",
+            subject=out,
         )
     try:
         (out / FIGURES).mkdir(parents=True, exist_ok=True)
@@ -38,30 +40,30 @@ def check(out: Path) -> None:
 
 
 def earlier(out: Path) -> Mapping[str, Any]:
-    """data.json of the report that lies in `out`; empty where there is none. An empty figures/ is a report begun."""
+    """data.json of the report in `out`; empty if there is none. An empty figures/ alone is an interrupted report."""
     try:
-        found = json.loads((out / DATA).read_text(encoding="utf-8"))
+        data = json.loads((out / DATA).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        begun = [path.name for path in out.iterdir()] == [FIGURES] and not any((out / FIGURES).iterdir())
-        return {"files": []} if begun else {}
-    return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
+        interrupted = [path.name for path in out.iterdir()] == [FIGURES] and not any((out / FIGURES).iterdir())
+        return {"files": []} if interrupted else {}
+    return data if isinstance(data, dict) and data.get("format") == FORMAT else {}
 
 
 def write(out: Path, data: Mapping[str, Any], contents: Mapping[str, str | bytes]) -> list[Path]:
-    """Writes all files, the page last; files of an earlier report that this one does not have go.
+    """Writes all files, the page last, and removes files of an earlier report that this one does not have.
 
-    contents {path in `out`: what it holds}. Raises ResourceError where the disk does not take them.
+    contents {path in `out`: content}. Raises ResourceError if the files cannot be written.
     """
     check(out)
     before = earlier(out).get("files", [])
     names = [DATA, *contents]
-    whole = {"format": FORMAT, "files": sorted({*names, *before}), **data}  # until those are gone
+    whole = {"format": FORMAT, "files": sorted({*names, *before}), **data}  # until the earlier files are removed
     try:
         write_text(out / DATA, _json(whole))
         for name, content in contents.items():
             _put(out / name, content)
         for name in set(before) - set(names):
-            _take_away(out, name)
+            _remove(out, name)
         write_text(out / DATA, _json({**whole, "files": sorted(names)}))
     except OSError as error:
         raise _unwritable(out, error) from None
@@ -76,8 +78,8 @@ def _put(path: Path, content: str | bytes) -> None:
     write_bytes(path, content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def _take_away(out: Path, name: str) -> None:
-    """A file that an earlier report wrote, if its name is one that a report writes."""
+def _remove(out: Path, name: str) -> None:
+    """Removes a file of an earlier report, if a report writes files of this name."""
     known = (PAGE, "policies.csv", "classes.csv")
     place = Path(name)
     if name in known or (place.parts[:1] == (FIGURES,) and len(place.parts) == 2 and place.suffix in (".png", ".csv")):
@@ -87,5 +89,7 @@ def _take_away(out: Path, name: str) -> None:
 
 def _unwritable(out: Path, error: OSError) -> ResourceError:
     return ResourceError(
-        f"--out (={out}): cannot be written ({error.strerror}); name a folder where you may write and that has room"
+        f"--out (={out}): cannot be written ({error.strerror}); name a writable folder with free space",
+        key="--out",
+        subject=error.strerror,
     )

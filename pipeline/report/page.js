@@ -1,10 +1,10 @@
 "use strict";
-// Pointer, tap or arrow keys on a drawing name its points; a click on a legend's entry shows its group alone.
+// The pointer, a tap or the arrow keys show the numbers of a drawing's points; a click on the legend isolates a group.
 
 const REACH = 24; // px from the pointer to a point
 const tip = document.getElementById("tip");
 let marked = [];
-let alone = null; // the group that is shown alone
+let alone = null; // the isolated group
 
 function hide() {
   tip.hidden = true;
@@ -12,11 +12,11 @@ function hide() {
   marked = [];
 }
 
-function show(words, box, spots = []) {
+function show(text, box, spots = []) {
   hide();
   marked = spots;
   spots.forEach((spot) => spot.classList.add("on"));
-  tip.textContent = words;
+  tip.textContent = text;
   tip.hidden = false;
   const room = document.documentElement.clientWidth - tip.offsetWidth - 8;
   const above = box.top - tip.offsetHeight - 8;
@@ -39,7 +39,7 @@ function distance(spot, x, y) {
 
 const visible = (svg) => [...svg.querySelectorAll(".spot:not(.away)")];
 
-function name(svg, spot) { // with all points that lie at the same place
+function name(svg, spot) { // together with all points at the same place
   const [x, y] = centre(spot);
   const same = visible(svg).filter((other) => Math.hypot(centre(other)[0] - x, centre(other)[1] - y) < 3);
   show(same.map((other) => other.dataset.text).join("\n\n"), spot.getBoundingClientRect(), same);
@@ -52,7 +52,7 @@ function point(svg, event) {
   else hide();
 }
 
-function walk(svg, event) { // arrow keys go from point to point
+function walk(svg, event) { // arrow keys move from point to point
   const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
   const spots = visible(svg);
   if (event.key === "Escape") hide();
@@ -63,7 +63,7 @@ function walk(svg, event) { // arrow keys go from point to point
   name(svg, spots[next]);
 }
 
-function value(image, event) { // the cell under the pointer, read from the table of the figure
+function value(image, event) { // the cell under the pointer, from the figure's table
   const table = image.closest("figure").querySelector("table");
   const heads = Number(table.dataset.heads);
   const box = image.getBoundingClientRect();
@@ -73,9 +73,9 @@ function value(image, event) { // the cell under the pointer, read from the tabl
   const row = rows[Math.floor(((event.clientY - box.top) / box.height) * rows.length)];
   if (!row || !columns[column]) return hide();
   const names = [...row.cells].slice(0, heads).map((cell) => cell.textContent);
-  const found = row.cells[heads + column].textContent || "no value";
+  const content = row.cells[heads + column].textContent || "no value";
   const here = { left: event.clientX, right: event.clientX, width: 0, top: event.clientY - 8, bottom: event.clientY + 8 };
-  show([...names, columns[column].textContent, found].join("\n"), here);
+  show([...names, columns[column].textContent, content].join("\n"), here);
 }
 
 function isolate(group) {
@@ -94,7 +94,7 @@ for (const svg of document.querySelectorAll("svg.drawing")) {
   const title = svg.closest("figure").querySelector("h3").textContent;
   const walks = visible(svg).length > 0;
   svg.setAttribute("role", walks ? "group" : "img");
-  svg.setAttribute("aria-label", walks ? `${title}. Arrow keys go through its points.` : title);
+  svg.setAttribute("aria-label", walks ? `${title}. Arrow keys move between its points.` : title);
   if (walks) svg.setAttribute("tabindex", "0");
   const image = svg.querySelector(".cells");
   for (const kind of ["pointermove", "pointerdown"]) {

@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds its style, its script, its drawings and its images, and asks nobody for more."""
+"""The page: one HTML file with its style, script, drawings and images inside, which loads nothing else."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure with all that its files and the page hold of it."""
+    """A figure with the content of its files and of its place on the page; `images` {row: image} of a gallery."""
 
     figure: Figure
     sheet: Sheet
     svg: str = ""
     png: bytes = b""
-    images: Mapping[int, Thumbnail] | None = None  # of a gallery
+    images: Mapping[int, Thumbnail] | None = None
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and the figures under it."""
 
     name: str
     title: str
@@ -38,16 +38,16 @@ class Section:
 
 
 def drawn(figure: Figure, images: Mapping[int, Thumbnail], contact: bytes = b"") -> Shown:
-    """The figure with its numbers and, where it is one, its picture."""
-    sheet = cells.sheet(figure, {row: found.file for row, found in images.items()})
+    """The figure with its numbers and, if it has one, its picture; `contact` is a gallery's as PNG."""
+    sheet = cells.sheet(figure, {row: image.file for row, image in images.items()})
     if isinstance(figure, Lines | Bars | HeatMap):
-        made = picture(figure)
-        return Shown(figure, sheet, made.svg, made.png)
+        drawing = picture(figure)
+        return Shown(figure, sheet, drawing.svg, drawing.png)
     return Shown(figure, sheet, png=contact, images=images if isinstance(figure, Gallery) else None)
 
 
-def page(title: str, facts: Sequence[str], sections: Sequence[tuple[Section, Sequence[Shown]]], made: str) -> str:
-    """The whole page. Every text in it is escaped."""
+def page(title: str, facts: Sequence[str], sections: Sequence[tuple[Section, Sequence[Shown]]], footer: str) -> str:
+    """The whole page, with every text escaped."""
     head = (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_html(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -55,11 +55,11 @@ def page(title: str, facts: Sequence[str], sections: Sequence[tuple[Section, Seq
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
         f"<style>\n{_part('page.css')}</style>\n</head>\n<body>\n"
     )
-    told = "".join(f"<p>{_html(fact)}</p>\n" for fact in facts)
+    lead = "".join(f"<p>{_html(fact)}</p>\n" for fact in facts)
     body = "".join(_section(section, figures) for section, figures in sections)
     return (
-        f"{head}<header>\n<h1>{_html(title)}</h1>\n{told}</header>\n{_contents(sections)}<main>\n{body}</main>\n"
-        f'<footer><p>{_html(made)}</p></footer>\n<div id="tip" role="status" hidden></div>\n'
+        f"{head}<header>\n<h1>{_html(title)}</h1>\n{lead}</header>\n{_contents(sections)}<main>\n{body}</main>\n"
+        f'<footer><p>{_html(footer)}</p></footer>\n<div id="tip" role="status" hidden></div>\n'
         f"<script>\n{_part('page.js')}</script>\n</body>\n</html>\n"
     )
 
@@ -69,8 +69,8 @@ def _part(name: str) -> str:
     return files("pipeline.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _html(words: str) -> str:
-    return escape(cells.text(words))
+def _html(text: str) -> str:
+    return escape(cells.text(text))
 
 
 def _contents(sections: Sequence[tuple[Section, Sequence[Shown]]]) -> str:
@@ -94,7 +94,7 @@ def _figure(shown: Shown) -> str:
     figure = shown.figure
     name, table = _html(figure.name), _table(shown.sheet)
     caption = f"<figcaption>{_html(figure.caption)}</figcaption>\n" if figure.caption else ""
-    side = ' class="beside"' if isinstance(figure, Lines | Bars) else ""  # its caption, where the screen is wide
+    side = ' class="beside"' if isinstance(figure, Lines | Bars) else ""  # caption beside the drawing on wide screens
     opening = f'<figure id="{name}"{side}>\n<h3>{_html(figure.title)}</h3>\n'
     if isinstance(figure, Table):
         return f"{opening}{_box(figure.title, table)}{caption}</figure>\n"
@@ -105,7 +105,7 @@ def _figure(shown: Shown) -> str:
 
 
 def _box(title: str, inner: str) -> str:
-    """What is too wide for the screen scrolls sideways in here."""
+    """A box that scrolls sideways if its content is wider than the screen."""
     return f'<div class="box" tabindex="0" role="region" aria-label="{_html(title)}">\n{inner}</div>\n'
 
 
@@ -115,9 +115,9 @@ def _table(sheet: Sheet) -> str:
     lines = []
     for row in sheet.rows:
         parts = []
-        for place, (words, is_number) in enumerate(zip(row, numeric, strict=True)):
+        for place, (text, is_number) in enumerate(zip(row, numeric, strict=True)):
             tag = 'th scope="row"' if place < sheet.num_heads else "td"
-            parts.append(f"<{tag}{_kind(is_number)}>{escape(words)}</{tag[:2]}>")
+            parts.append(f"<{tag}{_kind(is_number)}>{escape(text)}</{tag[:2]}>")
         lines.append(f"<tr>{''.join(parts)}</tr>\n")
     return (
         f'<table data-heads="{sheet.num_heads}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{"".join(lines)}</tbody>\n'
@@ -126,10 +126,8 @@ def _table(sheet: Sheet) -> str:
 
 
 def _numeric(column: Sequence[str]) -> bool:
-    filled = [words for words in column if words]
-    return bool(filled) and all(
-        words.lstrip("-").replace(".", "", 1).replace("e-", "", 1).isdigit() for words in filled
-    )
+    filled = [text for text in column if text]
+    return bool(filled) and all(text.lstrip("-").replace(".", "", 1).replace("e-", "", 1).isdigit() for text in filled)
 
 
 def _kind(is_number: bool) -> str:
@@ -139,14 +137,14 @@ def _kind(is_number: bool) -> str:
 def _gallery(figure: Gallery, images: Mapping[int, Thumbnail]) -> str:
     parts = []
     for heading, group in figure.groups.items():
-        inner = "".join(_item(images.get(row), row, words) for row, words in group)
+        inner = "".join(_item(images.get(row), row, text) for row, text in group)
         parts.append(f'<h4>{_html(heading)}</h4>\n<ul class="gallery">\n{inner}</ul>\n')
     return "".join(parts)
 
 
-def _item(found: Thumbnail | None, row: int, words: str) -> str:
-    if found is not None and found.jpeg:
-        name = _html(f"{found.file}: {words}")
-        return f'<li><img src="{found.uri}" alt="{name}" title="{_html(found.file)}"><span>{_html(words)}</span></li>\n'
-    name = found.file if found else f"row {row}"
-    return f'<li><span class="absent">{_html(name)}</span><span>{_html(words)}</span></li>\n'
+def _item(thumbnail: Thumbnail | None, row: int, text: str) -> str:
+    if thumbnail is not None and thumbnail.jpeg:
+        name, file = _html(f"{thumbnail.file}: {text}"), _html(thumbnail.file)
+        return f'<li><img src="{thumbnail.uri}" alt="{name}" title="{file}"><span>{_html(text)}</span></li>\n'
+    name = thumbnail.file if thumbnail else f"row {row}"
+    return f'<li><span class="absent">{_html(name)}</span><span>{_html(text)}</span></li>\n'

@@ -1,23 +1,25 @@
-"""What `adaptnet evaluate --sides` found: accuracy against resolution, of nets of any family."""
+"""Accuracy against resolution, as evaluated by `adaptnet evaluate --sides`, for nets of any family."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from pipeline.evaluation.robustness import RESIZED
 from pipeline.family import Evaluated, Report
 from pipeline.figures import Cell, Figure, Lines, Series, Table
 from pipeline.report.cells import NO, YES
 from pipeline.report.general import TOP1
 
-NAME = re.compile(r"(.+)@(\d+)px(-and-up)?")  # of a policy at a side: `robustness.ResizedPolicy.name`
-MOST_LINES = 8  # of more ways to run nets, the first policy of each net is drawn
+MOST_LINES = 8  # above this number of curves, only those of each net's first policy are drawn
 
 
 @dataclass(frozen=True)
-class ResolutionCurve:
-    """A net under one policy, its images reduced and, if `up_again`, brought back: reports by side in pixels."""
+class AccuracyBySide:
+    """A net under one policy at several resolutions.
+
+    up_again: the images are reduced and brought back to their own side. reports {side in pixels: report}.
+    """
 
     net: Evaluated
     policy: str
@@ -26,58 +28,64 @@ class ResolutionCurve:
 
     @property
     def name(self) -> str:
+        """As in "resnet50 · native · up again"."""
         return f"{self.net.name} · {self.policy}{' · up again' if self.up_again else ''}"
 
 
 def resolutions(nets: Sequence[Evaluated]) -> list[Figure]:
-    """Accuracy by side, drawn and as a table; nothing where no such evaluation is stored."""
-    ways = [way for net in nets for way in _ways(net)]
-    if not ways:
+    """Accuracy by side as a picture and a table; empty if no such evaluation is stored."""
+    curves = [curve for net in nets for curve in _curves(net)]
+    if not curves:
         return []
-    first = {(way.net.name, way.up_again): way for way in reversed(ways)}
-    drawn = ways if len(ways) <= MOST_LINES else [way for way in ways if way in first.values()]
-    told = "" if drawn == ways else f" Of {len(ways)} ways to run these nets the first of each net is drawn."
+    first = {(curve.net.name, curve.up_again): curve for curve in reversed(curves)}
+    drawn = curves if len(curves) <= MOST_LINES else [curve for curve in curves if curve in first.values()]
+    omitted = "" if drawn == curves else f" Of {len(curves)} curves, those of each net's first policy are drawn."
     return [
         Lines(
             "accuracy-by-side",
             "Accuracy against resolution",
-            "Images reduced to a side (bilinear, antialiased) before the net sees them, or reduced and brought back to "
-            f"their own size (up again); the policies' thresholds stay as they are.{told}",
+            "Images are reduced to each side (bilinear, antialiased) before the net sees them, or reduced and brought "
+            f"back to their own size (up again). The policies keep their thresholds.{omitted}",
             "side of the images (px)",
             TOP1,
-            [_series(way) for way in drawn],
+            [_series(curve) for curve in drawn],
         ),
-        _table(ways),
+        _table(curves),
     ]
 
 
-def _ways(net: Evaluated) -> Iterator[ResolutionCurve]:
-    """In the order of the net's policies, each with the images' own side beside the lower ones."""
+def _curves(net: Evaluated) -> Iterator[AccuracyBySide]:
+    """In the order of the net's policies; each has the images' own side beside the lower ones."""
     own = {report.policy: report for report in net.reports}
-    found: dict[tuple[str, bool], ResolutionCurve] = {}
-    for reports in net.swept.values():
-        for report in reports:
-            match = NAME.fullmatch(report.policy)
-            if match is None or match[1] not in own:
-                continue
-            key = (match[1], match[3] is not None)
-            way = found.setdefault(key, ResolutionCurve(net, *key, {net.side_px: own[match[1]]}))
-            way.reports[int(match[2])] = report
+    curves: dict[tuple[str, bool], AccuracyBySide] = {}
+    for report in (report for reports in net.swept.values() for report in reports):
+        policy, up_again = str(report.settings.get("policy")), bool(report.settings.get("up_again"))
+        if report.kind == RESIZED and policy in own:
+            new = AccuracyBySide(net, policy, up_again, {net.side_px: own[policy]})
+            curve = curves.setdefault((policy, up_again), new)
+            curve.reports[int(report.settings["side_px"])] = report
     order = list(own)
-    yield from sorted(found.values(), key=lambda way: (order.index(way.policy), way.up_again))
+    yield from sorted(curves.values(), key=lambda curve: (order.index(curve.policy), curve.up_again))
 
 
-def _series(way: ResolutionCurve) -> Series:
-    sides = sorted(way.reports)
-    top1 = [100 * way.reports[side].top1 for side in sides]
-    return Series(way.name, [float(side) for side in sides], top1, [f"{way.name} at {side} px" for side in sides])
+def _series(curve: AccuracyBySide) -> Series:
+    sides = sorted(curve.reports)
+    top1 = [100 * curve.reports[side].top1 for side in sides]
+    return Series(curve.name, [float(side) for side in sides], top1, [f"{curve.name} at {side} px" for side in sides])
 
 
-def _table(ways: Sequence[ResolutionCurve]) -> Table:
+def _table(curves: Sequence[AccuracyBySide]) -> Table:
     rows: list[list[Cell]] = [
-        [way.net.name, way.policy, side, YES if way.up_again else NO, 100 * report.top1, report.macs_mean / 1e6]
-        for way in ways
-        for side, report in sorted(way.reports.items(), reverse=True)
+        [
+            curve.net.name,
+            curve.policy,
+            side,
+            YES if curve.up_again else NO,
+            100 * report.top1,
+            report.macs_mean / 1e6,
+        ]
+        for curve in curves
+        for side, report in sorted(curve.reports.items(), reverse=True)
     ]
     columns = ["net", "policy", "side (px)", "up again", TOP1, "MMACs mean"]
     return Table("policies-by-side", "Each policy at each side", "", columns, rows)

@@ -1,4 +1,4 @@
-"""Small copies of evaluated images, by their rows in the split."""
+"""Small copies of evaluated images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,35 +21,36 @@ THREADS = 4
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """An image by its file's name; `jpeg` is empty where the image cannot be read."""
+    """A small image and the name of its file; `jpeg` is empty if the image cannot be read."""
 
     file: str
     jpeg: bytes = b""
 
     @property
     def uri(self) -> str:
+        """The image as a data URI."""
         return "data:image/jpeg;base64," + base64.b64encode(self.jpeg).decode()
 
-    def pixels(self) -> NDArray[Any]:
-        """[H, W, 3] u8."""
+    def pixels(self) -> NDArray[np.uint8]:
+        """The decoded image, [H, W, 3] u8."""
         return np.asarray(Image.open(io.BytesIO(self.jpeg)))
 
 
 def thumbnails(images: ImageIndex | None, rows: Iterable[int]) -> dict[int, Thumbnail]:
-    """{row: its image}, upright; rows that the split does not have are left out, all where there is no split."""
+    """{row: its image, upright} for the rows that the split has; empty if there is no split."""
     if images is None:
         return {}
     wanted = sorted({row for row in rows if 0 <= row < len(images)})
     reader = Reader(images, THREADS)
     try:
-        read = [found for part in reader.start(wanted) for found in part.result()]
+        read = [image for part in reader.start(wanted) for image in part.result()]
     finally:
         reader.close()
-    return {row: Thumbnail(images.file(row), _small(found.encoded)) for row, found in zip(wanted, read, strict=True)}
+    return {row: Thumbnail(images.file(row), _small(image.encoded)) for row, image in zip(wanted, read, strict=True)}
 
 
 def _small(encoded: bytes) -> bytes:
-    """As JPEG; empty where the bytes are no image."""
+    """The image as a small JPEG; empty if the bytes are no image."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             small = ImageOps.exif_transpose(image).convert("RGB")

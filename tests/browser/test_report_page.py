@@ -1,4 +1,4 @@
-"""The report's page in a real browser: it asks nobody, names its points, isolates a family, can be read anywhere."""
+"""The report's page in a real browser: it loads nothing else, names its points, isolates a family, fits any screen."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_smoke_the_page_is_drawn_without_an_error_or_a_request(
     assert drawing.mean() > 0.005
 
 
-def test_a_request_would_be_seen_and_an_error_too(browser: Chromium, tmp_path: Path) -> None:
-    """So that the test above can fail."""
+def test_requests_and_errors_are_detected(browser: Chromium, tmp_path: Path) -> None:
+    """Shows that the test above can fail."""
     text = "<!doctype html><title>x</title><img src='http://example.org/a.png'><script>nothing.there()</script>"
     (tmp_path / "bad.html").write_text(text)
     browser.open(tmp_path / "bad.html", DESKTOP)
@@ -93,7 +93,7 @@ def test_the_page_does_not_scroll_sideways_and_small_text_stays_legible(
                        ".map((e) => parseFloat(getComputedStyle(e).fontSize)))") >= 11  # fmt: skip
 
 
-def test_pointing_at_a_mark_names_it_with_its_numbers(browser: Chromium, page: Path) -> None:
+def test_pointing_at_a_mark_shows_its_name_and_numbers(browser: Chromium, page: Path) -> None:
     browser.open(page, DESKTOP)
     assert browser.run(TIP) is None
     for name in FRONTIERS:
@@ -105,7 +105,7 @@ def test_pointing_at_a_mark_names_it_with_its_numbers(browser: Chromium, page: P
     assert browser.run(TIP) is None
 
 
-def test_a_tap_names_a_mark_on_a_phone(browser: Chromium, page: Path) -> None:
+def test_a_tap_on_a_phone_names_a_mark(browser: Chromium, page: Path) -> None:
     browser.open(page, PHONE)
     browser.ask("Emulation.setTouchEmulationEnabled", enabled=True)
     try:
@@ -121,7 +121,7 @@ def test_a_tap_names_a_mark_on_a_phone(browser: Chromium, page: Path) -> None:
         browser.ask("Emulation.setTouchEmulationEnabled", enabled=False)
 
 
-def test_points_at_one_place_are_all_named(browser: Chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_points_at_one_place_are_named(browser: Chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "find", lambda name: drawn_nets.FAMILIES[name])
     twins = [drawn_nets.net("one", 5, policies=["a"]), drawn_nets.net("two", 5, policies=["a"])]
     browser.open(build(twins, tmp_path / "out").page, DESKTOP)
@@ -129,7 +129,7 @@ def test_points_at_one_place_are_all_named(browser: Chromium, tmp_path: Path, mo
     assert {text.split("\n")[0] for text in browser.run(TIP).split("\n\n")} == {"one · a", "two · a"}
 
 
-def test_a_click_on_the_legend_isolates_a_family_everywhere_and_a_second_restores(
+def test_a_click_on_the_legend_isolates_a_family_everywhere_and_a_second_one_restores_all(
     browser: Chromium, page: Path
 ) -> None:
     browser.open(page, DESKTOP)
@@ -163,7 +163,7 @@ def test_everything_can_be_done_with_the_keyboard(browser: Chromium, page: Path)
     assert len(set(browser.run(SHOWN % "frontier-macs"))) == 3
 
 
-def test_a_cell_of_a_heat_map_says_what_stands_in_the_table(browser: Chromium, page: Path) -> None:
+def test_a_cell_of_a_heat_map_shows_its_value_in_the_table(browser: Chromium, page: Path) -> None:
     browser.open(page, DESKTOP)
     browser.hover("#tiny-rates .cells")
     cells = browser.run(
