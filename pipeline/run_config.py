@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from functools import reduce
-from itertools import takewhile
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializeAsAny, create_model, model_validator
 
 from pipeline import config as configs
 from pipeline import family as families
+from pipeline import recipes
 from pipeline.config import Config
 from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError
 from pipeline.family import FamilyConfig
 from pipeline.tracking import TrackingConfig
 from pipeline.training.config import CheckpointConfig, Count, EvaluationConfig, LoggingConfig, TrainingConfig
-
-RECIPES = Path(__file__).parent / "families"
 
 
 def _plain_name(name: str) -> str:
@@ -78,62 +74,15 @@ class RunConfig(Config):
     tracking: TrackingConfig = TrackingConfig()
 
 
-def recipes() -> list[str]:
-    """Every shipped recipe as `family/recipe`."""
-    return sorted(f"{path.parent.parent.name}/{path.stem}" for path in RECIPES.glob("*/recipes/*.yaml"))
-
-
-def title(recipe: str) -> str:
-    """The first sentence of a shipped recipe's header."""
-    lines = takewhile(lambda line: line.startswith("#"), _path(recipe).read_text(encoding="utf-8").splitlines())
-    header = " ".join(line.lstrip("# ") for line in lines)
-    return re.split(r"\.(?= |$)", header, maxsplit=1)[0]
-
-
 def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = None) -> RunConfig:
-    """The recipe `family/recipe`, or the YAML file at that path, with `a.b=c` overrides laid on top in order.
+    """The recipe `family/recipe[:variant]`, or a YAML file's, with `a.b=c` overrides laid on top in order.
 
     `${data_home}` in a value is replaced by `data_home`. Raises ConfigError naming each fault.
     """
-    mapping = reduce(configs.merge, map(configs.parse_override, overrides), _read(source, ()))
-    mapping.setdefault("name", source.removesuffix(".yaml").strip("./").replace("/", "-"))
+    layers = [*recipes.layers(source), *map(configs.parse_override, overrides)]
+    mapping: dict[str, Any] = reduce(configs.merge, layers, {})
+    mapping.setdefault("name", recipes.run_name(source))
     return from_mapping(configs.interpolate(mapping, {"data_home": data_home}), f"recipe {source}")
-
-
-def _read(source: str, above: tuple[str, ...]) -> dict[str, Any]:
-    """The recipe's mapping laid over the one that it extends."""
-    if source in above:
-        raise ConfigError(f"recipe {source} extends itself: {' -> '.join([*above, source])}")
-    mapping = configs.read_mapping(_path(source))
-    base = mapping.pop("extends", None)
-    if base is None:
-        return mapping
-    if not isinstance(base, str):
-        raise ConfigError(f"recipe {source}: extends (={base!r}): name one recipe, e.g. baseline/toy")
-    return configs.merge(_read(base, (*above, source)), mapping)
-
-
-def _path(source: str) -> Path:
-    if source.endswith((".yaml", ".yml")):
-        if not Path(source).is_file():
-            raise ConfigError(f"recipe {source}: no such file")
-        return Path(source)
-    known = recipes()
-    if source not in known:
-        raise ConfigError(f"recipe {source}: no such recipe{_hint(source, known)}")
-    family, _, recipe = source.partition("/")
-    return RECIPES / family / "recipes" / f"{recipe}.yaml"
-
-
-def _hint(source: str, known: Sequence[str]) -> str:
-    """The nearest recipe, and what there is: the recipes of that family, or the families."""
-    family = source.partition("/")[0]
-    families = sorted({name.partition("/")[0] for name in known})
-    near = get_close_matches(family, families, 1, 0.6)
-    own = [name for name in known if near and name.startswith(f"{near[0]}/")]
-    close = get_close_matches(source, own or known, 1, 0.4)
-    there = f"recipes of {near[0]}: {', '.join(own)}" if own else f"families: {', '.join(families)}"
-    return (f"; did you mean {close[0]}? " if close and own else ". ") + f"Known {there}; or a path ending in .yaml"
 
 
 def from_mapping(mapping: Mapping[str, Any], where: str) -> RunConfig:

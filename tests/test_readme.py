@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from jobs import cli
-from pipeline import run_config
+from pipeline import recipes, run_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def parse(line: str) -> None:
         return
     recipe = found.get("recipe")
     if recipe and not recipe.endswith(".yaml"):
-        assert recipe in run_config.recipes(), f"{line}: no such recipe"
+        assert recipe in recipes.names(), f"{line}: no such recipe"
         run_config.load(recipe, found.get("overrides") or (), data_home="/data")
 
 

@@ -28,7 +28,7 @@ Examples:
 
 @app.command(help=EXAMPLES)
 def plan(
-    recipe: Annotated[str, typer.Argument(help="family/recipe, or a path ending in .yaml")],
+    recipe: Annotated[str, typer.Argument(help="family/recipe, family/recipe:variant, or a path ending in .yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="0: one worker a node, on its CPUs")] = 0,

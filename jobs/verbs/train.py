@@ -37,16 +37,16 @@ Examples:
 
 def _list_recipes(requested: bool) -> None:
     from jobs import tables
-    from pipeline import run_config
+    from pipeline import recipes
 
     if requested:
-        typer.echo(tables.of_pairs({name: run_config.title(name) for name in run_config.recipes()}))
+        typer.echo(tables.of_pairs({name: recipes.title(name) for name in recipes.names()}))
         raise typer.Exit
 
 
 @app.command(help=EXAMPLES)
 def train(
-    recipe: Annotated[str, typer.Argument(help="family/recipe, or a path ending in .yaml")],
+    recipe: Annotated[str, typer.Argument(help="family/recipe, family/recipe:variant, or a path ending in .yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. training.epochs=3")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="folder of the run; default runs/NAME")] = None,
     allow_changed: Annotated[

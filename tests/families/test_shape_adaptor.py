@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 from torchvision.models.vgg import cfgs, make_layers
 
-from pipeline import cost, run_config
+from pipeline import cost, recipes, run_config
 from pipeline.config import validate
 from pipeline.errors import ConfigError
 from pipeline.families.shape_adaptor import FAMILY
@@ -1168,7 +1168,7 @@ def test_a_config_that_means_nothing_is_refused(keys: dict[str, object], says: s
 # ---- recipes
 
 
-RECIPES = [name for name in run_config.recipes() if name.startswith("shape_adaptor/")]
+RECIPES = [name for name in recipes.names() if name.startswith("shape_adaptor/")]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -1184,12 +1184,12 @@ def test_each_recipe_fits_its_net_and_gives_the_alphas_their_optimizer(recipe: s
     assert config.training.decay_norms_and_biases
 
 
-CONTROLS = [name for name in RECIPES if name.endswith("_human")] + [name for name in RECIPES if "/fine_tuned_" in name]
+CONTROLS = [name for name in RECIPES if name.endswith(":human")]
 
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_a_control_differs_from_what_it_is_held_against_in_the_shape_alone(control: str) -> None:
-    adaptive = control.removesuffix("_human").replace("/fine_tuned_", "/autotl_")
+    adaptive = control.removesuffix(":human")
     mine, theirs = (run_config.load(recipe, data_home="/data").model_dump() for recipe in (control, adaptive))
     assert mine["family"].pop("mode") == "human" != theirs["family"].pop("mode")
     for each in (mine, theirs):

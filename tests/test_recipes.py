@@ -1,0 +1,95 @@
+"""Recipes by name: variants, recipes that extend others, former names."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+from raised import fails
+
+from pipeline import recipes, run_config
+from pipeline.errors import ConfigError
+
+OURS = """\
+# Ours. A sentence.
+extends: baseline/toy
+training: {epochs: 3}
+variants:
+  # Shorter.
+  short:
+    training: {epochs: 1}
+"""
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_each_recipe_and_variant_is_valid_and_has_a_title(name: str) -> None:
+    config = run_config.load(name, data_home="/data")
+    assert config.family.name == name.partition("/")[0]
+    assert len(recipes.title(name)) > 5
+
+
+def test_no_two_recipes_register_under_the_same_name() -> None:
+    registered = [run_config.load(name, data_home="/data").tracking.register for name in recipes.names()]
+    assert len(set(registered)) == len(registered)
+
+
+def test_a_variant_is_laid_over_its_recipe_and_names_the_run() -> None:
+    plain, human = (run_config.load(f"shape_adaptor/cifar100_resnet50{v}", data_home="/d") for v in ("", ":human"))
+    assert human.family.model_copy(update={"mode": "sa"}) == plain.family
+    assert human.name == "shape_adaptor-cifar100_resnet50_human"
+
+
+def test_an_override_is_laid_over_the_variant() -> None:
+    config = run_config.load("arrn/cifar10:kaiser", ["family.filters=box"], data_home="/d")
+    assert config.family.model_dump()["filters"] == "box"
+
+
+def test_a_file_may_have_variants(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(OURS)
+    assert run_config.load(str(path), ["name=a"]).training.epochs == 3
+    assert run_config.load(f"{path}:short", ["name=a"]).training.epochs == 1
+    assert recipes.title(f"{path}:short") == "Shorter"
+    over = tmp_path / "over.yaml"
+    over.write_text(f"extends: {path}:short\nseed: 5\n")
+    config = run_config.load(str(over), ["name=a"])
+    assert (config.training.epochs, config.seed) == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("former", "today"),
+    [
+        ("shape_adaptor/cifar100_resnet50_human", "shape_adaptor/cifar100_resnet50:human"),
+        ("shape_adaptor/imagenet_mobilenet_v2_autosc085", "shape_adaptor/imagenet_mobilenet_v2:autosc085"),
+        *recipes.FORMER.items(),
+    ],
+)
+def test_a_former_name_is_read_with_a_warning_and_names_the_run_as_before(former: str, today: str) -> None:
+    with pytest.warns(FutureWarning) as caught:
+        mine = run_config.load(former, data_home="/d")
+    assert today in str(caught[0].message)
+    theirs = run_config.load(today, [f"name={mine.name}"], data_home="/d")
+    assert mine.model_dump() == theirs.model_dump()
+    assert mine.name == former.replace("/", "-")
+
+
+def test_no_shipped_recipe_uses_a_former_name() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        for name in recipes.names():
+            recipes.layers(name)
+
+
+def test_an_unknown_recipe_or_variant_is_refused_with_the_nearest() -> None:
+    for name in ("convnet_aig/toi", "shape_adaptor/cifar100_resnet50:humane", "a/b/c", "../toy"):
+        with fails(ConfigError, "recipe", subject=name):
+            run_config.load(name)
+
+
+def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text(f"extends: {other}\n")
+    other.write_text(f"extends: {one}\n")
+    with fails(ConfigError, "extends"):
+        run_config.load(str(one))
