@@ -98,15 +98,20 @@ def batches(root: Path | ImageIndex, count: int, *where: int, **keys: Any) -> li
 def same(one: TrainBatch, other: TrainBatch) -> bool:
     return all(
         torch.equal(a, b) if isinstance(a, torch.Tensor) else np.array_equal(a, b)
-        for a, b in zip(vars(one).values(), vars(other).values(), strict=True)
+        for a, b in zip(fields_of(one), fields_of(other), strict=True)
     )
+
+
+def fields_of(batch: TrainBatch) -> list[object]:
+    return [value for name, value in vars(batch).items() if name != "draws"] + list(batch.draws.values())
 
 
 def merged(shares: list[TrainBatch]) -> dict[str, torch.Tensor]:
     """One global batch of several ranks' shares, in the order of its positions."""
     order = np.argsort(np.concatenate([share.positions for share in shares]))
-    names = ("images", "labels", "flips", "levels", "rows", "positions")
-    return {name: torch.cat([torch.as_tensor(getattr(share, name)) for share in shares])[order] for name in names}
+    names = ("images", "labels", "rows", "positions")
+    fields = [{**{name: getattr(share, name) for name in names}, **share.draws} for share in shares]
+    return {name: torch.cat([torch.as_tensor(each[name]) for each in fields])[order] for name in fields[0]}
 
 
 # --- the stream of batches
@@ -258,7 +263,9 @@ def test_bad_images_are_replaced_by_rule_and_everything_else_stays(damaged: tupl
     for a, b, planned in zip(expected, found, plan, strict=True):
         untouched = ~np.isin(planned.rows, [12, 20])
         assert torch.equal(a.images[untouched], b.images[untouched]) and torch.equal(a.labels, b.labels)
-        assert torch.equal(a.flips, b.flips) and np.array_equal(b.rows[untouched], planned.rows[untouched])
+        assert torch.equal(a.draws["flip"], b.draws["flip"]) and np.array_equal(
+            b.rows[untouched], planned.rows[untouched]
+        )
         assert (b.rows[planned.rows == 12] == 0).all() and (b.rows[planned.rows == 20] == 21).all()
     assert {event["file"]: (event["kind"], event["reason"]) for event in events} == {
         broken.file(12): ("bad-image", "truncated JPEG (no end marker)"),  # whatever its window shows of it
@@ -400,7 +407,7 @@ def test_evaluation_shows_what_torchvisions_resize_and_centre_crop_show(side: in
     pictures = [torch.from_numpy(np.array(upright(each))).permute(2, 0, 1) for each in encoded]
     sizes = np.array([picture.shape[1:] for picture in pictures], dtype=np.int32)
     decoder = DecoderConfig(CPU, gpu=False, threads=2, most=8, resize=resize).decoder()
-    decoder.put(encoded, crop_geometry.for_evaluation(sizes, config))
+    decoder.put(encoded, config.eval_geometry(sizes))
     found = decoder.take().permute(0, 3, 1, 2)
     decoder.close()
     theirs = v2.Compose([v2.Resize(resized, antialias=True), v2.CenterCrop(side)])
@@ -418,7 +425,7 @@ def test_small_images_pass_as_they_are() -> None:
 
 def test_an_extremely_long_image_is_evaluated_in_its_middle_within_bounds() -> None:
     config = DataConfig(root=Path("nowhere"), side_px=32, eval_resize_px=32)
-    found = crop_geometry.for_evaluation(np.array([[2, 50_000]], dtype=np.int32), config)
+    found = config.eval_geometry(np.array([[2, 50_000]], dtype=np.int32))
     assert found.sizes.tolist() == [[32, 32 * crop_geometry.LONGEST]]
     assert found.windows.tolist() == [[0, 25_000 - crop_geometry.LONGEST, 2, 2 * crop_geometry.LONGEST]]
 

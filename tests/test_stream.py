@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torchvision.transforms import v2
+from raised import fails
 
+from pipeline.data import augment
 from pipeline.data.config import AugmentConfig, DataConfig
 from pipeline.data.index import ImageIndex, synthetic
-from pipeline.data.stream import BatchPlan, Ints, Lanes, Purpose, Stream, crops, flips, levels, permutation, philox
+from pipeline.data.philox import Purpose, SampleKeys, philox
+from pipeline.data.stream import BatchPlan, Lanes, Stream, permutation
 from pipeline.errors import ConfigError
 
 IMAGES = 1009  # a prime: no batch and no number of lanes divides it
@@ -36,8 +36,14 @@ def stream(index: ImageIndex, shuffle: str = "full", batch_size: int = 48, seed:
 def merged(plans: list[BatchPlan]) -> dict[str, np.ndarray]:
     """The arrays of several ranks' plans, in the order of their positions."""
     order = np.argsort(np.concatenate([plan.positions for plan in plans]))
-    names = ("positions", "rows", "epochs", "windows", "flips", "levels")
-    return {name: np.concatenate([getattr(plan, name) for plan in plans])[order] for name in names}
+    arrays = [array_fields(plan) for plan in plans]
+    return {name: np.concatenate([each[name] for each in arrays])[order] for name in arrays[0]}
+
+
+def array_fields(plan: BatchPlan) -> dict[str, np.ndarray]:
+    """What a plan holds per image, the draws of augmentations included."""
+    names = ("positions", "rows", "epochs", "windows")
+    return {**{name: getattr(plan, name) for name in names}, **plan.draws}
 
 
 def test_philox_is_numpys() -> None:
@@ -51,7 +57,8 @@ def test_philox_is_numpys() -> None:
 
 def test_a_permutation_is_the_same_on_every_machine_and_in_every_version() -> None:
     assert permutation(10, 1, 0, Purpose.ORDER).tolist() == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4]
-    windows = crops(AugmentConfig(), 8, 7, np.arange(3), np.arange(3), np.full(3, 300), np.full(3, 400))
+    keys = SampleKeys(7, np.arange(3), np.arange(3))
+    windows = augment.windows(AugmentConfig(), 8, keys, np.full(3, 300), np.full(3, 400))
     assert windows.tolist() == [[142, 86, 148, 163], [109, 17, 102, 114], [59, 131, 184, 178]]
 
 
@@ -87,8 +94,9 @@ def test_a_plan_asked_for_alone_is_that_of_the_walk(index: ImageIndex, shuffle: 
     walk = stream(index, shuffle)
     plans = [walk.plan(step, 1, 2) for step in range(70)]
     for step in (69, 21, 0, 42):
-        alone = vars(stream(index, shuffle).plan(step, 1, 2))
-        assert all(np.array_equal(alone[name], value) for name, value in vars(plans[step]).items())
+        alone, walked = stream(index, shuffle).plan(step, 1, 2), plans[step]
+        assert (alone.step, alone.epoch, alone.side_px) == (walked.step, walked.epoch, walked.side_px)
+        assert all(np.array_equal(array_fields(alone)[name], value) for name, value in array_fields(walked).items())
 
 
 def test_each_sample_is_drawn_by_its_own_epoch_and_the_side_by_that_of_the_first(index: ImageIndex) -> None:
@@ -158,9 +166,9 @@ def test_a_lane_shuffles_within_its_window_and_fetches_the_image_stored_a_window
 
 
 def test_more_workers_than_lanes_are_refused_with_the_way_out(index: ImageIndex) -> None:
-    with pytest.raises(ConfigError, match=r"data.lanes: 8 lanes .* for 9 workers.*data.shuffle=full"):
+    with fails(ConfigError, "data.lanes", subject=8):
         [stream(index, "block").most_rows(rank, 9) for rank in range(9)]
-    with pytest.raises(ConfigError, match=r"training.batch_size \(=48\) is below the 49 workers"):
+    with fails(ConfigError, "training.batch_size", subject=48):
         stream(index).most_rows(0, 49)
 
 
@@ -172,61 +180,6 @@ def test_loose_files_are_walked_in_runs(tmp_path: Path) -> None:
     assert (np.diff(order.stored) != 1).sum() <= 2
 
 
-# --- windows and flips
-
-
-def draws(augment: AugmentConfig, height: int, width: int, count: int = 20_000, side_px: int = 224) -> Ints:
-    rows = np.arange(count)
-    sizes = np.full(count, height), np.full(count, width)
-    return crops(augment, side_px, 5, np.full(count, 2), rows, *sizes).astype(np.int64)
-
-
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (60, 400)])
-def test_random_resized_windows_are_distributed_as_torchvisions(height: int, width: int) -> None:
-    augment = AugmentConfig()
-    ours = draws(augment, height, width)
-    transform = v2.RandomResizedCrop(224, scale=augment.scale, ratio=augment.ratio)
-    torch.manual_seed(0)
-    picture = torch.empty(3, height, width)
-    params = [transform.make_params([picture]) for _ in range(8000)]
-    theirs = np.array([[each[name] for name in ("top", "left", "height", "width")] for each in params])
-    assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
-    assert (ours[:, :2] + ours[:, 2:] <= [height, width]).all()
-    for quantity in (lambda w: w[:, 0], lambda w: w[:, 1], lambda w: w[:, 2] * w[:, 3], lambda w: w[:, 3] / w[:, 2]):
-        assert kolmogorov_smirnov(quantity(ours), quantity(theirs)) < 0.03
-
-
-def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
-    values = np.union1d(a, b)
-    below = [np.searchsorted(np.sort(each), values, side="right") / len(each) for each in (a, b)]
-    return float(np.abs(below[0] - below[1]).max())
-
-
-@pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (20, 40), (300, 400)])
-def test_where_no_window_fits_the_middle_is_taken_as_torchvision_does(height: int, width: int) -> None:
-    augment = AugmentConfig(scale=(1.0, 1.0), ratio=(0.76, 1.34))  # as large as the image: hardly a ratio fits
-    transform = v2.RandomResizedCrop(224, scale=augment.scale, ratio=augment.ratio)
-    params = [transform.make_params([torch.empty(3, height, width)]) for _ in range(20)]
-    theirs = Counter(tuple(each[name] for name in ("top", "left", "height", "width")) for each in params)
-    ours = Counter(map(tuple, draws(augment, height, width, 50).tolist()))
-    assert ours.most_common(1)[0][0] == theirs.most_common(1)[0][0]
-
-
-def test_random_pad_takes_every_place_alike_and_none_the_middle() -> None:
-    windows = draws(AugmentConfig(crop="random-pad", pad_px=4), 32, 32, side_px=32)
-    assert (windows[:, 2:] == 32).all()
-    for axis in (0, 1):
-        places, counts = np.unique(windows[:, axis], return_counts=True)
-        assert places.tolist() == list(range(-4, 5)) and np.abs(counts / len(windows) - 1 / 9).max() < 0.01
-    assert draws(AugmentConfig(crop="random-pad", pad_px=1), 4, 9, 3, side_px=8)[:, 0].tolist() == [-2] * 3
-    assert draws(AugmentConfig(crop="none"), 300, 500, 2).tolist() == [[0, 100, 300, 300]] * 2
-
-
-def test_an_image_without_a_size_gets_an_empty_window() -> None:
-    for crop in ("random-resized", "random-pad", "none"):
-        assert draws(AugmentConfig(crop=crop), 0, 0, 4).tolist() == [[0, 0, 0, 0]] * 4
-
-
 @pytest.mark.parametrize("shuffle", ["full", "block"])
 @pytest.mark.parametrize(("batch_size", "world"), [(48, 3), (50, 4), (9, 2)])
 def test_row_bounds_are_what_ranks_get(index: ImageIndex, shuffle: str, batch_size: int, world: int) -> None:
@@ -235,23 +188,3 @@ def test_row_bounds_are_what_ranks_get(index: ImageIndex, shuffle: str, batch_si
     fewest, most = made.row_bounds(world)
     assert fewest <= min(counts) and max(counts) <= most
     assert shuffle == "block" or (fewest, most) == (min(counts), max(counts))
-
-
-def test_low_passes_step_down_with_the_probability_asked_each_time() -> None:
-    rows = np.arange(40_000)
-    augment = AugmentConfig(low_pass_px=(24, 16, 8), low_pass=0.4)
-    drawn = levels(augment, 1, np.zeros_like(rows), rows)
-    shares = [(drawn >= level).mean() for level in (1, 2, 3)]
-    assert shares == pytest.approx([0.4, 0.16, 0.064], abs=0.01) and drawn.max() == 3
-    assert (drawn != levels(augment, 1, np.ones_like(rows), rows)).mean() > 0.3
-    assert not levels(AugmentConfig(), 1, rows, rows).any()
-    assert (levels(AugmentConfig(low_pass_px=(8,), low_pass=1.0), 1, rows, rows) == 1).all()
-
-
-def test_flips_come_as_often_as_asked_and_differ_by_epoch() -> None:
-    rows = np.arange(20_000)
-    drawn = [flips(AugmentConfig(flip=share), 1, np.full(20_000, epoch), rows) for share, epoch in ((0.3, 0), (0.3, 1))]
-    assert abs(drawn[0].mean() - 0.3) < 0.02 and abs((drawn[0] != drawn[1]).mean() - 0.42) < 0.02
-    assert (
-        not flips(AugmentConfig(flip=0.0), 1, rows, rows).any() and flips(AugmentConfig(flip=1.0), 1, rows, rows).all()
-    )

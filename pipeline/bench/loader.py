@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from pipeline.bench.rows import BenchRow, compare, interleave
+from pipeline.data import augment
 from pipeline.data import index as indexes
-from pipeline.data import pixels
 from pipeline.data.config import DataConfig
 from pipeline.data.dali import TrainLoader
 from pipeline.data.index import ImageIndex, open_index
@@ -98,7 +98,7 @@ def _ours(index: ImageIndex, threads: int, read_latency_s: float) -> Iterator[It
         read_latency_s=read_latency_s,
     )
     with made:
-        yield (pixels.mirror(batch.images, batch.flips) for batch in made)
+        yield (augment.apply_to_uint8(config.augment, batch.images, batch.draws) for batch in made)
 
 
 @contextmanager

@@ -5,26 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
 
 from pipeline.config import Config
+from pipeline.data.augment import AugmentConfig
+from pipeline.data.crop_geometry import CropGeometry, for_evaluation
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class AugmentConfig(Config):
-    """What the training stream does to an image; all of it a pure function of (seed, epoch, sample index)."""
-
-    crop: Literal["random-resized", "random-pad", "none"] = "random-resized"
-    scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area, random-resized
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width : height of the window, random-resized
-    pad_px: Annotated[int, Field(ge=0)] = 4  # zeros on each side before a window of side_px, random-pad (CIFAR)
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability of a horizontal flip
-    low_pass_px: tuple[Annotated[int, Field(ge=1)], ...] = ()  # falling sides; an image may keep only what fits one
-    low_pass: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability of each further step down low_pass_px
-    mixup_alpha: Annotated[float, Field(ge=0)] = 0.0  # Beta(alpha, alpha) of MixUp; 0 is off
-    cutmix_alpha: Annotated[float, Field(ge=0)] = 0.0  # with both on, each batch takes one of them by a fair draw
 
 
 class DataConfig(Config):
@@ -54,18 +44,20 @@ class DataConfig(Config):
     read_ahead: Annotated[int, Field(ge=1)] = 4  # batches read before they are asked for
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the images in the index; more ends the run
 
-    @model_validator(mode="after")
-    def _rules(self) -> DataConfig:
-        epochs = [epoch for epoch, _ in self.side_schedule]
+    @field_validator("side_schedule")
+    @classmethod
+    def _epochs_rise(cls, schedule: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        epochs = [epoch for epoch, _ in schedule]
         if epochs != sorted(set(epochs)):
-            raise ValueError(f"side_schedule: epochs must rise, found {epochs}")
-        if not 0 < self.augment.scale[0] <= self.augment.scale[1] <= 1:
-            raise ValueError(f"augment.scale (={list(self.augment.scale)}) must rise within (0, 1]")
-        if not 0 < self.augment.ratio[0] <= self.augment.ratio[1]:
-            raise ValueError(f"augment.ratio (={list(self.augment.ratio)}) must be positive and rise")
-        if list(self.augment.low_pass_px) != sorted(set(self.augment.low_pass_px), reverse=True):
-            raise ValueError(f"augment.low_pass_px (={list(self.augment.low_pass_px)}): sides must fall")
-        return self
+            raise ValueError("epochs must rise")
+        return schedule
+
+    def inert(self) -> dict[str, str]:
+        """Keys that change nothing with the values of the others: {key: why}."""
+        reasons = {f"augment.{key}": why for key, why in self.augment.inert().items()}
+        if self.shuffle != "block":
+            reasons |= dict.fromkeys(("lanes", "window"), "has no effect without data.shuffle=block")
+        return reasons
 
     def side_at(self, epoch: int) -> int:
         """Side in pixels of the training images of `epoch`."""
@@ -76,6 +68,10 @@ class DataConfig(Config):
     def largest_side_px(self) -> int:
         """Of all that is trained on."""
         return max([self.side_px, *(side for _, side in self.side_schedule)])
+
+    def eval_geometry(self, image_sizes: NDArray[np.int32]) -> CropGeometry:
+        """What evaluation cuts from images of `image_sizes` [b, 2]."""
+        return for_evaluation(image_sizes, side_px=self.side_for_eval, resize_px=self.resize_for_eval)
 
     @property
     def side_for_eval(self) -> int:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.config import DataConfig
-
 LONGEST = 64  # times the shorter side: an image that is longer is evaluated in its middle alone, to bound memory
 
 
@@ -34,28 +32,14 @@ class CropGeometry:
         return CropGeometry(self.windows[at], self.sizes[at], self.origins[at], self.side_px)
 
 
-def for_training(crop: str, windows: NDArray[np.int32], image_sizes: NDArray[np.int32], side_px: int) -> CropGeometry:
-    """windows [b, 4] of the stream in images of `image_sizes` [b, 2], resized to the square.
-
-    Windows of random-pad are not resized; they may reach beyond the image.
-    """
-    if crop != "random-pad":
-        sizes = np.full((len(windows), 2), side_px, dtype=np.int32)
-        return CropGeometry(windows, sizes, np.zeros_like(sizes), side_px)
-    starts = np.clip(windows[:, :2], 0, image_sizes - 1)
-    ends = np.clip(windows[:, :2] + windows[:, 2:], starts + 1, image_sizes)
-    return CropGeometry(np.hstack([starts, ends - starts]), ends - starts, windows[:, :2] - starts, side_px)
-
-
-def for_evaluation(image_sizes: NDArray[np.int32], config: DataConfig) -> CropGeometry:
-    """Shorter side to `resize_for_eval`, then the square in the middle; rounded as torchvision rounds."""
+def for_evaluation(image_sizes: NDArray[np.int32], *, side_px: int, resize_px: int) -> CropGeometry:
+    """Shorter side to `resize_px`, then the square in the middle; rounded as torchvision rounds."""
     image_sizes = image_sizes.astype(np.int64)
     shorter = image_sizes.min(axis=1, keepdims=True)
     extents = np.minimum(image_sizes, LONGEST * shorter)
     starts = (image_sizes - extents) // 2
-    sizes = (config.resize_for_eval * extents / shorter).astype(np.int64)
-    side = config.side_for_eval
-    spare = sizes - side
+    sizes = (resize_px * extents / shorter).astype(np.int64)
+    spare = sizes - side_px
     origins = np.where(spare >= 0, np.rint(spare / 2), -(-spare // 2)).astype(np.int32)
     windows = np.hstack([starts, extents]).astype(np.int32)
-    return CropGeometry(windows, sizes.astype(np.int32), origins, side)
+    return CropGeometry(windows, sizes.astype(np.int32), origins, side_px)

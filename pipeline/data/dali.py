@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pipeline import ranks
-from pipeline.data import crop_geometry
 from pipeline.data.background import Background, DecodedBatch, LoaderFailure
 from pipeline.data.bad import BadImages
 from pipeline.data.config import DataConfig
@@ -33,8 +32,9 @@ from pipeline.data.crop_geometry import CropGeometry
 from pipeline.data.feed import EvalSource, Request, TrainSource, read_ahead
 from pipeline.data.image_headers import MAX_PIXELS, looks_whole, upright_size
 from pipeline.data.index import ImageIndex
+from pipeline.data.philox import Ints
 from pipeline.data.reader import Reader
-from pipeline.data.stream import Ints, Stream
+from pipeline.data.stream import Stream
 from pipeline.errors import ConfigError, UndecodableError
 
 RESIZED_PER_TASK = 8  # images
@@ -52,8 +52,7 @@ class TrainBatch:
     epoch: int
     images: Tensor  # uint8 [b, S, S, 3] on the device
     labels: Tensor  # [b] i64 on the device
-    flips: Tensor  # [b] bool on the device, yet to be done
-    levels: Tensor  # [b] i64 on the device: low-passes yet to be done
+    draws: Mapping[str, Tensor]  # on the device, by operation of data.augment: what it has to do to each image
     rows: Ints  # [b]
     positions: Ints  # [b], in the endless stream
 
@@ -131,8 +130,7 @@ class TrainLoader:
             epoch=plan.epoch,
             images=_handed_over(made.images, self.device),
             labels=_labels(self.index, made.request.rows, self.device),
-            flips=torch.from_numpy(plan.flips).to(self.device, non_blocking=True),
-            levels=torch.from_numpy(plan.levels).to(self.device, non_blocking=True),
+            draws={name: torch.from_numpy(d).to(self.device, non_blocking=True) for name, d in plan.draws.items()},
             rows=made.request.rows,
             positions=plan.positions,
         )
@@ -254,7 +252,7 @@ class Decoding:
         request = Request(
             rows=np.array(usable, dtype=np.int64),
             encoded=[encoded[position] for position in usable],
-            geometry=crop_geometry.for_evaluation(sizes, self._config),
+            geometry=self._config.eval_geometry(sizes),
         )
         images = torch.empty(0, self._config.side_for_eval, self._config.side_for_eval, 3, dtype=torch.uint8)
         with self._lock:

@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.data import crop_geometry
+from pipeline.data import augment
 from pipeline.data.bad import BadImages
 from pipeline.data.config import DataConfig
 from pipeline.data.crop_geometry import CropGeometry
 from pipeline.data.index import ImageIndex
+from pipeline.data.philox import Ints
 from pipeline.data.reader import Pending, Read, Reader
-from pipeline.data.stream import BatchPlan, Ints, Stream
+from pipeline.data.stream import BatchPlan, Stream
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class TrainSource:
         if (rows != plan.rows).any():
             windows = self.stream.windows(plan.epochs, plan.rows, rows, plan.side_px)
         sizes = np.stack([index.height[rows], index.width[rows]], axis=-1)
-        geometry = crop_geometry.for_training(self.stream.config.augment.crop, windows, sizes, plan.side_px)
+        geometry = augment.crop_of(self.stream.config.augment).geometry(windows, sizes, plan.side_px)
         return Request(rows, [read.encoded for read in reads], geometry, found, plan)
 
 
@@ -104,4 +105,4 @@ class EvalSource:
         rows = rows[whole]
         sizes = np.stack([self.index.height[rows], self.index.width[rows]], axis=-1)
         encoded = [read.encoded for read in reads if read.reason is None]
-        return Request(rows, encoded, crop_geometry.for_evaluation(sizes, self.config), found)
+        return Request(rows, encoded, self.config.eval_geometry(sizes), found)

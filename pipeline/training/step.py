@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import ranks
-from pipeline.data import pixels
+from pipeline.data import augment, pixels
 from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError, ContractError
 from pipeline.family import Family, FamilyConfig
@@ -28,7 +28,10 @@ from pipeline.training.state import TrainState, seed_of, update_ema
 
 
 class LoaderBatch(Protocol):
-    """What the loader gives: images uint8 [b, S, S, 3], labels and levels [b] i64, flips [b] bool, on the device."""
+    """What the loader gives, on the device: images uint8 [b, S, S, 3], labels [b] i64, draws {name: [b, ...]}.
+
+    draws holds, by operation of `data.augment`, what that operation has to do to each image.
+    """
 
     @property
     def step(self) -> int: ...
@@ -40,10 +43,7 @@ class LoaderBatch(Protocol):
     def labels(self) -> Tensor: ...
 
     @property
-    def flips(self) -> Tensor: ...
-
-    @property
-    def levels(self) -> Tensor: ...
+    def draws(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -210,12 +210,15 @@ def prepare(task: Task, data: DataConfig, batch: LoaderBatch, parts: int) -> lis
 
 def _micro(task: Task, data: DataConfig, batch: LoaderBatch, rows: slice, number: int) -> Micro:
     labels = batch.labels[rows]
-    images = pixels.normalise(batch.images[rows], data.mean, data.std, batch.flips[rows])
+    draws = {name: drawn[rows] for name, drawn in batch.draws.items()}
+    images = augment.apply_to_uint8(data.augment, batch.images[rows], draws)
+    images = pixels.normalise(images, data.mean, data.std)
     if not task.channels_last:
         images = images.contiguous()
-    if data.augment.low_pass_px:
-        images = pixels.low_pass(images, batch.levels[rows], data.augment.low_pass_px)
-    images, targets = pixels.mix(images, labels, task.num_classes, data.augment, task.seed, batch.step, number)
+    images = augment.apply_to_normalised(data.augment, images, draws)
+    images, targets = augment.mix(
+        data.augment, images, labels, task.num_classes, seed=task.seed, step=batch.step, micro=number
+    )
     return Micro(images, smooth(targets, task.num_classes, task.training.label_smoothing), labels)
 
 

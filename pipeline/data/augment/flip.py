@@ -1,0 +1,48 @@
+"""Mirrors images from left to right."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.data.augment.operation import ImageOperation
+from pipeline.data.philox import Purpose, SampleKeys, uniform
+
+
+class Flip(ImageOperation):
+    """Each image is mirrored with the same probability."""
+
+    name: ClassVar[str] = "flip"
+    order: ClassVar[int] = 10
+    purpose: ClassVar[int] = Purpose.FLIP
+    stage: ClassVar[Literal["uint8", "normalised"]] = "uint8"
+
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability of a horizontal flip
+
+    @property
+    def active(self) -> bool:
+        return self.flip > 0
+
+    def draw(self, keys: SampleKeys, side_px: int) -> NDArray[np.bool_]:
+        """Which images [b] are mirrored."""
+        return uniform(keys.words(self.purpose)[0]) < self.flip
+
+    def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
+        return mirror(images, drawn)
+
+
+def mirror(images: Tensor, flips: Tensor) -> Tensor:
+    """Images [B, S, S, 3] with those mirrored where `flips` [B] is true."""
+    if images.is_cuda:  # where the host would have to wait for the positions of the flips
+        return torch.where(flips[:, None, None, None], images.flip(2), images)
+    chosen = flips.nonzero()[:, 0]
+    mirrored = images.index_select(0, chosen).permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # fast as channels_last
+    return images.index_copy(0, chosen, mirrored)
+
+
+OPERATION = Flip

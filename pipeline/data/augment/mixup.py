@@ -1,0 +1,48 @@
+"""MixUp: each image and target is blended with those of the image before it in the micro-batch.
+
+torchvision v2's mathematics. Source: Zhang et al., mixup (ICLR 2018).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.data.augment.operation import MixOperation
+
+
+class MixUp(MixOperation):
+    """All images of a micro-batch are blended in the same proportion."""
+
+    name: ClassVar[str] = "mixup"
+    order: ClassVar[int] = 30
+
+    mixup_alpha: Annotated[float, Field(ge=0)] = 0.0  # Beta(alpha, alpha) of the proportion; 0 is off
+
+    @property
+    def active(self) -> bool:
+        return self.mixup_alpha > 0
+
+    def mix(
+        self, images: Tensor, labels: Tensor, num_classes: int, numbers: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        return mixup(images, labels, num_classes, share=numbers.beta(self.mixup_alpha, self.mixup_alpha))
+
+
+def mixup(images: Tensor, labels: Tensor, num_classes: int, *, share: float) -> tuple[Tensor, Tensor]:
+    """`share` of each image and of its target, the rest from the image before it."""
+    return torch.lerp(images.roll(1, 0), images, share), mixed_targets(labels, num_classes, share)
+
+
+def mixed_targets(labels: Tensor, num_classes: int, share: float) -> Tensor:
+    """Targets [B, K]: `share` of each image's class, the rest of the class of the image before it."""
+    targets = F.one_hot(labels, num_classes).float()
+    return torch.lerp(targets.roll(1, 0), targets, share)
+
+
+OPERATION = MixUp

@@ -1,0 +1,81 @@
+"""The interface of an augmentation: its keys under `data.augment`, its draw and what it does to images.
+
+An operation is one module of this package that assigns its class to `OPERATION`. The class is a pydantic model whose
+fields are the keys that a user sets; nothing else has to be changed. Draws are pure functions of the random numbers
+that the sample stream gives (`SampleKeys`, or a generator per micro-batch), so images do not depend on the number of
+workers. b images, B of a micro-batch, S their side, K classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.data.crop_geometry import CropGeometry
+from pipeline.data.philox import Ints, SampleKeys
+
+
+class Operation(Config, ABC):
+    """One augmentation; `name` is unique, and operations of one interface run in the order of `order`."""
+
+    name: ClassVar[str]
+    order: ClassVar[int] = 100
+
+    @property
+    def active(self) -> bool:
+        """Whether the keys ask for the operation at all."""
+        return True
+
+    def inert(self) -> dict[str, str]:
+        """Keys that change nothing with the values of the others: {key: why}."""
+        return {}
+
+
+class Crop(Operation):
+    """Cuts a window from the image and makes a square of it; chosen by `data.augment.crop`, which is its `name`."""
+
+    @abstractmethod
+    def windows(self, keys: SampleKeys, side_px: int, height: Ints, width: Ints) -> Ints:
+        """y, x, height, width of the window [b, 4] in images of `height` and `width` [b].
+
+        Images of size 0 may get any window; it is not used.
+        """
+
+    def geometry(self, windows: NDArray[np.int32], image_sizes: NDArray[np.int32], side_px: int) -> CropGeometry:
+        """How a window [b, 4] in images of `image_sizes` [b, 2] becomes a square: it is resized, unless overridden."""
+        sizes = np.full((len(windows), 2), side_px, dtype=np.int32)
+        return CropGeometry(windows, sizes, np.zeros_like(sizes), side_px)
+
+
+class ImageOperation(Operation):
+    """Changes images one by one, on the device.
+
+    purpose: the operation's own last word of Philox's counter; no other operation has the same.
+    stage: "uint8" images [B, S, S, 3], or "normalised" f32 [B, 3, S, S], channels_last or not.
+    """
+
+    purpose: ClassVar[int]
+    stage: ClassVar[Literal["uint8", "normalised"]]
+
+    @abstractmethod
+    def draw(self, keys: SampleKeys, side_px: int) -> NDArray[np.generic]:
+        """What is done to each image: an array [b, ...] that `apply` gets as a tensor on the device."""
+
+    @abstractmethod
+    def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """The changed images; the argument is left as it was."""
+
+
+class MixOperation(Operation):
+    """Mixes the images of a micro-batch and their targets. Of several active ones, each micro-batch draws one."""
+
+    @abstractmethod
+    def mix(
+        self, images: Tensor, labels: Tensor, num_classes: int, numbers: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Mixed images [B, 3, S, S] and targets [B, K] f32; labels [B] i64."""
