@@ -41,7 +41,7 @@ def test_version_and_recipes_are_told(say) -> None:
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert code == 0 and lines["convnet_aig/toy"].startswith("A gated ResNet-14")
     code, text = say("sweep", "--list")
-    assert code == 0 and "\ntoy  " in text and "How does accuracy on the toy set move" in text
+    assert code == 0 and "\ntoy  " in text and "How does accuracy on the toy set" in text
     code, text = say("sweep", "toy", "--show")
     assert code == 0 and text.count("family.target_rate=0.4") == 2 and "kind: asha" in text
 

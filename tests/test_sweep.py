@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from mlflow_here import database
 from raised import fails
+from ray.tune.schedulers import ASHAScheduler
 
-from jobs import cli
+from pipeline.compat import ray_tune
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.execution import launch
@@ -110,7 +111,7 @@ def test_a_seed_draws_the_same_samples_however_many_rounds_there_are() -> None:
     assert {draw.values["training.epochs"] for draw in more} == {2, 3, 4}
     assert {draw.values["family.depth"] for draw in more[::2]} == {8}
     logs = sorted(draw.values["training.optimizer.lr"] for draw in more)
-    assert logs[40] < 0.03  # evenly in the logarithm: half lie below 0.01, not below 0.05
+    assert logs[40] < 0.03  # uniform in the logarithm: half are below 0.01, not below 0.05
 
 
 def test_cases_are_sampled_in_order_and_fixed_ones_once() -> None:
@@ -223,7 +224,7 @@ def test_objectives_that_no_trial_reports_are_refused() -> None:
 
 
 def test_asha_decides_the_same_after_a_replay() -> None:
-    """Trials report in one order; the scheduler is made anew after each report and told all that came before."""
+    """Trials report in a fixed order; at some reports ASHA is created anew and all earlier reports are replayed."""
     choose = random.Random(1)
     reports = [(trial, epoch, choose.random()) for epoch in range(1, 10) for trial in "abcdefghi"]
 
@@ -250,7 +251,7 @@ ASHA_CONFIG = SchedulerConfig(kind="asha", grace_epochs=1, reduction=3)
 
 
 def test_asha_stops_a_trial_that_is_not_among_the_best_third_so_far() -> None:
-    """Worked out by hand: the threshold is the two-thirds percentile of what came before at that rung."""
+    """Computed by hand: the threshold is the two-thirds percentile of earlier results at that rung."""
     asha = ASHA(ASHA_CONFIG, 9)
     values = [0.5, 0.4, 0.6, 0.1, 0.55]
     assert [asha.should_stop(str(n), 1, value) for n, value in enumerate(values)] == [False, True, False, True, False]
@@ -323,14 +324,14 @@ def test_an_optuna_study_draws_the_same_after_a_replay(images: Path) -> None:
 
     whole = asked(Study(searched.config, searched.cases), 0, 30)
     again = Study(searched.config, searched.cases)
-    assert asked(again, 0, 17) == whole[:17]  # what a resumed sweep does first
+    assert asked(again, 0, 17) == whole[:17]  # a resumed sweep replays these
     assert asked(again, 17, 30) == whole[17:]
     late = [values["$a"] for case, values in whole[15:] if case == 0]
     assert len(late) > 8 and sum(late) / len(late) > 0.6  # it searches where top1 is high
 
 
 def test_a_study_may_have_one_key_with_other_values_in_another_case(images: Path) -> None:
-    """Optuna holds that a name means the same in every trial."""
+    """Optuna requires one distribution for each name."""
     pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
     cases = "space=[{$a: {choice: [1, 2]}}, {$a: {choice: [3, 4, 5]}}, {$a: {uniform: [6, 7]}}]"
     searched = load(images, cases, "search={kind: optuna, samples: 30, seed: 2}", "objectives={top1: max}")
@@ -341,16 +342,14 @@ def test_a_study_may_have_one_key_with_other_values_in_another_case(images: Path
         study.tell(number, {"top1": 0.5})
 
 
-def test_without_optuna_the_verb_names_the_extra(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_study_without_optuna_is_refused_and_leaves_no_folder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     searched = ["space={family.target_rate: {uniform: [0.4, 0.7]}}", "search.kind=optuna"]
-    with pytest.raises(SystemExit) as left:
-        cli.main(["sweep", "toy", *settings(images), *searched, "--run-dir", str(tmp_path / "sweep")])
-    assert left.value.code == 2 and not (tmp_path / "sweep").exists()
-    said = capsys.readouterr().err
-    assert "needs the extra `optuna`: pip install" in said and "search.kind=random" in said
+    with fails(ConfigError, "search.kind", "optuna"):
+        sweep.run(load(images, *searched), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_misspelt_key_under_a_condition_of_a_study_is_found(images: Path) -> None:
@@ -365,7 +364,7 @@ def test_a_misspelt_key_under_a_condition_of_a_study_is_found(images: Path) -> N
 
 @pytest.fixture(scope="module")
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted sweep's folder."""
+    """The folder of an uninterrupted sweep."""
     run_dir = tmp_path_factory.mktemp("sweeps") / "whole"
     shutil.copyfile(database().path, run_dir.parent / "mlflow.db")
     found = sweep.run(load(images), run_dir)
@@ -374,7 +373,7 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained_out(trial: Path) -> bool:
-    """On a busy machine a trial that is decided to end early may be at its end before it hears of that."""
+    """Whether a trial that was to stop early reached its end first, as happens on a busy machine."""
     return bool(json.loads((trial / "status.json").read_text())["finished"])
 
 
@@ -459,7 +458,7 @@ def test_a_refusal_names_the_bound() -> None:
 
 @pytest.fixture
 def two_cpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """What is free of a Ray cluster of one node of two CPUs, as Ray would tell it."""
+    """The free resources of a simulated Ray cluster with one node of two CPUs; a test may change them."""
     import ray
 
     now = {"CPU": 2.0}
@@ -568,7 +567,7 @@ def test_a_sample_measured_before_a_kill_is_refused_after_it(images: Path, tmp_p
 
 
 def drawing(images: Path, *depths: int) -> tuple[config.Sweep, list[Sample]]:
-    """A study whose first draws have these depths, and those draws."""
+    """A study whose first samples have these depths, and the samples."""
     for seed in range(60):
         search = f"search={{kind: optuna, samples: 4, seed: {seed}}}"
         try:
@@ -634,7 +633,7 @@ def copied(whole: Path, folder: Path) -> Path:
 
 
 def test_a_new_driver_replays_earlier_judgements_to_asha(images: Path, whole: Path, tmp_path: Path) -> None:
-    assert not ASHA(load(images).config.scheduler, 4).should_stop("another", 1.0, 0.0)  # the first at a rung goes on
+    assert not ASHA(load(images).config.scheduler, 4).should_stop("another", 1.0, 0.0)  # the first at a rung continues
     with controller(load(images), copied(whole, tmp_path), 99, Log()) as driver:
         assert driver.decisions.should_stop(trial(9, "running"), 1.0, 0.0)
 
@@ -650,7 +649,7 @@ def test_a_trial_that_was_stopped_and_saved_before_a_kill_is_not_trained_again(
     name = next(row[0] for row in table(whole) if "stopped (ASHA)" in row)
     client = connect(f"sqlite:///{tmp_path}/mlflow.db")
     run_id = Ledger.peek(run_dir / "trials" / name).run_id
-    client.update_run(run_id, status="RUNNING")  # as a killed driver leaves it
+    client.update_run(run_id, status="RUNNING")  # the state after a kill
     log = Log()
     assert sweep.run(load(images), run_dir, watcher=log).finished
     assert table(run_dir) == table(whole)
@@ -687,7 +686,7 @@ def test_a_trial_above_max_minutes_is_stopped_with_its_results_so_far(images: Pa
 
 
 class Stopping(Log):
-    """Asks the sweep to stop at the first evaluation that it hears of."""
+    """Asks the sweep to stop at the first evaluation."""
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__()
@@ -708,6 +707,43 @@ def test_a_stopped_sweep_saves_its_trial_and_resumes_there(images: Path, whole: 
     assert not json.loads((run_dir / "status.json").read_text())["finished"]
     assert sweep.run(load(images), run_dir).finished
     assert table(run_dir) == table(whole)
+
+
+EARLIER_RECORD = """\
+{"event": "drawn", "number": 0, "case": 0, "values": {"a": 1}, "attempt": 0, "fence": 1, "step": null, "time": 1.0}
+{"event": "drawn", "number": 1, "case": 0, "values": {"a": 2}, "attempt": 0, "fence": 1, "step": null, "time": 1.0}
+{"event": "priced", "number": 0, "macs": 9, "parameters": 4, "attempt": 0, "fence": 1, "step": null, "time": 1.0}
+{"event": "refused", "number": 0, "reason": "max_gmacs: 9 above 5", "attempt": 0, "fence": 1, "step": null, "time": 1.0}
+{"event": "judged", "number": 1, "epoch": 1.0, "value": 0.5, "ends": true, "attempt": 0, "fence": 1, "step": 5, "time": 1.0}
+{"event": "ended", "number": 1, "state": "stopped", "reason": "ASHA", "metrics": {"top1": 0.5}, "attempt": 0, "fence": 1, "step": 5, "time": 1.0}
+{"attempt": 0, "fence": 1, "step": 1, "key": "trials/ended", "value": 1.0, "time": 1.0}
+"""  # noqa: E501
+
+
+def test_the_record_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """Lines as commit bc067e3 wrote them."""
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / "sweep.jsonl").write_text(EARLIER_RECORD)
+    record = SweepRecord(tmp_path, 2)
+    refused, stopped = record.trials
+    assert (refused.state, refused.reason, refused.cost) == ("refused", "max_gmacs: 9 above 5", NetCost(9, 4))
+    assert (stopped.state, stopped.ends_by, stopped.ends_at, stopped.step) == ("stopped", "ASHA", 5, 5)
+    assert stopped.judged == {5: 0.5} and stopped.metrics == {"top1": 0.5} and record.num_ends == 1
+    record.write(TrialEnded(1, "finished", "", 7, {}))
+    written = json.loads((tmp_path / "journal" / "sweep.jsonl").read_text().splitlines()[-1])
+    assert list(written) == list(json.loads(EARLIER_RECORD.splitlines()[5]))
+    record.close()
+
+
+def test_another_signature_of_asha_is_reported() -> None:
+    class Changed:
+        def on_trial_add(self, trial: object) -> None: ...
+
+        def on_trial_result(self, tune_controller: object, trial: object, result: object) -> None: ...
+
+    ray_tune.check_signatures(ASHAScheduler)
+    with fails(ResourceError, "ray"):
+        ray_tune.check_signatures(Changed)
 
 
 def test_half_a_line_of_a_killed_writer_is_ignored(tmp_path: Path) -> None:
@@ -733,7 +769,7 @@ def test_events_of_a_driver_that_lost_its_lease_are_ignored(tmp_path: Path) -> N
 
 
 class Overtaken(Log):
-    """Takes the sweep's lease away at the first evaluation that it hears of."""
+    """Takes the sweep's lease away at the first evaluation."""
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__()
@@ -800,7 +836,7 @@ def test_a_sweep_killed_twice_ends_like_an_uninterrupted_one(images: Path, whole
 
 
 def learned(run_dir: Path, last: int) -> dict[tuple[str, int], float]:
-    """First values of what training logged up to step `last`, times left out."""
+    """The first logged values of training and evaluation up to step `last`, without times."""
     kinds = ("train/", "eval/")
     return {
         (r["key"], r["step"]): r["value"] for r in records(run_dir) if r["step"] <= last and r["key"].startswith(kinds)
@@ -820,7 +856,7 @@ def wait_until(done, seconds: float = 300) -> None:
 
 
 def test_the_memory_of_a_step_is_what_autograd_saves() -> None:
-    """A convolution keeps its input, the ReLU its output; both once, the weights not."""
+    """Autograd saves the convolution's input and the ReLU's output, each once, and does not count the weights."""
     import torch
 
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU())

@@ -1,4 +1,4 @@
-"""What a person sees of `adaptnet sweep`: the table on a terminal, lines elsewhere, Ctrl-C, exit codes."""
+"""The output of `adaptnet sweep`: a table on a terminal, lines elsewhere, Ctrl-C, exit codes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trial(number: int, state: str, **facts: Any) -> Trial:
 
 
 def drawn(trials: list[Trial], over: config.SweepConfig = OVER) -> str:
-    """What a terminal shows of these trials."""
+    """The output of a terminal for these trials."""
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
     with Live(console=console, auto_refresh=False) as live:
         verb.LiveTable(console, live, over).show(trials, 1)
@@ -62,12 +62,12 @@ def test_of_many_trials_the_table_keeps_those_that_run() -> None:
 
 
 def standing(run_dir: Path, *, finished: bool, failed: dict[str, str] | None = None) -> Outcome:
-    """What a sweep of one trial returns."""
+    """The outcome of a sweep with one trial."""
     return Outcome(run_dir, finished, [["trial"], ["000"]], failed=failed or {}, tally="1 trial")
 
 
 def swept(folder: Path, monkeypatch: pytest.MonkeyPatch, course: Callable[[Path], Outcome], *words: str) -> object:
-    """The verb's exit status where the sweep itself takes this course."""
+    """The command's exit status if `course` stands in for the sweep."""
 
     def run(_: config.Sweep, run_dir: Path, **__: Any) -> Outcome:
         run_dir.mkdir()

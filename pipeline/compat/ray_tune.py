@@ -25,13 +25,13 @@ SIGNATURES = {
 }
 
 
-def _check_signatures() -> None:
-    """Raises ResourceError if ASHA's methods do not take what this module gives them."""
+def check_signatures(scheduler: type) -> None:
+    """Raises ResourceError if the scheduler's methods do not take what this module gives them."""
     for name, expected in SIGNATURES.items():
-        actual = tuple(inspect.signature(getattr(ASHAScheduler, name)).parameters)
+        actual = tuple(inspect.signature(getattr(scheduler, name)).parameters)
         if actual != expected:
             raise ResourceError(
-                f"ray {ray.__version__}: ASHAScheduler.{name} takes ({', '.join(actual)}), AdaptNet gives it "
+                f"ray {ray.__version__}: {scheduler.__name__}.{name} takes ({', '.join(actual)}), AdaptNet gives it "
                 f"({', '.join(expected)}). It was tried with ray {TRIED}; install one of these versions",
                 key="ray",
                 subject=ray.__version__,
@@ -39,7 +39,7 @@ def _check_signatures() -> None:
 
 
 require("ray", ASHAScheduler, (*SIGNATURES, "STOP"), tried=TRIED)
-_check_signatures()
+check_signatures(ASHAScheduler)
 
 
 class Asha:
