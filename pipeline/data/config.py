@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from pydantic import Field, field_validator
 from pipeline.config import Config
 from pipeline.data.augment import AugmentConfig
 from pipeline.data.crop_geometry import CropGeometry, for_evaluation
+from pipeline.errors import JsonValue
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -52,12 +54,10 @@ class DataConfig(Config):
             raise ValueError("epochs must rise")
         return schedule
 
-    def inert(self) -> dict[str, str]:
-        """Keys that change nothing with the values of the others: {key: why}."""
-        reasons = {f"augment.{key}": why for key, why in self.augment.inert().items()}
-        if self.shuffle != "block":
-            reasons |= dict.fromkeys(("lanes", "window"), "has no effect without data.shuffle=block")
-        return reasons
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        """Keys that change nothing under these values, each with the reason."""
+        return {} if values["shuffle"] == "block" else dict.fromkeys(("lanes", "window"), "shuffle is not block")
 
     def side_at(self, epoch: int) -> int:
         """Side in pixels of the training images of `epoch`."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.data.augment.operation import Crop, ImageOperation, MixOperation, Operation
 from pipeline.data.philox import Ints, Purpose, SampleKeys, key_words
-from pipeline.errors import ContractError
+from pipeline.errors import ContractError, JsonValue
 
 T = TypeVar("T", bound=Operation)
 RESERVED = (Purpose.ORDER, Purpose.SHARDS, Purpose.CROP, Purpose.MIX)  # of Philox's counter, not for one operation
@@ -69,15 +69,15 @@ class _AugmentConfig(Config):
         """The operations that the keys ask for, in their order."""
         return [operation for each in OPERATIONS if (operation := self.operation(each)).active]
 
-    def inert(self) -> dict[str, str]:
-        """Keys that change nothing with the values of the others: {key: why}."""
-        reasons: dict[str, str] = {}
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        """Keys that change nothing under these values, each with the reason: of other crops, or by an operation."""
+        crop, reasons = values["crop"], dict[str, str]()
         for each in OPERATIONS:
-            if issubclass(each, Crop) and each.name != self.crop:
-                why = f"has no effect with data.augment.crop={self.crop}; it belongs to crop={each.name}"
-                reasons |= dict.fromkeys(each.model_fields, why)
+            if issubclass(each, Crop) and each.name != crop:
+                reasons |= dict.fromkeys(each.model_fields, f"crop is {crop}; crop: {each.name} uses it")
             else:
-                reasons |= self.operation(each).inert()
+                reasons |= each.inert(values)
         return reasons
 
 

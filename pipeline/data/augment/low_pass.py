@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, ClassVar, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.data.augment.operation import ImageOperation
 from pipeline.data.philox import Ints, Purpose, SampleKeys, uniform
+from pipeline.errors import JsonValue
 
 Side = Annotated[int, Field(ge=1)]
 
@@ -39,8 +40,9 @@ class LowPass(ImageOperation):
     def active(self) -> bool:
         return bool(self.low_pass_px)
 
-    def inert(self) -> dict[str, str]:
-        return {} if self.active else {"low_pass": "has no effect without data.augment.low_pass_px"}
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        return {} if values["low_pass_px"] else {"low_pass": "low_pass_px is empty"}
 
     def draw(self, keys: SampleKeys, side_px: int) -> Ints:
         """How far down `low_pass_px` each image goes, [b]: one step with probability p, each further one with p again.

@@ -9,6 +9,7 @@ workers. b images, B of a micro-batch, S their side, K classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.data.crop_geometry import CropGeometry
 from pipeline.data.philox import Ints, SampleKeys
+from pipeline.errors import JsonValue
 
 
 class Operation(Config, ABC):
@@ -31,8 +33,9 @@ class Operation(Config, ABC):
         """Whether the keys ask for the operation at all."""
         return True
 
-    def inert(self) -> dict[str, str]:
-        """Keys that change nothing with the values of the others: {key: why}."""
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        """The operation's keys that change nothing under these values of `data.augment`, each with the reason."""
         return {}
 
 
