@@ -29,9 +29,9 @@ DOORS = {  # what only these modules import; a benchmark also calls the peers th
         "pipeline.bench",
         "tuning",
         "jobs.verbs.serve",
-        "jobs.ray.jobs",
+        "jobs.ray.scheduler",
     },
-    "submitit": {"jobs.slurm.job"},
+    "submitit": {"pipeline.compat.submitit", "jobs.slurm", "jobs.local", "jobs.schedulers"},
 }
 SOURCES = sorted(path for top in ("pipeline", "tuning", "jobs") for path in (ROOT / top).rglob("*.py"))
 

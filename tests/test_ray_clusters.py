@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from test_readme import parse
 
 from jobs.cli import main
-from jobs.ray import jobs as ray_jobs
 from jobs.ray import kuberay
 from jobs.ray import launch as ray_launch
 from jobs.ray import render as ray_render
+from jobs.ray import scheduler as ray_jobs
 from jobs.ray import site as ray_site
 from jobs.ray.local import Local, gpus_here
 from pipeline import config as configs

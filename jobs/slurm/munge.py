@@ -1,4 +1,4 @@
-"""Whether munged runs here, without which each command of SLURM's is silent for 49 s before it says so."""
+"""Whether munged runs on this machine: without it every SLURM command hangs for 49 s before it fails."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import time
 from pathlib import Path
 
 CONFIGS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf", "/etc/slurm-llnl/slurm.conf")
-SOCKET = "/run/munge/munge.socket.2"  # where libmunge looks by default
-ANSWER_S = 10.0  # within which SLURM must answer where munged seems to be away
-STANDS_S = 30.0  # for which a verdict against munged stands: each costs those 10 s
+SOCKET = "/run/munge/munge.socket.2"  # libmunge's default
+ANSWER_S = 10.0  # within which SLURM must answer if munged seems to be absent
+CACHED_S = 30.0  # how long a verdict against munged is cached: each costs those 10 s
 
 
-def absent() -> str:
-    """What is known of a munged that should run on this machine and does not; empty where all is well.
+def absent(default_socket: str = SOCKET) -> str:
+    """A sentence if munged should run on this machine and does not; "" if all is well.
 
-    Its socket is where SLURM's configuration says. That may lie where we do not look, so SLURM is asked before a
-    silent socket counts.
+    SLURM's configuration names munged's socket. The configuration may be where we do not look, so SLURM itself is asked
+    before a silent socket counts.
     """
-    path = _socket()
+    path = _socket(default_socket)
     if path is None:
         return ""
     try:
@@ -30,15 +30,16 @@ def absent() -> str:
             probe.connect(path)
         return ""
     except OSError as error:
-        return "" if _answers(path) else f"munged does not run on this machine ({path}: {error.strerror or error})"
+        why = f"munged does not run on this machine ({path}: {error.strerror or error})"
+        return "" if _slurm_answers(path) else why
 
 
-_silent: dict[str, float] = {}  # until when munged counts as away, by its socket
+_absent_until: dict[str, float] = {}  # the time until which munged counts as absent, by its socket
 
 
-def _answers(path: str) -> bool:
-    """Whether SLURM can be spoken to all the same; what else is wrong with it, it will say itself."""
-    if time.monotonic() < _silent.get(path, 0.0):
+def _slurm_answers(path: str) -> bool:
+    """Whether SLURM can be reached all the same. Any other fault SLURM reports by itself."""
+    if time.monotonic() < _absent_until.get(path, 0.0):
         return False
     try:
         done = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True, timeout=ANSWER_S)
@@ -46,30 +47,30 @@ def _answers(path: str) -> bool:
     except (OSError, subprocess.SubprocessError):
         answers = False
     if not answers:
-        _silent[path] = time.monotonic() + STANDS_S
+        _absent_until[path] = time.monotonic() + CACHED_S
     return answers
 
 
-def _socket() -> str | None:
-    """The socket that SLURM's commands speak to; None where that is unknown, or they use no munge."""
-    found = os.environ.get("SLURM_CONF")
-    path = next((Path(each) for each in ((found,) if found else CONFIGS) if Path(each).is_file()), None)
-    if path is None:  # no cluster, or one that tells each command its configuration: SLURM itself will say
+def _socket(default: str) -> str | None:
+    """The socket that SLURM's commands use; None if it is unknown, or if they do not use munge."""
+    named = os.environ.get("SLURM_CONF")
+    path = next((Path(each) for each in ((named,) if named else CONFIGS) if Path(each).is_file()), None)
+    if path is None:  # no cluster, or one that sends each command its configuration: SLURM itself reports a fault
         return None
     settings = _settings(path)
     if settings.get("authtype", "auth/munge") != "auth/munge":
         return None
     match = re.search(r"socket=([^,\s]+)", settings.get("authinfo", ""))
-    return match[1] if match else SOCKET
+    return match[1] if match else default
 
 
 def _settings(path: Path) -> dict[str, str]:
-    """AuthType and AuthInfo, by lower case, of slurm.conf and what it includes."""
-    found: dict[str, str] = {}
+    """AuthType and AuthInfo, with keys in lower case, of slurm.conf and the files that it includes."""
+    settings: dict[str, str] = {}
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return found
+        return settings
     for key, value in re.findall(r"^\s*(AuthType|AuthInfo|Include)\s*[=\s]\s*(\S+)", text, re.I | re.M):
-        found |= _settings(path.parent / value) if key.lower() == "include" else {key.lower(): value}
-    return found
+        settings |= _settings(path.parent / value) if key.lower() == "include" else {key.lower(): value}
+    return settings

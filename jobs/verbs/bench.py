@@ -191,13 +191,13 @@ def scaling(
 
         _print(overhead(recipe, overrides or (), rounds=rounds, data_home=data_home()))
         return
-    from jobs.slurm import site as sites
+    from jobs.schedulers import profile as profiles
     from jobs.verbs import scaling as bench
 
     if slurm:
-        _print(bench.starts(recipe, overrides or (), sites.load(site), nodes=nodes, rounds=rounds))
+        _print(bench.starts(recipe, overrides or (), profiles.load(site), nodes=nodes, rounds=rounds))
     elif warning:
-        _print(bench.warnings(overrides or (), sites.load(site), nodes=nodes, rounds=rounds))
+        _print(bench.warnings(overrides or (), profiles.load(site), nodes=nodes, rounds=rounds))
     else:
         _print(bench.ranks(recipe, overrides or (), worlds=workers or (), rounds=rounds))
 

@@ -1,14 +1,16 @@
-"""`adaptnet jobs`: what has become of submitted jobs, and orders to them."""
+"""`adaptnet jobs`: the state of submitted jobs, their logs, and orders to them."""
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from jobs.schedulers.attempts import JobAttempt
+    from jobs.schedulers.records import JobRecord
 
 HELP = """Jobs by id, or by the name or folder of their run.
 
@@ -33,60 +35,69 @@ RUNS = Path("runs")
 
 @app.command("list", help="One line for the newest job of each run.\n\nExamples:\n\n  adaptnet jobs list")
 def list_jobs(runs: Runs = RUNS) -> None:
-    from jobs import tables
-    from jobs.slurm import queue
+    from jobs import schedulers, tables
+    from jobs.schedulers import records
 
-    entries = queue.everything(runs)
-    if not entries:
+    newest = records.list_jobs(runs)
+    if not newest:
         typer.echo(f"no jobs in {runs}; `adaptnet submit` makes one")
         return
     rows = [["run", "job", "state", "starts", "nodes", "elapsed", "submitted", "why"]]
-    for entry, state in zip(entries, queue.states_of(entries), strict=True):
-        when = time.strftime("%m-%d %H:%M", time.localtime(entry["submitted"]))
-        facts = [state.name, str(len(_starts(entry))), state.nodes or "-", state.elapsed or "-", when, state.reason]
-        rows.append([Path(entry["home"]).name, str(entry["id"]), *facts])
+    for record, state in zip(newest, schedulers.states(newest), strict=True):
+        when = time.strftime("%m-%d %H:%M", time.localtime(record.submitted_at))
+        starts = str(len(_attempts(record)))
+        facts = [state.name, starts, state.nodes or "-", state.elapsed or "-", when, state.reason]
+        rows.append([Path(record.home).name, record.id, *facts])
     typer.echo(tables.align(rows))
 
 
 @app.command(
-    help="What a job is, how it goes, why it waits or failed, and which MLflow run it writes.\n\nExamples:\n\n"
+    help="What a job is, its state, why it waits or failed, and which MLflow run it writes.\n\nExamples:\n\n"
     "  adaptnet jobs show convnet_aig-toy"
 )
 def show(job: Wanted, runs: Runs = RUNS) -> None:
-    from jobs import tables
-    from jobs.slurm import queue
-    from pipeline.registry.resolve import newest_step
+    from jobs import schedulers, tables
+    from jobs.schedulers import records
 
-    entry = queue.find(job, runs)
-    state = queue.state_of(entry)
-    facts: dict[str, Any] = {
-        "job": f"{entry['id']} ({entry['where']})",
-        "command": " ".join(["adaptnet", entry["verb"], *entry["arguments"]]),
+    record = records.find(job, runs)
+    state = schedulers.state_of(record)
+    facts: dict[str, object] = {
+        "job": f"{record.id} ({record.scheduler})",
+        "command": " ".join(["adaptnet", record.verb, *record.argv]),
         "state": state.name + (f": {state.reason}" if state.reason else ""),
         "nodes": state.nodes or "-",
         "elapsed": state.elapsed or "-",
-        "starts": ", ".join(f"step {each['from']} to {_end_of(each)}" for each in _starts(entry)) or "none yet",
-        "log": entry["log"],
+        "starts": ", ".join(map(_steps, _attempts(record))) or "none yet",
+        "log": record.log,
+        **_run_facts(record),
     }
-    if entry["run_dir"]:
-        run_dir = Path(entry["run_dir"])
-        saved = {} if entry["verb"] == "sweep" else {"newest checkpoint": f"step {newest_step(run_dir)}"}
-        facts |= {entry["verb"].replace("train", "run"): run_dir, **saved, "MLflow run": _mlflow(run_dir)}
     typer.echo(tables.of_pairs(facts))
-    if not state.lives and state.name != "COMPLETED":
-        said = queue.last_words(entry) or [f"no log at {entry['log']}: is that folder seen by the nodes?"]
-        typer.echo("\n".join(["", "last words:", *(f"  {line}" for line in said)]))
+    if not state.alive and state.name != "COMPLETED":
+        missing = [f"no log at {record.log}: do the nodes see that folder?"]
+        lines = records.last_lines(schedulers.get(record.scheduler).logs(record)) or missing
+        typer.echo("\n".join(["", "last lines:", *(f"  {line}" for line in lines)]))
 
 
-def _starts(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    from jobs.slurm.job import Starts
+def _run_facts(record: JobRecord) -> dict[str, object]:
+    """Of the run or sweep that the job works on; none for another verb."""
+    if record.run_dir is None:
+        return {}
+    from pipeline.registry.resolve import newest_step
 
-    found = Starts(Path(entry["home"])).read()
-    return [each for each in found if entry["where"] != "slurm" or each["job"] == str(entry["id"])]
+    run_dir = Path(record.run_dir)
+    saved = {} if record.verb == "sweep" else {"newest checkpoint": f"step {newest_step(run_dir)}"}
+    return {record.verb.replace("train", "run"): run_dir, **saved, "MLflow run": _mlflow(run_dir)}
 
 
-def _end_of(start: dict[str, Any]) -> str:
-    return "now" if start["to"] is None else str(start["to"])
+def _attempts(record: JobRecord) -> list[JobAttempt]:
+    from jobs.schedulers.attempts import Attempts
+
+    return Attempts(Path(record.home)).of(record.id)
+
+
+def _steps(attempt: JobAttempt) -> str:
+    end = "now" if attempt.last_step is None else str(attempt.last_step)
+    return f"step {attempt.first_step} to {end}"
 
 
 def _mlflow(run_dir: Path) -> str:
@@ -102,94 +113,62 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="as it grows, until the job has ended")] = False,
     runs: Runs = RUNS,
 ) -> None:
-    from jobs.slurm import queue
+    from jobs import schedulers
+    from jobs.schedulers import records
 
-    entry = queue.find(job, runs)
+    record = records.find(job, runs)
     if follow:
-        for text in queue.follow(entry):
+        for text in records.follow(record):
             typer.echo(text, nl=False)
-    elif Path(entry["log"]).is_file():
-        typer.echo(Path(entry["log"]).read_text(encoding="utf-8", errors="replace"), nl=False)
+    elif Path(record.log).is_file():
+        typer.echo(Path(record.log).read_text(encoding="utf-8", errors="replace"), nl=False)
     else:
-        typer.echo(f"no log yet: {queue.state_of(entry).name}")
+        typer.echo(f"no log yet: {schedulers.state_of(record).name}")
 
 
 @app.command(
-    help="Ends a job: SLURM's at once, so that a training goes on from its newest checkpoint when it is resubmitted; "
-    "others when they have saved.\n\nExamples:\n\n  adaptnet jobs cancel 4711"
+    help="Ends a job: SLURM's at once, so that a training resumes from its newest checkpoint when it is resubmitted; "
+    "others after they have saved.\n\nExamples:\n\n  adaptnet jobs cancel 4711"
 )
 def cancel(job: Wanted, runs: Runs = RUNS) -> None:
-    from jobs.ray import jobs as ray_jobs
-    from jobs.slurm import queue
-    from pipeline.errors import ResourceError
+    from jobs import schedulers
+    from jobs.schedulers import records
 
-    entry = queue.find(job, runs)
-    if entry["where"] in ("local", "debug") and not (state := queue.state_of(entry)).lives:
-        why = f" ({state.reason})" if state.reason else ""
-        raise ResourceError(f"job {entry['id']} is {state.name.lower()}{why}; there is nothing to end here")
-    if entry["where"] == "slurm":
-        queue.tell("scancel", str(entry["id"]))
-    elif entry["where"] == "ray":
-        ray_jobs.stop(entry)
-    else:
-        os.kill(queue.process_of(entry), signal.SIGTERM)
-    typer.echo(f"job {entry['id']} is asked to end; `adaptnet jobs resubmit {Path(entry['home']).name}` goes on")
+    record = records.find(job, runs)
+    schedulers.get(record.scheduler).cancel(record)
+    typer.echo(f"job {record.id} was asked to end; `adaptnet jobs resubmit {Path(record.home).name}` resumes it")
 
 
 @app.command(
-    help="Puts a running job back into the queue; it goes on from its newest checkpoint.\n\nExamples:\n\n"
+    help="Puts a running job back into the queue; it resumes from its newest checkpoint.\n\nExamples:\n\n"
     "  adaptnet jobs requeue 4711"
 )
 def requeue(job: Wanted, runs: Runs = RUNS) -> None:
-    from jobs.slurm import queue
-    from pipeline.errors import ResourceError
+    from jobs import schedulers
+    from jobs.schedulers import records
 
-    entry = queue.find(job, runs)
-    if entry["where"] != "slurm":
-        raise ResourceError(f"job {entry['id']} is not SLURM's; `adaptnet jobs cancel` and `resubmit` start it anew")
-    queue.tell("scontrol", "requeue", str(entry["id"]))
-    typer.echo(f"job {entry['id']} is requeued")
+    record = records.find(job, runs)
+    schedulers.get(record.scheduler).requeue(record)
+    typer.echo(f"job {record.id} is requeued")
 
 
 @app.command(
-    help="Submits a job that has ended anew, with what it was submitted with: the run goes on.\n\nExamples:\n\n"
+    help="Submits a job that has ended again, with the same arguments: the run resumes.\n\nExamples:\n\n"
     "  adaptnet jobs resubmit convnet_aig-toy"
 )
 def resubmit(job: Wanted, runs: Runs = RUNS) -> None:
-    from jobs.ray import jobs as ray_jobs
-    from jobs.slurm import job as slurm
-    from jobs.slurm import queue
-    from jobs.slurm.site import Site
+    from jobs import schedulers
+    from jobs.schedulers import records
     from pipeline.errors import ResourceError
 
-    entry = queue.find(job, runs)
-    newest = queue.find(entry["home"], runs)  # an older job's id may have been given
-    state = queue.state_of(newest)
-    if state.lives:
+    record = records.find(job, runs)
+    newest = records.find(record.home, runs)  # `job` may be the id of an older one
+    state = schedulers.state_of(newest)
+    if state.alive:
         raise ResourceError(
-            f"job {newest['id']} of {newest['home']} is {state.name.lower()}; `adaptnet jobs requeue` starts it anew"
+            f"job {newest.id} of {newest.home} is {state.name.lower()}; `adaptnet jobs requeue` starts it again",
+            key="job",
+            subject=newest.id,
         )
-    site = Site.model_validate_json(_text(entry["site"]))
-    resources = slurm.Resources(**{**entry["resources"], "nodes": tuple(entry["resources"]["nodes"])})
-    again = slurm.Job(
-        saves_within_s=float(site.signal_delay_s),
-        verb=entry["verb"],
-        arguments=tuple(entry["arguments"]),
-        home=str(Path(entry["home"]).absolute()),
-        run_dir=entry["run_dir"],
-        patience_s=site.patience_s,
-        max_requeues=site.max_requeues,
-        fewest_nodes=resources.nodes[0],
-        uses_ray=entry["verb"] in ("train", "sweep"),
-        needs=slurm.Needs(*entry["needs"]) if entry.get("needs") else None,
-    )
-    submission = slurm.Submission(again, entry["name"], resources, site)
-    on_ray = entry["where"] == "ray"
-    (made,) = ray_jobs.submit(submission, entry["address"]) if on_ray else slurm.submit(submission, entry["where"])
-    typer.echo(f"job {made} goes on with {entry['home']}")
-
-
-def _text(site: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(site)
+    (made,) = schedulers.get(record.scheduler).submit(record.again())
+    typer.echo(f"job {made.id} resumes {made.home}")

@@ -1,4 +1,4 @@
-"""A site's profile: what every job on a SLURM cluster needs, said once in infra/slurm/sites/<name>.yaml."""
+"""A site's profile: what every job on a cluster needs, written once in infra/slurm/sites/<name>.yaml."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 
 SITES = Path(__file__).parents[2] / "infra" / "slurm" / "sites"
-Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]  # it stands in the script as it is
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]  # goes into the script unquoted
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Container(Config):
+class ContainerImage(Config):
     """The image that a job's Python runs in, by Apptainer."""
 
-    image: Text  # .sif file, seen by every node
-    binds: tuple[Text, ...] = ()  # folders to be seen inside, as SRC or SRC:DST
+    image: Text  # .sif file that every node sees
+    binds: tuple[Text, ...] = ()  # folders that are visible inside, as SRC or SRC:DST
     python: Text = "python"  # inside
     options: tuple[Text, ...] = ("--nv",)
 
 
-class Site(Config):
-    """Defaults of `adaptnet submit`; an option on the command line goes before them."""
+class SiteProfile(Config):
+    """Defaults of `adaptnet submit`; an option on the command line takes precedence."""
 
     partition: Text | None = None
     account: Text | None = None
@@ -39,28 +39,30 @@ class Site(Config):
     memory_gb: Annotated[float, Field(gt=0)] | None = None
     modules: tuple[Text, ...] = ()  # for `module load`
     setup: tuple[Text, ...] = ()  # shell lines, after the modules
-    environment: Mapping[Variable, str] = Field(default_factory=dict)
-    container: Container | None = None
-    scratch: Text | None = None  # a fast local folder of each node, given to jobs as TMPDIR
+    environment: Mapping[VariableName, str] = Field(default_factory=dict)
+    container: ContainerImage | None = None
+    scratch: Text | None = None  # a fast local folder of each node; jobs get it as TMPDIR
     mail_user: Text | None = None
     mail_type: Text = "END,FAIL"
     exclude: Text | None = None
     comment: Text | None = None
-    signal_delay_s: Annotated[int, Field(ge=10)] = 90  # before its end a job is told to save
-    patience_s: Annotated[float, Field(gt=0)] = 120.0  # for all nodes' Ray to be there
+    signal_delay_s: Annotated[int, Field(ge=10)] = 90  # how long before its end a job is warned to save
+    patience_s: Annotated[float, Field(gt=0)] = 120.0  # for the Ray of all nodes to come up
     max_requeues: Annotated[int, Field(ge=0)] = 100
     extra: Mapping[str, str] = Field(default_factory=dict)  # any other option of sbatch: {"licenses": "foo"}
 
 
-def load(name: str | None) -> Site:
-    """The profile called `name`, or at that path; a site without particulars where None.
+def load(name: str | None) -> SiteProfile:
+    """The profile called `name`, or at that path; one of defaults only if None.
 
-    Raises ConfigError listing the profiles there are, or naming each fault.
+    Raises ConfigError listing the known profiles, or naming each fault.
     """
     if name is None:
-        return Site()
+        return SiteProfile()
     path = Path(name) if name.endswith((".yaml", ".yml")) else SITES / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(each.stem for each in SITES.glob("*.yaml"))) or "none"
-        raise ConfigError(f"--site (={name}): no such profile; known: {known}; or a path ending in .yaml")
-    return configs.validate(Site, configs.read_mapping(path), f"profile {path}")
+        raise ConfigError(
+            f"--site (={name}): no such profile; known: {known}; or a path ending in .yaml", key="--site", subject=name
+        )
+    return configs.validate(SiteProfile, configs.read_mapping(path), f"profile {path}")

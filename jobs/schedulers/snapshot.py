@@ -1,0 +1,44 @@
+"""A copy of our code, kept beside a job: edits to the checkout after submission do not change the job."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+from pipeline.runs import provenance
+from pipeline.runs.files import whole_folder, write_text
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("pipeline", "jobs", "tuning")
+KINDS = (".py", ".yaml", ".html", ".css", ".js")
+
+
+def name(root: Path = ROOT) -> str:
+    """The snapshot folder's name, which holds the digest of the code in the checkout `root`."""
+    digest = sha256()
+    for relative, path in _sources(root).items():
+        digest.update(f"{relative}\0".encode() + path.read_bytes())
+    return f"code-{digest.hexdigest()[:12]}"
+
+
+def save(folder: Path, root: Path = ROOT) -> None:
+    """Copies the code of the checkout `root` to `folder`, whole or not at all; does nothing if it exists."""
+    if folder.is_dir():
+        return
+    with suppress(FileExistsError):  # another submission was first
+        with whole_folder(folder) as aside:
+            for relative, path in _sources(root).items():
+                target = aside / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+            write_text(aside / provenance.KEPT, json.dumps(provenance.git_state(root)))
+
+
+def _sources(root: Path) -> Mapping[str, Path]:
+    """The files of our packages by their path within the snapshot."""
+    paths = (path for package in PACKAGES for path in sorted((root / package).rglob("*")))
+    return {str(path.relative_to(root)): path for path in paths if path.suffix in KINDS}
