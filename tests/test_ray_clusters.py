@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from raised import fails
 from safetensors.torch import load_file
 from test_readme import parse
 
@@ -28,6 +30,8 @@ from jobs.ray import render as ray_render
 from jobs.ray import scheduler as ray_jobs
 from jobs.ray import site as ray_site
 from jobs.ray.local import Local, gpus_here
+from jobs.verbs.submit import SubmitOptions
+from jobs.verbs.submit import run as submit
 from pipeline import config as configs
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError
@@ -474,17 +478,19 @@ def test_a_number_of_nodes_that_is_none_is_refused(say: Callable[..., tuple[int,
 # --- Ray Jobs
 
 
-def test_an_address_without_a_job_server_is_refused(say: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
-    words = ["submit", "train", "convnet_aig/toy", f"data.root={tmp_path}", "--time", "30m", "--where", "ray"]
-    assert "which needs it: http://HOST:8265" in say(*words)[1]
-    assert "http://HOST:8265" in say(*words, "--address", "10.0.0.1:6379", "--run-dir", tmp_path / "run")[1]
+def test_an_address_without_a_job_server_is_refused(tmp_path: Path) -> None:
+    arguments = ("convnet_aig/toy", f"data.root={tmp_path}", "--run-dir", f"{tmp_path}/run")
+    options = SubmitOptions("train", arguments, time_limit="30m", where="ray")
+    for address in (None, "10.0.0.1:6379"):
+        with fails(ConfigError, "--address", subject=address):
+            submit(replace(options, address=address))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        code, text = say(
-            *words, "--address", f"http://127.0.0.1:{taken.getsockname()[1]}", "--run-dir", tmp_path / "run"
-        )
-    assert code == 2 and "no job server answers" in text and "the extra `cluster`" in text
-    assert "--address (=http://a:1) is for --where ray" in say(*words[:-1], "local", "--address", "http://a:1")[1]
+        silent = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with fails(ResourceError, "--address", subject=silent):
+            submit(replace(options, address=silent))
+    with fails(ConfigError, "--address", subject="http://a:1"):
+        submit(replace(options, where="local", address="http://a:1"))
 
 
 def test_a_dry_run_shows_the_line_that_ray_would_run(say: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
