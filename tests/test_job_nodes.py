@@ -207,7 +207,7 @@ def test_a_verb_whose_head_is_gone_is_given_up_and_requeued_if_it_has_saved(
     assert exits == [code] and len(scheduler.requeued) == (code == 0)
 
 
-def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+def until(holds: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline

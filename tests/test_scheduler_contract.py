@@ -223,7 +223,7 @@ def _end(case: Case, made: list[JobRecord]) -> None:
         _until(lambda: case.name == "debug" or not any(case.state(record).alive for record in made))
 
 
-def _until(holds: Callable[[], bool], seconds: float = 120) -> None:
+def _until(holds: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline

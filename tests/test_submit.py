@@ -296,7 +296,7 @@ def test_in_a_container_the_batch_script_requeues(tmp_path: Path, tools: Path, m
 
 
 def _await_end(job: records.JobRecord) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while schedulers.state_of(job).alive:
         assert time.monotonic() < deadline
         time.sleep(0.2)
