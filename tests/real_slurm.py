@@ -1,4 +1,4 @@
-"""A cluster of infra/slurm/testcluster for tests: brought up, asked, taken down, and nothing of it left."""
+"""A cluster of infra/slurm/testcluster for tests: brought up, queried, taken down without a trace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TESTCLUSTER = Path(__file__).parents[1] / "infra" / "slurm" / "testcluster"
 
 @dataclass
 class RealSlurm:
-    """A running cluster. `env` is what a command needs to speak to it; `nodes` are the names of its nodes."""
+    """A running cluster. `env` is the environment in which commands reach it; `nodes` are the names of its nodes."""
 
     root: Path
     mode: str
@@ -29,7 +29,7 @@ class RealSlurm:
     spaces: set[str] = field(default_factory=set)  # the namespaces that it made
 
     def run(self, *words: str | Path, seconds: float = 300) -> str:
-        """What the command prints; a failure of the test, with its words, where it fails."""
+        """What the command prints. The test fails with its output if the command fails."""
         done = self.attempt(*words, seconds=seconds)
         assert done.returncode == 0, f"{words}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
@@ -41,12 +41,12 @@ class RealSlurm:
         return command(*words, root=self.root)
 
     def sbatch(self, script: str, *options: str) -> str:
-        """Submits a bash script and returns the job's id; its output goes nowhere unless an option says so."""
+        """Submits a bash script and returns the job's id; output is discarded unless an option sets a file."""
         options = ("--output", "/dev/null", *options)
         return self.run("sbatch", "--parsable", *options, "--wrap", script).strip().split(";")[0]
 
     def squeue(self) -> dict[str, str]:
-        """Jobs that wait or run: id to state."""
+        """The states of jobs that wait or run, by id."""
         lines = self.run("squeue", "--noheader", "--format", "%i %T").splitlines()
         return dict(line.split() for line in lines)
 
@@ -55,11 +55,11 @@ class RealSlurm:
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job)))
 
     def sacct(self, job: str) -> list[str]:
-        """States in the accounting, oldest first: one for each time the job was started."""
+        """States in the accounting, oldest first, one for each start of the job."""
         return self.run("sacct", "-n", "-X", "--duplicates", "-P", "-o", "State", "-j", job).splitlines()
 
     def wait(self, job: str, states: str | tuple[str, ...], seconds: float = 20) -> str:
-        """Until the job is in one of the states, which it returns."""
+        """Waits until the job is in one of the states, and returns it."""
         wanted = (states,) if isinstance(states, str) else states
         with contextlib.suppress(TimeoutError):
             until(lambda: self.show(job)["JobState"] in wanted, seconds)
@@ -81,7 +81,7 @@ class RealSlurm:
 
 @contextlib.contextmanager
 def real_slurm(mode: str, *options: str) -> Iterator[RealSlurm]:
-    """A cluster of that mode, in a short folder; skips where SLURM is missing; fails where down leaves anything."""
+    """A cluster of that mode, in a folder with a short path. Skips without SLURM; fails if `down` leaves anything."""
     root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     root.chmod(0o755)
     began = command("up", "--mode", mode, *options, root=root)
@@ -101,9 +101,9 @@ def real_slurm(mode: str, *options: str) -> Iterator[RealSlurm]:
 
 
 def command(*words: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """infra/slurm/testcluster with these words.
+    """Runs infra/slurm/testcluster.
 
-    Its mark stands first in the environment, where slurmstepd writes its title over it: the hard case.
+    Its mark comes first in the environment, where slurmstepd overwrites it with its title: the hard case.
     """
     marked = {"TESTCLUSTER_PART": "", "SLURM_CONF": "", **os.environ}
     line = [sys.executable, str(TESTCLUSTER), *words, "--root", str(root)]
@@ -111,7 +111,7 @@ def command(*words: str, root: Path, **env: str) -> subprocess.CompletedProcess[
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Ours without another SLURM's variables, and what `testcluster env` prints."""
+    """Our environment without another SLURM's variables, with those that `testcluster env` prints."""
     printed = command("env", root=root).stdout
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SRUN"))}
     return {**plain, **dict(re.findall(r"^export (\w+)=(.*)$", printed, re.MULTILINE))}
@@ -126,7 +126,7 @@ def until(holds: Callable[[], bool], seconds: float) -> None:
 
 
 def processes(words: str) -> list[Path]:
-    """Folders in /proc of all that have the words in their environment or command."""
+    """Folders in /proc of all processes with `words` in their environment or command."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -150,7 +150,7 @@ def _spaces(process: Path) -> set[str]:
 
 
 def residue(root: Path, made: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
-    """What is left of a cluster; looked for in other ways than testcluster does itself."""
+    """What is left of a cluster, searched in other ways than testcluster does."""
     left = [f"process {process.name}: {(process / 'cmdline').read_bytes()!r}" for process in processes(str(root))]
     left += [f"{process} has {opened} open" for process, opened in open_files() if opened.startswith(f"{root}/")]
     left += [f"{process} in a namespace" for process in Path("/proc").glob("[0-9]*") if made & _spaces(process)]
@@ -160,7 +160,7 @@ def residue(root: Path, made: set[str] = frozenset()) -> list[str]:  # type: ign
 
 
 def open_files() -> Iterator[tuple[Path, str]]:
-    """Each process with each file that it has open, and the folder that it is in."""
+    """Each process with each file that it has open, and its working directory."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             yield from ((process, os.readlink(opened)) for opened in [process / "cwd", *(process / "fd").iterdir()])

@@ -1,4 +1,4 @@
-"""Clusters that tests share: each is brought up once a session, and is empty of jobs when a test begins."""
+"""Clusters that tests share: each is brought up once per session, and has no jobs when a test begins."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def netns(netns_session: RealSlurm) -> Iterator[RealSlurm]:
 
 @pytest.fixture(params=["lo", "netns"])
 def cluster(request: pytest.FixtureRequest) -> RealSlurm:
-    """Either of them: for what must hold on both."""
+    """Each of them, for what must hold on both."""
     found: RealSlurm = request.getfixturevalue(request.param)
     return found
