@@ -21,17 +21,19 @@ from pipeline.errors import ResourceError
 CLOCKS_S = 30.0  # by which a process's start time may be off
 
 
-class LocalProcess:
+class LocalProcess(Scheduler):
     """A process of this machine for each job, started by submitit."""
 
     name = "local"
     can_requeue = False
 
     def preview(self, submission: Submission) -> str:
+        """The command line. No job waits for another here."""
         refuse_options(submission, "after", "dependency", "address")
         return "\n".join(shlex.join(["adaptnet", job.verb, *job.arguments]) for job in submission.jobs)
 
     def submit(self, submission: Submission) -> list[JobRecord]:
+        """Starts a process for each job, with a snapshot of the code; it outlives this one."""
         import submitit
         from submitit.helpers import clean_env
 
@@ -50,6 +52,7 @@ class LocalProcess:
         return made
 
     def states(self, records: Sequence[JobRecord]) -> dict[str, JobState]:
+        """From the jobs' results and processes; UNKNOWN for a job of another machine."""
         return {record.id: self._state(record) for record in records}
 
     def _state(self, record: JobRecord) -> JobState:
@@ -77,6 +80,7 @@ class LocalProcess:
         os.kill(_process_id(record), signal.SIGTERM)
 
     def requeue(self, record: JobRecord) -> None:
+        """Always refused."""
         raise ResourceError(
             f"job {record.id} is in no queue; `adaptnet jobs cancel` and `resubmit` start it again",
             key="job",
@@ -84,9 +88,11 @@ class LocalProcess:
         )
 
     def logs(self, record: JobRecord) -> Sequence[Path]:
+        """The process's one log."""
         return [Path(record.log)]
 
     def node(self) -> NodeEnv | None:
+        """One host, on which the verb starts Ray by itself."""
         job = os.environ.get("SUBMITIT_LOCAL_JOB_ID")
         return None if job is None else NodeEnv(job, 0, (socket.gethostname(),))
 
@@ -95,6 +101,7 @@ class LocalProcess:
         return False
 
     def requeue_this_job(self, reason: str) -> None:
+        """Always refused."""
         raise ResourceError(f"a job on this machine cannot be requeued ({reason})", key="job")
 
 
@@ -104,6 +111,7 @@ class ThisProcess(LocalProcess):
     name = "debug"
 
     def submit(self, submission: Submission) -> list[JobRecord]:
+        """Records all jobs, then runs them one after another."""
         import submitit
         from submitit.helpers import clean_env
 
@@ -128,6 +136,7 @@ class ThisProcess(LocalProcess):
         return JobState("UNKNOWN", "it ran in the process that submitted it, which printed its outcome")
 
     def node(self) -> NodeEnv | None:
+        """As of a process of its own."""
         job = os.environ.get("SUBMITIT_DEBUG_JOB_ID")
         return None if job is None else NodeEnv(job, 0, (socket.gethostname(),))
 

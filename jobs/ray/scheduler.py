@@ -29,18 +29,20 @@ SAVES_WITHIN_S = 120  # after it was asked to stop; Ray's own 3 s kill most trai
 EXTRA = "pip install --constraint constraints.txt --editable '.[cluster]'"
 
 
-class RayJobs:
+class RayJobs(Scheduler):
     """The job server of a Ray cluster, at the submission's address. Jobs have no queue and get no warning."""
 
     name = "ray"
     can_requeue = False
 
     def preview(self, submission: Submission) -> str:
+        """The entrypoints, with ID for the jobs' ids. No job waits for another."""
         refuse_options(submission, "after", "dependency")
         check_address(submission.address)
         return "\n".join(entrypoint(job, "ID") for job in submission.jobs)
 
     def submit(self, submission: Submission) -> list[JobRecord]:
+        """By the job server; each job is a submission of its own."""
         self.preview(submission)
         client = connect(submission.address)
         made = []
@@ -60,6 +62,7 @@ class RayJobs:
         return made
 
     def states(self, records: Sequence[JobRecord]) -> dict[str, JobState]:
+        """From the job server; if it is gone, from the jobs' files."""
         return {record.id: self._state(record) for record in records}
 
     def _state(self, record: JobRecord) -> JobState:
@@ -84,6 +87,7 @@ class RayJobs:
         connect(record.address).stop_job(record.id)
 
     def requeue(self, record: JobRecord) -> None:
+        """Always refused."""
         raise ResourceError(
             f"job {record.id} is in no queue; `adaptnet jobs cancel` and `resubmit` start it again",
             key="job",
@@ -91,6 +95,7 @@ class RayJobs:
         )
 
     def logs(self, record: JobRecord) -> Sequence[Path]:
+        """The copy beside the run."""
         return [Path(record.log)]
 
     def node(self) -> NodeEnv | None:
@@ -98,9 +103,11 @@ class RayJobs:
         return None
 
     def on_preemption(self, callback: Callable[[], None] | None) -> bool:
+        """Ray Jobs gives no warning."""
         return False
 
     def requeue_this_job(self, reason: str) -> None:
+        """Always refused."""
         raise ResourceError(f"Ray Jobs has no queue ({reason})", key="job")
 
 

@@ -69,6 +69,7 @@ class NodeEnv:
 
     @property
     def time_left_s(self) -> float | None:
+        """Seconds until `ends_at`; None if that is unknown."""
         return None if self.ends_at is None else self.ends_at - time.time()
 
 

@@ -39,6 +39,7 @@ class JobAttempt:
         return self.last_step is not None and self.last_step > self.first_step
 
     def to_json(self) -> dict[str, JsonValue]:
+        """With the format number; `from_json` reads it."""
         return {
             "format": FORMAT,
             "job": self.job,

@@ -80,6 +80,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
+        """Where its record, logs and code are."""
         return Path(self.home) / FOLDER
 
     @property

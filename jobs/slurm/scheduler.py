@@ -29,17 +29,19 @@ TIMEOUT_S = 10.0  # for SLURM to answer within a job whose time is running out
 CONFIG_VARIABLE = "SLURM_CONF"  # submitit hides it with the other variables, but sbatch needs it
 
 
-class Slurm:
+class Slurm(Scheduler):
     """SLURM's queue. States are SLURM's own; once it has forgotten a job, the job's files are read instead."""
 
     name = "slurm"
     can_requeue = True
 
     def preview(self, submission: Submission) -> str:
+        """The batch script. SLURM has no address."""
         refuse_options(submission, "address")
         return script(submission)
 
     def submit(self, submission: Submission) -> list[JobRecord]:
+        """By sbatch; several jobs become an array."""
         text = self.preview(submission)
         check_slurm()
         submission.folder.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,7 @@ class Slurm:
         return made
 
     def states(self, records: Sequence[JobRecord]) -> dict[str, JobState]:
+        """From squeue, then sacct, then the jobs' files."""
         known = queue.states_of([record.id for record in records])
         return {record.id: self._state(record, known.get(record.id)) for record in records}
 
@@ -66,15 +69,18 @@ class Slurm:
         run_slurm("scancel", record.id)
 
     def requeue(self, record: JobRecord) -> None:
+        """SLURM ends the job's tasks and starts its script again, in the same job."""
         run_slurm("scontrol", "requeue", record.id)
 
     def logs(self, record: JobRecord) -> Sequence[Path]:
+        """One file for each node."""
         from pipeline.compat.submitit import task_logs
 
         first = Path(record.log)
         return [*(path for path in task_logs(record.folder, record.id) if path != first), first]
 
     def node(self) -> NodeEnv | None:
+        """From SLURM's environment variables."""
         return node_env()
 
     def on_preemption(self, callback: Callable[[], None] | None) -> bool:

@@ -42,7 +42,8 @@ if _lacking or find_spec(RUNNER) is None:
 class Executor(Protocol):
     """The public part of submitit's executors that we use."""
 
-    def submit(self, function: Callable[[], object]) -> object: ...
+    def submit(self, function: Callable[[], object]) -> object:
+        """Queues or starts a job that calls `function`."""
 
 
 @dataclass(frozen=True)
