@@ -303,6 +303,13 @@ def test_a_sweeps_end_gives_a_note_a_tally_and_pictures(images: Path, tmp_path: 
     assert long in (tmp_path / "results.csv").read_text()
 
 
+def test_a_screen_shows_the_facts_that_the_family_names_and_no_table_the_profile(images: Path) -> None:
+    metrics = {"top1": 0.7, "gmacs": 2.0, "gates-hard/layers": 3.0, "gates-hard/other": 1.0, "side_px/00": 32.0}
+    table = tables.rows(load(images), [Trial(Sample(0, 0, {"a": 0}), state="finished", metrics=metrics)])
+    assert table[0][-4:] == ["top1", "gmacs", "gates-hard/layers", "gates-hard/other"]
+    assert tables.brief(load(images), table)[0][-3:] == ["top1", "gmacs", "gates-hard/layers"]
+
+
 def test_an_optuna_study_draws_the_same_after_a_replay(images: Path) -> None:
     pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
     searched = load(

@@ -174,11 +174,11 @@ class Controller:
     def _judge_new(self, runner: Runner) -> None:
         """Judges each new evaluation of a trial, in order, until one stops it; stops it after max_minutes."""
         trial = runner.trial
-        for record in runner.read():
-            parts = record["key"].split("/")  # eval/POLICY/METRIC; during training only the first policy is evaluated
+        for logged in runner.read():
+            parts = logged.key.split("/")  # eval/POLICY/METRIC; during training only the first policy is evaluated
             judged = parts[0] == "eval" and parts[-1] == self._config.scheduler.metric
-            if judged and record["step"] not in trial.judged and trial.ends_at is None:
-                self._judge(trial, record["step"], record["value"], runner.epochs_per_step)
+            if judged and logged.step not in trial.judged and trial.ends_at is None:
+                self._judge(trial, logged.step, logged.value, runner.epochs_per_step)
         limit = self._config.bounds.max_minutes
         if limit is not None and trial.ends_at is None and runner.trained_s > 60 * limit and not runner.ended:
             self.record.write(TrialOvertime(trial.number, runner.newest))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from pipeline.errors import JsonValue
+from pipeline.runs.journal import Record
 from tuning.config import Bounds
 
 State = Literal["planned", "running", "finished", "stopped", "failed", "refused"]
@@ -109,12 +110,12 @@ NAMES: dict[type[Event], str] = {
 KINDS = {name: kind for kind, name in NAMES.items()}
 
 
-def to_json(event: Event) -> dict[str, Any]:
+def to_json(event: Event) -> dict[str, JsonValue]:
     """The fields of an event, for `from_json`."""
     return asdict(event)
 
 
-def from_json(record: Mapping[str, Any]) -> Event:
+def from_json(record: Record) -> Event:
     """The event of a line of the journal."""
     kind = KINDS[record["event"]]
     return kind(**{each.name: record[each.name] for each in fields(kind)})

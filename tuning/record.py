@@ -77,8 +77,8 @@ class SweepRecord:
 
     def write(self, event: Event) -> None:
         """Writes an event to the disk, then applies it to its trial."""
-        fields = to_json(event)
-        self._journal.event(NAMES[type(event)], fields.pop("step", None), **fields)
+        fields = {key: value for key, value in to_json(event).items() if key != "step"}
+        self._journal.event(NAMES[type(event)], getattr(event, "step", None), **fields)
         self._journal.sync()
         self._apply(event)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from pipeline import config as configs
 from pipeline.data.index import open_splits
@@ -16,13 +16,22 @@ from pipeline.execution import launch
 from pipeline.execution.launch import Result
 from pipeline.run_config import RunConfig
 from pipeline.runs import journal, records
-from pipeline.runs.journal import FirstValues
+from pipeline.runs.journal import FirstValues, Record
 from pipeline.runs.lease import Lease
 from pipeline.tracking import Uploader
 from pipeline.training import checkpoint
 from tuning.record import Trial
 
 REASON_CHARS = 500  # of a failed trial's error
+
+
+@dataclass(frozen=True)
+class LoggedMetric:
+    """A metric of a trial's journal, such as eval/gates-hard/top1 at a step."""
+
+    key: str
+    step: int
+    value: float
 
 
 class Runner:
@@ -75,7 +84,7 @@ class Runner:
         config = self._config
         return config.training.batch_size / len(open_splits(config.data, config.seed).train)
 
-    def read(self) -> Iterator[Mapping[str, Any]]:
+    def read(self) -> Iterator[LoggedMetric]:
         """The metrics that are new since the last call, each (key, step) once, earlier attempts' first."""
         moved = True
         while moved and self._path.exists():
@@ -87,9 +96,9 @@ class Runner:
                 if self._first.take(record):
                     if record["key"] == "time/interval_s":
                         self.trained_s += record["value"]
-                    yield record
+                    yield LoggedMetric(record["key"], record["step"], record["value"])
 
-    def _note(self, record: Mapping[str, Any]) -> None:
+    def _note(self, record: Record) -> None:
         self.trial.total_steps = record.get("total_steps", self.trial.total_steps)
         if "key" in record:
             self.trial.step = record["step"]

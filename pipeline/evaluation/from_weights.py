@@ -1,10 +1,9 @@
-"""Evaluates a net from its weights: the evaluator and loaders of a recipe, and what goes to the tracker."""
+"""Evaluates a net from its weights: the recipe's evaluator and loaders, and the metrics for the tracker."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from pipeline import family as families
 from pipeline import ranks
 from pipeline.data.dali import EvalLoader
 from pipeline.data.index import ImageIndex, Splits
+from pipeline.errors import JsonValue
 from pipeline.evaluation.evaluate import Batches, Evaluator, calibrate, choose, evaluate, restored
 from pipeline.evaluation.robustness import Attack, Attacked, ResolutionSweep
 from pipeline.family import Fitted, Report
@@ -24,13 +24,13 @@ FINAL = "final"  # the evaluation after training
 
 
 def placed(net: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
-    """The net where it computes, its weights laid out as the images are."""
+    """The net on its device, with the memory layout of the images."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return net.to(device).to(memory_format=layout)
 
 
 def check_policies(config: RunConfig, splits: Splits) -> None:
-    """Before training, not after it: the policies asked for are there, can work, and have images to be fitted on."""
+    """Raises ConfigError if a requested policy is unknown, cannot work, or has no images to be fitted on."""
     family, num_classes = families.find(config.family.name), len(splits.train.classes)
     net = family.build(config.family, num_classes).eval()
     policies = choose(family.policies(config.family, net), config.evaluation.policies)
@@ -74,15 +74,15 @@ def evaluate_checkpoint(
     splits: Splits,
     wanted: Sequence[str] | None,
     store: Path,
-    known: Sequence[Mapping[str, Any]] = (),
+    known: Sequence[Mapping[str, JsonValue]] = (),
     *,
     attack: Attack | None = None,
     sweep: ResolutionSweep | None = None,
 ) -> Sequence[Report]:
-    """Runs the net with `weights` (safetensors) on the val split, in this process, under the `wanted` policies.
+    """Evaluates the net with `weights` (safetensors) on the val split, in this process, under the `wanted` policies.
 
-    `known` are stored reports whose calibration stands; other policies are fitted on the held-out images. Images are
-    tampered with as `attack` says, and reduced to the sides of `sweep`, only after that.
+    known: stored reports, whose calibration is reused; other policies are fitted on the held-out images. `attack` and
+    `sweep` perturb and resize the images of the val split, after the calibration. The results are written to `store`.
     """
     from safetensors.torch import load_file
 
@@ -90,27 +90,27 @@ def evaluate_checkpoint(
     family = families.find(config.family.name)
     net = family.build(config.family, len(splits.val.classes))
     families.load(net, load_file(weights))
-    how = evaluator(config, device, len(splits.val.classes), latency=True)
-    net = placed(net, device, how.channels_last).eval()
+    conditions = evaluator(config, device, len(splits.val.classes), latency=True)
+    net = placed(net, device, conditions.channels_last).eval()
     policies = restored(choose(family.policies(config.family, net), wanted or config.evaluation.policies), known)
     if sweep is not None:
         sweep.check(net, config.data.side_for_eval)
     threads = config.data.decode_threads or torch.get_num_threads()
     fitted = all(policy.state() for policy in policies if isinstance(policy, Fitted))
     held_out = None if fitted or not len(splits.held_out) else eval_loader(config, splits.held_out, device, threads)
-    policies = calibrate(policies, net, held_out, how)
+    policies = calibrate(policies, net, held_out, conditions)
     policies = sweep.of(policies) if sweep is not None else policies
     batches: Batches = eval_loader(config, splits.val, device, threads)
     if attack is not None:
-        batches = Attacked(batches, net, how, attack)
-    return evaluate(net, policies, batches, how, store=store)
+        batches = Attacked(batches, net, conditions, attack)
+    return evaluate(net, policies, batches, conditions, store=store)
 
 
 def metrics_of(reports: Sequence[Report]) -> dict[str, float]:
-    """What goes to the tracker of each report: `eval/<policy>/top1` and its like."""
+    """The reports as metrics for the tracker: `eval/<policy>/top1` and so on."""
     values: dict[str, float] = {}
     for report in reports:
-        found = {
+        metrics = {
             "top1": report.top1,
             "top5": report.top5,
             "ece": report.ece,
@@ -118,5 +118,5 @@ def metrics_of(reports: Sequence[Report]) -> dict[str, float]:
             "gmacs_p95": report.macs_p95 / 1e9,
             "full_share": report.relative_macs,
         }
-        values |= {f"eval/{report.policy}/{key}": value for key, value in found.items() if value is not None}
+        values |= {f"eval/{report.policy}/{key}": value for key, value in metrics.items() if value is not None}
     return values

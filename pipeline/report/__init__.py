@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from pipeline import config as configs
 from pipeline import family as families
@@ -193,7 +192,7 @@ def fault_of(figure: Figure) -> str | None:
             sizes = {len(series.x), len(series.y), len(series.texts or series.x), len(series.faded or series.x)}
             if len(sizes) > 1:
                 return f"series {series.name!r}: x, y, texts and faded differ in length"
-        numbers: list[Any] = [value for series in figure.series for value in (*series.x, *series.y)]
+        numbers: list[float | None] = [value for series in figure.series for value in (*series.x, *series.y)]
     elif isinstance(figure, Bars):
         if any(len(values) != len(figure.labels) for values in figure.series.values()):
             return f"a series does not have as many values as there are labels ({len(figure.labels)})"

@@ -11,9 +11,8 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from pipeline.errors import ConfigError, ResourceError
+from pipeline.errors import ConfigError, JsonValue, ResourceError
 from pipeline.runs.files import write_bytes, write_text
 
 PAGE, DATA, FIGURES = "index.html", "data.json", "figures"
@@ -39,7 +38,7 @@ def check(out: Path) -> None:
         raise _unwritable(out, error) from None
 
 
-def earlier(out: Path) -> Mapping[str, Any]:
+def earlier(out: Path) -> Mapping[str, JsonValue]:
     """data.json of the report in `out`; empty if there is none. An empty figures/ alone is an interrupted report."""
     try:
         data = json.loads((out / DATA).read_text(encoding="utf-8"))
@@ -49,13 +48,14 @@ def earlier(out: Path) -> Mapping[str, Any]:
     return data if isinstance(data, dict) and data.get("format") == FORMAT else {}
 
 
-def write(out: Path, data: Mapping[str, Any], contents: Mapping[str, str | bytes]) -> list[Path]:
+def write(out: Path, data: Mapping[str, object], contents: Mapping[str, str | bytes]) -> list[Path]:
     """Writes all files, the page last, and removes files of an earlier report that this one does not have.
 
     contents {path in `out`: content}. Raises ResourceError if the files cannot be written.
     """
     check(out)
-    before = earlier(out).get("files", [])
+    listed = earlier(out).get("files")
+    before = [str(name) for name in listed] if isinstance(listed, list) else []
     names = [DATA, *contents]
     whole = {"format": FORMAT, "files": sorted({*names, *before}), **data}  # until the earlier files are removed
     try:
@@ -70,7 +70,7 @@ def write(out: Path, data: Mapping[str, Any], contents: Mapping[str, str | bytes
     return [out / name for name in sorted(names)]
 
 
-def _json(data: Mapping[str, Any]) -> str:
+def _json(data: Mapping[str, object]) -> str:
     return json.dumps(data, indent=1, allow_nan=False, default=str)
 
 

@@ -10,7 +10,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import matplotlib
 from matplotlib.figure import Figure as Canvas
@@ -22,7 +22,12 @@ INK = "#1b1b1f"
 # The colour-blind safe palette of Okabe and Ito (jfly.uni-koeln.de/color), without yellow and black, which is the ink
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "D", "^", "v", "P", "X", "<", ">", "p", "*", "h", "8")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+DASHES: tuple[Literal["-"] | tuple[float, tuple[float, ...]], ...] = (
+    "-",
+    (0, (5, 2)),
+    (0, (1.5, 1.5)),
+    (0, (6, 2, 1.5, 2)),
+)
 NEUTRAL_MARKER = "s"  # of a neutral series, which is drawn in ink
 COLOURS_OF_VALUES = "viridis"  # from dark blue to light yellow, with rising lightness
 WIDTH, HEIGHT = 640, 400  # px of a figure; the size of a heat map depends on its cells
