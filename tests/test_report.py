@@ -515,7 +515,7 @@ def real_families(monkeypatch: pytest.MonkeyPatch, known_families: None) -> None
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Runs the command in this process: (exit code, what it printed)."""
+    """Runs the command in this process; returns its exit code and its output."""
 
     def run(*arguments: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:

@@ -234,7 +234,7 @@ def test_a_side_that_the_net_does_not_accept_is_refused_by_the_net() -> None:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory, learnt: nn.Module) -> Path:
-    """A run of the trained net with its evaluation, on toy images."""
+    """A run of the trained net with its evaluation on toy images."""
     home = tmp_path_factory.mktemp("robust")
     images = toy.make(home / "toy", num_classes=3, train=9, val=24, side_px=24)
     net = [

@@ -1,4 +1,4 @@
-"""Debian's chromium without a screen, asked over the DevTools protocol by a websocket (aiohttp comes with MLflow)."""
+"""Debian's headless Chromium, controlled over the DevTools protocol by a websocket (aiohttp comes with MLflow)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
     *("--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-component-update"),
     *("--disable-sync", "--disable-default-apps", "--remote-debugging-port=0"),
-    "--host-resolver-rules=MAP * ~NOTFOUND",  # nothing outside can be reached
+    "--host-resolver-rules=MAP * ~NOTFOUND",  # no outside host can be reached
 )
 
 
 class Chromium:
-    """One browser with one page, between `with` and its end; `errors` and `requests` are what the page gave rise to."""
+    """A context manager for one browser with one page; `errors` and `requests` hold those of the page."""
 
     def __init__(self) -> None:
         assert EXECUTABLE, MISSING
@@ -55,7 +55,7 @@ class Chromium:
         shutil.rmtree(self._home, ignore_errors=True)
 
     def open(self, page: Path, width: int, height: int = 900, *, dark: bool = False, media: str = "") -> None:
-        """Loads a file at a screen's size and in a theme."""
+        """Loads a file with a screen width and a theme."""
         phone = width < 600
         shape = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
         self.ask("Emulation.setDeviceMetricsOverride", **shape)
@@ -75,7 +75,7 @@ class Chromium:
         return done["result"].get("value")
 
     def middle(self, selector: str) -> tuple[float, float]:
-        """The middle of an element on the screen, which is scrolled to it."""
+        """Scrolls to an element; returns the position of its centre on the screen."""
         script = (
             "(() => { const e = document.querySelector(%r); e.scrollIntoView({block: 'center', inline: 'center'}); "
             "const b = e.getBoundingClientRect(); return [b.left + b.width / 2, b.top + b.height / 2]; })()"
@@ -104,7 +104,7 @@ class Chromium:
             self.ask("Input.dispatchKeyEvent", type=kind, **about)
 
     def screenshot(self, *, whole: bool = False) -> bytes:
-        """PNG of the screen, or of the whole page."""
+        """A PNG of the screen, or of the whole page."""
         found = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))
         return base64.b64decode(found["data"])
 
@@ -118,7 +118,7 @@ class Chromium:
         return base64.b64decode(self.ask("Page.printToPDF", printBackground=False)["data"])
 
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command of the protocol, and its answer; events that come before it are noted."""
+        """Sends a command of the protocol and returns its answer; records events that arrive before it."""
         found: dict[str, Any] = self._wait(self._ask(method, parameters))
         return found
 
