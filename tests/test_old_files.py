@@ -138,7 +138,7 @@ def test_evaluating_a_finished_run_again_finds_the_stored_accuracies(
 def test_a_report_of_stored_evaluations_has_the_same_numbers(home: Path, adaptnet: Any) -> None:
     adaptnet("report", "runs/finished-arrn", "runs/finished-ranet", "--out", "report-now")
     assert (home / "report-now" / "index.html").is_file()
-    then, now = (list(csv.reader(open(home / each / "policies.csv"))) for each in ("report", "report-now"))
+    then, now = ((home / each / "policies.csv").read_text() for each in ("report", "report-now"))
     assert now == then
 
 

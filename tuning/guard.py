@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipeline.errors import ResourceError
-from pipeline.execution import cluster
+from pipeline.execution import cluster, sockets
 from pipeline.run_config import ComputeConfig
 from tuning import slots
 from tuning.watcher import Watcher
@@ -47,7 +47,7 @@ def joined(compute: ComputeConfig, watcher: Watcher) -> Iterator[None]:
 def _exit_without_head(head: str, over: threading.Event, watcher: Watcher) -> None:
     heard = time.monotonic()
     while not over.wait(1.0):
-        if slots.listens(head):
+        if sockets.listens(head):
             heard = time.monotonic()
         elif time.monotonic() - heard >= STUCK_S:
             try:

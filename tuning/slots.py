@@ -5,11 +5,10 @@ A trial's driver is a thread of the sweep's process and needs no resources of it
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping
 
 from pipeline.errors import ResourceError
-from pipeline.execution import cluster
+from pipeline.execution import cluster, sockets
 from pipeline.run_config import ComputeConfig
 
 
@@ -60,7 +59,7 @@ def free(compute: ComputeConfig, running: int) -> int:
 
 def alive() -> bool:
     """Whether the cluster's head accepts connections and the cluster has a node."""
-    return listens(head()) and bool(_nodes())
+    return sockets.listens(head()) and bool(_nodes())
 
 
 def head() -> str:
@@ -69,16 +68,6 @@ def head() -> str:
 
     address: str = ray.get_runtime_context().gcs_address
     return address
-
-
-def listens(address: str) -> bool:
-    """Whether something accepts connections at HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-    except OSError:
-        return False
-    return True
 
 
 def _nodes() -> list[Mapping[str, float]]:

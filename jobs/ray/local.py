@@ -192,12 +192,12 @@ def _keeper(node: Node, gpus: Sequence[str]) -> subprocess.Popen[bytes]:
 def _address(head: Node, keeper: subprocess.Popen[bytes]) -> str:
     """What the head's letter says. Raises ResourceError where none comes."""
     deadline = time.monotonic() + head.patience_s
-    while not head.letter.is_file():
+    while not head.head_file.is_file():
         if keeper.poll() is not None or time.monotonic() >= deadline:
             lines = head.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
             raise ResourceError(f"Ray's head did not start: {' / '.join(lines)[-600:] or 'it is silent'}")
         time.sleep(0.1)
-    address: str = json.loads(head.letter.read_text(encoding="utf-8"))["address"]
+    address: str = json.loads(head.head_file.read_text(encoding="utf-8"))["address"]
     return address
 
 

@@ -9,7 +9,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from pipeline import config as configs
 from pipeline.bench.rows import BenchRow, compare, interleave, on_threads
 from pipeline.data import pixels
 from pipeline.errors import ConfigError, ResourceError
+from pipeline.execution import sockets
 from pipeline.registry import catalogue
 from pipeline.registry.model import LoadedModel, load_model
 from pipeline.registry.resolve import resolve
@@ -144,7 +144,7 @@ def _ask(address: str, body: str, deadline: float, found: list[tuple[float, int]
 
 
 def _mlflow(model: str, uri: str) -> Any:
-    port = _free_port()
+    port = sockets.free_port()
     words = ["-m", "mlflow", "models", "serve", "-m", model, "--env-manager", "local", "--port", str(port)]
     return _started(words, {"MLFLOW_TRACKING_URI": uri}, f"http://127.0.0.1:{port}", "/ping", "/invocations")
 
@@ -165,7 +165,7 @@ def check_servers(names: Sequence[str]) -> None:
 
 @contextmanager
 def _ray(model: str, uri: str) -> Iterator[str]:
-    port, settings = _free_port(), configs.read_mapping(RAY)
+    port, settings = sockets.free_port(), configs.read_mapping(RAY)
     settings["http_options"] |= {"host": "127.0.0.1", "port": port}
     settings["applications"][0]["args"] |= {"model": model, "uri": uri}
     with tempfile.TemporaryDirectory(prefix="adaptnet-serve-") as folder:  # of this user alone, and not left behind
@@ -174,13 +174,6 @@ def _ray(model: str, uri: str) -> Iterator[str]:
         words = ["-m", "ray.serve.scripts", "run", str(path)]
         with _started(words, {"RAY_ADDRESS": "local"}, f"http://127.0.0.1:{port}", "/-/healthz", "/") as address:
             yield address
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 @contextmanager
