@@ -1,6 +1,6 @@
-"""What skipping saves in wall time, beside what it saves in MACs: each policy against the same net without skipping.
+"""Time and MACs that skipping saves: each policy against the same net without skipping.
 
-Nets have random weights; their gates and thresholds are set so that they decide as often as the published nets do.
+The nets have random weights; their gates and thresholds are set so that they skip as often as the published nets do.
 Each pair is measured in one run, interleaved.
 """
 
@@ -33,12 +33,12 @@ from pipeline.families.shape_adaptor.inference import freeze
 from pipeline.family import Family
 
 CLASSES = 10
-SHORTEST_S = 0.3  # a turn lasts as long at least
+SHORTEST_S = 0.3  # shortest turn
 
 
 @dataclass(frozen=True)
 class PolicyPair:
-    """A policy and its peer on the same images; `macs` is the policy's share of the peer's."""
+    """A policy and its peer on the same images; `macs` is the policy's MACs as a share of the peer's."""
 
     name: str
     peer: str
@@ -50,7 +50,7 @@ class PolicyPair:
 
 @dataclass(frozen=True)
 class PairTiming:
-    """A pair measured: the policy's share of the peer's MACs and of its time, medians over the rounds."""
+    """A measured pair: the policy's MACs and time as shares of the peer's, medians over the rounds."""
 
     name: str
     peer: str
@@ -69,21 +69,21 @@ class PairTiming:
 def inference(
     kinds: Sequence[str] | None = None, *, rounds: int = 7, threads: int | None = None
 ) -> Iterator[PairTiming]:
-    """Every pair of the families in `kinds` (default: all), on `threads` (default: as many as torch takes)."""
+    """Measures every pair of the families `kinds` (default: all) on `threads` CPU threads (default: torch's own)."""
     for kind in chosen("inference", kinds, PAIRS):
         with on_threads(threads), torch.inference_mode():
             yield from map(partial(_timed, rounds=rounds), PAIRS[kind]())
 
 
 def _timed(pair: PolicyPair, rounds: int) -> PairTiming:
-    found = interleave({"ours": lambda: _seconds(pair.ours), "theirs": lambda: _seconds(pair.theirs)}, rounds + 1)
-    ours, theirs = found["ours"][1:], found["theirs"][1:]  # the first round warms up
-    share = median(mine / his for mine, his in zip(ours, theirs, strict=True))
+    seconds = interleave({"ours": lambda: _seconds(pair.ours), "theirs": lambda: _seconds(pair.theirs)}, rounds + 1)
+    ours, theirs = seconds["ours"][1:], seconds["theirs"][1:]  # the first round warms up
+    share = median(mine / other for mine, other in zip(ours, theirs, strict=True))
     return PairTiming(pair.name, pair.peer, pair.batch, torch.get_num_threads(), pair.macs, share, 1e3 * median(theirs))
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Of one pass: the median of as many as fill SHORTEST_S."""
+    """The median time of one pass, over as many passes as fill SHORTEST_S."""
     passes: list[float] = []
     while sum(passes) < SHORTEST_S:
         start = time.perf_counter()
@@ -98,12 +98,12 @@ def _net(family: Family, **keys: object) -> nn.Module:
 
 
 def _placed(net: nn.Module) -> nn.Module:
-    """Laid out in memory as nets are evaluated."""
+    """The net in channels-last layout, as in evaluation."""
     return net.to(memory_format=torch.channels_last)
 
 
 def _images(count: int, side_px: int) -> Tensor:
-    """Random images of different contrast, so that a net does not decide the same about all."""
+    """Random images [count, 3, S, S] of different contrast, so that a net's decisions differ between them."""
     generator = torch.Generator().manual_seed(1)
     scale = torch.rand(count, 1, 1, 1, generator=generator) * 2 + 0.2
     images = scale * torch.randn(count, 3, side_px, side_px, generator=generator)
@@ -111,7 +111,7 @@ def _images(count: int, side_px: int) -> Tensor:
 
 
 def _settle(net: nn.Module, images: Tensor) -> None:
-    """Gives BatchNorm the statistics of these images, so that activations are of the size of a trained net's."""
+    """Sets BatchNorm's statistics from these images, so that activations are as large as in a trained net."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
@@ -120,10 +120,11 @@ def _settle(net: nn.Module, images: Tensor) -> None:
     net.eval()
 
 
-# ---- ConvNet-AIG: gates that open as often as their published targets say
+# ---- ConvNet-AIG: gates that open at their published target rates
 
 
 def aig_pairs() -> Iterator[PolicyPair]:
+    """ConvNet-AIG-50 with hard gates against all its blocks, at two target rates."""
     for t in (0.4, 0.7):
         config = AigConfig(depth=50, target_rate=t, schedule="published")
         torch.manual_seed(0)
@@ -142,7 +143,7 @@ def aig_pairs() -> Iterator[PolicyPair]:
 
 
 def _set_gates(net: Aig, config: AigConfig, images: Tensor) -> None:
-    """Shifts the gates one after the other, so that each opens for its target share of these images."""
+    """Shifts the gates' biases one after the other, so that each opens for its target share of these images."""
     x = net.stem(images)
     for block, target in zip(net.blocks, config.targets, strict=True):
         gate = block.gate
@@ -159,6 +160,7 @@ def _set_gates(net: Aig, config: AigConfig, images: Tensor) -> None:
 
 
 def ranet_pairs() -> Iterator[PolicyPair]:
+    """RANet's early exits against all its exits, and against ResNet-50 and VGG-16."""
     net = _net(ranet.FAMILY, name="ranet")  # C-b1
     assert isinstance(net, Ranet)
     images = _images(256, 32)
@@ -199,6 +201,7 @@ ARRN_SIZES = {  # the finest side in px, and the batches
 
 
 def arrn_pairs() -> Iterator[PolicyPair]:
+    """ARRN at a half and a quarter of its resolution against its full resolution."""
     for size, (finest, batches) in ARRN_SIZES.items():
         net = _net(arrn.FAMILY, name="arrn", size=size)
         for batch, part in product(batches, (2, 4)):
@@ -216,7 +219,7 @@ def arrn_pairs() -> Iterator[PolicyPair]:
 
 
 class _Resize(nn.Module):
-    """The larger branch at the adaptor's size: what a net pays that was designed with this shape."""
+    """Resizes the larger branch to the adaptor's size: the cost in a net that was designed with this shape."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -231,6 +234,7 @@ class _Resize(nn.Module):
 
 
 def shape_pairs() -> Iterator[PolicyPair]:
+    """Frozen Shape Adaptor nets against nets with one resize in place of each adaptor."""
     for kind, side, batch in (("vgg16_bn", 32, 64), ("mobilenet_v2", 224, 8), ("resnet50", 224, 8)):
         net = _net(shape_adaptor.FAMILY, name="shape_adaptor", net=kind, side_px=side)
         images = _images(batch, side)

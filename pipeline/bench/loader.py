@@ -1,7 +1,7 @@
 """Training images/s of our loader, of DALI's own file reader with the same operators, and of torchvision's DataLoader.
 
-All three decode, cut a random-resized window, resize it antialiased, mirror half of them and hand over uint8 batches,
-on the same CPUs, from the page cache; turns are taken A B C A B C …. `index_only` measures what an index costs.
+All three decode, crop a random-resized window, resize it with antialiasing, flip half of the images and return uint8
+batches, on the same CPUs and from the page cache. They take turns A B C A B C …. `index_only` measures an index alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +28,8 @@ from pipeline.data.index import ImageIndex, open_index
 from pipeline.data.stream import Stream
 
 BATCH, SIDE = 64, 224
-MOST_IMAGES = 2048  # of the set, copied to loose files for the two peers
-WARM = 12  # batches at the start of a turn that are not timed: more than any loader holds ready
+MOST_IMAGES = 2048  # of the set, copied to single files for the two peers
+WARM = 12  # batches at the start of a turn that are not timed: more than any loader prefetches
 OURS, WITHOUT_LATENCY = "ours", "ours without latency"
 NATIVE, TORCHVISION = "DALI file reader", "torchvision DataLoader"
 IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
@@ -39,7 +38,10 @@ IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
 def loader(
     root: Path, *, read_latency_s: float = 0.0, seconds: float = 8.0, rounds: int = 5, threads: int = 2
 ) -> list[BenchRow]:
-    """Our loader against both peers on `threads` CPUs; with `read_latency_s` added to each read, against itself."""
+    """Our loader against both peers on `threads` CPUs; with `read_latency_s` added to each read, against itself.
+
+    `seconds` is the length of one turn.
+    """
     index = open_index(root).subset(slice(0, MOST_IMAGES))
     with ExitStack() as stack, _on_cpus(threads):
         if read_latency_s:
@@ -57,7 +59,7 @@ def loader(
 
 
 def _rate(batches: Iterator[Tensor], seconds: float) -> Callable[[], float]:
-    """Images/s of one turn; whatever was made while others had theirs is taken out first."""
+    """A function that measures the images/s of one turn, after it has drained the batches prefetched meanwhile."""
 
     def run() -> float:
         for _ in range(WARM):
@@ -72,7 +74,7 @@ def _rate(batches: Iterator[Tensor], seconds: float) -> Callable[[], float]:
 
 @contextmanager
 def _on_cpus(count: int) -> Iterator[None]:
-    """This thread, and all that it starts, on `count` of its CPUs; each torch operation on one, as in a worker."""
+    """Pins this thread and its children to `count` of its CPUs; torch runs on one thread, as in a worker."""
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, sorted(before)[:count])
     torch.set_num_threads(1)
@@ -103,12 +105,12 @@ def _ours(index: ImageIndex, threads: int, read_latency_s: float) -> Iterator[It
 
 @contextmanager
 def _native(files: list[tuple[str, int]], threads: int) -> Iterator[Iterator[Tensor]]:
-    """DALI's file reader with its fused random crop, as NVIDIA's examples have it, and its own iterator for torch."""
+    """DALI's file reader with its fused random crop, as in NVIDIA's examples, and its own iterator for torch."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
     @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, seed=0)  # type: ignore[untyped-decorator]
-    def pipeline() -> Any:
+    def pipeline() -> tuple[object, object]:
         encoded, label = fn.readers.file(
             files=[path for path, _ in files], labels=[label for _, label in files], random_shuffle=True
         )
@@ -123,21 +125,19 @@ def _native(files: list[tuple[str, int]], threads: int) -> Iterator[Iterator[Ten
 @contextmanager
 def _torchvision(files: list[tuple[str, int]], threads: int) -> Iterator[Iterator[Tensor]]:
     from torch.utils.data import DataLoader, RandomSampler
-    from torch.utils.data._utils import signal_handling
+
+    from pipeline.compat import torch_data
 
     dataset = Photographs(files)
     endless = RandomSampler(dataset, replacement=True, num_samples=1 << 40)
     made = DataLoader(dataset, BATCH, sampler=endless, num_workers=threads, multiprocessing_context="spawn")
     batches = iter(made)
     yield (images for images, _ in batches)
-    # how a worker ends changes nothing that was measured; one in many aborts while Python ends, which would be raised
-    signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]
-    batches._worker_pids_set = False  # type: ignore[attr-defined]
-    batches._shutdown_workers()  # type: ignore[attr-defined]
+    torch_data.shut_down_workers(batches)
 
 
 class Photographs(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """(image uint8 [3, S, S], label), decoded and augmented by torchvision v2."""
+    """Items (image uint8 [3, S, S], label), decoded and augmented by torchvision v2."""
 
     def __init__(self, files: list[tuple[str, int]]) -> None:
         from torchvision.transforms import v2
@@ -156,7 +156,7 @@ class Photographs(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
 
 def _loose(index: ImageIndex, folder: Path) -> list[tuple[str, int]]:
-    """(path, label) of every image, each copied to a file of its own."""
+    """Copies each image to a file of its own; (path, label) of each."""
     files = []
     for row in range(len(index)):
         path, offset, length = index.location(row)
@@ -171,18 +171,18 @@ def _loose(index: ImageIndex, folder: Path) -> list[tuple[str, int]]:
 
 
 def index_only(images: int = IMAGENET_IMAGES, classes: int = IMAGENET_CLASSES) -> list[BenchRow]:
-    """What an index of a synthetic set costs a worker: seconds to open, memory added, seconds for an epoch's order."""
+    """A worker's costs of an index of a synthetic set: seconds to open it, memory, seconds for an epoch's order."""
     with TemporaryDirectory(prefix="adaptnet-bench-") as folder:
         made = indexes.synthetic(images, classes, Path(folder))
         with multiprocessing.get_context("spawn").Pool(1) as worker:
-            found = worker.apply(_index_costs, (made,))
+            costs = worker.apply(_index_costs, (made,))
         shutil.rmtree(made.folder)
     units = {"load": "s", "memory added": "MB", "epoch order, full": "s", "epoch order, block": "s"}
-    return [BenchRow(f"index of {images:,} images: {name}", found[name], unit) for name, unit in units.items()]
+    return [BenchRow(f"index of {images:,} images: {name}", costs[name], unit) for name, unit in units.items()]
 
 
 def _index_costs(index: ImageIndex) -> dict[str, float]:
-    """Measured in a process of its own, which has done nothing else."""
+    """Measures in a process that has done nothing else."""
     import psutil
 
     process = psutil.Process()

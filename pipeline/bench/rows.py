@@ -1,4 +1,4 @@
-"""A row of a benchmark: a rate, and its ratio to a named peer measured in the same run."""
+"""Rows of a benchmark: a rate, and its ratio to a named peer that was measured in the same run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.training.memory import keep_freed_memory
 
 @dataclass(frozen=True)
 class BenchRow:
-    """`rate` in `unit`, the median over rounds; `ratio` to `peer`, the median of the rounds' own ratios."""
+    """`rate` in `unit` is the median over the rounds; `ratio` to `peer` is the median of the ratios of each round."""
 
     name: str
     rate: float
@@ -25,36 +25,43 @@ class BenchRow:
 
 
 def interleave(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Rates of each run, measured A B A B …, so that a noisy machine treats all alike."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    """The rates of each run, measured in turns A B A B …, so that noise of the machine affects all runs alike."""
+    rates: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            found[name].append(run())
-    return found
+            rates[name].append(run())
+    return rates
 
 
-def compare(found: dict[str, list[float]], ours: str, unit: str = "images/s") -> list[BenchRow]:
-    """A row for `ours` against each other run, and one for each of those."""
+def compare(rates: dict[str, list[float]], ours: str, unit: str = "images/s") -> list[BenchRow]:
+    """Two rows for each run other than `ours`: its own, and that of `ours` against it."""
     rows = []
-    for name, rates in found.items():
+    for name, theirs in rates.items():
         if name == ours:
             continue
-        ratio = median(mine / theirs for mine, theirs in zip(found[ours], rates, strict=True))
-        rows += [BenchRow(name, median(rates), unit), BenchRow(ours, median(found[ours]), unit, peer=name, ratio=ratio)]
+        ratio = median(mine / other for mine, other in zip(rates[ours], theirs, strict=True))
+        rows += [
+            BenchRow(name, median(theirs), unit),
+            BenchRow(ours, median(rates[ours]), unit, peer=name, ratio=ratio),
+        ]
     return rows
 
 
-def chosen(bench: str, asked: Sequence[str] | None, known: Collection[str]) -> Sequence[str]:
-    """What is asked for; all there is where nothing is. Raises ConfigError for what is not known."""
-    unknown = [name for name in asked or () if name not in known]
+def chosen(bench: str, requested: Sequence[str] | None, known: Collection[str]) -> Sequence[str]:
+    """The requested names, or all known ones if none are requested. Raises ConfigError for an unknown name."""
+    unknown = [name for name in requested or () if name not in known]
     if unknown:
-        raise ConfigError(f"bench {bench}: {', '.join(unknown)} is not known; known: {', '.join(known)}")
-    return asked or list(known)
+        raise ConfigError(
+            f"bench {bench}: unknown {', '.join(unknown)}; known: {', '.join(known)}",
+            key=f"bench {bench}",
+            subject=", ".join(unknown),
+        )
+    return requested or list(known)
 
 
 @contextmanager
 def on_threads(count: int | None) -> Iterator[None]:
-    """Torch on `count` CPU threads, None for as many as it takes; memory is kept as in training and evaluation."""
+    """Runs torch on `count` CPU threads (None: its default) and retains freed memory, as training does."""
     keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)

@@ -1,6 +1,6 @@
-"""What serving costs: MLflow's model against the bare net in one process, and servers under many clients.
+"""The cost of serving: MLflow's model against the bare net in one process, and servers under load by many clients.
 
-Load: each client sends its next request once its last one is answered, over a connection that it keeps.
+Each client keeps one connection open and sends its next request when the last one has been answered.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -41,8 +41,8 @@ START_S = 180.0
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a server bore from so many clients at once; `refused` counts answers other than 200."""
+class LoadResult:
+    """A server's throughput and latencies with `clients` at once; `refused` counts answers other than 200."""
 
     server: str
     clients: int
@@ -53,7 +53,7 @@ class Load:
 
 
 def in_process(model: str, images: Sequence[bytes], uri: str | None = None, *, rounds: int = 9) -> list[BenchRow]:
-    """Images/s of MLflow's pyfunc and of the net alone under the same policy, decoding included, in one batch."""
+    """Images/s of MLflow's pyfunc model and of the bare net under the same policy, on one batch, decoding included."""
     folder = resolve(model, uri)
     bare = load_model(folder)
     with tempfile.TemporaryDirectory(prefix="adaptnet-bench-") as scratch, on_threads(None):
@@ -75,16 +75,23 @@ def in_process(model: str, images: Sequence[bytes], uri: str | None = None, *, r
         return compare(interleave(runs, rounds), "pyfunc")
 
 
-def _pyfunc(folder: Path, destination: Path) -> Any:
+class _PyFunc(Protocol):
+    def predict(self, data: Sequence[str]) -> object: ...
+
+
+def _pyfunc(folder: Path, destination: Path) -> _PyFunc:
     """The model as MLflow loads it."""
     import mlflow.pyfunc
 
     from pipeline.registry.publishing import save_mlflow_model
 
     if not (folder / "card.json").is_file():
-        raise ConfigError(f"{folder}: give a registered version, or a folder that `models pull` has made")
+        raise ConfigError(
+            f"{folder}: name a registered version, or a folder made by `models pull`", key="model", subject=folder
+        )
     save_mlflow_model(folder, destination)
-    return mlflow.pyfunc.load_model(str(destination))
+    loaded: _PyFunc = mlflow.pyfunc.load_model(str(destination))
+    return loaded
 
 
 def _run(model: LoadedModel, images: Sequence[bytes]) -> None:
@@ -96,8 +103,8 @@ def _run(model: LoadedModel, images: Sequence[bytes]) -> None:
 
 def servers(
     model: str, image: bytes, uri: str | None, *, clients: Sequence[int], seconds: float, names: Sequence[str]
-) -> Iterator[Load]:
-    """Requests of one image each to MLflow's server and to Ray Serve, one server at a time."""
+) -> Iterator[LoadResult]:
+    """Loads the servers `names` ("mlflow", "ray") one after the other, with requests of one image each."""
     place = catalogue.address(uri)
     for name in names:
         with _mlflow(model, place) if name == "mlflow" else _ray(model, place) as address:
@@ -108,26 +115,29 @@ def servers(
                 yield load(name, address, body, count, seconds)
 
 
-def load(name: str, address: str, body: str, clients: int, seconds: float) -> Load:
-    """Sends `body` from that many clients for so long."""
-    found: list[list[tuple[float, int]]] = [[] for _ in range(clients)]
+def load(name: str, address: str, body: str, clients: int, seconds: float) -> LoadResult:
+    """Sends `body` from `clients` threads for `seconds`. Raises ResourceError if no request is answered."""
+    answers: list[list[tuple[float, int]]] = [[] for _ in range(clients)]
     deadline = time.perf_counter() + seconds
-    threads = [threading.Thread(target=_ask, args=(address, body, deadline, each)) for each in found]
+    threads = [threading.Thread(target=_ask, args=(address, body, deadline, each)) for each in answers]
     start = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     taken = time.perf_counter() - start
-    times = np.array([spent for each in found for spent, status in each if status == 200])
-    refused = sum(status != 200 for each in found for _, status in each)
+    times = np.array([seconds_taken for each in answers for seconds_taken, status in each if status == 200])
+    refused = sum(status != 200 for each in answers for _, status in each)
     if not len(times):
-        raise ResourceError(f"{name} at {address}: none of {refused} requests was answered")
+        raise ResourceError(
+            f"{name} at {address}: none of {refused} requests was answered", key="--server", subject=name
+        )
     median, slow = np.percentile(times, [50, 99]) * 1e3
-    return Load(name, clients, len(times) / taken, float(median), float(slow), refused)
+    return LoadResult(name, clients, len(times) / taken, float(median), float(slow), refused)
 
 
-def _ask(address: str, body: str, deadline: float, found: list[tuple[float, int]]) -> None:
+def _ask(address: str, body: str, deadline: float, answers: list[tuple[float, int]]) -> None:
+    """Appends (seconds, HTTP status) of each request to `answers`; status 0 where the connection fails."""
     parts = urlsplit(address)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
     try:
@@ -136,21 +146,21 @@ def _ask(address: str, body: str, deadline: float, found: list[tuple[float, int]
             connection.request("POST", parts.path or "/", body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             answer.read()
-            found.append((time.perf_counter() - start, answer.status))
+            answers.append((time.perf_counter() - start, answer.status))
     except OSError:
-        found.append((0.0, 0))
+        answers.append((0.0, 0))
     finally:
         connection.close()
 
 
-def _mlflow(model: str, uri: str) -> Any:
+def _mlflow(model: str, uri: str) -> AbstractContextManager[str]:
     port = sockets.free_port()
-    words = ["-m", "mlflow", "models", "serve", "-m", model, "--env-manager", "local", "--port", str(port)]
-    return _started(words, {"MLFLOW_TRACKING_URI": uri}, f"http://127.0.0.1:{port}", "/ping", "/invocations")
+    command = ["-m", "mlflow", "models", "serve", "-m", model, "--env-manager", "local", "--port", str(port)]
+    return _started(command, {"MLFLOW_TRACKING_URI": uri}, f"http://127.0.0.1:{port}", "/ping", "/invocations")
 
 
 def check_servers(names: Sequence[str]) -> None:
-    """Raises ConfigError, before anything is measured, where a server's packages are missing."""
+    """Raises ConfigError if a package of one of these servers is not installed."""
     if "ray" not in names:
         return
     try:
@@ -158,8 +168,10 @@ def check_servers(names: Sequence[str]) -> None:
     except ImportError as error:
         reason = str(error).partition(". ")[0]
         raise ConfigError(
-            f"--server ray: Ray Serve is not installed here ({reason}): pip install '.[serve]', or leave it out with "
-            "--server mlflow"
+            f"--server ray: Ray Serve is not installed ({reason}): pip install '.[serve]', or measure --server mlflow "
+            "alone",
+            key="--server",
+            subject="ray",
         ) from None
 
 
@@ -168,30 +180,32 @@ def _ray(model: str, uri: str) -> Iterator[str]:
     port, settings = sockets.free_port(), configs.read_mapping(RAY)
     settings["http_options"] |= {"host": "127.0.0.1", "port": port}
     settings["applications"][0]["args"] |= {"model": model, "uri": uri}
-    with tempfile.TemporaryDirectory(prefix="adaptnet-serve-") as folder:  # of this user alone, and not left behind
+    with tempfile.TemporaryDirectory(prefix="adaptnet-serve-") as folder:  # readable for this user only
         path = Path(folder) / "serve.yaml"
         path.write_text(configs.dump_yaml(settings), encoding="utf-8")
-        words = ["-m", "ray.serve.scripts", "run", str(path)]
-        with _started(words, {"RAY_ADDRESS": "local"}, f"http://127.0.0.1:{port}", "/-/healthz", "/") as address:
+        command = ["-m", "ray.serve.scripts", "run", str(path)]
+        with _started(command, {"RAY_ADDRESS": "local"}, f"http://127.0.0.1:{port}", "/-/healthz", "/") as address:
             yield address
 
 
 @contextmanager
 def _started(
-    words: Sequence[str], environment: Mapping[str, str], address: str, health: str, path: str
+    command: Sequence[str], environment: Mapping[str, str], address: str, health: str, path: str
 ) -> Iterator[str]:
-    """A server in a process group of its own, until the end; where it takes requests."""
-    known = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": str(CHECKOUT), **environment}
-    known["PATH"] = f"{Path(sys.executable).parent}:{known.get('PATH', '')}"  # mlflow starts uvicorn by its name
+    """Runs `python COMMAND` as a server in a process group of its own; yields the URL of `path` when it is ready."""
+    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": str(CHECKOUT), **environment}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', '')}"  # mlflow starts uvicorn by its name
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([sys.executable, *words], env=known, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen([sys.executable, *command], env=env, stdout=log, stderr=log, start_new_session=True)
         try:
             deadline = time.monotonic() + START_S
             while not _healthy(address, health):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    said = without_secrets(log.read())[-1500:]
-                    raise ResourceError(f"{' '.join(words[:3])} does not start: {said}")
+                    output = without_secrets(log.read())[-1500:]
+                    raise ResourceError(
+                        f"{' '.join(command[:3])} does not start: {output}", key="--server", subject=command[1]
+                    )
                 time.sleep(0.3)
             yield f"{address}{path}"
         finally:
@@ -199,7 +213,7 @@ def _started(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends its whole group, which may be gone already."""
+    """Ends the process group, if it has not ended yet."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGINT)
         try:
