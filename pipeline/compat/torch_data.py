@@ -21,6 +21,6 @@ def shut_down_workers(batches: Iterator[object]) -> None:
     it changes nothing that was measured, so the workers are first removed from the handler's list.
     """
     assert isinstance(batches, _MultiProcessingDataLoaderIter)
-    _utils.signal_handling._remove_worker_pids(id(batches))
+    _utils.signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]
     batches._worker_pids_set = False
-    batches._shutdown_workers()  # type: ignore[no-untyped-call]
+    batches._shutdown_workers()
