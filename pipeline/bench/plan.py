@@ -1,10 +1,11 @@
-"""What a recipe needs on so many nodes: memory, steps, reading, decoding, saving, time. A model of measured parts.
+"""The resources that a recipe needs on a number of nodes, from a model of measured parts.
 
-Letters: W workers, B images of a step over all of them, b = B / W, r images/s that one worker computes, P parameters.
-A step takes B / (W r), if gradients travel meanwhile; a ring all-reduce sends 2 (W - 1) / W · 4 P bytes from and to
-each worker (Patarasuk & Yuan 2009), so that a network of n bytes/s a worker bounds the step from below by that over n.
-All workers' images/s are B over the longer of the two; storage gives that many times an image's bytes, a worker's cores
-decode its share, rank 0 writes a checkpoint's bytes once an interval, and as many values as a log point holds.
+Letters: W workers, B images of a step over all of them, b = B / W, r images/s of one worker, P parameters.
+A step takes B / (W r) if communication overlaps with computation. A ring all-reduce sends and receives
+2 (W - 1) / W · 4 P bytes at each worker (Patarasuk & Yuan 2009), so with a network of n bytes/s per worker a step takes
+at least that over n. All workers together compute B images in the longer of these two times. Storage must deliver the
+bytes of as many images, and each worker's cores must decode its share. Rank 0 writes one checkpoint per save interval
+and the values of one log point per log interval.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from pipeline.training.step import Meter, Micro, Task, train_step
 
 INDEX_BYTES = 4 * 4 + 2 * 8 + 8  # of one image: shard, label, height, width; offset, length; name's hash
 WARM, TIMED = 2, 5  # steps
-OTHER_METRICS = 10  # of a log point, beside the step's own: rates, shares of time, lr, epoch, bad images
-DECODED = 512  # images that decoding is measured on
+OTHER_METRICS = 10  # of a log point besides the step's own: rates, shares of time, lr, epoch, bad images
+DECODED = 512  # images over which decoding is measured
 
 
 @dataclass(frozen=True)
 class Images:
-    """The training images: how many, their classes, the mean size of an encoded one (None: not known)."""
+    """The training images: their number, their classes and the mean size of an encoded one (None: unknown)."""
 
     count: int
     classes: int
@@ -52,47 +53,47 @@ class Images:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Measured on this machine: one image's activations, one state's bytes, a worker's images/s, a core's decoding."""
+    """Measured on one machine: bytes of the state and of an image's activations, rates of computing and decoding."""
 
     parameters: int
     state_bytes: int  # parameters, gradients, moments and moving average in memory
     checkpoint_bytes: int
-    activation_bytes: float  # kept for the backward pass, by image
+    activation_bytes: float  # saved for the backward pass, per image
     images_per_s: float | None = None  # of one worker
     decoded_per_s: float | None = None  # by one core
-    device: str = "here"
+    device: str = "here"  # where it was measured, for people
     metrics: int = 0  # values of a log point
 
 
 @dataclass(frozen=True)
 class ResourcePlan:
-    """What the run needs; see the module's formula. None where what it follows from was neither measured nor given."""
+    """The needs of a run by the module's formula. A field is None if its inputs were neither measured nor given."""
 
     workers: int
-    rows: int  # of a worker's share of a step
-    micro_rows: int  # in memory at once
+    rows: int  # images of one worker in a step
+    micro_rows: int  # of these, images in memory at once
     steps: int
-    memory_bytes: float  # of a worker: state and activations, without the library's own
-    gradient_bytes: float  # that a worker sends and receives in a step
+    memory_bytes: float  # of a worker: state and activations, without the libraries' own
+    gradient_bytes: float  # sent and received by a worker in a step
     checkpoint_bytes: int
     index_bytes: int
     images_per_s: float | None
     step_s: float | None
     communication_s: float | None
     read_bytes_per_s: float | None
-    decode_cores: float | None  # of a worker
+    decode_cores: float | None  # per worker
     save_every_s: float | None
-    metrics_per_s: float | None  # that the journal takes, and MLflow after it
+    metrics_per_s: float | None  # written to the journal, and then to the tracker
     total_s: float | None
 
     @property
     def save_bytes_per_s(self) -> float | None:
-        """Checkpoint traffic, of rank 0 alone."""
+        """Checkpoint traffic of rank 0, the only rank that saves."""
         return self.checkpoint_bytes / self.save_every_s if self.save_every_s else None
 
     @property
     def limit(self) -> str | None:
-        """What bounds a step: computing, or sending gradients."""
+        """What bounds a step: "computing" or the "network"; None if either time is unknown."""
         if self.step_s is None or self.communication_s is None:
             return None
         return "network" if self.communication_s >= self.step_s else "computing"
@@ -101,12 +102,14 @@ class ResourcePlan:
 def plan(
     config: RunConfig, workers: int, images: Images, cost: Measurements, *, network_bytes_per_s: float | None
 ) -> ResourcePlan:
-    """The plan of `config` on so many workers. Raises ConfigError where they are more than a step has images."""
+    """The plan of `config` on `workers` workers. Raises ConfigError if a step has fewer images than workers."""
     batch = config.training.batch_size
     if workers > batch:
         raise ConfigError(
-            f"training.batch_size (={batch}) is below the number of workers (={workers}): each needs an image of a "
-            "step; take fewer nodes, or a larger batch with its learning rate"
+            f"training.batch_size (={batch}) is below the number of workers (={workers}): each worker needs an "
+            "image of every step; use fewer nodes, or a larger batch with its learning rate",
+            key="training.batch_size",
+            subject=batch,
         )
     rows = ceil(batch / workers)
     micro = min(rows, config.compute.max_batch_per_worker or rows)
@@ -147,7 +150,7 @@ def _per(count: int, seconds: float | None) -> float | None:
 
 
 def _interval(every: Duration, batch: int, images: Images, rate: float | None) -> float | None:
-    """Seconds from one such event to the next."""
+    """Seconds between two events that are due `every` so often; None if that depends on an unknown rate."""
     if every.unit == "minutes":
         return 60 * every.value
     if rate is None:
@@ -156,7 +159,7 @@ def _interval(every: Duration, batch: int, images: Images, rate: float | None) -
 
 
 def images_of(config: RunConfig) -> tuple[Images, ImageIndex] | None:
-    """The recipe's training images, where they are at hand."""
+    """The recipe's training images and their index; None if they cannot be read on this machine."""
     try:
         train = open_splits(config.data, config.seed).train
     except DataError:
@@ -167,11 +170,11 @@ def images_of(config: RunConfig) -> tuple[Images, ImageIndex] | None:
 def measure(
     config: RunConfig, num_classes: int, rows: int, *, train: ImageIndex | None, timed: bool = True
 ) -> Measurements:
-    """Measures a step of `rows` random images on this machine's device, its time where `timed`.
+    """Measures a training step of `rows` random images on this machine's device; its time only if `timed`.
 
-    Decoding too, where `train` images are given.
+    Measures decoding as well if `train` images are given.
     """
-    device = device_of("auto" if config.compute.device == "cuda" else config.compute.device)  # it may run elsewhere
+    device = device_of("auto" if config.compute.device == "cuda" else config.compute.device)  # the run may be elsewhere
     if device.type == "cpu":
         keep_freed_memory()
     task, current = _fresh(config, num_classes, device)
@@ -232,27 +235,27 @@ def _random(config: RunConfig, num_classes: int, rows: int, device: torch.device
 
 
 def _activations(task: Task, current: TrainState, micro: Micro) -> int:
-    """Bytes that a forward keeps for its backward, each storage once, parameters left out."""
+    """Bytes that the forward pass saves for the backward pass: each storage once, without parameters."""
     own = {p.untyped_storage().data_ptr() for p in current.net.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}  # bytes by address
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast(task.device.type, torch.bfloat16, enabled=task.autocast):
             output = current.net(micro.images)
             loss = task.family.loss(task.config, output, micro.targets).total
-    held = sum(kept.values())
+    total = sum(saved.values())
     del loss, output
-    return held
+    return total
 
 
 def _rate(task: Task, current: TrainState, micros: list[Micro], rows: int, steps: int) -> tuple[float, int]:
-    """Images/s, and how many values a step gives to be logged; the optimizers then hold their moments."""
+    """Images/s, and the number of values that a step logs. Afterwards the optimizers hold their moments."""
     times, meter = [], Meter()
     for _ in range(WARM + steps):
         start = time.perf_counter()
@@ -264,7 +267,7 @@ def _rate(task: Task, current: TrainState, micros: list[Micro], rows: int, steps
 
 
 def _saved_bytes(current: TrainState) -> int:
-    """Of a checkpoint on disk."""
+    """The size of a checkpoint on disk."""
     with TemporaryDirectory(prefix="adaptnet-plan-") as folder:
         path = Path(folder) / "step-00000000"
         meta = Meta(step=0, recipe={}, fingerprint={}, classes=())
@@ -299,7 +302,7 @@ def given(
     decoded_per_s: float | None = None,
     device: str | None = None,
 ) -> Measurements:
-    """`cost` with what the user has measured elsewhere."""
+    """`cost` with the rates that the user has measured elsewhere."""
     return replace(
         cost,
         images_per_s=images_per_s or cost.images_per_s,

@@ -1,4 +1,4 @@
-"""What each process of `torchrun -m pipeline.bench.torchrun SETTING OUT` does: the bare loop, measured."""
+"""One process of `torchrun -m pipeline.bench.torchrun SETUP OUT`: measures the bare loop."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pipeline import ranks, run_config
 from pipeline.bench import step
 
 
-def main(order: str, path: str) -> None:
-    """Writes rank 0's images/s of the global batch to `path`."""
+def main(setup_file: str, path: str) -> None:
+    """Runs the bare loop of `setup_file`; rank 0 writes the images/s of the global batch to `path`. Collective."""
     init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    plain = json.loads(Path(order).read_text(encoding="utf-8"))
-    config = run_config.from_mapping(plain["recipe"], order)
-    setting = step.LoopSetup(config, plain["num_classes"], plain["steps"], plain["warm"])
-    rate = step.bare(setting)
+    plain = json.loads(Path(setup_file).read_text(encoding="utf-8"))
+    config = run_config.from_mapping(plain["recipe"], setup_file)
+    setup = step.LoopSetup(config, plain["num_classes"], plain["steps"], plain["warm"])
+    rate = step.bare(setup)
     if ranks.rank() == 0:
         Path(path).write_text(json.dumps(rate))
     destroy_process_group()
@@ -29,4 +29,4 @@ def main(order: str, path: str) -> None:
 if __name__ == "__main__":
     main(*sys.argv[1:])
     sys.stdout.flush()
-    os._exit(0)  # DDP keeps gloo's threads alive beyond the group's end; one of them may abort an interpreter that ends
+    os._exit(0)  # gloo's threads outlive the process group; one of them may abort an interpreter that exits normally
