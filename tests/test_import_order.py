@@ -91,7 +91,8 @@ def _family_may(module: str, found: str) -> bool:
     top = found.split(".")[0]
     if top != "pipeline":
         return top in FAMILY_MAY_OUTSIDE
-    return part_of(found) in FAMILY_MAY or within(found, ".".join(module.split(".")[:3]))
+    doors = ("pipeline.compat.torch", ".".join(module.split(".")[:3]))
+    return part_of(found) in FAMILY_MAY or any(within(found, door) for door in doors)
 
 
 @pytest.mark.parametrize("service", DOORS)

@@ -8,13 +8,14 @@ S-steep), ResNet-50 (M) and below (T). S-steep has its work at the high resoluti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.errors import JsonValue
 from pipeline.families.arrn.filters import Filter
 from pipeline.family import FamilyConfig
 
@@ -69,6 +70,16 @@ class ArrnConfig(FamilyConfig):
     drop: Probability | tuple[Probability, ...] | None = None  # p_n: of dropping residual n where all above are dropped
     level_weights: tuple[Weight, ...] = ()  # instead of `drop`: shares of images that enter at R_0, R_1, ...
     resolutions_px: tuple[Side, ...] = ()  # evaluated besides the finest, on the ladder or not; empty: the ladder's
+
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        given, finest = values["ladder_px"], values["finest_px"]
+        keys = {"size": "ladder_px gives the ladder"} if given else {}
+        size = SIZES.get(str(values["size"]))
+        ladder = given if isinstance(given, list) and given else list(size.ladder) if size else []
+        if len(ladder) == 1 or (ladder and finest == ladder[-1]):
+            keys |= dict.fromkeys(("residual_gain", "drop", "level_weights"), "the net has no residual")
+        return keys
 
     @model_validator(mode="after")
     def _rules(self) -> ArrnConfig:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.compat.torch import has_forward_hooks
+
 LAYERS = re.compile(r"([FM])([1-9]\d*)x([1-9]\d*)")  # kind, expansion, depth
 Border = Literal["replicate", "zeros"]
 
@@ -49,7 +51,7 @@ class ConvNorm(nn.Module):
         """An exported graph is for any number of images, so it keeps both layers; who hooks them finds them as well."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if self.conv._forward_hooks or not isinstance(self.norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        if has_forward_hooks(self.conv) or not isinstance(self.norm, nn.BatchNorm2d | nn.SyncBatchNorm):
             return False
         values = len(x) * self.conv.out_channels * x.shape[-2] * x.shape[-1]
         return values >= self.conv.weight.numel()
@@ -59,8 +61,9 @@ class ConvNorm(nn.Module):
         assert norm.running_mean is not None and norm.running_var is not None
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-        folded: Tensor = conv._conv_forward(x, weight, bias)
-        return folded
+        if conv.padding_mode == "zeros":
+            return F.conv2d(x, weight, bias, padding=conv.padding, groups=conv.groups)
+        return F.conv2d(F.pad(x, (conv.kernel_size[0] // 2,) * 4, conv.padding_mode), weight, bias, groups=conv.groups)
 
 
 class Fused(nn.Module):

@@ -7,6 +7,7 @@ ConvNet-AIG's released backbone); Huang et al., ECCV 2016 (stochastic depth with
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.googlenet import GoogLeNetOutputs
 
 from pipeline.blocks import Logits, Stem, conv_bn, he_fan_out
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, JsonValue
 from pipeline.family import FamilyConfig
 
 TORCHVISION = (
@@ -54,6 +55,14 @@ class BaselineConfig(FamilyConfig):
     stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the last block being dropped; CIFAR ResNets
     batchnorm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None  # null: the net's own; see the docstring
     resolutions_px: tuple[Annotated[int, Field(ge=8)], ...] = ()  # evaluated natively and down-and-up as well
+
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        net = values["net"]
+        if str(net).startswith("cifar"):
+            return {"stem": f"{net} has a stem of its own"}
+        of_cifar = dict.fromkeys(("depth", "stochastic_depth"), f"it is for the CIFAR ResNets, not for {net}")
+        return of_cifar | ({"batchnorm_momentum": "vgg16 has no BatchNorm"} if net == "vgg16" else {})
 
     @model_validator(mode="after")
     def _rules(self) -> BaselineConfig:

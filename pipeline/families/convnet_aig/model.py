@@ -9,6 +9,7 @@ adaptive, so that images need not be square; BatchNorm starts at weight 1 (torch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -17,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.blocks import conv_bn, he_fan_out, put, take
+from pipeline.errors import JsonValue
 from pipeline.family import FamilyConfig
 
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -38,6 +40,15 @@ class AigConfig(FamilyConfig):
     gate_lr_factor: Annotated[float, Field(gt=0)] = 1.0
     thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # policies that open at this probability
     scaled: tuple[Literal["rate", "prob"], ...] = ()  # policies that run all blocks, scaled by their likelihood
+
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        rates = values["target_rate"]
+        fixed = all(rate == 1 for rate in rates) if isinstance(rates, list) else rates == 1
+        if fixed and not (values["schedule"] == "published" and values["depth"] == 50):
+            keys = ("rate_weight", "rate_reduction", "gate_batchnorm", "gate_lr_factor")
+            return dict.fromkeys(keys, "target_rate is 1 for each block, so that the net has no gate")
+        return {"rate_reduction": "rate_weight is 0"} if values["rate_weight"] == 0 else {}
 
     @model_validator(mode="after")
     def _rules(self) -> AigConfig:

@@ -7,6 +7,7 @@ all. Source: Yang et al., CVPR 2020 (arXiv 2003.07326), and the code released wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import floor
 from typing import Annotated, Literal
@@ -14,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.blocks import Stem
+from pipeline.errors import JsonValue
 from pipeline.family import FamilyConfig
 
 Count = Annotated[int, Field(ge=1)]
@@ -42,6 +44,14 @@ class RanetConfig(FamilyConfig):
     from_below: Annotated[float, Field(gt=0, lt=1)] = 0.25  # share of a fused layer's channels from the one before
     reduction: Annotated[float, Field(gt=0, le=1)] = 0.5  # of the channels at a transition
     budgets: tuple[Annotated[float, Field(gt=0)], ...] = ()  # a policy each: above 1 MACs per image, else share of all
+
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        scales = values["scales"]
+        if not isinstance(scales, list | tuple) or len(scales) != 1:
+            return {}
+        keys = ("more_blocks", "from_below", "reduction")
+        return dict.fromkeys(keys, "with one scale the net has one sub-network, without fused blocks or transitions")
 
     @model_validator(mode="after")
     def _rules(self) -> RanetConfig:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline import cost, ranks
 from pipeline.blocks import per_image
+from pipeline.compat.torch import version_of
 from pipeline.errors import ConfigError
 from pipeline.families.ranet.budget import lowered, shares, solve, thresholds
 from pipeline.families.ranet.config import RanetConfig, budget_name
@@ -344,4 +345,4 @@ def _collect(net: Ranet, batches: Iterable[tuple[Tensor, Tensor]]) -> HeldOut:
 def _versions(net: nn.Module) -> int:
     """A number that grows when weights or statistics are written."""
     tensors = (*net.parameters(), *net.buffers())
-    return sum(tensor._version for tensor in tensors if not tensor.is_inference())
+    return sum(version_of(tensor) or 0 for tensor in tensors)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from pipeline import cost
+from pipeline.compat.torch import without_dispatch_modes
 from pipeline.families.shape_adaptor.bodies import Adaptor, Body, BodyLayout, Cells, build_body
 from pipeline.families.shape_adaptor.shape import Size
 
@@ -52,14 +52,14 @@ class BodyCosts:
         self._given.clear()
         self._read.clear()
         shaped, image = self._shaped(size, sizes)
-        with torch.no_grad(), _disable_current_modes():
+        with torch.no_grad(), without_dispatch_modes():
             shaped.eval()(image)
 
     def macs(self, size: Size, sizes: tuple[Size, ...]) -> int:
         """MACs of one image as `cost` defines them; the slower of the two questions."""
         if (size, sizes) not in self._macs:
             shaped, image = self._shaped(size, sizes)
-            with _disable_current_modes():
+            with without_dispatch_modes():
                 self._macs[size, sizes] = cost.measure(shaped, image).macs
         return self._macs[size, sizes]
 

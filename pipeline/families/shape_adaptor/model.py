@@ -10,14 +10,14 @@ VGG-16 and MobileNetV2, `keep_residual`, sums that are not doubled, and the budg
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, JsonValue
 from pipeline.families.shape_adaptor.bodies import (
     MOBILENET,
     RESNET_STAGES,
@@ -64,6 +64,25 @@ class ShapeConfig(FamilyConfig):
     max_mvalues: Positive | None = None  # budget per image: Σ C·h·w over convolutions and adaptors, in millions
     max_gmacs: Positive | None = None  # budget per image in 1e9 MACs
 
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        mode, net = values["mode"], values["net"]
+        keys: dict[str, str] = {}
+        if net != "resnet50":
+            keys["doubled"] = f"{net} has no adaptor that joins a shortcut"
+        if net != "mobilenet_v2":
+            keys["keep_residual"] = f"it is for mobilenet_v2, not for {net}"
+        if mode != "sa" or values["factors"] is not None:
+            keys["target_px"] = "factors gives the first sizes" if mode == "sa" else "it is for mode sa"
+        if mode in ("human", "autotl"):
+            keys["adaptors"] = f"mode {mode} fixes their number"
+        if _pools_nothing(mode, net, values["side_px"]):
+            keys["pool"] = f"{net} in mode {mode} has no 2x2 pooling"
+        if mode == "human":
+            of_adaptors = ("factors", "rule", "limit_px", "doubled", "keep_residual", "alpha_every")
+            keys |= dict.fromkeys(of_adaptors, "mode human has no adaptors")
+        return keys
+
     @model_validator(mode="after")
     def _rules(self) -> ShapeConfig:
         if self.mode == "sa" and self.target_px >= self.side_px:
@@ -102,6 +121,14 @@ class ShapeConfig(FamilyConfig):
         if self.mode == "sa":
             return {"resnet50": sum(RESNET_STAGES), "mobilenet_v2": 1 + len(MOBILENET)}.get(self.net, 12)
         return len(_candidates(self))
+
+
+def _pools_nothing(mode: JsonValue, net: JsonValue, side_px: JsonValue) -> bool:
+    """Whether a net has neither adaptors between a map and its pooling nor fixed 2x2 poolings."""
+    if net == "mobilenet_v2":
+        return mode == "human"
+    small = isinstance(side_px, int) and side_px <= SMALL_PX
+    return net == "resnet50" and (mode in ("human", "autosc") or (mode == "autotl" and small))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.compat.torch import version_of
+
 SMALLER, LARGER = 0.5, 1.0  # factors of the two branches
 EPSILON = 1e-4  # of the initial alpha: the target that cannot be reached starts at ln EPSILON
 
@@ -154,7 +156,7 @@ class Shape(nn.Module):
         self.register_buffer("total", torch.tensor(total), persistent=False)
         self._reading: _Reading | None = None
         if self.alphas is not None:
-            self._reading = _Reading(self.alphas, _version(self.alphas), values)
+            self._reading = _Reading(self.alphas, version_of(self.alphas), values)
 
     def plan(self, size: Size) -> ShapePlan:
         """The plan for images of `size`; reads the alphas, which waits for the device, only if they moved."""
@@ -171,7 +173,7 @@ class Shape(nn.Module):
         return total.new_empty(0, 2) if self.alphas is None else weights(self.alphas, p, total)
 
     def _read(self, alphas: Tensor) -> _Reading:
-        known, version = self._reading, _version(alphas)
+        known, version = self._reading, version_of(alphas)
         if known is None or known.alphas is not alphas or known.version != version or version is None:
             known = _Reading(alphas, version, tuple(alphas.detach().double().tolist()))
             self._reading = known
@@ -188,8 +190,3 @@ class Shape(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies read anew: their alphas count versions of their own."""
         return {**self.__dict__, "_reading": None}
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often the tensor was written to; None where torch does not count, for tensors made in inference mode."""
-    return None if tensor.is_inference() else tensor._version
