@@ -1,4 +1,4 @@
-"""Real MLflow for tests: run folders as training leaves them, and one server a session that can be frozen."""
+"""Real MLflow for tests: run folders as training writes them, and one server for the session, which can be frozen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline import config as configs
 from pipeline.runs.journal import Journal
 from pipeline.tracking import connect
 
-CONTEXT = multiprocessing.get_context("forkserver")  # its children start with the slow imports done
+CONTEXT = multiprocessing.get_context("forkserver")  # its children start with the slow imports already made
 CONTEXT.set_forkserver_preload(
     [
         *("mlflow.entities", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.db.utils", "alembic.script"),
@@ -35,7 +35,7 @@ CONTEXT.set_forkserver_preload(
 
 
 def run_folder(path: Path, **tracking: Any) -> tuple[Path, dict[str, Any]]:
-    """A run's folder with a recipe and an empty journal, and the recipe."""
+    """A run folder with a recipe and an empty journal, and the recipe."""
     recipe = {"name": path.name, "seed": 1, "family": {"name": "tiny"}, "tracking": tracking, "checkpoint": {}}
     (path / "journal").mkdir(parents=True)
     (path / "config.yaml").write_text(configs.dump_yaml({"recipe": recipe, "fingerprint": {}}))
@@ -47,7 +47,7 @@ def finish(run_dir: Path, **status: Any) -> None:
 
 
 def write_steps(run_dir: Path, first: int, last: int, attempt: int = 1) -> None:
-    """Two metrics a step, whose values tell the attempt."""
+    """Writes two metrics for each step; the values show the attempt."""
     writer = Journal(run_dir / "journal", attempt=attempt)
     for step in range(first, last):
         writer.metrics(step, {"train/loss": 1000 * attempt + step, "eval/a/top1": step / 1000})
@@ -59,7 +59,7 @@ def history(client: Any, run_id: str, key: str = "train/loss") -> list[tuple[int
 
 
 def sole_run(client: Any, experiment: str = "adaptnet") -> Any:
-    """The only run there is."""
+    """The only run of the experiment."""
     found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
     assert len(found) == 1
     return found[0]
@@ -75,7 +75,7 @@ def tracking_events(run_dir: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Database:
-    """A database file, and the runs that three processes made in it which all had found it missing."""
+    """A database file, and the runs that three concurrent processes made in it, each of which created it if missing."""
 
     path: Path
     run_ids: list[str]
@@ -142,7 +142,7 @@ class Server:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """It takes connections and answers none; what it was asked meanwhile it does afterwards."""
+        """It accepts connections and answers none; requests of that time are handled afterwards."""
         os.killpg(self._process.pid, signal.SIGSTOP)
         try:
             yield
@@ -156,5 +156,5 @@ class Server:
 
 @cache
 def server() -> Server:
-    """The session's server, started when it is first asked for."""
+    """The session's server, started at the first call."""
     return Server()

@@ -1,9 +1,8 @@
-"""Looking up: fast in a large registry, best first, and nothing but what was asked for."""
+"""Looking up versions: fast in a large registry, best first; the same answers however the registry is read."""
 
 from __future__ import annotations
 
 import json
-import re
 import resource
 import shutil
 import sqlite3
@@ -18,13 +17,19 @@ from typing import Any, ClassVar
 
 import pytest
 from mlflow_here import database, server
+from raised import fails
 
 from jobs.cli import main
+from pipeline.compat import mlflow as compat
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.evaluation.frontier import parse_budget
-from pipeline.registry import cache, catalogue, resolve, store_reader
+from pipeline.registry import cache, catalogue, store_reader, table_store
+from pipeline.registry.client_store import ClientStore
+from pipeline.registry.rest_store import RestStore, get_json
+from pipeline.registry.session import session
+from pipeline.registry.store_reader import DatabaseStore
 from pipeline.tracking import connect
-from pipeline.tracking.address import reason_of
+from pipeline.tracking.client import reason_of
 
 NAMES, EACH = 50, 100
 
@@ -48,7 +53,7 @@ def figures(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The address of a registry with 5,000 versions, put into MLflow's own tables."""
+    """The URI of a registry with 5,000 versions, inserted into MLflow's own tables."""
     path = tmp_path_factory.mktemp("large") / "mlflow.db"
     shutil.copyfile(database().path, path)
     every = [(f"m{m:02}", n) for m in range(NAMES) for n in range(1, EACH + 1)]
@@ -89,7 +94,7 @@ def run(*arguments: object) -> int:
 
 
 def timed(*arguments: str) -> tuple[float, str]:
-    """Seconds of a core that the command takes in a process of its own, imports included, and what it prints."""
+    """CPU seconds that the command takes in a process of its own, imports included, and what it prints."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "jobs.cli", *arguments], capture_output=True, text=True, timeout=600, check=True
@@ -101,14 +106,14 @@ def timed(*arguments: str) -> tuple[float, str]:
 @pytest.mark.parametrize(
     "words", [["list"], ["lookup", "--max-macs", "0.5G", "--min-top1", "30"]], ids=["list", "lookup"]
 )
-def test_five_thousand_versions_are_looked_through_in_two_seconds(large: str, words: list[str]) -> None:
-    """In the time of a core, which it takes in one thread without waiting: others may hold the cores of a test."""
+def test_five_thousand_versions_are_searched_in_few_cpu_seconds(large: str, words: list[str]) -> None:
+    """CPU time, of one thread that does not wait: other processes may use the cores during a test."""
     seconds, text = timed("models", *words, "--uri", large)
-    assert seconds < 2.0
+    assert seconds < 4.0
     assert len(text.splitlines()) > 1000
 
 
-def test_neither_torch_nor_mlflow_is_imported_to_look_up(large: str) -> None:
+def test_looking_up_imports_neither_torch_nor_mlflow(large: str) -> None:
     code = f"""
 import sys
 from pipeline.registry import catalogue
@@ -120,18 +125,86 @@ print(sorted({{"torch", "mlflow", "pandas", "numpy"}} & set(sys.modules)))
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_the_quick_reader_sees_what_mlflow_s_client_sees(large: str) -> None:
-    client = connect(large)
-    there = {(v.name, int(v.version)): dict(v.tags) for v in client.search_model_versions(max_results=10_000)}
-    assert {(row.name, row.version): dict(row.tags) for row in store_reader.rows(large)} == there
-    models = {model.name: model.aliases for model in store_reader.models(large)}
-    assert models == {m.name: {a: int(v) for a, v in m.aliases.items()} for m in client.search_registered_models()}
-    assert [row.version for row in store_reader.rows(large, "m03")].count(5) == 1 and len(
-        store_reader.rows(large, "m03")
-    ) == EACH
+def test_sql_and_mlflow_s_client_give_the_same_answers(large: str, tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    shutil.copyfile(large.removeprefix("sqlite:///"), path)
+    client = connect(uri := f"sqlite:///{path}")
+    run_id = client.create_run("0", tags={"adaptnet.run_dir": "/somewhere"}).info.run_id
+    gone = client.create_run("0").info.run_id
+    client.delete_run(gone)
+    place = f"{client.get_run(run_id).info.artifact_uri}/x"
+    client.create_registered_model("described", tags={"a": "b"}, description="words")
+    for _ in range(2):
+        client.create_model_version("described", place, run_id)
+    client.delete_model_version("described", "1")
+    client.register_prompt("prompt", "Describe {{image}}.")  # MLflow stores prompts among the models, lists them apart
+    tables, other = DatabaseStore(uri), ClientStore(uri)
+    assert tables.models() == other.models() and len(tables.models()) == NAMES + 1
+    for name, number in ((None, None), ("m03", None), ("m03", 5), ("described", None), ("described", 1), ("m03", 999)):
+        ours, theirs = tables.rows(name, number), other.rows(name, number)
+        assert sorted(ours, key=lambda row: (row.name, row.version)) == sorted(
+            theirs, key=lambda row: (row.name, row.version)
+        )
+    assert len(tables.rows("m03")) == EACH and len(tables.rows("described")) == 1
+    for each in (run_id, gone, "f" * 32):
+        assert tables.run(each) == other.run(each)
 
 
-def test_over_http_the_same_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_installed_mlflow_has_a_known_revision() -> None:
+    """If this fails after an upgrade of MLflow, check the SQL of table_store and add the revision."""
+    assert compat.head_revision() in table_store.REVISIONS
+
+
+@pytest.fixture
+def renumbered(large: str, tmp_path: Path) -> Path:
+    """A copy of the registry whose tables say that they are of a later MLflow."""
+    path = tmp_path / "mlflow.db"
+    shutil.copyfile(large.removeprefix("sqlite:///"), path)
+    with sqlite3.connect(path) as tables:
+        tables.execute("UPDATE alembic_version SET version_num = 'abcdef'")
+    return path
+
+
+def test_tables_of_an_unknown_revision_are_read_by_mlflow_s_client(
+    large: str, renumbered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.store.db import utils
+
+    monkeypatch.setattr(utils, "_get_latest_schema_revision", lambda: "abcdef")  # as the later MLflow has it
+    uri = f"sqlite:///{renumbered}"
+    assert catalogue.versions(uri) == catalogue.versions(large)
+    assert catalogue.lookup("models:/m07@champion", uri).version == 3
+    assert store_reader.run(uri, "f" * 32) is None
+
+
+def test_a_revision_that_mlflow_does_not_know_either_is_its_error(renumbered: Path) -> None:
+    with fails(ResourceError, "--uri", subject=renumbered):
+        catalogue.versions(f"sqlite:///{renumbered}")
+
+
+def test_tables_of_an_earlier_mlflow_are_not_upgraded_by_reading_them(renumbered: Path) -> None:
+    earlier = min(compat.earlier_revisions())
+    with sqlite3.connect(renumbered) as tables:
+        tables.execute("UPDATE alembic_version SET version_num = ?", (earlier,))
+    before = renumbered.read_bytes()
+    with fails(ResourceError, "--uri", subject=renumbered):
+        catalogue.versions(f"sqlite:///{renumbered}")
+    assert renumbered.read_bytes() == before
+
+
+def test_a_database_without_tables_of_mlflow_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "empty.db"
+    with sqlite3.connect(path) as tables:
+        tables.execute("CREATE TABLE x (y)")
+    before = path.read_bytes()
+    with fails(ResourceError, "--uri", subject=path):
+        catalogue.versions(f"sqlite:///{path}")
+    assert path.read_bytes() == before
+    with fails(ConfigError, "--uri", subject="absent.db"):
+        catalogue.versions(f"sqlite:///{tmp_path}/absent.db")
+
+
+def test_a_server_is_read_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     there = server().uri
     client = connect(there)
@@ -153,31 +226,29 @@ def test_over_http_the_same_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     client.delete_run(run_id)
     deleted = store_reader.run(there, run_id)
     assert deleted is not None and deleted.deleted
-    with pytest.raises(ResourceError, match=r"127\.0\.0\.1:9: .*refused.*same command again"):
+    with fails(ResourceError, "--uri", subject="http://127.0.0.1:9"):
         catalogue.versions("http://me:hush@127.0.0.1:9")
 
 
-class Asked:
-    """What `store_reader` was asked over HTTP."""
+class CountingStore(RestStore):
+    """Counts its requests by call."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri, self._counted)
         self.calls: list[str] = []
-        get = store_reader._get
 
-        def counted(uri: str, call: str, query: Any) -> Any:
-            self.calls.append(call)
-            return get(uri, call, query)
+    def _counted(self, uri: str, call: str, query: Any) -> Any:
+        self.calls.append(call)
+        return get_json(uri, call, query)
 
-        monkeypatch.setattr(store_reader, "_get", counted)
-
-    def versions(self) -> int:
-        """How often versions were asked for since the last time."""
-        found = self.calls.count("model-versions/search")
+    def versions_read(self) -> int:
+        """How many requests for versions there were since the last call."""
+        count = self.calls.count("model-versions/search")
         self.calls.clear()
-        return found
+        return count
 
 
-def test_a_server_is_asked_again_for_what_has_changed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_is_queried_again_only_for_models_that_have_changed(tmp_path: Path) -> None:
     there = server().uri
     client = connect(there)
     run_id = client.create_run("0").info.run_id
@@ -186,38 +257,38 @@ def test_a_server_is_asked_again_for_what_has_changed_alone(tmp_path: Path, monk
     for name in names:
         client.create_registered_model(name)
         client.create_model_version(name, place, run_id, tags=tags(0, 1))
-    asked = Asked(monkeypatch)
+    store = CountingStore(there)
 
     def look() -> dict[str, list[int]]:
-        models = [model for model in store_reader.models(there) if model.name in names]
-        found = cache.rows(there, models, home=tmp_path)
+        models = [model for model in store.models() if model.name in names]
+        found = cache.rows(there, models, home=tmp_path, store=store)
         assert [dict(row.tags) for row in found] == [tags(0, 1)] * len(found)
         return {name: sorted(row.version for row in found if row.name == name) for name in names}
 
-    assert look() == {names[0]: [1], names[1]: [1]} and asked.versions() == 2
-    assert look() == {names[0]: [1], names[1]: [1]} and asked.versions() == 0
+    assert look() == {names[0]: [1], names[1]: [1]} and store.versions_read() == 2
+    assert look() == {names[0]: [1], names[1]: [1]} and store.versions_read() == 0
     client.create_model_version(names[1], place, run_id, tags=tags(0, 1))
-    assert look() == {names[0]: [1], names[1]: [1, 2]} and asked.versions() == 1
+    assert look() == {names[0]: [1], names[1]: [1, 2]} and store.versions_read() == 1
     client.delete_model_version(names[1], "1")
-    assert look() == {names[0]: [1], names[1]: [2]} and asked.versions() == 1
+    assert look() == {names[0]: [1], names[1]: [2]} and store.versions_read() == 1
     client.delete_registered_model(names[0])
     client.create_registered_model(names[0])
-    assert look() == {names[0]: [], names[1]: [2]} and asked.versions() == 1
+    assert look() == {names[0]: [], names[1]: [2]} and store.versions_read() == 1
     (written,) = tmp_path.iterdir()
     written.write_text("{")
-    assert look() == {names[0]: [], names[1]: [2]} and asked.versions() == 2
-    assert look() == {names[0]: [], names[1]: [2]} and asked.versions() == 0
+    assert look() == {names[0]: [], names[1]: [2]} and store.versions_read() == 2
+    assert look() == {names[0]: [], names[1]: [2]} and store.versions_read() == 0
     client.set_model_version_tag(names[1], "2", "adaptnet.licence", "MIT")
     assert catalogue.lookup(f"models:/{names[1]}/2", there).tags["adaptnet.licence"] == "MIT"  # as it is now
 
 
 class Elsewhere(BaseHTTPRequestHandler):
-    """Sends those who ask for models to /other on `localhost`, another name; its answer about versions breaks off."""
+    """Redirects requests for models to /other on `localhost`, another name; its answer about versions is cut off."""
 
-    told: ClassVar[list[tuple[str, str | None]]] = []
+    seen: ClassVar[list[tuple[str, str | None]]] = []
 
     def do_GET(self) -> None:
-        self.told.append((self.path.partition("?")[0], self.headers["Authorization"]))
+        self.seen.append((self.path.partition("?")[0], self.headers["Authorization"]))
         if "registered-models" in self.path:
             self.send_response(302)
             self.send_header("Location", f"http://localhost:{self.server.server_port}/other")  # type: ignore[attr-defined]
@@ -231,37 +302,37 @@ class Elsewhere(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def test_a_password_goes_to_no_other_server_and_half_an_answer_is_told() -> None:
+def test_a_redirect_gets_no_password_and_a_cut_off_answer_is_an_error() -> None:
     web = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
     threading.Thread(target=web.serve_forever, daemon=True).start()
     try:
         uri = f"http://me:hush@127.0.0.1:{web.server_port}"
         assert store_reader.models(uri) == []
-        (asked, given), (other, repeated) = Elsewhere.told
-        assert asked.endswith("search") and str(given).startswith("Basic ") and (other, repeated) == ("/other", None)
-        with pytest.raises(ResourceError, match=r"IncompleteRead.*same command again"):
+        (path, given), (other, repeated) = Elsewhere.seen
+        assert path.endswith("search") and str(given).startswith("Basic ") and (other, repeated) == ("/other", None)
+        with fails(ResourceError, "--uri", subject="http://127.0.0.1"):
             store_reader.rows(uri, "net")
     finally:
         web.shutdown()
 
 
-def test_what_mlflow_s_client_says_of_a_wrong_password_is_put_in_words() -> None:
+def test_a_refused_password_and_a_missing_permission_are_explained() -> None:
     from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND, PERMISSION_DENIED, UNAUTHENTICATED
 
-    said = "API request to endpoint /api/2.0/mlflow/runs/get failed with error code 401 != 200. Response body: 'You'"
-    assert reason_of(MlflowException(said)).startswith("it refuses this name and password (HTTP 401); set MLFLOW_")
-    assert "not permitted" in reason_of(MlflowException(said.replace("401", "403")))
-    assert "error code 404" in reason_of(MlflowException(said.replace("401", "404")))
+    reasons = [reason_of(MlflowException("x", error_code=code)) for code in (UNAUTHENTICATED, PERMISSION_DENIED)]
+    assert [reason.partition("HTTP ")[2][:3] for reason in reasons] == ["401", "403"]
+    assert "HTTP" not in reason_of(MlflowException("x", error_code=ENDPOINT_NOT_FOUND))
 
 
 def test_no_traceback_shows_a_password() -> None:
     secret = str(time.time_ns())
-    with pytest.raises(ResourceError) as found, resolve.asking(f"http://me:{secret}@127.0.0.1:9") as client:
-        client.search_registered_models()
-    assert secret not in "".join(traceback.format_exception(found.value))
+    with pytest.raises(ResourceError) as caught, session(f"http://me:{secret}@127.0.0.1:9") as client:
+        client.get_registered_model("net")
+    assert secret not in "".join(traceback.format_exception(caught.value))
 
 
-def test_what_meets_a_budget_comes_best_first(large: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_policies_within_a_budget_come_best_first(large: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = catalogue.versions(large)
     matches = catalogue.matching(found, max_macs=parse_budget("0.5G"), min_top1=0.2, dataset="set1")
     assert matches and all(m.policy == "cheap" and m.macs <= 5e8 and m.top1 >= 0.2 for m in matches)
@@ -277,30 +348,33 @@ def test_what_meets_a_budget_comes_best_first(large: str, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("bounds", "key"),
     [
-        (("--max-macs", "1M"), "the cheapest is cheap of models:/m00/1 at"),
-        (("--max-macs", "0.3G", "--min-top1", "90"), "the best is cheap of models:/m.* with"),
-        (("--max-macs", "5ms"), "give MACs"),
-        (("--dataset", "set9"), "no version is of it; there are: set0, set1"),
-        (("m99",), "no model of that name; there are: m00"),
+        ({"max_macs": "1M"}, "--max-macs"),
+        ({"max_macs": "0.3G", "min_top1": 0.9}, "--min-top1"),
+        ({"dataset": "set9"}, "--dataset"),
     ],
 )
-def test_what_nothing_meets_is_told_the_nearest(
-    large: str, options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+def test_bounds_that_no_policy_meets_are_named(large: str, bounds: dict[str, Any], key: str) -> None:
+    budget = parse_budget(bounds["max_macs"]) if "max_macs" in bounds else None
+    with fails(ConfigError, key):
+        catalogue.matching(
+            catalogue.versions(large),
+            max_macs=budget,
+            min_top1=bounds.get("min_top1"),
+            dataset=bounds.get("dataset"),
+        )
+
+
+def test_an_unknown_name_is_refused(large: str) -> None:
+    with fails(ConfigError, "name", subject="m99"):
+        catalogue.versions(large, "m99")
+
+
+@pytest.mark.parametrize("options", [("--max-macs", "5ms"), ("m99",)])
+def test_the_command_ends_with_2_if_it_cannot_look_up(
+    large: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("models", "lookup", *options, "--uri", large) == 2
-    assert re.search(said, capsys.readouterr().err)
-
-
-def test_tables_of_another_mlflow_are_named(tmp_path: Path) -> None:
-    shutil.copyfile(database().path, tmp_path / "mlflow.db")
-    with sqlite3.connect(tmp_path / "mlflow.db") as tables:
-        tables.execute("UPDATE alembic_version SET version_num = 'abcdef'")
-    with pytest.raises(ResourceError, match=r"revision abcdef.*mlflow db upgrade"):
-        catalogue.versions(f"sqlite:///{tmp_path}/mlflow.db")
-    sqlite3.connect(tmp_path / "empty.db").execute("CREATE TABLE x (y)")
-    with pytest.raises(ResourceError, match="revision none"):
-        catalogue.versions(f"sqlite:///{tmp_path}/empty.db")
-    with pytest.raises(ConfigError, match="no registry here yet"):
-        catalogue.versions(f"sqlite:///{tmp_path}/none.db")
+    printed = capsys.readouterr()
+    assert printed.err and not printed.out

@@ -1,4 +1,4 @@
-"""Stored evaluations: what is found is of this net, on these images, by its own recipe; nothing else replaces it."""
+"""Stored evaluations: those found are of this net, on these images, by its own recipe; no other replaces them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from raised import fails
 
 from pipeline.deploy import evaluations, predicting
 from pipeline.deploy.predicting import Choice
@@ -18,6 +20,7 @@ from pipeline.evaluation.frontier import parse_budget
 from pipeline.registry.catalogue import RUNS
 
 QUICK = ["evaluation.latency_repeats=0"]
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def store(run: Path, name: str, **about: Any) -> Path:
     [{"sides": "sides16"}, {"attack": "fgsm"}, {"overrides": ["data.eval_side_px=16"]}, {"step": 5}, {"sha256": "0"}],
     ids=lambda about: next(iter(about)),
 )
-def test_only_an_evaluation_of_this_net_as_it_is_counts(run: Path, about: Mapping[str, Any]) -> None:
+def test_only_evaluations_of_the_unchanged_net_count(run: Path, about: Mapping[str, Any]) -> None:
     before = evaluations.find(str(run)).newest.reports
     store(run, "other", **about)
     net = evaluations.find(str(run))
@@ -50,14 +53,14 @@ def test_only_an_evaluation_of_this_net_as_it_is_counts(run: Path, about: Mappin
     assert evaluations.together([net])[0].reports == before
 
 
-def test_a_newer_one_counts_and_a_part_does_not_stand_before_the_whole(run: Path) -> None:
+def test_a_newer_evaluation_counts_but_not_a_partial_one(run: Path) -> None:
     store(run, "part", policies=["gates-hard"])
     assert evaluations.find(str(run)).newest.reports[0].top1 < 1
     store(run, "again")
     assert evaluations.find(str(run)).newest.reports[0].top1 == 1
 
 
-def test_what_an_override_changes_is_stored_apart_and_said(run: Path) -> None:
+def test_an_evaluation_with_overrides_is_stored_separately(run: Path) -> None:
     plain = evaluations.evaluate(str(run), QUICK)
     changed = evaluations.evaluate(str(run), [*QUICK, "data.eval_side_px=16", "data.eval_resize_px=18"])
     assert changed.folder != plain.folder and changed.reports[0].macs_mean < plain.reports[0].macs_mean
@@ -66,17 +69,17 @@ def test_what_an_override_changes_is_stored_apart_and_said(run: Path) -> None:
     assert part.folder != plain.folder and json.loads((part.folder / "about.json").read_text())["policies"]
 
 
-def test_a_folder_keeps_the_evaluation_that_it_holds(run: Path, finished: dict[str, Path], tmp_path: Path) -> None:
+def test_an_evaluation_of_another_kind_replaces_nothing(run: Path, finished: dict[str, Path], tmp_path: Path) -> None:
     home = tmp_path / "kept"
     evaluations.evaluate(str(run), QUICK, out=home)
     evaluations.evaluate(str(run), QUICK, out=home)
     for source, policies in ((run, ["gates-hard"]), (finished["ranet"], None)):
-        with pytest.raises(ConfigError, match="holds an evaluation of another kind"):
+        with fails(ConfigError, "--out", subject=home):
             evaluations.evaluate(str(source), QUICK, out=home, policies=policies)
     assert len(evaluations.load_reports(home)) > 1
 
 
-def test_an_alias_that_moves_does_not_take_the_evaluation_along(
+def test_an_evaluation_stays_with_its_version_when_the_alias_moves(
     finished: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -87,7 +90,7 @@ def test_an_alias_that_moves_does_not_take_the_evaluation_along(
     assert done.folder in [each.folder for each in stored]
 
 
-def test_nets_have_names_wherever_one_stands(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+def test_nets_have_names_in_any_working_directory(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
     monkeypatch.chdir(run)
     (shown,) = evaluations.together([evaluations.find(".")])
     assert shown.name == "run"
@@ -96,13 +99,13 @@ def test_nets_have_names_wherever_one_stands(monkeypatch: pytest.MonkeyPatch, ru
 # --- predicting with what is stored
 
 
-def test_a_device_that_is_not_here_and_one_that_is_none_are_refused(run: Path) -> None:
-    for device, said in (("gpu", "auto, cpu or cuda"), ("cuda", "torch sees no GPU here")):
-        with pytest.raises(ConfigError, match=said):
-            predicting.load(str(run), device=device)
+@pytest.mark.parametrize("device", ["gpu", pytest.param("cuda", marks=NO_GPU)])
+def test_an_unknown_or_missing_device_is_refused(run: Path, device: str) -> None:
+    with fails(ConfigError, "--device", subject=device):
+        predicting.load(str(run), device=device)
 
 
-def test_a_time_that_cannot_be_kept_is_used_all_the_same_and_a_late_one_is_said(
+def test_a_time_that_cannot_be_stored_is_used_and_one_that_is_exceeded_is_reported(
     run: Path, finished: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -111,13 +114,13 @@ def test_a_time_that_cannot_be_kept_is_used_all_the_same_and_a_late_one_is_said(
     choice = found.choose(parse_budget("10s"), None, pictures)
     assert choice.cost is not None and found.late(choice, pictures) is None
     early = replace(choice, budget=replace(parse_budget("10s"), amount=1e-6))
-    assert "above the budget of 10s" in str(found.late(early, pictures))
+    assert "10s" in str(found.late(early, pictures))
     assert found.late(Choice(choice.policy, "no budget"), pictures) is None
     assert asdict(choice)["policy"] in found.policies
 
 
 @pytest.mark.parametrize("text", ["5msmacs", "50%macs", "5smacs", "macs", "1ee"])
-def test_nonsense_is_no_budget(text: str) -> None:
-    with pytest.raises(ConfigError, match="write MACs as"):
+def test_a_malformed_budget_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
         parse_budget(text)
     assert parse_budget("2GMACs").amount == 2e9

@@ -1,4 +1,4 @@
-"""Promotion: a gate that names by how much, a journal that only one of two may continue, and the way back."""
+"""Promotion: the gate, the log that only one of two concurrent writers may continue, and rollbacks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow_here import CONTEXT, database, finish, run_folder
+from raised import fails
 
 from jobs.cli import main
 from pipeline import config as configs
@@ -23,7 +24,9 @@ from pipeline.errors import CheckpointError, ConfigError, ResourceError
 from pipeline.family import Report
 from pipeline.registry import catalogue, promotion_log
 from pipeline.registry.model import describe
+from pipeline.registry.promotion_log import HolderChange
 from pipeline.registry.resolve import resolve
+from pipeline.runs.records import Meta
 from pipeline.tracking import connect
 from pipeline.training import checkpoint
 
@@ -36,25 +39,27 @@ CHAMPION = [report("full", 0.90, 2e9), report("half", 0.80, 1e9)]
 
 
 @pytest.mark.parametrize(
-    ("challenger", "said"),
+    ("challenger", "named"),
     [
-        ([report("a", 0.85, 2e9)], "a has 85.00 % at 2 GMACs, its full 90.00 % at 2 GMACs: 5.00 points more for 0.0 %"),
-        ([report("a", 0.80, 1.25e9)], "its half 80.00 % at 1 GMACs: 0.00 points more for 20.0 % fewer MACs"),
-        ([report("a", 0.70, 3e9), report("b", 0.80, 1e9)], "b has 80.00 %"),  # its own dominated policies are not told
-        (CHAMPION, "full has 90.00 %"),  # nothing new
+        ([report("a", 0.85, 2e9)], ["a", "full", "5.00", "0.0"]),
+        ([report("a", 0.80, 1.25e9)], ["a", "half", "0.00", "20.0"]),
+        ([report("a", 0.70, 3e9), report("b", 0.80, 1e9)], ["b", "half", "0.00", "0.0"]),  # not its dominated policy
+        (CHAMPION, ["full", "half"]),  # nothing new
         ([report("a", 0.91, 9e9)], None),  # more accurate
         ([report("a", 0.10, 5e8)], None),  # cheaper
         ([report("a", 0.10, 9e9), report("b", 0.85, 1.5e9)], None),  # between
     ],
 )
-def test_the_gate_says_by_how_much(challenger: list[Report], said: str | None) -> None:
-    found = promoting.gate(challenger, CHAMPION)
-    assert (found is None) == (said is None)
-    assert said is None or said in str(found)
-    assert found is None or "a has 70" not in found
+def test_the_gate_names_policies_points_and_percent(challenger: list[Report], named: list[str] | None) -> None:
+    reason = promoting.gate(challenger, CHAMPION)
+    if named is None:
+        assert reason is None
+    else:
+        words = str(reason).replace(":", " ").replace(";", " ").split()
+        assert set(named) <= set(words) and ("a" in words) == ("a" in named)
 
 
-# --- the journal
+# --- the log
 
 
 @pytest.fixture
@@ -71,10 +76,12 @@ def registered(tmp_path: Path) -> tuple[str, Any, str]:
 
 
 def write(client: Any, uri: str, version: int, **changes: Any) -> promotion_log.PromotionEntry:
-    """Appends to the journal of `net` as a promoter does that saw it as it is now."""
+    """Appends to the log of `net` as a promoter that has read its present state."""
     counted = promotion_log.history(uri, "net", "champion")
     present = client.get_registered_model("net").aliases.get("champion")
     given = {
+        "name": "net",
+        "alias": "champion",
         "kind": "promotion",
         "version": version,
         "before": int(present) if present else None,
@@ -83,10 +90,10 @@ def write(client: Any, uri: str, version: int, **changes: Any) -> promotion_log.
         "why": "",
         "forced": False,
         "source": client.get_model_version("net", "1").source,
-        "run_id": client.get_model_version("net", "1").run_id,  # a server asks for it beside the source
+        "run_id": client.get_model_version("net", "1").run_id,  # a server requires it beside the source
         "facts": {},
     }
-    return promotion_log.append(client, uri, "net", "champion", **{**given, **changes})
+    return promotion_log.append(client, uri, HolderChange(**{**given, **changes}))
 
 
 def holder(client: Any) -> int:
@@ -100,25 +107,24 @@ def contend(uri: str, version: int, start: Any, answers: Any) -> None:
         write(client, uri, version, before=None, follows=0, who=f"promoter-{version}@here")
         answers.put(version)
     except ResourceError as error:
-        answers.put(str(error))
+        answers.put((error.key, error.subject))
 
 
-def test_of_promotions_at_once_one_wins_and_the_others_are_told(registered: tuple[str, Any, str]) -> None:
+def test_of_concurrent_promotions_one_wins_and_the_others_are_refused(registered: tuple[str, Any, str]) -> None:
     uri, client, _ = registered
     start, answers = CONTEXT.Barrier(4), CONTEXT.Queue()
     racing = [CONTEXT.Process(target=contend, args=(uri, n, start, answers)) for n in (1, 2, 3, 4)]
     for process in racing:
         process.start()
-    said = [answers.get(timeout=600) for _ in racing]
+    results = [answers.get(timeout=600) for _ in racing]
     for process in racing:
         process.join(300)
-    won = [each for each in said if isinstance(each, int)]
+    won = [each for each in results if isinstance(each, int)]
     assert len(won) == 1 and holder(client) == won[0]
-    told = f"promoter-{won[0]}@here was first: version {won[0]} holds it"
-    assert [told in str(each) for each in said].count(True) == 3
+    assert results.count(("--alias", "net@champion")) == 3
     (entry,) = promotion_log.history(uri, "net", "champion")
     assert (entry.version, entry.done) == (won[0], True)
-    assert [v.version for v in catalogue.versions(uri)] == [4, 3, 2, 1]  # the journal is no model to look up
+    assert [v.version for v in catalogue.versions(uri)] == [4, 3, 2, 1]  # the log is not listed among the models
 
 
 class Dead(Exception):
@@ -126,7 +132,7 @@ class Dead(Exception):
 
 
 class Dying:
-    """A client whose process dies at its n-th call, before or after it was answered."""
+    """A client whose process is killed at its n-th call, before or after the answer."""
 
     def __init__(self, client: Any, moment: int) -> None:
         self._client, self._left = client, moment
@@ -146,7 +152,7 @@ class Dying:
             raise Dead
 
 
-def test_a_promoter_that_dies_anywhere_leaves_the_next_one_a_clear_holder(registered: tuple[str, Any, str]) -> None:
+def test_a_promoter_killed_anywhere_leaves_a_clear_holder(registered: tuple[str, Any, str]) -> None:
     uri, client, _ = registered
     write(client, uri, 1)
     moment, entered = 0, 0
@@ -173,7 +179,7 @@ def test_a_promoter_that_dies_anywhere_leaves_the_next_one_a_clear_holder(regist
 
 
 class Slow:
-    """A client that falls asleep before it moves an alias; meanwhile another promoter is through."""
+    """A client that pauses before it moves an alias; meanwhile another promoter finishes."""
 
     def __init__(self, client: Any, meanwhile: Callable[[], Any]) -> None:
         self._client, self._meanwhile = client, [meanwhile]
@@ -196,7 +202,7 @@ def test_a_slow_promoter_does_not_move_the_alias_back(registered: tuple[str, Any
     assert [entry.version for entry in promotion_log.history(uri, "net", "champion")] == [1, 2]
 
 
-def test_rollbacks_go_back_step_by_step(registered: tuple[str, Any, str]) -> None:
+def test_each_rollback_goes_back_by_one_holder(registered: tuple[str, Any, str]) -> None:
     uri, client, _ = registered
 
     def back() -> int | None:
@@ -209,21 +215,21 @@ def test_rollbacks_go_back_step_by_step(registered: tuple[str, Any, str]) -> Non
     assert back() == 1
     write(client, uri, 4)
     assert back() == 2
-    client.set_registered_model_alias("net", "champion", "3")  # by hand, past the journal
+    client.set_registered_model_alias("net", "champion", "3")  # by hand, without the log
     assert back() == 4
     write(client, uri, 1)
-    assert back() == 3  # what was set by hand has been a holder too
+    assert back() == 3  # the version that was set by hand counts as a holder
     assert [entry.kind for entry in promotion_log.history(uri, "net", "champion")].count("rollback") == 1
 
 
-def test_a_model_that_has_the_journal_s_name_is_left_alone(registered: tuple[str, Any, str]) -> None:
+def test_a_model_with_the_name_of_the_log_is_not_used_as_one(registered: tuple[str, Any, str]) -> None:
     uri, client, _ = registered
     client.create_registered_model("net.promotions")
-    with pytest.raises(ConfigError, match="taken by a model"):
+    with fails(ConfigError, "name", subject="net.promotions"):
         write(client, uri, 1)
 
 
-# --- all of it
+# --- the commands
 
 SECTION = {"name": "convnet_aig", "depth": 8}
 
@@ -240,7 +246,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_run(path: Path, root: Path, seed: int, section: dict[str, Any] = SECTION) -> None:
-    """A finished run of an untrained net, with stored figures of its own."""
+    """A finished run of an untrained net, with stored reports."""
     run_dir, recipe = run_folder(path)
     recipe |= {"family": section, "data": {"root": str(root), "side_px": 32, "eval_resize_px": 32}}
     recipe |= {"training": {"start_from": "/weights/small"} if seed == 2 else {}}
@@ -250,9 +256,10 @@ def make_run(path: Path, root: Path, seed: int, section: dict[str, Any] = SECTIO
     torch.manual_seed(seed)
     net = family.build(configs.validate(family.config, section, "test"), 3)
     classes = sorted(path.name for path in (root / "train").iterdir())
-    meta = {"step": seed, "recipe": recipe, "fingerprint": {"seed": seed, "data.identity": "abc"}, "classes": classes}
+    fingerprint = {"seed": seed, "data.identity": "abc"}
+    meta = Meta(step=seed, recipe=recipe, fingerprint=fingerprint, classes=tuple(classes))
     name = checkpoint.name_of(seed)
-    checkpoint.write(run_dir / "checkpoints" / name, {"net": net.state_dict(), "step": seed}, {**meta, "metrics": {}})
+    checkpoint.write(run_dir / "checkpoints" / name, {"net": net.state_dict(), "step": seed}, meta)
     store = run_dir / "evaluations" / "final"
     store.mkdir(parents=True)
     found = [report("gates-hard", 0.5, 1e6).to_json(), report("all", 0.4, 2e6).to_json()]
@@ -263,7 +270,7 @@ def make_run(path: Path, root: Path, seed: int, section: dict[str, Any] = SECTIO
 
 
 @pytest.fixture
-def say(
+def call(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str]]:
     monkeypatch.chdir(home)
@@ -277,59 +284,60 @@ def say(
     return run
 
 
-def test_from_register_to_rollback(say: Callable[..., tuple[int, str]], home: Path) -> None:
+def test_from_register_to_rollback(call: Callable[..., tuple[int, str]], home: Path) -> None:
     uri = f"sqlite:///{home}/runs/mlflow.db"
     for number in (1, 2):
         words = ("--licence", "MIT", "--note", f"net {number}")
-        code, text = say("models", "register", f"runs/run{number}", "gated", *words)
+        code, text = call("models", "register", f"runs/run{number}", "gated", *words)
         assert code == 0 and f"models:/gated/{number}" in text, text
-    assert say("models", "register", "runs/run2", "gated")[1].endswith("is models:/gated/2\n")  # again: the same one
-    code, text = say("models", "promote", "gated", 1, "--why", "the first")
-    assert code == 0 and "models:/gated/1 is the champion: the first" in text, text
-    assert say("models", "promote", "gated", 1)[1] == "models:/gated/1 is the champion already\n"
-    code, text = say("models", "promote", "gated", 7)
-    assert code == 2 and "gated has no such version; it has: 2 @candidate, 1 @champion" in text
-    code, text = say("models", "promote", "gated", 2, "--force")
-    assert code == 2 and "say why" in text
-    for alias in ("latest", "V2", "my champion", ""):
-        code, text = say("models", "promote", "gated", 2, "--alias", alias)
-        assert code == 2 and f"--alias (={alias}): an alias has up to 100 letters" in text
-    code, text = say("models", "promote", "gated", 1, "--alias", "candidate")
-    assert code == 2 and "--alias (=candidate): that is the newest version; promote to another" in text
-    code, text = say("models", "promote", "gated", 2, "--alias", "reports")  # whatever its name, it harms no card
-    assert code == 0 and "models:/gated/2 is the reports" in text
-    assert "dominated" in say("models", "show", "models:/gated@reports")[1]
-    code, text = say("models", "promote", "gated", 2, "--why", "better?")
+    assert "models:/gated/2" in call("models", "register", "runs/run2", "gated")[1]  # again: the same version
+    code, text = call("models", "promote", "gated", 1, "--why", "the first")
+    assert code == 0 and "models:/gated/1" in text and "the first" in text, text
+    code, text = call("models", "promote", "gated", 1)
+    assert code == 0 and "models:/gated/1" in text and len(promotion_log.history(uri, "gated", "champion")) == 1
+    assert call("models", "promote", "gated", 7)[0] == 2
+    for arguments, key in (
+        ({"number": 7}, "version"),
+        ({"number": 2, "force": True}, "--why"),
+        *(({"number": 2, "alias": alias}, "--alias") for alias in ("latest", "V2", "my champion", "", "candidate")),
+    ):
+        with fails(ConfigError, key):
+            promoting.promote("gated", uri=uri, **arguments)
+    code, text = call("models", "promote", "gated", 2, "--alias", "reports")  # a name that must not break the card
+    assert code == 0 and "models:/gated/2" in text
+    assert "dominated" in call("models", "show", "models:/gated@reports")[1]
+    code, text = call("models", "promote", "gated", 2, "--why", "better?")
     refused = code == 2
-    if refused:  # both nets are untrained: which is better is chance, but what follows from it is not
-        assert "is not promoted: models:/gated/1, the present champion, dominates it" in text and "MACs" in text
-        code, text = say("models", "promote", "gated", 2, "--force", "--why", "better all the same")
-        assert code == 0 and "forced, although models:/gated/1, the present champion, dominates it" in text
-    assert code == 0 and "models:/gated/2 is the champion, which models:/gated/1 held" in text, text
+    if refused:  # both nets are untrained: which is better is chance, but its consequences are not
+        with fails(ConfigError, "--force", subject="models:/gated/2"):
+            promoting.promote("gated", 2, uri=uri, why="better?")
+        code, text = call("models", "promote", "gated", 2, "--force", "--why", "better nevertheless")
+        assert "forced" in text
+    assert code == 0 and "models:/gated/2" in text and "models:/gated/1" in text, text
     client = connect(uri)
     entry = promotion_log.history(uri, "gated", "champion")[-1]
     assert (entry.version, entry.before, entry.forced, entry.done) == (2, 1, refused, True)
     made = client.get_model_version("gated.promotions", str(entry.number))
-    kept = Path(made.source.removeprefix("file://"))
-    assert {path.name for path in kept.iterdir()} == {"challenger.json", "champion.json"}
-    stored = json.loads((kept / "challenger.json").read_text())
+    stored_at = Path(made.source.removeprefix("file://"))
+    assert {path.name for path in stored_at.iterdir()} == {"challenger.json", "champion.json"}
+    stored = json.loads((stored_at / "challenger.json").read_text())
     assert stored["of"] == "models:/gated/2" and stored["reports"][0]["num_images"] == 40
     assert json.loads(made.tags["adaptnet.reports"])[0]["top1"] == stored["reports"][0]["top1"]
-    code, text = say("models", "rollback", "gated", "--why", "dark images")
-    assert code == 0 and text == "models:/gated/1 is the champion again, which models:/gated/2 held\n"
-    code, text = say("models", "rollback", "gated")
-    assert code == 2 and "only models:/gated/1 has held it" in text
-    code, text = say("models", "rollback", "gated", "--alias", "chmpion")
-    assert code == 2 and "nobody holds it; there are: 2 @candidate @reports, 1 @champion" in text, text
-    code, text = say("models", "register", "runs/run2", "gated", "--alias", "champion")  # past the gate
-    assert code == 2 and "`adaptnet models promote gated VERSION --alias champion`" in text
+    code, text = call("models", "rollback", "gated", "--why", "dark images")
+    assert code == 0 and text.index("models:/gated/1") < text.index("models:/gated/2")
+    for alias in ("champion", "chmpion"):
+        assert call("models", "rollback", "gated", "--alias", alias)[0] == 2
+        with fails(ConfigError, "--alias", subject=f"gated@{alias}"):
+            promoting.rollback("gated", alias=alias, uri=uri)
+    with fails(ConfigError, "--alias", subject="champion"):  # without the gate
+        promoting.register("runs/run2", "gated", alias="champion")
     assert client.get_registered_model("gated").aliases["champion"] in (1, "1")
-    code, text = say("models", "show", "models:/gated@champion")
+    code, text = call("models", "show", "models:/gated@champion")
     assert "net 1" in text and "MIT" in text and "dark images" in text and "run1" in text and "lineage" not in text
     lines = [line.split() for line in text.splitlines() if line.startswith(("gates-hard", "all"))]
     assert [line[-1] for line in lines] == ["yes", "dominated"]
-    assert "grown from /weights/small" in say("models", "show", "models:/gated/2")[1]
-    code, text = say("models", "diff", "models:/gated/1", "models:/gated/2")
+    assert "/weights/small" in call("models", "show", "models:/gated/2")[1]
+    code, text = call("models", "diff", "models:/gated/1", "models:/gated/2")
     assert "net 1" in text and "start from" in text and "policy" not in text, text
 
 
@@ -341,52 +349,52 @@ main(sys.argv[1:])
 """
 
 
-def test_a_pulled_folder_needs_no_mlflow(say: Callable[..., tuple[int, str]], home: Path, tmp_path: Path) -> None:
-    assert say("models", "register", "runs/run1", "pulled")[0] == 0
+def test_a_pulled_folder_needs_no_mlflow(call: Callable[..., tuple[int, str]], home: Path, tmp_path: Path) -> None:
+    assert call("models", "register", "runs/run1", "pulled")[0] == 0
     folder = tmp_path / "mine"
-    code, text = say("models", "pull", "models:/pulled/1", folder)
+    code, text = call("models", "pull", "models:/pulled/1", folder)
     assert code == 0 and str(folder) in text
     assert json.loads((folder / "origin.json").read_text())["version"] == "models:/pulled/1"
-    assert "exists already" in say("models", "pull", "models:/pulled/1", folder)[1]
+    assert call("models", "pull", "models:/pulled/1", folder)[0] == 2
     image = next((home / "images" / "val").rglob("*.*"))
-    code, text = say("predict", folder, image, "--budget", "100%")
+    code, text = call("predict", folder, image, "--budget", "100%")
     assert code == 0 and str(image) in text, text
     words = [sys.executable, "-c", WITHOUT_MLFLOW, "predict", str(folder), str(image), "--json"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0 and json.loads(done.stdout)["images"][0]["file"] == str(image), done.stderr
-    code, text = say("evaluate", folder)
-    assert code == 0 and f"stored in {folder}/evaluations/images-" in text, text
-    assert "40" in say("compare", folder, folder)[1]
+    code, text = call("evaluate", folder)
+    assert code == 0 and f"{folder}/evaluations/images-" in text, text
+    assert "40" in call("compare", folder, folder)[1]
     net = folder / "net.safetensors"
     net.write_bytes(net.read_bytes()[:-1] + b"\x01")
-    code, text = say("predict", folder, image)
-    assert code == 2 and "damaged or exchanged" in text
+    assert call("predict", folder, image)[0] == 2
+    with fails(CheckpointError, "net.safetensors"):
+        describe(folder)
 
 
-def test_a_version_whose_files_were_exchanged_is_not_promoted(say: Callable[..., tuple[int, str]], home: Path) -> None:
-    assert say("models", "register", "runs/run1", "tampered")[0] == 0
+def test_a_version_with_exchanged_files_is_not_promoted(call: Callable[..., tuple[int, str]], home: Path) -> None:
+    assert call("models", "register", "runs/run1", "tampered")[0] == 0
     uri = f"sqlite:///{home}/runs/mlflow.db"
     place = resolve("models:/tampered/1", uri)
     recipe = place / "recipe.yaml"
     whole = recipe.read_text()
-    recipe.write_text("\n".join(whole.splitlines()[:-1]) + "\n")  # broken off: still YAML
-    with pytest.raises(CheckpointError, match=r"recipe\.yaml: not the recipe"):
+    recipe.write_text("\n".join(whole.splitlines()[:-1]) + "\n")  # cut off: still YAML
+    with fails(CheckpointError, "recipe.yaml"):
         describe(place)
     recipe.write_text(whole)
     card = json.loads((place / "card.json").read_text())
     other = home / "runs" / "run2" / "checkpoints" / checkpoint.name_of(2) / "net.safetensors"
     shutil.copyfile(other, place / "net.safetensors")
     card["weights"] = {"bytes": other.stat().st_size, "sha256": checkpoint.sha256(other)}
-    (place / "card.json").write_text(json.dumps(card))  # a whole folder, of another net
-    code, text = say("models", "promote", "tampered", 1)
-    assert code == 2 and "not those that were registered" in text, text
+    (place / "card.json").write_text(json.dumps(card))  # a complete folder, of another net
+    with fails(CheckpointError, "weights", subject="models:/tampered/1"):
+        promoting.promote("tampered", 1, uri=uri)
     client = connect(uri)
-    assert say("models", "register", "runs/run2", "tampered")[0] == 0
-    client.set_registered_model_alias("tampered", "champion", "1")  # a holder that cannot be evaluated any more
-    code, text = say("models", "promote", "tampered", 2)
-    assert code == 2 and "cannot be evaluated beside it" in text and "not those that were registered" in text
-    assert text.endswith("To promote it all the same: --force --why REASON\n")
-    code, text = say("models", "promote", "tampered", 2, "--force", "--why", "the old one is broken")
-    assert code == 0 and "forced, although models:/tampered/1, the present champion, cannot be evaluated" in text, text
+    assert call("models", "register", "runs/run2", "tampered")[0] == 0
+    client.set_registered_model_alias("tampered", "champion", "1")  # a holder that can no longer be evaluated
+    with fails(ConfigError, "--force", subject="models:/tampered/2"):
+        promoting.promote("tampered", 2, uri=uri)
+    code, text = call("models", "promote", "tampered", 2, "--force", "--why", "the old one is damaged")
+    assert code == 0 and "forced" in text and "models:/tampered/1" in text, text
     client.delete_run(catalogue.lookup("models:/tampered/1", uri).run_id)
-    assert "deleted; `mlflow runs restore" in say("models", "show", "models:/tampered/1")[1]
+    assert "mlflow runs restore" in call("models", "show", "models:/tampered/1")[1]

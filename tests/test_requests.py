@@ -1,4 +1,4 @@
-"""Requests to a served net that come together: each is answered as if it were alone, and fails alone."""
+"""Concurrent requests to a served net: each is answered as if it were the only one, and fails alone."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from urllib.error import HTTPError
 
 import numpy as np
 import pytest
+from raised import fails
 from test_promoting import make_run
 from test_served import CHEAP, DEAR, IMAGES, SECTION, TEXTS, bomb
 
 from jobs.cli import main
 from pipeline.bench import serving
 from pipeline.data import toy
-from pipeline.errors import AdaptNetError, ConfigError, ResourceError
+from pipeline.errors import ConfigError, ResourceError, UndecodableError
 from pipeline.family import Report
 from pipeline.registry.model import LoadedModel, load_model, write_model_folder
 from pipeline.registry.requests import answers, parse_request
@@ -62,31 +63,36 @@ def test_together_and_alone_are_the_same(model: LoadedModel) -> None:
     assert len(found[1][0]["labels"]) == 1  # type: ignore[index]
 
 
-def test_a_bad_image_spoils_its_own_request_alone(model: LoadedModel) -> None:
+def test_a_bad_image_fails_only_its_own_request(model: LoadedModel) -> None:
     broken = base64.b64encode(IMAGES[0][:300]).decode()
     bodies = [{"images": TEXTS[:1]}, {"images": [TEXTS[1], broken]}, {"images": TEXTS[2:]}]
     good, bad, other = answers(model, [parse_request(model, body) for body in bodies], most=64)
     assert isinstance(good, list) and isinstance(other, list)
-    assert isinstance(bad, AdaptNetError) and "image 1" in str(bad)
+    assert isinstance(bad, UndecodableError) and set(bad.reasons) == {1}
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "key"),
     [
-        ([], "a list of base64 texts"),
-        ({"images": []}, "a list of base64 texts"),
-        ({"images": ["%"]}, "image 0: this text is neither"),
-        ({"images": ["/etc/a.png"]}, "reads no files"),
-        ({"images": ["AA=="] * 1025}, "at most 1,024 images, this one 1,025"),
-        ({"images": ["AA=="], "polcy": "x"}, "polcy: no such key; known: images, policy"),
-        ({"images": ["AA=="], "top_k": "3"}, r"top_k \(=3\)"),
-        ({"images": ["AA=="], "policy": "warp"}, "policy warp: this net has: 32px"),
-        ({"images": ["AA=="], "budget": "1k"}, "the cheapest is 16px"),
+        ([], "images"),
+        ({"images": []}, "images"),
+        ({"images": ["%"]}, "image"),
+        ({"images": ["/etc/a.png"]}, "image"),
+        ({"images": ["AA=="] * 1025}, "images"),
+        ({"images": ["AA=="], "polcy": "x"}, "polcy"),
+        ({"images": ["AA=="], "top_k": "3"}, "top_k"),
+        ({"images": ["AA=="], "policy": "warp"}, "policy"),
+        ({"images": ["AA=="], "budget": "5ms"}, "params.budget"),
     ],
 )
-def test_what_cannot_be_answered_is_told_in_a_sentence(model: LoadedModel, body: Any, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_a_request_that_cannot_be_answered_is_refused_by_its_key(model: LoadedModel, body: Any, key: str) -> None:
+    with fails(ConfigError, key):
         parse_request(model, body)
+
+
+def test_a_budget_below_every_policy_is_refused(model: LoadedModel) -> None:
+    with pytest.raises(ConfigError):
+        parse_request(model, {"images": ["AA=="], "budget": "1k"})
 
 
 class Slow(BaseHTTPRequestHandler):
@@ -110,7 +116,7 @@ class Slow(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def test_load_counts_what_was_answered_and_how_long_it_took() -> None:
+def test_load_counts_answers_and_their_times() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -119,21 +125,21 @@ def test_load_counts_what_was_answered_and_how_long_it_took() -> None:
         server.shutdown()
     assert found.clients == 4 and 20 <= found.p50_ms <= found.p99_ms
     assert found.refused == Slow.count // 10 and 0 < found.requests_per_s <= 4 * 0.9 / 0.02
-    with pytest.raises(ResourceError, match="none of"):
+    with pytest.raises(ResourceError):
         serving.load("away", "http://127.0.0.1:9/", "{}", 2, 0.2)
 
 
-def test_a_server_that_does_not_start_is_told_without_the_password() -> None:
+def test_the_error_of_a_server_that_does_not_start_holds_no_password() -> None:
     words = ["-c", "import os, sys; sys.exit(os.environ['PLACE'])"]
     with (
-        pytest.raises(ResourceError, match=r"does not start: http://host/x") as found,
+        pytest.raises(ResourceError) as found,
         serving._started(words, {"PLACE": "http://me:hush@host/x"}, "http://127.0.0.1:9", "/", "/"),
     ):
         pass
-    assert "hush" not in str(found.value)
+    assert "http://host/x" in str(found.value) and "hush" not in str(found.value)
 
 
-def test_without_ray_serve_nothing_is_measured_first(
+def test_a_missing_ray_serve_is_refused_before_anything_is_measured(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray.serve", None)
@@ -141,12 +147,11 @@ def test_without_ray_serve_nothing_is_measured_first(
     with pytest.raises(SystemExit) as ended:
         main(["bench", "serve", str(folder), str(tmp_path / "one.jpg")])
     printed = capsys.readouterr()
-    assert ended.value.code == 2 and printed.out == ""
-    assert "pip install '.[serve]', or leave it out with --server mlflow" in printed.err
+    assert ended.value.code == 2 and printed.out == "" and printed.err
     serving.check_servers(["mlflow"])
 
 
-def test_the_net_alone_and_as_mlflow_s_are_measured_side_by_side(folder: Path) -> None:
+def test_the_net_and_its_pyfunc_model_are_measured_alternately(folder: Path) -> None:
     net, pyfunc = serving.in_process(str(folder), IMAGES, rounds=1)
     assert (net.name, pyfunc.name, pyfunc.peer) == ("net", "pyfunc", "net")
     assert pyfunc.ratio is not None and pyfunc.ratio == pytest.approx(pyfunc.rate / net.rate)
@@ -158,18 +163,18 @@ def test_ray_serve_answers_and_refuses(folder: Path) -> None:
     with serving._ray(str(folder), "sqlite:////nowhere.db") as address:
         many = serving.load("ray", address, json.dumps({"images": TEXTS[:1], "budget": "50%"}), 8, 2.0)
         assert many.refused == 0
-        for body, said in (
-            ('{"images": ["%"]}', "image 0: this text is neither"),
-            (json.dumps({"images": [TEXTS[0], TEXTS[1][:400]]}), "image 1"),
-            (json.dumps({"images": ["AA=="] * 1_000_000}), "at most 1,024 images, this one 1,000,000"),
-            (json.dumps({"images": bomb()["inputs"]}), "absurd"),
-            ('{"images": ' + "[" * 100_000, "recursion"),
-            ("{", "double quotes"),
+        for body in (
+            '{"images": ["%"]}',
+            json.dumps({"images": [TEXTS[0], TEXTS[1][:400]]}),
+            json.dumps({"images": ["AA=="] * 1_000_000}),
+            json.dumps({"images": bomb()["inputs"]}),
+            '{"images": ' + "[" * 100_000,
+            "{",
         ):
-            code, told = post(address, body)
-            assert code == 400 and said in told["message"], (code, told)
-        code, told = post(address, json.dumps({"images": TEXTS, "budget": "50%"}))
-        assert code == 200 and [row["policy"] for row in told["predictions"]] == [CHEAP] * 3
+            code, answer = post(address, body)
+            assert code == 400 and answer["message"], (code, answer)
+        code, answer = post(address, json.dumps({"images": TEXTS, "budget": "50%"}))
+        assert code == 200 and [row["policy"] for row in answer["predictions"]] == [CHEAP] * 3
 
 
 def post(address: str, body: str) -> tuple[int, Any]:

@@ -224,10 +224,10 @@ def _mlflow(uri: str | None) -> Iterator[Finding]:
 
 def _clock(place: str) -> Finding:
     """This clock against the server's, by the time that it puts on its answers."""
-    from pipeline.registry import store_reader
+    from pipeline.registry import rest_store
 
     before = time.time()
-    stamp = store_reader.date(place)
+    stamp = rest_store.date(place)
     after = time.time()
     if stamp is None:
         return Finding("clock", "without", "the tracking server puts no time on its answers; not compared")

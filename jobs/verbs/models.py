@@ -345,7 +345,7 @@ def import_weights(
     config = run_config.load(family, overrides or (), data_home=home)
     folder = run_dir or Path("runs") / f"{config.name}-imported"
     done = importing.import_weights(config, file, folder, classes=_names(classes))
-    kept = f"; {len(done.kept)} keep their initial values: {', '.join(done.kept[:4])} ..." if done.kept else ""
+    kept = f"; {len(done.missing)} keep their initial values: {', '.join(done.missing[:4])} ..." if done.missing else ""
     typer.echo(f"{file}: {done.num_tensors:,} tensors taken{kept}")
     if done.result.reports:
         typer.echo(tables.of_reports(done.result.reports))

@@ -15,7 +15,7 @@ import typer
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.deploy.predicting import Answer, Choice, Predictor, Unreadable
+    from pipeline.deploy.predicting import Choice, Classified, Predictor, Unreadable
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -92,7 +92,7 @@ def _of(argument: str) -> list[Path]:
 
 
 def _print_lines(
-    found: Predictor, choice: Choice, answers: Iterator[Answer | Unreadable], files: Sequence[Path]
+    found: Predictor, choice: Choice, answers: Iterator[Classified | Unreadable], files: Sequence[Path]
 ) -> bool:
     from pipeline.deploy.predicting import Unreadable, exceeded, full_macs
     from pipeline.evaluation.frontier import macs_text
@@ -117,18 +117,18 @@ def _print_lines(
 
 
 def _print_json(
-    found: Predictor, choice: Choice, answers: Iterator[Answer | Unreadable], files: Sequence[Path]
+    found: Predictor, choice: Choice, answers: Iterator[Classified | Unreadable], files: Sequence[Path]
 ) -> bool:
-    from pipeline.deploy.predicting import Answer, as_mapping, exceeded, full_macs
+    from pipeline.deploy.predicting import Classified, as_mapping, exceeded, full_macs
 
     every = list(answers)
-    answered = [each for each in every if isinstance(each, Answer)]
+    answered = [each for each in every if isinstance(each, Classified)]
     document = {
         "model": found.source,
         "policy": choice.policy,
         "why": choice.why,
         "images": [as_mapping(each) for each in answered],
-        "unreadable": [as_mapping(each) for each in every if not isinstance(each, Answer)],
+        "unreadable": [as_mapping(each) for each in every if not isinstance(each, Classified)],
         "macs_mean": sum(each.macs for each in answered) / len(answered) if answered else None,
         "budget_exceeded": exceeded(choice, answered, full_macs(found.reports)) or found.late(choice, files),
     }

@@ -1,8 +1,8 @@
-"""Evaluations of trained nets: made on any images, stored, and found again for whoever compares, draws or chooses.
+"""Evaluations of trained nets: made on any images, stored, and read again for comparisons, reports and choices.
 
-An evaluation is a folder: reports.json, per-image arrays `<policy>.npz`, and about.json with source, step, data (the
-split's identity), root, policies (null: all), attack (null: none), sides (null: the images' own). A run keeps its own
-in RUN/evaluations, `final` the one after training; those of a registry version lie in runs/evaluations/NAME-VERSION.
+An evaluation is a folder with reports.json, arrays by image in `<policy>.npz`, and about.json (`records.About`). Those
+of a run are in RUN/evaluations, in `final` the one after training; those of a registry version are in
+runs/evaluations/NAME-VERSION.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,8 @@ from pipeline import config as configs
 from pipeline import family as families
 from pipeline import run_config
 from pipeline.data.config import DataConfig
-from pipeline.data.index import ImageIndex, open_splits
-from pipeline.errors import ConfigError, DataError
+from pipeline.data.index import ImageIndex, Splits, open_splits
+from pipeline.errors import ConfigError, DataError, JsonValue
 from pipeline.evaluation import from_weights, reports_v1
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.evaluation.robustness import Attack, ResolutionSweep
@@ -33,12 +33,14 @@ from pipeline.registry import catalogue
 from pipeline.registry.catalogue import RUNS
 from pipeline.registry.model import CARD, Trained, describe
 from pipeline.registry.resolve import resolve, run_folder
+from pipeline.run_config import RunConfig
 from pipeline.runs import journal, records
 from pipeline.runs.records import ABOUT, About
 from pipeline.training import checkpoint
 
 EVALUATIONS = "evaluations"
-HARMLESS = (  # keys that change where an evaluation runs, not what it finds
+Array: TypeAlias = NDArray[np.generic]
+HARMLESS = (  # keys that change where an evaluation runs, not its result
     *("data.root", "data.index", "data.decode", "data.io_threads", "data.read_ahead", "compute."),
     *("evaluation.latency", "evaluation.batch_size"),
 )
@@ -46,7 +48,11 @@ HARMLESS = (  # keys that change where an evaluation runs, not what it finds
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found, and where it is stored."""
+    """The result of `evaluate`, and where it is stored.
+
+    what: the source as the user named it. clean: of an attack, the stored reports of the same net on the same images
+    without it.
+    """
 
     what: str
     root: Path
@@ -54,7 +60,7 @@ class Evaluation:
     classes: tuple[str, ...]
     reports: Sequence[Report]
     folder: Path
-    clean: Sequence[Report] = ()  # of an attacked one: what is stored of the same net on the same images untouched
+    clean: Sequence[Report] = ()
 
 
 def evaluate(
@@ -68,36 +74,22 @@ def evaluate(
     attack: Attack | None = None,
     sweep: ResolutionSweep | None = None,
 ) -> Evaluation:
-    """Runs the trained net `source` on the val split under its policies, in this process, and stores the reports.
+    """Runs the trained net `source` on the val split with its policies, in this process, and stores the reports.
 
-    source is a run's folder, a checkpoint's, or `models:/NAME@ALIAS`; overrides change its recipe, e.g. data.root.
-    With an attack the images are tampered with first, with a sweep each policy runs at each of its sides; both are
-    stored apart. Raises ConfigError where the images' classes are not the net's, an override changes nothing here, or
-    the folder `out` holds an evaluation of another kind.
+    source is the folder of a run or of a checkpoint, or `models:/NAME@ALIAS`; overrides change its recipe, e.g.
+    data.root. With an attack the images are perturbed first, with a sweep each policy runs at each of its sides; both
+    are stored separately. Raises ConfigError if the images have other classes than the net, an override has no effect
+    here, or the folder `out` holds an evaluation of another kind.
     """
     for override in overrides:
-        _check_evaluates(override)
-    folder = resolve(source, uri)
-    model = describe(folder)
-    nested = reduce(configs.merge, map(configs.parse_override, overrides), dict(model.recipe))
-    config = run_config.from_mapping(configs.interpolate(nested, {"data_home": data_home}), f"recipe of {source}")
-    config = absolute(config)
+        _check_used(override)
+    model = describe(resolve(source, uri))
+    config = _config(model, source, overrides, data_home)
     check_device(config.compute)
     splits = open_splits(config.data, config.seed)
-    if splits.val.classes != model.classes:
-        raise ConfigError(
-            f"data.root (={config.data.root}): its {len(splits.val.classes)} classes "
-            f"({', '.join(splits.val.classes[:5])} ...) are not the net's {len(model.classes)} "
-            f"({', '.join(model.classes[:5])} ...)"
-        )
-    if len(splits.val) == 0:
-        raise DataError(f"data.root (={config.data.root}): it has no val split to evaluate on")
+    _check_images(config.data.root, splits, model)
     if policies is None and any(override.startswith("evaluation.policies") for override in overrides):
         policies = config.evaluation.policies
-    changed = [each for each in overrides if not each.startswith((*HARMLESS, "evaluation.policies"))]
-    part = f"-{'+'.join(policies)}" if policies else ""  # a part never replaces the whole
-    kinds = "".join(f"-{kind.name}" for kind in (attack, sweep) if kind is not None)
-    kinds += f"-{configs.fingerprint({'overrides': changed})[:8]}" if changed else ""
     about = About(
         source=source,
         step=model.step,
@@ -107,22 +99,47 @@ def evaluate(
         policies=tuple(policies) if policies else None,
         attack=attack.name if attack else None,
         sides=sweep.name if sweep else None,
-        overrides=tuple(changed),
+        overrides=tuple(each for each in overrides if not each.startswith((*HARMLESS, "evaluation.policies"))),
     )
-    name = f"{config.data.root.name}-{splits.val.identity}{part}{kinds}"
-    home = out or _home(_settled(source, uri), name, model.step)
+    home = out or _home(_settled(source, uri), _name(about, config.data.root.name), model.step)
     _check_kind(home, about, ("attack", "sides", "overrides", *(("step", "sha256", "data", "policies") if out else ())))
-    known = model.card.get("reports", ())
     reports = from_weights.evaluate_checkpoint(
-        config, model.weights, splits, policies, home, known, attack=attack, sweep=sweep
+        config, model.weights, splits, policies, home, model.stored_reports, attack=attack, sweep=sweep
     )
     records.write_about(home, about)
     clean = _clean(source, uri, splits.val.identity) if attack and not sweep else ()
     return Evaluation(source, config.data.root, model.step, model.classes, reports, home, clean)
 
 
+def _config(model: Trained, source: str, overrides: Sequence[str], data_home: str | None) -> RunConfig:
+    """The recipe of the net with the overrides, paths made absolute."""
+    nested = reduce(configs.merge, map(configs.parse_override, overrides), dict(model.recipe))
+    config = run_config.from_mapping(configs.interpolate(nested, {"data_home": data_home}), f"recipe of {source}")
+    return absolute(config)
+
+
+def _check_images(root: Path, splits: Splits, model: Trained) -> None:
+    if splits.val.classes != model.classes:
+        raise ConfigError(
+            f"data.root (={root}): its {len(splits.val.classes)} classes ({', '.join(splits.val.classes[:5])} ...) are "
+            f"not the net's {len(model.classes)} ({', '.join(model.classes[:5])} ...)",
+            key="data.root",
+            subject=root,
+        )
+    if len(splits.val) == 0:
+        raise DataError(f"data.root (={root}): it has no val split to evaluate on", key="data.root", subject=root)
+
+
+def _name(about: About, data: str) -> str:
+    """The folder of an evaluation; a part of the policies, or another kind, never replaces the whole."""
+    part = f"-{'+'.join(about.policies)}" if about.policies else ""
+    kinds = "".join(f"-{kind}" for kind in (about.attack, about.sides) if kind is not None)
+    changed = f"-{configs.fingerprint({'overrides': list(about.overrides)})[:8]}" if about.overrides else ""
+    return f"{data}-{about.data}{part}{kinds}{changed}"
+
+
 def _check_kind(home: Path, mine: About, keys: Sequence[str]) -> None:
-    """What was found otherwise, or of another net, is never replaced."""
+    """Raises ConfigError if the folder holds the result of another kind of evaluation, or of another net."""
     if not load_reports(home):
         return
     about = records.read_about(home)
@@ -130,7 +147,11 @@ def _check_kind(home: Path, mine: About, keys: Sequence[str]) -> None:
     other = [key for key in keys if (getattr(about, key) or None) != (getattr(mine, key) or None)]
     if other:
         held = ", ".join(f"{key} {getattr(about, key) or 'none'}" for key in other)
-        raise ConfigError(f"{home}: holds an evaluation of another kind ({held}); name another folder with --out")
+        raise ConfigError(
+            f"{home}: holds an evaluation of another kind ({held}); name another folder with --out",
+            key="--out",
+            subject=home,
+        )
 
 
 def _settled(source: str, uri: str | None) -> str:
@@ -139,7 +160,7 @@ def _settled(source: str, uri: str | None) -> str:
 
 
 def _clean(source: str, uri: str | None, data: str) -> Sequence[Report]:
-    """The stored reports on these images untouched; none where there are none."""
+    """The stored reports on these images without an attack; empty if none are stored."""
     try:
         stored = find(source, uri).on(data)
     except ConfigError:
@@ -147,35 +168,39 @@ def _clean(source: str, uri: str | None, data: str) -> Sequence[Report]:
     return stored.reports if stored else ()
 
 
-def _check_evaluates(override: str) -> None:
+def _check_used(override: str) -> None:
     key = override.partition("=")[0]
     used = ("family.", "data.", "evaluation.", "compute.", "training.precision", "training.channels_last", "seed")
     if not key.startswith(used):
-        raise ConfigError(f"override {override!r}: an evaluation does not use {key}; it uses {', '.join(used)}")
+        raise ConfigError(
+            f"override {override!r}: an evaluation does not use {key}; it uses {', '.join(used)}",
+            key=key,
+            subject=override,
+        )
 
 
 def _home(source: str, name: str, step: int) -> Path:
-    """Where an evaluation is stored: in the run's or model's folder, a checkpoint's apart from the run's own; else
-    beside runs."""
+    """Where an evaluation is stored: in the folder of the run or model, with a name of its own for a checkpoint of a
+    run; for a version, beside the runs."""
     if any((Path(source) / file).is_file() for file in ("config.yaml", CARD)):
         return Path(source) / EVALUATIONS / name
     runs = [parent for parent in Path(source).absolute().parents if (parent / "config.yaml").is_file()]
     if Path(source).exists() and runs:
         return runs[0] / EVALUATIONS / f"{checkpoint.name_of(step)}-{name}"
-    return _outside(source) / name
+    return _of_version(source) / name
 
 
-def _outside(source: str) -> Path:
-    """Where evaluations of a registry version lie."""
+def _of_version(source: str) -> Path:
+    """Where the evaluations of a registry version are."""
     return RUNS / EVALUATIONS / source.replace("models:/", "").replace("/", "-")
 
 
-# ---- found again
+# ---- stored evaluations
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An evaluation on disk: its reports, its folder if there is one, and what about.json says of it."""
+    """An evaluation on disk: its reports, its folder (None for the reports of a version's card), and its about.json."""
 
     reports: Sequence[Report]
     folder: Path | None
@@ -183,23 +208,26 @@ class Stored:
 
     @property
     def data(self) -> str:
+        """Identity of the images."""
         return str(self.about.data)
 
     @property
     def attack(self) -> str | None:
+        """Name of the attack on the images; None without one."""
         return self.about.attack
 
     @property
     def swept(self) -> bool:
-        """Whether its policies ran at sides other than the images' own."""
+        """Whether its policies ran at several resolutions."""
         return self.about.sides is not None
 
     @property
     def plain(self) -> bool:
-        """Whether it is of the images as they are, by the net's own recipe."""
+        """Whether the images were unchanged and the recipe the net's own."""
         return self.attack is None and not self.swept and not self.about.overrides
 
-    def details(self, policy: str) -> Mapping[str, NDArray[Any]] | None:
+    def details(self, policy: str) -> Mapping[str, Array] | None:
+        """The arrays by image of a policy (see `family.Evaluated`); None if they are not stored."""
         path = self.folder / f"{policy}.npz" if self.folder else None
         if path is None or not path.is_file():
             return None
@@ -209,70 +237,77 @@ class Stored:
 
 @dataclass(frozen=True)
 class EvaluatedNet:
-    """A trained net that a user named, with all its stored evaluations, newest first, whole ones before parts."""
+    """A trained net that a user named, with its stored evaluations: complete ones first, then by age, the newest first.
+
+    run_dir: where it was trained, if that is on this machine.
+    """
 
     source: str
     model: Trained
-    run_dir: Path | None  # where it was trained, if that is at hand
+    run_dir: Path | None
     evaluations: Sequence[Stored]
 
     @cached_property
     def config(self) -> families.FamilyConfig:
-        section = self.model.recipe["family"]
-        return configs.validate(families.find(section["name"]).config, section, f"{self.source}: recipe.family")
+        """The validated section `family` of its recipe."""
+        section = self.model.section("family")
+        return configs.validate(families.find(str(section["name"])).config, section, f"{self.source}: recipe.family")
 
     @cached_property
     def parameters(self) -> int:
-        """How many numbers training may change."""
+        """Number of trainable values."""
         net = families.find(self.config.name).build(self.config, len(self.model.classes))
         return sum(parameter.numel() for parameter in net.parameters())
 
     @cached_property
     def sha256(self) -> str:
-        """Of the weights' file."""
+        """Checksum of the weights file."""
         return checkpoint.sha256(self.model.weights)
 
     @property
     def newest(self) -> Stored:
-        """The newest evaluation of images as they are, whole if there is a whole one."""
-        return next(found for found in self.evaluations if found.plain)
+        """The newest evaluation of unchanged images, a complete one if there is any."""
+        return next(each for each in self.evaluations if each.plain)
 
     def on(self, data: str) -> Stored | None:
-        """The evaluation on these images as they are."""
-        return next((found for found in self.evaluations if found.data == data and found.plain), None)
+        """The evaluation on these images, unchanged; None if there is none."""
+        return next((each for each in self.evaluations if each.data == data and each.plain), None)
 
     @property
     def sets(self) -> list[str]:
-        """The images it was evaluated on as they are: identities, that of the first evaluation first."""
-        return list(dict.fromkeys(found.data for found in self.evaluations if found.plain))
+        """Identities of the images that it was evaluated on unchanged, in the order of the evaluations."""
+        return list(dict.fromkeys(each.data for each in self.evaluations if each.plain))
 
 
 def find(source: str, uri: str | None = None) -> EvaluatedNet:
-    """The trained net that `source` names (a run's folder, a checkpoint's, a version) and its stored evaluations.
+    """The trained net that `source` names (folder of a run or checkpoint, or a version) and its stored evaluations.
 
-    Raises ConfigError where none is stored.
+    Raises ConfigError if none is stored.
     """
     folder = resolve(source, uri)
     model = describe(folder)
     run_dir = _run_of(source, uri)
     homes = [run_dir / EVALUATIONS] if run_dir else []
-    homes += [_outside(_settled(source, uri))] if source.startswith("models:") else []
+    homes += [_of_version(_settled(source, uri))] if source.startswith("models:") else []
     homes += [Path(source) / EVALUATIONS] if (Path(source) / CARD).is_file() else []
-    mine = (None, checkpoint.sha256(model.weights))  # that after training says nothing of its weights
-    stored = [each for home in homes for each in _read_all(home) if each.about.step == model.step]
-    found = [each for each in stored if each.about.sha256 in mine]
-    found.sort(key=lambda stored: (bool(stored.about.policies), -_written(stored)))
-    card = [reports_v1.read(report) for report in _reports_inside(folder)]
-    if card:
-        found.append(Stored(card, None, About(data=model.card.get("evaluated_on") or "unknown", step=model.step)))
-    net = EvaluatedNet(source, model, run_dir, found)
+    accepted = (None, checkpoint.sha256(model.weights))  # the evaluation after training has no checksum
+    of_step = [each for home in homes for each in _read_all(home) if each.about.step == model.step]
+    evaluations = [each for each in of_step if each.about.sha256 in accepted]
+    evaluations.sort(key=lambda stored: (bool(stored.about.policies), -_written(stored)))
+    if inside := [reports_v1.read(report) for report in _reports_inside(folder)]:
+        evaluations.append(Stored(inside, None, About(data=model.evaluated_on or "unknown", step=model.step)))
+    net = EvaluatedNet(source, model, run_dir, evaluations)
     if not net.sets:
-        raise ConfigError(f"{source}: no evaluation of it is stored; make one with `adaptnet evaluate {source}`")
+        raise ConfigError(
+            f"{source}: no evaluation of it is stored; make one with `adaptnet evaluate {source}`",
+            key="source",
+            subject=source,
+        )
     return net
 
 
 def _run_of(source: str, uri: str | None) -> Path | None:
-    """The run's folder behind a net, if it is on this machine."""
+    """The folder of the run that trained a net, if it is on this machine."""
     if source.startswith("models:"):
         return run_folder(catalogue.lookup(source, catalogue.address(uri)), catalogue.address(uri))
     folder = Path(source).absolute()
@@ -290,59 +325,65 @@ def _written(stored: Stored) -> float:
     return (stored.folder / ABOUT).stat().st_mtime if stored.folder else 0.0
 
 
-def _reports_inside(folder: Path) -> list[dict[str, Any]]:
+def _reports_inside(folder: Path) -> list[dict[str, JsonValue]]:
+    """The reports in a model folder; empty for a checkpoint."""
     path = folder / "reports" / "reports.json"
-    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return found
+    reports: list[dict[str, JsonValue]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return reports
 
 
 def together(nets: Sequence[EvaluatedNet]) -> list[Evaluated]:
-    """The nets' evaluations on images that all of them were evaluated on: the first net's newest such.
+    """The nets' evaluations on the same images: the newest of the first net on which all were evaluated.
 
-    Raises ConfigError where there are no such images, or the classes differ.
+    Raises ConfigError if there are no such images, or the classes differ.
     """
     first = nets[0]
     for net in nets[1:]:
         if net.model.classes != first.model.classes:
             raise ConfigError(
-                f"{net.source} knows {len(net.model.classes)} classes ({', '.join(net.model.classes[:3])} ...), "
-                f"{first.source} {len(first.model.classes)} ({', '.join(first.model.classes[:3])} ...): they answer "
-                "different questions; give nets of the same classes"
+                f"{net.source} has {len(net.model.classes)} classes ({', '.join(net.model.classes[:3])} ...), "
+                f"{first.source} has {len(first.model.classes)} ({', '.join(first.model.classes[:3])} ...): they "
+                "cannot be compared; give nets of the same classes",
+                key="source",
+                subject=net.source,
             )
     shared = [data for data in first.sets if all(data in net.sets for net in nets)]
     if not shared:
         sets = "; ".join(f"{net.source} on {', '.join(net.sets)}" for net in nets)
         raise ConfigError(
-            f"no images that all of these nets were evaluated on: {sets}. Evaluate them on the same ones, e.g. "
-            f"`adaptnet evaluate {nets[-1].source} data.root=FOLDER`"
+            f"there are no images on which all of these nets were evaluated: {sets}. Evaluate them on the same images, "
+            f"e.g. `adaptnet evaluate {nets[-1].source} data.root=FOLDER`",
+            key="data.root",
+            subject=nets[-1].source,
         )
     names = _unique([net.source for net in nets])
     return [_evaluated(net, name, shared[0]) for net, name in zip(nets, names, strict=True)]
 
 
 def images(nets: Sequence[EvaluatedNet], data: str) -> ImageIndex | None:
-    """The split whose identity is `data`, from where any of these nets was evaluated on it; None if it is not here."""
+    """The split with the identity `data`, from the data set of any of these evaluations; None if it is not here."""
     for net in nets:
         stored = net.on(data)
         root = stored.about.root if stored else None
         if root is None or not Path(root).is_dir():
             continue
-        section = configs.validate(DataConfig, {**net.model.recipe["data"], "root": root}, f"{net.source}: recipe.data")
+        section = {**net.model.section("data"), "root": root}
+        config = configs.validate(DataConfig, section, f"{net.source}: recipe.data")
         with suppress(DataError, OSError):
-            found = open_splits(section, int(net.model.recipe.get("seed", 0))).val
-            if found.identity == data:
-                return found
+            split = open_splits(config, int(str(net.model.recipe.get("seed", 0)))).val
+            if split.identity == data:
+                return split
     return None
 
 
 def _evaluated(net: EvaluatedNet, name: str, data: str) -> Evaluated:
     stored = net.on(data)
     assert stored is not None
-    section = configs.validate(DataConfig, net.model.recipe["data"], f"{net.source}: recipe.data")
-    mine = [found for found in net.evaluations if found.data == data and not found.about.overrides]
-    others = mine[::-1]  # whole ones over parts
-    attacks = {found.attack: found.reports for found in others if found.attack and not found.swept}
-    swept = {found.about.sides: found.reports for found in others if found.about.sides and not found.attack}
+    section = configs.validate(DataConfig, net.model.section("data"), f"{net.source}: recipe.data")
+    mine = [each for each in net.evaluations if each.data == data and not each.about.overrides]
+    others = mine[::-1]  # later ones win below: complete over partial, new over old
+    attacks = {each.attack: each.reports for each in others if each.attack and not each.swept}
+    swept = {each.about.sides: each.reports for each in others if each.about.sides and not each.attack}
     return Evaluated(
         name=name,
         family=net.config.name,
@@ -366,7 +407,7 @@ def _curves(run_dir: Path | None) -> Callable[[], Curves]:
 
 
 def _unique(sources: Sequence[str]) -> list[str]:
-    """Short names: the last part of a path or the version's, the whole source where these clash."""
+    """Short names: the last part of a path, or NAME/VERSION; the whole source if two are equal."""
     short = [source.removeprefix("models:/").rstrip("/") for source in sources]
     short = [
         name if source.startswith("models:") else Path(source).resolve().name

@@ -1,4 +1,4 @@
-"""Weights that were trained elsewhere become a run: evaluated, tracked and registered like any other."""
+"""Turns weights that were trained elsewhere into a run: evaluated, tracked and registered like any other."""
 
 from __future__ import annotations
 
@@ -33,54 +33,28 @@ from pipeline.training.state import TrainState
 
 @dataclass(frozen=True)
 class Imported:
-    """A run made of foreign weights; `kept` names what the net has and the file has not: initial values."""
+    """A run made from foreign weights. missing: the net's values that the file lacks; they are initial ones."""
 
     result: Result
     num_tensors: int
-    kept: Sequence[str]
+    missing: Sequence[str]
 
 
 def import_weights(config: RunConfig, file: Path, run_dir: Path, *, classes: Sequence[str] | None = None) -> Imported:
     """Makes a finished run of step 0 from foreign weights: the released code's, torchvision's or ours, by name.
 
-    It is evaluated on the recipe's val split, and registered where `tracking.register` names it. `classes`, the names
-    by label, stand in for data that are not here; then nothing is evaluated. Raises ConfigError where a tensor fits
-    nowhere or the folder holds a run, CheckpointError where the file cannot be read (it is loaded with weights_only).
+    The net is evaluated on the recipe's val split, and registered if `tracking.register` names it. `classes`, the names
+    by label, replace data that are not here; then nothing is evaluated. Raises ConfigError if a tensor fits nowhere or
+    the folder holds a run, CheckpointError if the file cannot be read (it is loaded with weights_only).
     """
     config, new, run_dir = launch.absolute(config), not run_dir.exists(), launch.make_folder(run_dir)
     if (run_dir / "config.yaml").exists():
-        raise ConfigError(f"{run_dir}: holds a run already; give another folder with --run-dir")
+        raise ConfigError(
+            f"{run_dir}: holds a run already; give another folder with --run-dir", key="--run-dir", subject=run_dir
+        )
     lease = Lease(run_dir).acquire()
     try:
-        tensors = checkpoint.weights_at(file)
-        splits = None if classes else open_splits(config.data, config.seed)
-        names = splits.train.classes if splits else tuple(classes or ())
-        current, kept = _adopted(config, tensors, len(names))
-        fingerprint = run_config.fingerprint(config, splits.train.identity if splits else "none")
-        launch.write_config(run_dir, config, fingerprint, ())
-        recipe = configs.as_mapping(config)
-        with Uploader(run_dir, config.tracking, recipe, command=sys.argv, fence=lease.fence) as uploader:
-            digest = checkpoint.sha256(file) if file.is_file() else None
-            origin: dict[str, JsonValue] = {"file": file.name, "kept": list(kept), "sha256": digest}
-            meta = Meta(
-                step=0,
-                epoch=0.0,
-                best_key="top1",
-                fence=lease.fence,
-                fingerprint=fingerprint,
-                recipe=recipe,
-                classes=names,
-                imported=origin,
-            )
-            checkpoint.claim_storage(checkpoint.open_storage(config.checkpoint, run_dir), run_dir)
-            folder = _save(config, current, meta, run_dir)
-            with closing(Journal(run_dir / "journal", attempt=1, fence=lease.fence)) as journal:
-                journal.event("imported", step=0, **origin)
-                if splits is not None and len(splits.val):
-                    journal.metrics(0, _assessed(config, folder, splits, run_dir))
-            name = checkpoint.name_of(0)
-            records.write_status(run_dir, Status(finished=True, fingerprint=fingerprint, best=name, last=name))
-            return Imported(launch.conclude(config, run_dir, uploader), len(tensors), kept)
+        return _import(config, file, run_dir, lease.fence, classes)
     finally:
         if new and not (run_dir / "config.yaml").exists():
             lease.withdraw()
@@ -88,10 +62,42 @@ def import_weights(config: RunConfig, file: Path, run_dir: Path, *, classes: Seq
             lease.release()
 
 
-def _adopted(
+def _import(config: RunConfig, file: Path, run_dir: Path, fence: int, classes: Sequence[str] | None) -> Imported:
+    tensors = checkpoint.weights_at(file)
+    splits = None if classes else open_splits(config.data, config.seed)
+    names = splits.train.classes if splits else tuple(classes or ())
+    current, missing = _with_weights(config, tensors, len(names))
+    fingerprint = run_config.fingerprint(config, splits.train.identity if splits else "none")
+    launch.write_config(run_dir, config, fingerprint, ())
+    recipe = configs.as_mapping(config)
+    with Uploader(run_dir, config.tracking, recipe, command=sys.argv, fence=fence) as uploader:
+        digest = checkpoint.sha256(file) if file.is_file() else None
+        origin: dict[str, JsonValue] = {"file": file.name, "kept": list(missing), "sha256": digest}
+        meta = Meta(
+            step=0,
+            epoch=0.0,
+            best_key="top1",
+            fence=fence,
+            fingerprint=fingerprint,
+            recipe=recipe,
+            classes=names,
+            imported=origin,
+        )
+        checkpoint.claim_storage(checkpoint.open_storage(config.checkpoint, run_dir), run_dir)
+        folder = _save(config, current, meta, run_dir)
+        with closing(Journal(run_dir / "journal", attempt=1, fence=fence)) as journal:
+            journal.event("imported", step=0, **origin)
+            if splits is not None and len(splits.val):
+                journal.metrics(0, _evaluate(config, folder, splits, run_dir))
+        name = checkpoint.name_of(0)
+        records.write_status(run_dir, Status(finished=True, fingerprint=fingerprint, best=name, last=name))
+        return Imported(launch.conclude(config, run_dir, uploader), len(tensors), missing)
+
+
+def _with_weights(
     config: RunConfig, tensors: Mapping[str, torch.Tensor], num_classes: int
 ) -> tuple[TrainState, Sequence[str]]:
-    """The state at step 0 with these weights, and the names that keep their initial values."""
+    """The state at step 0 with these weights, and the names of the values that keep their initial ones."""
     family = families.find(config.family.name)
     training = config.training.model_copy(update={"ema_decay": None})
     cpu = torch.device("cpu")
@@ -100,15 +106,15 @@ def _adopted(
 
 
 def _save(config: RunConfig, current: TrainState, meta: Meta, run_dir: Path) -> Path:
-    """Writes the checkpoint; its folder here."""
+    """Writes the checkpoint. Returns its folder on this machine."""
     storage = checkpoint.open_storage(config.checkpoint, run_dir)
     staging = storage.root if isinstance(storage, checkpoint.LocalStorage) else run_dir / "staging"
     Checkpointer(storage, staging, config.checkpoint).save(current, meta, {"bad": {}}, wait=True)
     return storage.fetch(checkpoint.name_of(0))
 
 
-def _assessed(config: RunConfig, folder: Path, splits: Splits, run_dir: Path) -> dict[str, float]:
-    """The metrics of the final evaluation; policies that are fitted take part where there are held-out images."""
+def _evaluate(config: RunConfig, folder: Path, splits: Splits, run_dir: Path) -> dict[str, float]:
+    """The metrics of the final evaluation; policies that must be fitted take part only if there are held-out images."""
     net, family, section, _ = checkpoint.load_net(folder)
     wanted = config.evaluation.policies
     if wanted is None and not len(splits.held_out):

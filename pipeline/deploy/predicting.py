@@ -1,4 +1,4 @@
-"""Answers images with the most accurate policy within a budget, chosen from the net's stored evaluation."""
+"""Classifies images with the most accurate policy within a budget, chosen by the net's stored evaluation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from pipeline.data import dali, pixels
 from pipeline.deploy import evaluations
-from pipeline.errors import ConfigError, UndecodableError
+from pipeline.errors import ConfigError, JsonValue, UndecodableError
 from pipeline.evaluation.evaluate import Evaluator, choose, device_name, restored, seconds_of
 from pipeline.evaluation.frontier import Budget, best_within, macs_text
 from pipeline.family import Policy, Report
@@ -28,13 +27,13 @@ from pipeline.runs.files import write_text
 from pipeline.training.loop import device_of
 
 READ_AT_ONCE = 256  # images held in memory
-SAMPLE, REPEATS = 8, 7  # images and rounds that a policy's time is measured on
-TOLERANCE = 0.02  # by which the images' mean price may exceed a budget without a word
+SAMPLE, REPEATS = 8, 7  # images and rounds for measuring a policy's time
+TOLERANCE = 0.02  # by which the images' mean cost may exceed a budget without a warning
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A policy, why it was taken, and its price in the budget's unit (None without a budget)."""
+    """A policy, why it was chosen, and its cost in the budget's unit (None without a budget)."""
 
     policy: str
     why: str
@@ -43,8 +42,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What an image is: classes and their probabilities, the likeliest first, and the MACs spent on it."""
+class Classified:
+    """The classes of an image with their probabilities, the most probable first, and the MACs that it took."""
 
     file: str
     labels: tuple[str, ...]
@@ -54,7 +53,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image without an answer, and why."""
+    """An image that cannot be classified, and why."""
 
     file: str
     reason: str
@@ -62,29 +61,32 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained net and its stored evaluation. cache: folder for what was measured on this machine."""
+    """A trained net and its stored evaluation.
+
+    sha256: of the weights. cache: folder for measurements on this machine.
+    """
 
     source: str
     model: LoadedModel
     reports: Sequence[Report]
-    sha256: str  # of the weights
+    sha256: str
     cache: Path
 
     @cached_property
     def policies(self) -> dict[str, Policy]:
-        """Those that can run at once: all but the ones whose calibration is not stored."""
-        found = restored(self.model.policies, [report.to_json() for report in self.reports])
-        return {policy.name: policy for policy in found}
+        """By name; those that must be calibrated have their stored calibration, if there is one."""
+        policies = restored(self.model.policies, [report.to_json() for report in self.reports])
+        return {policy.name: policy for policy in policies}
 
     def choose(self, budget: Budget | None, policy: str | None, sample: Sequence[Path]) -> Choice:
-        """The policy asked for, else the most accurate within the budget, else the net's default.
+        """The given policy, else the most accurate one within the budget, else the net's default.
 
-        A budget in milliseconds is met by what a pass over one image takes on this device: measured on images of
-        `sample`, once for each net and device. Raises ConfigError where no policy is within it, or none is so called.
+        A budget in milliseconds limits the time of a pass over one image on this device, which is measured on images of
+        `sample`, once for each net and device. Raises ConfigError if no policy is within the budget or has this name.
         """
         if policy is not None:
             choose(list(self.policies.values()), [policy])
-            return Choice(policy, "as asked for")
+            return Choice(policy, "as given")
         if budget is None:
             return Choice(self.reports[0].policy, "the net's default; --budget chooses another")
         times = self._milliseconds(sample) if budget.unit == "ms" else [None] * len(self.reports)
@@ -98,27 +100,29 @@ class Predictor:
 
     def answers(
         self, files: Sequence[Path], policy: str, *, top: int = 5, batch_size: int = 64
-    ) -> Iterator[Answer | Unreadable]:
-        """One for each file, in their order."""
+    ) -> Iterator[Classified | Unreadable]:
+        """One answer for each file, in the given order. top: how many classes an answer lists."""
         for start in range(0, len(files), READ_AT_ONCE):
             yield from self._answer(files[start : start + READ_AT_ONCE], policy, top, batch_size)
 
-    def _answer(self, files: Sequence[Path], policy: str, top: int, batch_size: int) -> Iterator[Answer | Unreadable]:
+    def _answer(
+        self, files: Sequence[Path], policy: str, top: int, batch_size: int
+    ) -> Iterator[Classified | Unreadable]:
         encoded, bad = _read(files)
         good = [number for number in range(len(files)) if number not in bad]
         try:
-            found = self._predict([encoded[n] for n in good], policy, batch_size)
+            answers = self._predict([encoded[n] for n in good], policy, batch_size)
         except UndecodableError as error:
             bad |= {good[position]: reason for position, reason in error.reasons.items()}
             good = [number for number in good if number not in bad]
-            found = self._predict([encoded[n] for n in good], policy, batch_size)
+            answers = self._predict([encoded[n] for n in good], policy, batch_size)
         rows = dict(zip(good, range(len(good)), strict=True))
         for number, file in enumerate(files):
             if number in bad:
                 yield Unreadable(str(file), bad[number])
             else:
                 row = rows[number]
-                yield self._named(str(file), found.probabilities[row], float(found.macs[row]), top)
+                yield self._named(str(file), answers.probabilities[row], float(answers.macs[row]), top)
 
     def _predict(self, encoded: Sequence[bytes], policy: str, batch_size: int) -> Answers:
         return predict(self._ready, encoded, policy, batch_size=batch_size)
@@ -127,29 +131,29 @@ class Predictor:
     def _ready(self) -> LoadedModel:
         return replace(self.model, policies=list(self.policies.values()))
 
-    def _named(self, file: str, probabilities: NDArray[np.float32], macs: float, top: int) -> Answer:
+    def _named(self, file: str, probabilities: NDArray[np.float32], macs: float, top: int) -> Classified:
         order = (-probabilities).argsort(kind="stable")[:top]
         labels = tuple(self.model.classes[place] for place in order)
-        return Answer(file, labels, tuple(float(probabilities[place]) for place in order), macs)
+        return Classified(file, labels, tuple(float(probabilities[place]) for place in order), macs)
 
     # ---- time on this device
 
     def _milliseconds(self, sample: Sequence[Path]) -> list[float]:
-        """Of one image under each policy: measured here before, or now."""
+        """Of one image with each policy: measured here before, or now."""
         path = self.cache / f"{self._key}.json"
         if path.is_file():
             stored: Mapping[str, float] = json.loads(path.read_text(encoding="utf-8"))["milliseconds"]
         else:
             stored = self._measured(self._pictures(sample), [report.policy for report in self.reports])
             about = {"source": self.source, "device": device_name(self.model.device), "batch": 1}
-            with suppress(OSError):  # it is measured again where it cannot be kept
+            with suppress(OSError):  # it is measured again if it cannot be stored
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_text(path, json.dumps({**about, "milliseconds": stored}, indent=1))
         return [stored[report.policy] for report in self.reports]
 
     @property
     def _key(self) -> str:
-        """Names what a time depends on: weights, policies and their calibration, device, threads, size."""
+        """A hash of what the times depend on: weights, policies and their calibration, device, threads, image size."""
         fitted = [[report.policy, dict(report.calibration)] for report in self.reports]
         where = [device_name(self.model.device), torch.get_num_threads(), self.model.data_config.side_for_eval]
         text = json.dumps([self.sha256, fitted, where, torch.__version__], sort_keys=True)
@@ -166,12 +170,13 @@ class Predictor:
         if len(raw) == 0:
             raise ConfigError(
                 "a budget in milliseconds is measured on the first images, and none of them can be read; give the "
-                "budget as MACs or as a share, or other images"
+                "budget as MACs or as a share, or other images",
+                key="--budget",
             )
         return pixels.normalise(raw, config.mean, config.std)
 
     def late(self, choice: Choice, sample: Sequence[Path]) -> str | None:
-        """A sentence where one of these images takes longer than a budget in milliseconds allows; None where none."""
+        """A warning if these images take longer than a budget in milliseconds allows; None if they do not."""
         if choice.budget is None or choice.budget.unit != "ms":
             return None
         (now,) = self._measured(self._pictures(sample), [choice.policy]).values()
@@ -179,41 +184,43 @@ class Predictor:
             return None
         return (
             f"these images take {now:.3g} ms each on this device now, above the budget of {choice.budget.text}: the "
-            "policy was chosen by a time measured before, on other images or a less busy machine"
+            "policy was chosen by a time that was measured on other images, or when this machine was less busy"
         )
 
     def _measured(self, images: Tensor, names: Sequence[str]) -> dict[str, float]:
-        """Milliseconds each policy takes for one image: the mean over images of the median over rounds, by turns."""
-        how = Evaluator(self.model.data_config, self.model.device, len(self.model.classes), channels_last=True)
+        """Milliseconds of each policy for one image: mean over images of the median over rounds; policies alternate."""
+        evaluator = Evaluator(self.model.data_config, self.model.device, len(self.model.classes), channels_last=True)
         times: dict[str, list[list[float]]] = {name: [[] for _ in images] for name in names}
         for turn in range(REPEATS + 1):  # the first warms up
             for number in range(len(images)):
                 for name in names:
-                    passed = seconds_of(self.policies[name], self.model.net, images[number : number + 1], how)
+                    passed = seconds_of(self.policies[name], self.model.net, images[number : number + 1], evaluator)
                     if turn:
                         times[name][number].append(passed)
-        return {name: 1e3 * mean(median(turns) for turns in found) for name, found in times.items()}
+        return {name: 1e3 * mean(median(turns) for turns in rounds) for name, rounds in times.items()}
 
 
 def load(source: str, uri: str | None = None, *, device: str = "auto", cache: Path | None = None) -> Predictor:
-    """The net that `source` names (a run's folder, a checkpoint's, a version), ready to answer.
+    """The net that `source` names (folder of a run or checkpoint, or a version), ready to classify.
 
-    Raises ConfigError where no evaluation of it is stored, or the device is none or not here.
+    Raises ConfigError if no evaluation of it is stored, or the device is unknown or not available.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device (={device}): auto, cpu or cuda")
+        raise ConfigError(f"--device (={device}): auto, cpu or cuda", key="--device", subject=device)
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device (=cuda): torch sees no GPU here; take auto or cpu")
+        raise ConfigError(
+            "--device (=cuda): torch finds no GPU here; choose auto or cpu", key="--device", subject=device
+        )
     net = evaluations.find(source, uri)
     model = load_model(net.model.folder, device_of(device))
     home = cache or Path.home() / ".cache" / "adaptnet" / "latency"
     return Predictor(source, model, net.newest.reports, net.sha256, home)
 
 
-def exceeded(choice: Choice, answers: Sequence[Answer], full_macs: float) -> str | None:
-    """A sentence where these images cost more MACs on average than the budget allows, None where they do not.
+def exceeded(choice: Choice, answers: Sequence[Classified], full_macs: float) -> str | None:
+    """A warning if these images cost more MACs on average than the budget allows; None if they do not.
 
-    full_macs: of the whole network, for a budget that is a share of it.
+    full_macs: of the full network, for a budget that is a share of it.
     """
     budget = choice.budget
     if budget is None or budget.unit == "ms" or not answers:
@@ -223,13 +230,13 @@ def exceeded(choice: Choice, answers: Sequence[Answer], full_macs: float) -> str
     if spent <= allowed * (1 + TOLERANCE):
         return None
     return (
-        f"these images cost {macs_text(spent)} on average, above the budget of {macs_text(allowed)}: it was kept on "
-        "the images of the evaluation, and these are harder"
+        f"these images cost {macs_text(spent)} on average, above the budget of {macs_text(allowed)}: the policy was "
+        "within it on the images of the evaluation, and these are harder"
     )
 
 
 def _read(files: Sequence[Path]) -> tuple[list[bytes], dict[int, str]]:
-    """The bytes of each file, and the reasons for those that cannot be read."""
+    """The bytes of each file, and by position the reasons of those that cannot be read."""
     encoded, bad = list[bytes](), dict[int, str]()
     for number, file in enumerate(files):
         try:
@@ -241,14 +248,14 @@ def _read(files: Sequence[Path]) -> tuple[list[bytes], dict[int, str]]:
 
 
 def full_macs(reports: Sequence[Report]) -> float:
-    """The MACs of the whole network, from a policy's own price and share of it."""
+    """The MACs of the full network, from the cost of a policy and its share of the full network."""
     return reports[0].macs_mean / reports[0].relative_macs
 
 
-def as_mapping(answer: Answer | Unreadable) -> dict[str, Any]:
+def as_mapping(answer: Classified | Unreadable) -> dict[str, JsonValue]:
     """For JSON: {"file", "top": [{"label", "probability"}], "macs"} or {"file", "reason"}."""
     if isinstance(answer, Unreadable):
         return {"file": answer.file, "reason": answer.reason}
     pairs = zip(answer.labels, answer.probabilities, strict=True)
-    top = [{"label": label, "probability": probability} for label, probability in pairs]
+    top: list[JsonValue] = [{"label": label, "probability": probability} for label, probability in pairs]
     return {"file": answer.file, "top": top, "macs": answer.macs}

@@ -1,7 +1,7 @@
-"""From a run to the version that serves: register, promote through a gate, roll back.
+"""From a run to the version in service: register, promote through a gate, roll back.
 
-A version is promoted where it adds to what the present holder of the alias can do: of both, evaluated on the same
-images, at least one of its policies must be undominated in accuracy and MACs.
+A version is promoted if it adds to what the present holder of the alias can do: both are evaluated on the same images,
+and at least one policy of the version must be undominated in accuracy and MACs.
 """
 
 from __future__ import annotations
@@ -12,30 +12,32 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline import tracking
 from pipeline.deploy import evaluations
 from pipeline.deploy.evaluations import Evaluation
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, JsonValue
 from pipeline.evaluation.frontier import dominated, macs_text
 from pipeline.family import Report
 from pipeline.registry import catalogue, promotion_log
 from pipeline.registry.catalogue import Version, listed
+from pipeline.registry.promotion_log import HolderChange, PromotionEntry
 from pipeline.registry.publishing import publish
-from pipeline.registry.resolve import asking
+from pipeline.registry.session import session
 from pipeline.runs import provenance
+from pipeline.runs.files import write_json
 from pipeline.runs.records import read_about
 from pipeline.tracking.address import registered_alias
+from pipeline.tracking.client import Client
 
-NEWEST = "candidate"  # the alias of a model's newest version, which nothing is promoted to
+NEWEST = "candidate"  # the alias of a model's newest version; nothing is promoted to it
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What was decided: the version, who held the alias before, what both can do, and the entry that says so.
+    """The decision: the version, the previous holder of the alias, what both can do, and the log entry.
 
-    `entry` is None where the version held the alias already.
+    `entry` is None if the version held the alias already. `overruled` is why the gate refused a forced promotion.
     """
 
     version: Version
@@ -43,8 +45,8 @@ class Promotion:
     data: str
     reports: Sequence[Report]
     champion_reports: Sequence[Report]
-    entry: promotion_log.PromotionEntry | None
-    overruled: str | None = None  # why the gate would have refused it
+    entry: PromotionEntry | None
+    overruled: str | None = None
 
 
 def register(
@@ -55,21 +57,28 @@ def register(
     alias: str = NEWEST,
     remarks: Mapping[str, str] | None = None,
 ) -> Version:
-    """Registers a run's best checkpoint, or the checkpoint in that folder, as a version of `name`.
+    """Registers the best checkpoint of a run, or the checkpoint in a folder, as a version of `name`.
 
-    The run is sent to MLflow first where it has not been. Idempotent. Raises ConfigError where `source` is not of a
-    run, no evaluation of it is stored, or `alias` is one that versions are promoted to.
+    The run is sent to the tracking server first if it has not been. Idempotent. Raises ConfigError if `source` does not
+    belong to a run, if no evaluation of it is stored, or if versions are promoted to `alias`.
     """
     registered_alias(alias)
     net = evaluations.find(source)
     if net.run_dir is None:
-        raise ConfigError(f"{source}: this is not of a run's folder; register what a run has trained or imported")
-    place = catalogue.address(uri) if uri else tracking.resolve_uri(_recipe_uri(net.run_dir), net.run_dir)
-    run_id = tracking.sync(net.run_dir, place).run_id
-    if alias != NEWEST and promotion_log.history(place, name, alias):
         raise ConfigError(
-            f"--alias (={alias}): versions of {name} are promoted to it, through a gate; leave --alias out, then "
-            f"`adaptnet models promote {name} VERSION --alias {alias}`"
+            f"{source}: not part of a run folder; register what a run has trained or imported",
+            key="source",
+            subject=source,
+        )
+    own = tracking.tracking_config(net.run_dir).uri
+    address = catalogue.address(uri) if uri else tracking.resolve_uri(own, net.run_dir)
+    run_id = tracking.sync(net.run_dir, address).run_id
+    if alias != NEWEST and promotion_log.history(address, name, alias):
+        raise ConfigError(
+            f"--alias (={alias}): versions of {name} are promoted to it, through a gate; leave out --alias, then "
+            f"`adaptnet models promote {name} VERSION --alias {alias}`",
+            key="--alias",
+            subject=alias,
         )
     newest = net.newest
     return publish(
@@ -77,16 +86,11 @@ def register(
         newest.reports,
         name,
         run_id=run_id,
-        uri=place,
+        uri=address,
         alias=alias,
         evaluated_on=newest.data,
         remarks=remarks,
     )
-
-
-def _recipe_uri(run_dir: Path) -> str | None:
-    uri: str | None = tracking.recipe_of(run_dir).get("tracking", {}).get("uri")
-    return uri
 
 
 def promote(
@@ -100,38 +104,31 @@ def promote(
     uri: str | None = None,
     data_home: str | None = None,
 ) -> Promotion:
-    """Points `alias` at a version once it has been evaluated, beside the present holder, on the images of `root`.
+    """Points `alias` at a version after evaluating it beside the present holder on the images of `root`.
 
-    root: a set of images; default: the one the version was trained on. Raises ConfigError where the holder dominates
-    it, or cannot be evaluated, and `force` is off; ResourceError where another promotion came first.
+    root: a data set; default: the one that the version was trained on. Raises ConfigError if the holder dominates the
+    version, or cannot be evaluated, and `force` is off; ResourceError if another promotion came first.
     """
-    registered_alias(alias)
-    if alias == NEWEST:
-        raise ConfigError(f"--alias (={alias}): that is the newest version; promote to another, e.g. champion")
-    if force and not why.strip():
-        raise ConfigError("--force: say why, with --why, so that others can read it")
-    place = catalogue.address(uri)
-    found = catalogue.versions(place, name)
-    version = _numbered(found, number)
-    with asking(place) as client:
-        promotion_log.settle(client, place, name, alias)
-        follows = _last(promotion_log.history(place, name, alias))
-        found = catalogue.versions(place, name)
-        before = next((each for each in found if alias in each.aliases), None)
+    _check_promotable(alias, why, force)
+    address = catalogue.address(uri)
+    version = _numbered(catalogue.versions(address, name), number)
+    with session(address) as client:
+        promotion_log.settle(client, address, name, alias)
+        follows = _last(promotion_log.history(address, name, alias))
+        before = _holder(catalogue.versions(address, name), alias)
         if before is not None and before.version == number:
             return Promotion(version, before, "", (), (), None)
-        mine = _evaluated(version, root, place, data_home)
-        theirs, refusal = _compared(mine, version, before, alias, place, data_home) if before else (None, None)
+        mine = _evaluated(version, root, address, data_home)
+        theirs, refusal = _compared(mine, version, before, alias, address, data_home) if before else (None, None)
         if refusal and not force:
             raise ConfigError(
-                f"{version.reference} is not promoted: {refusal}. To promote it all the same: --force --why REASON"
+                f"{version.reference} is not promoted: {refusal}. To promote it nevertheless: --force --why REASON",
+                key="--force",
+                subject=version.reference,
             )
-        source = _keep_reports(client, version, alias, mine, theirs)
-        entry = promotion_log.append(
-            client,
-            place,
-            name,
-            alias,
+        change = HolderChange(
+            name=name,
+            alias=alias,
             kind="promotion",
             version=number,
             before=before.version if before else None,
@@ -139,29 +136,52 @@ def promote(
             who=provenance.who(),
             why=why,
             forced=bool(refusal),
-            source=source,
+            source=_store_reports(client, version, alias, mine, theirs),
             run_id=version.run_id,
             facts={"data": _identity(mine), "reports": _figures(mine.reports), **_champion_facts(theirs)},
         )
+        entry = promotion_log.append(client, address, change)
     reports = theirs.reports if theirs else ()
     return Promotion(version, before, _identity(mine), mine.reports, reports, entry, refusal)
 
 
-def _numbered(found: Sequence[Version], number: int) -> Version:
-    version = next((each for each in found if each.version == number), None)
+def _check_promotable(alias: str, why: str, force: bool) -> None:
+    registered_alias(alias)
+    if alias == NEWEST:
+        raise ConfigError(
+            f"--alias (={alias}): this is the newest version; promote to another alias, e.g. champion",
+            key="--alias",
+            subject=alias,
+        )
+    if force and not why.strip():
+        raise ConfigError("--force: give the reason with --why, so that others can read it", key="--why")
+
+
+def _numbered(versions: Sequence[Version], number: int) -> Version:
+    version = next((each for each in versions if each.version == number), None)
     if version is None:
-        name = found[0].name if found else "the model"
-        raise ConfigError(f"version {number}: {name} has no such version; it has: {listed(found)}")
+        name = versions[0].name if versions else "the model"
+        raise ConfigError(
+            f"version {number}: {name} has no such version; it has: {listed(versions)}", key="version", subject=number
+        )
     return version
 
 
-def _last(counted: Sequence[promotion_log.PromotionEntry]) -> int:
+def _holder(versions: Sequence[Version], alias: str) -> Version | None:
+    return next((each for each in versions if alias in each.aliases), None)
+
+
+def _last(counted: Sequence[PromotionEntry]) -> int:
     return counted[-1].number if counted else 0
 
 
 def _evaluated(version: Version, root: Path | None, uri: str, data_home: str | None) -> Evaluation:
     if version.run_id is None:
-        raise ConfigError(f"{version.reference} has no MLflow run that its reports could be kept with; register a run")
+        raise ConfigError(
+            f"{version.reference} belongs to no tracked run that could store its reports; register a run",
+            key="version",
+            subject=version.reference,
+        )
     wanted = [f"data.root={json.dumps(str(root))}"] if root else []
     return evaluations.evaluate(version.reference, wanted, data_home=data_home, uri=uri)
 
@@ -169,7 +189,7 @@ def _evaluated(version: Version, root: Path | None, uri: str, data_home: str | N
 def _compared(
     mine: Evaluation, version: Version, before: Version, alias: str, uri: str, data_home: str | None
 ) -> tuple[Evaluation | None, str | None]:
-    """The holder on the same images, and why it is not to be replaced; no evaluation where its files are gone."""
+    """The holder's evaluation on the same images (None if its files are gone), and why it is not to be replaced."""
     same = [f"data.root={json.dumps(str(mine.root))}"]
     try:
         theirs = evaluations.evaluate(before.reference, same, data_home=data_home, uri=uri)
@@ -177,12 +197,14 @@ def _compared(
         return None, f"{before.reference}, the present {alias}, cannot be evaluated beside it: {error}"
     if _identity(theirs) != _identity(mine):
         raise ConfigError(
-            f"{mine.root}: {version.reference} and {before.reference} see different images there ({_identity(mine)} "
-            f"and {_identity(theirs)}); name a set with a val split of its own with --data"
+            f"{mine.root}: {version.reference} and {before.reference} use different images of it ({_identity(mine)} "
+            f"and {_identity(theirs)}); name a data set that has a val split with --data",
+            key="--data",
+            subject=mine.root,
         )
-    found = gate(mine.reports, theirs.reports)
-    why = f"{before.reference}, the present {alias}, dominates it on {mine.root}: {found}"
-    return theirs, why if found else None
+    reason = gate(mine.reports, theirs.reports)
+    why = f"{before.reference}, the present {alias}, dominates it on {mine.root}: {reason}"
+    return theirs, why if reason else None
 
 
 def _identity(evaluation: Evaluation) -> str:
@@ -190,16 +212,16 @@ def _identity(evaluation: Evaluation) -> str:
 
 
 def gate(challenger: Sequence[Report], champion: Sequence[Report]) -> str | None:
-    """Why the champion dominates the challenger, with by how much; None where it does not.
+    """Why the champion dominates the challenger, and by how much; None if it does not.
 
-    Of equal points the champion's stands: a change must bring something.
+    Equal points count for the champion: a change must improve something.
     """
     both = [*champion, *challenger]
-    beaten = dominated([r.macs_mean for r in both], [r.top1 for r in both])[len(champion) :]
-    if not all(beaten):
+    theirs = dominated([r.macs_mean for r in both], [r.top1 for r in both])[len(champion) :]
+    if not all(theirs):
         return None
     own = dominated([r.macs_mean for r in challenger], [r.top1 for r in challenger])
-    return "; ".join(_by_how_much(r, champion) for r, dull in zip(challenger, own, strict=True) if not dull)
+    return "; ".join(_by_how_much(r, champion) for r, beaten in zip(challenger, own, strict=True) if not beaten)
 
 
 def _by_how_much(report: Report, champion: Sequence[Report]) -> str:
@@ -213,19 +235,19 @@ def _by_how_much(report: Report, champion: Sequence[Report]) -> str:
     )
 
 
-def _keep_reports(client: Any, version: Version, alias: str, mine: Evaluation, theirs: Evaluation | None) -> str:
-    """Puts both reports among the artifacts of the version's run; where they lie."""
+def _store_reports(client: Client, version: Version, alias: str, mine: Evaluation, theirs: Evaluation | None) -> str:
+    """Stores both reports among the artifacts of the version's run. Returns their location."""
     place = f"promotions/{alias}-{uuid.uuid4().hex[:8]}"
     with tempfile.TemporaryDirectory(prefix="adaptnet-promote-") as scratch:
         for name, evaluation in (("challenger", mine), ("champion", theirs)):
             if evaluation is not None:
-                text = {"of": evaluation.what, "root": str(evaluation.root), "reports": _whole(evaluation.reports)}
-                (Path(scratch) / f"{name}.json").write_text(json.dumps(text, indent=1), encoding="utf-8")
+                content = {"of": evaluation.what, "root": str(evaluation.root), "reports": _whole(evaluation.reports)}
+                write_json(Path(scratch) / f"{name}.json", content)
         client.log_artifacts(version.run_id, scratch, place)
     return f"{client.get_run(version.run_id).info.artifact_uri}/{place}"
 
 
-def _whole(reports: Sequence[Report]) -> list[dict[str, Any]]:
+def _whole(reports: Sequence[Report]) -> list[dict[str, JsonValue]]:
     return [report.to_json() for report in reports]
 
 
@@ -238,38 +260,39 @@ def _champion_facts(theirs: Evaluation | None) -> dict[str, str]:
 
 
 def rollback(name: str, *, alias: str = "champion", why: str = "", uri: str | None = None) -> tuple[Version, Version]:
-    """Gives `alias` back to the version that held it before; (that version, the one that loses it).
+    """Returns `alias` to the version that held it before: (that version, the one that loses it).
 
-    Raises ConfigError where nobody held it before, or that version is gone.
+    Raises ConfigError if no version held it before, or that version no longer exists.
     """
-    place = catalogue.address(uri)
-    catalogue.versions(place, name)
-    with asking(place) as client:
-        promotion_log.settle(client, place, name, alias)
-        counted = promotion_log.history(place, name, alias)
-        found = catalogue.versions(place, name)
-        present = next((each for each in found if alias in each.aliases), None)
+    address = catalogue.address(uri)
+    catalogue.versions(address, name)
+    with session(address) as client:
+        promotion_log.settle(client, address, name, alias)
+        counted = promotion_log.history(address, name, alias)
+        versions = catalogue.versions(address, name)
+        present = _holder(versions, alias)
         number = promotion_log.previous(counted, present.version if present else None)
         if present is None or number is None:
-            held = (
-                f"only {present.reference} has held it" if present else f"nobody holds it; there are: {listed(found)}"
-            )
-            raise ConfigError(f"{name}@{alias}: there is nothing to roll back to: {held}")
-        target = _numbered(found, number)
-        promotion_log.append(
-            client,
-            place,
-            name,
-            alias,
+            raise _nothing_before(name, alias, present, versions)
+        target = _numbered(versions, number)
+        change = HolderChange(
+            name=name,
+            alias=alias,
             kind="rollback",
             version=number,
             before=present.version,
             follows=_last(counted),
             who=provenance.who(),
             why=why,
-            forced=False,
             source=client.get_model_version(name, str(number)).source,
             run_id=target.run_id,
-            facts={},
         )
+        promotion_log.append(client, address, change)
     return target, present
+
+
+def _nothing_before(name: str, alias: str, present: Version | None, versions: Sequence[Version]) -> ConfigError:
+    held = f"only {present.reference} has held it" if present else f"no version holds it; existing: {listed(versions)}"
+    return ConfigError(
+        f"{name}@{alias}: there is nothing to roll back to: {held}", key="--alias", subject=f"{name}@{alias}"
+    )

@@ -1,9 +1,9 @@
-"""What a server has told of its versions, kept in the user's cache until it is told otherwise.
+"""Client-side cache of model versions, invalidated by the model's last-updated time.
 
-MLflow's server takes milliseconds for each version that it tells of, and tells of all models at once in no time. It
-stamps a model anew when a version of it is made, deleted or moved to another stage, so versions of a model whose stamp
-is the one that was kept are the same. Setting a tag on a version does not stamp: the tags that are set later (licence,
-note, promotions) are read afresh by those who show them, with `store_reader.rows` of one number.
+MLflow's server takes milliseconds for each version that it lists, but lists all models at once quickly. It changes the
+stamp of a model when one of its versions is created, deleted or moved to another stage, so the versions of a model with
+an unchanged stamp are unchanged. Setting a tag on a version does not change the stamp: tags that are set later
+(licence, note, promotions) are read directly by whoever shows them, with `store_reader.rows` of one number.
 """
 
 from __future__ import annotations
@@ -14,37 +14,55 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
-from pipeline.registry import store_reader
-from pipeline.registry.store_reader import RegisteredModel, VersionRow
+from pipeline.registry.store_reader import ModelStore, RegisteredModel, VersionRow, open_store
 from pipeline.runs.files import write_text
 from pipeline.runs.provenance import without_secrets
 
 FORMAT = 1
-FEW = 20  # models whose versions are asked for one by one; of more, the server is asked for everything at once
+FEW = 20  # up to so many models are queried one by one; for more, the server lists all versions at once
 
 
-def rows(uri: str, models: Sequence[RegisteredModel], *, home: Path | None = None) -> list[VersionRow]:
-    """Every version of these models. home: the cache's folder; default: the user's.
+class CachedRow(TypedDict):
+    """A VersionRow in the cache file."""
 
-    Raises ResourceError where the registry does not answer.
+    name: str
+    version: int
+    run_id: str | None
+    created: float
+    tags: dict[str, str]
+
+
+class CachedModel(TypedDict):
+    """The versions of a model while its stamp was this one."""
+
+    stamp: str
+    rows: list[CachedRow]
+
+
+def rows(
+    uri: str, models: Sequence[RegisteredModel], *, home: Path | None = None, store: ModelStore | None = None
+) -> list[VersionRow]:
+    """Every version of these models. home: the folder of the cache; default: the user's. store: that behind `uri`.
+
+    Raises ResourceError if the registry does not answer.
     """
     path = _path(uri, home)
     known = _read(path)
-    changed = [m for m in models if not m.stamp or known.get(m.name, {}).get("stamp") != m.stamp]
+    changed = [m.name for m in models if not m.stamp or m.name not in known or known[m.name]["stamp"] != m.stamp]
     if changed:
-        known |= {model.name: {"stamp": model.stamp, "rows": []} for model in changed}
-        for row in _asked(uri, [model.name for model in changed]):
-            known[row.name]["rows"].append(asdict(row))
+        known |= {model.name: CachedModel(stamp=model.stamp, rows=[]) for model in models if model.name in changed}
+        for row in _query(store or open_store(uri), changed):
+            known[row.name]["rows"].append(cast(CachedRow, asdict(row)))
         _write(path, known)
     return [VersionRow(**row) for model in models for row in known[model.name]["rows"]]
 
 
-def _asked(uri: str, names: Sequence[str]) -> list[VersionRow]:
+def _query(store: ModelStore, names: Sequence[str]) -> list[VersionRow]:
     if len(names) <= FEW:
-        return [row for name in names for row in store_reader.rows(uri, name)]
-    return [row for row in store_reader.rows(uri) if row.name in set(names)]
+        return [row for name in names for row in store.rows(name)]
+    return [row for row in store.rows() if row.name in set(names)]
 
 
 def _path(uri: str, home: Path | None) -> Path:
@@ -52,17 +70,17 @@ def _path(uri: str, home: Path | None) -> Path:
     return (home or Path.home() / ".cache" / "adaptnet" / "registries") / f"{address}.json"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What was kept; nothing where that cannot be read."""
+def _read(path: Path) -> dict[str, CachedModel]:
+    """The content of the cache; empty if it cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        models: dict[str, Any] = found["models"] if found["format"] == FORMAT else {}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        models: dict[str, CachedModel] = content["models"] if content["format"] == FORMAT else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return models
 
 
-def _write(path: Path, models: Mapping[str, Any]) -> None:
-    with suppress(OSError):  # a home that cannot be written: asked anew each time
+def _write(path: Path, models: Mapping[str, CachedModel]) -> None:
+    with suppress(OSError):  # a home that cannot be written: every call queries the server
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_text(path, json.dumps({"format": FORMAT, "models": models}))

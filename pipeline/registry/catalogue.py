@@ -1,6 +1,6 @@
-"""What there is in the registry: versions by name and alias, and the policies of theirs that meet a budget.
+"""The versions in the registry, by name and alias, and those of their policies that meet a budget.
 
-Nothing here imports torch or MLflow, so that a look into the registry takes no seconds.
+Nothing here imports torch or MLflow, so that looking something up does not take seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.frontier import Budget, dominated
@@ -19,15 +19,24 @@ from pipeline.registry import cache, store_reader
 from pipeline.registry.store_reader import RegisteredModel, VersionRow
 from pipeline.tracking.address import database_file, resolve_uri
 
-RUNS = Path("runs")  # where runs lie, and their database, if nothing else is said
+RUNS = Path("runs")  # where runs and their database are by default
 REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w\-]+)|/(?P<version>\d+|latest))")
-MOST = 2**31 - 1  # of PostgreSQL's integers
+MOST = 2**31 - 1  # the largest integer of PostgreSQL
 JOURNAL = "adaptnet.promotions_of"  # tag of the registered models that hold promotions, not nets
+
+
+class StoredReport(TypedDict):
+    """What a version's tag holds of the evaluation of one policy; more figures may be there."""
+
+    policy: str
+    num_images: int
+    top1: float  # in 0..1
+    macs_mean: float  # per image
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version of a registered model, as the registry knows it."""
+    """One version of a registered model, as the registry stores it."""
 
     name: str
     version: int
@@ -38,34 +47,42 @@ class Version:
 
     @property
     def reference(self) -> str:
+        """As users write it: models:/NAME/VERSION."""
         return f"models:/{self.name}/{self.version}"
 
     @cached_property
-    def reports(self) -> list[dict[str, Any]]:
-        """The figures of each policy, first the default."""
+    def reports(self) -> list[StoredReport]:
+        """The figures of each policy, the default first. Raises CheckpointError if the tag is damaged."""
         try:
-            found: list[dict[str, Any]] = json.loads(self.tags.get("adaptnet.reports", "[]"))
+            reports: list[StoredReport] = json.loads(self.tags.get("adaptnet.reports", "[]"))
         except ValueError as error:
-            raise CheckpointError(f"{self.reference}: its tag adaptnet.reports is damaged ({error})") from None
-        return found
+            raise CheckpointError(
+                f"{self.reference}: its tag adaptnet.reports is damaged ({error})",
+                key="adaptnet.reports",
+                subject=self.reference,
+            ) from None
+        return reports
 
     @cached_property
     def dominated(self) -> list[bool]:
-        """For each report whether another is at least as accurate and no dearer."""
+        """For each report whether another one is at least as accurate and costs no more."""
         return dominated([r["macs_mean"] for r in self.reports], [r["top1"] for r in self.reports])
 
     def is_of(self, dataset: str) -> bool:
-        """Whether it was trained or evaluated on the images of this name or identity."""
+        """Whether it was trained or evaluated on the images with this name or identity."""
         return dataset in {self.tags.get(f"adaptnet.{key}") for key in ("dataset", "data", "evaluated_on")}
 
 
 def address(uri: str | None) -> str:
-    """The registry's address in full; runs/mlflow.db here if none is given."""
+    """The complete URI of the registry; runs/mlflow.db here if none is given."""
     return resolve_uri(uri, RUNS / "any")
 
 
 def versions(uri: str, name: str | None = None) -> list[Version]:
-    """Every version of `name`, or of all names, newest first. Raises ConfigError listing the names there are."""
+    """Every version of `name`, or of all names, newest first.
+
+    Raises ConfigError listing the existing names if `name` is unknown.
+    """
     models = _models(uri, name)
     if store_reader.is_web(uri):
         return _versions(models, cache.rows(uri, models))
@@ -73,7 +90,7 @@ def versions(uri: str, name: str | None = None) -> list[Version]:
 
 
 def _models(uri: str, name: str | None) -> list[RegisteredModel]:
-    """The model of that name, or all; without those that hold promotions."""
+    """The model of that name, or all; without those that hold promotions instead of nets."""
     check_there(uri)
     models = [model for model in store_reader.models(uri) if JOURNAL not in model.tags]
     if name is None:
@@ -81,7 +98,9 @@ def _models(uri: str, name: str | None) -> list[RegisteredModel]:
     names = ", ".join(model.name for model in models) or "none"
     wanted = [model for model in models if model.name == name]
     if not wanted:
-        raise ConfigError(f"{name}: the registry has no model of that name; there are: {names}")
+        raise ConfigError(
+            f"{name}: the registry has no model of that name; existing names: {names}", key="name", subject=name
+        )
     return wanted
 
 
@@ -92,12 +111,12 @@ def _versions(models: Sequence[RegisteredModel], rows: Sequence[VersionRow]) -> 
     for model in models:
         for alias, number in sorted(model.aliases.items()):
             aliases[model.name, number] = (*aliases.get((model.name, number), ()), alias)
-    found = [
+    versions = [
         Version(row.name, row.version, aliases.get((row.name, row.version), ()), row.run_id, row.created, row.tags)
         for row in rows
         if row.name in names
     ]
-    return sorted(found, key=lambda version: (version.name, -version.version))
+    return sorted(versions, key=lambda version: (version.name, -version.version))
 
 
 def check_there(uri: str) -> None:
@@ -105,19 +124,25 @@ def check_there(uri: str) -> None:
     path = database_file(uri)
     if path is not None and not path.exists():
         raise ConfigError(
-            f"{path}: there is no registry here yet; name another with --uri, e.g. "
-            "sqlite:////data/runs/mlflow.db, which lies beside the folders of its runs"
+            f"{path}: no registry exists here yet; name another with --uri, e.g. sqlite:////data/runs/mlflow.db, which "
+            "is beside the folders of its runs",
+            key="--uri",
+            subject=path,
         )
 
 
 def lookup(reference: str, uri: str) -> Version:
     """The version behind `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/NAME/latest`.
 
-    Raises ConfigError listing what there is where the name, version or alias is unknown.
+    Raises ConfigError listing what exists if the name, version or alias is unknown.
     """
     match = REFERENCE.fullmatch(reference)
     if match is None:
-        raise ConfigError(f"{reference}: write models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest")
+        raise ConfigError(
+            f"{reference}: write models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest",
+            key="reference",
+            subject=reference,
+        )
     models = _models(uri, match["name"])
     if match["alias"]:
         number = models[0].aliases.get(match["alias"], 0)
@@ -127,21 +152,25 @@ def lookup(reference: str, uri: str) -> Version:
         number = int(match["version"])
     wanted = _versions(models, store_reader.rows(uri, match["name"], number)) if 0 < number <= MOST else []
     if not wanted:
-        found = listed(versions(uri, match["name"]))
-        raise ConfigError(f"{reference}: no such version or alias; {match['name']} has: {found}")
+        existing = listed(versions(uri, match["name"]))
+        raise ConfigError(
+            f"{reference}: no such version or alias; {match['name']} has: {existing}",
+            key="reference",
+            subject=reference,
+        )
     return wanted[0]
 
 
-def listed(found: Sequence[Version], most: int = 40) -> str:
-    """Versions and their aliases in a line."""
-    there = [f"{v.version}{''.join(f' @{alias}' for alias in v.aliases)}" for v in found]
-    more = f", and {len(there) - most} more" if len(there) > most else ""
-    return (", ".join(there[:most]) or "none") + more
+def listed(versions: Sequence[Version], most: int = 40) -> str:
+    """Versions and their aliases in one line."""
+    names = [f"{v.version}{''.join(f' @{alias}' for alias in v.aliases)}" for v in versions]
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
 
 
 @dataclass(frozen=True)
 class Match:
-    """A version and one policy of it that meet what was asked; top1 in 0..1, macs mean per image."""
+    """A version and one of its policies that meet the bounds; top1 in 0..1, macs mean per image."""
 
     version: Version
     policy: str
@@ -151,21 +180,25 @@ class Match:
 
 
 def matching(
-    found: Sequence[Version], *, max_macs: Budget | None, min_top1: float | None, dataset: str | None
+    candidates: Sequence[Version], *, max_macs: Budget | None, min_top1: float | None, dataset: str | None
 ) -> list[Match]:
-    """The undominated policies within the bounds, the most accurate first, of equals the cheapest, then the newest.
+    """The undominated policies within the bounds: the most accurate first, among equals the cheapest, then the newest.
 
-    min_top1 in 0..1. Raises ConfigError saying what comes nearest where none meets them.
+    min_top1 in 0..1. Raises ConfigError naming the nearest policy if none meets the bounds.
     """
-    on_data = [version for version in found if dataset is None or version.is_of(dataset)]
+    on_data = [version for version in candidates if dataset is None or version.is_of(dataset)]
     if not on_data:
-        known = sorted({each.tags["adaptnet.dataset"] for each in found if "adaptnet.dataset" in each.tags})
-        raise ConfigError(f"--dataset (={dataset}): no version is of it; there are: {', '.join(known) or 'none'}")
+        known = sorted({each.tags["adaptnet.dataset"] for each in candidates if "adaptnet.dataset" in each.tags})
+        raise ConfigError(
+            f"--dataset (={dataset}): no version was trained or evaluated on it; known: {', '.join(known) or 'none'}",
+            key="--dataset",
+            subject=dataset,
+        )
     every = [match for version in on_data for match in _matches(version)]
     within = [match for match in every if max_macs is None or match.macs <= max_macs.amount]
     wanted = [match for match in within if min_top1 is None or match.top1 >= min_top1]
     if not wanted:
-        raise ConfigError(_nearest(every, within, max_macs, min_top1))
+        raise _nearest(every, within, max_macs, min_top1)
     return sorted(wanted, key=lambda match: (-match.top1, match.macs, match.version.name, -match.version.version))
 
 
@@ -175,19 +208,26 @@ def _matches(version: Version) -> Iterator[Match]:
             yield Match(version, report["policy"], report["top1"], report["macs_mean"], report["num_images"])
 
 
-def _nearest(every: Sequence[Match], within: Sequence[Match], max_macs: Budget | None, min_top1: float | None) -> str:
+def _nearest(
+    every: Sequence[Match], within: Sequence[Match], max_macs: Budget | None, min_top1: float | None
+) -> ConfigError:
+    """The error that says how far the nearest policy is from the bounds."""
     if not every:
-        return "no version of the registry brings figures of its policies"
+        return ConfigError("no version in the registry has figures of its policies", key="name")
     if not within:
         assert max_macs is not None
         cheapest = min(every, key=lambda match: match.macs)
-        return (
+        return ConfigError(
             f"--max-macs (={max_macs.text}): every policy costs more; the cheapest is {cheapest.policy} of "
-            f"{cheapest.version.reference} at {max_macs.written(cheapest.macs)}"
+            f"{cheapest.version.reference} at {max_macs.written(cheapest.macs)}",
+            key="--max-macs",
+            subject=max_macs.text,
         )
     best = max(within, key=lambda match: match.top1)
     bound = f" within --max-macs (={max_macs.text})" if max_macs else ""
-    return (
-        f"--min-top1 (={100 * (min_top1 or 0):g}): nothing{bound} is as accurate; the best is {best.policy} of "
-        f"{best.version.reference} with {100 * best.top1:.2f} %"
+    return ConfigError(
+        f"--min-top1 (={100 * (min_top1 or 0):g}): no policy{bound} is as accurate; the best is {best.policy} of "
+        f"{best.version.reference} with {100 * best.top1:.2f} %",
+        key="--min-top1",
+        subject=f"{100 * (min_top1 or 0):g}",
     )

@@ -1,4 +1,4 @@
-"""A trained net as a folder: written whole or not at all, checked before it is used, run on encoded images.
+"""A trained net as a folder: written atomically, checked before it is used, run on encoded images.
 
 Letters: N images, K classes.
 """
@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,13 +20,16 @@ from torch import nn
 from pipeline import config as configs
 from pipeline import family as families
 from pipeline.data.config import DataConfig
-from pipeline.errors import CheckpointError, ResourceError, UndecodableError
+from pipeline.errors import CheckpointError, JsonValue, ResourceError, UndecodableError
 from pipeline.evaluation.evaluate import choose, restored
 from pipeline.family import Family, FamilyConfig, Policy, Report
 from pipeline.runs.files import whole_folder
 from pipeline.runs.records import Meta
 from pipeline.training import checkpoint
 from pipeline.training.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from pipeline.data.dali import Decoding
 
 FORMAT = 1
 WEIGHTS, RECIPE, CARD = "net.safetensors", "recipe.yaml", "card.json"
@@ -47,10 +50,10 @@ FIGURES = (
 def write_model_folder(
     source: Path, reports: Sequence[Report], destination: Path, *, evaluated_on: str | None = None
 ) -> Path:
-    """Writes the net of a checkpoint's folder as a model's folder, whole or not at all. Returns `destination`.
+    """Writes the net of a checkpoint folder as a model folder, whole or not at all. Returns `destination`.
 
-    evaluated_on is the identity of the images that the reports are of.
-    Raises CheckpointError where the checkpoint is damaged, ResourceError where the folder cannot be written.
+    evaluated_on: identity of the images of the reports.
+    Raises CheckpointError if the checkpoint is damaged, ResourceError if the folder cannot be written.
     """
     checkpoint.verify(source)
     meta = checkpoint.read_meta(source)
@@ -65,17 +68,21 @@ def write_model_folder(
             card = {**_card(meta, whole, aside / WEIGHTS), "recipe": recipe, "evaluated_on": evaluated_on}
             (aside / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
     except OSError as error:
-        raise ResourceError(f"{destination}: the model cannot be written there ({error.strerror})") from None
+        raise ResourceError(
+            f"{destination}: the model cannot be written there ({error.strerror})",
+            key="destination",
+            subject=destination,
+        ) from None
     return destination
 
 
 def weights_of(folder: Path) -> Path:
-    """A checkpoint's weights to use: the moving average where there is one."""
+    """The weights of a checkpoint that are used: the moving average if training kept one."""
     ema = folder / "ema.safetensors"
     return ema if ema.exists() else folder / WEIGHTS
 
 
-def _card(meta: Meta, reports: Sequence[Mapping[str, Any]], weights: Path) -> dict[str, Any]:
+def _card(meta: Meta, reports: Sequence[Mapping[str, JsonValue]], weights: Path) -> dict[str, JsonValue]:
     return {
         "format": FORMAT,
         "name": meta.recipe.get("name"),
@@ -86,26 +93,46 @@ def _card(meta: Meta, reports: Sequence[Mapping[str, Any]], weights: Path) -> di
         "classes": list(meta.classes),
         "weights": {"bytes": weights.stat().st_size, "sha256": checkpoint.sha256(weights)},
         "reports": [{key: report.get(key) for key in (*FIGURES, "calibration")} for report in reports],
-        "fingerprint": meta.fingerprint,
+        "fingerprint": dict(meta.fingerprint),
     }
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained net on disk: a checkpoint's folder or a model's."""
+    """A trained net on disk: the folder of a checkpoint or of a model. card: of a model folder, else empty."""
 
     folder: Path
     weights: Path
-    recipe: Mapping[str, Any]  # RunConfig
+    recipe: Mapping[str, JsonValue]  # the RunConfig as plain values
     classes: tuple[str, ...]
     step: int
-    card: Mapping[str, Any] = field(default_factory=dict)  # of a model's folder; empty for a checkpoint
+    card: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    def section(self, name: str) -> dict[str, JsonValue]:
+        """A section of the recipe."""
+        return configs.section(self.recipe, name)
+
+    @property
+    def stored_reports(self) -> list[dict[str, JsonValue]]:
+        """What the card holds of each policy's report, the default first; empty for a checkpoint."""
+        return _reports_in(self.card)
+
+    @property
+    def evaluated_on(self) -> str | None:
+        """Identity of the images of these reports."""
+        data = self.card.get("evaluated_on")
+        return str(data) if data else None
+
+
+def _reports_in(card: Mapping[str, JsonValue]) -> list[dict[str, JsonValue]]:
+    reports = card.get("reports")
+    return [report for report in reports if isinstance(report, dict)] if isinstance(reports, list) else []
 
 
 def describe(folder: Path) -> Trained:
-    """What lies in a checkpoint's or a model's folder, its weights checked against their checksum.
+    """The net in the folder of a checkpoint or of a model, its weights checked against their checksum.
 
-    Raises CheckpointError where it is neither, damaged, or of a newer format.
+    Raises CheckpointError if the folder is neither, damaged, or of a newer format.
     """
     if not (folder / CARD).is_file():
         checkpoint.verify(folder)
@@ -116,23 +143,36 @@ def describe(folder: Path) -> Trained:
         known = card["format"] <= FORMAT
         entry, classes, step = card["weights"], tuple(card["classes"]), int(card["step"])
         size, sum_expected = entry["bytes"], entry["sha256"]
-        recipe_expected = card.get("recipe", {}).get("sha256")  # None in cards that were written before it was kept
+        recipe_expected = card.get("recipe", {}).get("sha256")  # None in cards written before this checksum existed
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CARD}: cannot be read ({type(error).__name__}: {error})") from None
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{folder / CARD}: cannot be read ({why})", key=CARD, subject=folder) from None
     if not known:
-        raise CheckpointError(f"{folder}: model format {card['format']}; this adaptnet reads up to {FORMAT}")
+        raise CheckpointError(
+            f"{folder}: model format {card['format']}; this version of adaptnet reads up to {FORMAT}",
+            key=CARD,
+            subject=card["format"],
+        )
     weights = folder / WEIGHTS
     if not weights.is_file() or weights.stat().st_size != size or checkpoint.sha256(weights) != sum_expected:
-        raise CheckpointError(f"{weights}: not the weights that {CARD} was written for: damaged or exchanged")
+        raise CheckpointError(
+            f"{weights}: not the weights that {CARD} was written for: damaged or exchanged",
+            key=WEIGHTS,
+            subject=weights,
+        )
     recipe = configs.read_mapping(folder / RECIPE)
     if recipe_expected not in (None, checkpoint.sha256(folder / RECIPE)):
-        raise CheckpointError(f"{folder / RECIPE}: not the recipe that {CARD} was written for: damaged or exchanged")
+        raise CheckpointError(
+            f"{folder / RECIPE}: not the recipe that {CARD} was written for: damaged or exchanged",
+            key=RECIPE,
+            subject=folder,
+        )
     return Trained(folder, weights, recipe, classes, step, card)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A net ready to predict, with all that its images and answers need."""
+    """A net ready to predict, with what its images and answers need."""
 
     net: nn.Module  # in eval mode, on `device`
     family: Family
@@ -140,12 +180,17 @@ class LoadedModel:
     data_config: DataConfig
     classes: tuple[str, ...]
     policies: Sequence[Policy]  # the first is the default
-    card: Mapping[str, Any]
+    card: Mapping[str, JsonValue]
     device: torch.device
-    _decoders: list[Any] = field(default_factory=list, compare=False, repr=False)  # none or one, kept between calls
+    _decoders: list[Decoding] = field(default_factory=list, compare=False, repr=False)  # at most one, reused
 
-    def decoding(self, most: int) -> Any:
-        """What decodes up to `most` images at a time for this net."""
+    @property
+    def stored_reports(self) -> list[dict[str, JsonValue]]:
+        """What the card holds of each policy's report, the default first; empty without a card."""
+        return _reports_in(self.card)
+
+    def decoding(self, most: int) -> Decoding:
+        """A decoder of up to `most` images at a time for this net."""
         from pipeline.data import dali
 
         if not self._decoders or self._decoders[0].most < most:
@@ -154,39 +199,42 @@ class LoadedModel:
 
 
 def load_model(folder: Path, device: torch.device | None = None) -> LoadedModel:
-    """The net of a model's or a checkpoint's folder; no code in the folder is run and nothing is unpickled.
+    """The net of a model's or checkpoint's folder; no code in the folder is run and nothing is unpickled.
 
-    Raises CheckpointError where the weights are not those of the card or do not fit the family.
+    Raises CheckpointError if the weights are not those of the card or do not fit the family.
     """
     from safetensors.torch import load_file
 
-    found, device = describe(folder), device or torch.device("cpu")
-    section = found.recipe["family"]
-    family = families.find(section["name"])
+    trained, device = describe(folder), device or torch.device("cpu")
+    section = trained.section("family")
+    family = families.find(str(section["name"]))
     family_config = configs.validate(family.config, section, f"{folder}: recipe.family")
-    data_config = configs.validate(DataConfig, found.recipe["data"], f"{folder}: recipe.data")
+    data_config = configs.validate(DataConfig, trained.section("data"), f"{folder}: recipe.data")
     with torch.random.fork_rng(devices=[]):
-        net = family.build(family_config, len(found.classes))
+        net = family.build(family_config, len(trained.classes))
     try:
-        net.load_state_dict(load_file(found.weights), strict=True)
+        net.load_state_dict(load_file(trained.weights), strict=True)
     except Exception as error:  # safetensors and torch raise several kinds
-        raise CheckpointError(f"{found.weights}: weights do not load ({type(error).__name__}: {error})") from None
-    net = net.eval().to(device).to(memory_format=torch.channels_last)  # as the images come
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{trained.weights}: the weights cannot be loaded ({why})", key=WEIGHTS, subject=trained.weights
+        ) from None
+    net = net.eval().to(device).to(memory_format=torch.channels_last)  # like the images
     return LoadedModel(
         net=net,
         family=family,
         family_config=family_config,
         data_config=data_config,
-        classes=found.classes,
-        policies=restored(family.policies(family_config, net), found.card.get("reports", ())),
-        card=found.card,
+        classes=trained.classes,
+        policies=restored(family.policies(family_config, net), trained.stored_reports),
+        card=trained.card,
         device=device,
     )
 
 
 @dataclass(frozen=True)
 class Answers:
-    """probabilities [N, K] f32 and the MACs [N] f64 that each image took."""
+    """probabilities [N, K] f32, and macs [N] f64: multiply-accumulates of each image."""
 
     probabilities: NDArray[np.float32]
     macs: NDArray[np.float64]
@@ -195,11 +243,11 @@ class Answers:
 def predict(
     model: LoadedModel, encoded: Sequence[bytes], policy: str | None = None, *, batch_size: int = 64
 ) -> Answers:
-    """Classifies encoded images (JPEG, PNG) with the evaluation's pixels under the policy called `policy`.
+    """Classifies encoded images (JPEG, PNG), prepared as for the evaluation, with the policy called `policy`.
 
-    On a CPU the process keeps the memory that it frees from then on, for the next batch: without, ARRN's cifar size
-    took 1.5 times as long at batch 64 on one thread. Raises UndecodableError naming the positions of images that cannot
-    be decoded, ConfigError for an unknown policy.
+    On a CPU, freed memory is retained for later batches, here and after: without this ARRN's cifar size was 1.5 times
+    slower at batch 64 on one thread. Raises UndecodableError naming the positions of images that cannot be decoded,
+    ConfigError for an unknown policy.
     """
     from pipeline.data import pixels
 
@@ -225,7 +273,7 @@ def predict(
 
 
 def _batches(encoded: Sequence[bytes], batch_size: int) -> Iterator[slice]:
-    """Runs of at most batch_size images whose pixels, decoded, fit into MAX_PIXELS together; or one alone."""
+    """Slices of at most batch_size images that have at most MAX_PIXELS when decoded; or of one image."""
     from pipeline.data.image_headers import MAX_PIXELS, upright_size
 
     start, pixels = 0, 0

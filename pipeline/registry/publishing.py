@@ -1,4 +1,4 @@
-"""Makes versions in MLflow's registry: one for each net, whatever dies or is away while it is made."""
+"""Creates versions in MLflow's registry: one for each net, even if processes are killed or servers unreachable."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from pipeline import config as configs
 from pipeline.errors import ResourceError
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.family import Report
 from pipeline.registry.catalogue import Version
+from pipeline.registry.client_store import search_versions, version_row
 from pipeline.registry.model import FIGURES, load_model, weights_of, write_model_folder
-from pipeline.registry.resolve import asking, search, version_of
+from pipeline.registry.resolve import run_storage
+from pipeline.registry.session import session
+from pipeline.registry.store_reader import VersionRow
 from pipeline.runs import records
 from pipeline.runs.provenance import without_secrets
 from pipeline.runs.records import Meta
-from pipeline.tracking import TrackingConfig, Uploader, recipe_of, resolve_uri
+from pipeline.tracking import TrackingConfig, Uploader, resolve_uri, tracking_config
+from pipeline.tracking.client import Client
 from pipeline.tracking.ledger import Ledger
-from pipeline.tracking.replay import TAG_CHARS
+from pipeline.tracking.mlflow import TAG_CHARS
 from pipeline.training import checkpoint
-from pipeline.training.config import CheckpointConfig
 
 FINAL = Path("evaluations") / "final"  # of a run's folder: the reports that go with the published net
 CANDIDATE = "candidate"
-LONGEST_PAUSE_S = 15.0  # between two tries while the server is away
+LONGEST_PAUSE_S = 15.0  # between two attempts while the server is unreachable
 REQUIREMENTS = (
     *("mlflow", "torch", "torchvision", "numpy", "pydantic", "PyYAML", "safetensors", "pillow", "psutil"),
     *("torchmetrics", "pandas"),
@@ -51,57 +53,57 @@ def publish(
 ) -> Version:
     """Registers the net of a checkpoint's folder as a new version of `name`, and points `alias` at it.
 
-    Idempotent: for the same run, step and weights the version that is there is given back, and only an alias that is
-    missing or older is moved. A version is made once all its files are there. `remarks` (licence, note) become tags,
-    of a version that is there already too. Raises ResourceError where the server does not answer, CheckpointError
-    where the checkpoint is damaged.
+    Idempotent: for the same run, step and weights the existing version is returned, and the alias is moved only if it
+    is missing or points to an older version. A version is created once all its files are stored. `remarks` (licence,
+    note) become tags, also of a version that exists already. Raises ResourceError if the server does not answer,
+    CheckpointError if the checkpoint is damaged.
     """
     checkpoint.verify(source)
     meta, sha256 = checkpoint.read_meta(source), checkpoint.sha256(weights_of(source))
-    told = {f"adaptnet.{key}": value for key, value in (remarks or {}).items()}
+    extra = {f"adaptnet.{key}": value for key, value in (remarks or {}).items()}
     same = {"adaptnet.step": str(meta.step), "adaptnet.weights_sha256": sha256}
-    with asking(uri) as client:
+    with session(uri) as client:
         made = _first(client, name, run_id, same)
         if made is not None:
-            for key, value in told.items():
+            for key, value in extra.items():
                 client.set_model_version_tag(name, str(made.version), key, value)
         else:
             _make_name(client, name)
             place = f"models/{checkpoint.name_of(meta.step)}-{sha256[:8]}"
             _upload(client, source, reports, run_id, place, evaluated_on)
-            new = version_of(
+            new = version_row(
                 client.create_model_version(
                     name,
                     f"{client.get_run(run_id).info.artifact_uri}/{place}",
                     run_id,
-                    tags=same | _version_tags(meta, reports, evaluated_on) | told,
+                    tags=same | _version_tags(meta, reports, evaluated_on) | extra,
                     description=_description(meta, reports),
                 )
             )
             made = _first(client, name, run_id, same) or new
-            if made.version < new.version:  # another process was quicker
+            if made.version < new.version:  # another process was faster
                 _delete(client, new)
         holder = client.get_registered_model(name).aliases.get(alias)
         if holder is None or int(holder) < made.version:
             client.set_registered_model_alias(name, alias, str(made.version))
-    return made
+    return Version(made.name, made.version, (), made.run_id, made.created, made.tags)
 
 
-def _first(client: Any, name: str, run_id: str, same: Mapping[str, str]) -> Version | None:
+def _first(client: Client, name: str, run_id: str, same: Mapping[str, str]) -> VersionRow | None:
     """The oldest version of a run with these tags."""
-    found = search(client, f"name = '{name}' and run_id = '{run_id}'")
-    equal = [version for version in found if same.items() <= version.tags.items()]
-    return min(equal, key=lambda version: version.version, default=None)
+    rows = search_versions(client, f"name = '{name}' and run_id = '{run_id}'")
+    equal = [row for row in rows if same.items() <= row.tags.items()]
+    return min(equal, key=lambda row: row.version, default=None)
 
 
-def _delete(client: Any, version: Version) -> None:
+def _delete(client: Client, row: VersionRow) -> None:
     from mlflow.exceptions import MlflowException
 
-    with suppress(MlflowException):  # not everyone may; then two versions of the same files stay
-        client.delete_model_version(version.name, str(version.version))
+    with suppress(MlflowException):  # the user may lack the permission; then two versions of the same files remain
+        client.delete_model_version(row.name, str(row.version))
 
 
-def _make_name(client: Any, name: str) -> None:
+def _make_name(client: Client, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -112,9 +114,9 @@ def _make_name(client: Any, name: str) -> None:
 
 
 def _upload(
-    client: Any, source: Path, reports: Sequence[Report], run_id: str, place: str, evaluated_on: str | None
+    client: Client, source: Path, reports: Sequence[Report], run_id: str, place: str, evaluated_on: str | None
 ) -> None:
-    """Puts the MLflow model of a checkpoint among the run's artifacts; equal files if it is done again."""
+    """Stores the MLflow model of a checkpoint among the artifacts of the run; repeating it stores equal files."""
     with tempfile.TemporaryDirectory(prefix="adaptnet-publish-") as scratch:
         folder = write_model_folder(source, reports, Path(scratch) / "model", evaluated_on=evaluated_on)
         save_mlflow_model(folder, Path(scratch) / "mlflow")
@@ -122,14 +124,17 @@ def _upload(
 
 
 def save_mlflow_model(folder: Path, destination: Path) -> None:
-    """Wraps a model's folder as an MLflow model: `pyfunc_model.py` as its code, this package beside it."""
+    """Wraps a model folder as an MLflow model whose code is `pyfunc_model.py`, with this package beside it.
+
+    Raises CheckpointError if the net cannot be loaded.
+    """
     import mlflow.pyfunc
     import pandas  # type: ignore[import-untyped]
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import AnyType, Array
 
-    load_model(folder)  # what does not load here is not published
+    load_model(folder)  # a net that cannot be loaded is not published
     columns = [("label", DataType.string), ("probability", DataType.double), ("macs", DataType.double)]
     columns += [("policy", DataType.string)]
     lists = [("labels", Array(DataType.string)), ("probabilities", Array(DataType.double))]
@@ -166,7 +171,7 @@ def _example_image() -> bytes:
 
 
 def requirements() -> list[str]:
-    """What a process needs to run a published model, as installed here."""
+    """The packages that a process needs to run a published model, in the versions installed here."""
     dali = [
         d.metadata["Name"] for d in metadata.distributions() if (d.metadata["Name"] or "").startswith("nvidia-dali")
     ]
@@ -204,16 +209,13 @@ def publish_run(
     alias: str = CANDIDATE,
     remarks: Mapping[str, str] | None = None,
 ) -> Version | None:
-    """Registers a finished run's best checkpoint with the final reports; None where the run is not finished."""
+    """Registers the best checkpoint of a finished run with its final reports; None if the run is not finished."""
     status = records.read_status(run_dir)
     if not status.finished or status.best is None:
         return None
-    section = configs.validate(CheckpointConfig, recipe_of(run_dir).get("checkpoint", {}), f"{run_dir}: recipe")
-    storage = checkpoint.open_storage(section, run_dir)
     home = run_dir / FINAL
-    best = storage.fetch(status.best)
     return publish(
-        best,
+        run_storage(run_dir).fetch(status.best),
         load_reports(home),
         name,
         run_id=run_id,
@@ -225,19 +227,18 @@ def publish_run(
 
 
 def register_late(run_dir: Path, uri: str | None = None) -> Version | None:
-    """Registers a finished run that `tracking.sync` has sent, where its recipe names it; None where it does not."""
-    config = configs.validate(TrackingConfig, recipe_of(run_dir).get("tracking", {}), f"{run_dir}: recipe.tracking")
-    run_id = Ledger.peek(run_dir).run_id
+    """Registers a finished run that `tracking.sync` has sent if its recipe names it; None if it does not."""
+    config, run_id = tracking_config(run_dir), Ledger.peek(run_dir).run_id
     if config.register is None or run_id is None:
         return None
     return publish_run(run_dir, config.register, run_id=run_id, uri=resolve_uri(uri or config.uri, run_dir))
 
 
 def register_best(run_dir: Path, config: TrackingConfig, uploader: Uploader) -> Version | None:
-    """Registers a finished run's best checkpoint where `tracking.register` names it; called before the uploader ends.
+    """Registers the best checkpoint of a finished run if `tracking.register` names it, before the uploader ends.
 
-    A server that is away is waited for, for `tracking.patience_s`; then the journal says how to register later, and
-    the answer is None, as it is where there is nothing to register.
+    Waits for an unreachable server for at most `tracking.patience_s`; then an event in the journal says how to register
+    later, and None is returned, as it is if there is nothing to register.
     """
     if config.register is None or not records.read_status(run_dir).finished:
         return None
@@ -246,7 +247,7 @@ def register_best(run_dir: Path, config: TrackingConfig, uploader: Uploader) -> 
         try:
             run_id = uploader.ready(max(0.0, deadline - time.monotonic()))
             if run_id is None:
-                raise ResourceError("the tracking server has not answered")
+                raise ResourceError("the tracking server has not answered", key="tracking.uri")
             return publish_run(run_dir, name, run_id=run_id, uri=uploader.uri)
         except ResourceError as error:
             if not uploader.sends or time.monotonic() + pause > deadline:

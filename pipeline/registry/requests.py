@@ -1,4 +1,4 @@
-"""What a request to a served net may hold: images in several forms, and which policy they are run under."""
+"""Requests to a served net: the forms in which images may be given, and the choice of the policy."""
 
 from __future__ import annotations
 
@@ -7,50 +7,66 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from PIL import Image
 
 from pipeline.data.image_headers import EXTENSIONS, MAX_PIXELS
-from pipeline.errors import AdaptNetError, ConfigError, UndecodableError
+from pipeline.errors import AdaptNetError, ConfigError, JsonValue, UndecodableError
 from pipeline.evaluation import reports_v1
 from pipeline.evaluation.frontier import best_within, parse_budget
 from pipeline.registry.model import Answers, LoadedModel, predict
 
-MAX_ROWS = 1024  # images of a request
+MAX_ROWS = 1024  # images in one request
 SUFFIXES = tuple(EXTENSIONS)
 
 
 def check_rows(count: int) -> None:
-    """Raises ConfigError for more images than one request may hold."""
+    """Raises ConfigError if one request holds too many images."""
     if count > MAX_ROWS:
-        raise ConfigError(f"a request holds at most {MAX_ROWS:,} images, this one {count:,}: send them in several")
+        raise ConfigError(
+            f"a request holds at most {MAX_ROWS:,} images, this one {count:,}: send them in several requests",
+            key="images",
+            subject=count,
+        )
 
 
 def policy_for(model: LoadedModel, policy: str | None, budget: str | None) -> str:
-    """The policy asked for, else the most accurate one within the budget, else the net's default.
+    """The given policy, else the most accurate one within the budget, else the net's default.
 
-    Raises ConfigError where both are given, or no policy is within the budget.
+    Raises ConfigError if both are given, or no policy is within the budget.
     """
     if policy and budget:
-        raise ConfigError(f"params.policy (={policy}) and params.budget (={budget}) both choose: give one of them")
+        raise ConfigError(
+            f"params.policy (={policy}) and params.budget (={budget}) both choose a policy: give one of them",
+            key="params.budget",
+            subject=budget,
+        )
     if not budget:
         return policy or model.policies[0].name
     wanted = parse_budget(budget)
     if wanted.unit == "ms":
-        raise ConfigError(f"params.budget (={budget}): a served net takes MACs, as 0.8G, or a share, as 50%")
-    reports = [reports_v1.read(report) for report in model.card.get("reports", ())]
+        raise ConfigError(
+            f"params.budget (={budget}): a served net accepts MACs, as in 0.8G, or a share, as in 50%",
+            key="params.budget",
+            subject=budget,
+        )
+    reports = [reports_v1.read(report) for report in model.stored_reports]
     if not reports:
-        raise ConfigError(f"params.budget (={budget}): this net was registered without an evaluation; give a policy")
+        raise ConfigError(
+            f"params.budget (={budget}): this net was registered without an evaluation; give a policy",
+            key="params.budget",
+            subject=budget,
+        )
     return reports[best_within(reports, [wanted.cost_of(report) for report in reports], wanted)].policy
 
 
-def encoded_of(value: Any, position: int, *, files: Path | None = None, reads_files: bool = False) -> bytes:
-    """An image's encoded bytes: given as such, as base64 text, as an array [H, W, 3], or as a file's path.
+def encoded_of(value: object, position: int, *, files: Path | None = None, reads_files: bool = False) -> bytes:
+    """The encoded bytes of an image given as bytes, as base64 text, as an array [H, W, 3], or as the path of a file.
 
-    Text that ends as image files do is a path; it is read where `reads_files` is on, and only below `files` if that
-    is given. Raises ConfigError, naming the image by its position, for anything else.
+    Text that ends with an image file's suffix is a path; it is read only if `reads_files` is on, and only below `files`
+    if that is given. Raises ConfigError, naming the image by its position, for anything else.
     """
     if isinstance(value, bytes | bytearray | memoryview):
         raw = bytes(value)
@@ -59,43 +75,79 @@ def encoded_of(value: Any, position: int, *, files: Path | None = None, reads_fi
         return _as_png(value, position)
     if not isinstance(value, str):
         raise ConfigError(
-            f"image {position}: encoded bytes, base64 text, a path or a uint8 array [H, W, 3] is expected, found "
-            f"{type(value).__name__}"
+            f"image {position}: encoded bytes, base64 text, a path or a uint8 array [H, W, 3] is expected, not "
+            f"{type(value).__name__}",
+            key="image",
+            subject=position,
         )
     if value[-5:].lower().endswith(SUFFIXES):
         return _read(value, position, files, reads_files)
     decoded = _decoded(value.encode())
     if decoded is None:
-        raise ConfigError(f"image {position}: this text is neither base64 nor the path of an image file")
+        raise ConfigError(
+            f"image {position}: this text is neither base64 nor the path of an image file",
+            key="image",
+            subject=position,
+        )
     return decoded
 
 
 def _read(text: str, position: int, below: Path | None, reads_files: bool) -> bytes:
     if not reads_files:
-        raise ConfigError(f"image {position}: this server reads no files; send the image itself, as base64")
+        raise ConfigError(
+            f"image {position}: this server reads no files; send the image itself, as base64",
+            key="image",
+            subject=position,
+        )
     path = Path(text) if below is None else below / text
     if below is not None and not path.resolve().is_relative_to(below.resolve()):
-        raise ConfigError(f"image {position}: this server reads files of one folder alone; give a path within it")
+        raise ConfigError(
+            f"image {position}: this server reads only files of one folder; give a path within it",
+            key="image",
+            subject=position,
+        )
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"image {position}: {text} cannot be read ({error.strerror})") from None
+        raise ConfigError(
+            f"image {position}: {text} cannot be read ({error.strerror})", key="image", subject=position
+        ) from None
 
 
-ANSWER_KEYS = ("label", "probability", "macs", "policy", "labels", "probabilities")
+class ImageAnswer(TypedDict):
+    """The answer for one image: the most probable label, and the top_k labels with their probabilities."""
+
+    label: str
+    probability: float
+    macs: float
+    policy: str
+    labels: list[str]
+    probabilities: list[float]
 
 
-def named(answers: Answers, classes: Sequence[str], policy: str, top_k: int) -> list[dict[str, Any]]:
-    """An answer for each image, with ANSWER_KEYS: the likeliest label, and the top_k with their probabilities."""
+ANSWER_KEYS = tuple(ImageAnswer.__annotations__)
+
+
+def named(answers: Answers, classes: Sequence[str], policy: str, top_k: int) -> list[ImageAnswer]:
+    """An answer for each image. Raises ConfigError if top_k is below 1."""
     if top_k < 1:
-        raise ConfigError(f"params.top_k (={top_k}) must be 1 or more")
+        raise ConfigError(f"params.top_k (={top_k}) must be 1 or more", key="params.top_k", subject=top_k)
     order = (-answers.probabilities).argsort(axis=1, kind="stable")[:, :top_k]
-    found = []
-    for row, macs, places in zip(answers.probabilities, answers.macs, order, strict=True):
-        labels, probabilities = [classes[place] for place in places], row[places].tolist()
-        values = (labels[0], probabilities[0], float(macs), policy, labels, probabilities)
-        found.append(dict(zip(ANSWER_KEYS, values, strict=True)))
-    return found
+    return [
+        _image_answer(row[places].tolist(), [classes[place] for place in places], float(macs), policy)
+        for row, macs, places in zip(answers.probabilities, answers.macs, order, strict=True)
+    ]
+
+
+def _image_answer(probabilities: list[float], labels: list[str], macs: float, policy: str) -> ImageAnswer:
+    return ImageAnswer(
+        label=labels[0],
+        probability=probabilities[0],
+        macs=macs,
+        policy=policy,
+        labels=labels,
+        probabilities=probabilities,
+    )
 
 
 def _decoded(text: bytes) -> bytes | None:
@@ -105,8 +157,8 @@ def _decoded(text: bytes) -> bytes | None:
         return None
 
 
-def _as_png(value: Any, position: int) -> bytes:
-    """A PNG of an array, so that it is resized and cropped as every other image."""
+def _as_png(value: object, position: int) -> bytes:
+    """A PNG of an array, so that it is resized and cropped like every other image."""
     try:
         array = np.asarray(value)
     except ValueError:
@@ -114,72 +166,85 @@ def _as_png(value: Any, position: int) -> bytes:
     whole = array.dtype == np.uint8 or (array.dtype.kind in "iu" and bool(((array >= 0) & (array <= 255)).all()))
     if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape or not whole:
         raise ConfigError(
-            f"image {position}: an array [H, W, 3] of whole numbers from 0 to 255 is expected, found "
-            f"{list(array.shape)} of {array.dtype}; in MLflow's JSON it goes under dataframe_records or "
-            "dataframe_split, for what stands under inputs is spread over columns"
+            f"image {position}: an array [H, W, 3] of whole numbers from 0 to 255 is expected, not "
+            f"{list(array.shape)} of {array.dtype}; in MLflow's JSON an array goes under dataframe_records or "
+            "dataframe_split, because an array under inputs is spread over columns",
+            key="image",
+            subject=position,
         )
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise ConfigError(f"image {position}: {array.shape[:2]} is above the limit of {MAX_PIXELS:,} pixels")
+        raise ConfigError(
+            f"image {position}: {array.shape[:2]} is above the limit of {MAX_PIXELS:,} pixels",
+            key="image",
+            subject=position,
+        )
     buffer = io.BytesIO()
     Image.fromarray(array.astype(np.uint8)).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
 
 
-# ---- many requests at once
+# ---- concurrent requests
 
 
 @dataclass(frozen=True)
 class ServedRequest:
-    """One request, checked: its encoded images and the policy they are run under."""
+    """One request after its check: encoded images, and the policy that answers them."""
 
     images: Sequence[bytes]
     policy: str
     top_k: int
 
 
-Answer = list[dict[str, Any]] | AdaptNetError
+Answer = list[ImageAnswer] | AdaptNetError  # to one request
 
 
-def parse_request(model: LoadedModel, body: Any) -> ServedRequest:
-    """Raises ConfigError, in a sentence, for what cannot be answered."""
-    if not isinstance(body, dict) or not isinstance(body.get("images"), list) or not body["images"]:
-        raise ConfigError('send a JSON object with "images", a list of base64 texts')
+def parse_request(model: LoadedModel, body: JsonValue) -> ServedRequest:
+    """The request in a decoded JSON body. Raises ConfigError if it cannot be answered."""
+    values = body.get("images") if isinstance(body, dict) else None
+    if not isinstance(body, dict) or not isinstance(values, list) or not values:
+        raise ConfigError('send a JSON object with "images", a list of base64 texts', key="images")
     unknown = set(body) - {"images", "policy", "budget", "top_k"}
     if unknown:
-        raise ConfigError(f"{', '.join(sorted(unknown))}: no such key; known: images, policy, budget, top_k")
-    check_rows(len(body["images"]))
+        raise ConfigError(
+            f"{', '.join(sorted(unknown))}: no such key; known: images, policy, budget, top_k",
+            keys=tuple(sorted(unknown)),
+        )
+    check_rows(len(values))
     top_k = body.get("top_k", 5)
     if not isinstance(top_k, int) or top_k < 1:
-        raise ConfigError(f"top_k (={top_k}) must be a whole number, 1 or more")
-    images = [encoded_of(value, position) for position, value in enumerate(body["images"])]
+        raise ConfigError(f"top_k (={top_k}) must be a whole number, 1 or more", key="top_k", subject=top_k)
+    images = [encoded_of(value, position) for position, value in enumerate(values)]
     texts = {key: str(body[key]) if body.get(key) else None for key in ("policy", "budget")}
-    policy = policy_for(model, **texts)
-    if policy not in {each.name for each in model.policies}:
-        raise ConfigError(f"policy {policy}: this net has: {', '.join(each.name for each in model.policies)}")
+    policy, known = policy_for(model, **texts), [each.name for each in model.policies]
+    if policy not in known:
+        raise ConfigError(f"policy {policy}: this net has: {', '.join(known)}", key="policy", subject=policy)
     return ServedRequest(images, policy, top_k)
 
 
-def answers(model: LoadedModel, together: Sequence[ServedRequest], most: int) -> list[Answer]:
-    """One for each request, those of a policy in common passes; what cannot be decoded spoils its own request alone."""
-    found: list[Answer] = [[] for _ in together]
-    for policy in {asked.policy for asked in together}:
-        places = [place for place, asked in enumerate(together) if asked.policy == policy]
-        for place, answer in zip(places, _of_policy(model, [together[place] for place in places], most), strict=True):
-            found[place] = answer
-    return found
+def answers(model: LoadedModel, requests: Sequence[ServedRequest], most: int) -> list[Answer]:
+    """One answer for each request; requests of the same policy share passes of at most `most` images.
+
+    An image that cannot be decoded fails its own request only.
+    """
+    every: list[Answer] = [[] for _ in requests]
+    for policy in {request.policy for request in requests}:
+        places = [place for place, request in enumerate(requests) if request.policy == policy]
+        for place, answer in zip(places, _of_policy(model, [requests[place] for place in places], most), strict=True):
+            every[place] = answer
+    return every
 
 
-def _of_policy(model: LoadedModel, together: Sequence[ServedRequest], most: int) -> list[Answer]:
-    images = [image for asked in together for image in asked.images]
+def _of_policy(model: LoadedModel, requests: Sequence[ServedRequest], most: int) -> list[Answer]:
+    images = [image for request in requests for image in request.images]
     try:
-        every = predict(model, images, together[0].policy, batch_size=most)
+        every = predict(model, images, requests[0].policy, batch_size=most)
     except UndecodableError as error:
-        return [error] if len(together) == 1 else [_of_policy(model, [asked], most)[0] for asked in together]
-    found: list[Answer] = []
+        return [error] if len(requests) == 1 else [_of_policy(model, [each], most)[0] for each in requests]
+    split: list[Answer] = []
     start = 0
-    for asked in together:
-        rows = slice(start, start + len(asked.images))
+    for request in requests:
+        rows = slice(start, start + len(request.images))
         mine = Answers(every.probabilities[rows], every.macs[rows])
-        found.append(named(mine, model.classes, asked.policy, asked.top_k))
+        split.append(named(mine, model.classes, request.policy, request.top_k))
         start = rows.stop
-    return found
+    return split

@@ -1,15 +1,18 @@
-"""Carries a run's journals, recipe, origin, checkpoints and plots from its folder to MLflow.
+"""Sends a run's record (journals, recipe, origin, checkpoints, plots) from its folder to MLflow and other trackers.
 
-What is sent is a function of the run folder alone, and every call to MLflow may be repeated: metrics send the
-journal's time and MLflow's key (key, time, step, run, value) refuses doubles, files are overwritten by equal ones, the
-run is found again by a tag that was on disk before it was made. So the driver may die anywhere, and the server may be
-away for as long as it likes: what is missing goes later, by the next driver or by `sync`.
+What is sent is a function of the run folder alone, and every call to a tracker may be repeated. So the driver may be
+killed at any time, and a server may be unreachable for as long as it likes: what is missing is sent later, by the next
+driver or by `sync`.
+
+`tracker.py` says what a tracker is; `mlflow.py` and `tensorboard.py` are the two that exist. `replay.py` feeds them
+from the journals, `uploader.py` decides when.
 """
 
-from pipeline.tracking.address import RegisteredName, TrackingConfig, connect, resolve_uri, unusable
+from pipeline.tracking.address import RegisteredName, TrackingConfig, resolve_uri, unusable
+from pipeline.tracking.client import connect
 from pipeline.tracking.folders import send_folder
 from pipeline.tracking.summary import RunSummary, summaries
-from pipeline.tracking.uploader import Sync, Uploader, recipe_of, sync
+from pipeline.tracking.uploader import Sync, Uploader, recipe_of, sync, tracking_config
 
 __all__ = [
     "RegisteredName",
@@ -23,5 +26,6 @@ __all__ = [
     "send_folder",
     "summaries",
     "sync",
+    "tracking_config",
     "unusable",
 ]

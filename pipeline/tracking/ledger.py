@@ -6,10 +6,9 @@ import json
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from pipeline.errors import ResourceError
-from pipeline.runs.files import write_text
+from pipeline.errors import JsonValue, ResourceError
+from pipeline.runs.files import write_json
 from pipeline.runs.provenance import without_secrets
 
 
@@ -17,20 +16,20 @@ from pipeline.runs.provenance import without_secrets
 class Ledger:
     """run_dir/tracking.json: which MLflow run this folder is, and how far its journals have been sent.
 
-    The offsets save time; that nothing is sent twice does not rest on them. The URI is kept without its secrets.
+    The offsets save time; that nothing is sent twice does not depend on them. The URI is stored without its secrets.
     """
 
     path: Path
-    id: str  # stands in a tag of the MLflow run
+    id: str  # stored as a tag of the MLflow run
     uri: str = ""
     experiment: str = ""
     run_id: str | None = None
     offsets: dict[str, int] = field(default_factory=dict)  # bytes of each journal
-    files: dict[str, Any] = field(default_factory=dict)  # uploaded: {name: what it was like}
+    files: dict[str, JsonValue] = field(default_factory=dict)  # uploaded: {name: what identified the content}
 
     @classmethod
     def open(cls, run_dir: Path) -> Ledger:
-        """The folder's ledger, begun where there is none. Raises ResourceError where it is damaged."""
+        """The ledger of the folder, created if it is missing. Raises ResourceError if it is damaged."""
         ledger = cls.peek(run_dir)
         if not ledger.path.exists():
             ledger.save()
@@ -38,7 +37,7 @@ class Ledger:
 
     @classmethod
     def peek(cls, run_dir: Path) -> Ledger:
-        """As `open`, without beginning one."""
+        """Like `open`, but a missing ledger is not written to disk."""
         path = run_dir / "tracking.json"
         if not path.exists():
             return cls(path, uuid.uuid4().hex)
@@ -46,11 +45,13 @@ class Ledger:
             return cls(path, **json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise ResourceError(
-                f"{path}: cannot be read ({error}). Bring back a copy, or remove it: a new MLflow run is then begun"
+                f"{path}: cannot be read ({error}). Restore a copy, or remove it: then a new MLflow run is created",
+                key="tracking.json",
+                subject=path,
             ) from None
 
     def aim(self, uri: str, experiment: str) -> None:
-        """Points the ledger at a server; another one than before is sent everything anew."""
+        """Points the ledger at a server; a different server is sent everything from the beginning."""
         shown = without_secrets(uri)
         if shown != self.uri:
             self.uri, self.experiment, self.run_id = shown, experiment, None
@@ -58,6 +59,12 @@ class Ledger:
             self.offsets, self.files = {}, {}
         self.save()
 
+    def attach(self, run_id: str) -> None:
+        """Records which MLflow run this folder is; a different run is sent everything from the beginning."""
+        if run_id != self.run_id:
+            self.run_id, self.offsets, self.files = run_id, {}, {}
+            self.save()
+
     def save(self) -> None:
-        values = {key: value for key, value in vars(self).items() if key != "path"}
-        write_text(self.path, json.dumps(values, indent=1))
+        """Writes the ledger to disk. Raises OSError if the disk is full."""
+        write_json(self.path, {key: value for key, value in vars(self).items() if key != "path"})

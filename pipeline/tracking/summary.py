@@ -1,4 +1,4 @@
-"""What there is to say of the runs in a folder, from the folder alone."""
+"""Summarises the runs in a folder, from the folder alone."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pipeline.tracking.uploader import is_live, last_status
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run: how it stands, how far it is, and how much of its journal MLflow does not have."""
+    """One run: its status, its progress, and how much of its journal MLflow lacks."""
 
     run_dir: Path
     status: str  # RUNNING, FINISHED, FAILED or KILLED
     step: int
-    top1: float | None  # the best `eval/<policy>/top1` while training, of the first policy
+    top1: float | None  # the best `eval/<policy>/top1` of any evaluation while training
     run_id: str | None
     unsent_bytes: int
 
 
 def summaries(folder: Path) -> list[RunSummary]:
-    """The runs in `folder`, or `folder` itself where it is one, by name."""
+    """The runs in `folder`, or `folder` itself if it is a run folder, by name."""
     own = (folder / "config.yaml").is_file()
     return [_summary(place) for place in ([folder] if own else sorted(p.parent for p in folder.glob("*/config.yaml")))]
 
@@ -35,8 +35,8 @@ def _summary(run_dir: Path) -> RunSummary:
     metrics = [r for r in journal.read_all(written) if "event" not in r] if written.exists() else []
     tops = [r["value"] for r in metrics if re.fullmatch("eval/.*/top1", r["key"])]
     sent = Ledger.peek(run_dir)
-    unsaid = "FINISHED" if read_status(run_dir).finished else "KILLED"
-    ended = (last_status(run_dir) or {}).get("status", unsaid)
+    otherwise = "FINISHED" if read_status(run_dir).finished else "KILLED"
+    ended = (last_status(run_dir) or {}).get("status", otherwise)
     return RunSummary(
         run_dir=run_dir,
         status="RUNNING" if is_live(run_dir) else ended,

@@ -1,4 +1,4 @@
-"""Who carries a run to MLflow, and when: a thread in the driver while it trains, `sync` afterwards."""
+"""When a run is sent to its trackers: by a thread in the driver while it trains, by `sync` afterwards."""
 
 from __future__ import annotations
 
@@ -8,130 +8,160 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline import config as configs
-from pipeline.errors import ConfigError, ResourceError
+from pipeline.errors import ConfigError, JsonValue, ResourceError
 from pipeline.runs import journal, lease, provenance, records
 from pipeline.runs.journal import Journal
 from pipeline.runs.provenance import without_secrets
-from pipeline.tracking.address import TrackingConfig, failures, locked, reason_of, resolve_uri, unusable
+from pipeline.tracking.address import TrackingConfig, locked, resolve_uri, unusable
+from pipeline.tracking.client import failures, reason_of
 from pipeline.tracking.ledger import Ledger
-from pipeline.tracking.replay import STATUS_EVENTS, Replay
+from pipeline.tracking.mlflow import MlflowTracker
+from pipeline.tracking.replay import STATUS_EVENTS, Composite, Replay
+from pipeline.tracking.tensorboard import TensorBoardTracker, require_tensorboard
+from pipeline.tracking.tracker import RunStatus, Tracker
 
-PAUSE_S = 2.0  # between two looks at the journals
-LONGEST_PAUSE_S = 60.0  # while the server is away
-LAST_TRY_S = 10.0  # at the end of a run, for a server that is away already
+MLFLOW = "mlflow"  # the tracker that gives a run its id
+LOCK = "tracking.lock"  # one process at a time sends a run
+PAUSE_S = 2.0  # between two passes over the journals
+LONGEST_PAUSE_S = 60.0  # while a tracker is unreachable
+LAST_TRY_S = 10.0  # at the end of a run, for a server that is already unreachable
 
 
 class Uploader:
-    """A thread in the driver that carries the run's record to MLflow while it trains, between `with` and its end.
+    """A thread in the driver that sends the run's record to its trackers while it trains, between `with` and its end.
 
-    Training never waits for it. What it has to say (the server is away, is back) goes as events into the journal
-    `driver`. Raises ConfigError for an address that MLflow does not know, before anything is started.
+    Training never waits for it. Its messages (a tracker is unreachable, is reachable again) are events of the journal
+    `driver`. Raises ConfigError before anything is started if a tracker cannot be used as configured.
     """
 
     def __init__(
         self,
         run_dir: Path,
         config: TrackingConfig,
-        recipe: Mapping[str, Any],
+        recipe: Mapping[str, JsonValue],
         *,
         command: Sequence[str] = (),
         fence: int = 0,
     ) -> None:
-        self._run_dir, self._config, self._recipe, self._command = run_dir, config, recipe, command
+        self._run_dir, self._config, self._command = run_dir, config, command
         self.uri = resolve_uri(config.uri, run_dir)
+        self._trackers = _composite(run_dir, self.uri, config, recipe)
         self.journal = Journal(run_dir / "journal", "driver", fence=fence)
-        self._replay: Replay | None = None
-        self._away = False
-        self._closing, self._wake = threading.Event(), threading.Event()  # asked of the thread
-        self._sent, self._done = threading.Event(), threading.Event()  # said by it
+        self._pauses: dict[str, float] = {}  # seconds, of the trackers that are unreachable
+        self._due: dict[str, float] = {}  # when these are tried again, on the monotonic clock
+        self._closing, self._wake = threading.Event(), threading.Event()  # set for the thread
+        self._sent, self._done = threading.Event(), threading.Event()  # set by the thread
         self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
 
     @property
     def run_id(self) -> str | None:
-        """Of the MLflow run; None until a server has answered once."""
-        ledger = self._replay.ledger if self._replay else Ledger.peek(self._run_dir)
-        return ledger.run_id
+        """Of the MLflow run; None until the server has answered once."""
+        return Ledger.peek(self._run_dir).run_id
 
     @property
     def sends(self) -> bool:
-        """False where only the journal is written."""
-        return self._thread.ident is not None
+        """Whether the run is sent to MLflow now; if not, it can be sent later from its journal."""
+        return self._thread.ident is not None and MLFLOW in self._trackers.replays
 
     def __enter__(self) -> Uploader:
         with suppress(OSError):
             provenance.record(self._run_dir, self._command)
         self.journal.event("driver-started", command=[without_secrets(word) for word in self._command])
-        why = unusable(self.uri)
-        if why is None:
-            self._thread.start()
-        else:
+        if MLFLOW not in self._trackers.replays:
+            reason = f"{unusable(self.uri)}; MLflow receives nothing of this run now"
             hint = f"adaptnet runs sync {self._run_dir} --uri sqlite:////a/local/path/mlflow.db"
-            self.journal.event("tracking-off", reason=f"{why}; only the journal is written", hint=hint)
+            self.journal.event("tracking-off", reason=reason, hint=hint)
+        if self._trackers.replays:
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        status: RunStatus = "FAILED" if isinstance(error, Exception) else "KILLED"
         if error is None and records.read_status(self._run_dir).finished:
             status = "FINISHED"
         self.close(status, error=reason_of(error) if error else None)
 
-    def close(self, status: str, error: str | None = None) -> bool:
-        """Sends the rest, for `tracking.patience_s` at most; whether MLflow has all of it."""
+    def close(self, status: RunStatus, error: str | None = None) -> bool:
+        """Sends the rest, for at most `tracking.patience_s`. Returns whether every tracker has everything."""
         self.journal.event("driver-ended", status=status, error=error)
         self._closing.set()
         self._wake.set()
-        if self.sends:
+        if self._thread.ident is not None:
             patience = self._config.patience_s
-            self._thread.join(min(patience, LAST_TRY_S) if self._away else patience)
+            self._thread.join(min(patience, LAST_TRY_S) if self._pauses else patience)
             if not self._done.is_set():
-                reason, hint = "not all was sent to MLflow; nothing is lost", f"adaptnet runs sync {self._run_dir}"
+                reason, hint = "not everything was sent; nothing is lost", f"adaptnet runs sync {self._run_dir}"
                 self.journal.event("tracking-left", reason=reason, hint=hint)
         if not self._thread.is_alive():
             self.journal.close()
         return self._done.is_set()
 
     def ready(self, timeout_s: float) -> str | None:
-        """Waits until the MLflow run is there and holds all up to now; its id, None where that takes too long."""
+        """Waits until the MLflow run exists and holds everything up to now; its id, or None after `timeout_s`."""
         self._sent.clear()
+        self._due.clear()
         self._wake.set()
         return self.run_id if self.sends and self._sent.wait(timeout_s) else None
 
     def _run(self) -> None:
-        pause = PAUSE_S
         while not self._closing.is_set():
-            sent = self._attempt(final=False)
-            pause = PAUSE_S if sent else min(2 * pause, LONGEST_PAUSE_S)
-            self._wake.wait(pause)
+            self._attempt(final=False)
+            self._wake.wait(PAUSE_S)
             self._wake.clear()
         if self._attempt(final=True) or self._attempt(final=True):
             self._done.set()
 
     def _attempt(self, *, final: bool) -> bool:
+        """One pass for every tracker that is due, at the end for all. Returns whether none of them failed."""
+        now = time.monotonic()
+        names = [name for name in self._trackers.replays if final or self._due.get(name, now) <= now]
+        if not names:
+            return True
         try:
-            with locked(self._run_dir / "tracking.lock", wait=False) as mine:
+            with locked(self._run_dir / LOCK, wait=False) as mine:
                 if not mine:
-                    raise ResourceError("another process is sending this run to MLflow")
-                if self._replay is None:
-                    self._replay = Replay(self._run_dir, self.uri, self._config, self._recipe)
-                self._replay.send(final=final)
-        except Exception as error:  # of MLflow, requests or sqlalchemy; training must not end by it
-            self._say_away(error)
-            return False
-        self._sent.set()
-        if self._away:
-            self._away = False
-            self.journal.event("tracking-back", uri=without_secrets(self.uri))
-        return True
+                    raise ResourceError("another process is sending this run", key=LOCK, subject=self._run_dir)
+                errors = self._trackers.send(names, final=final)
+        except Exception as error:  # the lock is taken, or the disk is full
+            errors = dict.fromkeys(names, error)
+        for name in names:
+            if name in errors:
+                self._away(name, errors[name])
+            else:
+                self._reached(name)
+        return not errors
 
-    def _say_away(self, error: Exception) -> None:
-        if self._away:
-            return
-        self._away = True
-        hint = f"training goes on; if it stays so, send the journal later: adaptnet runs sync {self._run_dir}"
-        self.journal.event("tracking-away", uri=without_secrets(self.uri), reason=reason_of(error), hint=hint)
+    def _reached(self, name: str) -> None:
+        if name == MLFLOW:
+            self._sent.set()
+        if self._pauses.pop(name, None) is not None:
+            self._due.pop(name, None)
+            self.journal.event("tracking-back", uri=self._trackers.replays[name].tracker.place)
+
+    def _away(self, name: str, error: Exception) -> None:
+        first = name not in self._pauses
+        self._pauses[name] = min(2 * self._pauses.get(name, PAUSE_S), LONGEST_PAUSE_S)
+        self._due[name] = time.monotonic() + self._pauses[name]
+        if first:
+            hint = f"training continues; if this persists, send the journal later: adaptnet runs sync {self._run_dir}"
+            place = self._trackers.replays[name].tracker.place
+            self.journal.event("tracking-away", uri=place, reason=reason_of(error), hint=hint)
+
+
+def _composite(run_dir: Path, uri: str, config: TrackingConfig, recipe: Mapping[str, JsonValue]) -> Composite:
+    """The trackers of the config, without MLflow if `uri` may not be used from this machine.
+
+    MLflow comes last, so that waiting for its server delays none of the others.
+    """
+    trackers: dict[str, Tracker] = {}
+    if "tensorboard" in config.also:
+        require_tensorboard()
+        trackers["tensorboard"] = TensorBoardTracker(run_dir)
+    if unusable(uri) is None:
+        trackers[MLFLOW] = MlflowTracker(uri, config.experiment)
+    return Composite({name: Replay(run_dir, tracker, config, recipe) for name, tracker in trackers.items()})
 
 
 @dataclass(frozen=True)
@@ -145,53 +175,73 @@ class Sync:
 
 
 def sync(run_dir: Path, uri: str | None = None) -> Sync:
-    """Sends what MLflow does not have yet of a run that is not training, or that only writes its journal.
+    """Sends what the trackers lack of a run that is not training, or that only writes its journal.
 
-    Idempotent. `uri` replaces the recipe's. Raises ConfigError where `run_dir` is no run folder, ResourceError where
-    the server does not answer or another process is sending this run.
+    Idempotent. `uri` replaces the recipe's. Raises ConfigError if `run_dir` is not a run folder, ResourceError if the
+    server does not answer or another process is sending this run.
     """
     recipe = recipe_of(run_dir)
-    config = configs.validate(TrackingConfig, recipe.get("tracking", {}), f"{run_dir}: recipe.tracking")
+    config = tracking_config(run_dir, recipe)
     address = resolve_uri(uri or config.uri, run_dir)
-    why = unusable(address)
-    if why is not None:
-        raise ResourceError(f"{why}. Name a server or a local file with --uri")
-    with locked(run_dir / "tracking.lock", wait=False) as mine:
+    reason = unusable(address)
+    if reason is not None:
+        raise ResourceError(f"{reason}. Name a server or a local file with --uri", key="--uri", subject=address)
+    with locked(run_dir / LOCK, wait=False) as mine:
         if not mine:
-            raise ResourceError(f"{run_dir}: another process is sending this run to MLflow now; let it, or try later")
-        _end_if_dead(run_dir)
-        replay = Replay(run_dir, address, config, recipe)
-        try:
-            replay.send(final=not is_live(run_dir))
-        except failures() as error:
             raise ResourceError(
-                f"{without_secrets(address)}: not everything of {run_dir} could be sent ({reason_of(error)}). "
-                "Nothing is lost: see that the server runs and give the same command again"
-            ) from None  # a traceback would show the address, with a password that stands in it
-    assert replay.ledger.run_id is not None
-    return Sync(replay.ledger.run_id, without_secrets(address), replay.num_metrics, replay.status or "")
+                f"{run_dir}: another process is sending this run; let it finish, or try again later",
+                key=LOCK,
+                subject=run_dir,
+            )
+        _end_if_dead(run_dir)
+        trackers = _composite(run_dir, address, config, recipe)
+        errors = trackers.send(final=not is_live(run_dir))
+    for error in errors.values():
+        raise _unsent(run_dir, address, error) from None  # a traceback would show the address with its password
+    replay = trackers.replays[MLFLOW]
+    tracker = replay.tracker
+    assert isinstance(tracker, MlflowTracker) and tracker.run_id is not None
+    return Sync(tracker.run_id, tracker.place, replay.num_metrics, tracker.status or "")
 
 
-def recipe_of(run_dir: Path) -> dict[str, Any]:
-    """The recipe that a run folder was trained by. Raises ConfigError where it is no run folder."""
+def _unsent(run_dir: Path, address: str, error: Exception) -> Exception:
+    if not isinstance(error, failures()):
+        return error
+    return ResourceError(
+        f"{without_secrets(address)}: not everything of {run_dir} could be sent ({reason_of(error)}). Nothing is lost: "
+        "check that the server is running and give the same command again",
+        key="tracking.uri",
+        subject=without_secrets(address),
+    )
+
+
+def recipe_of(run_dir: Path) -> dict[str, JsonValue]:
+    """The recipe that a run folder was trained by. Raises ConfigError if it is not a run folder."""
     if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir}: there is no config.yaml, so this is no run folder")
+        raise ConfigError(f"{run_dir}: not a run folder, for it has no config.yaml", key="run folder", subject=run_dir)
     recipe = configs.read_mapping(run_dir / "config.yaml").get("recipe")
     if not isinstance(recipe, dict):
-        raise ConfigError(f"{run_dir / 'config.yaml'}: it holds no recipe")
+        raise ConfigError(f"{run_dir / 'config.yaml'}: holds no recipe", key="config.yaml", subject=run_dir)
     return recipe
 
 
+def tracking_config(run_dir: Path, recipe: Mapping[str, JsonValue] | None = None) -> TrackingConfig:
+    """The section `tracking` of a run folder's recipe."""
+    section = configs.section(recipe_of(run_dir) if recipe is None else recipe, "tracking")
+    return configs.validate(TrackingConfig, section, f"{run_dir}: recipe.tracking")
+
+
 def is_live(run_dir: Path) -> bool:
+    """Whether a driver holds the lease of the run folder and has written its heartbeat recently."""
     held = lease.read(run_dir / "lease.json")
     return bool(held) and not held.get("released") and time.time() - float(held["heartbeat"]) < lease.SILENT_S
 
 
 def last_status(run_dir: Path) -> journal.Record | None:
-    """The newest start or end of a driver in the journal."""
+    """The newest event of a driver's start or end in the journal; None if there is none."""
     path = run_dir / "journal" / f"driver{journal.SUFFIX}"
-    found = [r for r in journal.read_all(path) if r.get("event") in STATUS_EVENTS] if path.exists() else []
-    return found[-1] if found else None
+    events = [r for r in journal.read_all(path) if r.get("event") in STATUS_EVENTS] if path.exists() else []
+    return events[-1] if events else None
 
 
 def _end_if_dead(run_dir: Path) -> None:
@@ -199,5 +249,5 @@ def _end_if_dead(run_dir: Path) -> None:
     last = last_status(run_dir)
     if last is not None and last["event"] == "driver-started" and not is_live(run_dir):
         writer = Journal(run_dir / "journal", "driver", fence=last.get("fence", 0))
-        writer.event("driver-ended", status="KILLED", error="the driver ended without a word")
+        writer.event("driver-ended", status="KILLED", error="the driver ended without a message")
         writer.close()

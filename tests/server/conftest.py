@@ -1,4 +1,4 @@
-"""One team's server for all of tests/server, logged in to as its administrator."""
+"""One team's server for all of tests/server; the tests log in as its administrator."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def team() -> Iterator[TeamServer]:
 
 @pytest.fixture(autouse=True)
 def logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # of this test's caches
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # for this test's caches
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

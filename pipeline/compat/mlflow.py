@@ -1,0 +1,84 @@
+"""The parts of MLflow that are not public: the revisions of its tables, its mark of a server, errors as it sends them.
+
+Tried with MLflow 3.17.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlflow.environment_variables
+import mlflow.exceptions
+import mlflow.store.db.utils
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+from pipeline.compat import require
+
+if TYPE_CHECKING:
+    from alembic.script import ScriptDirectory
+
+TRIED = "3.17"
+MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations"
+
+require("mlflow", mlflow.environment_variables, ["_MLFLOW_IS_IN_SERVING_ENVIRONMENT.get"], tried=TRIED)
+require("mlflow", mlflow.store.db.utils, ["_get_latest_schema_revision"], tried=TRIED)
+require("mlflow", mlflow.exceptions, ["MlflowException.serialize_as_json"], tried=TRIED)
+
+
+def is_serving() -> bool:
+    """Whether this process is one of MLflow's scoring servers."""
+    return bool(mlflow.environment_variables._MLFLOW_IS_IN_SERVING_ENVIRONMENT.get())
+
+
+class RequestRefused(mlflow.exceptions.MlflowException):  # type: ignore[misc]
+    """Becomes a 400 of MLflow's scoring server with this message.
+
+    The server puts the whole request in front of the message of an error, by assignment: here the first one stays.
+    """
+
+    def __init__(self, message: str, **fields: str) -> None:
+        """fields: more keys of the JSON object that the server answers."""
+        super().__init__(message, error_code=INVALID_PARAMETER_VALUE, **fields)
+
+    @property
+    def message(self) -> str:
+        return self._message
+
+    @message.setter
+    def message(self, text: str) -> None:
+        self._message: str = getattr(self, "_message", text)
+
+
+# ---- revisions of the tables
+
+
+def head_revision() -> str:
+    """The revision of the tables that the installed MLflow works with."""
+    return str(mlflow.store.db.utils._get_latest_schema_revision())
+
+
+@cache
+def earlier_revisions() -> frozenset[str]:
+    """The revisions that the installed MLflow would upgrade; one of a later MLflow is unknown to it."""
+    revisions = {script.revision for script in _migrations().walk_revisions()}
+    return frozenset(revisions - {head_revision()})
+
+
+def _migrations() -> ScriptDirectory:
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory(str(MIGRATIONS))
+
+
+def revision_of(uri: str) -> str | None:
+    """The revision of a database's tables; None if it has none of MLflow's."""
+    from sqlalchemy import create_engine, inspect, text
+    from sqlalchemy.pool import NullPool
+
+    with create_engine(uri, poolclass=NullPool).connect() as connection:
+        if not inspect(connection).has_table("alembic_version"):
+            return None
+        row = connection.execute(text("SELECT version_num FROM alembic_version")).first()
+    return str(row[0]) if row else None

@@ -1,0 +1,193 @@
+"""A client on an MLflow server or database, the types of what it returns, and what its errors mean."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar, cast
+
+from pipeline.runs.files import move_file
+from pipeline.runs.provenance import without_secrets
+from pipeline.tracking.address import database_file, locked
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class RunInfo(Protocol):
+    run_id: str
+    status: str  # RUNNING, FINISHED, FAILED or KILLED
+    lifecycle_stage: str  # active or deleted
+    artifact_uri: str
+    experiment_id: str
+
+
+class RunData(Protocol):
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+class RunEntity(Protocol):
+    """A run as MLflow returns it."""
+
+    info: RunInfo
+    data: RunData
+
+
+class ExperimentEntity(Protocol):
+    experiment_id: str
+    lifecycle_stage: str
+
+
+class VersionEntity(Protocol):
+    """A model version as MLflow returns it; MLflow writes numbers as text in places."""
+
+    name: str
+    version: int | str
+    run_id: str | None
+    creation_timestamp: int  # milliseconds since 1970
+    tags: Mapping[str, str]
+    source: str
+    current_stage: str
+
+
+class ModelEntity(Protocol):
+    """A registered model as MLflow returns it."""
+
+    name: str
+    aliases: Mapping[str, str]
+    tags: Mapping[str, str]
+    description: str | None
+    creation_timestamp: int | None
+    last_updated_timestamp: int | None
+
+
+class EntityPage(Protocol[T_co]):
+    """A page of a search; `token` requests the next page and is empty on the last one."""
+
+    token: str | None
+
+    def __iter__(self) -> Iterator[T_co]: ...
+
+
+class Client(Protocol):
+    """The calls of MlflowClient that adaptnet makes."""
+
+    def get_run(self, run_id: str | None) -> RunEntity: ...
+    def create_run(self, experiment_id: str, *, tags: Mapping[str, str], run_name: str) -> RunEntity: ...
+    def update_run(self, run_id: str | None, *, status: str) -> None: ...
+    def set_terminated(self, run_id: str | None, status: str, *, end_time: int) -> None: ...
+    def search_runs(
+        self, experiment_ids: Sequence[str], *, filter_string: str, run_view_type: int
+    ) -> Sequence[RunEntity]: ...
+    def log_batch(
+        self,
+        run_id: str | None,
+        *,
+        metrics: Sequence[object] = (),
+        params: Sequence[object] = (),
+        tags: Sequence[object] = (),
+    ) -> None: ...
+    def set_tag(self, run_id: str | None, key: str, value: str) -> None: ...
+    def log_artifact(self, run_id: str | None, local_path: str, artifact_path: str | None) -> None: ...
+    def log_artifacts(self, run_id: str | None, local_dir: str, artifact_path: str) -> None: ...
+    def get_experiment_by_name(self, name: str) -> ExperimentEntity | None: ...
+    def create_experiment(self, name: str, *, artifact_location: str | None) -> str: ...
+    def get_registered_model(self, name: str) -> ModelEntity: ...
+    def create_registered_model(
+        self, name: str, tags: Mapping[str, str] | None = None, description: str | None = None
+    ) -> ModelEntity: ...
+    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None: ...
+    def search_registered_models(
+        self, filter_string: str | None = None, *, max_results: int, page_token: str | None
+    ) -> EntityPage[ModelEntity]: ...
+    def get_model_version(self, name: str, version: str) -> VersionEntity: ...
+    def create_model_version(
+        self,
+        name: str,
+        source: str,
+        run_id: str | None,
+        *,
+        tags: Mapping[str, str],
+        description: str,
+    ) -> VersionEntity: ...
+    def delete_model_version(self, name: str, version: str) -> None: ...
+    def set_model_version_tag(self, name: str, version: str, key: str, value: str) -> None: ...
+    def get_model_version_download_uri(self, name: str, version: str) -> str: ...
+    def search_model_versions(
+        self, filter_string: str | None, *, max_results: int, page_token: str | None
+    ) -> EntityPage[VersionEntity]: ...
+
+
+def connect(uri: str) -> Client:
+    """A client on `uri`. A new database gets its tables first, once, however many processes connect at a time."""
+    _configure()
+    from mlflow import MlflowClient
+
+    for name, level in (
+        ("mlflow", logging.WARNING),
+        ("alembic", logging.WARNING),
+        ("mlflow.utils.environment", logging.ERROR),  # warns in environments that were created without pip
+    ):
+        logging.getLogger(name).setLevel(level)
+    path = database_file(uri)
+    if path is not None:
+        _initialise(uri, path)
+    return cast(Client, MlflowClient(tracking_uri=uri, registry_uri=uri))
+
+
+def _configure() -> None:
+    """Settings that MLflow reads from the environment only.
+
+    By default it sends usage data to its makers, draws progress bars in our threads, and repeats a request for minutes,
+    even one that has created a run or a version before its answer was lost.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # the URL may contain a password
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+
+
+def _initialise(uri: str, path: Path) -> None:
+    """Creates the tables beside `path` and renames the file: MLflow cannot repair tables left half-made by a kill."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    artifacts = (path.parent / "mlartifacts").as_uri()
+    with locked(path.with_name(f"{path.name}.lock"), wait=True):
+        if not path.exists():
+            aside = path.with_name(f".{path.name}.new")
+            aside.unlink(missing_ok=True)
+            SqlAlchemyStore(f"sqlite:///{aside}", artifacts).engine.dispose()
+            move_file(aside, path)
+        SqlAlchemyStore(uri, artifacts)
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a client raises if the server is unreachable or refuses, or if its database driver is not installed."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, OSError, ImportError)
+
+
+def reason_of(error: BaseException) -> str:
+    """The class and first line of an error, without secrets."""
+    status = getattr(error, "get_http_status_code", None)  # of MlflowException
+    if callable(status) and status() in (401, 403):
+        return refusal(status())
+    lines = without_secrets(str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:500]}" if lines else type(error).__name__
+
+
+def refusal(code: int) -> str:
+    """What an HTTP status by which a server refuses a request means."""
+    if code == 401:
+        return (
+            "it refuses this name and password (HTTP 401); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
+            "to yours"
+        )
+    return f"HTTP {code}" + (", you are not permitted to do this" if code == 403 else "")

@@ -1,0 +1,203 @@
+"""The tracker that sends a run to MLflow.
+
+Every call may be repeated: metrics carry the journal's time, and MLflow's key (key, time, step, run, value) rejects
+duplicates; files are overwritten by equal ones; the run is found again by a tag that was on disk before it was created.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from pipeline import config as configs
+from pipeline.errors import JsonValue, ResourceError
+from pipeline.runs import provenance
+from pipeline.runs.provenance import without_secrets
+from pipeline.tracking.address import database_file
+from pipeline.tracking.client import Client, RunEntity, connect
+from pipeline.tracking.ledger import Ledger
+from pipeline.tracking.replay import as_text
+from pipeline.tracking.tracker import Ending, MetricPoint
+
+PAIRS_PER_CALL = 100  # MLflow's limits
+PARAM_CHARS = 6000
+TAG_CHARS = 5000
+KEY_CHARS = 250
+ID_TAG = "adaptnet.run_dir_id"
+SUMMARY_TAGS = {"note": "mlflow.note.content"}  # other facts become adaptnet.KEY
+
+
+class MlflowTracker:
+    """One run folder and its MLflow run. Raises whatever MLflow's client raises if the server is unreachable."""
+
+    takes_files = True
+
+    def __init__(self, uri: str, experiment: str, *, connect: Callable[[str], Client] = connect) -> None:
+        self.uri, self.place = uri, without_secrets(uri)
+        self.status: str | None = None  # as MLflow has it
+        self._experiment, self._connect = experiment, connect
+        self._client: Client | None = None
+        self._ledger: Ledger | None = None
+        self._tags: dict[str, str] = {}  # set by this object
+
+    @property
+    def run_id(self) -> str | None:
+        """Of the MLflow run; None until the server has answered once."""
+        return self._ledger.run_id if self._ledger else None
+
+    def open(self, run_dir: Path, recipe: Mapping[str, JsonValue]) -> Ledger:
+        """Finds or creates the MLflow run of the folder. Raises ResourceError if it was deleted in MLflow."""
+        client = self._connect(self.uri)
+        ledger = Ledger.open(run_dir)
+        ledger.aim(self.uri, self._experiment)
+        run = _find_run(client, ledger)
+        if run is not None and run.info.lifecycle_stage == "deleted":
+            raise ResourceError(
+                f"the MLflow run {run.info.run_id} of {run_dir} was deleted: restore it with `mlflow runs restore "
+                f"--run-id {run.info.run_id}`, or remove {ledger.path} to create a new run",
+                key="tracking.json",
+                subject=run.info.run_id,
+            )
+        if run is None:
+            experiment = _experiment(client, self.uri, ledger.experiment)
+            run = client.create_run(experiment, tags={ID_TAG: ledger.id}, run_name=run_dir.name)
+        ledger.attach(run.info.run_id)
+        _describe(client, run.info.run_id, run_dir, recipe)
+        self._client, self._ledger, self.status = client, ledger, run.info.status
+        return ledger
+
+    def log(self, points: Sequence[MetricPoint]) -> None:
+        """At most 1000 values."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(_key(p.key), p.value, _milliseconds(p.time), p.step) for p in points]
+        self._opened.log_batch(self.run_id, metrics=metrics)
+
+    def log_artifact(self, path: Path, place: str) -> None:
+        if path.is_dir():
+            self._opened.log_artifacts(self.run_id, str(path), place)
+        else:
+            self._opened.log_artifact(self.run_id, str(path), place or None)
+
+    def log_summary(self, facts: Mapping[str, str]) -> None:
+        for key, value in facts.items():
+            if key == "parent":
+                run_id = Ledger.peek(Path(value)).run_id  # None until the parent has been sent itself
+                self._set_tag("mlflow.parentRunId", run_id or "")
+            else:
+                self._set_tag(SUMMARY_TAGS.get(key, f"adaptnet.{key}"), value[:TAG_CHARS])
+
+    def running(self) -> None:
+        if self.status != "RUNNING":
+            self._opened.update_run(self.run_id, status="RUNNING")
+            self.status = "RUNNING"
+
+    def finish(self, ending: Ending) -> None:
+        if ending.status == self.status:
+            return
+        if ending.error:
+            self._set_tag("adaptnet.error", ending.error[:TAG_CHARS])
+        self._opened.set_terminated(self.run_id, ending.status, end_time=_milliseconds(ending.time))
+        self.status = ending.status
+
+    @property
+    def _opened(self) -> Client:
+        assert self._client is not None, "open() comes first"
+        return self._client
+
+    def _set_tag(self, key: str, value: str) -> None:
+        if value != self._tags.get(key, ""):
+            self._opened.set_tag(self.run_id, key, value)
+            self._tags[key] = value
+
+
+def _describe(client: Client, run_id: str, run_dir: Path, recipe: Mapping[str, JsonValue]) -> None:
+    """Sends the recipe as parameters, once; tags for what has changed since, and for where the run came from."""
+    from mlflow.entities import Param, RunTag
+
+    known = client.get_run(run_id).data.params
+    params = {_key(k): as_text(v)[:PARAM_CHARS] for k, v in configs.flat(recipe).items()}
+    new = [Param(key, value) for key, value in params.items() if key not in known]
+    tags = _origin(run_dir) | {f"changed.{k}": v for k, v in params.items() if known.get(k, v) != v}
+    pairs = [RunTag(_key(key), value[:TAG_CHARS]) for key, value in tags.items()]
+    for start in range(0, len(new), PAIRS_PER_CALL):
+        client.log_batch(run_id, params=new[start : start + PAIRS_PER_CALL])
+    for start in range(0, len(pairs), PAIRS_PER_CALL):
+        client.log_batch(run_id, tags=pairs[start : start + PAIRS_PER_CALL])
+
+
+def _origin(run_dir: Path) -> dict[str, str]:
+    """Tags that say where the run came from: environment, code, folder, sweep."""
+    environment = provenance.read(run_dir)
+    git, sweep = environment.pop("git", None) or {}, _sweep(run_dir)
+    tags = {f"adaptnet.{key}": value for key, value in configs.flat(environment).items()}
+    tags |= {f"adaptnet.git.{key}": value for key, value in git.items()}
+    tags |= {"adaptnet.run_dir": str(run_dir), "mlflow.source.name": "adaptnet"}
+    tags |= {"mlflow.user": environment["user"]} if "user" in environment else {}
+    tags |= {"mlflow.source.git.commit": git["commit"]} if git else {}
+    tags |= {"adaptnet.sweep": sweep} if sweep else {}
+    return {key: as_text(value) for key, value in tags.items()}
+
+
+def _sweep(run_dir: Path) -> str | None:
+    """The name of the sweep whose folder this is; None for the folder of any other run."""
+    path = run_dir / "config.yaml"
+    section = configs.read_mapping(path).get("sweep") if path.is_file() else None
+    return section.get("name") if isinstance(section, dict) else None
+
+
+def _find_run(client: Client, ledger: Ledger) -> RunEntity | None:
+    """The MLflow run with the ledger's id; None if the server has none."""
+    from mlflow.entities import ViewType
+    from mlflow.exceptions import MlflowException
+
+    if ledger.run_id is not None:
+        try:
+            return client.get_run(ledger.run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    experiment = client.get_experiment_by_name(ledger.experiment)
+    if experiment is None:
+        return None
+    wanted = f"tags.`{ID_TAG}` = '{ledger.id}'"
+    runs = client.search_runs([experiment.experiment_id], filter_string=wanted, run_view_type=ViewType.ALL)
+    return runs[0] if runs else None
+
+
+def _experiment(client: Client, uri: str, name: str) -> str:
+    """The id of the experiment `name`, created if it is missing; a file database keeps its artifacts beside it."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        path = database_file(uri)
+        place = None if path is None else (path.parent / "mlartifacts").as_uri() + "/" + quote(name, safe="")
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        experiment = client.get_experiment_by_name(name)
+        assert experiment is not None
+    if experiment.lifecycle_stage == "deleted":
+        raise ResourceError(
+            f"tracking.experiment (={name}) was deleted in MLflow: restore it with `mlflow experiments restore "
+            f"--experiment-id {experiment.experiment_id}`, or choose another name",
+            key="tracking.experiment",
+            subject=name,
+        )
+    return str(experiment.experiment_id)
+
+
+def _key(name: str) -> str:
+    """`name` as MLflow accepts a key: other characters replaced, and no part empty, `.` or `..`."""
+    path = posixpath.normpath("/" + re.sub(r"[^\w.\- :/]", "_", name))
+    return path.strip("/")[:KEY_CHARS].rstrip("/") or "_"
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
