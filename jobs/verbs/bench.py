@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.cli import data_home
+
+if TYPE_CHECKING:
+    from pipeline.bench.rows import BenchRow
 
 app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
     no_args_is_help=True,
-    help="""Ratios to a named peer, interleaved A B A B in one run, medians.
+    help="""Measures our speed as a ratio to that of a named peer. Both take turns (A B A B) in one run; results are
+medians.
 
 Examples:
 
@@ -30,8 +34,9 @@ Examples:
 
 
 @app.command(
-    short_help="Our loader against DALI's and torchvision's.",
-    help="""Images/s of our loader, of DALI's own file reader with the same operators, and of torchvision's DataLoader.
+    short_help="Compare our loader with DALI's and torchvision's.",
+    help="""Measures images/s of our loader, of DALI's file reader with the same operators, and of torch's DataLoader
+with torchvision's transforms.
 
 Examples:
 
@@ -43,11 +48,13 @@ Examples:
 """,
 )
 def loader(
-    root: Annotated[Path | None, typer.Argument(help="class folders or shards of photographs")] = None,
-    read_latency: Annotated[str, typer.Option(help="added to each read, as by a networked store, e.g. 5ms")] = "0ms",
-    index_only: Annotated[bool, typer.Option("--index-only", help="time an index of 1,281,167 images")] = False,
-    seconds: Annotated[float, typer.Option(help="measured time of each turn")] = 8.0,
-    rounds: Annotated[int, typer.Option(help="turns of each loader")] = 5,
+    root: Annotated[Path | None, typer.Argument(help="class folders or tar shards of photographs")] = None,
+    read_latency: Annotated[
+        str, typer.Option(help="delay added to each read, as on networked storage, e.g. 5ms")
+    ] = "0ms",
+    index_only: Annotated[bool, typer.Option("--index-only", help="only time an index of 1,281,167 images")] = False,
+    seconds: Annotated[float, typer.Option(help="measured seconds of each turn")] = 8.0,
+    rounds: Annotated[int, typer.Option(help="number of turns of each loader")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads of each loader")] = 2,
 ) -> None:
     from pipeline.bench import loader as bench
@@ -57,15 +64,15 @@ def loader(
         _print(bench.index_only())
         return
     if root is None:
-        raise ConfigError("bench loader: give a folder of photographs, or --index-only")
+        raise ConfigError("bench loader: give a folder of photographs, or --index-only", key="root")
     rows = bench.loader(root, read_latency_s=_seconds(read_latency), seconds=seconds, rounds=rounds, threads=threads)
     _print(rows)
 
 
 @app.command(
-    short_help="Our training step against a bare loop, Ray against torchrun.",
-    help="""Training images/s of our loop against a bare PyTorch loop over the same net and tensors, and of two workers
-under Ray Train against two processes under torchrun.
+    short_help="Compare our training step with a bare loop, and Ray with torchrun.",
+    help="""Measures training images/s of our loop against a bare PyTorch loop over the same net and tensors, and of two
+workers of Ray Train against two processes of torchrun.
 
 Examples:
 
@@ -75,12 +82,12 @@ Examples:
 """,
 )
 def step(
-    recipe: Annotated[str, typer.Argument(help="family/recipe whose net is trained on random images")],
+    recipe: Annotated[str, typer.Argument(help="family/recipe; its net is trained on random images")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
     classes: Annotated[int, typer.Option(help="number of classes")] = 10,
-    steps: Annotated[int, typer.Option(help="timed steps of each turn")] = 60,
-    rounds: Annotated[int, typer.Option(help="turns of each loop")] = 5,
-    workers: Annotated[bool, typer.Option(help="measure two workers against torchrun too")] = True,
+    steps: Annotated[int, typer.Option(help="number of timed steps in each turn")] = 60,
+    rounds: Annotated[int, typer.Option(help="number of turns of each loop")] = 5,
+    workers: Annotated[bool, typer.Option(help="also measure two workers against torchrun")] = True,
 ) -> None:
     from pipeline import run_config
     from pipeline.bench import step as bench
@@ -93,9 +100,10 @@ def step(
 
 
 @app.command(
-    short_help="What skipping saves in time, beside what it saves in MACs.",
-    help="""Wall time of each family's policies against the same net without skipping, beside the share of MACs; a
-quotient of 1 means that time falls as MACs do. Weights are random, gates and thresholds decide as often as published.
+    short_help="Compare the time that skipping saves with the MACs that it saves.",
+    help="""Measures the time of each family's policies as a share of the time of the same net without skipping, and the
+share of MACs. A quotient of 1 means that time falls as much as MACs do. Weights are random; gates and thresholds skip
+as often as published.
 
 Examples:
 
@@ -106,8 +114,8 @@ Examples:
 )
 def inference(
     families: Annotated[list[str] | None, typer.Argument(help="convnet_aig, ranet, arrn, shape_adaptor")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="turns of each side")] = 7,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: as many as torch takes")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="number of turns of each side")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's default")] = None,
 ) -> None:
     from jobs import tables
     from pipeline.bench import inference as bench
@@ -120,10 +128,10 @@ def inference(
 
 
 @app.command(
-    short_help="Each family's training step against a plain net of the same MACs.",
-    help="""Time of a training step per MAC, each family's over that of a plain ResNet of nearly the same MACs, and the
-shares of time that either spends on convolutions (and matrix products), norms, pointwise operators, moves of data and
-the optimizer.
+    short_help="Compare each family's training step with that of a plain net of the same MACs.",
+    help="""Measures the time of a training step per MAC of each family, as a ratio to that of a plain ResNet of nearly
+the same MACs, and the shares of time that both spend on convolutions (with matrix products), norms, pointwise
+operators, data movement and the optimizer.
 
 Examples:
 
@@ -133,10 +141,12 @@ Examples:
 """,
 )
 def training(
-    recipes: Annotated[list[str] | None, typer.Argument(help="family/cifar10_small; default: of every family")] = None,
-    batch_size: Annotated[int, typer.Option(min=2, help="images of a step")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="turns of each net")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: as many as torch takes")] = None,
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help="family/cifar10_small; default: that of every family")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="images in a step")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="number of turns of each net")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's default")] = None,
 ) -> None:
     from jobs import tables
     from pipeline.bench import training as bench
@@ -153,10 +163,11 @@ def training(
 
 
 @app.command(
-    short_help="What a sweep, a job on SLURM, and more workers cost beside a training.",
-    help="""Of one of these, in turns: a trial of a sweep against the same training alone (--sweep); a job of SLURM from
-its start to its first step against the same training started by hand (--slurm); the time from SLURM's warning until all
-ranks have saved a ResNet-50 (--warning); images/s of so many workers of this machine against one (--workers).
+    short_help="Measure what a sweep, a job on SLURM and more workers cost.",
+    help="""Measures one of these, in turns: a trial of a sweep against the same training alone (--sweep); the time from
+the start of a SLURM job to its first step against the same training started by hand (--slurm); the time from SLURM's
+warning until all ranks have saved a ResNet-50 (--warning); images/s of several workers on this machine against one
+(--workers).
 
 Examples:
 
@@ -172,20 +183,26 @@ Examples:
 """,
 )
 def scaling(
-    recipe: Annotated[str, typer.Argument(help="family/recipe that is trained")] = "convnet_aig/toy",
+    recipe: Annotated[str, typer.Argument(help="family/recipe to train")] = "convnet_aig/toy",
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
-    sweep: Annotated[bool, typer.Option("--sweep", help="a trial of a sweep against the training alone")] = False,
-    slurm: Annotated[bool, typer.Option("--slurm", help="a job's start against the command by hand")] = False,
-    warning: Annotated[bool, typer.Option("--warning", help="from SLURM's warning to all ranks saved")] = False,
-    workers: Annotated[list[int] | None, typer.Option(min=1, help="images/s of so many; repeatable")] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="of the job")] = 1,
-    site: Annotated[str | None, typer.Option(help="profile of the job, as `adaptnet submit` takes it")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="turns of each side")] = 1,
+    sweep: Annotated[bool, typer.Option("--sweep", help="compare a trial of a sweep with the training alone")] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="compare the start of a job with that of the command by hand")
+    ] = False,
+    warning: Annotated[
+        bool, typer.Option("--warning", help="time from SLURM's warning until all ranks have saved")
+    ] = False,
+    workers: Annotated[
+        list[int] | None, typer.Option(min=1, help="measure images/s of this number of workers; repeatable")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")] = 1,
+    site: Annotated[str | None, typer.Option(help="site profile of the job, as for `adaptnet submit`")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="number of turns of each side")] = 1,
 ) -> None:
     from pipeline.errors import ConfigError
 
     if sum((sweep, slurm, warning, bool(workers))) != 1:
-        raise ConfigError("bench scaling: say what is measured: --sweep, --slurm, --warning or --workers N")
+        raise ConfigError("bench scaling: give one of --sweep, --slurm, --warning and --workers N", key="--sweep")
     if sweep:
         from tuning.overhead import overhead
 
@@ -207,14 +224,16 @@ def _seconds(text: str) -> float:
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s)", text.strip())
     if match is None:
-        raise ConfigError(f"--read-latency (={text}): a time is a number with ms or s, e.g. 5ms")
+        message = f"--read-latency (={text}) must be a number with the unit ms or s, e.g. 5ms"
+        raise ConfigError(message, key="--read-latency", subject=text)
     return float(match[1]) / (1e3 if match[2] == "ms" else 1)
 
 
 @app.command(
-    short_help="Servers of a registered net under many clients.",
-    help="""MLflow's pyfunc against the bare net at one batch, then requests/s and latency of `mlflow models serve` and
-of Ray Serve (infra/ray/serve.yaml) for so many clients at once, each sending one image at a time.
+    short_help="Measure servers of a registered net under many clients.",
+    help="""Measures MLflow's pyfunc model against the bare net on one batch, then requests/s and latency of `mlflow
+models serve` and of Ray Serve (infra/ray/serve.yaml) for several numbers of concurrent clients that send one image at a
+time.
 
 Examples:
 
@@ -225,11 +244,15 @@ Examples:
 )
 def serve(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
-    image: Annotated[Path, typer.Argument(help="an image to send, or a folder of them for the first part")],
-    clients: Annotated[list[int] | None, typer.Option(min=1, help="at once; repeatable; default 1, 8, 64")] = None,
-    server: Annotated[list[str] | None, typer.Option(help="mlflow or ray; repeatable; default both")] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="for each number of clients")] = 10.0,
-    batch: Annotated[int, typer.Option(min=1, help="images of the first part")] = 64,
+    image: Annotated[
+        Path, typer.Argument(help="image to send; a folder gives several images to the first measurement")
+    ],
+    clients: Annotated[
+        list[int] | None, typer.Option(min=1, help="number of concurrent clients; repeatable; default 1, 8, 64")
+    ] = None,
+    server: Annotated[list[str] | None, typer.Option(help="mlflow or ray; repeatable; default: both")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="measured seconds for each number of clients")] = 10.0,
+    batch: Annotated[int, typer.Option(min=1, help="batch size of the first measurement")] = 64,
     uri: Annotated[str | None, typer.Option(help="tracking server; default runs/mlflow.db")] = None,
 ) -> None:
     from jobs import tables
@@ -241,27 +264,27 @@ def serve(
     pictures = _pictures(image, batch)
     _print(serving.in_process(model, pictures, uri))
     rows = [["server", "clients", "requests/s", "p50 ms", "p99 ms", "refused"]]
-    for found in serving.servers(model, pictures[0], uri, clients=clients or (1, 8, 64), seconds=seconds, names=names):
-        times = [f"{found.requests_per_s:.1f}", f"{found.p50_ms:.1f}", f"{found.p99_ms:.1f}"]
-        rows.append([found.server, str(found.clients), *times, str(found.refused)])
+    for load in serving.servers(model, pictures[0], uri, clients=clients or (1, 8, 64), seconds=seconds, names=names):
+        times = [f"{load.requests_per_s:.1f}", f"{load.p50_ms:.1f}", f"{load.p99_ms:.1f}"]
+        rows.append([load.server, str(load.clients), *times, str(load.refused)])
     typer.echo("\n" + tables.align(rows))
 
 
 def _pictures(path: Path, count: int) -> list[bytes]:
-    """That many images: a file's again and again, or a folder's in turn."""
+    """`count` encoded images: one file repeated, or the files of a folder in turn."""
     from itertools import cycle, islice
 
     from pipeline.data.image_headers import EXTENSIONS
     from pipeline.errors import ConfigError
 
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = [each.read_bytes() for each in files if each.suffix.lower() in EXTENSIONS and each.is_file()]
-    if not found:
-        raise ConfigError(f"{path}: no image here")
-    return list(islice(cycle(found), count))
+    images = [each.read_bytes() for each in files if each.suffix.lower() in EXTENSIONS and each.is_file()]
+    if not images:
+        raise ConfigError(f"{path}: no image here", key="image", subject=path)
+    return list(islice(cycle(images), count))
 
 
-def _print(rows: Sequence[Any]) -> None:
+def _print(rows: Sequence[BenchRow]) -> None:
     from jobs import tables
 
     cells = [["what", "rate", "unit", "ratio", "to"]]

@@ -14,8 +14,8 @@ from pipeline.errors import ConfigError
 if TYPE_CHECKING:
     from jobs.ray.local import Local
 
-HELP = """Brings up Ray clusters outside SLURM, tells how they are and takes them down. SITE is a file of
-infra/ray/sites, or a path ending in .yaml; without one, and with --local, the nodes are processes of this machine.
+HELP = """Starts, describes and stops Ray clusters outside SLURM. SITE is the name of a file of infra/ray/sites or a
+path ending in .yaml. With --local N instead, the N nodes are processes on this machine.
 
 Examples:
 
@@ -32,27 +32,27 @@ app = typer.Typer(
     help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
 )
 Option = typer.Option
-Site = Annotated[str | None, typer.Argument(help="file of infra/ray/sites, or a path ending in .yaml")]
-Folder = Annotated[Path, Option(help="where it is written down what was brought up")]
-Name = Annotated[str, Option(help="of a cluster of this machine")]
+Site = Annotated[str | None, typer.Argument(help="name of a file of infra/ray/sites, or a path ending in .yaml")]
+Folder = Annotated[Path, Option(help="folder of the records of started clusters")]
+Name = Annotated[str, Option(help="name of a cluster on this machine")]
 CLUSTERS = Path("runs") / "clusters"
 
 
 @app.command(
-    help="Brings a cluster up and says how to train on it.\n\nExamples:\n\n  adaptnet cluster up --local 2\n\n"
+    help="Starts a cluster and prints how to train on it.\n\nExamples:\n\n  adaptnet cluster up --local 2\n\n"
     "  adaptnet cluster up hosts"
 )
 def up(
     site: Site = None,
-    local: Annotated[int | None, Option(help="so many nodes on this machine, as processes", metavar="N")] = None,
-    cpus: Annotated[int | None, Option(min=1, help="of each node of --local; default: an equal share")] = None,
-    gpus: Annotated[bool, Option(help="share this machine's GPUs out to the nodes of --local")] = False,
-    patience: Annotated[float, Option(min=1, help="seconds within which all nodes of --local must be there")] = 60.0,
+    local: Annotated[int | None, Option(help="start N nodes on this machine, as processes", metavar="N")] = None,
+    cpus: Annotated[int | None, Option(min=1, help="CPUs of each node of --local; default: an equal share")] = None,
+    gpus: Annotated[bool, Option(help="divide this machine's GPUs among the nodes of --local")] = False,
+    patience: Annotated[float, Option(min=1, help="seconds within which all nodes of --local must join")] = 60.0,
     name: Name = "local",
     folder: Folder = CLUSTERS,
 ) -> None:
     if (site is None) == (local is None):
-        raise ConfigError("cluster up: give a SITE, or --local N")
+        raise ConfigError("cluster up: give either SITE or --local N", key="--local")
     if site is not None:
         from jobs.ray import launch as ray_launch
 
@@ -61,16 +61,16 @@ def up(
     assert local is not None
     from jobs.ray import local as ray_local
 
-    found = _local(folder, name)
+    cluster = _local(folder, name)
     shared = cpus or max(1, len(os.sched_getaffinity(0)) // max(1, local))
-    address = found.up(local, cpus=shared, gpus=ray_local.gpus_here(local) if gpus else [], patience_s=patience)
-    typer.echo(f"{local} nodes with {shared} CPUs each; to train on them, here:\n")
-    typer.echo(f"  export RAY_AUTH_TOKEN_PATH={found.token}")
+    address = cluster.up(local, cpus=shared, gpus=ray_local.gpus_here(local) if gpus else [], patience_s=patience)
+    typer.echo(f"started {local} nodes with {shared} CPUs each; to train on them from this machine:\n")
+    typer.echo(f"  export RAY_AUTH_TOKEN_PATH={cluster.token}")
     typer.echo(f"  adaptnet train convnet_aig/toy compute.address={address}")
 
 
 @app.command(
-    help="Takes down what `up` brought up, and nothing else.\n\nExamples:\n\n  adaptnet cluster down\n\n"
+    help="Stops a cluster that `up` started, and no other Ray.\n\nExamples:\n\n  adaptnet cluster down\n\n"
     "  adaptnet cluster down hosts"
 )
 def down(site: Site = None, name: Name = "local", folder: Folder = CLUSTERS) -> None:
@@ -79,18 +79,20 @@ def down(site: Site = None, name: Name = "local", folder: Folder = CLUSTERS) -> 
 
         typer.echo(ray_launch.down(ray_site.load(site), folder))
         return
-    found = _local(folder, name)
-    ended = found.down()
-    typer.echo(f"{ended} nodes ended" if ended else f"{found.folder}: no cluster runs there")
+    cluster = _local(folder, name)
+    stopped = cluster.down()
+    typer.echo(f"stopped {stopped} nodes" if stopped else f"{cluster.folder}: no cluster runs here")
 
 
 @app.command(
-    help="Which nodes a cluster has, what they give and what of it is free.\n\nExamples:\n\n"
+    help="Lists the nodes of a cluster and their resources.\n\nExamples:\n\n"
     "  adaptnet cluster status\n\n  adaptnet cluster status --address 10.0.0.1:6379\n\n  adaptnet cluster status hosts"
 )
 def status(
     site: Site = None,
-    address: Annotated[str | None, Option(help="HOST:PORT of any running cluster that this machine is part of")] = None,
+    address: Annotated[
+        str | None, Option(help="HOST:PORT of any running Ray cluster that this machine belongs to")
+    ] = None,
     name: Name = "local",
     folder: Folder = CLUSTERS,
 ) -> None:
@@ -100,12 +102,12 @@ def status(
         typer.echo(ray_launch.status(ray_site.load(site), folder))
         return
     if address is None:
-        found = _local(folder, name)
-        address = (found.read() or {}).get("address")
-        if address is None or not found.lives:
-            typer.echo(f"{found.folder}: no cluster runs there; `adaptnet cluster up --local N` starts one")
+        cluster = _local(folder, name)
+        address = (cluster.read() or {}).get("address")
+        if address is None or not cluster.lives:
+            typer.echo(f"{cluster.folder}: no cluster runs here; `adaptnet cluster up --local N` starts one")
             raise typer.Exit(1)
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(found.token)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(cluster.token)
     _show(address)
 
 
@@ -117,20 +119,23 @@ def _show(address: str) -> None:
     for node in cluster.members(address):
         gib = node.resources.get("memory", 0) / 2**30
         amounts = [f"{node.resources.get(kind, 0):g}" for kind in ("CPU", "GPU")]
-        rows.append([node.ip, "alive" if node.alive else "gone", *amounts, f"{gib:.1f} GiB"])
+        rows.append([node.ip, "alive" if node.alive else "lost", *amounts, f"{gib:.1f} GiB"])
     typer.echo(f"compute.address={address}\n")
     typer.echo(tables.align(rows))
 
 
 @app.command(
-    help="Writes what `up` would hand to Ray's launcher or to kubectl; prints it without --out.\n\nExamples:\n\n"
+    help="Writes the files that `up` would pass to Ray's launcher or to kubectl; without --out it prints them.\n\n"
+    "Examples:\n\n"
     "  adaptnet cluster render hosts\n\n  adaptnet cluster render kubernetes --out rendered\n\n"
     "  adaptnet cluster render kubernetes --job 'train convnet_aig/toy --run-dir /shared/runs/toy'"
 )
 def render(
-    site: Annotated[str, typer.Argument(help="file of infra/ray/sites, or a path ending in .yaml")],
-    out: Annotated[Path | None, Option(help="a folder")] = None,
-    job: Annotated[str, Option(help="a verb and its arguments: a RayJob that runs it on a cluster of its own")] = "",
+    site: Annotated[str, typer.Argument(help="name of a file of infra/ray/sites, or a path ending in .yaml")],
+    out: Annotated[Path | None, Option(help="folder to write to")] = None,
+    job: Annotated[
+        str, Option(help="a verb with its arguments: write a RayJob that runs it on a cluster of its own")
+    ] = "",
 ) -> None:
     import shlex
 

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-EXAMPLES = """Is net A better than net B? McNemar's test on the images that both were evaluated on, and the difference
-at equal cost along both frontiers, each with a 95 % interval over images. Evaluations are those stored by training and
-by `adaptnet evaluate`. A and B are run folders, checkpoint folders or registry versions.
+EXAMPLES = """Tests whether net A is more accurate than net B: McNemar's test on the images that both were evaluated on,
+and the difference at equal cost along both frontiers, each with a 95 % confidence interval over images. It uses the
+evaluations stored by training and by `adaptnet evaluate`. A and B are run folders, checkpoint folders or registry
+versions.
 
 Examples:
 
@@ -30,10 +31,10 @@ Examples:
 @app.command(help=EXAMPLES)
 def compare(
     a: Annotated[str, typer.Argument(help="run folder, checkpoint folder or models:/NAME@ALIAS")],
-    b: Annotated[str, typer.Argument(help="the net that A is compared with")],
-    policy_a: Annotated[str | None, typer.Option(help="policy of A; default: its first")] = None,
-    policy_b: Annotated[str | None, typer.Option(help="policy of B; default: its first")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
+    b: Annotated[str, typer.Argument(help="net to compare A with; same forms")],
+    policy_a: Annotated[str | None, typer.Option(help="policy of A; default: the first")] = None,
+    policy_b: Annotated[str | None, typer.Option(help="policy of B; default: the first")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
     uri: Annotated[str | None, typer.Option(help="tracking server of models:/; default runs/mlflow.db")] = None,
 ) -> None:
     from pipeline.deploy import evaluations
@@ -54,7 +55,7 @@ def _print(pair: PairedTest, costs: Sequence[AtCost]) -> None:
 
     for letter, side in (("A", pair.a), ("B", pair.b)):
         typer.echo(f"{letter}  {side.name} {side.policy}: top-1 {100 * side.top1:.2f} %, {macs_text(side.macs)}")
-    typer.echo(f"{pair.num_images:,} images; A alone is right on {pair.only_a:,}, B alone on {pair.only_b:,}")
+    typer.echo(f"{pair.num_images:,} images; only A is right on {pair.only_a:,}, only B on {pair.only_b:,}")
     typer.echo(
         f"A - B = {_points(pair.difference)} points, 95 % interval {_points(pair.low)} to {_points(pair.high)}; "
         f"McNemar's p = {pair.p_value:.2g}: {_verdict(pair)}"
@@ -73,5 +74,5 @@ def _points(share: float) -> str:
 
 def _verdict(pair: PairedTest) -> str:
     if pair.p_value >= 0.05:
-        return "these images do not tell them apart"
+        return "no significant difference on these images"
     return f"{'A' if pair.difference > 0 else 'B'} is more accurate"

@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     from pipeline.data.pack import PackReport
 
 LINE_EVERY_S = 5.0
-SHOWN = 20  # bad images that are printed; --all prints the rest
+SHOWN = 20  # bad images that are printed without --all
 
 app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
     no_args_is_help=True,
-    help="""Sets of images: class folders (train/<class>/*.jpg with val/<class>/*.jpg, or <class>/*.jpg alone), or tar
-shards (train-*.tar with val-*.tar of KEY.jpg and KEY.cls, beside classes.txt).
+    help="""Makes, packs, checks and describes image sets. A set is a folder of class folders (train/<class>/*.jpg with
+val/<class>/*.jpg, or <class>/*.jpg alone) or of tar shards (train-*.tar and val-*.tar, which hold KEY.jpg and KEY.cls,
+beside classes.txt).
 
 Examples:
 
@@ -41,7 +42,7 @@ Examples:
 
 @app.command(
     short_help="Draw a small set of JPEGs from a seed.",
-    help="""Draws a small set of JPEGs from a seed: ten shapes, some plain to see, some small, pale and cluttered.
+    help="""Draws a small set of JPEGs from a seed: ten shapes, some easy to see, some small, pale and cluttered.
 
 Examples:
 
@@ -51,12 +52,14 @@ Examples:
 """,
 )
 def toy(
-    out: Annotated[Path, typer.Argument(help="folder to make; train/<class>/ and val/<class>/ go into it")],
-    classes: Annotated[int, typer.Option(min=2, max=60, help="above ten, a class is a shape and a hue")] = 10,
-    train: Annotated[int, typer.Option(min=2, help="training images in all")] = 1500,
-    val: Annotated[int, typer.Option(min=2, help="validation images in all")] = 500,
+    out: Annotated[Path, typer.Argument(help="folder to create, with train/<class>/ and val/<class>/")],
+    classes: Annotated[
+        int, typer.Option(min=2, max=60, help="number of classes; above ten, a class is a shape and a hue")
+    ] = 10,
+    train: Annotated[int, typer.Option(min=2, help="number of training images")] = 1500,
+    val: Annotated[int, typer.Option(min=2, help="number of validation images")] = 500,
     side: Annotated[int, typer.Option(min=16, help="shorter side in pixels")] = 48,
-    seed: Annotated[int, typer.Option(help="same seed, same bytes")] = 0,
+    seed: Annotated[int, typer.Option(help="random seed; the same seed gives the same bytes")] = 0,
 ) -> None:
     from pipeline.data.toy import make
 
@@ -67,10 +70,10 @@ def toy(
 
 @app.command(
     short_help="Verify every image and pack the good ones into tar shards.",
-    help="""Packs SOURCE into tar shards with an index in DESTINATION; decodes every image and sets bad ones aside in
-DESTINATION/report.json. Interrupted, the same command goes on where it was.
+    help="""Packs SOURCE into tar shards with an index in DESTINATION. Every image is decoded; bad ones are left out and
+listed in DESTINATION/report.json. After an interruption the same command resumes.
 
-SOURCE holds class folders, tar shards (.tar or .tar.gz), or is a tar of class folders.
+SOURCE is a folder of class folders, a folder of tar shards (.tar or .tar.gz), or a tar of class folders.
 
 Examples:
 
@@ -83,14 +86,14 @@ Examples:
 )
 def pack(
     source: Annotated[Path, typer.Argument(help="class folders, tar shards, or a tar of class folders")],
-    destination: Annotated[Path, typer.Argument(help="a new folder, or one of an interrupted pack")],
+    destination: Annotated[Path, typer.Argument(help="a new folder, or that of an interrupted pack")],
     side: Annotated[
-        int | None, typer.Option(min=1, help="shrink to this shorter side in pixels; default: bytes as they are")
+        int | None, typer.Option(min=1, help="shrink to this shorter side in pixels; default: keep the original bytes")
     ] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="of JPEGs that --side makes anew")] = 92,
-    shard_mb: Annotated[int | None, typer.Option(min=1, help="size of a shard; default: about 64 shards")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: the CPUs here")] = None,
-    show_all: Annotated[bool, typer.Option("--all", help="print every image that was set aside")] = False,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="quality of the JPEGs that --side encodes")] = 92,
+    shard_mb: Annotated[int | None, typer.Option(min=1, help="size of a shard in MB; default: about 64 shards")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: one per CPU")] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="list every image that was left out")] = False,
 ) -> None:
     from pipeline.data.pack import pack as run
 
@@ -110,13 +113,13 @@ def pack(
 def _print_pack(report: PackReport, destination: Path, show_all: bool) -> None:
     from jobs import tables
 
-    kept = f", {report.kept_shards} of them kept from before" if report.kept_shards else ""
+    reused = f", {report.kept_shards} of them from the interrupted pack" if report.kept_shards else ""
     facts = {
         "packed": str(report.destination),
         "images": ", ".join(f"{count:,} {split}" for split, count in report.images.items()),
         "classes": f"{report.num_classes:,}",
-        "shards": f"{report.shards} ({_bytes(report.bytes)}){kept}",
-        "set aside": f"{len(report.set_aside):,}",
+        "shards": f"{report.shards} ({tables.byte_size(report.bytes)}){reused}",
+        "left out": f"{len(report.set_aside):,}",
         "time": f"{report.seconds:.1f} s",
     }
     typer.echo(tables.of_pairs(facts))
@@ -127,13 +130,13 @@ def _print_pack(report: PackReport, destination: Path, show_all: bool) -> None:
 
 @app.command(
     "import",
-    short_help="Pack a known set from its publisher's own files.",
-    help="""Packs a known set from the files that its publisher gives out, under their own names: cifar10, cifar100,
-svhn, stl10, tiny-imagenet, aircraft, flowers102, cars, cub or imagenet. What the publisher tests on becomes val.
-Checksums are compared where they are known. Interrupted, the same command goes on where it was.
+    short_help="Pack a known set from its publisher's files.",
+    help="""Packs a known set from its publisher's files, under their original names: cifar10, cifar100, svhn, stl10,
+tiny-imagenet, aircraft, flowers102, cars, cub or imagenet. The publisher's test split becomes val. Checksums are
+compared where they are known. After an interruption the same command resumes.
 
-ImageNet: ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar ILSVRC2012_devkit_t12.tar.gz; or a FOLDER with train/<wnid>/
-and a flat val/, beside the development kit or LOC_val_solution.csv.
+For ImageNet give ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or a folder with
+train/<wnid>/ and a flat val/ and, besides it, the development kit or LOC_val_solution.csv.
 
 Examples:
 
@@ -145,16 +148,16 @@ Examples:
 """,
 )
 def import_set(
-    name: Annotated[str, typer.Argument(help="the set, e.g. cifar10")],
-    files: Annotated[list[Path], typer.Argument(help="its publisher's files")],
-    out: Annotated[Path, typer.Option(help="a new folder, or one of an interrupted import")],
-    checksum: Annotated[bool, typer.Option(help="compare with the publisher's md5 where it is known")] = True,
+    name: Annotated[str, typer.Argument(help="name of the set, e.g. cifar10")],
+    files: Annotated[list[Path], typer.Argument(help="the publisher's files")],
+    out: Annotated[Path, typer.Option(help="a new folder, or that of an interrupted import")],
+    checksum: Annotated[bool, typer.Option(help="compare with the publisher's MD5 checksum where it is known")] = True,
     side: Annotated[
-        int | None, typer.Option(min=1, help="shrink to this shorter side in pixels; default: bytes as they are")
+        int | None, typer.Option(min=1, help="shrink to this shorter side in pixels; default: keep the original bytes")
     ] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="of JPEGs that --side makes anew")] = 92,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: the CPUs here")] = None,
-    show_all: Annotated[bool, typer.Option("--all", help="print every image that was set aside")] = False,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="quality of the JPEGs that --side encodes")] = 92,
+    workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: one per CPU")] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="list every image that was left out")] = False,
 ) -> None:
     from pipeline.data.publishers import import_set as run
 
@@ -167,9 +170,9 @@ def import_set(
 
 @app.command(
     short_help="Decode every image and list the bad ones.",
-    help="""Decodes every image under ROOT where it lies and lists the bad ones: empty, truncated, no image, of absurd
-size, with a wrong label or a key that another has. In a packed set the bytes must be those that were packed.
-Exits with 1 if there are any.
+    help="""Decodes every image under ROOT in place and lists the bad ones: empty or truncated files, files that are no
+image or of absurd size, wrong labels, duplicate keys. In a packed set the bytes are also compared with those that were
+packed. The exit status is 1 if any image is bad.
 
 Examples:
 
@@ -180,25 +183,25 @@ Examples:
 )
 def check(
     root: Annotated[Path, typer.Argument(help="class folders or tar shards")],
-    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: the CPUs here")] = None,
-    show_all: Annotated[bool, typer.Option("--all", help="print every bad image")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: one per CPU")] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="list every bad image")] = False,
 ) -> None:
     from pipeline.data.check import check as run
 
     with _progress() as progress:
         report = run(root, workers=workers, progress=progress)
-    how = "decoded, and bytes compared with those packed" if report.checksums else "decoded"
-    typer.echo(f"{root}: {report.images:,} images {how} in {report.seconds:.1f} s; {len(report.bad):,} bad")
+    checked = "decoded and compared with the packed bytes" if report.checksums else "decoded"
+    typer.echo(f"{root}: {report.images:,} images {checked} in {report.seconds:.1f} s; {len(report.bad):,} bad")
     _print_bad(report.bad, show_all)
     _print_ignored(report.ignored)
     if report.bad:
-        typer.echo("Training replaces them by rule; `adaptnet data pack` leaves them out for good.")
+        typer.echo("Training replaces bad images by good ones; `adaptnet data pack` leaves them out of the packed set.")
         raise typer.Exit(1)
 
 
 @app.command(
-    short_help="Splits, classes, sizes and bytes of a set.",
-    help="""Splits, classes, sizes and bytes of a set, where its index lies, and how to shuffle it.
+    short_help="Show the splits, classes, sizes and bytes of a set.",
+    help="""Shows the splits, classes, sizes and bytes of a set, where its index is, and how to shuffle it.
 
 Examples:
 
@@ -209,9 +212,11 @@ Examples:
 )
 def info(
     root: Annotated[Path, typer.Argument(help="class folders or tar shards")],
-    index: Annotated[Path | None, typer.Option(help="where the index lies, as data.index")] = None,
-    validation_share: Annotated[float, typer.Option(help="of a set without a val split, as in a recipe")] = 0.1,
-    seed: Annotated[int, typer.Option(help="that draws it, as in a recipe")] = 0,
+    index: Annotated[Path | None, typer.Option(help="folder of the index, like data.index in a recipe")] = None,
+    validation_share: Annotated[
+        float, typer.Option(help="for a set without a val split, like data.validation_share")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="seed of the drawn val split, like seed in a recipe")] = 0,
 ) -> None:
     from jobs import tables
     from pipeline.config import validate
@@ -222,18 +227,18 @@ def info(
     with _progress() as progress:
         splits = open_splits(validate(DataConfig, given, "data"), seed, progress)
     whole = splits.train.whole
-    drawn = "" if whole.meta.has_splits else f" (val drawn by seed {seed})"
+    drawn = "" if whole.meta.has_splits else f" (val drawn with seed {seed})"
     facts = {
         "root": str(whole.root),
         "index": str(whole.folder),
         "identity": whole.identity,
         "images": f"{len(splits.train):,} train, {len(splits.val):,} val{drawn}",
         "classes": _classes(splits.train),
-        "bytes": _bytes(int(whole.length.sum())) + _storage(whole),
+        "bytes": tables.byte_size(int(whole.length.sum())) + _storage(whole),
         "median size": _median_size(whole),
-        "set aside": f"{len(whole.meta.set_aside):,} with a wrong label or key",
-        "unreadable": f"{int((whole.height == 0).sum()):,} headers; adaptnet data check {root} decodes them all",
-        "shuffle": _advice(whole, root),
+        "left out": f"{len(whole.meta.set_aside):,} with a wrong label or key",
+        "unreadable": f"{int((whole.height == 0).sum()):,} headers; `adaptnet data check {root}` decodes every image",
+        "shuffle": _shuffle_advice(whole, root),
     }
     typer.echo(tables.of_pairs(facts))
     typer.echo("\nshorter side, pixels")
@@ -257,13 +262,15 @@ def _storage(index: ImageIndex) -> str:
 def _median_size(index: ImageIndex) -> str:
     import numpy as np
 
-    return f"{np.median(index.width):.0f} x {np.median(index.height):.0f} px, {_bytes(int(np.median(index.length)))}"
+    from jobs.tables import byte_size
+
+    return f"{np.median(index.width):.0f} x {np.median(index.height):.0f} px, {byte_size(np.median(index.length))}"
 
 
-def _advice(index: ImageIndex, root: Path) -> str:
+def _shuffle_advice(index: ImageIndex, root: Path) -> str:
     if index.shards is None:
-        return f"full; block needs shards: adaptnet data pack {root} DESTINATION"
-    return "full where the set fits in memory or lies on a local disk; block (data.shuffle=block) where it does not"
+        return f"full; data.shuffle=block needs shards: adaptnet data pack {root} DESTINATION"
+    return "full if the set fits in memory or is on a local disk, otherwise block (data.shuffle=block)"
 
 
 def _histogram(index: ImageIndex) -> str:
@@ -275,7 +282,7 @@ def _histogram(index: ImageIndex) -> str:
     lines = []
     for start, stop, count in zip(bounds[:-1], bounds[1:], counts, strict=True):
         if count:
-            name = "unread" if stop == 1 else f"{start}-{stop - 1}" if stop < 1 << 31 else f"{start} and more"
+            name = "unreadable" if stop == 1 else f"{start}-{stop - 1}" if stop < 1 << 31 else f"{start} and more"
             lines.append(f"{name:>13} {count:>10,} {'#' * max(1, round(40 * count / counts.max()))}")
     return "\n".join(lines)
 
@@ -289,26 +296,18 @@ def _print_bad(bad: Sequence[tuple[str, str]], show_all: bool) -> None:
 
 def _print_ignored(ignored: int) -> None:
     if ignored:
-        typer.echo(f"{ignored:,} files were passed over: no images by extension, or in no class folder")
-
-
-def _bytes(count: int) -> str:
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value >= 1000:
-            value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+        typer.echo(f"{ignored:,} files were skipped: not an image by extension, or not in a class folder")
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal, now and then a line elsewhere; a total of 0 is a message."""
+    """Yields show(what, done, total): a bar on a terminal, otherwise a line every few seconds; total 0 is a message."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(file=sys.stderr, soft_wrap=True, highlight=False, markup=False)
     if not console.is_terminal:
-        yield _lines(console.print)
+        yield _line_printer(console.print)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
@@ -325,7 +324,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def _lines(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+def _line_printer(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
     last = time.monotonic()
 
     def show(what: str, done: int, total: int) -> None:

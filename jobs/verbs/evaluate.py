@@ -1,4 +1,4 @@
-"""`adaptnet evaluate`: accuracy, MACs and latency of a trained net under each of its policies."""
+"""`adaptnet evaluate`: measures accuracy, MACs and latency of a trained net under each of its policies."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:  # these import torch, which takes seconds
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
 EXAMPLES = """Evaluates SOURCE on the val split under each of its policies: accuracy, multiply-accumulates per image,
-share of the full network, latency on this device, and the family's own facts by class.
+share of the full net's MACs, latency on this device, and the family's own facts by class.
 
-SOURCE is a run's folder (its best checkpoint), a checkpoint's folder, or a registry version. --attack moves every
-pixel by eps up the net's loss first (fgsm: by the sign of its gradient), --jpeg compresses the images; --sides runs
-each policy on images reduced to each side. These are stored apart from the evaluation of the images as they are.
+SOURCE is a run's folder (its best checkpoint), a checkpoint's folder, or a registry version. --attack first moves every
+pixel by eps so as to raise the net's loss (fgsm: along the sign of the gradient); --jpeg first compresses the images;
+--sides runs each policy on images reduced to each side. Their results are stored separately from those of the original
+images.
 
 Examples:
 
@@ -42,16 +43,25 @@ def evaluate(
     source: Annotated[str, typer.Argument(help="run folder, checkpoint folder or models:/NAME@ALIAS")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. data.root=/data/other")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="only this policy; repeatable")] = None,
-    facts: Annotated[bool, typer.Option("--facts", help="print the family's facts by class too")] = False,
-    attack: Annotated[str | None, typer.Option(help="tamper with the images first: fgsm")] = None,
-    eps: Annotated[str | None, typer.Option(help="the attack's strength in 0..1 of the pixels' range, 4/255")] = None,
-    jpeg: Annotated[int | None, typer.Option(help="compress the images at this quality, 1..100")] = None,
-    sides: Annotated[str | None, typer.Option(help="run each policy at these sides in pixels, 224,160,112")] = None,
+    facts: Annotated[bool, typer.Option("--facts", help="also print the family's facts by class")] = False,
+    attack: Annotated[str | None, typer.Option(help="attack the images first: fgsm")] = None,
+    eps: Annotated[
+        str | None, typer.Option(help="strength of the attack as a share of the pixel range, e.g. 4/255")
+    ] = None,
+    jpeg: Annotated[
+        int | None, typer.Option(help="first compress the images as JPEG with this quality, 1..100")
+    ] = None,
+    sides: Annotated[
+        str | None, typer.Option(help="run each policy at these sides in pixels, e.g. 224,160,112")
+    ] = None,
     down_and_up: Annotated[
-        bool, typer.Option("--down-and-up", help="with --sides: back to their own side before the net")
+        bool,
+        typer.Option(
+            "--down-and-up", help="with --sides: enlarge the images to their original side again before the net"
+        ),
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="where reports are stored; default beside the run")] = None,
-    uri: Annotated[str | None, typer.Option(help="tracking server of models:/; default runs/mlflow.db")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the reports; default: beside the run")] = None,
+    uri: Annotated[str | None, typer.Option(help="tracking server of models:/; default: runs/mlflow.db")] = None,
 ) -> None:
     from jobs import tables
     from pipeline.deploy import evaluations
@@ -79,7 +89,7 @@ def _attack(kind: str | None, eps: str | None, jpeg: int | None) -> Attack | Non
     from pipeline.evaluation import robustness
 
     if (kind is None) != (eps is None):
-        raise ConfigError("--attack and --eps go together, e.g. --attack fgsm --eps 4/255")
+        raise ConfigError("--attack and --eps go together, e.g. --attack fgsm --eps 4/255", key="--eps")
     if kind is None and jpeg is None:
         return None
     return robustness.Attack(kind, robustness.strength(eps) if eps else 0.0, jpeg)  # type: ignore[arg-type]
@@ -89,7 +99,7 @@ def _sweep(sides: str | None, up_again: bool) -> ResolutionSweep | None:
     from pipeline.evaluation import robustness
 
     if sides is None and up_again:
-        raise ConfigError("--down-and-up goes with --sides, e.g. --sides 160,112 --down-and-up")
+        raise ConfigError("--down-and-up needs --sides, e.g. --sides 160,112 --down-and-up", key="--sides")
     return None if sides is None else robustness.ResolutionSweep(robustness.sides(sides), up_again)
 
 
@@ -97,5 +107,5 @@ def _against(done: Evaluation) -> str:
     from jobs import tables
 
     if not done.clean:
-        return f"no evaluation of these images untouched is stored to compare with: adaptnet evaluate {done.what}"
+        return f"to compare with the original images, evaluate them first: adaptnet evaluate {done.what}"
     return tables.of_attack(done.clean, done.reports)

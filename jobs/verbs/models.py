@@ -1,13 +1,12 @@
-"""`adaptnet models`: looks trained nets up in the registry."""
+"""`adaptnet models`: looks up, registers and promotes trained nets in the registry."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.deploy.promoting import Promotion
     from pipeline.registry.catalogue import Match, Version
 
-EXAMPLES = """Looks trained nets up in the registry, registers and promotes them, takes them away as folders.
+EXAMPLES = """Looks up, registers and promotes trained nets in the registry, and copies them to folders.
 
 Examples:
 
@@ -29,7 +28,8 @@ Examples:
   adaptnet models promote aig-toy 3 --alias champion
 """
 
-LIST = """One line for each version, newest first: aliases, family, step, and its default policy's accuracy and price.
+LIST = """Prints one line for each version, newest first: aliases, family, step, and accuracy and MACs of its default
+policy.
 
 Examples:
 
@@ -38,8 +38,8 @@ Examples:
   adaptnet models list aig-toy --uri http://tracking:5000
 """
 
-SHOW = """The card of a version: family, recipe, data, what it came from, licence and note, and the frontier of its
-policies, those marked that another beats.
+SHOW = """Prints the card of a version (family, recipe, data, origin, licence and note) and a table of its policies,
+with those marked that another policy dominates.
 
 Examples:
 
@@ -48,8 +48,8 @@ Examples:
   adaptnet models show models:/aig-toy/3 --uri sqlite:////data/runs/mlflow.db
 """
 
-LOOKUP = """Versions and policies of theirs within a budget of MACs and above an accuracy, the best first. Dominated
-policies are left out. NAME may be left out: then all models take part.
+LOOKUP = """Lists policies of registered versions within a budget of MACs and above an accuracy, the best first.
+Dominated policies are left out. Without NAME all models are searched.
 
 Examples:
 
@@ -58,8 +58,9 @@ Examples:
   adaptnet models lookup aig-toy --max-macs 300M --dataset cifar10 --json
 """
 
-REGISTER = """Makes a version of a run's best checkpoint, or of one checkpoint's folder, with its stored evaluation. The
-run is sent to MLflow first where it has not been. Doing it twice makes one version.
+REGISTER = """Registers a run's best checkpoint, or the checkpoint in a given folder, as a new version with its stored
+evaluation. If the run is not in MLflow yet, it is sent first. Registering the same checkpoint again makes no new
+version.
 
 Examples:
 
@@ -68,8 +69,9 @@ Examples:
   adaptnet models register runs/mine mine --licence CC-BY-4.0 --note "flowers of 2026, without the roses"
 """
 
-PROMOTE = """Evaluates a version and the present holder of the alias on the same images, and points the alias at the
-version, unless the holder is as accurate and as cheap everywhere. Who, when, why and both reports are kept.
+PROMOTE = """Evaluates a version and the current holder of the alias on the same images and moves the alias to the
+version, unless the holder is at least as accurate at every cost. Who did it, when and why, and both reports are
+recorded.
 
 Examples:
 
@@ -78,14 +80,14 @@ Examples:
   adaptnet models promote aig-toy 4 --data /data/fresh --force --why "the champion was trained on the test set"
 """
 
-ROLLBACK = """Gives an alias back to the version that held it before; done again, to the one before that.
+ROLLBACK = """Moves an alias back to the version that held it before; repeated, to the one before that.
 
 Examples:
 
   adaptnet models rollback aig-toy --alias champion --why "dark photographs are all cats"
 """
 
-PULL = """Copies a version to a folder that works without MLflow: weights, recipe, card and reports, checked.
+PULL = """Copies a version (weights, recipe, card and reports) to a folder that works without MLflow, and verifies it.
 
 Examples:
 
@@ -94,16 +96,17 @@ Examples:
   adaptnet models pull models:/aig-toy/3 aig-toy-3 --uri http://tracking:5000
 """
 
-DIFF = """What sets two versions apart: what their cards say, their recipes key by key, and each policy's figures.
+DIFF = """Shows how two versions differ: in their cards, in their recipes key by key, and in the figures of each policy.
 
 Examples:
 
   adaptnet models diff models:/aig-toy/2 models:/aig-toy@champion
 """
 
-IMPORT = """Makes a run of weights that were trained elsewhere: a checkpoint of the released code of ConvNet-AIG, RANet
-or Shape Adaptor, or torchvision's of ResNets, MobileNets, VGG and its like. Every tensor is used, or an error lists
-those that fit nowhere. The run is evaluated on the recipe's val split, and registered where tracking.register names it.
+IMPORT = """Creates a run from weights that were trained elsewhere: a checkpoint of the released code of ConvNet-AIG,
+RANet or Shape Adaptor, or torchvision's weights of ResNets, MobileNets, VGG and similar nets. Every tensor is used, or
+an error lists those that do not fit. The run is evaluated on the recipe's val split, and registered if the recipe sets
+tracking.register.
 
 Examples:
 
@@ -115,22 +118,22 @@ Examples:
 app = typer.Typer(
     help=EXAMPLES, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
 )
-Uri = Annotated[str | None, typer.Option(help="tracking server; default runs/mlflow.db")]
+Uri = Annotated[str | None, typer.Option(help="tracking server; default: runs/mlflow.db")]
 
 
-@app.command("list", short_help="One line for each version.", help=LIST)
+@app.command("list", short_help="List versions.", help=LIST)
 def list_models(
     name: Annotated[str | None, typer.Argument(help="only versions of this name")] = None, uri: Uri = None
 ) -> None:
     from jobs import tables
     from pipeline.registry import catalogue
 
-    found = catalogue.versions(catalogue.address(uri), name)
-    if not found:
+    versions = catalogue.versions(catalogue.address(uri), name)
+    if not versions:
         typer.echo("the registry has no versions yet")
         return
-    rows = [["version", "aliases", "family", "step", "policy", "top-1 %", "MMACs", "made"]]
-    typer.echo(tables.align([*rows, *(_row(version) for version in found)]))
+    rows = [["version", "aliases", "family", "step", "policy", "top-1 %", "MMACs", "created"]]
+    typer.echo(tables.align([*rows, *(_row(version) for version in versions)]))
 
 
 def _row(version: Version) -> list[str]:
@@ -141,39 +144,40 @@ def _row(version: Version) -> list[str]:
     return [version.reference, " ".join(version.aliases) or "-", *origin, *figures, _date(version.created)]
 
 
-@app.command(short_help="The card of a version, and its frontier.", help=SHOW)
+@app.command(short_help="Show the card and the policies of a version.", help=SHOW)
 def show(
     reference: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")], uri: Uri = None
 ) -> None:
     from jobs import tables
     from pipeline.registry import cards, catalogue
 
-    found = cards.card(reference, catalogue.address(uri))
-    typer.echo(tables.of_pairs(found.facts))
-    if found.version.reports:
+    card = cards.card(reference, catalogue.address(uri))
+    typer.echo(tables.of_pairs(card.facts))
+    if card.version.reports:
         typer.echo("")
-        typer.echo(tables.align(_frontier(found.version)))
+        typer.echo(tables.align(_frontier(card.version)))
 
 
 def _frontier(version: Version) -> list[list[str]]:
     rows = [["policy", "images", "top-1 %", "MMACs mean", "MMACs p95", "% of full", "frontier"]]
-    for report, beaten in zip(version.reports, version.dominated, strict=True):
-        price = [f"{report['macs_mean'] / 1e6:.3f}", f"{report['macs_p95'] / 1e6:.3f}"]
+    for report, dominated in zip(version.reports, version.dominated, strict=True):
+        macs = [f"{report['macs_mean'] / 1e6:.3f}", f"{report['macs_p95'] / 1e6:.3f}"]
         accuracy = [f"{report['num_images']:,}", f"{100 * report['top1']:.2f}"]
         share = f"{100 * report['full_share']:.1f}"
-        rows.append([report["policy"], *accuracy, *price, share, "dominated" if beaten else "yes"])
+        rows.append([report["policy"], *accuracy, *macs, share, "dominated" if dominated else "yes"])
     return rows
 
 
-@app.command(short_help="Versions and policies within a budget.", help=LOOKUP)
+@app.command(short_help="Find versions and policies within a budget.", help=LOOKUP)
 def lookup(
     name: Annotated[str | None, typer.Argument(help="only versions of this name")] = None,
-    max_macs: Annotated[str | None, typer.Option(help="most MACs an image may cost on average: 1G, 300M")] = None,
-    min_top1: Annotated[float | None, typer.Option(min=0, max=100, help="least top-1 in %")] = None,
+    max_macs: Annotated[str | None, typer.Option(help="largest mean MACs per image: 1G, 300M")] = None,
+    min_top1: Annotated[float | None, typer.Option(min=0, max=100, help="smallest top-1 accuracy in %")] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="only what was trained or evaluated on this set: its folder's name or identity")
+        str | None,
+        typer.Option(help="only versions trained or evaluated on this set: its folder's name or its identity"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
     uri: Uri = None,
 ) -> None:
     from jobs import tables
@@ -182,12 +186,15 @@ def lookup(
 
     budget = parse_budget(max_macs) if max_macs is not None else None
     if budget is not None and budget.unit != "macs":
-        raise ConfigError(f"--max-macs (={max_macs}): give MACs, e.g. 1G or 300M")
-    found = catalogue.versions(catalogue.address(uri), name)
-    if not found:
-        raise ConfigError("the registry has no versions yet; `adaptnet models register RUN NAME` makes one")
+        raise ConfigError(
+            f"--max-macs (={max_macs}) must be in MACs, e.g. 1G or 300M", key="--max-macs", subject=max_macs
+        )
+    versions = catalogue.versions(catalogue.address(uri), name)
+    if not versions:
+        message = "the registry has no versions yet; `adaptnet models register RUN NAME` creates one"
+        raise ConfigError(message, key="registry")
     share = min_top1 / 100 if min_top1 is not None else None
-    matches = catalogue.matching(found, max_macs=budget, min_top1=share, dataset=dataset)
+    matches = catalogue.matching(versions, max_macs=budget, min_top1=share, dataset=dataset)
     if as_json:
         typer.echo(json.dumps([_mapping(match) for match in matches], indent=1))
         return
@@ -197,12 +204,12 @@ def lookup(
 
 def _match(match: Match) -> list[str]:
     tags = match.version.tags
-    told = [tags.get("adaptnet.family", "-"), tags.get("adaptnet.dataset", "-")]
+    origin = [tags.get("adaptnet.family", "-"), tags.get("adaptnet.dataset", "-")]
     figures = [match.policy, f"{100 * match.top1:.2f}", f"{match.macs / 1e6:.3f}"]
-    return [match.version.reference, " ".join(match.version.aliases) or "-", *told, *figures]
+    return [match.version.reference, " ".join(match.version.aliases) or "-", *origin, *figures]
 
 
-def _mapping(match: Match) -> dict[str, Any]:
+def _mapping(match: Match) -> dict[str, object]:
     tags = match.version.tags
     return {
         "version": match.version.reference,
@@ -217,13 +224,13 @@ def _mapping(match: Match) -> dict[str, Any]:
     }
 
 
-@app.command(short_help="Make a version of a run.", help=REGISTER)
+@app.command(short_help="Register a run as a version.", help=REGISTER)
 def register(
     source: Annotated[str, typer.Argument(help="a run's folder, or the folder of one of its checkpoints")],
-    name: Annotated[str, typer.Argument(help="of the model")],
-    alias: Annotated[str, typer.Option(help="points at it, unless a newer version has it")] = "candidate",
-    licence: Annotated[str | None, typer.Option(help="under which the weights may be used")] = None,
-    note: Annotated[str | None, typer.Option(help="what people should know of it")] = None,
+    name: Annotated[str, typer.Argument(help="name of the registered model")],
+    alias: Annotated[str, typer.Option(help="alias of the version, unless a newer version holds it")] = "candidate",
+    licence: Annotated[str | None, typer.Option(help="licence of the weights")] = None,
+    note: Annotated[str | None, typer.Option(help="note for users of the version")] = None,
     uri: Uri = None,
 ) -> None:
     from pipeline.deploy import promoting
@@ -231,17 +238,19 @@ def register(
 
     remarks = {key: text for key, text in (("licence", licence), ("note", note)) if text is not None}
     version = promoting.register(source, registered_name(name), uri, alias=alias, remarks=remarks)
-    typer.echo(f"{source} is {version.reference}")
+    typer.echo(f"{source} is registered as {version.reference}")
 
 
-@app.command(short_help="Point an alias at a version, through a gate.", help=PROMOTE)
+@app.command(short_help="Move an alias to a version, if it is better.", help=PROMOTE)
 def promote(
-    name: Annotated[str, typer.Argument(help="of the model")],
-    version: Annotated[int, typer.Argument(help="its number")],
-    alias: Annotated[str, typer.Option(help="what is promoted to")] = "champion",
-    data: Annotated[Path | None, typer.Option(help="a set of images; default: the one it was trained on")] = None,
-    why: Annotated[str, typer.Option(help="the reason, for those who come later")] = "",
-    force: Annotated[bool, typer.Option("--force", help="also where the holder dominates it; needs --why")] = False,
+    name: Annotated[str, typer.Argument(help="name of the registered model")],
+    version: Annotated[int, typer.Argument(help="number of the version")],
+    alias: Annotated[str, typer.Option(help="alias to move")] = "champion",
+    data: Annotated[Path | None, typer.Option(help="image set to compare on; default: that of the training")] = None,
+    why: Annotated[str, typer.Option(help="reason, for the promotion log")] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="move the alias even if the holder dominates; needs --why")
+    ] = False,
     uri: Uri = None,
 ) -> None:
     from pipeline.deploy import promoting
@@ -267,11 +276,11 @@ def _print_promotion(done: Promotion, alias: str) -> None:
     typer.echo(f"{done.version.reference} is the {alias}{former}: {done.entry.why or 'no reason given'}")
 
 
-@app.command(short_help="Give an alias back to its holder before.", help=ROLLBACK)
+@app.command(short_help="Move an alias back to its previous holder.", help=ROLLBACK)
 def rollback(
-    name: Annotated[str, typer.Argument(help="of the model")],
-    alias: Annotated[str, typer.Option(help="what is given back")] = "champion",
-    why: Annotated[str, typer.Option(help="the reason, for those who come later")] = "",
+    name: Annotated[str, typer.Argument(help="name of the registered model")],
+    alias: Annotated[str, typer.Option(help="alias to move back")] = "champion",
+    why: Annotated[str, typer.Option(help="reason, for the promotion log")] = "",
     uri: Uri = None,
 ) -> None:
     from pipeline.deploy import promoting
@@ -292,13 +301,14 @@ def pull(
     typer.echo(f"{version.reference} is in {folder}; `adaptnet predict {folder} IMAGE` works without MLflow")
 
 
-@app.command(short_help="What sets two versions apart.", help=DIFF)
+@app.command(short_help="Show how two versions differ.", help=DIFF)
 def diff(
     a: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
-    b: Annotated[str, typer.Argument(help="another")],
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
+    b: Annotated[str, typer.Argument(help="the other version")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
     uri: Uri = None,
 ) -> None:
+    from jobs import tables
     from pipeline.registry import cards, catalogue
     from pipeline.registry.model import describe
     from pipeline.registry.resolve import resolve
@@ -306,36 +316,29 @@ def diff(
     place = catalogue.address(uri)
     versions = [catalogue.lookup(reference, place) for reference in (a, b)]
     recipes = [describe(resolve(version.reference, uri)).recipe for version in versions]
-    found = cards.differences(*versions, *recipes)
+    differences = cards.differences(*versions, *recipes)
     if as_json:
-        typer.echo(json.dumps([asdict(each) for each in found], indent=1))
-    elif not found:
-        typer.echo(f"{a} and {b} say the same of themselves")
+        typer.echo(json.dumps([asdict(each) for each in differences], indent=1))
+    elif not differences:
+        typer.echo(f"{a} and {b} do not differ in cards, recipes or figures")
     else:
-        rows = [["", *(version.reference for version in versions)], *([e.what, e.a, e.b] for e in found)]
-        typer.echo(_side_by_side(rows))
+        rows = [["", *(version.reference for version in versions)], *([e.what, e.a, e.b] for e in differences)]
+        typer.echo(tables.align([[_shortened(cell) for cell in row] for row in rows], left=True))
 
 
-def _side_by_side(rows: Sequence[Sequence[str]], most: int = 60) -> str:
-    """As a table of texts, long ones shortened."""
-    short = [[cell if len(cell) <= most else f"{cell[: most - 4]} ..." for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in short) for column in range(3)]
-    return "\n".join("  ".join(_padded(row, widths)).rstrip() for row in short)
+def _shortened(cell: str, most: int = 60) -> str:
+    return cell if len(cell) <= most else f"{cell[: most - 4]} ..."
 
 
-def _padded(row: Sequence[str], widths: Sequence[int]) -> Iterable[str]:
-    return (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-
-
-@app.command("import", short_help="Make a run of weights that were trained elsewhere.", help=IMPORT)
+@app.command("import", short_help="Create a run from weights that were trained elsewhere.", help=IMPORT)
 def import_weights(
-    file: Annotated[Path, typer.Argument(help=".pth, .pt, .tar or .safetensors, or a checkpoint's folder")],
-    family: Annotated[str, typer.Option(help="family/recipe whose net takes them, or a path ending in .yaml")],
+    file: Annotated[Path, typer.Argument(help=".pth, .pt, .tar or .safetensors file, or a checkpoint's folder")],
+    family: Annotated[str, typer.Option(help="family/recipe of the net, or a path ending in .yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. data.root=DIR")] = None,
     classes: Annotated[
-        Path | None, typer.Option(help="class names by label, one a line; default: those of data.root")
+        Path | None, typer.Option(help="file of class names by label, one on each line; default: those of data.root")
     ] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="the new run's folder; default runs/NAME-imported")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="folder of the new run; default: runs/NAME-imported")] = None,
 ) -> None:
     from jobs import tables
     from pipeline import run_config
@@ -345,8 +348,10 @@ def import_weights(
     config = run_config.load(family, overrides or (), data_home=home)
     folder = run_dir or Path("runs") / f"{config.name}-imported"
     done = importing.import_weights(config, file, folder, classes=_names(classes))
-    kept = f"; {len(done.missing)} keep their initial values: {', '.join(done.missing[:4])} ..." if done.missing else ""
-    typer.echo(f"{file}: {done.num_tensors:,} tensors taken{kept}")
+    initial = (
+        f"; {len(done.missing)} keep their initial values: {', '.join(done.missing[:4])} ..." if done.missing else ""
+    )
+    typer.echo(f"{file}: {done.num_tensors:,} tensors loaded{initial}")
     if done.result.reports:
         typer.echo(tables.of_reports(done.result.reports))
     typer.echo(f"run {folder}" + (f", registered as {done.result.version}" if done.result.version else ""))
@@ -356,7 +361,8 @@ def _names(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     if not path.is_file():
-        raise ConfigError(f"--classes (={path}): no such file; give one class name a line")
+        message = f"--classes (={path}): no such file; give a file with one class name on each line"
+        raise ConfigError(message, key="--classes", subject=path)
     names = path.read_text(encoding="utf-8").split("\n")
     return [name.strip() for name in names if name.strip()]
 
