@@ -1,4 +1,4 @@
-"""What a run shows while it trains, read from its journal: a live bar on a terminal, now and then a line elsewhere."""
+"""Shows a run while it trains, from its journal: a live bar on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pipeline.errors import JsonValue
 from pipeline.runs.journal import Tail
 
 LINE_EVERY_S = 5.0
 POLL_S = 0.5
-QUIET = ("checkpoint", "driver-started", "driver-ended")  # events that say nothing to a person
+QUIET = ("checkpoint", "driver-started", "driver-ended")  # events that are not printed
 
 
 class View:
-    """Follows a run folder's journal in a thread and prints what is new."""
+    """Follows the journal of a run folder in a thread and prints new records."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -34,7 +34,7 @@ class View:
         self._bar: Progress | None = None
 
     def start(self) -> None:
-        """Called once the driver holds the folder, so that only this driver's lines are shown."""
+        """Call this once the driver holds the folder's lease, so that only records of this driver are shown."""
         self._tail = Tail(self._run_dir / "journal", from_end=True)
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._thread.start()
@@ -45,7 +45,7 @@ class View:
             self._thread.join()
 
     def index(self, what: str, done: int, total: int) -> None:
-        """Progress of the index: a line now and then."""
+        """Prints the progress of building the index, as a line every few seconds."""
         now = time.monotonic()
         if total == 0 or done == total or now - self._printed > LINE_EVERY_S:
             self._printed = now
@@ -83,7 +83,7 @@ class View:
             self._printed = time.monotonic()
             self._console.print(self._facts(), highlight=False)
 
-    def _take(self, record: Mapping[str, Any]) -> None:
+    def _take(self, record: Mapping[str, JsonValue]) -> None:
         if "event" in record:
             self._total = record.get("total_steps", self._total)
             if record["event"] not in QUIET:
@@ -93,7 +93,7 @@ class View:
             self._values[record["key"]] = record["value"]
 
     def _facts(self) -> str:
-        """Loss, top-1, images/s, share of waiting for data, time to go."""
+        """Step, epoch, loss, top-1, images/s, share of time spent waiting for data, remaining time."""
         values = self._values
         if "time/images_per_s" not in values:
             return "starting"
@@ -102,10 +102,10 @@ class View:
         parts += [f"{values['time/images_per_s']:.0f} img/s", f"data wait {values['time/data_share']:.0%}"]
         evaluated = [key for key in values if key.startswith("eval/") and key.endswith("/top1")]
         parts += [f"val top1 {values[key]:.3f}" for key in evaluated[:1]]
-        return "  ".join([*parts, f"to go {self._to_go()}"])
+        return "  ".join([*parts, f"time left {self._time_left()}"])
 
-    def _to_go(self) -> str:
-        """From the time per step of the last log interval."""
+    def _time_left(self) -> str:
+        """Extrapolated from the time per step in the last log interval."""
         if not self._total:
             return "?"
         per_step = self._values["time/interval_s"] / self._values["time/interval_steps"]
@@ -113,7 +113,7 @@ class View:
         return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
 
 
-def _event_line(record: Mapping[str, Any]) -> str:
+def _event_line(record: Mapping[str, JsonValue]) -> str:
     skip = ("event", "attempt", "fence", "time", "step")
     facts = ", ".join(f"{key} {value}" for key, value in record.items() if key not in skip and value not in (None, []))
     at = f" at step {record['step']}" if record.get("step") is not None else ""
@@ -122,7 +122,7 @@ def _event_line(record: Mapping[str, Any]) -> str:
 
 @contextmanager
 def follow(run_dir: Path) -> Iterator[View]:
-    """Shows the run in `run_dir` until the end of the block."""
+    """Shows the run in `run_dir` until the end of the with block."""
     view = View(run_dir.absolute())  # the working directory changes while Ray starts
     try:
         yield view

@@ -1,4 +1,4 @@
-"""`adaptnet runs`: lists runs, and sends what MLflow does not have yet."""
+"""`adaptnet runs`: lists runs and sends to MLflow what it does not have yet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from pipeline.errors import AdaptNetError, ConfigError, ResourceError
 
-EXAMPLES = """Lists runs, and sends what the tracking server does not have of them.
+EXAMPLES = """Lists runs and sends to the tracking server what it does not have yet.
 
 Examples:
 
@@ -18,7 +18,7 @@ Examples:
   adaptnet runs sync runs/convnet_aig-toy
 """
 
-LIST = """One line for each run in FOLDER: how it stands, its step, its best top-1, what MLflow does not have yet.
+LIST = """Prints one line for each run in FOLDER: status, step, best top-1, and how much MLflow does not have yet.
 
 Examples:
 
@@ -27,9 +27,9 @@ Examples:
   adaptnet runs list /scratch/me/runs
 """
 
-SYNC = """Sends the journals and files of runs to MLflow, as often as you like: nothing is doubled. For runs whose
-server was away, or that ran where only the journal could be written. A finished run whose recipe names
-tracking.register is registered too, if it has not been.
+SYNC = """Sends the journals and files of runs to MLflow. Use it if the server was unreachable during training, or if
+only the journal could be written. Sending twice duplicates nothing. A finished run whose recipe sets tracking.register
+is also registered, unless it already is.
 
 Examples:
 
@@ -43,42 +43,43 @@ app = typer.Typer(
 )
 
 
-@app.command("list", short_help="How each run stands.", help=LIST)
-def list_runs(folder: Annotated[Path, typer.Argument(help="a folder of run folders")] = Path("runs")) -> None:
+@app.command("list", short_help="List runs.", help=LIST)
+def list_runs(folder: Annotated[Path, typer.Argument(help="folder that contains run folders")] = Path("runs")) -> None:
     from jobs import tables
     from pipeline import tracking
 
-    found = tracking.summaries(folder)
-    if not found:
+    runs = tracking.summaries(folder)
+    if not runs:
         if not folder.is_dir() and folder != Path("runs"):
-            raise ConfigError(f"{folder}: no such folder; give one that holds run folders")
+            message = f"{folder}: no such folder; give a folder that contains run folders"
+            raise ConfigError(message, key="folder", subject=folder)
         typer.echo(f"{folder}: no runs here")
         return
     rows = [["run", "status", "step", "best top-1 %", "MLflow run", "unsent bytes"]]
-    for run in found:
+    for run in runs:
         top1 = "-" if run.top1 is None else f"{100 * run.top1:.2f}"
         rows.append([str(run.run_dir), run.status, str(run.step), top1, run.run_id or "-", f"{run.unsent_bytes:,}"])
     typer.echo(tables.align(rows))
 
 
-@app.command(short_help="Send what MLflow does not have yet.", help=SYNC)
+@app.command(short_help="Send to MLflow what it does not have yet.", help=SYNC)
 def sync(
     run_dirs: Annotated[list[Path], typer.Argument(help="run folders")],
     uri: Annotated[str | None, typer.Option(help="tracking server; default: the one in the run's recipe")] = None,
 ) -> None:
     failed = []
     others = [path for path in run_dirs if path.exists() and not (path / "config.yaml").is_file()]
-    if len(others) < len(run_dirs):  # as of `runs/*`
+    if len(others) < len(run_dirs):  # `runs/*` also matches files that are no run
         run_dirs = [path for path in run_dirs if path not in others]
         for path in others:
-            typer.echo(f"{path}: no run folder, passed over")
+            typer.echo(f"{path}: not a run folder, skipped")
     for run_dir in run_dirs:
         try:
             _sync(run_dir.absolute(), uri)
         except AdaptNetError as error:
             failed.append(f"{run_dir}: {error}")
     if failed:
-        raise ResourceError("\n".join(failed))
+        raise ResourceError("\n".join(failed), key="run_dirs")
 
 
 def _sync(run_dir: Path, uri: str | None) -> None:
