@@ -1,4 +1,4 @@
-"""What the console command says to a user who errs, and what it leaves behind: nothing."""
+"""The console command: user errors, exit statuses, listings, signals, and that a refused start leaves no files."""
 
 from __future__ import annotations
 

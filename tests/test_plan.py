@@ -112,13 +112,13 @@ def test_the_table_in_infras_readme_follows_from_the_formulas() -> None:
         assert found.step_s and found.communication_s and found.images_per_s and found.decode_cores
         assert found.read_bytes_per_s and found.total_s
         wanted = {
-            "a step computes": found.step_s,
-            "gradients a GPU sends": found.gradient_bytes / 1e6,
-            "and takes for it": found.communication_s,
-            "images/s of all": found.images_per_s,
-            "from storage": found.read_bytes_per_s / 1e9,
-            "cores of a GPU that decode": found.decode_cores,
-            "index of a node": found.index_bytes / 1e6,
+            "computing a step": found.step_s,
+            "gradients sent by a GPU": found.gradient_bytes / 1e6,
+            "time to send them": found.communication_s,
+            "images/s of all GPUs": found.images_per_s,
+            "read from storage": found.read_bytes_per_s / 1e9,
+            "decoding cores per GPU": found.decode_cores,
+            "index on each node": found.index_bytes / 1e6,
             "90 epochs": found.total_s / 60,
         }
         for name, value in wanted.items():
