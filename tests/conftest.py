@@ -1,4 +1,4 @@
-"""What several tests share: real images, packed once a session, and a limit on threads."""
+"""Fixtures that several test files share, and a limit on threads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from pathlib import Path
 
 import pytest
 
-for library in (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-):  # read when torch and numpy load, here and in workers, which share the cores
-    os.environ.setdefault(library, "1")
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # read when torch and numpy are imported, also in workers
+    os.environ.setdefault(variable, "1")
 
 NEEDS_DATA = "needs real images: set ADAPTNET_DATA to their folder"
 
@@ -25,7 +22,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def data_home() -> Path:
-    """The folder of real images; skips the test where there is none."""
+    """The folder of real images; skips the test if there is none."""
     home = os.environ.get("ADAPTNET_DATA")
     if not home:
         pytest.skip(NEEDS_DATA)
@@ -36,13 +33,13 @@ def data_home() -> Path:
 
 @pytest.fixture(scope="session")
 def packed(data_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`packed("cifar10")`: that set of ADAPTNET_DATA as shards with an index, packed when first asked for."""
+    """`packed("cifar10")`: that set of ADAPTNET_DATA as shards with an index, packed on first use."""
     from pipeline.data.pack import pack
 
     home = tmp_path_factory.mktemp("packed")
 
     def find(name: str) -> Path:
-        pack(data_home / name, home / name)  # at once where it is done already
+        pack(data_home / name, home / name)  # returns at once if this set is packed already
         return home / name
 
     return find
@@ -50,9 +47,9 @@ def packed(data_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of runs that were trained in this process on one toy set, by family; `elsewhere` saw other images.
+    """Folders of finished runs by family, trained in this process on one toy set; `elsewhere` saw other images.
 
-    They lie in HOME/runs beside their database; HOME/images5 is the set. The gated net is registered as `gated`.
+    They are in HOME/runs beside their database; HOME/images5 is the set. The gated net is registered as `gated`.
     """
     from mlflow_here import database
 

@@ -1,4 +1,4 @@
-"""Encoded images for tests: one picture in every form that a data set may hold, and what is no image at all."""
+"""Encoded images for tests: one picture in each format that a data set may contain, and files that are no images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def photo(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:
-    """A smooth RGB picture with an edge and no symmetry: a turn, a flip or swapped channels show."""
+    """A smooth RGB picture with an edge and no symmetry, so that a turn, a flip or swapped channels are visible."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     phase = np.random.default_rng(seed).uniform(0, np.pi, 3)
     waves = [np.sin(x / 19 + phase[0]), np.cos(y / 23 + phase[1]), np.sin((x + 2 * y) / 31 + phase[2])]
@@ -32,7 +32,7 @@ def jpeg(width: int = 96, height: int = 64, seed: int = 0, **options: object) ->
 
 
 def png(width: int = 96, height: int = 64, seed: int = 0) -> bytes:
-    """Also what a file named .JPEG may hold."""
+    """A PNG; data sets also contain some that are named .JPEG."""
     return encode(photo(width, height, seed), "PNG")
 
 
@@ -41,12 +41,12 @@ def grey_jpeg(image: Image.Image) -> bytes:
 
 
 def cmyk_jpeg(image: Image.Image) -> bytes:
-    """Four inks with Adobe's marker, transform 0; stored inverted, as Adobe does."""
+    """A CMYK JPEG with Adobe's marker and transform 0; values are inverted, as in Adobe's files."""
     return encode(_inks(image))
 
 
 def ycck_jpeg(image: Image.Image) -> bytes:
-    """Four inks with Adobe's marker, transform 2: the first three as YCbCr."""
+    """A CMYK JPEG with Adobe's marker and transform 2: the first three channels are YCbCr."""
     cyan, magenta, yellow, black = _inks(image).split()
     inks = Image.merge("RGB", [cyan, magenta, yellow]).convert("YCbCr").split()
     stored = encode(Image.merge("CMYK", [*(band.point(lambda v: 255 - v) for band in inks), black]))
@@ -56,7 +56,7 @@ def ycck_jpeg(image: Image.Image) -> bytes:
 
 
 def _inks(image: Image.Image) -> Image.Image:
-    """As much black ink as the picture allows, so that a decoder which forgets it is seen."""
+    """The picture in CMYK with as much black as possible, which exposes decoders that ignore black."""
     pixels = np.asarray(image).astype(np.float64)
     brightest = np.maximum(pixels.max(axis=-1, keepdims=True), 1)
     inks = np.concatenate([255 * (1 - pixels / brightest), 255 - brightest], axis=-1)
@@ -68,7 +68,7 @@ def palette_png(image: Image.Image) -> bytes:
 
 
 def png_16_bit(image: Image.Image) -> bytes:
-    """16 bits a channel, RGB; the high byte is the picture's."""
+    """RGB with 16 bits per channel; the high byte is that of the picture."""
     return _png(np.asarray(image).astype(np.uint16) * 256 + 128, colour=2)
 
 
@@ -77,7 +77,7 @@ def grey_png_16_bit(image: Image.Image) -> bytes:
 
 
 def turned_jpeg(image: Image.Image, orientation: int) -> bytes:
-    """Stored so that EXIF `orientation` turns it upright into `image`."""
+    """A JPEG that the EXIF `orientation` turns into `image`."""
     stored = {
         1: None,
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -94,13 +94,13 @@ def turned_jpeg(image: Image.Image, orientation: int) -> bytes:
 
 
 def truncated_jpeg(width: int = 96, height: int = 64, seed: int = 0) -> bytes:
-    """Header and the upper part whole, the end missing: a window that ends above the break decodes."""
+    """A JPEG without its last quarter: a crop of its intact upper part decodes."""
     whole = jpeg(width, height, seed)
     return whole[: len(whole) * 3 // 4]
 
 
 def garbled_jpeg(width: int = 96, height: int = 64, seed: int = 0) -> bytes:
-    """Bytes within the picture overwritten, both ends whole: decoders say nothing."""
+    """A JPEG with some bytes overwritten in the middle: decoders report no error."""
     whole = bytearray(jpeg(width, height, seed))
     middle = len(whole) * 2 // 3
     whole[middle : middle + 16] = bytes(16)
@@ -108,7 +108,7 @@ def garbled_jpeg(width: int = 96, height: int = 64, seed: int = 0) -> bytes:
 
 
 def bomb_png(side: int = 30_000) -> bytes:
-    """Some bytes that claim side x side pixels."""
+    """A file of a few bytes whose header claims side x side pixels."""
     return _png(np.zeros((1, 1, 3), dtype=np.uint8), colour=2, claim=(side, side))
 
 

@@ -8,10 +8,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from raised import fails
 
 from jobs import cli, tables
 from jobs.verbs import train
 from pipeline.data.toy import make
+from pipeline.errors import ConfigError
 from pipeline.family import Latency, Report
 from pipeline.runs.journal import Journal
 
@@ -29,51 +31,51 @@ def say(capsys: pytest.CaptureFixture[str]):
     return run
 
 
-def test_a_mistyped_verb_gets_the_nearest(say) -> None:
-    code, text = say("tran", "convnet_aig/toy")
-    assert code == 2 and "tran: no such verb" in text and "did you mean train?" in text
-
-
-def test_version_and_recipes_are_told(say) -> None:
+def test_version_and_recipes_are_listed(say) -> None:
     code, text = say("--version")
     assert code == 0 and text.startswith("adaptnet 0.")
     code, text = say("train", "--list")
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert code == 0 and lines["convnet_aig/toy"].startswith("A gated ResNet-14")
     code, text = say("sweep", "--list")
-    assert code == 0 and "\ntoy  " in text and "How does accuracy on the toy set" in text
+    assert code == 0 and "\ntoy  " in text
     code, text = say("sweep", "toy", "--show")
     assert code == 0 and text.count("family.target_rate=0.4") == 2 and "kind: asha" in text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "key", "subject"),
     [
-        (("train", "convnet_aig/toy", "name=a/b"), ['name (="a/b")', "up to 120 letters"]),
-        (("train", "convnet_aig/toy", "family.target_rate=2"), ["family.target_rate (=2)", "less than or equal to 1"]),
-        (("runs", "list", "nowhere"), ["nowhere: no such folder"]),
-        (("evaluate", "README.md"), ["README.md: no such folder", "run's folder"]),
-        (("evaluate", "nowhere", "training.epochs=3"), ["an evaluation does not use training.epochs"]),
-        (("data", "toy", "here", "--classes", "1"), ["--classes", "greater than or equal to 2"]),
-        (("data", "info", "nowhere"), ["nowhere: no such folder"]),
-        (("models", "list"), ["no registry here yet", "--uri"]),
-        (("sweep", "toi"), ["toi: no such sweep", "did you mean toy?"]),
-        (("sweep", "toy", "--trial", "x"), ["--trial (=x)", "--register NAME"]),
-        (
-            ("sweep", "toy", "--register", "a", "--trial", "002-target_rate-0.4"),
-            ["no such trial", "did you mean 002-target_rate-0.4_lr-0.0309183?"],
-        ),
+        (("tran", "convnet_aig/toy"), "verb", "tran"),
+        (("train", "convnet_aig/toy", "name=a/b"), "name", "a/b"),
+        (("train", "convnet_aig/toy", "family.target_rate=2"), "family.target_rate", "2"),
+        (("runs", "list", "nowhere"), "folder", "nowhere"),
+        (("evaluate", "runs/x", "--eps", "4/255"), "--eps", None),
+        (("evaluate", "runs/x", "--down-and-up"), "--sides", None),
+        (("export", "runs/x", "--policy", "p", "--batch", "x"), "--batch", "x"),
+        (("models", "lookup", "--max-macs", "50%"), "--max-macs", "50%"),
+        (("predict", "runs/x", "a.jpg", "--budget", "1G", "--policy", "p"), "--policy", "1G"),
+        (("bench", "loader"), "root", None),
+        (("bench", "loader", "x", "--read-latency", "soon"), "--read-latency", "soon"),
+        (("sweep", "toi"), "sweep", "toi"),
+        (("sweep", "toy", "--trial", "x"), "--trial", "x"),
+        (("sweep", "toy", "--register", "a", "--trial", "002-target_rate-0.4"), "--trial", "002-target_rate-0.4"),
     ],
 )
-def test_an_error_names_the_thing_and_the_way_out(
-    say, arguments: tuple[str, ...], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_user_error_names_the_option_and_the_value(
+    arguments: tuple[str, ...], key: str, subject: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, text = say(*arguments)
-    assert code == 2
-    for word in words:
-        assert word in text
-    assert "valid array" not in text and "Traceback" not in text
+    with fails(ConfigError, key, subject=subject):
+        cli.app(args=list(arguments), prog_name="adaptnet")
+
+
+def test_a_user_error_is_one_message_without_a_traceback_and_exits_with_2(say) -> None:
+    code, text = say("tran", "convnet_aig/toy")
+    assert code == 2 and text.startswith("adaptnet: ") and "Traceback" not in text
+    assert "train?" in text, "the closest verb is suggested"
+    code, text = say("data", "toy", "here", "--classes", "1")
+    assert code == 2 and "--classes" in text and "Traceback" not in text
 
 
 @pytest.mark.parametrize("fault", ["evaluation.policies=[gates-soft]", "data.root=nowhere", "training.batch_size=1"])
@@ -86,16 +88,16 @@ def test_a_refused_start_leaves_no_run_behind(say, fault: str, tmp_path: Path, m
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_every_verbs_help_shows_examples_that_can_be_copied(say) -> None:
+def test_the_help_shows_each_example_on_one_line(say) -> None:
     for arguments in (("train",), ("evaluate",), ("data", "import"), ("data", "pack"), ("bench", "step"), ("runs",)):
         _, text = say(*arguments, "--help")
         examples = [line.strip() for line in text.splitlines() if line.strip().startswith("adaptnet ")]
         assert examples and not any(line.rstrip().endswith("\\") for line in examples)
         after = [text.splitlines()[n + 1] for n, line in enumerate(text.splitlines()) if line.strip() in examples]
-        assert not any(line.strip() for line in after), f"an example of {arguments} goes on in a second line"
+        assert not any(line.strip() for line in after), f"an example of {arguments} continues on a second line"
 
 
-def test_a_latency_on_cores_that_others_held_is_called_doubtful() -> None:
+def test_a_latency_measured_on_a_busy_machine_is_marked() -> None:
     quiet, busy = (_report(Latency(1, 1.0, 1.1, 1000.0, "cpu", 2, waited_share=share)) for share in (0.02, 0.4))
     assert "busy" not in tables.of_reports([quiet])
     assert "threads waited 40% of the time for a core), measure again" in tables.of_reports([quiet, busy])
@@ -105,19 +107,19 @@ def _report(entry: Latency) -> Report:
     return Report("a", 1, 1.0, None, 0.0, 1.0, 1.0, 1.0, latency=[entry])
 
 
-def test_what_lies_beside_runs_is_passed_over_and_a_wrong_name_is_not(say, tmp_path: Path) -> None:
+def test_sync_skips_folders_that_are_no_runs_and_reports_a_wrong_name(say, tmp_path: Path) -> None:
     for name in ("run", "mlartifacts"):
         (tmp_path / name).mkdir()
     (tmp_path / "run" / "config.yaml").write_text("recipe: {}")
     code, text = say("runs", "sync", *map(str, (tmp_path / "run", tmp_path / "mlartifacts", tmp_path / "typo")))
     assert code == 2
-    assert f"{tmp_path}/mlartifacts: no run folder, passed over" in text
+    assert f"{tmp_path}/mlartifacts: not a run folder, skipped" in text
     assert f"{tmp_path}/typo: " in text.partition("adaptnet: ")[2]
     code, text = say("runs", "sync", str(tmp_path / "mlartifacts"))
-    assert code == 2 and "passed over" not in text
+    assert code == 2 and "skipped" not in text
 
 
-def test_ctrl_c_that_is_ignored_stays_so_and_a_second_one_leaves_at_once(tmp_path: Path) -> None:
+def test_an_ignored_ctrl_c_stays_ignored_and_a_second_ctrl_c_quits_at_once(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with train.stop_on_signals(tmp_path):

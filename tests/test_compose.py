@@ -1,6 +1,6 @@
-"""infra/mlflow/docker-compose.yaml, held to the keys of the Compose Specification that it uses: no engine is needed.
+"""infra/mlflow/docker-compose.yaml against a schema of those keys of the Compose Specification that it uses.
 
-The specification's own schema (compose-spec.json of 2024, tried by hand) takes the file too; this one is narrower.
+No engine is needed. The file is also valid under the full schema (compose-spec.json of 2024, tried by hand).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DURATION = {"type": "string", "pattern": r"^\d+(ms|s|m|h)$"}
 
 
 def closed(required: list[str], /, **properties: Any) -> dict[str, Any]:
-    """A mapping with these keys and no others."""
+    """Schema of a mapping with these keys and no others."""
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
@@ -28,7 +28,7 @@ def named(schema: Any) -> dict[str, Any]:
 
 SERVICE = closed(
     [],
-    image={"type": "string", "pattern": r"^[\w./-]+:[\w.-]*\d[\w.-]*$"},  # of a version, never what is newest
+    image={"type": "string", "pattern": r"^[\w./-]+:[\w.-]*\d[\w.-]*$"},  # with a version, never the newest
     build=closed(["context"], context=TEXT, dockerfile_inline=TEXT),
     depends_on=named(
         closed(
@@ -57,24 +57,26 @@ COMPOSE = closed(
 )
 
 
-def test_the_compose_file_keeps_the_specification() -> None:
-    found = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    jsonschema.validate(found, COMPOSE)
-    for name, service in found["services"].items():
+def test_the_compose_file_is_valid() -> None:
+    compose = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    jsonschema.validate(compose, COMPOSE)
+    for name, service in compose["services"].items():
         for kind in ("secrets", "configs", "depends_on"):
-            there = found["services"] if kind == "depends_on" else found[kind]
+            defined = compose["services"] if kind == "depends_on" else compose[kind]
             for each in service.get(kind, ()):
-                assert (each["source"] if isinstance(each, dict) else each) in there, f"{name}: {kind} {each}"
+                assert (each["source"] if isinstance(each, dict) else each) in defined, f"{name}: {kind} {each}"
         for volume in service.get("volumes", ()):
-            assert volume.partition(":")[0] in found["volumes"], f"{name}: volume {volume}"
+            assert volume.partition(":")[0] in compose["volumes"], f"{name}: volume {volume}"
         assert "image" in service or "build" in service
 
 
-def test_no_password_stands_in_it_and_nothing_is_filled_in_by_accident() -> None:
+def test_it_contains_no_password_and_only_known_variables() -> None:
     text = FILE.read_text(encoding="utf-8")
     assert not re.search(r"PASSWORD: *\S|://\w+:[^/\s]+@", text)
-    filled = re.findall(r"(?<!\$)\$\{?(\w+)", text)  # by Compose, from its own environment; $$ is the shell's
+    filled = re.findall(
+        r"(?<!\$)\$\{?(\w+)", text
+    )  # Compose replaces these from its environment; $$ is left to the shell
     assert set(filled) <= {"MLFLOW_AUTH_ADMIN_USERNAME", "MLFLOW_ARTIFACTS", "MLFLOW_S3_ENDPOINT_URL"}
     for script in ("server.sh", "docker-compose.yaml"):
-        said = (FILE.parent / script).read_text(encoding="utf-8")
-        assert "-ge 12" in said and "basic-auth" in said
+        text = (FILE.parent / script).read_text(encoding="utf-8")
+        assert "-ge 12" in text and "basic-auth" in text

@@ -1,4 +1,4 @@
-"""The image's definitions, read: there is no engine to build them here, so what they say is checked line by line."""
+"""The definitions of the container images, checked line by line, because no engine is available to build them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KNOWN = {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "ENTRYPOINT", "
 
 @dataclass(frozen=True)
 class Line:
-    """One instruction, its continued lines joined."""
+    """One instruction of the Dockerfile, with its continuation lines joined."""
 
     word: str
     rest: str
@@ -52,13 +52,13 @@ def stages() -> list[list[Line]]:
 
 
 def copied() -> list[str]:
-    """What is taken from the checkout."""
+    """The files and folders that are copied from the checkout."""
     return [source for rest in those("COPY") if not rest.startswith("--from") for source in rest.split()[:-1]]
 
 
 @cache
 def sections() -> dict[str, str]:
-    """Of the Apptainer definition; "" is its head."""
+    """The sections of the Apptainer definition; "" is its header."""
     found = {"": ""}
     name = ""
     for line in APPTAINER.read_text(encoding="utf-8").splitlines():
@@ -69,18 +69,18 @@ def sections() -> dict[str, str]:
     return found
 
 
-def test_only_instructions_that_are_checked_here_are_used() -> None:
+def test_the_dockerfile_uses_only_instructions_that_are_checked_here() -> None:
     assert {line.word for line in instructions()} <= KNOWN
 
 
-def test_every_copied_source_is_there_and_is_not_ignored() -> None:
+def test_every_copied_source_exists_and_is_not_ignored() -> None:
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split("\n")
-    assert "*" in ignored, "all is ignored but what is named"
+    assert "*" in ignored, "everything else is ignored"
     assert sorted(copied()) == sorted(line[1:] for line in ignored if line.startswith("!"))
     assert copied() and all((ROOT / source).exists() for source in copied())
 
 
-def test_the_image_holds_all_that_the_package_and_its_verbs_read() -> None:
+def test_the_image_contains_every_package_and_the_files_that_they_read() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
     assert packages | {"infra", "pyproject.toml", "constraints.txt", PROJECT["readme"]} == set(copied())
 
@@ -94,7 +94,7 @@ def test_the_base_is_one_exact_version_in_every_stage() -> None:
     assert ray_render.pins()["cuda-toolkit"].split(".")[0] == major, "torch was built for another CUDA"
 
 
-def test_a_stage_takes_only_from_an_earlier_one_what_that_one_made() -> None:
+def test_the_final_stage_copies_only_the_output_of_the_build_stage() -> None:
     build, final = stages()
     name = build[0].rest.split(" AS ")[1]
     places = [line.rest for line in build if line.word == "WORKDIR"]
@@ -103,13 +103,13 @@ def test_a_stage_takes_only_from_an_earlier_one_what_that_one_made() -> None:
 
 
 @pytest.mark.parametrize("path", [DOCKERFILE, APPTAINER, ROOT / "infra" / "venv.sh"], ids=lambda path: path.name)
-def test_packages_come_from_where_the_site_says_and_no_address_is_named(path: Path) -> None:
+def test_no_package_index_is_hard_coded(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "://" not in text and "index-url" not in text and "find-links" not in text
 
 
 def test_python_packages_are_installed_by_the_script_that_make_venv_runs() -> None:
-    """infra/venv.sh, which CI runs first of all, installs under constraints.txt; nothing else installs any."""
+    """infra/venv.sh installs with constraints.txt; nothing else installs Python packages. CI runs it first."""
     (line,) = (rest for rest in those("RUN") if "venv.sh" in rest)
     assert re.fullmatch(r"EXTRAS=[a-z,]+ infra/venv\.sh", line)
     assert re.search(r"^EXTRAS=[a-z,]+ infra/venv\.sh$", sections()["post"], re.MULTILINE)
@@ -135,7 +135,7 @@ def test_every_direct_requirement_is_pinned_in_constraints(extra: str) -> None:
     pinned = {_normal(name) for name in ray_render.pins()}
     for text in wanted:
         need = Requirement(text)
-        if need.name == "adaptnet":  # its own extras are looked at one by one
+        if need.name == "adaptnet":  # each of its own extras is a case of this test
             continue
         assert _normal(need.name) in pinned, f"{need.name} of {extra or 'the project'}"
         for each in map(Requirement, (requires(need.name) or ()) if need.extras else ()):
@@ -147,16 +147,16 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_the_image_runs_as_a_user_who_is_not_root_and_is_who_kubernetes_is_told() -> None:
+def test_the_image_runs_as_the_non_root_user_that_the_kubernetes_files_name() -> None:
     final = stages()[-1]
     words = [line.word for line in final]
     (user,) = (line.rest for line in final if line.word == "USER")
-    assert int(user) == ray_render.USER_ID != 0, "a number, by which Kubernetes sees that it is not root"
+    assert int(user) == ray_render.USER_ID != 0, "Kubernetes recognises a non-root user only by number"
     assert any(f"useradd --create-home --uid {user} " in rest for rest in those("RUN"))
     assert "RUN" not in words[words.index("USER") :]
 
 
-def test_the_images_entry_is_adaptnet_found_on_the_path_of_any_shell() -> None:
+def test_the_entry_point_is_adaptnet_and_any_shell_finds_it() -> None:
     assert those("ENTRYPOINT") == ['["adaptnet"]'] and "adaptnet" in PROJECT["scripts"]
     (place,) = {line.rest for line in stages()[0] if line.word == "WORKDIR"}
     assert any(rest.startswith(f"PATH={place}/.venv/bin:") for rest in those("ENV"))
@@ -165,7 +165,7 @@ def test_the_images_entry_is_adaptnet_found_on_the_path_of_any_shell() -> None:
     assert 'exec adaptnet "$@"' in sections()["runscript"] and f"PATH={place}/.venv/bin:" in sections()["environment"]
 
 
-def test_what_runs_in_the_image_is_shell_and_leaves_no_lists_of_packages() -> None:
+def test_the_build_steps_are_valid_shell_and_remove_package_lists() -> None:
     for text in (*those("RUN"), sections()["post"], sections()["test"], sections()["runscript"]):
         done = subprocess.run(["sh", "-n", "-c", text], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -173,7 +173,7 @@ def test_what_runs_in_the_image_is_shell_and_leaves_no_lists_of_packages() -> No
             assert "--yes --no-install-recommends" in text and "rm -rf /var/lib/apt/lists/*" in text
 
 
-def test_apptainer_takes_what_docker_takes() -> None:
+def test_the_apptainer_image_contains_the_same_files_as_the_docker_image() -> None:
     pairs = [line.split() for line in sections()["files"].splitlines() if line]
     assert sorted(source for source, _ in pairs) == sorted(copied())
     assert all(target == f"/opt/adaptnet/{source}" for source, target in pairs)

@@ -1,4 +1,4 @@
-"""A family small enough to reason about: a linear net with BatchNorm off, and in-memory batches drawn by step."""
+"""A tiny family for tests: a two-layer net without BatchNorm, and in-memory batches drawn from the step number."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def training(**changes: object) -> TrainingConfig:
 
 
 def batch(step: int, size: int = 8) -> tuple[Tensor, Tensor]:
-    """The global batch of a step, whoever asks: images [B, 3, S, S] and labels [B]."""
+    """The global batch of a step, the same for every caller: images [B, 3, S, S] and labels [B]."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(size, 3, SIDE, SIDE, generator=generator)
     return images, torch.randint(CLASSES, (size,), generator=generator)
@@ -124,7 +124,7 @@ def plan(total_steps: int, **changes: str) -> Plan:
 
 
 class Recorder:
-    """The loop's events, remembered; saves into a folder. Stops at `stop_at` if that is given."""
+    """Records the events of the loop and saves into a folder. Stops at `stop_at` if given."""
 
     def __init__(self, folder: Path, stop_at: int | None = None) -> None:
         self.storage = LocalStorage(folder)
@@ -159,7 +159,7 @@ def meta(step: int, **metrics: float) -> Meta:
 
 
 def tensors(current: TrainState) -> dict[str, Tensor]:
-    """Every tensor of a state by name, optimizers' included."""
+    """Every tensor of a training state by name, including those of optimizers and EMA."""
     found = {f"net.{name}": value for name, value in current.net.state_dict().items()}
     for name, optimizer in current.optimizers.items():
         for key, slots in optimizer.state_dict()["state"].items():

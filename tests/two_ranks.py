@@ -1,4 +1,4 @@
-"""Two processes with a gloo group, for laws that say what ranks owe each other."""
+"""Runs a function in two processes that form a gloo process group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Body = Callable[[int, Path], None]
 
 
 def run(body: Body, folder: Path) -> None:
-    """Calls body(rank, folder), a function of a module, in two processes; raises what one of them raises."""
+    """Calls body(rank, folder) in two processes and raises the error of either. `body` must be a module's function."""
     mp.spawn(_rank, (body, folder), nprocs=2)
 
 
@@ -26,6 +26,6 @@ def _rank(rank: int, body: Body, folder: Path) -> None:
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
-    # DDP keeps gloo's threads alive beyond the group's end, and one that still drops a tensor while the interpreter
-    # is being taken down aborts the process: so it is not taken down.
+    # DDP keeps threads of gloo alive after the group is destroyed. One that frees a tensor while the interpreter shuts
+    # down aborts the process, so skip the shutdown.
     os._exit(0)

@@ -47,7 +47,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])
-def test_smoke_the_page_is_drawn_without_an_error_or_a_request(
+def test_smoke_the_page_renders_without_errors_and_requests(
     browser: Chromium, page: Path, width: int, dark: bool
 ) -> None:
     browser.open(page, width, dark=dark)
@@ -77,9 +77,7 @@ def test_requests_and_errors_are_detected(browser: Chromium, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("width", [DESKTOP, PHONE, NARROWEST])
-def test_the_page_does_not_scroll_sideways_and_small_text_stays_legible(
-    browser: Chromium, page: Path, width: int
-) -> None:
+def test_the_page_does_not_scroll_sideways_and_small_text_is_legible(browser: Chromium, page: Path, width: int) -> None:
     browser.open(page, width)
     browser.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     assert browser.run("document.documentElement.scrollWidth") <= width
@@ -178,14 +176,14 @@ def test_a_cell_of_a_heat_map_shows_its_value_in_the_table(browser: Chromium, pa
     )
 
 
-def test_hostile_names_are_shown_as_they_are(browser: Chromium, page: Path) -> None:
+def test_names_with_markup_are_shown_as_plain_text(browser: Chromium, page: Path) -> None:
     browser.open(page, DESKTOP)
     heads = browser.run("[...document.querySelectorAll('#accuracy-by-class tbody th')].map((c) => c.textContent)")
     assert heads[0] == drawn_nets.HOSTILE[0] and heads[2] == "=SUM(A1)"
     assert browser.run("document.querySelectorAll('main b, main i').length") == 0
 
 
-def test_in_print_it_is_light_without_controls(browser: Chromium, page: Path) -> None:
+def test_the_printed_page_is_light_and_has_no_controls(browser: Chromium, page: Path) -> None:
     browser.open(page, PAPER, dark=True, media="print")
     assert browser.run("document.documentElement.scrollWidth") <= PAPER
     paper, ink = browser.run("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
