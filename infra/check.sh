@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, formatting, types and import order of the whole tree; says all that is wrong before it fails.
+# Checks lint, formatting, types and import order of the whole tree. Runs every check even after one has failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 infra/venv.sh || exit 1
@@ -18,4 +18,4 @@ if [ -n "$failed" ]; then
     echo "check: failed:$failed" >&2
     exit 1
 fi
-echo "check: all in order"
+echo "check: all passed"

@@ -7,8 +7,8 @@
 #   infra/newest.sh --show       prints the requirements and exits
 #   infra/newest.sh -k launch    passes further arguments to pytest
 #
-# Quick tests are those of `make test` that do not start Ray; no test here starts a server. A check that these libraries
-# still have the private parts that we use runs when a module of pipeline/compat is imported, so it is part of the tests.
+# Quick tests are those of `make test` that do not start Ray; none starts a tracking server. The check that the libraries
+# still have the private parts that we use runs at the import of each module of pipeline/compat, so the tests include it.
 # Exits with a status other than 0 if a package cannot be installed or a test fails.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests of `make test`; arguments choose some of them and are passed to pytest.
-# Without arguments (or with `tests`) all of them run, in PROCESSES processes (2 by default). A process that has finished
+# Without arguments (or with `tests`) all run, in PROCESSES processes (2 by default). A process that has finished
 # its share takes over tests of the other, so the load is balanced without a list of durations.
 set -uo pipefail
 cd "$(dirname "$0")/.."

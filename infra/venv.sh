@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv hold the packages of constraints.txt and this project, editable. Quick when nothing changed.
-# PYTHON names the interpreter for a new .venv; without it the first of python3, python3.14 … 3.11 that is new enough.
-# EXTRAS names the extras of pyproject.toml that are installed with it, EXTRAS=cluster,aws say; without it those of dev.
+# Installs this project (editable) and the packages of constraints.txt into .venv. Fast if nothing has changed.
+# PYTHON  interpreter for a new .venv; default: the first of python3, python3.14 ... python3.11 that is new enough
+# EXTRAS  extras of pyproject.toml to install, e.g. EXTRAS=cluster,aws; default: dev
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${EXTRAS:-dev}
@@ -16,7 +16,7 @@ interpreter() {
         if works "$name"; then echo "$name" && return; fi
     done
     say "no Python >= 3.11 among: ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11};" \
-        "install one, or name it: make venv PYTHON=/path/to/python3"
+        "install one, or give its path: make venv PYTHON=/path/to/python3"
     return 1
 }
 
@@ -30,13 +30,13 @@ create() {
     return 1
 }
 
-# pip reads a site's own settings (a private index, say), uv does not: what uv cannot fetch, pip may. The system's
-# certificates, which a site may have added to, serve both.
+# pip reads the site's configuration, for example of a private index; uv does not. So pip may succeed where uv fails.
+# Both use the system's certificates, which the site may have extended.
 export UV_SYSTEM_CERTS=${UV_SYSTEM_CERTS:-true}
 put() {
     if [ -n "$uv" ]; then
         "$uv" pip install --quiet --python .venv/bin/python --constraint constraints.txt "$@" && return
-        say "uv could not install; going on with pip, which takes longer"
+        say "uv failed to install; trying pip, which is slower"
         uv=
     fi
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"
@@ -48,7 +48,7 @@ fill() {
     if ! "$uv" --version >/dev/null 2>&1; then
         .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv || {
-            say "pip cannot fetch uv; going on with pip, which takes longer"
+            say "pip cannot install uv; using pip, which is slower"
             uv=
         }
     fi
@@ -58,7 +58,7 @@ fill() {
     rm .venv/unfinished
 }
 
-exec 9<constraints.txt && { flock 9 2>/dev/null || true; } # two makes at once take turns
+exec 9<constraints.txt && { flock 9 2>/dev/null || true; } # only one make at a time
 key="$PWD $(cat constraints.txt pyproject.toml | sha256sum) $extras"
 made=$(cat .venv/key 2>/dev/null || true)
 if [ "$made" = "$key" ] && works .venv/bin/python; then exit; fi
@@ -66,7 +66,7 @@ if [ "$made" = "$key" ] && works .venv/bin/python; then exit; fi
 if [ ! -w "${HOME:-/nowhere}" ]; then export UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1; fi
 case $made in
     "" | "$PWD "*) ;;
-    *) touch .venv/unfinished ;; # it was made in another folder, whose path stands in its scripts
+    *) touch .venv/unfinished ;; # made in another folder, whose path is in its scripts
 esac
 if [ -e .venv/unfinished ] || ! works .venv/bin/python; then create; fi
 rm -f .venv/key

@@ -1,8 +1,8 @@
-# What server.sh, backup.sh and restore.sh share: where things lie, and PostgreSQL's user.
-# MLFLOW_HOME     folder of the database, the artifacts and the logs; default /var/lib/adaptnet-mlflow for root, else
-#                 mlflow-server in the user's home
-# MLFLOW_DB_USER  the user that PostgreSQL runs as where root starts it, which it refuses to be; default postgres
-# MLFLOW_PYTHON   the Python that has mlflow; default .venv of this checkout
+# Paths and functions that server.sh, backup.sh and restore.sh share.
+# MLFLOW_HOME     folder of the database, the artifacts and the logs; default: /var/lib/adaptnet-mlflow for root, else
+#                 ~/mlflow-server
+# MLFLOW_DB_USER  user that runs PostgreSQL if root starts it (PostgreSQL refuses to run as root); default: postgres
+# MLFLOW_PYTHON   Python interpreter with mlflow; default: that of .venv in this checkout
 
 umask 077
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -24,24 +24,24 @@ die() {
     exit 1
 }
 
-as_postgres() { # COMMAND...: as the user that owns the database, in its folder
+as_postgres() { # COMMAND...: runs it as the owner of the database, in the folder of the database
     if [ "$(id -un)" = "$user" ]; then (cd "$home/db" && "$@"); else (cd "$home/db" && runuser -u "$user" -- "$@"); fi
 }
 
-find_postgres() { # sets bin: Debian's newest, or that which this database was made with
+find_postgres() { # sets bin: the release that created this database, otherwise Debian's newest
     local release
     release=$(cat "$home/db/data/PG_VERSION" 2>/dev/null || ls /usr/lib/postgresql 2>/dev/null | sort -V | tail -1) || true
     bin=/usr/lib/postgresql/$release/bin
     [ -n "$release" ] && [ -x "$bin/initdb" ] ||
-        die "PostgreSQL${release:+ $release} is not installed here: apt-get install postgresql${release:+-$release}"
+        die "PostgreSQL${release:+ $release} is not installed: apt-get install postgresql${release:+-$release}"
 }
 
-# A process group's number is given out anew after the machine has started anew: another's must not be ended.
+# After a reboot the number of our process group may belong to another group, which must not be killed.
 boot() { cat /proc/sys/kernel/random/boot_id; }
 is_server_up() {
     [ "$(cat "$home/server.boot" 2>/dev/null)" = "$(boot)" ] && kill -0 -- "-$(cat "$home/server.pid")" 2>/dev/null
 }
-end_server() { # its whole process group; by force after 10 s
+stop_server() { # ends its process group, after 10 s with SIGKILL
     local left
     for left in $(seq 110); do
         is_server_up || break
@@ -51,16 +51,16 @@ end_server() { # its whole process group; by force after 10 s
     done
     rm -f "$home/server.pid" "$home/server.boot"
 }
-take_turn() { # for what must not go on twice at once; others are told
-    exec 9>"$home/lock" && flock -w 120 9 || die "another start or restore of $home is under way"
+lock_home() { # for operations that must not run concurrently; another one waits up to 120 s
+    exec 9>"$home/lock" && flock -w 120 9 || die "another start or restore of $home is running"
 }
-must_be_here() { [ -e "$home/db/ready" ] || die "$home: no server here yet; infra/mlflow/server.sh start makes one"; }
+require_server() { [ -e "$home/db/ready" ] || die "$home: no server here yet; create it with infra/mlflow/server.sh start"; }
 is_database_up() { as_postgres "$bin/pg_ctl" -D "$home/db/data" status >/dev/null 2>&1; }
 
 start_database() {
     is_database_up && return
     as_postgres "$bin/pg_ctl" -D "$home/db/data" -l "$home/db/log" -w -t 60 start >/dev/null 9>&- ||
-        die "PostgreSQL does not start; its last words: $(tail -3 "$home/db/log" 2>/dev/null)"
+        die "PostgreSQL does not start; last lines of its log: $(tail -3 "$home/db/log" 2>/dev/null)"
 }
 
 sql() { # DATABASE QUERY

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A team's tracking server on a bare Debian host: PostgreSQL, MLflow with log-in, artifacts in a folder or in S3.
+# A tracking server for a team on a plain Debian host: PostgreSQL, MLflow with login, artifacts in a folder or in S3.
 #
-#   MLFLOW_AUTH_ADMIN_PASSWORD=... infra/mlflow/server.sh start     the password is needed the first time
+#   MLFLOW_AUTH_ADMIN_PASSWORD=... infra/mlflow/server.sh start     the first start needs the password
 #   infra/mlflow/server.sh status|stop
 #
-# Other people's names and passwords are made by the administrator, in a browser at http://HOST:PORT/signup; each sets
-# MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to their own.
+# The administrator creates the other users in a browser at http://HOST:PORT/signup. Each user sets
+# MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
 #
 # MLFLOW_HOST (127.0.0.1), MLFLOW_PORT (5000), MLFLOW_WORKERS (2), MLFLOW_AUTH_ADMIN_USERNAME (admin)
-# MLFLOW_ARTIFACTS   s3://BUCKET/PATH, with AWS_* and MLFLOW_S3_ENDPOINT_URL as MLflow takes them; default a folder
-# MLFLOW_ALLOWED_HOSTS   names under which people reach it, as HOST:PORT,...; default: this machine and private networks
-# and what common.sh names. The database listens on a socket alone, for its user and the one who started it: it has no
-# password. MLflow runs as whoever starts it: take an ordinary user where you can.
+# MLFLOW_ARTIFACTS   s3://BUCKET/PATH, with MLflow's variables AWS_* and MLFLOW_S3_ENDPOINT_URL; default: a folder
+# MLFLOW_ALLOWED_HOSTS   names by which users reach it, as HOST:PORT,...; default: this machine and private networks
+# common.sh lists further variables. The database has no password: it listens only on a socket, which only its owner and
+# the user who started it can use. MLflow runs as the user who starts it; use an ordinary user if you can.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
@@ -21,12 +21,12 @@ artifacts=${MLFLOW_ARTIFACTS:-$home/artifacts}
 check_password() {
     local password=${MLFLOW_AUTH_ADMIN_PASSWORD:-}
     if [ -e "$home/initialised" ] && [ -z "$password" ]; then return; fi
-    [ -n "$password" ] || die "set MLFLOW_AUTH_ADMIN_PASSWORD: the first start makes the administrator with it"
+    [ -n "$password" ] || die "set MLFLOW_AUTH_ADMIN_PASSWORD: the first start creates the administrator with it"
     case $password in
         password* | admin* | mlflow* | changeme* | secret*)
-            die "MLFLOW_AUTH_ADMIN_PASSWORD begins as well-known passwords do; take another" ;;
+            die "MLFLOW_AUTH_ADMIN_PASSWORD begins like a well-known password; choose another" ;;
     esac
-    [ ${#password} -ge 12 ] || die "MLFLOW_AUTH_ADMIN_PASSWORD has ${#password} characters; take at least 12"
+    [ ${#password} -ge 12 ] || die "MLFLOW_AUTH_ADMIN_PASSWORD has ${#password} characters; it needs at least 12"
 }
 
 check_packages() {
@@ -36,21 +36,21 @@ check_packages() {
         } >/dev/null || die "apt-get could not install postgresql"
     fi
     find_postgres
-    [ -x "$python" ] || die "$python: no such Python; run infra/venv.sh, or name one that has mlflow: MLFLOW_PYTHON"
+    [ -x "$python" ] || die "$python: no such Python; run infra/venv.sh, or set MLFLOW_PYTHON to one that has mlflow"
     "$python" -c 'from importlib.util import find_spec as f; assert f("flask_wtf") and f("mlflow") and f("psycopg")' \
         2>/dev/null ||
-        die "$python lacks what the server needs: uv pip install --constraint constraints.txt '.[server]'"
+        die "$python lacks packages that the server needs: uv pip install --constraint constraints.txt '.[server]'"
 }
 
 make_home() {
     mkdir -p "$home"
-    chmod 711 "$home" # the database's user passes through it
-    take_turn
+    chmod 711 "$home" # the owner of the database must be able to enter it
+    lock_home
     mkdir -p "$home/db" "$home/artifacts"
     chmod 700 "$home/db" "$home/artifacts"
     [ "$(id -u)" != 0 ] || chown "$user" "$home/db"
     [ ! -e "$home/db/ready" ] || return 0
-    as_postgres rm -rf data # of a start that was broken off
+    as_postgres rm -rf data # left by an interrupted start
     as_postgres mkdir -p "$sockets"
     as_postgres "$bin/initdb" -D data --auth-local=peer --auth-host=reject --username=mlflow --encoding=UTF8 \
         --locale=C.UTF-8 >/dev/null
@@ -74,7 +74,7 @@ make_databases() {
     version=$("$python" -c 'from importlib.metadata import version as v; print(v("mlflow"))')
     [ "$(cat "$home/upgraded" 2>/dev/null)" != "$version" ] || return 0
     "$python" -m mlflow db upgrade "$database" >"$home/upgrade.log" 2>&1 ||
-        die "the tables could not be brought up to date: $(tail -3 "$home/upgrade.log")"
+        die "the tables could not be upgraded: $(tail -3 "$home/upgrade.log")"
     echo "$version" >"$home/upgraded"
 }
 
@@ -116,14 +116,14 @@ start() {
     make_home
     start_database
     local left
-    for left in $(seq 15); do # a busy one may be slow to answer
+    for left in $(seq 15); do # a busy server may answer slowly
         is_server_up || break
-        if answers "$reach"; then say "runs already: http://$host:$port" && return; fi
-        [ "$left" -lt 15 ] || die "it runs and does not answer at http://$host:$port; infra/mlflow/server.sh stop, then start"
+        if answers "$reach"; then say "already running: http://$host:$port" && return; fi
+        [ "$left" -lt 15 ] || die "it is running but does not answer at http://$host:$port; run infra/mlflow/server.sh stop, then start"
         sleep 1
     done
     if (: </dev/tcp/"$reach"/"$port") 2>/dev/null; then
-        die "$reach:$port is taken by another server; set MLFLOW_PORT to a free one"
+        die "$reach:$port is used by another server; set MLFLOW_PORT to a free port"
     fi
     make_databases
     write_settings
@@ -131,7 +131,7 @@ start() {
     for left in $(seq 240); do
         if is_server_up && answers "$reach"; then
             touch "$home/initialised"
-            say "http://$host:$port, log in as ${MLFLOW_AUTH_ADMIN_USERNAME:-admin}; all of it is in $home"
+            say "http://$host:$port, log in as ${MLFLOW_AUTH_ADMIN_USERNAME:-admin}; all data is in $home"
             return
         fi
         sleep 0.5
@@ -140,12 +140,12 @@ start() {
     local last
     last=$(grep -E "Error|Exception|error" "$home/server.log" | tail -2) || true
     stop
-    die "the server does not answer; its last words: ${last:-none; see $home/server.log}"
+    die "the server does not answer; last errors in its log: ${last:-none; see $home/server.log}"
 }
 
 stop() {
     find_postgres
-    end_server
+    stop_server
     if [ -e "$home/db/ready" ] && is_database_up; then
         as_postgres "$bin/pg_ctl" -D "$home/db/data" -m fast -w stop >/dev/null
     fi
@@ -171,5 +171,5 @@ status() {
 
 case ${1:-} in
     start | stop | status) "$1" ;;
-    *) die "say start, stop or status" ;;
+    *) die "give start, stop or status" ;;
 esac

@@ -307,7 +307,7 @@ def test_a_backup_is_restored_only_into_an_empty_server(
     assert code == 0, text
     backup = tmp_path / "backup"
     team.run("backup.sh", backup)
-    assert "exists already" in team.run("backup.sh", backup, code=1)
+    assert "already exists" in team.run("backup.sh", backup, code=1)
     assert "holds" in team.run("restore.sh", backup, code=1)
     other = TeamServer()
     try:
@@ -329,7 +329,7 @@ def test_a_backup_is_restored_only_into_an_empty_server(
 
 
 def test_a_new_server_is_stopped_and_started_again(team: TeamServer) -> None:
-    assert "runs already" in team.run("server.sh", "start")
+    assert "already running" in team.run("server.sh", "start")
     team.run("server.sh", "stop")
     assert "down" in team.run("server.sh", "status", code=1)
     team.run("server.sh", "start", MLFLOW_AUTH_ADMIN_PASSWORD="")  # its administrator is there

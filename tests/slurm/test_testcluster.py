@@ -331,7 +331,7 @@ def test_a_daemon_that_does_not_start_is_told_with_its_words_and_nothing_stays(r
     broken.chmod(0o755)
     failed = command("up", root=root, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert failed.returncode == 1
-    assert "slurmctld ended with 3" in failed.stderr and "port is haunted" in failed.stderr
+    assert "slurmctld ended with status 3" in failed.stderr and "port is haunted" in failed.stderr
     assert not residue(root)
 
 
