@@ -1,8 +1,8 @@
-"""Pictures as plain data: a family says what is to be seen, the report draws it, and the same numbers go into tables.
+"""Figures as plain data: a family provides them, the report draws them and lists the same numbers in tables.
 
-Every figure has a `name` (of its files: lower case, digits, hyphens), a `title`, and a `caption` of a sentence or two
-that says what one sees and how it was measured. Values are finite; None stands where there is no value.
-Below the kinds of figures stands what families share in making them. Letters: N images, K classes.
+Every figure has a `name` (of its files: lower case, digits, hyphens), a `title`, and a `caption` of one or two
+sentences that describes the content and how it was measured. Values are finite; None means that there is no value.
+After the kinds of figures come functions that families share to make them. Letters: N images, K classes.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ Number: TypeAlias = "float | None"
 Cell: TypeAlias = "str | float | int | None"
 
 OTHERS = "other classes"
-MOST_POINTS = 400  # of a training curve: more than a screen can tell apart
-TOLD_APART = 3  # classes of which a gallery shows images
-SHOWN = 8  # images under one heading of a gallery
+MOST_POINTS = 400  # of a training curve; a screen cannot resolve more
+GALLERY_CLASSES = 3  # classes whose images a gallery shows
+GALLERY_IMAGES = 8  # under one heading
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points that belong together: x and y of equal length, `texts` what each point is called.
+    """Points that belong together: x and y of equal length, and the name of each point in `texts`.
 
-    `faded` marks points that are shown, but not to be chosen; `group` is what series of one kind have in common (a
-    family): they share a colour and are shown or hidden together. A `reference` is what others are compared with: a
-    neutral line without markers, on which `texts` stand as labels where there is room.
-    A `neutral` series, such as that of a baseline, is drawn in ink instead of a colour.
+    faded: points that are shown but are no choice. group: series of one group (a family) share a colour and are shown
+    or hidden together. reference: the series is a line without markers with which others are compared; its `texts` are
+    labels if there is room. neutral: the series, e.g. of a baseline, is drawn in ink instead of a colour.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Lines:
-    """Series over a common pair of axes; points alone where a series is not joined."""
+    """Series over a common pair of axes; a series that is not `joined` is drawn as points only."""
 
     name: str
     title: str
@@ -61,7 +60,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bars:
-    """Side by side for each label one bar of each series {name: [len(labels)]}."""
+    """Bars: for each label one bar of each series, side by side. series {name: [len(labels)]}."""
 
     name: str
     title: str
@@ -73,7 +72,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """values [len(rows)][len(columns)], from `low` to `high`; groups {name: number of rows}, in the rows' order."""
+    """values [len(rows)][len(columns)] from `low` to `high`; groups {name: number of rows}, in the rows' order."""
 
     name: str
     title: str
@@ -89,7 +88,7 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images of the evaluated split by their rows there: groups {heading: [(row, text)]}."""
+    """Images of the evaluated split: groups {heading: [(row in the split, text)]}."""
 
     name: str
     title: str
@@ -99,7 +98,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under `columns`; numbers as numbers."""
+    """Rows of cells under `columns`; numbers are given as numbers."""
 
     name: str
     title: str
@@ -115,6 +114,8 @@ Figure: TypeAlias = "Lines | Bars | HeatMap | Gallery | Table"
 
 
 class Named(Protocol):
+    """A net with a name."""
+
     @property
     def name(self) -> str: ...
 
@@ -123,7 +124,7 @@ N = TypeVar("N", bound=Named)
 
 
 def for_each(nets: Sequence[N], own: Callable[[N], Iterable[Figure | None]]) -> list[Figure]:
-    """The figures that `own` gives of each net, None left out; of several nets each says in name and title whose."""
+    """The figures that `own` gives for each net, without None; if there are several nets, name and title tell which."""
     found: list[Figure] = []
     for net, mark in zip(nets, marks([net.name for net in nets]), strict=True):
         for figure in own(net):
@@ -134,7 +135,7 @@ def for_each(nets: Sequence[N], own: Callable[[N], Iterable[Figure | None]]) -> 
 
 
 def marks(names: Sequence[str]) -> list[str]:
-    """For each name one of its own in lower case, digits and single hyphens."""
+    """A unique mark for each name, of lower case letters, digits and single hyphens."""
     found: list[str] = []
     for name in names:
         mark = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "net"
@@ -147,7 +148,7 @@ def marks(names: Sequence[str]) -> list[str]:
 
 
 def by_superclass(picture: HeatMap, superclasses: Mapping[str, Sequence[str]]) -> HeatMap:
-    """A heat map with a row for each class, its rows in the order of the superclasses where there are any."""
+    """A heat map of classes with its rows ordered by superclass, if there are any."""
     groups = grouped(picture.rows, superclasses)
     if not groups:
         return picture
@@ -161,7 +162,7 @@ def by_superclass(picture: HeatMap, superclasses: Mapping[str, Sequence[str]]) -
 
 
 def grouped(classes: Sequence[str], superclasses: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
-    """{superclass: numbers of its classes}; each class once, those that no superclass names last, as OTHERS."""
+    """{superclass: numbers of its classes}, each class once; those without a superclass come last, as OTHERS."""
     left = {name: number for number, name in enumerate(classes)}
     groups: dict[str, list[int]] = {}
     for superclass, members in superclasses.items():
@@ -176,9 +177,9 @@ def grouped(classes: Sequence[str], superclasses: Mapping[str, Sequence[str]]) -
 def over_training(
     picture: Lines, curves: Mapping[str, Sequence[tuple[int, float]]], keys: Mapping[str, str]
 ) -> Lines | None:
-    """`picture` with a series for each curve, {key: what it is called}, over epochs if logged, else over steps.
+    """`picture` with a series for each curve in keys {key: name}, over epochs if they were logged, else over steps.
 
-    Of a long curve every so manieth point and the last. None where a curve is not there.
+    A long curve is thinned to MOST_POINTS points and the last one. None if a curve is missing.
     """
     if not keys or not all(curves.get(key) for key in keys):
         return None
@@ -193,7 +194,7 @@ def over_training(
 
 
 def numbered(curves: Mapping[str, object], prefix: str) -> dict[int, str]:
-    """{number: key} of the curves whose key is the prefix and a number, rising."""
+    """{number: key} of the curves whose key is the prefix and a number, in rising order."""
     found = {key.removeprefix(prefix): key for key in curves if key.startswith(prefix)}
     return {int(number): found[number] for number in sorted(filter(str.isdecimal, found), key=int)}
 
@@ -204,31 +205,36 @@ def _thinned(points: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]
 
 
 def finite(value: float) -> float | None:
+    """The value; None if it is not finite."""
     return float(value) if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
 class Efforts:
-    """What each image of a split took: its arrays as stored with the evaluation, effort [N], and how that is said."""
+    """The effort that each image of a split took.
+
+    arrays: those stored with the evaluation. effort: [N]. text_of: an effort as text.
+    """
 
     arrays: Mapping[str, NDArray[Any]]
     effort: NDArray[Any]
-    said: Callable[[float], str]
+    text_of: Callable[[float], str]
     classes: Sequence[str]
 
     def extremes(self, number: int | None = None) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-        """The SHOWN images of least effort, the surest first, and of most, the least sure first; none is in both.
+        """The GALLERY_IMAGES images of least and those of most effort, as (row, text); no image is in both.
 
-        Of class `number`, or of all images. Each as its row and what it took.
+        Among equal efforts, the most confident images come first in the former and last in the latter. Of class
+        `number`, or of all images.
         """
         labels = self.arrays["labels"]
         among = np.arange(len(labels)) if number is None else np.flatnonzero(labels == number)
         rising = among[np.lexsort((-self.arrays["confidence"][among], self.effort[among]))]
-        count = min(SHOWN, len(rising) // 2)
+        count = min(GALLERY_IMAGES, len(rising) // 2)
         return self._entries(rising[:count]), self._entries(rising[::-1][:count])
 
     def widest(self) -> list[int]:
-        """The TOLD_APART classes whose images differ most in effort, by standard deviation, the widest first."""
+        """The GALLERY_CLASSES classes with the largest standard deviation of the effort, the largest first."""
         labels = self.arrays["labels"]
         spreads = {
             number: float(self.effort[labels == number].std())
@@ -236,7 +242,7 @@ class Efforts:
             if (labels == number).any()
         }
         wide = [number for number, spread in spreads.items() if spread > 0]
-        return sorted(wide, key=lambda number: -spreads[number])[:TOLD_APART]
+        return sorted(wide, key=lambda number: -spreads[number])[:GALLERY_CLASSES]
 
     def _entries(self, places: NDArray[Any]) -> list[tuple[int, str]]:
         return [(int(self.arrays["rows"][place]), self._text(int(place))) for place in places]
@@ -244,4 +250,4 @@ class Efforts:
     def _text(self, place: int) -> str:
         truth, answer = (self.classes[int(self.arrays[name][place])] for name in ("labels", "predicted"))
         answer = truth if answer == truth else f"{truth} taken for {answer}"
-        return f"{self.said(float(self.effort[place]))}; {answer}, confidence {self.arrays['confidence'][place]:.2f}"
+        return f"{self.text_of(float(self.effort[place]))}; {answer}, confidence {self.arrays['confidence'][place]:.2f}"

@@ -23,10 +23,10 @@ from pipeline.families.shape_adaptor.body_costs import BodyCosts
 from pipeline.families.shape_adaptor.model import ShapeConfig, layout_of
 from pipeline.family import Evaluated, find
 from pipeline.figures import (
+    GALLERY_CLASSES,
+    GALLERY_IMAGES,
     MOST_POINTS,
     OTHERS,
-    SHOWN,
-    TOLD_APART,
     Bars,
     Figure,
     Gallery,
@@ -332,9 +332,9 @@ def test_the_images_of_a_gallery_are_the_extremes(family: str, fact: str, reques
         of = CLASSES.index(easy.partition(":")[0]) if ":" in easy else None
         among = {row for row in keys if of is None or label[row] == of}
         few, many = ([row for row, _ in gallery.groups[heading]] for heading in (easy, hard))
-        assert len(set(few) | set(many)) == 2 * SHOWN and set(few) | set(many) <= among
-        assert [keys[row] for row in few] == sorted(keys[row] for row in among)[:SHOWN]
-        assert [keys[row] for row in many] == sorted((keys[row] for row in among), reverse=True)[:SHOWN]
+        assert len(set(few) | set(many)) == 2 * GALLERY_IMAGES and set(few) | set(many) <= among
+        assert [keys[row] for row in few] == sorted(keys[row] for row in among)[:GALLERY_IMAGES]
+        assert [keys[row] for row in many] == sorted((keys[row] for row in among), reverse=True)[:GALLERY_IMAGES]
         for row, text in (*gallery.groups[easy], *gallery.groups[hard]):
             said = re.search(r"(\d+) (of \d+ layers)?", text)
             assert said and int(said[1]) == keys[row][0]
@@ -350,8 +350,8 @@ def test_galleries_tell_the_classes_whose_images_differ_most(aig: Evaluated) -> 
         name: np.var(arrays["facts.layers"][arrays["labels"] == number]) for number, name in enumerate(CLASSES[:-1])
     }
     shown = [heading.partition(":")[0] for heading in list(gallery.groups)[::2]]
-    assert len(shown) == TOLD_APART
-    assert shown == sorted(spread, key=lambda name: -spread[name])[:TOLD_APART]
+    assert len(shown) == GALLERY_CLASSES
+    assert shown == sorted(spread, key=lambda name: -spread[name])[:GALLERY_CLASSES]
 
 
 # ---- ConvNet-AIG
