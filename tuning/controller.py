@@ -221,7 +221,7 @@ class Controller:
         self._log_progress()
 
     def _log_progress(self) -> None:
-        """Logs the ended trials and the best metrics to the sweep's MLflow run; its steps count ended trials."""
+        """Logs the ended trials and the best metrics to the sweep's tracked run; its steps count ended trials."""
         ended = [trial for trial in self.record.trials if trial.state in ("finished", "stopped", "failed")]
         chosen = best(self._config, self.record.trials)
         values = {"trials/ended": float(len(ended))}

@@ -1,4 +1,4 @@
-"""A sweep's folder: the sweep in it, its configuration file, its MLflow run, and the recipes of its trials."""
+"""A sweep's folder: the sweep in it, its configuration file, its tracked run, and the recipes of its trials."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SweepFolder:
         return self.run_dir / TRIALS / trial.name
 
     def recipe(self, trial: Trial, tracking_uri: str) -> RunConfig:
-        """The recipe of a trial: tracked below the sweep's MLflow run, stored in its own folder, not registered."""
+        """The recipe of a trial: tracked below the sweep's tracked run, stored in its own folder, not registered."""
         config = self.sweep.recipe(trial.sample)
         tracking = config.tracking.model_copy(update={"uri": tracking_uri, "register": None, "parent": self.run_dir})
         storage = config.checkpoint.storage
@@ -112,7 +112,7 @@ class SweepFolder:
         write_text(path, configs.dump_yaml(mapping | {"fingerprint": identity}))
 
     def uploader(self) -> Uploader:
-        """Uploads the sweep's own MLflow run, the parent of its trials' runs."""
+        """Uploads the sweep's own tracked run, the parent of its trials' runs."""
         tracking = self.sweep.base.tracking.model_copy(update={"register": None, "upload_checkpoints": False})
         recipe = configs.as_mapping(self.sweep.base) | {"sweep": configs.as_mapping(self.sweep.config)}
         write_text(self.run_dir / "note.md", f"{self.sweep.config.question}\n")

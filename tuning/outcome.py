@@ -23,7 +23,7 @@ class Outcome:
     """A sweep's state when its driver returns.
 
     finished: nothing is left to train. rows: the cells for a screen, headings first. frontier: the trials that no
-    other one beats. failed {trial: reason}. run_id and tracking_uri: the sweep's MLflow run, if there is one.
+    other one beats. failed {trial: reason}. run_id and tracking_uri: the sweep's tracked run, if there is one.
     """
 
     run_dir: Path
@@ -42,7 +42,7 @@ def conclude(
 ) -> Outcome:
     """Writes results.csv, results.json, note.md, status.json and the pictures; returns the sweep's state.
 
-    run_id and uri are those of the sweep's MLflow run.
+    run_id and uri are those of the sweep's tracked run.
     """
     config, table = sweep.config, tables.rows(sweep, trials)
     chosen = best(config, trials)
@@ -69,7 +69,7 @@ def conclude(
 def register(outcome: Outcome, name: str, trial: str | None = None) -> Version:
     """Registers the best trial, or the one called `trial`, as a version of `name` with the alias candidate.
 
-    Raises ConfigError if there is no such trial, it was not trained to its end, or MLflow does not have its run.
+    Raises ConfigError if there is no such trial, it was not trained to its end, or its run was never sent.
     """
     from pipeline.tracking.ledger import Ledger
 
@@ -85,7 +85,7 @@ def register(outcome: Outcome, name: str, trial: str | None = None) -> Version:
     run_id, uri = Ledger.peek(folder).run_id, outcome.tracking_uri
     if run_id is None or uri is None:
         raise ConfigError(
-            f"{folder}: MLflow does not have this run yet; send it: adaptnet runs sync {folder}",
+            f"{folder}: the tracking server does not have this run yet; send it: adaptnet runs sync {folder}",
             key="tracking.json",
             subject=folder,
         )

@@ -88,7 +88,7 @@ class SweepRecord:
         return self.trials[sample.number]
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs metrics of the sweep as a whole, for its MLflow run."""
+        """Logs metrics of the sweep as a whole, for its tracked run."""
         self._journal.metrics(step, values)
 
     def _apply(self, event: Event) -> None:

@@ -1,4 +1,4 @@
-"""A sweep's trials as tables: results.csv, results.json, the columns that fit a screen, and the note for MLflow."""
+"""A sweep's trials as tables: results.csv, results.json, the columns that fit a screen, and the note of its run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tuning.record import Trial
 from tuning.selection import best, frontier
 from tuning.space import written
 
-NOTE_CHARS = 4800  # of the note in MLflow, which accepts 5000
+NOTE_CHARS = 4800  # of the note; trackers accept 5000
 CELL_CHARS = 70  # of a cell on a screen; a trial's name is shorter
 STATES = ("finished", "stopped", "failed", "refused", "running", "planned")
 Rows = Sequence[Sequence[str]]

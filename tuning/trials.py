@@ -116,7 +116,7 @@ def saved_step(config: RunConfig, folder: Path) -> int:
 
 
 def send_rest(config: RunConfig, folder: Path) -> None:
-    """Sends to MLflow what a killed driver did not send of a trial that is over."""
+    """Sends to the trackers what a killed driver did not send of a trial that is over."""
     held = Lease(folder).acquire()
     try:
         with Uploader(folder, config.tracking, configs.as_mapping(config), command=sys.argv, fence=held.fence):

@@ -1,7 +1,7 @@
 """The report: accuracy against cost of trained nets under all their policies, as a page, pictures and numbers.
 
 `build` writes it from nets with their evaluations (`Evaluated`); `report` finds these by the sources that a user names
-and uploads the folder to their MLflow runs.
+and uploads the folder to their tracked runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FIGURE_NAME = re.compile("[a-z0-9]+(-[a-z0-9]+)*")
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """A written report: its page, what it holds, the MLflow runs that have it, and warnings about others."""
+    """A written report: its page, what it holds, the tracked runs that have it, and warnings about others."""
 
     page: Path
     num_nets: int
@@ -50,7 +50,7 @@ def report(
 ) -> WrittenReport:
     """Writes the report of the nets in `sources` (run folders, checkpoint folders, versions) into the folder `out`.
 
-    groups is a file {superclass: [class, ...]}. With `track` the folder is also logged to the nets' MLflow runs; a
+    groups is a file {superclass: [class, ...]}. With `track` the folder is also logged to the nets' tracked runs; a
     server that cannot be reached gives a warning. Raises ConfigError for nets that cannot be compared, a net that is
     given twice, and a folder `out` that holds other files.
     """

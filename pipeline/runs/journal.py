@@ -192,7 +192,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 class SystemSampler:
-    """A thread that writes this node's load into the node's own journal, under the names that MLflow's pages know.
+    """A thread that writes this node's load into the node's own journal, under the names that trackers know.
 
     `system/<journal's name>/...`; the step counts samples and goes on where the journal ends. Runs between `with` and
     its end. GPUs are read by nvidia-smi.
