@@ -266,12 +266,13 @@ def _without(module: nn.Module, names: Sequence[str]) -> nn.Module:
 
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
-    """A path to write to, moved over `target` at the end of the block; nothing is left of it where that fails."""
+    """A path to write to, renamed to `target` at the end of the block; nothing remains of it if the block fails."""
     try:
         with whole_file(target) as aside:
             yield aside
     except OSError as error:
-        raise ResourceError(f"{target}: cannot be written ({error.strerror or error})") from None
+        why = error.strerror or error
+        raise ResourceError(f"{target}: cannot be written ({why})", key="--out", subject=target) from None
 
 
 def _write_pt2(program: torch.export.ExportedProgram, path: Path, facts: Mapping[str, JsonValue]) -> RunFile:

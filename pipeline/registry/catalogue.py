@@ -138,11 +138,7 @@ def lookup(reference: str, uri: str) -> Version:
     """
     match = REFERENCE.fullmatch(reference)
     if match is None:
-        raise ConfigError(
-            f"{reference}: write models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest",
-            key="reference",
-            subject=reference,
-        )
+        raise _unknown(reference, "write models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest")
     models = _models(uri, match["name"])
     if match["alias"]:
         number = models[0].aliases.get(match["alias"], 0)
@@ -153,12 +149,12 @@ def lookup(reference: str, uri: str) -> Version:
     wanted = _versions(models, store_reader.rows(uri, match["name"], number)) if 0 < number <= MOST else []
     if not wanted:
         existing = listed(versions(uri, match["name"]))
-        raise ConfigError(
-            f"{reference}: no such version or alias; {match['name']} has: {existing}",
-            key="reference",
-            subject=reference,
-        )
+        raise _unknown(reference, f"no such version or alias; {match['name']} has: {existing}")
     return wanted[0]
+
+
+def _unknown(reference: str, why: str) -> ConfigError:
+    return ConfigError(f"{reference}: {why}", key="reference", subject=reference)
 
 
 def listed(versions: Sequence[Version], most: int = 40) -> str:

@@ -98,6 +98,7 @@ def search_versions(client: Client, wanted: str | None) -> list[VersionRow]:
 
 
 def version_row(entity: VersionEntity) -> VersionRow:
+    """The version that MLflow's client returned."""
     created = float(entity.creation_timestamp) / 1000
     return VersionRow(entity.name, int(entity.version), entity.run_id or None, created, dict(entity.tags))
 

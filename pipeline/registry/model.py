@@ -134,40 +134,35 @@ def describe(folder: Path) -> Trained:
 
     Raises CheckpointError if the folder is neither, damaged, or of a newer format.
     """
-    if not (folder / CARD).is_file():
-        checkpoint.verify(folder)
-        meta = checkpoint.read_meta(folder)
-        return Trained(folder, weights_of(folder), meta.recipe, meta.classes, meta.step)
+    if (folder / CARD).is_file():
+        return _describe_model(folder)
+    checkpoint.verify(folder)
+    meta = checkpoint.read_meta(folder)
+    return Trained(folder, weights_of(folder), meta.recipe, tuple(meta.classes), meta.step)
+
+
+def _describe_model(folder: Path) -> Trained:
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         known = card["format"] <= FORMAT
-        entry, classes, step = card["weights"], tuple(card["classes"]), int(card["step"])
-        size, sum_expected = entry["bytes"], entry["sha256"]
-        recipe_expected = card.get("recipe", {}).get("sha256")  # None in cards written before this checksum existed
+        weights, classes, step = card["weights"], tuple(card["classes"]), int(card["step"])
+        size, sha256 = weights["bytes"], weights["sha256"]
+        recipe_sha256 = card.get("recipe", {}).get("sha256")  # None in cards written before this checksum existed
     except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{folder / CARD}: cannot be read ({why})", key=CARD, subject=folder) from None
+        raise _damaged(folder / CARD, f"cannot be read ({type(error).__name__}: {error})") from None
     if not known:
-        raise CheckpointError(
-            f"{folder}: model format {card['format']}; this version of adaptnet reads up to {FORMAT}",
-            key=CARD,
-            subject=card["format"],
-        )
-    weights = folder / WEIGHTS
-    if not weights.is_file() or weights.stat().st_size != size or checkpoint.sha256(weights) != sum_expected:
-        raise CheckpointError(
-            f"{weights}: not the weights that {CARD} was written for: damaged or exchanged",
-            key=WEIGHTS,
-            subject=weights,
-        )
+        raise _damaged(folder / CARD, f"model format {card['format']}; this version of adaptnet reads up to {FORMAT}")
+    file = folder / WEIGHTS
+    if not file.is_file() or file.stat().st_size != size or checkpoint.sha256(file) != sha256:
+        raise _damaged(file, f"not the weights that {CARD} was written for: damaged or exchanged")
     recipe = configs.read_mapping(folder / RECIPE)
-    if recipe_expected not in (None, checkpoint.sha256(folder / RECIPE)):
-        raise CheckpointError(
-            f"{folder / RECIPE}: not the recipe that {CARD} was written for: damaged or exchanged",
-            key=RECIPE,
-            subject=folder,
-        )
-    return Trained(folder, weights, recipe, classes, step, card)
+    if recipe_sha256 not in (None, checkpoint.sha256(folder / RECIPE)):
+        raise _damaged(folder / RECIPE, f"not the recipe that {CARD} was written for: damaged or exchanged")
+    return Trained(folder, file, recipe, classes, step, card)
+
+
+def _damaged(file: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{file}: {why}", key=file.name, subject=file)
 
 
 @dataclass(frozen=True)
@@ -216,9 +211,7 @@ def load_model(folder: Path, device: torch.device | None = None) -> LoadedModel:
         net.load_state_dict(load_file(trained.weights), strict=True)
     except Exception as error:  # safetensors and torch raise several kinds
         why = f"{type(error).__name__}: {error}"
-        raise CheckpointError(
-            f"{trained.weights}: the weights cannot be loaded ({why})", key=WEIGHTS, subject=trained.weights
-        ) from None
+        raise _damaged(trained.weights, f"the weights cannot be loaded ({why})") from None
     net = net.eval().to(device).to(memory_format=torch.channels_last)  # like the images
     return LoadedModel(
         net=net,

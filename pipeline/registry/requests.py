@@ -47,19 +47,15 @@ def policy_for(model: LoadedModel, policy: str | None, budget: str | None) -> st
         return policy or model.policies[0].name
     wanted = parse_budget(budget)
     if wanted.unit == "ms":
-        raise ConfigError(
-            f"params.budget (={budget}): a served net accepts MACs, as in 0.8G, or a share, as in 50%",
-            key="params.budget",
-            subject=budget,
-        )
+        raise _bad_budget(budget, "a served net accepts MACs, as in 0.8G, or a share, as in 50%")
     reports = [reports_v1.read(report) for report in model.stored_reports]
     if not reports:
-        raise ConfigError(
-            f"params.budget (={budget}): this net was registered without an evaluation; give a policy",
-            key="params.budget",
-            subject=budget,
-        )
+        raise _bad_budget(budget, "this net was registered without an evaluation; give a policy")
     return reports[best_within(reports, [wanted.cost_of(report) for report in reports], wanted)].policy
+
+
+def _bad_budget(budget: str, why: str) -> ConfigError:
+    return ConfigError(f"params.budget (={budget}): {why}", key="params.budget", subject=budget)
 
 
 def encoded_of(value: object, position: int, *, files: Path | None = None, reads_files: bool = False) -> bytes:
@@ -74,44 +70,32 @@ def encoded_of(value: object, position: int, *, files: Path | None = None, reads
     if isinstance(value, np.ndarray | list):
         return _as_png(value, position)
     if not isinstance(value, str):
-        raise ConfigError(
-            f"image {position}: encoded bytes, base64 text, a path or a uint8 array [H, W, 3] is expected, not "
-            f"{type(value).__name__}",
-            key="image",
-            subject=position,
+        raise _bad_image(
+            position,
+            f"encoded bytes, base64 text, a path or a uint8 array [H, W, 3] is expected, not {type(value).__name__}",
         )
     if value[-5:].lower().endswith(SUFFIXES):
         return _read(value, position, files, reads_files)
     decoded = _decoded(value.encode())
     if decoded is None:
-        raise ConfigError(
-            f"image {position}: this text is neither base64 nor the path of an image file",
-            key="image",
-            subject=position,
-        )
+        raise _bad_image(position, "this text is neither base64 nor the path of an image file")
     return decoded
 
 
 def _read(text: str, position: int, below: Path | None, reads_files: bool) -> bytes:
     if not reads_files:
-        raise ConfigError(
-            f"image {position}: this server reads no files; send the image itself, as base64",
-            key="image",
-            subject=position,
-        )
+        raise _bad_image(position, "this server reads no files; send the image itself, as base64")
     path = Path(text) if below is None else below / text
     if below is not None and not path.resolve().is_relative_to(below.resolve()):
-        raise ConfigError(
-            f"image {position}: this server reads only files of one folder; give a path within it",
-            key="image",
-            subject=position,
-        )
+        raise _bad_image(position, "this server reads only files of one folder; give a path within it")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(
-            f"image {position}: {text} cannot be read ({error.strerror})", key="image", subject=position
-        ) from None
+        raise _bad_image(position, f"{text} cannot be read ({error.strerror})") from None
+
+
+def _bad_image(position: int, why: str) -> ConfigError:
+    return ConfigError(f"image {position}: {why}", key="image", subject=position)
 
 
 class ImageAnswer(TypedDict):
@@ -165,19 +149,14 @@ def _as_png(value: object, position: int) -> bytes:
         array = np.empty(0, object)  # rows of unequal length
     whole = array.dtype == np.uint8 or (array.dtype.kind in "iu" and bool(((array >= 0) & (array <= 255)).all()))
     if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape or not whole:
-        raise ConfigError(
-            f"image {position}: an array [H, W, 3] of whole numbers from 0 to 255 is expected, not "
+        raise _bad_image(
+            position,
+            f"an array [H, W, 3] of whole numbers from 0 to 255 is expected, not "
             f"{list(array.shape)} of {array.dtype}; in MLflow's JSON an array goes under dataframe_records or "
             "dataframe_split, because an array under inputs is spread over columns",
-            key="image",
-            subject=position,
         )
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise ConfigError(
-            f"image {position}: {array.shape[:2]} is above the limit of {MAX_PIXELS:,} pixels",
-            key="image",
-            subject=position,
-        )
+        raise _bad_image(position, f"{array.shape[:2]} is above the limit of {MAX_PIXELS:,} pixels")
     buffer = io.BytesIO()
     Image.fromarray(array.astype(np.uint8)).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()

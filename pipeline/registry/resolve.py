@@ -48,20 +48,16 @@ def resolve(reference: str, uri: str | None = None, *, cache: Path | None = None
     folder = Path(reference)
     if not folder.is_dir():
         what = "a file" if folder.is_file() else "no such folder"
-        raise ConfigError(
-            f"{reference}: {what}; give the folder of a run or of a checkpoint, or models:/NAME@ALIAS",
-            key="source",
-            subject=reference,
-        )
+        raise _no_net(reference, f"{what}; give the folder of a run or of a checkpoint, or models:/NAME@ALIAS")
     if (folder / "meta.json").is_file() or (folder / CARD).is_file():
         return folder
     if folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file():
-        raise ConfigError(
-            f"{reference}: give the folder of the run, {folder.parent}, or that of one checkpoint in it",
-            key="source",
-            subject=reference,
-        )
+        raise _no_net(reference, f"give the folder of the run, {folder.parent}, or that of one checkpoint in it")
     return _checkpoint_of(folder)
+
+
+def _no_net(reference: str, why: str) -> ConfigError:
+    return ConfigError(f"{reference}: {why}", key="source", subject=reference)
 
 
 def _checkpoint_of(run_dir: Path) -> Path:
@@ -70,9 +66,7 @@ def _checkpoint_of(run_dir: Path) -> Path:
     names = storage.names()
     if not names and (trials := sorted(path.parent.name for path in run_dir.glob("trials/*/config.yaml"))):
         example = run_dir / "trials" / (records.read_status(run_dir).best_trial or trials[0])
-        raise ConfigError(
-            f"{run_dir}: a sweep; name one of its {len(trials)} trials, e.g. {example}", key="source", subject=run_dir
-        )
+        raise _no_net(str(run_dir), f"a sweep; name one of its {len(trials)} trials, e.g. {example}")
     if not names:
         raise CheckpointError(f"{run_dir}: this run has no complete checkpoint yet", key="source", subject=run_dir)
     best = records.read_status(run_dir).best
@@ -149,12 +143,8 @@ def _download(source: str, uri: str, version: Version, destination: Path | None 
         return Path(mlflow.artifacts.download_artifacts(source, dst_path=place, tracking_uri=uri))
     except failures() as error:
         shown = without_secrets(source)
-        raise CheckpointError(
-            f"{version.reference}: its files cannot be downloaded from {shown} ({reason_of(error)})"
-            f"{_lost(version, uri)}",
-            key="source",
-            subject=version.reference,
-        ) from None
+        why = f"its files cannot be downloaded from {shown} ({reason_of(error)})"
+        raise _damaged(version, why + _lost(version, uri)) from None
 
 
 def _lost(version: Version, uri: str) -> str:
@@ -173,22 +163,18 @@ def _check(folder: Path, version: Version) -> None:
         describe(_model_in(folder, version))
     except CheckpointError as error:
         reason = str(error).replace(f"{folder}/", "")
-        raise CheckpointError(
-            f"{version.reference}: its files in the registry are damaged: {reason}",
-            key="source",
-            subject=version.reference,
-        ) from None
+        raise _damaged(version, f"its files in the registry are damaged: {reason}") from None
+
+
+def _damaged(version: Version, why: str, key: str = "source") -> CheckpointError:
+    return CheckpointError(f"{version.reference}: {why}", key=key, subject=version.reference)
 
 
 def _model_in(folder: Path, version: Version) -> Path:
     """The model folder among the artifacts of a version, with the weights that were registered."""
     cards = sorted(folder.glob(f"artifacts/*/{CARD}"))
     if not cards:
-        raise CheckpointError(
-            f"{version.reference}: its files at {folder} are missing, or are not a model of adaptnet",
-            key="source",
-            subject=version.reference,
-        )
+        raise _damaged(version, f"its files at {folder} are missing, or are not a model of adaptnet")
     registered = version.tags.get("adaptnet.weights_sha256")
     try:
         written = json.loads(cards[0].read_text(encoding="utf-8"))["weights"]["sha256"]
@@ -197,9 +183,5 @@ def _model_in(folder: Path, version: Version) -> Path:
             f"{cards[0]}: cannot be read ({type(error).__name__}: {error})", key=CARD, subject=cards[0]
         ) from None
     if registered not in (None, written):
-        raise CheckpointError(
-            f"{version.reference}: the weights at {folder} are not those that were registered",
-            key="weights",
-            subject=version.reference,
-        )
+        raise _damaged(version, f"the weights at {folder} are not those that were registered", "weights")
     return cards[0].parent

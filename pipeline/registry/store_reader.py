@@ -119,6 +119,7 @@ def run(uri: str, run_id: str) -> TrackedRun | None:
 
 
 def is_web(uri: str) -> bool:
+    """Whether the registry is a server rather than a database."""
     return uri.startswith(("http://", "https://"))
 
 

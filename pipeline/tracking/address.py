@@ -90,27 +90,23 @@ def resolve_uri(uri: str | None, run_dir: Path) -> str:
     scheme, colon, rest = uri.partition("://")
     kind = scheme.partition("+")[0].lower()
     if not colon or kind not in (*DATABASES, "http", "https"):
-        raise ConfigError(
-            f"tracking.uri (={without_secrets(uri)}): MLflow tracks to http://HOST:PORT, https://..., sqlite:////abs/path.db"
-            f", {', '.join(f'{name}://...' for name in DATABASES[1:])}, and no longer to folders",
-            key="tracking.uri",
-            subject=without_secrets(uri),
+        databases = ", ".join(f"{name}://..." for name in DATABASES[1:])
+        raise _bad_uri(
+            f"tracking.uri (={without_secrets(uri)}): MLflow tracks to http://HOST:PORT, https://..., "
+            f"sqlite:////abs/path.db, {databases}, and no longer to folders"
         )
     if kind == "sqlite":
         path = rest.removeprefix("/")
         if not rest.startswith("/") or not path:
-            raise ConfigError(
-                f"tracking.uri (={uri}): name a file, as in sqlite:////absolute/path/mlflow.db",
-                key="tracking.uri",
-                subject=uri,
-            )
+            raise _bad_uri(f"tracking.uri (={uri}): name a file, as in sqlite:////absolute/path/mlflow.db")
         return f"{scheme}:///{Path(path).absolute()}"
     if not _host(uri):
-        raise ConfigError(
-            "tracking.uri: this is not an address; write http://HOST:PORT, with %-codes in a password",
-            key="tracking.uri",
-        )
+        raise _bad_uri("tracking.uri: this is not an address; write http://HOST:PORT, with %-codes in a password")
     return uri
+
+
+def _bad_uri(message: str) -> ConfigError:
+    return ConfigError(message, key="tracking.uri")
 
 
 def _host(uri: str) -> str | None:

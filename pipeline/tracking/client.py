@@ -16,6 +16,8 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class RunInfo(Protocol):
+    """What identifies a run, and its state."""
+
     run_id: str
     status: str  # RUNNING, FINISHED, FAILED or KILLED
     lifecycle_stage: str  # active or deleted
@@ -24,6 +26,8 @@ class RunInfo(Protocol):
 
 
 class RunData(Protocol):
+    """What has been logged to a run; of each metric the last value."""
+
     params: Mapping[str, str]
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
@@ -37,6 +41,8 @@ class RunEntity(Protocol):
 
 
 class ExperimentEntity(Protocol):
+    """An experiment as MLflow returns it."""
+
     experiment_id: str
     lifecycle_stage: str
 

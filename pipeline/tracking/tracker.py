@@ -45,7 +45,8 @@ class Progress(Protocol):
     offsets: dict[str, int]
     files: dict[str, JsonValue]
 
-    def save(self) -> None: ...
+    def save(self) -> None:
+        """Stores the progress, if the tracker has a place for it."""
 
 
 @dataclass
