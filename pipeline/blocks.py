@@ -1,4 +1,4 @@
-"""What two families share."""
+"""Building blocks that several families share."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Stem = Literal["imagenet", "cifar"]
 
 @dataclass(frozen=True)
 class Logits:
-    """What a net without choices returns: logits [B, K]."""
+    """The output of a net that makes no choices: logits [B, K]."""
 
     logits: Tensor
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-    """A bias-free convolution that keeps the size at stride 1, and its BatchNorm."""
+    """A convolution without bias that preserves the size at stride 1, and its BatchNorm."""
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     return [convolution, nn.BatchNorm2d(outputs)]
 
 
 def he_fan_out(net: nn.Module) -> None:
-    """Every convolution drawn from N(0, 2 / (k² · C_out)), every BatchNorm2d at weight 1 and bias 0."""
+    """Draws every convolution from N(0, 2 / (k² · C_out)); sets every BatchNorm2d to weight 1 and bias 0."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -35,24 +35,24 @@ def he_fan_out(net: nn.Module) -> None:
 
 
 def per_image(macs: float, images: Tensor) -> Tensor:
-    """The same price for each image: [B] f64."""
+    """The same MACs for each of the images [B, ...]: [B] f64."""
     return torch.full((len(images),), macs, dtype=torch.float64, device=images.device)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether x [B, C, H, W] lies in memory pixel by pixel, and not channel by channel as well."""
+    """Whether the memory format of x [B, C, H, W] is channels_last and not also contiguous."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
-    """The images `rows` [n] of x [B, C, H, W], in x's layout: torch's own selection gives up channels_last."""
+    """The images `rows` [n] of x [B, C, H, W], in x's memory format: torch's own selection loses channels_last."""
     if is_channels_last(x):
         return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
     return x.index_select(0, rows)
 
 
 def put(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """x [B, C, H, W], its images `rows` [n] overwritten by `values` [n, C, H, W]."""
+    """x [B, C, H, W] with the images `rows` [n] overwritten by `values` [n, C, H, W]."""
     if is_channels_last(x):
         return x.permute(0, 2, 3, 1).index_copy_(0, rows, values.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return x.index_copy_(0, rows, values)

@@ -1,7 +1,7 @@
-"""THE SEAM: all that the pipeline knows about one kind of network, and all that a family must give.
+"""The interface of a family: all that the pipeline knows about one kind of network, and all that a family provides.
 
 A family is one value, `FAMILY = Family(...)`, in the package `pipeline.families.<name>`; the package's name is the
-family's name. There is no base class to inherit and nothing to register. Letters: B images, K classes, H×W pixels,
+family's name. There is no base class to inherit from and nothing to register. Letters: B images, K classes, H×W pixels,
 n a family's own count (gates, exits, levels).
 """
 
@@ -31,29 +31,32 @@ REPORT_FORMAT = 2  # format 1 had no format number, no kind and no settings
 
 
 class FamilyConfig(Config):
-    """The keys under `family:`; each family extends it and fixes `name` with a Literal."""
+    """The keys under `family:`; each family extends it and declares `name` as a Literal."""
 
     name: str
 
 
 class Output(Protocol):
-    """What a net returns: a dataclass with named tensors, `logits` [B, K] among them."""
+    """What a net returns: a dataclass with named tensors, one of which is `logits` [B, K]."""
 
     @property
     def logits(self) -> Tensor: ...
 
 
 class Net(Protocol):
-    """What the pipeline asks of a family's nn.Module.
+    """What the pipeline requires of a family's nn.Module."""
 
-    `forward(images, noise=None)` takes images [B, 3, H, W], normalised, and returns an `Output`. `noise` is what
-    `draw_noise(B)` gives, a tensor whose first dimension is B, or None: then the net draws its own from torch's
-    default generator, which training re-seeds at each micro-step. `draw_noise` returns None where nothing is random.
-    """
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Output:
+        """images [B, 3, H, W], normalised; noise as from `draw_noise(B)`.
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Output: ...
+        In training without `noise` the net draws its own from torch's default generator, which training seeds at each
+        micro-step.
+        """
+        ...
 
-    def draw_noise(self, num_images: int) -> Tensor | None: ...
+    def draw_noise(self, num_images: int) -> Tensor | None:
+        """A tensor whose first dimension is num_images; None if nothing in the net is random."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Params:
-    """Parameters that share a treatment: the learning rate is multiplied by lr_factor, weight decay may be off.
+    """Parameters with common settings: the learning rate is multiplied by lr_factor; decay applies weight decay.
 
-    `outside_ddp` is for a few scalars that shape the net, with an optimizer to themselves: they stay out of DDP, their
-    update runs in fp32, takes gradients of them alone and averages these over the ranks as one vector.
+    outside_ddp is for a few scalars that shape the net and have their own optimizer. They are not part of DDP: their
+    update runs in fp32, computes only their gradients and averages these over the ranks as one vector.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -165,14 +168,14 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]  # key: its (step, value), st
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A trained net with one stored evaluation: what is compared, chosen from and drawn.
+    """A trained net with one stored evaluation, to be compared, chosen from and drawn.
 
-    name is unique among those that are shown together. details(policy) gives the arrays by image that were stored
-    with it (rows of the split, labels, predicted, rank_of_truth, confidence, macs, facts.<name>, each [N] or [N, n]),
-    None where only the reports are at hand. curves() gives what training logged; empty where the run's folder is not
-    at hand. attacked holds evaluations of the same net on the same images under attack, by the attack's name; swept
-    those at lower resolutions by the sweep's name, in which a policy is called NAME@SIDEpx.
-    superclasses {name: classes} groups the classes where the user gave a grouping.
+    name is unique among the nets that are shown together. details(policy) returns the stored arrays by image (rows of
+    the split, labels, predicted, rank_of_truth, confidence, macs, facts.<name>, each [N] or [N, n]), or None if only
+    the reports are available. curves() returns what training logged; it is empty without the run's folder. attacked
+    holds evaluations of the same net on the same images under attack, by the attack's name; swept holds those at lower
+    resolutions, by the sweep's name, whose policies have kind "resized". superclasses {name: classes} groups the
+    classes if the user gave a grouping.
     """
 
     name: str
@@ -212,15 +215,15 @@ class Policy(Protocol):
         ...
 
     def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Policy:
-        """This policy fitted on held-out (images [B,3,H,W], labels [B]); itself where there is nothing to fit.
+        """The policy fitted on held-out batches (images [B, 3, H, W], labels [B]); itself if there is nothing to fit.
 
-        `batches` may be walked again and holds this rank's share; the same object comes to each policy of a net.
+        `batches` holds this rank's share and can be iterated again; each policy of a net gets the same object.
         Collective.
         """
         ...
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
-        """Runs a net that is in eval mode, without gradient, on images [B, 3, H, W]; needless work is not done.
+        """Runs a net that is in eval mode, without gradients, on images [B, 3, H, W], skipping unneeded work.
 
         The caller sets eval mode and no_grad or inference_mode, once for all batches.
         """
@@ -229,24 +232,24 @@ class Policy(Protocol):
 
 @runtime_checkable
 class Fitted(Policy, Protocol):
-    """A policy whose calibration is kept with the trained net, e.g. RANet's thresholds."""
+    """A policy whose calibration is stored with the trained net, e.g. RANet's thresholds."""
 
     def check(self, net: nn.Module, images: Tensor) -> None:
-        """Raises ConfigError where no calibration can make it work on images [1, 3, H, W] of this size."""
+        """Raises ConfigError if no calibration can make the policy work on images [1, 3, H, W] of this size."""
         ...
 
-    def state(self) -> Mapping[str, Any]:
-        """What calibration found, as plain values that JSON can hold; {} before it."""
+    def state(self) -> Mapping[str, JsonValue]:
+        """The result of calibration as JSON values; {} before it."""
         ...
 
     def restored(self, state: Mapping[str, Any]) -> Policy:
-        """This policy with what `state` gave, calibration done."""
+        """The calibrated policy with a state that `state` returned."""
         ...
 
 
 @dataclass(frozen=True)
 class MeasuresOnce:
-    """A base class of policies that keeps what they measure, e.g. the MACs for images of one shape."""
+    """A base class of policies that measure something once, e.g. the MACs for images of one shape."""
 
     _measured: dict[Hashable, object] = field(default_factory=dict, init=False, compare=False, repr=False)
 
@@ -343,9 +346,9 @@ class Family:
 
 
 def load(net: nn.Module, tensors: Mapping[str, Tensor], keep: Callable[[str], bool] = lambda name: False) -> list[str]:
-    """Loads `tensors` into `net` by name, all of them; only names that `keep` allows may be absent, and are returned.
+    """Loads all `tensors` into `net` by name; only names that `keep` allows may be missing, and these are returned.
 
-    Nothing is loaded where it raises: ConfigError, listing what is missing, left over or of another shape.
+    Raises ConfigError, listing what is missing, unused or of another shape; then nothing is loaded.
     """
     own = net.state_dict()
     absent = [name for name in own if name not in tensors]
@@ -358,9 +361,11 @@ def load(net: nn.Module, tensors: Mapping[str, Tensor], keep: Callable[[str], bo
             if name in tensors and tensors[name].shape != value.shape
         ],
     }
-    found = [f"{kind}: {_some(entries)}" for kind, entries in problems.items() if entries]
-    if found:
-        raise ConfigError(f"these weights do not fit the net: {'; '.join(found)}")
+    listed = [f"{kind}: {_some(entries)}" for kind, entries in problems.items() if entries]
+    if listed:
+        raise ConfigError(
+            f"these weights do not fit the net: {'; '.join(listed)}", key="weights", subject="; ".join(listed)
+        )
     net.load_state_dict(dict(tensors), strict=False)
     return [name for name in absent if keep(name)]
 
@@ -376,16 +381,18 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def names() -> list[str]:
-    """The families there are: the packages of `pipeline.families`."""
+    """The names of all families: the packages of `pipeline.families`."""
     return sorted(m.name for m in pkgutil.iter_modules(_families().__path__) if m.ispkg)
 
 
 def find(name: str) -> Family:
-    """The family called `name`. Raises ConfigError naming the known ones."""
+    """The family with this name. Raises ConfigError naming the known ones."""
     if name not in names():
         close = get_close_matches(name, names(), 1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"family.name (={name}): no such family; known: {', '.join(names())}{hint}")
+        raise ConfigError(
+            f"family.name (={name}): no such family; known: {', '.join(names())}{hint}", key="family.name", subject=name
+        )
     family: Family = importlib.import_module(f"pipeline.families.{name}").FAMILY
     return family
 

@@ -1,9 +1,10 @@
-"""The keys of ARRN under `family:`, and the sizes there are.
+"""The keys of ARRN under `family:`, and the named sizes.
 
-Letters: N residuals, so N+1 resolutions R_0 > ... > R_N; residual n works at R_n and hands over at R_{n+1}.
+Letters: N residuals, so N+1 resolutions R_0 > ... > R_N; residual n runs at R_n and its output is at R_{n+1}.
 Source: Demeule et al., arXiv 2412.06195. The paper's widths, depths and dropout probabilities are not public, so the
-sizes are ours: the small ones within its range of 5-20 M parameters, those for ImageNet beside EfficientNetV2-S (S,
-S-steep), ResNet-50 (M) and below (T). S-steep has its work at the high resolutions, where skipping saves it.
+sizes are ours. The small ones are within its range of 5-20 M parameters. Those for ImageNet are comparable to
+EfficientNetV2-S (S, S-steep), to ResNet-50 (M) and smaller (T). S-steep spends most of its MACs at the high
+resolutions, where skipping saves them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pipeline.families.arrn.filters import Filter
 from pipeline.family import FamilyConfig
 
 Side = Annotated[int, Field(ge=2)]
-Width = Annotated[int, Field(ge=3)]  # the three colours must fit, or growing could not keep the function
+Width = Annotated[int, Field(ge=3)]  # at least the 3 colour channels, or growing could not preserve the function
 Layers = Annotated[str, Field(pattern=r"^[FM][1-9]\d*x[1-9]\d*$")]  # "F2x3": 3 Fused-MBConv (M: MBConv), expansion 2
 Probability = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -28,7 +29,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True)
 class LadderPlan:
-    """ladder, widths [N+1]; inner [N], the layers inside each residual; final, those of the ordinary last stage."""
+    """What a net is built from: ladder, widths [N+1]; inner [N], layers of each residual; final, of the last stage."""
 
     ladder: tuple[int, ...]
     widths: tuple[int, ...]
@@ -51,25 +52,27 @@ SIZES = {
 
 
 class ArrnConfig(FamilyConfig):
-    """A size, or a ladder of one's own: then ladder_px, widths, inner and final are all given.
+    """A named size, or a custom ladder: then ladder_px, widths, inner and final must all be given.
 
-    Images of other sizes are taken too: the shorter side counts, and an image enters at the lowest resolution of the
-    ladder that is not below its own.
+    Images of any size are accepted. Their shorter side counts: an image enters at the lowest resolution of the ladder
+    that is not below it.
     """
 
     name: Literal["arrn"] = "arrn"
     size: Literal["T", "S", "S-steep", "M", "cifar", "tiny-imagenet", "stl10"] = "cifar"
-    ladder_px: tuple[Side, ...] = ()  # R_0 > ... > R_N; empty: the size's, as for the next three
+    ladder_px: tuple[Side, ...] = ()  # R_0 > ... > R_N; empty: that of `size`; so for the next three
     widths: tuple[Width, ...] = ()  # channels at each resolution
     inner: tuple[Layers, ...] = ()  # of each residual, e.g. F2x1
     final: Layers | None = None
     head_width: Annotated[int, Field(ge=1)] = 1280
-    finest_px: int | None = None  # leaves out the residuals above this resolution: the sub-network to grow from
-    filters: Filter | tuple[Filter, ...] = "dct"  # the paper's is kaiser, which skips less exactly; a list: by residual
+    finest_px: int | None = None  # omits the residuals above this resolution: the sub-network to grow from
+    filters: Filter | tuple[Filter, ...] = (
+        "dct"  # the paper's is kaiser, whose skipping is less exact; a list: by residual
+    )
     residual_gain: Weight = 0.1  # initial weight of the last norm of each block inside a residual
-    drop: Probability | tuple[Probability, ...] | None = None  # p_n: of dropping residual n where all above are dropped
+    drop: Probability | tuple[Probability, ...] | None = None  # p_n: of dropping residual n if all above it are dropped
     level_weights: tuple[Weight, ...] = ()  # instead of `drop`: shares of images that enter at R_0, R_1, ...
-    resolutions_px: tuple[Side, ...] = ()  # evaluated besides the finest, on the ladder or not; empty: the ladder's
+    resolutions_px: tuple[Side, ...] = ()  # evaluated in addition to the finest; empty: the ladder's
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
@@ -91,7 +94,7 @@ class ArrnConfig(FamilyConfig):
         given = {"ladder_px": self.ladder_px, "widths": self.widths, "inner": self.inner}
         missing = [key for key, value in {**given, "final": self.final}.items() if not value]
         if self.ladder_px and missing:
-            raise ValueError(f"a ladder of one's own needs {', '.join(missing)} as well")
+            raise ValueError(f"a custom ladder needs {', '.join(missing)} as well")
         if not self.ladder_px:
             self._fits("widths", self.widths, len(SIZES[self.size].widths))
             self._fits("inner", self.inner, len(SIZES[self.size].inner))
@@ -114,7 +117,7 @@ class ArrnConfig(FamilyConfig):
 
     def _finest(self) -> None:
         if self.finest_px is not None and self.finest_px not in self._whole.ladder:
-            raise ValueError(f"finest_px (={self.finest_px}) is none of the ladder's: {list(self._whole.ladder)}")
+            raise ValueError(f"finest_px (={self.finest_px}) is not on the ladder {list(self._whole.ladder)}")
 
     def _filters(self) -> None:
         if isinstance(self.filters, tuple):
@@ -123,13 +126,15 @@ class ArrnConfig(FamilyConfig):
     def _dropout(self) -> None:
         count = len(self.plan.inner)
         if self.drop is not None and self.level_weights:
-            raise ValueError("drop and level_weights say the same: give one of them (level_weights: [] clears that)")
+            raise ValueError(
+                "drop and level_weights both set the dropout: give one of them (level_weights: [] clears the other)"
+            )
         if isinstance(self.drop, tuple) and len(self.drop) != count:
             raise ValueError(f"drop has {len(self.drop)} entries, the net has {count} residuals")
         if len(self.level_weights) > count + 1:
             raise ValueError(f"level_weights has {len(self.level_weights)} entries, the net {count + 1} resolutions")
         if self.level_weights and not sum(self.level_weights):
-            raise ValueError("level_weights are all 0: some image must enter somewhere")
+            raise ValueError("level_weights are all 0: at least one must be positive")
 
     def _resolutions(self) -> None:
         ladder = self.plan.ladder
@@ -137,7 +142,7 @@ class ArrnConfig(FamilyConfig):
         if wrong or len(set(self.resolutions_px)) < len(self.resolutions_px):
             raise ValueError(
                 f"resolutions_px (={list(self.resolutions_px)}): each once, below the finest ({ladder[0]} px) and "
-                f"not below the net's least ({ladder[-1]} px)"
+                f"not below the coarsest ({ladder[-1]} px)"
             )
 
     @property
@@ -156,23 +161,24 @@ class ArrnConfig(FamilyConfig):
 
     @property
     def plan(self) -> LadderPlan:
-        """What is built: the whole ladder, or the part of it from finest_px on."""
+        """What is built: the whole ladder, or its part from finest_px downwards."""
         whole, start = self._whole, self._left_out
         return LadderPlan(whole.ladder[start:], whole.widths[start:], whole.inner[start:], whole.final)
 
     @property
     def kinds(self) -> tuple[Filter, ...]:
-        """The filter of each residual that is built, [N]; one where there is none, to resize images with."""
+        """The filter of each residual that is built, [N]; a single one, for resizing images, if N is 0."""
         if isinstance(self.filters, tuple):
             return self.filters[self._left_out :] or self.filters[-1:]
         return (self.filters,) * max(1, len(self.plan.inner))
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """p_n, [N]: residual n is dropped with this probability where all residuals above it are.
+        """p_n, [N]: the probability that residual n is dropped, given that all residuals above it are dropped.
 
-        Of a level law: p_n = 1 - pi_n / sum of pi_m over m >= n. By default half of the images enter at R_0, the others
-        evenly at the resolutions that residuals work at. The paper's p_n are not public.
+        From the shares pi_n of images that enter at R_n: p_n = 1 - pi_n / sum of pi_m over m >= n. By default half of
+        the images enter at R_0 and the others evenly at the resolutions of the other residuals. The paper's p_n are
+        not public.
         """
         count = len(self.plan.inner)
         if self.drop is not None:

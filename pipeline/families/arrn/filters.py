@@ -1,14 +1,14 @@
-"""The pair of filters of a Laplacian residual: D low-passes and samples at a lower resolution, U interpolates back.
+"""The pair of filters of a Laplacian residual: D low-passes and downsamples, U interpolates back.
 
-Both act on each axis alone: X -> M X Mᵀ. Letters: B images, C channels, H×W and h×w pixels, N fine and M coarse
+Both are separable: X -> M X Mᵀ. Letters: B images, C channels, H×W and h×w pixels, N fine and M coarse
 samples of an axis. Skipping is exact for a pair with D·U = I, D·1 = 1 and U·1 = 1; `dct` and `box` are such pairs.
-Source: Demeule et al., arXiv 2412.06195; the Kaiser filter (6 zero crossings, beta 14.77) is its experiments'.
+Source: Demeule et al., arXiv 2412.06195; its experiments use the Kaiser filter (6 zero crossings, beta 14.77).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,18 +21,18 @@ from pipeline.blocks import is_channels_last
 Filter = Literal["dct", "box", "kaiser"]
 Matrix = NDArray[np.float64]
 ZERO_CROSSINGS, BETA, ROLLOFF = 6, 14.769656459379492, 0.99
-FEW_CHANNELS = 8  # below, a product over the channels' axis is slower than a copy in the other layout
+FEW_CHANNELS = 8  # with fewer, a product along the channel axis is slower than a copy to the other layout
 
 
 class FilterPair:
-    """D and U of one kind between any two sizes, in fp32 (fp64 for fp64) also under autocast. Matrices are kept."""
+    """D and U of one kind between any two sizes, in fp32 (fp64 for fp64 input) also under autocast. Caches matrices."""
 
     def __init__(self, kind: Filter) -> None:
         self.kind: Filter = kind
-        self._kept: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+        self._cache: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
 
     def resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """x [B, C, H, W] at `size`: by D where that is smaller, by U where it is larger; both axes go the same way."""
+        """x [B, C, H, W] resized to `size`: by D if that is smaller, by U if larger; both axes must agree."""
         with torch.autocast(x.device.type, enabled=False):
             x = x if x.dtype == torch.float64 else x.float()
             if size == tuple(x.shape[-2:]):
@@ -59,16 +59,16 @@ class FilterPair:
     def _matrix(self, like: Tensor, old: int, new: int) -> Tensor:
         """The matrix [new, old] of one axis."""
         key = (old, new, like.dtype, like.device)
-        if key in self._kept:
-            return self._kept[key]
-        with torch.inference_mode(False):  # a later training step may need it
+        if key in self._cache:
+            return self._cache[key]
+        with torch.inference_mode(False):  # the matrix may be used in a later training step
             made = torch.from_numpy(matrix(self.kind, old, new)).to(like.device, like.dtype)
-        if type(made) is Tensor:  # not a stand-in of a tracer
-            self._kept[key] = made
+        if type(made) is Tensor:  # not a tracer's fake tensor
+            self._cache[key] = made
         return made
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"kind": self.kind, "_kept": {}}
+    def __getstate__(self) -> dict[str, object]:
+        return {"kind": self.kind, "_cache": {}}
 
 
 def _whole(x: Tensor, size: tuple[int, int]) -> bool:
@@ -76,14 +76,14 @@ def _whole(x: Tensor, size: tuple[int, int]) -> bool:
 
 
 def matrix(kind: Filter, old: int, new: int) -> Matrix:
-    """The filter from `old` to `new` samples of an axis, [new, old] f64; samples lie in the middle of their pixels.
+    """The filter from `old` to `new` samples of an axis, [new, old] f64, with samples at pixel centres.
 
     Every row sums to 1.
 
-    dct: the lowest frequencies of the cosine transform are kept, exact for any two sizes.
-    box: a fine sample belongs to the coarse one that it lies in; D is their mean, U their repetition.
-    kaiser: a windowed sinc over symmetric borders, rows divided by their sums; only nearly exact. torchaudio's
-    defaults, which have the paper's zero crossings and beta; its zero padding would break D·1 = 1.
+    dct: keeps the lowest frequencies of the cosine transform; skipping is exact for any two sizes.
+    box: each fine sample belongs to the coarse sample that contains it; D takes their mean, U repeats it.
+    kaiser: a windowed sinc over mirrored borders, with normalised rows; skipping is only nearly exact. These are
+    torchaudio's defaults, which have the paper's zero crossings and beta; its zero padding would break D·1 = 1.
     """
     if kind == "dct":
         few = min(old, new)

@@ -1,6 +1,6 @@
-"""Ladders made longer and shorter without changing the function: train a small sub-network, then put residuals on top.
+"""Longer and shorter ladders with the same function: train a small sub-network, then add residuals on top.
 
-Letters: k residuals that one net has and the other has not, C channels.
+Letters: k residuals that only the larger net has, C channels.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ PART = "residuals."
 
 
 def load_pretrained(config: ArrnConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
-    """Fills a fresh net from one of ours whose ladder is as long, or begins k resolutions lower.
+    """Fills a fresh net from an ARRN whose ladder is as long, or starts k resolutions lower.
 
-    In the second case the k new residuals add nothing at first, and the linear map below them is set so that it and
-    those above it give what the smaller net's stem gave: net(x) = smaller(D...D x). Returns the names that keep their
-    initial values. Raises ConfigError for weights of another net, and where a first weight does not fit the smaller
-    stem's place.
+    In the second case the k new residuals add nothing at first, and the linear map below them is set so that all
+    linear maps down to it equal the smaller net's stem: net(x) = smaller(D...D x). Returns the names that keep their
+    initial values. Raises ConfigError for weights of another net, and if the stem's weights have another shape.
     """
     assert isinstance(net, Arrn)
     count = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith(PART)), default=-1)
@@ -32,13 +31,15 @@ def load_pretrained(config: ArrnConfig, net: nn.Module, tensors: Mapping[str, Te
     if k < 0:
         raise ConfigError(
             f"these weights have {count} residuals, the net has {len(net.residuals)}: a net takes weights of its own "
-            "ladder or of a shorter one; give it the longer ladder (family.ladder_px, or finest_px left out)"
+            "ladder or of a shorter one; give it the longer ladder (family.ladder_px, or omit finest_px)",
+            key="weights",
+            subject=count,
         )
     if k == 0:
         return load(net, tensors)
     moved = {_shifted(name, k): value for name, value in tensors.items()}
     stem = _stem(net, moved, k)
-    left = load(net, moved, lambda name: name.startswith("stem.") or _number(name) in range(k))
+    initial = load(net, moved, lambda name: name.startswith("stem.") or _number(name) in range(k))
     names = {id(value): name for name, value in net.named_parameters()}
     changed = {f"{PART}{k - 1}.project.weight", f"{PART}{k - 1}.project.bias"}
     with torch.no_grad():
@@ -48,7 +49,7 @@ def load_pretrained(config: ArrnConfig, net: nn.Module, tensors: Mapping[str, Te
             for weight in residual.inner.gains:
                 weight.zero_()
                 changed.add(names[id(weight)])
-    return [name for name in left if name not in changed]
+    return [name for name in initial if name not in changed]
 
 
 def _shifted(name: str, k: int) -> str:
@@ -63,23 +64,25 @@ def _number(name: str) -> int:
 
 
 def _stem(net: Arrn, tensors: dict[str, Tensor], k: int) -> Affine:
-    """The smaller net's stem, taken out of its tensors."""
+    """The smaller net's stem, removed from its tensors."""
     last = net.residuals[k - 1]
     assert isinstance(last, Residual)
     wanted = {"stem.weight": (last.project.out_channels, 3, 1, 1), "stem.bias": (last.project.out_channels,)}
     for name, shape in wanted.items():
-        found = tuple(tensors[name].shape) if name in tensors else "nothing"
-        if found != shape:
+        given = tuple(tensors[name].shape) if name in tensors else "nothing"
+        if given != shape:
             raise ConfigError(
-                f"these weights do not fit the net: {name} of a ladder {k} shorter would be {shape}, found {found}"
+                f"these weights do not fit the net: {name} of a ladder {k} shorter would be {shape}, found {given}",
+                key="weights",
+                subject=name,
             )
     return Affine(tensors.pop("stem.weight").flatten(1), tensors.pop("stem.bias"))
 
 
 def _take_over(net: Arrn, stem: Affine, k: int) -> None:
-    """Sets A_{k-1} so that the linear maps down to it are `stem`, nearest to its initial weights.
+    """Sets A_{k-1}, as close as possible to its initial weights, so that the linear maps down to it equal `stem`.
 
-    With V [C, 3] the maps above it, A + (W - A V) V⁺ is that, as V has its three columns independent.
+    With V [C, 3] the maps above it, A + (W - A V) V⁺ is the solution, because the three columns of V are independent.
     """
     above = _chain(net, k - 1)
     last = net.residuals[k - 1]
@@ -91,27 +94,31 @@ def _take_over(net: Arrn, stem: Affine, k: int) -> None:
 
 
 def _chain(net: Arrn, k: int) -> Affine:
-    """The stem and the first k linear maps, as one."""
-    found = affine(net.stem)
+    """The stem and the first k linear maps, composed."""
+    chain = affine(net.stem)
     for residual in net.residuals[:k]:
         assert isinstance(residual, Residual)
-        found = found.then(residual.project)
-    return found
+        chain = chain.then(residual.project)
+    return chain
 
 
 def cut(config: ArrnConfig, net: Arrn, finest_px: int) -> tuple[ArrnConfig, Arrn]:
-    """The sub-network that images of finest_px, a resolution of the ladder, run, as a net of its own without dropout.
+    """The sub-network that images of finest_px run, as a net without dropout; finest_px is on the ladder.
 
-    Its stem is that of the whole net and the linear maps of the residuals left out, as one. Raises ConfigError for a
+    Its stem is the whole net's stem composed with the linear maps of the omitted residuals. Raises ConfigError for a
     resolution that is not on the ladder.
     """
     if finest_px not in net.ladder:
-        raise ConfigError(f"a net cut at {finest_px} px: the ladder has {list(net.ladder)}")
+        raise ConfigError(
+            f"finest_px (={finest_px}) is not on the ladder {list(net.ladder)}",
+            key="family.finest_px",
+            subject=finest_px,
+        )
     k = net.ladder.index(finest_px)
     smaller = config.model_copy(update={"finest_px": finest_px, "drop": 0.0, "level_weights": (), "resolutions_px": ()})
-    found = Arrn(smaller, net.fc.out_features).to(net.fc.weight.device, net.fc.weight.dtype)
+    subnetwork = Arrn(smaller, net.fc.out_features).to(net.fc.weight.device, net.fc.weight.dtype)
     tensors = {_shifted(name, -k): value for name, value in net.state_dict().items() if _number(name) not in range(k)}
     stem = _chain(net, k)
     tensors |= {"stem.weight": stem.weight.detach()[:, :, None, None], "stem.bias": stem.bias.detach()}
-    load(found, tensors)
-    return smaller, found.train(net.training)
+    load(subnetwork, tensors)
+    return smaller, subnetwork.train(net.training)

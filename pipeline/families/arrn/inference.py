@@ -1,8 +1,8 @@
-"""Policies of an adaptive-resolution net: one per resolution, skipping residuals, and the paper's comparison.
+"""Policies of an adaptive-resolution net: at each resolution with residuals skipped, and with all of them run.
 
-`112px` reduces the images to 112 pixels and runs what such images need; `full-112px` reduces them as well, brings them
-back to the finest resolution and runs everything, as a net that cannot adapt has to. With the DCT and box filters both
-give the same logits.
+`112px` reduces the images to 112 pixels and runs the residuals that such images need. `full-112px` reduces them too,
+enlarges them to the finest resolution and runs all residuals, as a net that cannot adapt must; this is the paper's
+comparison. With the DCT and box filters both give the same logits.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pipeline.family import FixedPolicy, Prediction, Settings
 
 @dataclass(frozen=True)
 class ArrnResolution(FixedPolicy):
-    """The net on images of at most side_px on their shorter side, and back at its finest resolution if `full`.
+    """The net on images whose shorter side is at most side_px, enlarged to its finest resolution if `full`.
 
-    Larger images are reduced by the net's own filters, which is part of the price; smaller ones stay as they are.
+    Larger images are reduced by the net's own filters, whose MACs count; smaller ones are not resized.
     """
 
     side_px: int
@@ -49,11 +49,12 @@ class ArrnResolution(FixedPolicy):
         return Prediction(output.logits.float(), per_image(macs, images), {"residuals": ran})
 
     def run(self, net: Arrn, images: Tensor) -> ArrnOutput:
+        """The net's output for images [B, 3, H, W], resized first."""
         output: ArrnOutput = net(self.sized(net, images))
         return output
 
     def sized(self, net: Arrn, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] as the net gets them."""
+        """images [B, 3, H, W] resized to what the net is given."""
         if min(images.shape[-2:]) > self.side_px:
             images = net.at_side(images, self.side_px)
         if self.full and net.level(images) > 0:
@@ -62,7 +63,7 @@ class ArrnResolution(FixedPolicy):
 
 
 class _Under(nn.Module):
-    """A net that is run under a policy, to be measured."""
+    """A net run under a policy, for counting MACs."""
 
     def __init__(self, policy: ArrnResolution, net: Arrn) -> None:
         super().__init__()
@@ -73,6 +74,6 @@ class _Under(nn.Module):
 
 
 def policies(config: ArrnConfig, net: nn.Module) -> Sequence[ArrnResolution]:
-    """The finest resolution first, then each lower one with residuals skipped and with all of them run."""
+    """The finest resolution first, then each lower one with residuals skipped and with all residuals run."""
     lower = [ArrnResolution(side, full) for side in config.evaluated_px for full in (False, True)]
     return [ArrnResolution(config.plan.ladder[0]), *lower]

@@ -1,7 +1,8 @@
-"""The layers inside a Laplacian residual and of the final stage: Fused-MBConv and MBConv, as in EfficientNetV2.
+"""The layers of a Laplacian residual and of the final stage: Fused-MBConv and MBConv, as in EfficientNetV2.
 
-A residual's layers must turn a constant image into a constant one, or skipping is not exact: convolutions repeat the
-border instead of padding with zeros, and only BatchNorm normalises. Letters: B images, C channels, e expansion.
+A residual's layers must map a constant image to a constant one, or skipping is not exact. Convolutions therefore
+repeat the border instead of padding with zeros, and BatchNorm is the only normalisation.
+Letters: B images, C channels, e expansion.
 Source: Tan & Le, ICML 2021 (arXiv 2104.00298) for the blocks; arXiv 2412.06195 for the property.
 """
 
@@ -21,11 +22,11 @@ Border = Literal["replicate", "zeros"]
 
 
 class ConvNorm(nn.Module):
-    """A convolution and its BatchNorm, whose training statistics are of the first `counted` rows alone.
+    """A convolution and its BatchNorm, whose training statistics are computed over the first `counted` rows only.
 
-    The other rows are normalised by the running statistics. SyncBatchNorm counts all rows: each of its ranks must
-    have some, or the others' statistics would wait for ever. In inference the norm is folded into the convolution, for
-    each call anew, where the output has more values than there are weights: it is then written once and not read again.
+    The other rows are normalised by the running statistics. SyncBatchNorm counts all rows: every rank must contribute
+    some, or the other ranks would wait forever. In inference the norm is folded into the convolution at each call if
+    the output has at least as many values as there are weights: the output is then written once and not read again.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, border: Border, groups: int = 1) -> None:
@@ -48,7 +49,7 @@ class ConvNorm(nn.Module):
         return torch.cat([bn(x[:counted]), rest]) if counted else rest
 
     def _folds(self, x: Tensor) -> bool:
-        """An exported graph is for any number of images, so it keeps both layers; who hooks them finds them as well."""
+        """False for an exported graph, which is for any number of images, and if a hook needs the layers themselves."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if has_forward_hooks(self.conv) or not isinstance(self.norm, nn.BatchNorm2d | nn.SyncBatchNorm):
@@ -77,6 +78,7 @@ class Fused(nn.Module):
 
     @property
     def last(self) -> ConvNorm:
+        """The layer whose norm scales the block's output."""
         return self.expand if self.reduce is None else self.reduce
 
     def forward(self, x: Tensor, counted: int) -> Tensor:
@@ -109,7 +111,7 @@ class MBConv(nn.Module):
 
 
 def _silu(fresh: Tensor) -> Tensor:
-    """In place where no gradient needs the argument, which nothing else may hold: what a cache has is used again."""
+    """SiLU, in place if no gradient needs the argument; nothing else may hold it. This reuses memory in the cache."""
     return F.silu(fresh, inplace=not torch.is_grad_enabled())
 
 
@@ -118,14 +120,14 @@ def _sum(fresh: Tensor, x: Tensor) -> Tensor:
 
 
 def _of_pixel(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution of one pixel, x [B, C], as a matrix product: on a CPU it takes half to 3/4 of the time."""
+    """A 1x1 convolution of one pixel, x [B, C], as a matrix product; takes 1/2 to 3/4 of the time on a CPU."""
     return F.linear(x, layer.weight.flatten(1), layer.bias)
 
 
 class Stack(nn.Module):
-    """The blocks that `layers` names, e.g. "F4x2": two Fused-MBConv (M: MBConv) of expansion 4.
+    """The blocks given by `layers`, e.g. "F4x2": two Fused-MBConv (M: MBConv) of expansion 4.
 
-    first_skip: whether the first block adds its input as well; the later ones do.
+    first_skip: whether the first block adds its input; the later ones always do.
     """
 
     def __init__(self, layers: str, channels: int, border: Border, first_skip: bool) -> None:
@@ -142,7 +144,7 @@ class Stack(nn.Module):
         return [block.last.norm.weight for block in self.blocks if isinstance(block, Fused | MBConv)]
 
     def forward(self, x: Tensor, counted: int) -> Tensor:
-        """x [B, C, H, W] -> the same shape; counted as in ConvNorm."""
+        """x [B, C, H, W] -> the same shape; `counted` as in ConvNorm."""
         for block in self.blocks:
             x = block(x, counted)
         return x

@@ -1,13 +1,14 @@
-"""Adaptive-resolution residual networks: a chain of Laplacian residuals, of which low-resolution images skip the first.
+"""Adaptive-resolution residual networks: a chain of Laplacian residuals; low-resolution images skip the first ones.
 
-A residual adds to an image's low-pass what its layers make of the rest, low-passed and without its mean:
-r_{n+1} = A_n(D r_n + D b_n(r_n - U D r_n) - mean). An image of lower resolution has no rest, b_n(0) is constant and so
-adds nothing: the residual need not run, and what remains is the linear map A_n.
-Letters: B images, C_n channels, K classes, N residuals; x images of 3 channels, r signals that have entered the chain.
-Source: Demeule et al., arXiv 2412.06195, reconstructed from its poster and reviews, for neither code nor equations
-are public. Ours: one linear map per border of resolutions; the filters' default (DCT, with which skipping is exact);
-layers that repeat the border; linear maps that keep the variance at the start; an ordinary stage at R_N before the
-pooling, without which the head would see the mean colour alone, as every residual's mean is 0.
+A residual adds to the low-pass of its input what its layers compute from the rest, low-passed and with its mean
+removed: r_{n+1} = A_n(D r_n + D b_n(r_n - U D r_n) - mean). For an image of lower resolution the rest is 0, b_n(0) is
+constant and adds nothing: the residual need not run, and only the linear map A_n remains.
+Letters: B images, C_n channels, K classes, N residuals; x images of 3 channels, r signals inside the chain.
+Source: Demeule et al., arXiv 2412.06195, reconstructed from its poster and reviews, because neither code nor equations
+are public. These choices are ours: one linear map between any two resolutions; DCT filters by default, with which
+skipping is exact; layers that repeat the border; linear maps that preserve the variance at initialisation; an ordinary
+stage at R_N before the pooling. Without that stage the head would see only the mean colour, as every residual's mean
+is 0.
 """
 
 from __future__ import annotations
@@ -25,31 +26,33 @@ from pipeline.families.arrn.config import ArrnConfig
 from pipeline.families.arrn.filters import FilterPair
 from pipeline.families.arrn.inner import Stack
 
-LEAST_ROWS = 2  # that each residual runs in training, so that no parameter is without a gradient on some rank
+LEAST_ROWS = 2  # that each residual runs in training, so that every parameter has a gradient on every rank
 
 
 @dataclass(frozen=True)
 class ArrnOutput:
-    """logits [B, K]; levels [B] i64: how many residuals each image skipped."""
+    """logits [B, K]; levels [B] i64: the number of residuals that each image skipped."""
 
     logits: Tensor
     levels: Tensor
 
 
 def build(config: ArrnConfig, num_classes: int) -> Arrn:
+    """The net on CPU, its weights drawn from torch's default generator."""
     return Arrn(config, num_classes)
 
 
 class Affine(NamedTuple):
-    """A map of channels: weight [C', C], bias [C']."""
+    """An affine map of channels: weight [C', C], bias [C']."""
 
     weight: Tensor
     bias: Tensor
 
     def then(self, layer: nn.Conv2d) -> Affine:
-        """This map and then a 1x1 convolution, as one.
+        """This map followed by a 1x1 convolution, as one map.
 
-        By sums of products, not by a matrix product: a batch pays once, and the price of an image has no part of it.
+        Uses sums of products instead of a matrix product, which the MAC counter would add to the cost of an image: the
+        composition happens once for a batch.
         """
         assert layer.bias is not None
         outer = layer.weight.flatten(1)
@@ -59,7 +62,7 @@ class Affine(NamedTuple):
         return self._apply(x, self.bias)
 
     def linear(self, x: Tensor) -> Tensor:
-        """Without the bias."""
+        """The map without its bias."""
         return self._apply(x, None)
 
     def _apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,6 +71,7 @@ class Affine(NamedTuple):
 
 
 def affine(layer: nn.Conv2d) -> Affine:
+    """A 1x1 convolution as a map of channels."""
     assert layer.bias is not None
     return Affine(layer.weight.flatten(1), layer.bias)
 
@@ -86,16 +90,16 @@ class Residual(nn.Module):
             nn.init.constant_(weight, gain)
 
     def forward(self, low: Tensor, rest: Tensor, kept: int) -> tuple[Tensor, Tensor | None]:
-        """The next signal, of low [b, C_n, h, w] = D r and rest [b', C_n, H, W] = r - U D r, where b = kept <= b'.
+        """The next signal from low [b, C_n, h, w] = D r and rest [b', C_n, H, W] = r - U D r, where b = kept <= b'.
 
-        Rows of `rest` beyond b are run for the gradient's sake alone; the second result is the zero that they give.
+        Rows of `rest` beyond b run only so that every parameter has a gradient; the second result is their sum times 0.
         """
         h = self.inner(rest, kept)
         idle = zero_of(h[kept:]) if len(h) > kept else None
         return self.joined(low, h[:kept]), idle
 
     def joined(self, low: Tensor, h: Tensor) -> Tensor:
-        """The next signal, of low and of what `inner` made of the rest, h [b, C_n, H, W]."""
+        """The next signal from low and from h [b, C_n, H, W], the output of `inner` for the rest."""
         h = self.pair.resize(h, _size(low))
         return affine(self.project)(low + (h - h.mean(dim=(2, 3), keepdim=True)))
 
@@ -121,15 +125,19 @@ class Arrn(nn.Module):
         _init(nn.ModuleList([self.final, self.head]))
 
     def draw_noise(self, num_images: int) -> Tensor | None:
-        """Uniform numbers [B, N], on the CPU, so that the sizes they decide need no wait; None without dropout."""
+        """Uniform numbers [B, N]; None without dropout.
+
+        They are on the CPU, so that batch sizes can be derived from them without waiting for the device.
+        """
         return torch.rand(num_images, len(self.residuals)) if any(self.probabilities) else None
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> ArrnOutput:
-        """Residual n runs on the images that do not skip it: those above its resolution, but for the dropped.
+        """Residual n runs on the images that do not skip it.
 
-        Dropped are the first residuals of an image, in training or with `noise`; never others, and nothing is rescaled.
-        Where gradients are wanted each residual runs on LEAST_ROWS rows at least: dropped images', times 0.
-        Raises ConfigError for images smaller than the last resolution of the ladder.
+        An image skips the residuals above its resolution and, in training or with `noise`, the leading ones that are
+        dropped for it; nothing is rescaled. With gradients each residual runs on at least LEAST_ROWS rows: rows of
+        dropped images fill up, multiplied by 0. Raises ConfigError for images smaller than the last resolution of the
+        ladder.
         """
         if noise is None and self.training:
             noise = self.draw_noise(len(images))
@@ -148,13 +156,13 @@ class Arrn(nn.Module):
         return ArrnOutput(logits, torch.tensor(levels, device=images.device))
 
     def answer(self, r: Tensor) -> Tensor:
-        """Logits [B, K] of what the residuals leave, [B, C_N, ...] at R_N."""
+        """Logits [B, K] from the last residual's output [B, C_N, ...] at R_N."""
         y = F.silu(self.norm(self.head(self.final(r, r.shape[0]))))  # [B, head width, R_N, R_N]
         logits: Tensor = self.fc(y.mean(dim=(2, 3)))
         return logits
 
     def _drawn(self, noise: Tensor | None, count: int) -> list[int]:
-        """How many residuals each image drops: the length of the leading run of noise below p_n."""
+        """The number of residuals that each image drops: the length of the leading run of noise below p_n."""
         if noise is None or not self.residuals:
             return [0] * count
         dropped = noise.cpu() < torch.tensor(self.probabilities, dtype=noise.dtype)  # [B, N]
@@ -162,10 +170,10 @@ class Arrn(nn.Module):
         return found
 
     def _chain(self, x: Tensor, first: int, counts: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Images x [B, 3, ...] at R_first, in the order in which they enter: r [B, C_N, ...] at R_N.
+        """Maps images x [B, 3, ...] at R_first, in the order in which they enter, to r [B, C_N, ...] at R_N.
 
-        counts[n] of them run residual n. An image enters the chain at its level as W x + b, all linear maps above in
-        one. The second result is the zero of rows that ran for the gradient's sake, to be added to the logits.
+        counts[n] images run residual n. An image enters the chain at its level as W x + b, the composition of all
+        linear maps above. The second result is the zero from idle rows, to be added to the logits.
         """
         top_up = min(LEAST_ROWS, len(x)) if torch.is_grad_enabled() else 0
         entry, r, idle = affine(self.stem), None, []
@@ -186,7 +194,7 @@ class Arrn(nn.Module):
     def _step(
         self, n: int, x: Tensor, r: Tensor | None, entry: Affine, kept: int, top_up: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Images that have not entered, signals that have, both at R_{n+1}, and the zero of idle rows if any."""
+        """Images that have not entered, signals that have, both at R_{n+1}, and the zero of idle rows, if any."""
         residual = self.residuals[n]
         assert isinstance(residual, Residual)
         pair, low, rest = residual.pair, [], []
@@ -197,7 +205,7 @@ class Arrn(nn.Module):
         joining = kept - (0 if r is None else len(r))
         run = joining + max(0, top_up - kept)
         smaller = pair.resize(x, size) if len(x) else x
-        if run:  # on 3 channels, for the linear maps commute with the filters
+        if run:  # on 3 channels, because the linear maps commute with the filters
             rest.append(entry.linear(x[:run] - pair.resize(smaller[:run], _size(x))))
         if joining:
             low.append(entry(smaller[:joining]))
@@ -207,17 +215,22 @@ class Arrn(nn.Module):
         return smaller, None, zero_of(residual.inner(rest[0], 0)) if rest else None
 
     def level(self, images: Tensor) -> int:
-        """How many residuals images [B, 3, H, W] skip: those whose low-pass would already hold all of them."""
+        """How many residuals images [B, 3, H, W] skip because of their resolution.
+
+        Raises ConfigError for images smaller than the last resolution of the ladder.
+        """
         side = min(images.shape[-2:])
         if side < self.ladder[-1]:
             raise ConfigError(
                 f"images of {images.shape[-1]} x {images.shape[-2]} px: the ladder {list(self.ladder)} ends at "
-                f"{self.ladder[-1]} px, the least that a shorter side may have; give larger images or a longer ladder"
+                f"{self.ladder[-1]} px, the least that a shorter side may have; give larger images or a longer ladder",
+                key="images",
+                subject=side,
             )
         return max((n for n, rung in enumerate(self.ladder) if rung >= side), default=0)
 
     def at_side(self, images: Tensor, side_px: int) -> Tensor:
-        """Images [B, 3, H, W] whose shorter side is side_px, by the filters of every resolution on the way."""
+        """images [B, 3, H, W] resized to a shorter side of side_px, by the filters of each resolution in between."""
         while (side := min(images.shape[-2:])) != side_px:
             if side > side_px:
                 target = max(side_px, *(rung for rung in (0, *self.ladder) if rung < side))
@@ -229,14 +242,14 @@ class Arrn(nn.Module):
 
 
 def scaled(x: Tensor, side_px: int) -> tuple[int, int]:
-    """Height and width of x [..., H, W] once its shorter side is side_px, rounded to the nearest."""
+    """Height and width of x [..., H, W] scaled to a shorter side of side_px, rounded to the nearest."""
     side = min(x.shape[-2:])
     height, width = ((2 * length * side_px + side) // (2 * side) for length in x.shape[-2:])
     return height, width
 
 
 def zero_of(rows: Tensor) -> Tensor:
-    """0 times the sum of rows, []: joins them to the graph and changes nothing."""
+    """0 times the sum of rows, []: adds them to the autograd graph without changing any value."""
     return 0 * rows.float().sum()
 
 
@@ -258,7 +271,7 @@ def _init(net: nn.Module) -> None:
 
 
 def _init_linear(layer: nn.Conv2d) -> None:
-    """A map that keeps the signals' mean square: weights from N(0, 1 / C_in), biases 0."""
+    """Initialises a map that preserves the mean square of signals: weights from N(0, 1 / C_in), biases 0."""
     nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)

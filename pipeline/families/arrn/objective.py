@@ -12,6 +12,7 @@ from pipeline.family import Loss, Params, cross_entropy
 
 
 def loss(config: ArrnConfig, output: ArrnOutput, targets: Tensor) -> Loss:
+    """Cross-entropy; the parts are `ce` and `dropped`, the mean number of residuals skipped."""
     ce = cross_entropy(output.logits, targets)
     return Loss(ce, {"ce": ce.detach(), "dropped": output.levels.to(ce.dtype).mean()})
 
@@ -25,7 +26,7 @@ def updates(config: ArrnConfig, step: int) -> Sequence[str]:
 
 
 def warnings(config: ArrnConfig, side_px: int) -> Sequence[str]:
-    """Names the residuals that images of side_px would skip in all of training."""
+    """Reports the residuals that images of side_px would skip throughout training."""
     ladder = config.plan.ladder
     skipped = sum(rung >= side_px for rung in ladder[1:])
     if skipped == 0:
@@ -33,5 +34,5 @@ def warnings(config: ArrnConfig, side_px: int) -> Sequence[str]:
     number = f"{skipped} of {len(ladder) - 1} residuals"
     return [
         f"data.side_px (={side_px}): of the ladder {list(ladder)} such images skip the first {number}, whose weights "
-        f"stay as they are; set data.side_px={ladder[0]}, or a shorter ladder and grow it later"
+        f"do not change; set data.side_px={ladder[0]}, or a shorter ladder and grow it later"
     ]

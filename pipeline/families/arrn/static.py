@@ -1,4 +1,4 @@
-"""Each resolution as a module that does the same for every image: they all enter the chain at one level."""
+"""Each resolution as a module that computes the same for every image: all images enter the chain at one level."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.family import Report
 
 
 class StaticArrn(nn.Module):
-    """The net under a policy: the same logits as `Arrn.forward`, without its lists of images by level."""
+    """The net under a policy: the same logits as `Arrn.forward`, without its bookkeeping of images by level."""
 
     def __init__(self, policy: ArrnResolution, net: Arrn) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class StaticArrn(nn.Module):
         return net.answer(r)
 
     def _entering(self, number: int, x: Tensor, entry: Affine) -> Tensor:
-        """The first residual that runs; its filters act on the 3 channels of x."""
+        """Runs the first residual, whose filters act on the 3 channels of x."""
         residual = self.net.residuals[number]
         assert isinstance(residual, Residual)
         smaller = residual.pair.resize(x, scaled(x, self.net.ladder[number + 1]))
@@ -56,7 +56,7 @@ class StaticArrn(nn.Module):
 def static(
     config: ArrnConfig, net: nn.Module, reports: Sequence[Report]
 ) -> Mapping[str, Callable[[Tensor], nn.Module]]:
-    """Every policy: `32px`, `16px`, `full-16px` and so on."""
+    """All policies: `32px`, `16px`, `full-16px` and so on."""
     assert isinstance(net, Arrn)
     return {policy.name: partial(_at, policy, net) for policy in policies(config, net)}
 

@@ -1,4 +1,4 @@
-"""Fixed networks that the adaptive ones are compared against: torchvision's, and the CIFAR ResNets of the papers."""
+"""Fixed networks to compare adaptive ones with: torchvision's, and the CIFAR ResNets of the papers."""
 
 from __future__ import annotations
 

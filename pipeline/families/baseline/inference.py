@@ -1,4 +1,4 @@
-"""Policies of a fixed net: the images as they come, smaller, or made smaller and large again (the papers' control)."""
+"""Policies of a fixed net: images unchanged, reduced, or reduced and enlarged again (the papers' control)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.family import FixedPolicy, Prediction, Settings
 
 @dataclass(frozen=True)
 class BaselineResolution(FixedPolicy):
-    """The net on images resized to `side_px` (None: as they come), and back to their own side if `up_again`."""
+    """The net on images resized to `side_px` (None: unchanged), and back to their own size if `up_again`."""
 
     side_px: int | None = None
     up_again: bool = False
@@ -41,7 +41,7 @@ class BaselineResolution(FixedPolicy):
         return Prediction(net(images).logits.float(), per_image(macs, images))
 
     def sized(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] as the net gets them."""
+        """images [B, 3, H, W] resized to what the net is given."""
         if self.side_px is None:
             return images
         smaller = _resized(images, (self.side_px, self.side_px))

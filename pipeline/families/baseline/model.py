@@ -38,23 +38,30 @@ TORCHVISION = (
     "vgg16",
     "vgg16_bn",
 )
-MIN_SIDE_PX = {"googlenet": 15, "densenet121": 29, "vgg16": 32, "vgg16_bn": 32}  # below: an empty map; others take 8
+MIN_SIDE_PX = {
+    "googlenet": 15,
+    "densenet121": 29,
+    "vgg16": 32,
+    "vgg16_bn": 32,
+}  # smaller: an empty map; others: 8
 
 
 class BaselineConfig(FamilyConfig):
-    """`net` is torchvision's name, or cifar_resnet / cifar_preresnet of depth 6n+2.
+    """`net` is a name of torchvision's, or cifar_resnet or cifar_preresnet of depth 6n+2.
 
-    MobileNetV3's own `batchnorm_momentum` is 0.01: its running statistics need about 500 steps before the net in
-    eval mode is the net that was trained. Runs of a few hundred steps take 0.1.
+    The default `batchnorm_momentum` of MobileNetV3 is 0.01: its running statistics need about 500 steps until the net
+    in eval mode agrees with the net in training mode. Use 0.1 for runs of a few hundred steps.
     """
 
     name: Literal["baseline"] = "baseline"
     net: str = "resnet50"
-    stem: Stem = "imagenet"  # cifar: a 3x3 convolution of stride 1 and no pooling
+    stem: Stem = "imagenet"  # cifar: a 3x3 convolution with stride 1 and no pooling
     depth: Annotated[int, Field(ge=8)] = 110  # of the CIFAR ResNets
-    stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the last block being dropped; CIFAR ResNets
-    batchnorm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None  # null: the net's own; see the docstring
-    resolutions_px: tuple[Annotated[int, Field(ge=8)], ...] = ()  # evaluated natively and down-and-up as well
+    stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # probability that the last block is dropped; CIFAR ResNets only
+    )
+    batchnorm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None  # null: the net's default; see the docstring
+    resolutions_px: tuple[Annotated[int, Field(ge=8)], ...] = ()  # also evaluated at these, natively and down-and-up
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
@@ -75,14 +82,14 @@ class BaselineConfig(FamilyConfig):
             raise ValueError(f"stochastic_depth is for the CIFAR ResNets, not for {self.net}")
         least = MIN_SIDE_PX.get(self.net, 8)
         if any(side < least for side in self.resolutions_px):
-            raise ValueError(f"resolutions_px (={list(self.resolutions_px)}): {self.net} needs {least} px at least")
+            raise ValueError(f"resolutions_px (={list(self.resolutions_px)}): {self.net} needs at least {least} px")
         if self.stem == "cifar" and not self.net.startswith(("resnet", "wide_resnet", "cifar", "mobilenet")):
             raise ValueError(f"stem: cifar is for ResNets and MobileNets, not for {self.net}")
         return self
 
 
 def build(config: BaselineConfig, num_classes: int) -> nn.Module:
-    """The net on CPU, weights drawn from torch's default generator as its authors draw them."""
+    """The net on CPU, its weights drawn from torch's default generator as its authors do."""
     net = _build(config, num_classes)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d) and config.batchnorm_momentum is not None:
@@ -101,7 +108,7 @@ def _build(config: BaselineConfig, num_classes: int) -> nn.Module:
 
 
 class Plain(nn.Module):
-    """A torchvision net behind the pipeline's forward. GoogLeNet is built without its auxiliary classifiers."""
+    """A torchvision net with the forward that the pipeline expects. GoogLeNet has no auxiliary classifiers here."""
 
     def __init__(self, net: nn.Module, name: str) -> None:
         super().__init__()
@@ -114,14 +121,16 @@ class Plain(nn.Module):
         side, least = min(images.shape[-2:]), MIN_SIDE_PX.get(self.name, 1)
         if side < least:
             raise ConfigError(
-                f"images of {images.shape[-2]}x{images.shape[-1]} px: {self.name} needs {least} px at least"
+                f"images of {images.shape[-2]}x{images.shape[-1]} px: {self.name} needs at least {least} px",
+                key="images",
+                subject=side,
             )
         output = self.net(images)
         return Logits(output.logits if isinstance(output, GoogLeNetOutputs) else output)
 
 
 def _shrink_stem(net: nn.Module) -> None:
-    """The first convolution at stride 1 (3x3 for ResNets) and no max pooling, as papers do on 32 px images."""
+    """Sets the first convolution to stride 1 (3x3 in ResNets) and removes max pooling, as for 32 px images."""
     if isinstance(net, torchvision.models.ResNet):
         net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -132,7 +141,7 @@ def _shrink_stem(net: nn.Module) -> None:
 
 
 class CifarResNet(nn.Module):
-    """3 stages of n basic blocks of widths 16, 32, 64; `pre` puts BatchNorm and ReLU before each convolution."""
+    """3 stages of n basic blocks with widths 16, 32, 64; `pre` puts BatchNorm and ReLU before each convolution."""
 
     def __init__(self, depth: int, num_classes: int, pre: bool, stochastic_depth: float) -> None:
         super().__init__()
@@ -153,7 +162,7 @@ class CifarResNet(nn.Module):
         he_fan_out(self)
 
     def draw_noise(self, num_images: int) -> Tensor | None:
-        """Uniform numbers [B, L], one per image and block; a block is dropped for an image above its survival."""
+        """Uniform numbers [B, L]; a block is dropped for an image whose number is not below the block's survival."""
         if not self.stochastic:
             return None
         return torch.rand(num_images, len(self.layers), device=self.fc.weight.device)
@@ -185,7 +194,7 @@ class BasicBlock(nn.Module):
 
 
 class PreBlock(nn.Module):
-    """shortcut(a) + scale · residual(a) with a = ReLU(BN(x)); an identity shortcut takes x itself."""
+    """shortcut(a) + scale · residual(a) with a = ReLU(BN(x)); an identity shortcut passes x itself."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

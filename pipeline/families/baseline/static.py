@@ -13,7 +13,7 @@ from pipeline.family import Report
 
 
 class StaticBaseline(nn.Module):
-    """The net behind a policy's resizing."""
+    """The net after a policy's resizing."""
 
     def __init__(self, policy: BaselineResolution, net: nn.Module) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class StaticBaseline(nn.Module):
 def static(
     config: BaselineConfig, net: nn.Module, reports: Sequence[Report]
 ) -> Mapping[str, Callable[[Tensor], nn.Module]]:
-    """Every policy: `native`, and each of its resolutions natively and down-and-up."""
+    """All policies: `native`, and each resolution natively and down-and-up."""
     return {policy.name: partial(_at, policy, net) for policy in policies(config, net)}
 
 

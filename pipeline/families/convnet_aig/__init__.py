@@ -1,4 +1,4 @@
-"""ConvNet-AIG: residual networks whose blocks open per image by a learned gate (arXiv 1711.11503)."""
+"""ConvNet-AIG: residual networks in which a learned gate decides per image whether a block runs (arXiv 1711.11503)."""
 
 from __future__ import annotations
 

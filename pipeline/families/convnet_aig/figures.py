@@ -1,6 +1,6 @@
-"""ConvNet-AIG's own pictures: which layers run, for which classes and images, over training and under attack.
+"""ConvNet-AIG's own figures: which layers run, for which classes and images, over training and under attack.
 
-Layers are numbered from 0 as the papers number the gates. Letters: N images, K classes, L layers.
+Layers are numbered from 0, as the gates are in the paper. Letters: N images, K classes, L layers.
 Source: Figs. 3-5 of Veit & Belongie, ECCV 2018 (arXiv 1711.11503).
 """
 
@@ -54,7 +54,7 @@ def _own(net: Evaluated) -> Iterable[Figure | None]:
 
 
 def _gated(reports: Sequence[Report]) -> Report | None:
-    """The first report, of the default policy if it was evaluated, that knows which layers ran."""
+    """The first report with the rates of the layers; it is the default policy's if that was evaluated."""
     return next((report for report in reports if report.facts.get("gates")), None)
 
 
@@ -64,7 +64,7 @@ def _config(net: Evaluated) -> AigConfig:
 
 
 def _layers(net: Evaluated) -> list[str]:
-    """What each layer is called, [L]; ↓ where it halves the maps, = where it has no gate."""
+    """The label of each layer, [L]; ↓ marks a layer that halves the maps, = one without a gate."""
     config = _config(net)
     halving = set(accumulate(config.stages[:-1]))
     return [
@@ -130,7 +130,7 @@ def _executed_by_superclass(net: Evaluated, report: Report, arrays: Arrays) -> B
 
 
 def _counted(arrays: Arrays) -> NDArray[np.int64]:
-    """How many layers each image ran, [N]."""
+    """The number of layers that each image ran, [N]."""
     return np.rint(arrays["facts.layers"]).astype(np.int64)
 
 
@@ -198,9 +198,10 @@ def _attacked(net: Evaluated, report: Report) -> Lines | None:
 
 
 def _error_against_cost(mine: Sequence[Evaluated], others: Sequence[Evaluated]) -> Lines | None:
-    """In both conventions: MACs really spent, and the papers', the whole net's MACs times the share of layers run.
+    """Error against cost in two conventions: MACs really spent, and the papers' cost.
 
-    The papers' leaves out that stem, shortcuts, gates and head always run, and that layers differ in price.
+    The papers' cost is the whole net's MACs times the share of layers that ran. It ignores that stem, shortcuts, gates
+    and head always run and that layers differ in MACs.
     """
     found = [(net, report) for net in mine if (report := _gated(net.reports))]
     if len(found) < 2:
@@ -217,8 +218,8 @@ def _error_against_cost(mine: Sequence[Evaluated], others: Sequence[Evaluated]) 
     return Lines(
         name="convnet-aig-error-against-cost",
         title="Error against cost over target rates",
-        caption=f"Top-1 error on {found[0][1].num_images:,} images. The cost stands in two ways: the MACs that images "
-        "really spend, and the papers' way, the whole net's MACs times the share of layers that ran.",
+        caption=f"Top-1 error on {found[0][1].num_images:,} images. The cost is given in two ways: the MACs that "
+        "images really take, and the papers' way, the whole net's MACs times the share of layers that ran.",
         x_label="million MACs per image",
         y_label="top-1 error",
         series=series,

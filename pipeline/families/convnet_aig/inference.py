@@ -1,4 +1,4 @@
-"""Policies of a gated net: gates that really skip closed blocks, and the whole net with its blocks scaled.
+"""Policies of a gated net: gates that skip closed blocks, and the whole net with scaled blocks.
 
 Letters: B images, L blocks, n images whose gate is open.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline import cost, ranks
 from pipeline.blocks import per_image
-from pipeline.errors import ContractError
+from pipeline.errors import ContractError, JsonValue
 from pipeline.families.convnet_aig.model import Aig, AigConfig, GatedBlock, logistic
 from pipeline.family import FixedPolicy, MeasuresOnce, Policy, Prediction, Settings
 
@@ -32,10 +32,10 @@ class GateCosts:
 
 @dataclass(frozen=True)
 class Gates(FixedPolicy):
-    """Opens a block where its log-odds, plus logistic noise if `sampled`, exceed `odds`.
+    """Opens a block for an image if the gate's log-odds, plus logistic noise if `sampled`, exceed `odds`.
 
-    Deterministic gates do not depend on the other images of the batch. Sampled ones draw their noise from a generator
-    seeded anew at each call; the released code samples at test time too.
+    Deterministic gates do not depend on the other images of the batch. Sampled gates draw their noise from a generator
+    that is seeded at each call; the released code samples at test time too.
     """
 
     name: str
@@ -87,12 +87,12 @@ def _gate_costs(net: Aig, images: Tensor) -> GateCosts:
 
 @dataclass(frozen=True)
 class ExpectedRate(MeasuresOnce):
-    """All blocks run, each residual scaled by the share of images that opens it: y = ReLU(S(x) + rate · F(x)).
+    """All blocks run; each residual is scaled by the share of images that open it: y = ReLU(S(x) + rate · F(x)).
 
-    The rates, [L], are means over held-out training images of the gates' probabilities, along sampled gates. The net
-    has no gates left to compute, so that each image pays the plain ResNet's price.
-    Source: AIG-110* of Table 1; the released code has no such evaluation. The text read does not say whether an image's
-    own probability or the block's mean rate is meant: `ExpectedProb` is the other reading.
+    The rates, [L], are means of the gates' probabilities over held-out training images, along sampled gates. No gate is
+    computed, so each image takes the MACs of the plain ResNet.
+    Source: AIG-110* of Table 1; the released code has no such evaluation. The text available to us does not say
+    whether an image's own probability or the block's mean rate is meant: `ExpectedProb` is the other interpretation.
     """
 
     name: str = "expected-rate"
@@ -106,9 +106,10 @@ class ExpectedRate(MeasuresOnce):
     def settings(self) -> Settings:
         return {"by": "rate"}
 
-    def check(self, net: nn.Module, images: Tensor) -> None: ...
+    def check(self, net: nn.Module, images: Tensor) -> None:
+        """Rates exist for images of any size."""
 
-    def state(self) -> Mapping[str, Any]:
+    def state(self) -> Mapping[str, JsonValue]:
         return {"rates": list(self.rates)} if self.rates else {}
 
     def restored(self, state: Mapping[str, Any]) -> ExpectedRate:
@@ -129,7 +130,9 @@ class ExpectedRate(MeasuresOnce):
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
         assert isinstance(net, Aig)
         if not self.rates:
-            raise ContractError(f"policy {self.name}: it is to be calibrated before it predicts")
+            raise ContractError(
+                f"policy {self.name}: it must be calibrated before it predicts", key="calibration", subject=self.name
+            )
         x = net.stem(images)
         for block, rate in zip(net.blocks, self.rates, strict=True):
             assert isinstance(block, GatedBlock)
@@ -145,7 +148,7 @@ def _macs_without_gates(net: Aig, images: Tensor) -> int:
 
 @dataclass(frozen=True)
 class ExpectedProb(FixedPolicy):
-    """All blocks run, each residual scaled by that image's own probability of opening it: y = ReLU(S(x) + p(x) · F(x)).
+    """All blocks run; each residual is scaled by the image's own gate probability: y = ReLU(S(x) + p(x) · F(x)).
 
     Facts: the probabilities [B, L]. Source: as for `ExpectedRate`.
     """
@@ -173,7 +176,7 @@ class ExpectedProb(FixedPolicy):
 
 
 def likelihoods(net: Aig, images: Tensor, noise: Tensor) -> Tensor:
-    """Each block's probability of execution, [B, L], along the path that `noise` [B, G] draws; 1 where fixed open."""
+    """Each block's execution probability, [B, L], along the path drawn by `noise` [B, G]; 1 without gate."""
     x, found, drawn = net.stem(images), [], iter(noise.unbind(1))
     for block in net.blocks:
         assert isinstance(block, GatedBlock)
@@ -185,7 +188,7 @@ def likelihoods(net: Aig, images: Tensor, noise: Tensor) -> Tensor:
 
 
 def policies(config: AigConfig, net: nn.Module) -> Sequence[Policy]:
-    """`gates-hard` first: open where execution is the likelier; sampled; each threshold; the whole net, scaled."""
+    """`gates-hard` first (opens if execution is more likely than not), then sampled, each threshold, scaled nets."""
     at = [Gates(f"gates-{p:g}", odds=math.log(p / (1 - p)), threshold=p) for p in config.thresholds]
     scaled = {"rate": ExpectedRate, "prob": ExpectedProb}
     return [Gates("gates-hard"), Gates("gates-sampled", sampled=True), *at, *(scaled[kind]() for kind in config.scaled)]

@@ -1,10 +1,10 @@
-"""ConvNet-AIG's networks: y = ReLU(S(x) + z(x) · F(x)) with a gate z in {0, 1} for each image and block.
+"""The networks of ConvNet-AIG: y = ReLU(S(x) + z(x) · F(x)) with a gate z in {0, 1} for each image and block.
 
 Letters: B images, K classes, C channels, L blocks, G of them with a gate (the others are always open).
-Source: Veit & Belongie, ECCV 2018 (arXiv 1711.11503), and the code released with it. Where we differ from that code:
-a block with target rate 1 has no gate at all (there it is sampled like any other, but counted as executed); sampled
-noise is one logistic number per gate in fp32 (there two Gumbel numbers: the same distribution); the gates' pooling is
-adaptive, so that images need not be square; BatchNorm starts at weight 1 (torch 0.3.1 drew it from U(0, 1)).
+Source: Veit & Belongie, ECCV 2018 (arXiv 1711.11503), and the code released with it. Differences from that code:
+a block with target rate 1 has no gate (there it is sampled like any other but counted as executed); the noise is one
+logistic number per gate in fp32 (there two Gumbel numbers, which have the same distribution); the pooling of the gates
+is adaptive, so that images need not be square; BatchNorm starts with weight 1 (torch 0.3.1 drew it from U(0, 1)).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ OPEN_BIAS = (0.1, 2.0)  # logits of skip and execute at the start: open with pro
 
 
 class AigConfig(FamilyConfig):
-    """depth 50, 101 or 152 for ImageNet; 6n+2 for CIFAR, the paper's is 110."""
+    """depth is 50, 101 or 152 for ImageNet, 6n+2 for CIFAR; the paper uses 110."""
 
     name: Literal["convnet_aig"] = "convnet_aig"
     depth: int = 110
-    target_rate: Rate | tuple[Rate, ...] = 0.7  # share of images that open a block; a list: of each stage or each block
-    schedule: Literal["uniform", "published"] = "uniform"  # published: the README's rates around t for 50 and 101
-    rate_weight: Annotated[float, Field(ge=0)] = 2.0  # of the rate loss; the code has 2 for CIFAR, 1 for ImageNet
+    target_rate: Rate | tuple[Rate, ...] = 0.7  # share of images that open a block; a list: by stage or by block
+    schedule: Literal["uniform", "published"] = "uniform"  # published: the README's rates for 50 and 101
+    rate_weight: Annotated[float, Field(ge=0)] = 2.0  # of the rate loss; the code uses 2 for CIFAR, 1 for ImageNet
     rate_reduction: Literal["mean", "sum"] = "mean"  # over blocks; the paper sums, the code takes the mean
     gate_batchnorm: bool = True  # in the code, not in the published figure
     gate_lr_factor: Annotated[float, Field(gt=0)] = 1.0
@@ -65,22 +65,24 @@ class AigConfig(FamilyConfig):
 
     @property
     def for_imagenet(self) -> bool:
+        """Whether the net has the ImageNet stem and bottleneck blocks."""
         return self.depth in STAGES
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """Blocks of each stage; the first block of each but the first halves the maps."""
+        """The number of blocks of each stage; the first block of every stage but the first halves the maps."""
         return STAGES[self.depth] if self.for_imagenet else ((self.depth - 2) // 6,) * 3
 
     @property
     def num_blocks(self) -> int:
+        """L."""
         return sum(self.stages)
 
     @property
     def targets(self) -> tuple[float, ...]:
-        """The target rate of each block, [L]; 1 means fixed open.
+        """The target rate of each block, [L]; a block with rate 1 has no gate and always runs.
 
-        Source: the released code's README for `published`.
+        Source: the README of the released code, for `published`.
         """
         if isinstance(self.target_rate, tuple):
             each = len(self.target_rate) == self.num_blocks
@@ -103,11 +105,12 @@ class AigOutput:
 
 
 def build(config: AigConfig, num_classes: int) -> Aig:
+    """The net on CPU, its weights drawn from torch's default generator."""
     return Aig(config, num_classes)
 
 
 class Gate(nn.Module):
-    """Decides from a block's input alone: pool, 16 hidden units, log-odds of execution. Always in fp32."""
+    """Decides from the block's input: pooling, 16 hidden units, log-odds of execution. Always in fp32."""
 
     def __init__(self, channels: int, batchnorm: bool) -> None:
         super().__init__()
@@ -135,24 +138,24 @@ def straight_through(odds: Tensor, noise: Tensor) -> Tensor:
 
 
 class GatedBlock(nn.Module):
-    """A residual block: `residual(x)` without its last ReLU, `shortcut(x)`, and a gate unless it is fixed open."""
+    """A residual block: `residual(x)` without the last ReLU, `shortcut(x)`, and a gate unless it always runs."""
 
     def __init__(self, residual: nn.Sequential, shortcut: nn.Module, gate: Gate | None) -> None:
         super().__init__()
         self.residual, self.shortcut, self.gate = residual, shortcut, gate
 
     def forward(self, x: Tensor, gate: Tensor | None) -> Tensor:
-        """Masked, for training: every image runs the residual; gate [B] or None where fixed open."""
+        """For training: every image runs the residual, which is then multiplied by its gate [B]; None means 1."""
         residual = self.residual(x)
         if gate is not None:
             residual = gate.view(-1, 1, 1, 1).to(residual.dtype) * residual
         return torch.relu(self.shortcut(x) + residual)
 
     def skipping(self, x: Tensor, open_rows: Tensor) -> Tensor:
-        """For inference, without gradients: the residual runs on the images at `open_rows` [n] alone.
+        """For inference without gradients: the residual runs only on the images at `open_rows` [n].
 
-        x [B, C, H, W] is what a ReLU gave, as all blocks' inputs are; where the shortcut is the identity, the images
-        that skip stay in their place and x is overwritten.
+        x [B, C, H, W] must be the output of a ReLU, as the inputs of all blocks are. If the shortcut is the identity,
+        x is overwritten, and images that skip the block are not copied.
         """
         same = isinstance(self.shortcut, nn.Identity)
         if len(open_rows) == 0:
@@ -166,7 +169,7 @@ class GatedBlock(nn.Module):
 
 
 def _added(residual: Tensor, kept: Tensor) -> Tensor:
-    """ReLU(kept + residual) in kept's type, in the residual's memory where that is of the same type."""
+    """ReLU(kept + residual) in the dtype of kept, in the residual's memory if the dtypes are equal."""
     return torch.relu_(residual.to(kept.dtype).add_(kept))
 
 
@@ -191,11 +194,11 @@ class Aig(nn.Module):
             _init_gate(gate)
 
     def gates(self) -> list[Gate]:
-        """The gates there are, in the order of their blocks, [G]."""
+        """The gates in the order of their blocks, [G]."""
         return [block.gate for block in self.blocks if isinstance(block, GatedBlock) and block.gate is not None]
 
     def draw_noise(self, num_images: int) -> Tensor | None:
-        """Logistic noise [B, G] from torch's default generator; None without gates."""
+        """Logistic noise [B, G] from torch's default generator; None for a net without gates."""
         count = len(self.gates())
         if count == 0:
             return None
@@ -203,7 +206,10 @@ class Aig(nn.Module):
         return logistic(uniform)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> AigOutput:
-        """Masked: every block runs for every image. Gates are sampled in training or with `noise`, else by odds > 0."""
+        """Runs every block for every image and masks its output.
+
+        Gates are sampled in training or with `noise`; otherwise they open if the log-odds are positive.
+        """
         if noise is None and self.training:
             noise = self.draw_noise(len(images))
         x = self.stem(images)
@@ -222,7 +228,7 @@ class Aig(nn.Module):
 
 
 def logistic(uniform: Tensor) -> Tensor:
-    """Logistic numbers from uniform ones in [0, 1), kept finite."""
+    """Logistic numbers from uniform numbers in [0, 1), clamped so that they are finite."""
     kept = uniform.clamp(1e-7, 1 - 1e-7)
     return torch.log(kept) - torch.log1p(-kept)
 

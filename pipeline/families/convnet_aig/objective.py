@@ -1,4 +1,4 @@
-"""Cross-entropy plus the target-rate loss over the whole batch of all ranks; gates may learn at their own rate."""
+"""Cross-entropy plus the target-rate loss over the global batch; gates may have their own learning rate."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipeline.family import Loss, Params, cross_entropy
 def rate_loss(gates: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """Squared distance of each block's open rate from its target, over the global batch.
 
-    gates [B, L] in {0, 1}; target [L], where 1 means always open and adds nothing. "mean" divides by L, blocks without
-    a gate included, "sum" does not. Returns []. Collective: every rank calls it in every step.
-    Source: Veit & Belongie, ECCV 2018 (arXiv 1711.11503), target rate loss; the released code takes the mean. It
-    gathers the batch of all its GPUs before the loss; so do we, over all ranks.
+    gates [B, L] in {0, 1}; target [L], where 1 means always open and adds nothing. "mean" divides by L, which includes
+    blocks without a gate; "sum" does not divide. Returns []. Collective: every rank calls it in every step.
+    Source: Veit & Belongie, ECCV 2018 (arXiv 1711.11503), target rate loss. The released code takes the mean and
+    gathers the batch of all its GPUs before the loss; we reduce over all ranks.
     """
     gated = target < 1
     distance = ((target - ranks.rank_mean(gates)) * gated).square().sum()
@@ -28,8 +28,8 @@ def rate_loss(gates: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
 
 def loss(config: AigConfig, output: AigOutput, targets: Tensor) -> Loss:
     ce = cross_entropy(output.logits, targets)
-    wanted = _targets(config.targets, output.gates.dtype, output.gates.device)
-    rate = rate_loss(output.gates, wanted, config.rate_reduction)
+    target = _targets(config.targets, output.gates.dtype, output.gates.device)
+    rate = rate_loss(output.gates, target, config.rate_reduction)
     by_block = {f"rate/{number:02d}": value for number, value in enumerate(output.gates.detach().mean(0))}
     parts = {"ce": ce.detach(), "rate_loss": rate.detach(), "open_rate": output.gates.detach().mean(), **by_block}
     return Loss(ce + config.rate_weight * rate, parts)
@@ -37,7 +37,7 @@ def loss(config: AigConfig, output: AigOutput, targets: Tensor) -> Loss:
 
 @cache
 def _targets(rates: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept on the device: a copy there at each step would make the host wait."""
+    """The targets [L] on the device, cached: a copy to the device in each step would make the host wait."""
     return torch.tensor(rates, dtype=dtype, device=device)
 
 

@@ -1,4 +1,4 @@
-"""Weights by the names of the code released with arXiv 1711.11503, or by torchvision's, mapped onto ours."""
+"""Maps the weight names of the code released with arXiv 1711.11503, and of torchvision, to ours."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ STEM = {"conv1": "stem.0", "bn1": "stem.1", "linear": "fc", "fc": "fc"}
 
 
 def load_pretrained(config: AigConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
-    """Fills `net` from its own state, from the released code's, or from torchvision's ResNet of that depth.
+    """Fills `net` from our weights, from the released code's, or from torchvision's ResNet of that depth.
 
-    From torchvision's the gates keep their initial values and are returned; else every tensor has its place. Raises
-    ConfigError listing what is missing or fits nowhere, gates of blocks that are fixed open here among it.
+    With torchvision's weights the gates keep their initial values and their names are returned; otherwise every tensor
+    is used. Raises ConfigError listing what is missing or unused, or the blocks that have a gate there but not here.
     """
     assert isinstance(net, Aig)
     if any(name.startswith("blocks.") for name in tensors):
@@ -36,15 +36,17 @@ def load_pretrained(config: AigConfig, net: nn.Module, tensors: Mapping[str, Ten
     ]
     if fixed:
         raise ConfigError(
-            f"these weights have gates in blocks {', '.join(fixed)}, which a target rate of 1 fixes open here; the "
-            "released code samples them like any other: import with family.schedule=uniform and a family.target_rate "
-            "below 1"
+            f"these weights have gates in blocks {', '.join(fixed)}, which have none here because their target rate is "
+            "1; the released code samples them like any other: import with family.schedule=uniform and a "
+            "family.target_rate below 1",
+            key="family.target_rate",
+            subject=", ".join(fixed),
         )
     return load(net, ours, keep=lambda name: ".gate." in name and not gated)
 
 
 def _first_blocks(tensors: Mapping[str, Tensor]) -> list[int]:
-    """The number, over the whole net, of each layer's first block."""
+    """For each stage (torchvision's layerN), the number of its first block in the whole net."""
     found = [re.match(r"(?:module\.)?layer(\d+)\.(\d+)\.", name) for name in tensors]
     places = {(int(match[1]), int(match[2])) for match in found if match}
     layers = sorted({layer for layer, _ in places})
@@ -52,7 +54,7 @@ def _first_blocks(tensors: Mapping[str, Tensor]) -> list[int]:
 
 
 def our_name(name: str, first: Sequence[int]) -> str:
-    """The name here of a tensor there; any other name as it is."""
+    """Our name of a foreign tensor; any other name is returned unchanged. first: see `_first_blocks`."""
     match = re.fullmatch(r"layer(\d+)\.(\d+)\.(\w+)\.(.+)", name)
     if match is None:
         top, _, rest = name.partition(".")

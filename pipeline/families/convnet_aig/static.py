@@ -1,4 +1,4 @@
-"""Ways to run a gated net that can be exported: fixed masks, the whole net scaled, and gates as branches of a graph.
+"""Exportable ways to run a gated net: fixed masks, the scaled net, and gates as branches of a graph.
 
 Letters: B images, K classes, L blocks.
 """
@@ -16,12 +16,12 @@ from pipeline.families.convnet_aig.inference import ExpectedRate, Gates, policie
 from pipeline.families.convnet_aig.model import Aig, AigConfig, GatedBlock
 from pipeline.family import Report
 
-MASKS = (0.3, 0.5, 0.7)  # least mean execution rate of a block that a fixed mask runs
+MASKS = (0.3, 0.5, 0.7)  # a fixed mask runs the blocks with at least this mean execution rate
 Makers = Mapping[str, Callable[[Tensor], nn.Module]]
 
 
 class Scaled(nn.Module):
-    """y = ReLU(S(x) + scale · F(x)) for every image; a block of scale 0 has no F, and no gate is computed."""
+    """y = ReLU(S(x) + scale · F(x)) for every image; a block with scale 0 has no F; no gate is computed."""
 
     def __init__(self, net: Aig, scales: Sequence[float]) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Scaled(nn.Module):
 
 
 class Likely(nn.Module):
-    """All blocks run, each residual scaled by the image's own probability of opening it: the policy expected-prob."""
+    """All blocks run; each residual is scaled by the image's own gate probability: the policy expected-prob."""
 
     def __init__(self, net: Aig) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Likely(nn.Module):
 
 
 class Branching(nn.Module):
-    """One image at a time: each gated block is a `torch.cond`, whose closed branch has no residual."""
+    """Runs one image at a time: each gated block is a `torch.cond` whose closed branch has no residual."""
 
     def __init__(self, net: Aig, odds: float) -> None:
         super().__init__()
@@ -89,9 +89,9 @@ def _closed(block: GatedBlock, x: Tensor) -> Tensor:
 
 
 def static(config: AigConfig, net: nn.Module, reports: Sequence[Report]) -> Makers:
-    """`all-open`; masks and `expected-rate` where reports tell the rates; `expected-prob`; gates, one image at a time.
+    """`all-open`; masks and `expected-rate` if the reports contain the rates; `expected-prob`; gates for one image.
 
-    `mask-t` runs for every image the blocks that `gates-hard` ran for a share of at least t of the evaluated images.
+    `mask-t` runs, for every image, the blocks that `gates-hard` ran for at least a share t of the evaluated images.
     """
     assert isinstance(net, Aig)
     by_policy = {report.policy: report for report in reports}
@@ -117,10 +117,12 @@ def _scaled(net: Aig, scales: Sequence[float], images: Tensor) -> nn.Module:
 
 
 def _branching(net: Aig, policy: Gates, others: Sequence[str], images: Tensor) -> nn.Module:
-    """Raises ConfigError for more than one image, naming the policies of any batch: the images' gates would differ."""
+    """Raises ConfigError for more than one image, because their gates may differ; names the policies for any batch."""
     if len(images) != 1:
         raise ConfigError(
             f"policy {policy.name}: its gates open by image, and a graph takes one branch for a whole batch; export it "
-            f"for one image at a time (batch 1), or one of {', '.join(others)}, which run the same blocks for all"
+            f"for one image at a time (batch 1), or one of {', '.join(others)}, which run the same blocks for all",
+            key="batch",
+            subject=len(images),
         )
     return Branching(net, policy.odds)

@@ -1,4 +1,4 @@
-"""RANet: easy images leave low-resolution sub-networks by exits, hard ones go on to finer ones (arXiv:2003.07326)."""
+"""RANet: easy images exit from low-resolution sub-networks, hard ones continue to finer ones (arXiv 2003.07326)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a resolution-adaptive net is made of: its keys, its rules, and the plan of its blocks.
+"""The keys of a resolution-adaptive net under `family:`, their rules, and the plan of its blocks.
 
-A net has S sub-networks, run from the lowest resolution to the highest, each a chain of blocks. The first blocks of a
-sub-network are fused with those of the one before; each of the others, the normal ones, ends in an exit. K exits in
-all. Source: Yang et al., CVPR 2020 (arXiv 2003.07326), and the code released with it.
+A net has S sub-networks, which run from the lowest resolution to the highest; each is a chain of blocks. The first
+blocks of a sub-network are fused with those of the previous one; each of the others, the normal blocks, ends in an
+exit. There are K exits in total. Source: Yang et al., CVPR 2020 (arXiv 2003.07326), and the code released with it.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ MIN_COARSEST_PX = 2
 
 
 class RanetConfig(FamilyConfig):
-    """The defaults are the paper's small net for CIFAR under a budget.
+    """The defaults are the paper's small net for CIFAR with a budget.
 
-    Refused, because the released code fails or builds another net than it says: scales that do not start at a single 1
-    and rise by 0 or 1, lists of unequal length, one layer in a fused block, a fused layer without a channel from below.
+    Some values are refused because the released code fails for them or builds another net: scales that do not start
+    with a single 1 or do not rise by 0 or 1, lists of unequal length, a fused block with one layer, and a fused layer
+    without a channel from the previous sub-network.
     """
 
     name: Literal["ranet"] = "ranet"
-    stem: Stem = "cifar"  # imagenet: reduces the image fourfold, and classifiers are as wide as their input
+    stem: Stem = "cifar"  # imagenet: reduces the side by 4, and classifiers are as wide as their input
     scales: tuple[Count, ...] = (1, 2, 3)  # of each sub-network's base map; each scale doubles the side of the last
     width_factors: tuple[Count, ...] = (4, 2, 1)  # per sub-network, of `channels` and of `growth`
     bottlenecks: tuple[Count, ...] | None = None  # inner width of a layer over its outputs; null: the width factors
     first_blocks: Count = 2  # blocks of sub-network 1
-    more_blocks: Count = 2  # that each sub-network has more than the one before
+    more_blocks: Count = 2  # additional blocks of each sub-network over the previous one
     layers: Count = 2  # of a block, see `depth`
     depth: Literal["even", "growing"] = "growing"  # even: every block has `layers`; growing: block b has b times that
     channels: Count = 16  # of the finest base map, times its width factor
     growth: Count = 6  # channels that a layer adds, times its width factor
-    from_below: Annotated[float, Field(gt=0, lt=1)] = 0.25  # share of a fused layer's channels from the one before
+    from_below: Annotated[float, Field(gt=0, lt=1)] = 0.25  # share of a fused layer's channels from the previous one
     reduction: Annotated[float, Field(gt=0, le=1)] = 0.5  # of the channels at a transition
-    budgets: tuple[Annotated[float, Field(gt=0)], ...] = ()  # a policy each: above 1 MACs per image, else share of all
+    budgets: tuple[Annotated[float, Field(gt=0)], ...] = ()  # one policy each; above 1: MACs per image, else a share
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
@@ -74,18 +75,19 @@ class RanetConfig(FamilyConfig):
             if floor(self.growth * factor * self.from_below) < 1:
                 raise ValueError(
                     f"growth (={self.growth}) x width factor {factor} x from_below (={self.from_below:g}) is below 1: "
-                    "a fused layer takes at least one channel from the sub-network before"
+                    "a fused layer takes at least one channel from the previous sub-network"
                 )
         for blocks in self.plan:
             for number, block in enumerate(blocks, 1):
                 if block.outputs < 1:
                     raise ValueError(f"reduction (={self.reduction:g}) leaves block {number} without a channel")
         if len({budget_name(budget) for budget in self.budgets}) < len(self.budgets):
-            raise ValueError(f"budgets (={list(self.budgets)}): each stands once")
+            raise ValueError(f"budgets (={list(self.budgets)}): each may occur once")
         return self
 
     @property
     def inner_factors(self) -> tuple[int, ...]:
+        """The inner width of a layer over its outputs, per sub-network, [S]."""
         return self.width_factors if self.bottlenecks is None else self.bottlenecks
 
     @property
@@ -99,12 +101,12 @@ class RanetConfig(FamilyConfig):
 
     @property
     def subnetwork_of_exit(self) -> tuple[int, ...]:
-        """The sub-network, from 0, that each exit belongs to, [K]."""
+        """The sub-network, counted from 0, of each exit, [K]."""
         return tuple(s for s, blocks in enumerate(self.plan) for block in blocks if not block.fused)
 
     @property
     def min_side_px(self) -> int:
-        """The smallest image whose lowest resolution has MIN_COARSEST_PX pixels."""
+        """The shortest side of an image whose lowest resolution has a side of MIN_COARSEST_PX."""
         stride: int = STEM_STRIDE[self.stem] * 2 ** (self.scales[-1] - 1)
         return stride * (MIN_COARSEST_PX - 1) + 1
 
@@ -119,17 +121,18 @@ class RanetConfig(FamilyConfig):
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block: `layers` layers that add `growth` channels each to `inputs`.
+    """One block: `layers` layers, each of which adds `growth` channels to `inputs`.
 
-    A fused block also reads the tensors of the block of its number in the sub-network before, which have `below`
-    channels; `from_below` is that one's share of a layer's channels, `merged` what its last tensor adds at the end.
+    A fused block also reads the tensors of the block with the same number in the previous sub-network, which have
+    `below` channels. Of a layer's channels, `from_below` are computed from them; `merged` channels are computed from
+    the last of them at the end of the block.
     """
 
     inputs: int
     layers: int
     growth: int
     bottleneck: int
-    bottleneck_below: int  # of the convolutions on the sub-network before
+    bottleneck_below: int  # of the convolutions on the previous sub-network
     below: tuple[int, ...]  # channels of its tensors, [layers + 1]; empty in a normal block
     from_below: int
     merged: int
@@ -151,9 +154,9 @@ class BlockPlan:
 
 
 def _subnetwork(config: RanetConfig, s: int, before: tuple[BlockPlan, ...]) -> tuple[BlockPlan, ...]:
-    """The blocks of sub-network s, from 0, after those of the one before.
+    """The blocks of sub-network s, counted from 0; `before` are the blocks of the previous one.
 
-    Where scales repeat, transitions and halvings do not coincide; this is how the published nets are.
+    If scales repeat, transitions and halvings do not coincide, as in the published nets.
     """
     scale, factor, total = config.scales[s], config.width_factors[s], config.num_blocks[s]
     halving = config.num_blocks[s - scale + 1 : s]  # the last scale-1 of the borders N_1 .. N_{s-1}

@@ -1,4 +1,4 @@
-"""RANet's own pictures: who answers which images, how well each exit does alone, and which images are hard.
+"""RANet's own figures: which exit answers which images, the accuracy of each exit alone, and which images are hard.
 
 Letters: N images, E exits, S sub-networks; both are numbered from 1.
 """
@@ -62,34 +62,34 @@ def _config(net: Evaluated) -> RanetConfig:
 
 
 def _owners(net: Evaluated) -> list[int]:
-    """The sub-network, from 1, of each exit, [E]."""
+    """The sub-network, counted from 1, of each exit, [E]."""
     return [number + 1 for number in _config(net).subnetwork_of_exit]
 
 
 def _several_exits(net: Evaluated) -> bool:
-    """Whether some sub-network has more than one exit; else exits and sub-networks are the same picture."""
+    """Whether some sub-network has several exits; otherwise exits and sub-networks give the same figure."""
     return len(set(_owners(net))) < len(_owners(net))
 
 
 def _budgets(net: Evaluated) -> list[Report]:
-    """The reports of policies that let images leave where they are sure enough, the cheapest first."""
+    """The reports of the policies that meet a budget, the cheapest first."""
     found = [report for report in net.reports if report.kind == "budget"]
     return sorted(found, key=lambda report: report.macs_mean)
 
 
 def _middle(net: Evaluated) -> Report | None:
-    """The report of the budget in the middle, which stands for them all where only one can be shown."""
+    """The report of the median budget, used where only one can be shown."""
     budgets = _budgets(net)
     return budgets[len(budgets) // 2] if budgets else None
 
 
 def _alone(net: Evaluated) -> dict[int, Report]:
-    """{exit: report of the policy by which all images leave there}, rising."""
+    """{exit: report of the policy in which all images exit there}, rising."""
     found = {int(report.settings["exit"]): report for report in net.reports if report.kind == "exit"}
     return dict(sorted(found.items()))
 
 
-# ---- who answers
+# ---- which exit answers
 
 
 def _answered(net: Evaluated, fact: str, what: str) -> Bars | None:
@@ -122,7 +122,7 @@ def _answered_by_class(net: Evaluated, report: Report, fact: str, what: str) -> 
     return by_superclass(picture, net.superclasses)
 
 
-# ---- how well each does alone
+# ---- each exit alone
 
 
 def _exits_alone(mine: Sequence[Evaluated]) -> Lines | None:
@@ -170,7 +170,7 @@ def _exits(net: Evaluated, shown: Report | None, arrays: Arrays | None) -> Table
     return Table(
         name="ranet-exits",
         title="Exits, alone and under a budget",
-        caption=f"Price and top-1 of each exit where all {next(iter(alone.values())).num_images:,} images leave "
+        caption=f"MACs and top-1 of each exit where all {next(iter(alone.values())).num_images:,} images leave "
         f"there{answered}.",
         columns=columns,
         rows=rows,
@@ -178,7 +178,7 @@ def _exits(net: Evaluated, shown: Report | None, arrays: Arrays | None) -> Table
 
 
 def _subnetworks(net: Evaluated, shown: Report | None, arrays: Arrays | None) -> Bars | None:
-    """A sub-network alone is its last exit for all images."""
+    """A sub-network alone means its last exit for all images."""
     alone, exits = _alone(net), _exits_of(net)
     last = {owner: alone.get(numbers[-1]) for owner, numbers in exits.items()}
     series: dict[str, Sequence[Number]] = {}
@@ -210,7 +210,7 @@ def _exits_of(net: Evaluated) -> dict[int, list[int]]:
 
 
 def _top1(arrays: Arrays, exits: Sequence[int]) -> float | None:
-    """Of the images that left at these exits; None where none did."""
+    """Top-1 of the images that exited at these exits; None if none did."""
     left = np.isin(np.rint(arrays["facts.exit"]), exits)
     return float((arrays["predicted"] == arrays["labels"])[left].mean()) if left.any() else None
 
@@ -226,7 +226,7 @@ def _loss_over_training(net: Evaluated) -> Lines | None:
 
 
 def _accuracy_over_training(net: Evaluated) -> Lines | None:
-    """Runs of old logged the last exit's alone."""
+    """Older runs logged only the last exit."""
     curves = net.curves()
     keys = {key: f"exit {number}" for number, key in numbered(curves, "train/top1/").items()}
     what = "each exit"

@@ -1,8 +1,9 @@
-"""Policies of a net with exits: one exit for all images, all exits one after another, or a budget for their mean.
+"""Policies of a net with exits: one exit for all images, every exit in turn, or a budget of MACs on average.
 
-Letters: B images, n of them still running, E exits, S sub-networks. Facts of every policy: `exit` [B], from 1; `exits`
-[B, E] and `subnetworks` [B, S], 1 where an image got its answer, so that their sums and means by class count images.
-The released code computes every exit of every image and decides afterwards; here images really leave.
+Letters: B images, n of them still running, E exits, S sub-networks. Facts of every policy: `exit` [B], counted from 1;
+`exits` [B, E] and `subnetworks` [B, S], 1 where an image was answered, so that means are shares of images.
+The released code computes every exit of every image and decides afterwards; here no further block runs for an image
+that has exited.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from pipeline import cost, ranks
 from pipeline.blocks import per_image
 from pipeline.compat.torch import version_of
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, JsonValue
 from pipeline.families.ranet.budget import lowered, shares, solve, thresholds
 from pipeline.families.ranet.config import RanetConfig, budget_name
 from pipeline.families.ranet.model import Ranet, Walk
@@ -37,16 +38,17 @@ class ExitCosts:
     classifiers: tuple[int, ...]
 
     def until(self, number: int) -> int:
-        """What an image has cost that leaves at exit `number`, from 1, and met every classifier before."""
+        """MACs of an image that exits at exit `number`, counted from 1, after running every classifier before it."""
         return sum(self.blocks[:number]) + sum(self.classifiers[:number])
 
     @property
     def cumulative(self) -> list[int]:
+        """MACs of an image that exits at each exit, [E]."""
         return [self.until(number) for number in range(1, len(self.blocks) + 1)]
 
 
 def measure(net: Ranet, images: Tensor) -> ExitCosts:
-    """The costs of an image of the size of `images` [B, 3, H, W]; the base maps belong to the first exit."""
+    """The costs of an image with the size of `images` [B, 3, H, W]; the base maps count towards the first exit."""
     spent = cost.measure(net, images[:1]).by_module
     blocks, waiting = [], spent["base"]
     for s, plans in enumerate(net.config.plan):
@@ -60,22 +62,23 @@ def measure(net: Ranet, images: Tensor) -> ExitCosts:
 
 @dataclass
 class Measurements:
-    """What the policies of one net measure once: costs by image size, and the confidences of held-out images."""
+    """Measurements shared by the policies of one net: costs by image size, and the confidences of held-out images."""
 
     costs: dict[tuple[int, ...], ExitCosts] = field(default_factory=dict)
-    walked: tuple[Any, ...] | None = None  # the net, its weights' versions and the batches
+    walked: tuple[nn.Module, int, object] | None = None  # the net, the versions of its weights, the batches
     held_out: HeldOut | None = None
 
     def cost(self, net: Ranet, images: Tensor) -> ExitCosts:
+        """The costs of an image with the size of `images` [B, 3, H, W]."""
         shape = tuple(images.shape[1:])
         if shape not in self.costs:
             self.costs[shape] = measure(net, images)
         return self.costs[shape]
 
     def collect(self, net: Ranet, batches: Iterable[tuple[Tensor, Tensor]]) -> HeldOut:
-        """Walks `batches` once, whatever the number of policies that ask. Collective.
+        """Runs the net on `batches` once, whatever the number of policies. Collective.
 
-        Raises ConfigError where no rank has an image.
+        Raises ConfigError if no rank has an image.
         """
         if self.held_out is None or not self._same(net, batches):
             self.held_out = _collect(net, batches)
@@ -89,14 +92,14 @@ class Measurements:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """confidences [n, E] f32 on the CPU, of all ranks; sizes of the batches they came in; costs of one image."""
+    """confidences [n, E] f32 of all ranks' images, on the CPU; sizes of their batches; costs of one image."""
 
     confidences: Tensor
     sizes: tuple[int, ...]
     costs: ExitCosts
 
     def spent(self, until: Thresholds) -> float:
-        """Mean MACs of these images in these batches under `early_exit`, images that are carried along included."""
+        """Mean MACs of these images in these batches with `early_exit`, including images that are carried along."""
         floors = torch.tensor([inf if threshold is None else threshold for threshold in (*until, 0.0)])
         taken = (self.confidences >= floors).int().argmax(1)  # [n], from 0
         total = 0
@@ -117,7 +120,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Exit(FixedPolicy):
-    """All images leave at exit `number`, from 1; the classifiers before it do not run."""
+    """All images exit at exit `number`, counted from 1; the classifiers before it do not run."""
 
     number: int
     shared: Measurements = field(default_factory=Measurements, compare=False, repr=False)
@@ -148,10 +151,10 @@ class Exit(FixedPolicy):
 
 @dataclass(frozen=True)
 class Anytime(FixedPolicy):
-    """Every exit answers on the way, as where the answer may be asked for at any moment; the last one counts.
+    """Every exit gives an answer, as if an answer could be requested at any moment; the last one is the prediction.
 
-    Facts by exit, [B, E]: `exit_macs` is the price of having its answer (the paper's axis, where exit-k has the top-1),
-    `exit_confidence` its confidence, `exit_agrees` whether its answer is the last exit's.
+    Facts by exit, [B, E]: `exit_macs`, the MACs until its answer (the paper's axis; exit-k reports the top-1);
+    `exit_confidence`; `exit_agrees`, whether its answer equals the last exit's.
     """
 
     name: str = "anytime"
@@ -182,16 +185,16 @@ class Anytime(FixedPolicy):
 
 @dataclass(frozen=True)
 class MacsBudget:
-    """Images leave at the first exit that is confident enough, so that they cost `budget` MACs in the mean.
+    """Images exit at the first exit that is confident enough, so that an image takes `budget` MACs on average.
 
-    budget above 1: MACs per image; else a share of all the net's. The thresholds are fitted on held-out images, in
-    batches as large as they come in; the released code's budget counts none of the images that a batch carries along.
+    budget: MACs per image if above 1, else a share of the whole net's. The thresholds are fitted on held-out images in
+    the batches in which they arrive; the released code's budget ignores images that a batch carries along.
     """
 
     budget: float
     num_exits: int
     thresholds: tuple[float | None, ...] | None = None  # [E - 1]; None: not calibrated
-    found: Mapping[str, Any] = field(default_factory=dict, compare=False)  # how they were found, for the record
+    fit: Mapping[str, JsonValue] = field(default_factory=dict, compare=False)  # how they were fitted
     shared: Measurements = field(default_factory=Measurements, compare=False, repr=False)
 
     @property
@@ -207,26 +210,26 @@ class MacsBudget:
         return {"budget": self.budget}
 
     def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> MacsBudget:
-        """Fitted to these images. Collective. Raises ConfigError for a budget that is out of reach."""
+        """The policy fitted to these images. Collective. Raises ConfigError for a budget that the net cannot meet."""
         assert isinstance(net, Ranet)
         held_out = self.shared.collect(net, batches)
         costs = held_out.costs.cumulative
 
-        def fit(log_q: float) -> list[float | None]:
+        def fitted_at(log_q: float) -> list[float | None]:
             return thresholds(held_out.confidences, shares(log_q, self.num_exits))
 
         macs = self._macs(costs)
-        log_q = lowered(solve(macs, costs), macs, lambda log_q: held_out.spent(fit(log_q)))
-        fitted = fit(log_q)
-        found = {
+        log_q = lowered(solve(macs, costs), macs, lambda log_q: held_out.spent(fitted_at(log_q)))
+        fitted = fitted_at(log_q)
+        fit = {
             "q": exp(min(log_q, 700.0)),
             "expected_macs": held_out.spent(fitted),
             "num_images": len(held_out.confidences),
         }
-        return replace(self, thresholds=tuple(fitted), found=found)
+        return replace(self, thresholds=tuple(fitted), fit=fit)
 
     def check(self, net: nn.Module, images: Tensor) -> None:
-        """Raises ConfigError for a budget that is out of reach on images of this size."""
+        """Raises ConfigError for a budget that the net cannot meet on images [1, 3, H, W] of this size."""
         assert isinstance(net, Ranet)
         costs = self.shared.cost(net, images).cumulative
         solve(self._macs(costs), costs)
@@ -234,40 +237,45 @@ class MacsBudget:
     def _macs(self, costs: Sequence[int]) -> float:
         return self.budget if self.budget > 1 else self.budget * costs[-1]
 
-    def state(self) -> Mapping[str, Any]:
-        """thresholds [E - 1], null where none leaves; q, expected_macs per image, num_images they were fitted on."""
-        return {} if self.thresholds is None else {"thresholds": list(self.thresholds), **self.found}
+    def state(self) -> Mapping[str, JsonValue]:
+        """thresholds [E - 1], null where no image exits; q, expected_macs per image, num_images; {} before the fit."""
+        return {} if self.thresholds is None else {"thresholds": list(self.thresholds), **self.fit}
 
     def restored(self, state: Mapping[str, Any]) -> MacsBudget:
-        """Raises ConfigError where the state is of a net with another number of exits."""
-        kept = tuple(state.get("thresholds", ()))
-        if len(kept) != self.num_exits - 1:
+        """The policy with stored thresholds. Raises ConfigError if they are of a net with another number of exits."""
+        stored = tuple(state.get("thresholds", ()))
+        if len(stored) != self.num_exits - 1:
             raise ConfigError(
-                f"policy {self.name}: stored thresholds (={len(kept)}) are those of another net; this one has "
-                f"{self.num_exits} exits and needs {self.num_exits - 1}; evaluate it again with data.held_out set"
+                f"policy {self.name}: the {len(stored)} stored thresholds are those of another net; this one has "
+                f"{self.num_exits} exits and needs {self.num_exits - 1}; evaluate it again with data.held_out set",
+                key="calibration",
+                subject=self.name,
             )
-        return replace(self, thresholds=kept, found={key: state[key] for key in state if key != "thresholds"})
+        return replace(self, thresholds=stored, fit={key: state[key] for key in state if key != "thresholds"})
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
         assert isinstance(net, Ranet)
         if self.thresholds is None:
             raise ConfigError(
-                f"policy {self.name} has no thresholds: they are fitted on held-out training images; set "
-                "data.held_out, e.g. 0.1, before training, or choose another policy"
+                f"policy {self.name} has no thresholds, which are fitted on held-out training images; set "
+                "data.held_out, e.g. 0.1, before training, or choose another policy",
+                key="data.held_out",
+                subject=self.name,
             )
         return early_exit(net, images, (*self.thresholds, 0.0), self.shared.cost(net, images))
 
 
 def early_exit(net: Ranet, images: Tensor, until: Thresholds, costs: ExitCosts) -> Prediction:
-    """Runs each image to the first exit where its confidence reaches the threshold, until [E]; all leave at the last.
+    """Runs each image up to the first exit where its confidence reaches the threshold; all exit at the last.
 
-    An exit that no image can leave by (None) has no need of its classifier. Images that have left are taken out of the
-    batch where `worth_it` says so; else they are carried along, at their price, with the answer that they have.
+    until [E]: the thresholds; the classifier of an exit at which no image can exit (None) does not run. Images that
+    have exited are removed from the batch if that makes it smaller in the sizes of `batch_of`; otherwise they are
+    carried along, their MACs count, and they keep their answer.
     """
     taken = torch.zeros(len(images), dtype=torch.long, device=images.device)
     macs = torch.zeros(len(images), dtype=torch.float64, device=images.device)
     logits = torch.zeros(len(images), net.classifiers[-1].fc.out_features, device=images.device)  # type: ignore
-    walk, waiting = Walk(net, images), None  # of the images under way, those without an answer, [n]; None: all
+    walk, waiting = Walk(net, images), None  # of the running images, those without an answer, [n]; None: all
     for number, threshold in enumerate(until, 1):
         x = walk.to_next_exit()
         macs = _added(macs, walk.rows, costs.blocks[number - 1])
@@ -294,7 +302,7 @@ def early_exit(net: Ranet, images: Tensor, until: Thresholds, costs: ExitCosts) 
 
 
 def batch_of(left: int) -> int:
-    """The smallest batch to go on with that holds `left` images."""
+    """The smallest batch size to continue with that holds `left` images; sizes have STEPS steps per power of two."""
     step = max(1, 2 ** (left - 1).bit_length() // 2 // STEPS) if left > 1 else 1
     return -(-left // step) * step
 
@@ -317,7 +325,7 @@ def _added(macs: Tensor, rows: Tensor | None, cost: int) -> Tensor:
 
 
 def _facts(net: Ranet, taken: Tensor) -> dict[str, Tensor]:
-    """taken [B], exits from 1."""
+    """The facts of every policy; taken [B]: the exit of each image, counted from 1."""
     owner = torch.tensor(net.config.subnetwork_of_exit, device=taken.device)
     exits = F.one_hot(taken - 1, len(owner))
     return {"exit": taken, "exits": exits, "subnetworks": F.one_hot(owner[taken - 1], len(net.subnetworks))}
@@ -335,7 +343,9 @@ def _collect(net: Ranet, batches: Iterable[tuple[Tensor, Tensor]]) -> HeldOut:
     mine = torch.cat(found).numpy() if found else None
     gathered = [share for share in ranks.gather((mine, sizes, shape)) if share[0] is not None]
     if not gathered:
-        raise ConfigError("there is no held-out image to fit thresholds on; set data.held_out, e.g. 0.1")
+        raise ConfigError(
+            "there is no held-out image to fit thresholds on; set data.held_out, e.g. 0.1", key="data.held_out"
+        )
     weight = next(net.parameters())
     example = torch.zeros((1, *gathered[0][2]), device=weight.device, dtype=weight.dtype)
     confidences = torch.cat([torch.from_numpy(share[0]) for share in gathered])

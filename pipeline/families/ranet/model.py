@@ -1,9 +1,9 @@
-"""Resolution-adaptive nets: sub-networks from low to high resolution, each reading the one before, with exits.
+"""Resolution-adaptive nets: sub-networks from low to high resolution with exits; each reads the previous one.
 
 Letters: B images, n of them still running, C channels, K classes, E exits, S sub-networks. Source: Yang et al., CVPR
-2020 (arXiv 2003.07326), and the code released with it. Where we differ from that code: the classifiers'
-pooling is adaptive, the same at the published sizes, so that other sides work; the number of classes is an argument;
-a resize to the same size is left out; the tensors that the next sub-network reads are held once, see `Features`.
+2020 (arXiv 2003.07326), and the code released with it. Differences from that code: the pooling of the
+classifiers is adaptive, so that other sides work (equal at the published sizes); the number of classes is an argument;
+a resize to the same size is omitted; the tensors that the next sub-network reads are stored once, see `Features`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ class RanetOutput:
 
 
 def build(config: RanetConfig, num_classes: int) -> Ranet:
+    """The net on CPU, its weights drawn from torch's default generator."""
     return Ranet(config, num_classes)
 
 
 class Features:
     """The tensors x_0 .. x_L of a block, input first; `rows` are the images that they belong to, None for all.
 
-    Each layer appends channels to its input, so every tensor is a channel prefix of the widest of its resolution.
-    Without gradients that one alone is held, and a halved last one beside it; with them all are, for autograd holds
-    them anyway and slices would cost it zeros.
+    Each layer appends channels to its input, so every tensor is a channel prefix of the widest one of its resolution.
+    Without gradients only the widest one is stored, and separately a last one of half the size. With gradients all are
+    stored: autograd keeps them anyway, and the backward of a slice would fill tensors of zeros.
     """
 
     def __init__(self, x: Tensor, rows: Tensor | None) -> None:
@@ -48,6 +49,7 @@ class Features:
         self._held = [x]
 
     def append(self, x: Tensor) -> None:
+        """Adds the output of the next layer."""
         self._widths.append(x.shape[1])
         if not torch.is_grad_enabled() and self._held[-1].shape[-2:] == x.shape[-2:]:
             self._held[-1] = x
@@ -62,11 +64,11 @@ class Features:
 
     @property
     def held(self) -> list[Tensor]:
-        """The tensors that take memory."""
+        """The tensors that occupy memory."""
         return list(self._held)
 
     def take(self, rows: Tensor | None) -> None:
-        """Goes on with the images `rows`, a rising subset of those it has."""
+        """Keeps only the images `rows`, a rising subset of the present ones; None for all."""
         if rows is not self.rows:
             assert rows is not None
             where = rows if self.rows is None else torch.searchsorted(self.rows, rows)
@@ -75,7 +77,7 @@ class Features:
 
 
 class FusedLayer(nn.Module):
-    """Appends channels made from the sub-network before and from x: cat[x, below, own], all at own's size."""
+    """Appends channels computed from the previous sub-network and from x: cat[x, below, own], all at own's size."""
 
     def __init__(self, plan: BlockPlan, number: int) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ class FusedLayer(nn.Module):
 
 
 class NormalLayer(nn.Module):
-    """Appends channels made from x alone."""
+    """Appends channels computed from x only."""
 
     def __init__(self, plan: BlockPlan, number: int) -> None:
         super().__init__()
@@ -101,7 +103,7 @@ class NormalLayer(nn.Module):
 
 
 class RanetBlock(nn.Module):
-    """A chain of layers; a fused one reads the tensors of the same block of the sub-network before."""
+    """A chain of layers; a fused block also reads the tensors of the same block in the previous sub-network."""
 
     def __init__(self, plan: BlockPlan) -> None:
         super().__init__()
@@ -112,7 +114,7 @@ class RanetBlock(nn.Module):
         self.transition = None if plan.reduced is None else _basic(width, plan.reduced, 1)
 
     def forward(self, features: Features, below: Features | None) -> Tensor:
-        """features: of x [B, C, H, W] alone, to be filled; gives the block's output."""
+        """The block's output; features: those of x [B, C, H, W], to which the layers' outputs are added."""
         x = features[0]
         for number, layer in enumerate(self.layers):
             x = layer(x) if below is None else layer(x, below[number])
@@ -124,7 +126,7 @@ class RanetBlock(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Two convolutions of stride 2, mean over what is left, linear."""
+    """Two convolutions with stride 2, global average pooling, one linear layer."""
 
     def __init__(self, channels: int, hidden: int, num_classes: int) -> None:
         super().__init__()
@@ -137,7 +139,7 @@ class Classifier(nn.Module):
 
 
 class Base(nn.ModuleList):
-    """Base maps of all sub-networks from the one full image, made from the finest to the coarsest."""
+    """The base maps of all sub-networks, computed from the full image, from the finest to the coarsest."""
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Coarsest first, [S] of [B, C, H, W]."""
@@ -148,7 +150,7 @@ class Base(nn.ModuleList):
 
 
 class Ranet(nn.Module):
-    """Submodules `subnetworks` (lists of blocks), `classifiers` (one per exit) and `base`, in the released order."""
+    """Submodules in the released order: `subnetworks` (lists of blocks), `classifiers` (one per exit), `base`."""
 
     def __init__(self, config: RanetConfig, num_classes: int) -> None:
         super().__init__()
@@ -169,17 +171,17 @@ class Ranet(nn.Module):
         return None
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> RanetOutput:
-        """All exits of all images. Raises ConfigError for images below the net's smallest."""
+        """Runs all exits for all images. Raises ConfigError for images smaller than `RanetConfig.min_side_px`."""
         walk = Walk(self, images)
         exits = [classifier(walk.to_next_exit()) for classifier in self.classifiers]
         return RanetOutput(exits[-1], torch.stack(exits, dim=1))
 
 
 class Walk:
-    """A net on its way through its exits; images that need no more can be left behind at each of them.
+    """Runs a net from exit to exit; at each exit, images that have their answer can be removed.
 
-    `rows` [n] are the images still under way, rising, None for all. What later blocks read (base maps, features of the
-    sub-network before) follows them lazily, gathered once, where it is read; what none reads any more is let go.
+    `rows` [n] are the images still running, rising, None for all. What later blocks read (base maps, features of the
+    previous sub-network) is reduced to these images lazily, once, when it is read, and freed when no block needs it.
     """
 
     def __init__(self, net: Ranet, images: Tensor) -> None:
@@ -187,8 +189,10 @@ class Walk:
         if side < least:
             raise ConfigError(
                 f"images of {images.shape[-2]}x{images.shape[-1]} px are too small: with {net.config.stem} stem and "
-                f"scales up to {net.config.scales[-1]} the shorter side has at least {least} px; use larger images or "
-                "fewer scales"
+                f"scales up to {net.config.scales[-1]} the shorter side must be at least {least} px; use larger images "
+                "or fewer scales",
+                key="images",
+                subject=side,
             )
         self.rows: Tensor | None = None
         self._x = images
@@ -199,7 +203,7 @@ class Walk:
         self._here: deque[Features] = deque()
 
     def to_next_exit(self) -> Tensor:
-        """Runs the blocks up to the next exit: what its classifier reads, [n, C, h, w]."""
+        """Runs the blocks up to the next exit; returns the input of its classifier, [n, C, h, w]."""
         if not self._blocks:
             self._next_subnetwork()
         while self._below:  # fused blocks have no exit
@@ -208,13 +212,13 @@ class Walk:
         return self._x
 
     def keep(self, places: Tensor) -> None:
-        """Goes on with those images alone that stand at `places` (rising) of the present ones."""
+        """Keeps only the images at `places` (rising) among the present ones."""
         self.rows = places if self.rows is None else self.rows[places]
         if self._blocks:
             self._x = take(self._x, places)
 
     def held(self) -> list[Tensor]:
-        """The tensors held for later blocks."""
+        """The tensors stored for later blocks."""
         parts = (*self._bases, *self._below, *self._here)
         return [self._x, *(tensor for features in parts for tensor in features.held)]
 
@@ -233,7 +237,7 @@ class Walk:
             below.take(self.rows)
         features = Features(self._x, self.rows)
         self._x = self._blocks.popleft()(features, below)
-        if self._subnetworks:  # no one reads the features of the last
+        if self._subnetworks:  # nothing reads the features of the last one
             self._here.append(features)
 
 
@@ -253,7 +257,7 @@ def _resized(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _base(config: RanetConfig) -> list[nn.Module]:
-    """One layer per sub-network, finest first; stride 2 where the scale falls."""
+    """One layer per sub-network, finest first, with stride 2 where the scale falls."""
     widths = [config.channels * factor for factor in config.width_factors][::-1]
     scales = config.scales[::-1]
     if config.stem == "cifar":

@@ -1,6 +1,6 @@
-"""Cross-entropy summed over the exits with weight 1 each, one group of parameters, one optimizer.
+"""Cross-entropy summed over the exits with weight 1 each; one group of parameters, one optimizer.
 
-Source: the code released with arXiv 2003.07326, where the paper's reproductions speak of a weighted sum.
+Source: the code released with arXiv 2003.07326; reproductions of the paper describe a weighted sum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.family import Loss, Params, cross_entropy
 def loss(config: RanetConfig, output: RanetOutput, targets: Tensor) -> Loss:
     """The sum over exits; parts: `ce` of the last exit, `ce/<exit>` and `top1/<exit>` of each.
 
-    Of mixed images the top-1 asks for the class that has most of them.
+    The class of a mixed image, for top-1, is the one with the largest share.
     """
     exits = torch.stack([cross_entropy(logits, targets) for logits in output.exits.unbind(1)])
     by_exit = {f"ce/{number:02d}": value for number, value in enumerate(exits.detach(), 1)}

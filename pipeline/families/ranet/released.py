@@ -1,4 +1,4 @@
-"""Weights by the names of the code released with arXiv 2003.07326, mapped onto ours."""
+"""Maps the weight names of the code released with arXiv 2003.07326 to ours."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PARTS = {
 
 
 def load_pretrained(config: RanetConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
-    """Ours, or the released code's with or without the prefix of its DataParallel; every tensor is used."""
+    """Fills `net` from our weights or the released code's, with or without DataParallel's prefix; uses every tensor."""
     plain = {name.removeprefix("module."): value for name, value in tensors.items()}
     return load(net, {our_name(name): value for name, value in plain.items()})
 
 
 def our_name(name: str) -> str:
-    """The name here of a tensor there; any other name as it is."""
+    """Our name of a tensor of the released code; any other name is returned unchanged."""
     for theirs, ours in GROUPS.items():
         if name.startswith(f"{theirs}."):
             rest = name.removeprefix(theirs)

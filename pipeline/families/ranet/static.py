@@ -1,4 +1,4 @@
-"""Each exit as a module: all images leave there, and what lies behind it is no part of it."""
+"""Each exit as a module: all images exit there, and later blocks are not part of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.family import Report
 
 
 class AtExit(nn.Module):
-    """The blocks on the way to exit `number`, from 1, and its classifier alone."""
+    """The blocks up to exit `number`, counted from 1, and its classifier only."""
 
     def __init__(self, net: Ranet, number: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class AtExit(nn.Module):
 def static(
     config: RanetConfig, net: nn.Module, reports: Sequence[Report]
 ) -> Mapping[str, Callable[[Tensor], nn.Module]]:
-    """`exit-k`; budgets decide by image and are no such policies."""
+    """`exit-k` for each exit; budgets decide image by image and cannot be exported."""
     assert isinstance(net, Ranet)
     exits = (policy for policy in policies(config, net) if isinstance(policy, Exit))
     return {policy.name: partial(_at, net, policy.number) for policy in exits}

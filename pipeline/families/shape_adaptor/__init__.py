@@ -1,4 +1,4 @@
-"""Shape Adaptor: networks that learn where and how much to shrink their feature maps (arXiv 2008.00892)."""
+"""Shape Adaptor: networks that learn where and by how much to shrink their feature maps (arXiv 2008.00892)."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """The networks that carry adaptors: VGG-16, ResNet-50 and MobileNetV2, in torchvision's layout and with its names.
 
-A body maps images and `Cells` to logits and knows no alphas: the same body serves the net that learns its shape, the
-frozen one and the one on the meta device that is asked for its price. Letters: B images, K classes, C channels,
+A body maps images and `Cells` to logits and does not depend on the alphas: the same body is used by the net that
+learns its shape, by the frozen net, and on the meta device to count MACs. Letters: B images, K classes, C channels,
 H×W pixels, N adaptors.
-Source: Liu et al., ECCV 2020 (arXiv 2008.00892) for where adaptors stand and what they replace; Simonyan & Zisserman,
-ICLR 2015; He et al., CVPR 2016; Sandler et al., CVPR 2018. Where we differ from the released code: a map that is one
-pixel high or wide is not halved any further there (there its pooling fails); the layout for small images is chosen by
-one rule in every net (there one net follows two rules at exactly 64 px).
+Source: Liu et al., ECCV 2020 (arXiv 2008.00892) for the places of adaptors and what they replace; Simonyan & Zisserman,
+ICLR 2015; He et al., CVPR 2016; Sandler et al., CVPR 2018. Differences from the released code: a map that is one
+pixel high or wide is not halved further in that direction (there the pooling fails); the layout for small images is
+chosen by the same rule in every net (there one net follows two rules at exactly 64 px).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Kind = Literal["resnet50", "mobilenet_v2", "vgg16", "vgg16_bn"]
 Mode = Literal["human", "sa", "autosc", "autotl"]
 RESNET_STAGES = (3, 4, 6, 3)
 VGG_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
-VGG_POOLED = (1, 3, 6, 9, 12)  # convolutions before a pooling; the last only in the layout for large images
+VGG_POOLED = (1, 3, 6, 9, 12)  # convolutions followed by a pooling; the last only in the layout for large images
 MOBILENET = (  # inverted residuals: expansion, channels, stride
     *[(1, 16, 1)],
     *[(6, 24, 2), (6, 24, 1)],
@@ -39,7 +39,7 @@ MOBILENET = (  # inverted residuals: expansion, channels, stride
 
 @dataclass(frozen=True)
 class Cells:
-    """What adaptors need in a forward: sizes [N] as plain numbers, weights [N, 2] of their smaller, larger branch."""
+    """What adaptors need in a forward: sizes [N] as plain numbers, weights [N, 2] of the smaller and larger branch."""
 
     sizes: tuple[Size, ...]
     weights: Tensor
@@ -47,7 +47,7 @@ class Cells:
 
 @dataclass(frozen=True)
 class BodyLayout:
-    """What a body is built from; `places` are the numbers of the layers that carry an adaptor (`model.places`)."""
+    """What a body is built from; `places` are the numbers of the layers with an adaptor (`model.places`)."""
 
     kind: Kind
     mode: Mode
@@ -59,13 +59,13 @@ class BodyLayout:
 
     @property
     def strided(self) -> bool:
-        """Whether the fixed layers shrink as the human net's do."""
+        """Whether the fixed layers shrink the maps as in the human-designed net."""
         return self.mode in ("human", "autosc")
 
 
 @dataclass
 class Route:
-    """Collects, while a body is built in the order of its forward, where adaptors stand between fixed layers."""
+    """Records the adaptors and the fixed strides between them while a body is built in the order of its forward."""
 
     ceil_pool: bool
     fixed: list[float] = field(default_factory=list)
@@ -73,13 +73,16 @@ class Route:
     pending: float = 1.0
 
     def shrink(self, stride: int) -> int:
+        """Notes a fixed layer of this stride; returns the stride."""
         self.pending /= stride
         return stride
 
     def pooled(self) -> PooledAdaptor:
+        """The next adaptor, between a map and its max pooling."""
         return PooledAdaptor(self._next(residual=False), self.ceil_pool)
 
     def joining(self) -> Adaptor:
+        """The next adaptor, between a shortcut and its residual."""
         return Adaptor(self._next(residual=True))
 
     def _next(self, *, residual: bool) -> int:
@@ -93,7 +96,7 @@ Body: TypeAlias = "Vgg16 | ResNet50 | MobileNetV2"
 
 
 def build_body(layout: BodyLayout, num_classes: int) -> tuple[Body, Route]:
-    """The body with its initial weights, and where its adaptors stand."""
+    """The body with its initial weights, and the places of its adaptors."""
     route = Route(layout.ceil_pool)
     if layout.kind == "resnet50":
         return ResNet50(layout, num_classes, route), route
@@ -103,22 +106,22 @@ def build_body(layout: BodyLayout, num_classes: int) -> tuple[Body, Route]:
 
 
 def resized(x: Tensor, size: Size) -> Tensor:
-    """x [B, C, h, w] -> [B, C, *size], bilinear between the corner pixels; the identity at its own size."""
+    """x [B, C, h, w] -> [B, C, *size], bilinear with aligned corners; x itself if it has this size."""
     if (x.shape[2], x.shape[3]) == size:
         return x
-    if x.is_meta:  # where only shapes count; torch would walk through the whole formula in Python
+    if x.is_meta:  # only the shape is needed; torch would evaluate the whole formula in Python
         return x.new_empty(*x.shape[:2], *size)
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
 def halved(x: Tensor, ceil: bool) -> Tensor:
-    """The largest of each 2x2 pixels; a side of one pixel stays."""
+    """2x2 max pooling; a side of one pixel is not halved."""
     kernel = (min(2, x.shape[2]), min(2, x.shape[3]))
     return F.max_pool2d(x, kernel, ceil_mode=ceil)
 
 
 class Adaptor(nn.Module):
-    """The learned resizing: both branches at this adaptor's size, weighted and summed."""
+    """The learned resizing: both branches resized to this adaptor's size, weighted and summed."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -129,11 +132,11 @@ class Adaptor(nn.Module):
         size, (small, large) = cells.sizes[self.number], cells.weights[self.number].unbind()
         if torch.is_grad_enabled():
             return small * resized(smaller, size) + large * resized(larger, size)
-        return resized(small * smaller, size).addcmul_(resized(larger, size), large)  # the same in fewer passes
+        return resized(small * smaller, size).addcmul_(resized(larger, size), large)  # the same value in fewer passes
 
 
 class PooledAdaptor(nn.Module):
-    """An adaptor between x and its 2x2 max pooling."""
+    """An adaptor whose branches are x and its 2x2 max pooling."""
 
     def __init__(self, number: int, ceil: bool) -> None:
         super().__init__()
@@ -145,13 +148,13 @@ class PooledAdaptor(nn.Module):
 
 
 def rounded(channels: float) -> int:
-    """To a multiple of 8, at least 8, and not below 90 % of `channels`. Source: MobileNetV2's released code."""
+    """Rounds to a multiple of 8, at least 8 and at least 90 % of `channels`. Source: MobileNetV2's released code."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * channels else nearest + 8
 
 
 class Vgg16(nn.Module):
-    """13 convolutions of 3x3 with ReLU, global average, one linear layer. No adaptor follows the last convolution."""
+    """13 3x3 convolutions with ReLU, global average pooling, one linear layer. The last convolution has no adaptor."""
 
     def __init__(self, layout: BodyLayout, num_classes: int, route: Route) -> None:
         super().__init__()
@@ -177,7 +180,7 @@ class Vgg16(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """By their numbers, of which `places` are some."""
+        """The layers in the order of their numbers, which `places` refers to."""
         return list(self.convs)
 
     def forward(self, images: Tensor, cells: Cells) -> Tensor:
@@ -194,7 +197,7 @@ class Vgg16(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 with BatchNorm, and a shortcut; with an adaptor the shortcut is its smaller branch."""
+    """1x1, 3x3, 1x1 with BatchNorm, and a shortcut; if there is an adaptor, the shortcut is its smaller branch."""
 
     def __init__(self, inputs: int, width: int, stride: int, shortcut: int | None, adaptor: Adaptor | None) -> None:
         super().__init__()
@@ -214,11 +217,11 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """Stem, 16 bottlenecks in `layer1` to `layer4`, global average, `fc`. Places: 0 is the stem, then the blocks.
+    """Stem, 16 bottlenecks in `layer1` to `layer4`, global average pooling, `fc`. Place 0 is the stem, then the blocks.
 
-    A block with an adaptor has a 1x1 convolution of stride 2 for its shortcut, also where the human net has none there:
-    so this net alone has more weights than the human one. "autotl" turns the stem's convolution and its pooling into
-    an adaptor each.
+    The shortcut of a block with an adaptor is a 1x1 convolution with stride 2, even where the human-designed net has an
+    identity there, so this net can have more weights than the human-designed one. In mode "autotl" both the stride of
+    the stem's convolution and its pooling become adaptors.
     """
 
     def __init__(self, layout: BodyLayout, num_classes: int, route: Route) -> None:
@@ -242,7 +245,7 @@ class ResNet50(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """By their numbers, of which `places` are some."""
+        """The layers in the order of their numbers, which `places` refers to."""
         return [self.conv1, *(block for layer in self._layers() for block in layer)]
 
     def _layers(self) -> tuple[nn.ModuleList, ...]:
@@ -262,7 +265,7 @@ class ResNet50(nn.Module):
 
 
 def _bottleneck(layout: BodyLayout, route: Route, inputs: int, width: int, place: int, stride: int) -> Bottleneck:
-    """Block number `place`, which has `stride` in the human net."""
+    """Block number `place`, whose stride in the human-designed net is `stride`."""
     if place in layout.places:
         return Bottleneck(inputs, width, 1, 2, route.joining())
     kept = route.shrink(stride) if layout.strided else 1
@@ -271,7 +274,7 @@ def _bottleneck(layout: BodyLayout, route: Route, inputs: int, width: int, place
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, 1x1 projection; `conv` is named as torchvision's."""
+    """1x1 expansion, 3x3 depthwise convolution, 1x1 projection; `conv` has torchvision's name."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int, residual: bool) -> None:
         super().__init__()
@@ -292,10 +295,10 @@ def _conv_bn_relu6(inputs: int, outputs: int, kernel: int, stride: int = 1, grou
 
 
 class MobileNetV2(nn.Module):
-    """Stem, 17 inverted residuals, a last 1x1 convolution, global average, one linear layer without dropout.
+    """Stem, 17 inverted residuals, a last 1x1 convolution, global average pooling, one linear layer without dropout.
 
-    Places: 0 is the stem, then the inverted residuals. One with an adaptor does not add its input, unless
-    `keep_residual`.
+    Place 0 is the stem, then the inverted residuals. One with an adaptor does not add its input, unless
+    `keep_residual` is set.
     """
 
     def __init__(self, layout: BodyLayout, num_classes: int, route: Route) -> None:
@@ -324,7 +327,7 @@ class MobileNetV2(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """By their numbers, of which `places` are some, and the last convolution."""
+        """The layers in the order of their numbers, which `places` refers to, and the last convolution."""
         return list(self.features)
 
     def forward(self, images: Tensor, cells: Cells) -> Tensor:

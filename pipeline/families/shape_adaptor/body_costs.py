@@ -1,7 +1,8 @@
-"""What an image costs at given sizes, found by running the net's own body on torch's meta device: shapes alone.
+"""MACs and activations of an image at given sizes, measured by running the net's own body on torch's meta device.
 
-So a shape can be refused before anything of it is computed, and no formula stands beside the net. A price is asked for
-within a forward, which may itself be under a counter of MACs: dispatch modes are off meanwhile, so it counts nowhere.
+So a shape can be refused before anything is computed, and no formula duplicates the net. A cost is measured within a
+forward, which may itself be under a MAC counter: dispatch modes are disabled meanwhile, so the measurement is not
+counted.
 """
 
 from __future__ import annotations
@@ -16,47 +17,47 @@ from pipeline.compat.torch import without_dispatch_modes
 from pipeline.families.shape_adaptor.bodies import Adaptor, Body, BodyLayout, Cells, build_body
 from pipeline.families.shape_adaptor.shape import Size
 
-Asked = tuple[Size, tuple[Size, ...]]  # of an image, and of what its adaptors give, [N]
+Sizes = tuple[Size, tuple[Size, ...]]  # of an image, and of the outputs of the adaptors, [N]
 
 
 @dataclass
 class BodyCosts:
-    """Prices one image in a body of this layout, by its size and those of the adaptors; each once."""
+    """The costs of one image in a body of this layout, by its size and the adaptors' sizes; each is measured once."""
 
     layout: BodyLayout
     num_classes: int
     _body: Body | None = None
-    _given: list[int] = field(default_factory=list)  # values of each convolution and adaptor in the forward under way
-    _read: list[int] = field(default_factory=list)  # the longer side that each layer reads in it
-    _values: dict[Asked, int] = field(default_factory=dict)
-    _macs: dict[Asked, int] = field(default_factory=dict)
+    _outputs: list[int] = field(default_factory=list)  # output values by layer, in the current forward
+    _inputs: list[int] = field(default_factory=list)  # the longer side of each layer's input in it
+    _values: dict[Sizes, int] = field(default_factory=dict)
+    _macs: dict[Sizes, int] = field(default_factory=dict)
 
     def values(self, size: Size, sizes: tuple[Size, ...]) -> int:
-        """Σ C·h·w over what every convolution and every adaptor gives for one image: what memory grows with."""
+        """Σ C·h·w over the outputs of all convolutions and adaptors for one image: what memory is proportional to."""
         if (size, sizes) not in self._values:
             self._run(size, sizes)
-            self._values[size, sizes] = sum(self._given)
+            self._values[size, sizes] = sum(self._outputs)
         return self._values[size, sizes]
 
     def sides(self, size: Size, sizes: tuple[Size, ...]) -> tuple[int, ...]:
-        """The longer side in pixels of what each layer reads, in the order of their numbers."""
+        """The longer side in pixels of each layer's input, in the order of the layers' numbers."""
         self._run(size, sizes)
-        return tuple(self._read)
+        return tuple(self._inputs)
 
     @property
     def parameters(self) -> int:
-        """How many weights the body has; the alphas, one for each adaptor, are not among them."""
+        """The number of weights of the body, without the alphas, of which there is one per adaptor."""
         return sum(parameter.numel() for parameter in self._on_meta().parameters())
 
     def _run(self, size: Size, sizes: tuple[Size, ...]) -> None:
-        self._given.clear()
-        self._read.clear()
+        self._outputs.clear()
+        self._inputs.clear()
         shaped, image = self._shaped(size, sizes)
         with torch.no_grad(), without_dispatch_modes():
             shaped.eval()(image)
 
     def macs(self, size: Size, sizes: tuple[Size, ...]) -> int:
-        """MACs of one image as `cost` defines them; the slower of the two questions."""
+        """MACs of one image as `pipeline.cost` defines them; slower to measure than `values`."""
         if (size, sizes) not in self._macs:
             shaped, image = self._shaped(size, sizes)
             with without_dispatch_modes():
@@ -79,14 +80,14 @@ class BodyCosts:
         return self._body
 
     def _count(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        self._given.append(output.numel())
+        self._outputs.append(output.numel())
 
     def _note(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._read.append(max(inputs[0].shape[2:]))
+        self._inputs.append(max(inputs[0].shape[2:]))
 
 
 class _Shaped(nn.Module):
-    """A body with cells of its own."""
+    """A body with fixed cells."""
 
     def __init__(self, body: nn.Module, cells: Cells) -> None:
         super().__init__()

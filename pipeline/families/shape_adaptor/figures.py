@@ -1,4 +1,4 @@
-"""Shape Adaptor's own pictures: the shape that was learned, how it came about, and what it costs.
+"""Shape Adaptor's own figures: the learned shape, how it changed over training, and its costs.
 
 Layers are numbered from 0 as in `model.places`. Letters: N adaptors.
 Source: Liu et al., ECCV 2020 (arXiv 2008.00892).
@@ -47,13 +47,13 @@ def _config(net: Evaluated) -> ShapeConfig:
 
 
 def _human(config: ShapeConfig) -> ShapeConfig:
-    """The same net as its designers shaped it."""
+    """The same net in its human-designed shape."""
     changes = {"mode": "human", "adaptors": None, "rule": None, "pool": None, "keep_residual": False}
     return config.model_copy(update=changes)
 
 
 def _learned(net: Evaluated) -> tuple[Size, ...] | None:
-    """What the adaptors give for the evaluated images, which are square; none in a human net; None if not known."""
+    """The sizes after the adaptors for the evaluated images, which are square: () for a human net, None if unknown."""
     if _config(net).mode == "human":
         return ()
     found = net.reports[0].facts.get("side_px")
@@ -81,7 +81,7 @@ def _sides(net: Evaluated) -> Lines | None:
         name="shape-adaptor-sides",
         title="Learned sides against the human design",
         caption=f"Side of the maps that each layer of {config.net} reads: as learned, with adaptors at layers {carry}, "
-        f"and as its designers shaped it. The same for all {net.reports[0].num_images:,} images, of {net.side_px} px.",
+        f"and in the human design. The same for all {net.reports[0].num_images:,} images, of {net.side_px} px.",
         x_label=LAYERS[config.net],
         y_label="side in pixels",
         series=[
@@ -109,7 +109,7 @@ def _over_training(net: Evaluated, key: str, title: str, what: str, y_label: str
 
 
 def _against_human(mine: Sequence[Evaluated]) -> Table | None:
-    """The given nets, and after each learned one the human design of it, unless that is among them."""
+    """The given nets, each learned one followed by its human design unless that is among them."""
     rows: list[list[Cell]] = []
     given = {layout_of(_config(net)) for net in mine if _config(net).mode == "human"}
     for net in mine:
@@ -125,16 +125,17 @@ def _against_human(mine: Sequence[Evaluated]) -> Table | None:
     return Table(
         name="shape-adaptor-against-human",
         title="Learned shapes against the human design",
-        caption=f"What each shape costs for an image of {mine[0].side_px} px, and its top-1 on "
-        f"{mine[0].reports[0].num_images:,} images; none where a human design was not among the nets, but only priced. "
-        "Activations are the values that convolutions and adaptors give: what the memory of training grows with.",
+        caption=f"Costs of each shape for an image of {mine[0].side_px} px, and its top-1 on "
+        f"{mine[0].reports[0].num_images:,} images; empty for a human design that is not among the nets, of which only "
+        "the costs are known. Activations are the output values of convolutions and adaptors, to which the memory of "
+        "training is proportional.",
         columns=["net", "shape", "parameters", "million MACs", "million activations", "last side in pixels", "top-1"],
         rows=rows,
     )
 
 
 def _cost_cells(net: Evaluated, config: ShapeConfig, sizes: tuple[Size, ...]) -> list[Cell]:
-    """Parameters, million MACs, million activations and the last side, of an image as it was evaluated."""
+    """Parameters, million MACs, million activations and the last side, for an image of the evaluated size."""
     costs, image = _costs(net, config), (net.side_px, net.side_px)
     return [
         costs.parameters + len(sizes),

@@ -1,4 +1,4 @@
-"""Policies: the net with its shape as the alphas have it, and the frozen form with sizes and weights as constants.
+"""Policies: the net in the shape that the alphas give, and its frozen form, whose sizes and weights are constants.
 
 Letters: B images, K classes, N adaptors.
 """
@@ -22,7 +22,7 @@ from pipeline.family import FixedPolicy, Prediction, Settings
 
 
 class Frozen(nn.Module):
-    """A net whose shape is constant: for images of one size, without alphas, the same logits bit for bit.
+    """A net whose shape is constant, for images of one size; it has no alphas and gives the same logits bit for bit.
 
     It can be exported, compiled as one graph and captured. Raises ConfigError for images of another size.
     """
@@ -34,25 +34,27 @@ class Frozen(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, *size] -> logits [B, K]."""
-        found = (images.shape[2], images.shape[3])
-        if found != self.size:
+        size = (images.shape[2], images.shape[3])
+        if size != self.size:
             raise ConfigError(
-                f"this net's shape is frozen for images of {self.size[0]}x{self.size[1]} px, not {found[0]}x{found[1]};"
-                " freeze it anew for these"
+                f"this net's shape is frozen for images of {self.size[0]}x{self.size[1]} px, not {size[0]}x{size[1]}; "
+                "freeze it again for these",
+                key="images",
+                subject=f"{size[0]}x{size[1]}",
             )
         logits: Tensor = self.body(images, Cells(self.plan.sizes, self.get_buffer("weights")))
         return logits
 
 
 def freeze(net: nn.Module, size: Size) -> Frozen:
-    """The net's present shape for images of `size`, in eval mode, with weights of its own."""
+    """The net in its present shape for images of `size`, in eval mode, as a deep copy."""
     assert isinstance(net, ShapeNet)
     return copy.deepcopy(Frozen(net, size)).eval()
 
 
 @dataclass(frozen=True)
 class Live(FixedPolicy):
-    """The net with the shape that its alphas have now."""
+    """The net in the shape that its alphas give now."""
 
     name: str = "live"
 
@@ -73,7 +75,7 @@ class Live(FixedPolicy):
 
 @dataclass(frozen=True)
 class AtShape(FixedPolicy):
-    """The frozen form, made at the first batch of each size; alphas that move afterwards change nothing in it."""
+    """The frozen form, made at the first batch of each size; later changes of the alphas have no effect on it."""
 
     name: str = "frozen"
 

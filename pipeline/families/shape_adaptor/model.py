@@ -1,10 +1,10 @@
-"""Shape Adaptor's config, where its adaptors stand, and the net that learns its shape.
+"""Shape Adaptor's config, the places of its adaptors, and the net that learns its shape.
 
 Letters: B images, K classes, N adaptors.
 Source: Liu et al., ECCV 2020 (arXiv 2008.00892): SA replaces every fixed resizing of a network by N adaptors, AutoSC
-adds adaptors to the human-designed network so that it shrinks more, AutoTL turns exactly the human resizings into
-adaptors to fine-tune a trained network. Extensions of ours, all off by default: `width` of VGG and ResNet-50, AutoTL on
-VGG-16 and MobileNetV2, `keep_residual`, sums that are not doubled, and the budgets.
+adds adaptors to the human-designed network so that it shrinks more, AutoTL replaces exactly the human-designed
+resizings by adaptors to fine-tune a trained network. Our extensions, all off by default: `width` for VGG and ResNet-50,
+AutoTL for VGG-16 and MobileNetV2, `keep_residual`, `doubled: false`, and the budgets.
 """
 
 from __future__ import annotations
@@ -34,33 +34,36 @@ from pipeline.families.shape_adaptor.body_costs import BodyCosts
 from pipeline.families.shape_adaptor.shape import LARGER, SMALLER, Rule, Rules, Shape, ShapePlan, Size, initial_alpha
 from pipeline.family import FamilyConfig
 
-SMALL_PX = 64  # up to this declared side a net has the layout for small images
-MODE_ALPHA = {"autosc": 2.19, "autotl": -2.19}  # initial; factors 0.9497 and 0.5503. The human shape is near to neither
+SMALL_PX = 64  # up to this side_px a net has the layout for small images
+MODE_ALPHA = {
+    "autosc": 2.19,
+    "autotl": -2.19,
+}  # initial; factors 0.9497 and 0.5503, neither is the human shape
 Positive = Annotated[float, Field(gt=0)]
 Side = Annotated[int, Field(ge=1)]
 Factor = Annotated[float, Field(gt=SMALLER, lt=LARGER)]
 
 
 class ShapeConfig(FamilyConfig):
-    """`mode: human` is the same network with fixed resizing, for comparison."""
+    """`mode: human` is the same network with its human-designed, fixed resizing, for comparison."""
 
     name: Literal["shape_adaptor"] = "shape_adaptor"
     net: Kind = "resnet50"
     mode: Mode = "sa"
-    side_px: Annotated[int, Field(ge=4)] = 224  # of the images; chooses layout, number of adaptors and first alphas
-    width: Positive = 1.0  # multiplies all channels, rounded to 8; the paper varies MobileNetV2's only
-    adaptors: Annotated[int, Field(ge=1)] | None = None  # null: as many as the paper takes at this side
-    target_px: Side = 8  # sa: side after the last adaptor at the start, before truncation
-    factors: tuple[Factor, ...] | None = None  # with which the adaptors start; null: equal ones
-    rule: Rule | None = None  # of the integer sides; null: global for autosc, else local
-    limit_px: Side | None = None  # last side at most; the paper: 15 for ImageNet on 8 GPUs, 30 on one; none up to 64 px
-    doubled: bool = True  # weights of a residual cell sum to 2, so that alpha = 0 gives the ordinary residual sum
-    pool: Literal["floor", "ceil"] | None = None  # of odd sides; null: ceil for autosc, else floor
-    keep_residual: bool = False  # MobileNetV2: blocks with an adaptor add their input where shapes allow it
+    side_px: Annotated[int, Field(ge=4)] = 224  # of the images; sets layout, number of adaptors and initial alphas
+    width: Positive = 1.0  # multiplies all channels, rounded to 8; the paper varies only MobileNetV2's
+    adaptors: Annotated[int, Field(ge=1)] | None = None  # null: as many as the paper uses at this side
+    target_px: Side = 8  # sa: initial side after the last adaptor, before truncation
+    factors: tuple[Factor, ...] | None = None  # initial factors of the adaptors; null: equal ones
+    rule: Rule | None = None  # how sides become integers; null: global for autosc, else local
+    limit_px: Side | None = None  # of the last side; the paper: 15 for ImageNet on 8 GPUs, 30 on one; none up to 64 px
+    doubled: bool = True  # weights of a residual cell sum to 2, so that alpha = 0 gives the ordinary sum
+    pool: Literal["floor", "ceil"] | None = None  # rounding of odd sides; null: ceil for autosc, else floor
+    keep_residual: bool = False  # MobileNetV2: blocks with an adaptor add their input if shapes allow it
     alpha_every: Annotated[int, Field(ge=1)] | None = (
-        20  # steps between updates of alpha (the paper: 20, ImageNet 1500)
+        20  # steps between updates of the alphas (the paper: 20, ImageNet 1500)
     )
-    # null: never, so that the net keeps the shape that it starts with
+    # null: never, so that the net keeps its initial shape
     max_mvalues: Positive | None = None  # budget per image: Σ C·h·w over convolutions and adaptors, in millions
     max_gmacs: Positive | None = None  # budget per image in 1e9 MACs
 
@@ -103,11 +106,12 @@ class ShapeConfig(FamilyConfig):
 
     @property
     def small(self) -> bool:
+        """Whether the net has the layout for small images."""
         return self.side_px <= SMALL_PX
 
     @property
     def num_adaptors(self) -> int:
-        """N. Source: the released code, where sa takes floor(log2(side / 2)) of the input side alone."""
+        """N. Source: the released code, where sa uses floor(log2(side / 2)) of the input side."""
         if self.mode == "sa":
             return self.adaptors or math.floor(math.log2(self.side_px / 2))
         if self.mode == "autosc":
@@ -117,7 +121,7 @@ class ShapeConfig(FamilyConfig):
 
     @property
     def most_adaptors(self) -> int:
-        """How many places there are; the last layer never carries an adaptor."""
+        """The number of places for adaptors; the last layer never has one."""
         if self.mode == "sa":
             return {"resnet50": sum(RESNET_STAGES), "mobilenet_v2": 1 + len(MOBILENET)}.get(self.net, 12)
         return len(_candidates(self))
@@ -133,7 +137,7 @@ def _pools_nothing(mode: JsonValue, net: JsonValue, side_px: JsonValue) -> bool:
 
 @dataclass(frozen=True)
 class ShapeAdaptorOutput:
-    """logits [B, K]; alphas [N], detached; the plan that this forward ran with."""
+    """logits [B, K]; alphas [N], detached; the plan used in this forward."""
 
     logits: Tensor
     alphas: Tensor
@@ -141,11 +145,12 @@ class ShapeAdaptorOutput:
 
 
 def build(config: ShapeConfig, num_classes: int) -> ShapeNet:
+    """The net on CPU, its weights drawn from torch's default generator."""
     return ShapeNet(config, num_classes)
 
 
 class ShapeNet(nn.Module):
-    """A body whose adaptors take their sizes and weights from `shape`."""
+    """A body whose adaptors get their sizes and weights from `shape`."""
 
     def __init__(self, config: ShapeConfig, num_classes: int) -> None:
         super().__init__()
@@ -161,7 +166,7 @@ class ShapeNet(nn.Module):
         return None
 
     def plan(self, size: Size) -> ShapePlan:
-        """The plan for images of `size`. Raises ConfigError, before anything is computed, where it breaks a budget."""
+        """The plan for images of `size`. Raises ConfigError, before anything is computed, if it exceeds a budget."""
         found = self.shape.plan(size)
         costs = self.costs
         self._check("max_mvalues", lambda: costs.values(size, found.sizes) / 1e6, size, found)
@@ -169,10 +174,11 @@ class ShapeNet(nn.Module):
         return found
 
     def cells(self, plan: ShapePlan) -> Cells:
+        """The sizes and the differentiable weights that a plan gives the adaptors."""
         return Cells(plan.sizes, self.shape.weights(plan.penalty))
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> ShapeAdaptorOutput:
-        """images [B, 3, H, W] of any size; waits for the device only in the first forward after alphas moved."""
+        """images [B, 3, H, W] of any size; waits for the device only in the first forward after the alphas changed."""
         plan = self.plan((images.shape[2], images.shape[3]))
         logits = self.body(images, self.cells(plan))
         alphas = self.shape.alphas
@@ -187,12 +193,14 @@ class ShapeNet(nn.Module):
         raise ConfigError(
             f"images of {size[0]}x{size[1]} px would cost {amount:.4g} each with sides {list(plan.sides_px)} px after "
             f"the adaptors, above family.{key} (={budget:g}); raise it, or bound the last side by family.limit_px "
-            f"(={self.config.limit_px})"
+            f"(={self.config.limit_px})",
+            key=f"family.{key}",
+            subject=f"{budget:g}",
         )
 
 
 def first_alphas(config: ShapeConfig) -> tuple[float, ...]:
-    """The initial alphas, [N]: those of the given factors, else the same for all."""
+    """The initial alphas, [N]: those of the given factors, else the same value for all."""
     count = config.num_adaptors
     if config.factors is not None:
         return tuple(math.log((s - SMALLER) / (LARGER - s)) for s in config.factors)
@@ -202,6 +210,7 @@ def first_alphas(config: ShapeConfig) -> tuple[float, ...]:
 
 
 def layout_of(config: ShapeConfig) -> BodyLayout:
+    """What the body of this net is built from."""
     ceil = config.pool == "ceil" if config.pool else config.mode == "autosc"
     return BodyLayout(
         kind=config.net,
@@ -215,10 +224,11 @@ def layout_of(config: ShapeConfig) -> BodyLayout:
 
 
 def places(config: ShapeConfig) -> tuple[int, ...]:
-    """Numbers of the layers that carry an adaptor: a VGG's convolution, or 0 for a stem and 1... for its blocks.
+    """The numbers of the layers with an adaptor: a VGG's convolutions, or 0 for a stem and 1, 2, ... for blocks.
 
-    Source: the released code's floor formulas, i in 0...N-1: convolution i·12/N, block i·16/N, block i·18/N for SA;
-    AutoSC spreads over the layers that do not shrink, with a spread of one more than ResNet-50 has candidates.
+    Source: the floor formulas of the released code for i in 0...N-1. SA: convolution i·12/N, block i·16/N, block
+    i·18/N. AutoSC spreads the adaptors over the layers that do not shrink; for ResNet-50 it divides by one more than
+    their number.
     """
     if config.mode == "human":
         return ()
@@ -234,7 +244,7 @@ def places(config: ShapeConfig) -> tuple[int, ...]:
 
 
 def _candidates(config: ShapeConfig) -> list[int]:
-    """Layers where AutoSC may put an adaptor: none that shrinks or is the last."""
+    """The layers where AutoSC may put an adaptor: those that do not shrink, without the last one."""
     if config.net == "resnet50":
         first = _first_blocks()
         return [place for place in range(1, sum(RESNET_STAGES)) if place not in first]
@@ -245,7 +255,7 @@ def _candidates(config: ShapeConfig) -> list[int]:
 
 
 def _human_resizings(config: ShapeConfig) -> tuple[int, ...]:
-    """The layers that shrink in the human net; a ResNet's stem shrinks twice."""
+    """The layers that shrink in the human-designed net; a ResNet's stem shrinks twice."""
     if config.net == "resnet50":
         return (*(() if config.small else (0, 0)), *_first_blocks()[1:])
     if config.net == "mobilenet_v2":

@@ -1,4 +1,4 @@
-"""Cross-entropy; weights and alphas each with their own optimizer, alphas every `alpha_every` steps."""
+"""Cross-entropy; weights and alphas have separate optimizers; the alphas move every `alpha_every` steps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pipeline.family import Loss, Params, cross_entropy
 
 
 def loss(config: ShapeConfig, output: ShapeAdaptorOutput, targets: Tensor) -> Loss:
-    """Cross-entropy; the parts are the shape's curves: alpha and side of each adaptor, and the limit's penalty."""
+    """Cross-entropy; the other parts describe the shape: alpha and side of each adaptor, and the limit's penalty."""
     ce = cross_entropy(output.logits, targets)
     return Loss(ce, {"ce": ce.detach(), **_curves(output)})
 
 
 def _curves(output: ShapeAdaptorOutput) -> dict[str, Tensor]:
-    """Filled on the device from plain numbers, so that nothing waits for a copy."""
+    """The shape as tensors that are filled on the device, so that nothing waits for a copy."""
     device = output.logits.device
     numbers = {f"side_px/{number:02d}": float(side) for number, side in enumerate(output.plan.sides_px)}
     if numbers:
@@ -28,7 +28,7 @@ def _curves(output: ShapeAdaptorOutput) -> dict[str, Tensor]:
 
 
 def groups(config: ShapeConfig, net: nn.Module) -> Mapping[str, Sequence[Params]]:
-    """Weights under "main"; the alphas, which never decay, under "shape", with settings of their own."""
+    """The weights under "main"; the alphas, without weight decay, under "shape"."""
     assert isinstance(net, ShapeNet)
     alphas = net.shape.alphas
     weights = Params(list(net.body.parameters()))
@@ -38,10 +38,10 @@ def groups(config: ShapeConfig, net: nn.Module) -> Mapping[str, Sequence[Params]
 
 
 def updates(config: ShapeConfig, step: int) -> Sequence[str]:
-    """Alphas first, then the weights of the new shape, on the same batch.
+    """The alphas first, then the weights in the new shape, on the same batch.
 
-    Source: the released code, which counts steps anew in each epoch, so that each begins with an update of the alphas;
-    we count over the whole run, since a family does not know the length of an epoch.
+    Source: the released code, which restarts the count of steps in each epoch, so that each epoch begins with an update
+    of the alphas. We count over the whole run, because a family does not know the length of an epoch.
     """
     due = config.mode != "human" and config.alpha_every is not None and step % config.alpha_every == 0
     return ["shape", "main"] if due else ["main"]

@@ -1,19 +1,20 @@
-"""The shape of a net as a pure function of its alphas: factors, sides in pixels, limit, and the blend of two branches.
+"""The shape of a net as a pure function of its alphas: factors, sides in pixels, limit, and weights of two branches.
 
-An adaptor joins a branch of half its input's side and a branch of the whole side, both resized to a learned size:
-y = (1 - b) · R(half) + b · R(whole), b = sigmoid(alpha) where no limit acts. Letters: N adaptors, H×W pixels.
-Source: Liu et al., ECCV 2020 (arXiv 2008.00892). Where we differ from the released code: nothing is kept on functions,
-so that any number of nets live in one process; the running length starts at each image's own height and width, not at a
-declared side, so that small and non-square images keep their shape; the penalty is made from the present alphas (there
-from those of the forward before); the alphas are read once per update (there twice per adaptor and forward).
+An adaptor combines a branch of half its input's side and a branch of the whole side, both resized to a learned size:
+y = (1 - b) · R(half) + b · R(whole), with b = sigmoid(alpha) unless a limit acts. Letters: N adaptors, H×W pixels.
+Source: Liu et al., ECCV 2020 (arXiv 2008.00892). Differences from the released code: there is no state on
+functions, so that a process can hold any number of nets; the running length starts at each image's own height and
+width, not at a declared side, so that small and non-square images keep their shape; the penalty is computed from the
+present alphas (there from those of the previous forward); the alphas are read once per update (there twice per adaptor
+and forward).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from pipeline.compat.torch import version_of
 
 SMALLER, LARGER = 0.5, 1.0  # factors of the two branches
-EPSILON = 1e-4  # of the initial alpha: the target that cannot be reached starts at ln EPSILON
+EPSILON = 1e-4  # initial alphas of an unreachable target start at ln EPSILON
 
 Size = tuple[int, int]  # height, width
 Rule = Literal["local", "global"]
@@ -30,11 +31,11 @@ Rule = Literal["local", "global"]
 
 @dataclass(frozen=True)
 class Rules:
-    """What turns alphas into sizes and blends; all of it fixed when a net is built.
+    """How alphas become sizes and weights; constant once a net is built.
 
-    fixed [N]: what the layers that always shrink, between the adaptor before and this one, multiply the side by.
-    residual [N]: whether the cell is a residual one, whose two weights sum to 2 (so that at alpha = 0 it is the
-    ordinary residual sum) instead of 1.
+    fixed [N]: the factor by which the fixed layers between the previous adaptor and this one multiply the side.
+    residual [N]: whether the two weights sum to 2, as in a residual cell (which at alpha = 0 is then the ordinary
+    residual sum), instead of 1.
     """
 
     fixed: tuple[float, ...]
@@ -45,21 +46,21 @@ class Rules:
 
 @dataclass(frozen=True)
 class ShapePlan:
-    """The penalty in (0, 1] and the size that each adaptor gives, [N]; plain numbers, so a forward needs no read."""
+    """The penalty in (0, 1] and the output size of each adaptor, [N]; plain numbers, so a forward reads no tensor."""
 
     penalty: float
     sizes: tuple[Size, ...]
 
     @property
     def sides_px(self) -> tuple[int, ...]:
-        """The longer side that each adaptor gives."""
+        """The longer side of each adaptor's output, [N]."""
         return tuple(max(size) for size in self.sizes)
 
 
 def factor(alpha: float) -> float:
-    """What an adaptor would multiply the side by: from 1/2 to 1, 3/4 at alpha = 0.
+    """The factor by which an adaptor multiplies the side, without a limit: from 1/2 to 1, 3/4 at alpha = 0.
 
-    A NaN counts as 1/2: the blend is NaN then, so that the loss is, and training says where it diverged.
+    NaN counts as 1/2: the weights and so the loss are NaN then, and training reports where it diverged.
     """
     sigmoid = 0.5 * (1 + math.tanh(alpha / 2))
     return SMALLER if math.isnan(alpha) else SMALLER + (LARGER - SMALLER) * sigmoid
@@ -75,10 +76,10 @@ def plan(alphas: Sequence[float], size: Size, rules: Rules) -> ShapePlan:
 
 
 def penalty(factors: Sequence[float], side_px: int, rules: Rules) -> float:
-    """p, the same for all adaptors, with side · Π (p · s) = limit; 1 where the side stays below the limit unaided.
+    """p, equal for all adaptors, with side · Π (p · s) = limit; 1 if the last side is below the limit without it.
 
-    It bounds the last side alone, not the sides before it, so it is no bound on memory. With p · s below 1/2 the blend
-    leaves [0, 1]. Units: pixels; `side_px` is the longer side of the image.
+    It limits the last side only, not the sides before it, so it does not limit memory. If p · s is below 1/2, b is
+    outside [0, 1]. side_px is the longer side of the image.
     """
     length = side_px * math.prod(factors) * math.prod(rules.fixed)
     if rules.limit_px is None or length < rules.limit_px:
@@ -87,10 +88,10 @@ def penalty(factors: Sequence[float], side_px: int, rules: Rules) -> float:
 
 
 def sides(side_px: int, factors: Sequence[float], rules: Rules) -> list[int]:
-    """The side after each adaptor, [N], never below 1.
+    """The side after each adaptor, [N], at least 1.
 
-    "local" truncates the running length at each adaptor, so that each loses a pixel at least; "global" keeps it real
-    and rounds (half to even) only what it gives.
+    Rule "local" truncates the running length at each adaptor, so that each loses at least one pixel. Rule "global"
+    keeps the running length real and rounds only the results (half to even).
     """
     length: float = side_px
     found = []
@@ -103,7 +104,7 @@ def sides(side_px: int, factors: Sequence[float], rules: Rules) -> list[int]:
 
 
 def blend(alphas: Tensor, p: float) -> Tensor:
-    """The weight of the larger branch before doubling, [N]: s = 1/2 + b/2 then is p times the factor of alpha.
+    """b, the weight of the larger branch before doubling, [N], such that 1/2 + b/2 is p times the factor of alpha.
 
     No gradient flows through p or the sizes: dL/dalpha = p · sigmoid'(alpha) · <dL/dy, R(whole) - R(half)>.
     """
@@ -119,8 +120,8 @@ def weights(alphas: Tensor, p: float, total: Tensor) -> Tensor:
 def initial_alpha(side_px: int, target_px: int, adaptors: int) -> float:
     """The alpha with which equal adaptors lead from `side_px` to `target_px` before truncation.
 
-    ln EPSILON where even halving at each does not reach that far down; its gradient is almost zero there.
-    Source: the released code; it returns NaN where the target is not below the side.
+    ln EPSILON, where the gradient is almost zero, if halving at every adaptor does not reach the target.
+    Source: the released code, which returns NaN if the target is not below the side.
     """
     assert target_px < side_px
     if side_px * SMALLER**adaptors > target_px:
@@ -131,7 +132,7 @@ def initial_alpha(side_px: int, target_px: int, adaptors: int) -> float:
 
 @dataclass(frozen=True)
 class _Reading:
-    """Alphas as they were read, of which tensor at which version, and the plans made from them."""
+    """The values of the alphas read from a tensor at one version, and the plans computed from them."""
 
     alphas: Tensor
     version: int | None
@@ -140,11 +141,11 @@ class _Reading:
 
 
 class Shape(nn.Module):
-    """Owns the alphas [N] (none: a net of fixed shape) and makes each plan once per update of them.
+    """Owns the alphas [N] (None in a net of fixed shape) and computes each plan once per update of them.
 
-    Alphas stay in fp32 when the net is cast to a shorter type: rounding them to bf16 moves sizes. That they moved is
-    seen by the tensor's version counter, which optimizers and load_state_dict advance, but neither writes through
-    `.data` nor torch's fused optimizers do.
+    The alphas stay in fp32 when the net is cast to a shorter type, because rounding them to bf16 changes sizes. Changes
+    are detected by the tensor's version counter. Optimizers and load_state_dict increment it; writes through `.data`
+    and torch's fused optimizers do not.
     """
 
     def __init__(self, alphas: Sequence[float], rules: Rules) -> None:
@@ -159,7 +160,7 @@ class Shape(nn.Module):
             self._reading = _Reading(self.alphas, version_of(self.alphas), values)
 
     def plan(self, size: Size) -> ShapePlan:
-        """The plan for images of `size`; reads the alphas, which waits for the device, only if they moved."""
+        """The plan for images of `size`; reads the alphas, which waits for the device, only if they changed."""
         if self.alphas is None:
             return ShapePlan(1.0, ())
         reading = self._read(self.alphas)
@@ -168,7 +169,7 @@ class Shape(nn.Module):
         return reading.plans[size]
 
     def weights(self, p: float) -> Tensor:
-        """Weights [N, 2] of the two branches, in fp32 or fp64, with the alphas' gradient."""
+        """The weights [N, 2] of the two branches in fp32 or fp64, differentiable in the alphas."""
         total = self.get_buffer("total")
         return total.new_empty(0, 2) if self.alphas is None else weights(self.alphas, p, total)
 
@@ -179,14 +180,14 @@ class Shape(nn.Module):
             self._reading = known
         return known
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Shape:
-        def kept(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Shape:
+        def without_rounding(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
             return moved if moved.dtype in (torch.float32, torch.float64) else tensor.to(moved.device)
 
-        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(without_rounding, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies read anew: their alphas count versions of their own."""
+    def __getstate__(self) -> dict[str, object]:
+        """A copy reads its alphas again, because its tensors have their own versions."""
         return {**self.__dict__, "_reading": None}

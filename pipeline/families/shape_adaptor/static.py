@@ -1,4 +1,4 @@
-"""The frozen form is static; the live one does the same as long as no alpha moves, so that both names give it."""
+"""The frozen form as a module; the live policy computes the same as long as no alpha changes, so both names give it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Foreign weights by name: torchvision's to start from, and checkpoints of the released code's AutoTL."""
+"""Maps foreign weight names to ours: torchvision's, and those of AutoTL checkpoints of the released code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.family import load
 
 ALPHAS = "shape.alphas"
 RELEASED_ALPHAS = ("alpha_init1", "alpha_init2", "layer2.0.alpha", "layer3.0.alpha", "layer4.0.alpha")
-HEADS: dict[Kind, tuple[str, ...]] = {  # modules of torchvision's nets that are not taken over
+HEADS: dict[Kind, tuple[str, ...]] = {  # modules of torchvision's nets that are not loaded
     "resnet50": ("fc",),
     "mobilenet_v2": ("classifier.1",),
     "vgg16": ("classifier.0", "classifier.3", "classifier.6"),
@@ -22,10 +22,11 @@ HEADS: dict[Kind, tuple[str, ...]] = {  # modules of torchvision's nets that are
 
 
 def load_pretrained(config: ShapeConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
-    """Fills `net` from its own state, from torchvision's, or from a ResNet-50 of the released code's AutoTL.
+    """Fills `net` from our weights, from torchvision's, or from a ResNet-50 of the released code's AutoTL.
 
-    From torchvision's all but the head is taken; head and alphas keep their initial values and are returned. A released
-    AutoTL checkpoint, known by its alphas, is taken whole. Raises ConfigError listing what is missing or fits nowhere.
+    Of torchvision's weights all but the head are loaded; head and alphas keep their initial values and their names are
+    returned. A released AutoTL checkpoint, recognised by its alphas, is loaded completely. Raises ConfigError listing
+    what is missing or unused.
     """
     if any(name.startswith(("body.", "shape.")) for name in tensors):
         return load(net, tensors)
@@ -46,7 +47,7 @@ def _our_name(name: str, vgg: Mapping[str, str]) -> str:
 
 
 def _vgg_names(kind: Kind) -> Iterator[tuple[str, str]]:
-    """torchvision's `features.<layer>` and our `convs.<number>.<part>`: it numbers ReLUs and poolings too."""
+    """Pairs of torchvision's `features.<layer>` and our `convs.<number>.<part>`; it numbers ReLUs and poolings too."""
     layer, parts = 0, 2 if kind == "vgg16_bn" else 1
     for number in range(len(VGG_WIDTHS)):
         for part in range(parts):
