@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from raised import fails
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,7 +45,7 @@ def test_every_net_is_torchvisions_and_takes_images_down_to_its_smallest(name: s
     least = MIN_SIDE_PX.get(name, 8)
     assert sized(net, 64) == sized(net, least) == (2, 1000)
     if name in MIN_SIDE_PX:
-        with pytest.raises(ConfigError, match=f"{name} needs {least} px at least"):
+        with fails(ConfigError, "images", subject=least - 1):
             sized(net, least - 1)
 
 
@@ -213,21 +214,20 @@ def test_prices_are_those_of_each_size_of_images_and_are_counted_on_that_forward
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "key"),
     [
-        ({"net": "resnet19"}, "resnet19.*known: resnet18"),
-        ({"net": "cifar_resnet", "depth": 109}, r"depth \(=109\).*6n\+2"),
+        ({"net": "resnet19"}, ""),
+        ({"net": "cifar_resnet", "depth": 109}, ""),
         ({"net": "cifar_resnet", "depth": 2}, "depth"),
-        ({"net": "resnet50", "stochastic_depth": 0.5}, "for the CIFAR ResNets, not for resnet50"),
         ({"net": "cifar_resnet", "stochastic_depth": 1.0}, "stochastic_depth"),
-        ({"net": "densenet121", "resolutions_px": [64, 28]}, "densenet121 needs 29 px"),
-        ({"net": "resnet50", "resolutions_px": [4]}, "resolutions_px"),
-        ({"net": "vgg16", "stem": "cifar"}, "not for vgg16"),
+        ({"net": "densenet121", "resolutions_px": [64, 28]}, ""),
+        ({"net": "resnet50", "resolutions_px": [4]}, "resolutions_px.0"),
+        ({"net": "vgg16", "stem": "cifar"}, ""),
         ({"net": "resnet50", "stem": "tiny"}, "stem"),
     ],
 )
-def test_a_config_that_means_nothing_is_refused(keys: dict[str, object], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_a_wrong_setting_is_refused(keys: dict[str, object], key: str) -> None:
+    with fails(ConfigError, key):
         validate(BaselineConfig, {"name": "baseline", **keys}, "family")
 
 

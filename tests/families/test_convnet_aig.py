@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torchvision
+from raised import fails
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -431,7 +432,7 @@ def test_expected_rates_are_the_sampled_gates_and_scale_every_block(mixed: Aig) 
     assert (found.logits - predict(Gates("gates-hard"), mixed, images(6)).logits).abs().max() > 1e-2
     again = ExpectedRate().restored(json.loads(json.dumps(fitted.state())))
     assert again == fitted and ExpectedRate().state() == {}
-    with pytest.raises(ContractError, match="expected-rate"):
+    with fails(ContractError, "calibration", subject="expected-rate"):
         predict(ExpectedRate(), mixed, images(2))
 
 
@@ -486,21 +487,21 @@ def test_a_threshold_opens_where_execution_is_likelier_than_it(mixed: Aig) -> No
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "key"),
     [
-        ({"depth": 20, "target_rate": [0.5, 0.5]}, "2 entries, depth 20 has 9 blocks in 3 stages"),
-        ({"depth": 33}, r"50, 101, 152 for ImageNet, or 6n\+2"),
-        ({"depth": 2}, "50, 101, 152"),
-        ({"depth": 110, "schedule": "published"}, "published is for depth 50 and 101"),
-        ({"depth": 152, "schedule": "published"}, "published is for depth 50 and 101"),
-        ({"depth": 50, "schedule": "published", "target_rate": [0.5] * 16}, "with one target_rate"),
+        ({"depth": 20, "target_rate": [0.5, 0.5]}, ""),
+        ({"depth": 33}, ""),
+        ({"depth": 2}, ""),
+        ({"depth": 110, "schedule": "published"}, ""),
+        ({"depth": 152, "schedule": "published"}, ""),
+        ({"depth": 50, "schedule": "published", "target_rate": [0.5] * 16}, ""),
         ({"target_rate": 1.5}, "target_rate"),
-        ({"thresholds": [1.0]}, "thresholds"),
-        ({"target_rat": 0.5}, "did you mean target_rate"),
+        ({"thresholds": [1.0]}, "thresholds.0"),
+        ({"target_rat": 0.5}, "target_rat"),
     ],
 )
-def test_a_config_that_means_nothing_is_refused(keys: dict[str, object], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_a_wrong_setting_is_refused(keys: dict[str, object], key: str) -> None:
+    with fails(ConfigError, key):
         validate(AigConfig, {"name": "convnet_aig", **keys}, "family")
 
 
@@ -537,12 +538,12 @@ def test_released_weights_load_by_name_and_all_of_them(depth: int) -> None:
     assert load_pretrained(config, net, theirs) == []
     for name, value in source.state_dict().items():
         assert torch.equal(net.state_dict()[name], value), name
-    with pytest.raises(ConfigError, match=r"not used: blocks\.0\.odd\.weight"):
+    with fails(ConfigError, "weights", subject="blocks.0.odd.weight"):
         load_pretrained(config, net, {**theirs, "module.layer1.0.odd.weight": torch.zeros(1)})
-    with pytest.raises(ConfigError, match=r"missing: fc\.bias"):
+    with fails(ConfigError, "weights", subject="fc.bias"):
         load_pretrained(config, net, {name: value for name, value in theirs.items() if name != "module.linear.bias"})
     fixed = AigConfig(depth=depth, target_rate=(1.0, *(0.5,) * (config.num_blocks - 1)))
-    with pytest.raises(ConfigError, match=r"gates in blocks 0, which a target rate of 1 fixes open"):
+    with fails(ConfigError, "family.target_rate", subject="0"):
         load_pretrained(fixed, build(fixed, 7), theirs)
 
 
@@ -558,7 +559,7 @@ def test_torchvisions_weights_fill_all_but_the_gates() -> None:
         for block in net.blocks:
             opened = block(opened, None)
         torch.testing.assert_close(net.fc(opened.mean(dim=(2, 3))), plain(batch), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ConfigError, match="of another shape: fc"):
+    with fails(ConfigError, "weights", subject="fc"):
         load_pretrained(config, build(config, 5), plain.state_dict())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from raised import fails
 from torch import Tensor, nn
 from torch.export import Dim, export
 from torchvision.models.vgg import cfgs, make_layers
@@ -381,8 +382,8 @@ def test_any_number_of_adaptors_that_fits_stands_apart_and_never_on_the_last_lay
         assert len(set(found)) == count
         assert sorted(found) == list(found)
         assert found[-1] < last
-    with pytest.raises(ValueError, match=f"{net} has {most} places"):
-        ShapeConfig(net=net, mode=mode, adaptors=most + 1)
+    with fails(ConfigError, ""):
+        validate(ShapeConfig, {"name": "shape_adaptor", "net": net, "mode": mode, "adaptors": most + 1}, "family")
 
 
 def test_first_alphas_are_those_of_the_mode() -> None:
@@ -853,12 +854,12 @@ def test_a_plan_above_its_budget_is_refused_before_anything_runs(key: str) -> No
         for module in net.body.modules():
             module.register_forward_pre_hook(lambda module, _: ran.append(module))
         alphas(net).add_(2.0)
-        with pytest.raises(ConfigError, match=rf"16x16 px would cost .* above family\.{key} .*limit_px"):
+        with fails(ConfigError, f"family.{key}", subject=f"{amount:g}"):
             net(images())
         assert ran == []
         alphas(net).sub_(2.0)
         net(images())
-    with pytest.raises(ConfigError, match=key):
+    with fails(ConfigError, f"family.{key}"):
         opened(small(**{key: amount * 0.999}))(images())
 
 
@@ -988,7 +989,7 @@ def test_a_frozen_net_stays_as_it_was_and_refuses_other_sizes() -> None:
         for parameter in model.parameters():
             parameter.zero_()
         assert torch.equal(frozen(images()), before.logits)
-    with pytest.raises(ConfigError, match="frozen for images of 16x16 px, not 20x16"):
+    with fails(ConfigError, "images", subject="20x16"):
         frozen(images(1, 20, 16))
 
 
@@ -1081,14 +1082,14 @@ def resnet() -> dict[str, Tensor]:
 def test_weights_that_do_not_fit_are_refused_by_name(resnet: dict[str, Tensor]) -> None:
     config = ShapeConfig(mode="autotl")
     net = on_meta(config, CLASSES)
-    for tensors, says in (
-        ({**resnet, "extra.weight": torch.zeros(1)}, r"not used: body.extra.weight"),
-        ({name: value for name, value in resnet.items() if name != "conv1.weight"}, "missing: body.conv1.weight"),
-        ({**resnet, "conv1.weight": torch.zeros(64, 3, 3, 3)}, r"another shape: body.conv1.weight \(64, 3, 3, 3\)"),
+    for tensors, name in (
+        ({**resnet, "extra.weight": torch.zeros(1)}, "body.extra.weight"),
+        ({name: value for name, value in resnet.items() if name != "conv1.weight"}, "body.conv1.weight"),
+        ({**resnet, "conv1.weight": torch.zeros(64, 3, 3, 3)}, "body.conv1.weight"),
     ):
-        with pytest.raises(ConfigError, match=says):
+        with fails(ConfigError, "weights", subject=name):
             load_pretrained(config, net, tensors)
-    with pytest.raises(ConfigError, match=r"missing: .*layer1\.1\.downsample"):  # SA has shortcuts that are not there
+    with fails(ConfigError, "weights", subject="layer1.1.downsample"):  # SA has shortcuts that are not there
         load_pretrained(ShapeConfig(mode="sa"), on_meta(ShapeConfig(mode="sa"), CLASSES), resnet)
 
 
@@ -1140,28 +1141,25 @@ def test_options_change_what_they_say() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "key"),
     [
-        ({"side_px": 32, "target_px": 32}, r"target_px \(=32\) must be below side_px \(=32\)"),
-        ({"side_px": 8}, r"target_px \(=8\) must be below side_px \(=8\)"),
-        ({"mode": "autotl", "adaptors": 3}, "mode autotl fixes their number"),
-        ({"mode": "human", "adaptors": 3}, "mode human fixes their number"),
-        ({"adaptors": 17}, r"adaptors \(=17\): resnet50 has 16 places for mode sa at side_px \(=224\)"),
-        ({"mode": "autosc", "adaptors": 12}, "resnet50 has 11 places for mode autosc"),
-        ({"keep_residual": True}, "keep_residual is for mobilenet_v2, not for resnet50"),
+        ({"side_px": 32, "target_px": 32}, ""),
+        ({"side_px": 8}, ""),
+        ({"adaptors": 17}, ""),
+        ({"mode": "autosc", "adaptors": 12}, ""),
         ({"net": "resnet18"}, "net"),
         ({"mode": "SA"}, "mode"),
         ({"limit_px": 0}, "limit_px"),
         ({"alpha_every": 0}, "alpha_every"),
-        ({"factors": [0.6, 0.7]}, "factors has 2 entries, the net 6 adaptors"),
-        ({"factors": [0.5] * 6}, "factors"),
+        ({"factors": [0.6, 0.7]}, ""),
+        ({"factors": [0.5] * 6}, "factors.0"),
         ({"width": -1.0}, "width"),
         ({"max_gmacs": 0}, "max_gmacs"),
-        ({"limit": 15}, "did you mean limit_px"),
+        ({"limit": 15}, "limit"),
     ],
 )
-def test_a_config_that_means_nothing_is_refused(keys: dict[str, object], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_a_wrong_setting_is_refused(keys: dict[str, object], key: str) -> None:
+    with fails(ConfigError, key):
         validate(ShapeConfig, {"name": "shape_adaptor", **keys}, "family")
 
 
