@@ -149,9 +149,9 @@ def test_the_frontiers_numbers_are_those_of_policies_csv(made: Path) -> None:
 
 def test_json_has_all_reports_and_every_figure(made: Path) -> None:
     data = json.loads((made / "data.json").read_text(encoding="utf-8"))
-    for kept, net in zip(data["nets"], drawn_nets.three(), strict=True):
-        assert [entry["top1"] for entry in kept["reports"]] == [each.top1 for each in net.reports]
-        assert kept["reports"][0]["latency"] == [each.to_json() for each in net.reports[0].latency]
+    for entry, net in zip(data["nets"], drawn_nets.three(), strict=True):
+        assert [stored["top1"] for stored in entry["reports"]] == [each.top1 for each in net.reports]
+        assert entry["reports"][0]["latency"] == [each.to_json() for each in net.reports[0].latency]
     assert {figure["name"] for figure in data["figures"]} == {path.stem for path in (made / "figures").glob("*.csv")}
     assert sorted(data["files"]) == sorted(str(p.relative_to(made)) for p in made.rglob("*") if p.is_file())
 

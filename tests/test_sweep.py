@@ -102,23 +102,23 @@ def test_a_seed_draws_the_same_samples_however_many_rounds_there_are() -> None:
     assert (
         more[:8] == first == space.draw_samples(cases, rounds=4, seed=3) != space.draw_samples(cases, rounds=4, seed=4)
     )
-    assert len(more) == 80 and len({draw.name for draw in more}) == 80
-    for draw in more:
-        values = draw.values
+    assert len(more) == 80 and len({sample.name for sample in more}) == 80
+    for sample in more:
+        values = sample.values
         assert 0.3 <= values["$rate"] <= 0.9 and values["family.target_rate"] == [values["$rate"], 1, 1]
-        assert "$rate" not in draw.overrides and 1e-3 <= values["training.optimizer.lr"] <= 1e-1
+        assert "$rate" not in sample.overrides and 1e-3 <= values["training.optimizer.lr"] <= 1e-1
         assert ("training.ema_decay" in values) == (values["family.depth"] == 14)
-    assert {draw.values["training.epochs"] for draw in more} == {2, 3, 4}
-    assert {draw.values["family.depth"] for draw in more[::2]} == {8}
-    logs = sorted(draw.values["training.optimizer.lr"] for draw in more)
+    assert {sample.values["training.epochs"] for sample in more} == {2, 3, 4}
+    assert {sample.values["family.depth"] for sample in more[::2]} == {8}
+    logs = sorted(sample.values["training.optimizer.lr"] for sample in more)
     assert logs[40] < 0.03  # uniform in the logarithm: half are below 0.01, not below 0.05
 
 
 def test_cases_are_sampled_in_order_and_fixed_ones_once() -> None:
     cases = space.parse([{"a.b": 1}, {"a.b": {"grid": [2, 3]}, "a.c": {"grid": [4, 5], "when": {"a.b": [3]}}}, MIXED])
     found = space.draw_samples(cases, rounds=2, seed=1)
-    assert [draw.case for draw in found] == [0, 1, 1, 1, 2, 2, 2, 2]
-    assert [dict(draw.values) for draw in found[:4]] == [
+    assert [sample.case for sample in found] == [0, 1, 1, 1, 2, 2, 2, 2]
+    assert [dict(sample.values) for sample in found[:4]] == [
         {"a.b": 1},
         {"a.b": 2},
         {"a.b": 3, "a.c": 4},
@@ -184,9 +184,9 @@ def test_a_grid_that_depends_on_a_variable_is_refused() -> None:
 
 
 def test_a_condition_that_never_holds_is_refused() -> None:
-    asked = {"a.b": {"grid": [2, 3]}, "a.c": {"choice": [4], "when": {"a.b": [3, 5]}}}
+    never = {"a.b": {"grid": [2, 3]}, "a.c": {"choice": [4], "when": {"a.b": [3, 5]}}}
     with fails(ConfigError, "space.a.c", 5):
-        space.parse(asked)
+        space.parse(never)
     of_another = {"$x": {"uniform": [0, 1]}, "a.b": {"choice": ["$x", 1]}, "a.c": {"choice": [4], "when": {"a.b": 0.5}}}
     space.parse(of_another)
 
@@ -198,8 +198,8 @@ def test_the_samples_of_every_shipped_sweep_are_valid_recipes() -> None:
         found = config.load(name, ["data.root=/data"])
         assert found.samples() and config.title(name).endswith("?")
     shapes = config.load("shape_adaptor_random_shapes", ["data.root=/data", "search.samples=3"])
-    assert [draw.case for draw in shapes.samples()] == [0, 1, 2, 2, 2]
-    nets = [cost.build(shapes.recipe(draw), 100) for draw in shapes.samples()]
+    assert [sample.case for sample in shapes.samples()] == [0, 1, 2, 2, 2]
+    nets = [cost.build(shapes.recipe(sample), 100) for sample in shapes.samples()]
     assert map_sides(nets[0], 32) == [32] * 2 + [16] * 2 + [8] * 3 + [4] * 3 + [2] * 3
     assert len({tuple(map_sides(net, 32)) for net in nets}) == 5
 
@@ -229,15 +229,15 @@ def test_asha_decides_the_same_after_a_replay() -> None:
     reports = [(trial, epoch, choose.random()) for epoch in range(1, 10) for trial in "abcdefghi"]
 
     def decisions(ends: Collection[int]) -> list[bool]:
-        told: list[tuple[str, float, float]] = []
+        replayed: list[tuple[str, float, float]] = []
         found, asha, over = list[bool](), ASHA(ASHA_CONFIG, 9), set[str]()
         for number, report in enumerate(reports):
             if number in ends:
                 asha = ASHA(ASHA_CONFIG, 9)
-                for earlier in told:
+                for earlier in replayed:
                     asha.should_stop(*earlier)
             if report[0] not in over:
-                told.append(report)
+                replayed.append(report)
                 found.append(asha.should_stop(*report))
                 over |= {report[0]} if found[-1] else set()
         return found
@@ -322,17 +322,17 @@ def test_an_optuna_study_draws_the_same_after_a_replay(images: Path) -> None:
     def result(values: dict[str, object]) -> dict[str, float]:
         return {"top1": float(values.get("$a", 0.1))}  # type: ignore[arg-type]
 
-    def asked(study: Study, first: int, last: int) -> list[tuple[int, dict[str, object]]]:
+    def drawn(study: Study, first: int, last: int) -> list[tuple[int, dict[str, object]]]:
         found = []
         for number in range(first, last):
             found.append(study.ask(number))
             study.tell(number, None if number == 4 else result(found[-1][1]))
         return found
 
-    whole = asked(Study(searched.config, searched.cases), 0, 30)
+    whole = drawn(Study(searched.config, searched.cases), 0, 30)
     again = Study(searched.config, searched.cases)
-    assert asked(again, 0, 17) == whole[:17]  # a resumed sweep replays these
-    assert asked(again, 17, 30) == whole[17:]
+    assert drawn(again, 0, 17) == whole[:17]  # a resumed sweep replays these
+    assert drawn(again, 17, 30) == whole[17:]
     late = [values["$a"] for case, values in whole[15:] if case == 0]
     assert len(late) > 8 and sum(late) / len(late) > 0.6  # it searches where top1 is high
 
@@ -490,8 +490,8 @@ def test_overhead_is_a_trials_time_against_its_training_and_needs_every_trial(
 ) -> None:
     alone, swept, failed = list[int](), list[int](), dict[str, str]()
 
-    def run(asked: config.Sweep, run_dir: Path) -> Outcome:
-        swept.extend(asked.recipe(draw).seed for draw in asked.samples())
+    def run(loaded: config.Sweep, run_dir: Path) -> Outcome:
+        swept.extend(loaded.recipe(sample).seed for sample in loaded.samples())
         time.sleep(0.6)
         return Outcome(run_dir, finished=True, failed=failed)
 
@@ -525,9 +525,9 @@ def test_a_scheduler_that_would_judge_nothing_leaves_no_folder(
 
 def test_samples_above_a_bound_are_refused_and_a_failed_trial_fails_alone(images: Path, tmp_path: Path) -> None:
     lrs = "space.training.optimizer.lr={grid: [0.05, 1.0e+30]}"
-    asked = ["space.family.target_rate=0.5", "space.family.depth={grid: [8, 14]}", lrs, "bounds.max_gmacs=0.015"]
+    limited = ["space.family.target_rate=0.5", "space.family.depth={grid: [8, 14]}", lrs, "bounds.max_gmacs=0.015"]
     mine = load(
-        images, *asked, "training.schedule.kind=constant", "training.schedule.warmup_epochs=0", "training.epochs=1"
+        images, *limited, "training.schedule.kind=constant", "training.schedule.warmup_epochs=0", "training.epochs=1"
     )
     log = Log()
     found = sweep.run(mine, tmp_path / "sweep", watcher=log)
@@ -579,11 +579,11 @@ def drawing(images: Path, *depths: int) -> tuple[config.Sweep, list[Sample]]:
         search = f"search={{kind: optuna, samples: 4, seed: {seed}}}"
         try:
             mine = load(images, "space={family.depth: {choice: [8, 9]}}", "objectives={top1: max}", search)
-        except ConfigError:  # a draw that is looked at ahead has 9
+        except ConfigError:  # a sample that is checked in advance has 9
             continue
         study = Study(mine.config, mine.cases)
         found = [Sample(number, *study.ask(number)) for number in range(len(depths))]
-        if [draw.values["family.depth"] for draw in found] == list(depths):
+        if [sample.values["family.depth"] for sample in found] == list(depths):
             return mine, found
     raise AssertionError(depths)
 
@@ -677,7 +677,7 @@ def test_a_trial_saved_before_the_step_at_which_it_is_to_stop_is_planned_again(
             assert judged.state == state
 
 
-@pytest.mark.faults  # what it says depends on the pace of the machine
+@pytest.mark.faults  # its result depends on the speed of the machine
 def test_a_trial_above_max_minutes_is_stopped_with_its_results_so_far(images: Path, tmp_path: Path) -> None:
     one = ["space={family.target_rate: {grid: [0.5]}}", "scheduler.kind=none", "bounds.max_minutes=0.005"]
     mine, run_dir = load(images, *one, "training.epochs=400"), tmp_path / "sweep"

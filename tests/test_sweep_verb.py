@@ -89,16 +89,19 @@ def test_ctrl_c_asks_for_a_save_and_says_how_to_go_on(
         return standing(run_dir, finished=False)
 
     assert swept(tmp_path, monkeypatch, course, "--register", "mine") == code
-    said = capsys.readouterr().out
-    assert ("press Ctrl-C again" in said) == (number == signal.SIGINT)
-    assert "stopped; the same command resumes" in said and "nothing is registered until the sweep has finished" in said
+    printed = capsys.readouterr().out
+    assert ("press Ctrl-C again" in printed) == (number == signal.SIGINT)
+    assert (
+        "stopped; the same command resumes" in printed
+        and "nothing is registered until the sweep has finished" in printed
+    )
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def course(run_dir: Path) -> Outcome:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-        raise AssertionError("goes on")
+        raise AssertionError("continues")
 
     assert swept(tmp_path, monkeypatch, course) == cli.INTERRUPTED
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -108,8 +111,8 @@ def test_a_failed_trial_is_named_with_its_reason_and_the_way_to_try_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = swept(tmp_path, monkeypatch, lambda folder: standing(folder, finished=True, failed={"000": "not finite"}))
-    said = capsys.readouterr().out
-    assert code == verb.SOME_FAILED and "failed: 000: not finite" in said and "--retry-failed" in said
+    printed = capsys.readouterr().out
+    assert code == verb.SOME_FAILED and "failed: 000: not finite" in printed and "--retry-failed" in printed
 
 
 def test_what_ctrl_c_says_is_not_drawn_over_by_the_table(tmp_path: Path) -> None:

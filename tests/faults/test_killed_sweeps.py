@@ -66,11 +66,11 @@ def nothing_left_running() -> Iterator[None]:
 
 
 def start(images: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    asked = [*settings(images), *overrides]
-    words = [sys.executable, "-m", "jobs.cli", "sweep", "toy", *asked, "--run-dir", str(run_dir)]
+    arguments = [*settings(images), *overrides]
+    command = [sys.executable, "-m", "jobs.cli", "sweep", "toy", *arguments, "--run-dir", str(run_dir)]
     with open(run_dir.parent / "log", "ab") as log:
         root = Path(__file__).parents[2]
-        STARTED.append(subprocess.Popen(words, stdout=log, stderr=log, cwd=root, start_new_session=True))
+        STARTED.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=root, start_new_session=True))
     return STARTED[-1]
 
 
