@@ -66,9 +66,11 @@ class VerbGroup(TyperGroup):
     """Imports a verb's module when the verb is used, so that `adaptnet --help` need not import torch."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:
+        """The names of the verbs, in the order of VERBS."""
         return list(VERBS)
 
     def get_command(self, ctx: typer.Context, cmd_name: str) -> TyperCommand | TyperGroup | None:
+        """The command of a verb, from its module; None if there is no such verb."""
         if cmd_name not in VERBS:
             return None
         return _with_copyable_examples(get_command(importlib.import_module(f"jobs.verbs.{cmd_name}").app))
@@ -76,6 +78,7 @@ class VerbGroup(TyperGroup):
     def resolve_command(
         self, ctx: typer.Context, args: list[str]
     ) -> tuple[str | None, TyperCommand | TyperGroup | None, list[str]]:
+        """As in the base class, but an unknown verb raises a ConfigError that suggests the closest one."""
         if args and args[0] not in VERBS and not args[0].startswith("-"):
             close = get_close_matches(args[0], VERBS, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -84,6 +87,7 @@ class VerbGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: typer.Context, formatter: HelpFormatter) -> None:
+        """Writes the list of verbs without importing their modules."""
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
 

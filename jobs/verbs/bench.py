@@ -33,20 +33,7 @@ Examples:
 )
 
 
-@app.command(
-    short_help="Compare our loader with DALI's and torchvision's.",
-    help="""Measures images/s of our loader, of DALI's file reader with the same operators, and of torch's DataLoader
-with torchvision's transforms.
-
-Examples:
-
-  adaptnet bench loader /data/imagenet-sample
-
-  adaptnet bench loader /data/imagenet-sample --read-latency 5ms
-
-  adaptnet bench loader --index-only
-""",
-)
+@app.command(short_help="Compare our loader with DALI's and torchvision's.")
 def loader(
     root: Annotated[Path | None, typer.Argument(help="class folders or tar shards of photographs")] = None,
     read_latency: Annotated[
@@ -57,6 +44,17 @@ def loader(
     rounds: Annotated[int, typer.Option(help="number of turns of each loader")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads of each loader")] = 2,
 ) -> None:
+    """Measures images/s of our loader, of DALI's file reader with the same operators, and of torch's DataLoader with
+    torchvision's transforms.
+
+    Examples:
+
+      adaptnet bench loader /data/imagenet-sample
+
+      adaptnet bench loader /data/imagenet-sample --read-latency 5ms
+
+      adaptnet bench loader --index-only
+    """
     from pipeline.bench import loader as bench
     from pipeline.errors import ConfigError
 
@@ -69,18 +67,7 @@ def loader(
     _print(rows)
 
 
-@app.command(
-    short_help="Compare our training step with a bare loop, and Ray with torchrun.",
-    help="""Measures training images/s of our loop against a bare PyTorch loop over the same net and tensors, and of two
-workers of Ray Train against two processes of torchrun.
-
-Examples:
-
-  adaptnet bench step baseline/cifar10_small
-
-  adaptnet bench step convnet_aig/cifar10_small --no-workers training.batch_size=64
-""",
-)
+@app.command(short_help="Compare our training step with a bare loop, and Ray with torchrun.")
 def step(
     recipe: Annotated[str, typer.Argument(help="family/recipe; its net is trained on random images")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
@@ -89,6 +76,15 @@ def step(
     rounds: Annotated[int, typer.Option(help="number of turns of each loop")] = 5,
     workers: Annotated[bool, typer.Option(help="also measure two workers against torchrun")] = True,
 ) -> None:
+    """Measures training images/s of our loop against a bare PyTorch loop over the same net and tensors, and of two
+    workers of Ray Train against two processes of torchrun.
+
+    Examples:
+
+      adaptnet bench step baseline/cifar10_small
+
+      adaptnet bench step convnet_aig/cifar10_small --no-workers training.batch_size=64
+    """
     from pipeline import run_config
     from pipeline.bench import step as bench
 
@@ -99,24 +95,22 @@ def step(
     _print(rows)
 
 
-@app.command(
-    short_help="Compare the time that skipping saves with the MACs that it saves.",
-    help="""Measures the time of each family's policies as a share of the time of the same net without skipping, and the
-share of MACs. A quotient of 1 means that time falls as much as MACs do. Weights are random; gates and thresholds skip
-as often as published.
-
-Examples:
-
-  adaptnet bench inference
-
-  adaptnet bench inference ranet --threads 1
-""",
-)
+@app.command(short_help="Compare the time that skipping saves with the MACs that it saves.")
 def inference(
     families: Annotated[list[str] | None, typer.Argument(help="convnet_aig, ranet, arrn, shape_adaptor")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="number of turns of each side")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's default")] = None,
 ) -> None:
+    """Measures the time of each family's policies as a share of the time of the same net without skipping, and the
+    share of MACs. A quotient of 1 means that time falls as much as MACs do. Weights are random; gates and thresholds
+    skip as often as published.
+
+    Examples:
+
+      adaptnet bench inference
+
+      adaptnet bench inference ranet --threads 1
+    """
     from jobs import tables
     from pipeline.bench import inference as bench
 
@@ -127,19 +121,7 @@ def inference(
     typer.echo(tables.align(cells))
 
 
-@app.command(
-    short_help="Compare each family's training step with that of a plain net of the same MACs.",
-    help="""Measures the time of a training step per MAC of each family, as a ratio to that of a plain ResNet of nearly
-the same MACs, and the shares of time that both spend on convolutions (with matrix products), norms, pointwise
-operators, data movement and the optimizer.
-
-Examples:
-
-  adaptnet bench training
-
-  adaptnet bench training arrn/cifar10_small --threads 1
-""",
-)
+@app.command(short_help="Compare each family's training step with that of a plain net of the same MACs.")
 def training(
     recipes: Annotated[
         list[str] | None, typer.Argument(help="family/cifar10_small; default: that of every family")
@@ -148,6 +130,16 @@ def training(
     rounds: Annotated[int, typer.Option(min=1, help="number of turns of each net")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's default")] = None,
 ) -> None:
+    """Measures the time of a training step per MAC of each family, as a ratio to that of a plain ResNet of nearly the
+    same MACs, and the shares of time that both spend on convolutions (with matrix products), norms, pointwise
+    operators, data movement and the optimizer.
+
+    Examples:
+
+      adaptnet bench training
+
+      adaptnet bench training arrn/cifar10_small --threads 1
+    """
     from jobs import tables
     from pipeline.bench import training as bench
 
@@ -162,26 +154,7 @@ def training(
     typer.echo(tables.align([["net", "MMACs", "ms an image", "time per MAC", *kinds], *cells]))
 
 
-@app.command(
-    short_help="Measure what a sweep, a job on SLURM and more workers cost.",
-    help="""Measures one of these, in turns: a trial of a sweep against the same training alone (--sweep); the time from
-the start of a SLURM job to its first step against the same training started by hand (--slurm); the time from SLURM's
-warning until all ranks have saved a ResNet-50 (--warning); images/s of several workers on this machine against one
-(--workers).
-
-Examples:
-
-  adaptnet bench scaling --sweep
-
-  adaptnet bench scaling convnet_aig/toy training.epochs=4 --sweep --rounds 3
-
-  adaptnet bench scaling --slurm --nodes 2 --site testcluster
-
-  adaptnet bench scaling --warning --nodes 2 --site testcluster
-
-  adaptnet bench scaling baseline/toy --workers 1 --workers 2 --workers 4
-""",
-)
+@app.command(short_help="Measure what a sweep, a job on SLURM and more workers cost.")
 def scaling(
     recipe: Annotated[str, typer.Argument(help="family/recipe to train")] = "convnet_aig/toy",
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
@@ -199,6 +172,23 @@ def scaling(
     site: Annotated[str | None, typer.Option(help="site profile of the job, as for `adaptnet submit`")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="number of turns of each side")] = 1,
 ) -> None:
+    """Measures one of these, in turns: a trial of a sweep against the same training alone (--sweep); the time from the
+    start of a SLURM job to its first step against the same training started by hand (--slurm); the time from SLURM's
+    warning until all ranks have saved a ResNet-50 (--warning); images/s of several workers on this machine against one
+    (--workers).
+
+    Examples:
+
+      adaptnet bench scaling --sweep
+
+      adaptnet bench scaling convnet_aig/toy training.epochs=4 --sweep --rounds 3
+
+      adaptnet bench scaling --slurm --nodes 2 --site testcluster
+
+      adaptnet bench scaling --warning --nodes 2 --site testcluster
+
+      adaptnet bench scaling baseline/toy --workers 1 --workers 2 --workers 4
+    """
     from pipeline.errors import ConfigError
 
     if sum((sweep, slurm, warning, bool(workers))) != 1:
@@ -229,19 +219,7 @@ def _seconds(text: str) -> float:
     return float(match[1]) / (1e3 if match[2] == "ms" else 1)
 
 
-@app.command(
-    short_help="Measure servers of a registered net under many clients.",
-    help="""Measures MLflow's pyfunc model against the bare net on one batch, then requests/s and latency of `mlflow
-models serve` and of Ray Serve (infra/ray/serve.yaml) for several numbers of concurrent clients that send one image at a
-time.
-
-Examples:
-
-  adaptnet bench serve models:/aig-toy@champion photo.jpg
-
-  adaptnet bench serve models:/aig-toy@champion photo.jpg --server mlflow --clients 1 --clients 8
-""",
-)
+@app.command(short_help="Measure servers of a registered net under many clients.")
 def serve(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
     image: Annotated[
@@ -255,6 +233,16 @@ def serve(
     batch: Annotated[int, typer.Option(min=1, help="batch size of the first measurement")] = 64,
     uri: Annotated[str | None, typer.Option(help="tracking server; default runs/mlflow.db")] = None,
 ) -> None:
+    """Measures MLflow's pyfunc model against the bare net on one batch, then requests/s and latency of `mlflow models
+    serve` and of Ray Serve (infra/ray/serve.yaml) for several numbers of concurrent clients that send one image at a
+    time.
+
+    Examples:
+
+      adaptnet bench serve models:/aig-toy@champion photo.jpg
+
+      adaptnet bench serve models:/aig-toy@champion photo.jpg --server mlflow --clients 1 --clients 8
+    """
     from jobs import tables
     from pipeline.bench import serving
     from pipeline.bench.rows import chosen

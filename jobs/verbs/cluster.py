@@ -38,10 +38,7 @@ Name = Annotated[str, Option(help="name of a cluster on this machine")]
 CLUSTERS = Path("runs") / "clusters"
 
 
-@app.command(
-    help="Starts a cluster and prints how to train on it.\n\nExamples:\n\n  adaptnet cluster up --local 2\n\n"
-    "  adaptnet cluster up hosts"
-)
+@app.command()
 def up(
     site: Site = None,
     local: Annotated[int | None, Option(help="start N nodes on this machine, as processes", metavar="N")] = None,
@@ -51,6 +48,14 @@ def up(
     name: Name = "local",
     folder: Folder = CLUSTERS,
 ) -> None:
+    """Starts a cluster and prints how to train on it.
+
+    Examples:
+
+      adaptnet cluster up --local 2
+
+      adaptnet cluster up hosts
+    """
     if (site is None) == (local is None):
         raise ConfigError("cluster up: give either SITE or --local N", key="--local")
     if site is not None:
@@ -69,11 +74,16 @@ def up(
     typer.echo(f"  adaptnet train convnet_aig/toy compute.address={address}")
 
 
-@app.command(
-    help="Stops a cluster that `up` started, and no other Ray.\n\nExamples:\n\n  adaptnet cluster down\n\n"
-    "  adaptnet cluster down hosts"
-)
+@app.command()
 def down(site: Site = None, name: Name = "local", folder: Folder = CLUSTERS) -> None:
+    """Stops a cluster that `up` started, and no other Ray.
+
+    Examples:
+
+      adaptnet cluster down
+
+      adaptnet cluster down hosts
+    """
     if site is not None:
         from jobs.ray import launch as ray_launch
 
@@ -84,10 +94,7 @@ def down(site: Site = None, name: Name = "local", folder: Folder = CLUSTERS) -> 
     typer.echo(f"stopped {stopped} nodes" if stopped else f"{cluster.folder}: no cluster runs here")
 
 
-@app.command(
-    help="Lists the nodes of a cluster and their resources.\n\nExamples:\n\n"
-    "  adaptnet cluster status\n\n  adaptnet cluster status --address 10.0.0.1:6379\n\n  adaptnet cluster status hosts"
-)
+@app.command()
 def status(
     site: Site = None,
     address: Annotated[
@@ -96,6 +103,16 @@ def status(
     name: Name = "local",
     folder: Folder = CLUSTERS,
 ) -> None:
+    """Lists the nodes of a cluster and their resources.
+
+    Examples:
+
+      adaptnet cluster status
+
+      adaptnet cluster status --address 10.0.0.1:6379
+
+      adaptnet cluster status hosts
+    """
     if site is not None:
         from jobs.ray import launch as ray_launch
 
@@ -124,12 +141,7 @@ def _show(address: str) -> None:
     typer.echo(tables.align(rows))
 
 
-@app.command(
-    help="Writes the files that `up` would pass to Ray's launcher or to kubectl; without --out it prints them.\n\n"
-    "Examples:\n\n"
-    "  adaptnet cluster render hosts\n\n  adaptnet cluster render kubernetes --out rendered\n\n"
-    "  adaptnet cluster render kubernetes --job 'train convnet_aig/toy --run-dir /shared/runs/toy'"
-)
+@app.command()
 def render(
     site: Annotated[str, typer.Argument(help="name of a file of infra/ray/sites, or a path ending in .yaml")],
     out: Annotated[Path | None, Option(help="folder to write to")] = None,
@@ -137,6 +149,16 @@ def render(
         str, Option(help="a verb with its arguments: write a RayJob that runs it on a cluster of its own")
     ] = "",
 ) -> None:
+    """Writes the files that `up` would pass to Ray's launcher or to kubectl; without --out it prints them.
+
+    Examples:
+
+      adaptnet cluster render hosts
+
+      adaptnet cluster render kubernetes --out rendered
+
+      adaptnet cluster render kubernetes --job 'train convnet_aig/toy --run-dir /shared/runs/toy'
+    """
     import shlex
 
     from jobs.ray import render as ray_render

@@ -15,20 +15,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-EXAMPLES = """Tests whether net A is more accurate than net B: McNemar's test on the images that both were evaluated on,
-and the difference at equal cost along both frontiers, each with a 95 % confidence interval over images. It uses the
-evaluations stored by training and by `adaptnet evaluate`. A and B are run folders, checkpoint folders or registry
-versions.
 
-Examples:
-
-  adaptnet compare runs/convnet_aig-toy models:/aig-toy@candidate
-
-  adaptnet compare models:/aig@champion models:/ranet@candidate --policy-b budget-0.5 --json
-"""
-
-
-@app.command(help=EXAMPLES)
+@app.command()
 def compare(
     a: Annotated[str, typer.Argument(help="run folder, checkpoint folder or models:/NAME@ALIAS")],
     b: Annotated[str, typer.Argument(help="net to compare A with; same forms")],
@@ -37,6 +25,17 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
     uri: Annotated[str | None, typer.Option(help="tracking server of models:/; default runs/mlflow.db")] = None,
 ) -> None:
+    """Tests whether net A is more accurate than net B: McNemar's test on the images that both were evaluated on, and
+    the difference at equal cost along both frontiers, each with a 95 % confidence interval over images. It uses the
+    evaluations stored by training and by `adaptnet evaluate`. A and B are run folders, checkpoint folders or registry
+    versions.
+
+    Examples:
+
+      adaptnet compare runs/convnet_aig-toy models:/aig-toy@candidate
+
+      adaptnet compare models:/aig@champion models:/ranet@candidate --policy-b budget-0.5 --json
+    """
     from pipeline.deploy import evaluations
     from pipeline.evaluation import comparing
 

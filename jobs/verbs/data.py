@@ -40,17 +40,7 @@ Examples:
 )
 
 
-@app.command(
-    short_help="Draw a small set of JPEGs from a seed.",
-    help="""Draws a small set of JPEGs from a seed: ten shapes, some easy to see, some small, pale and cluttered.
-
-Examples:
-
-  adaptnet data toy toy-data
-
-  adaptnet data toy toy-data-large --classes 30 --train 6000 --val 1500 --side 96
-""",
-)
+@app.command(short_help="Draw a small set of JPEGs from a seed.")
 def toy(
     out: Annotated[Path, typer.Argument(help="folder to create, with train/<class>/ and val/<class>/")],
     classes: Annotated[
@@ -61,6 +51,14 @@ def toy(
     side: Annotated[int, typer.Option(min=16, help="shorter side in pixels")] = 48,
     seed: Annotated[int, typer.Option(help="random seed; the same seed gives the same bytes")] = 0,
 ) -> None:
+    """Draws a small set of JPEGs from a seed: ten shapes, some easy to see, some small, pale and cluttered.
+
+    Examples:
+
+      adaptnet data toy toy-data
+
+      adaptnet data toy toy-data-large --classes 30 --train 6000 --val 1500 --side 96
+    """
     from pipeline.data.toy import make
 
     folder = make(out, num_classes=classes, train=train, val=val, side_px=side, seed=seed)
@@ -68,22 +66,7 @@ def toy(
     typer.echo(f"Next: adaptnet data info {out}, or adaptnet train RECIPE data.root={out}")
 
 
-@app.command(
-    short_help="Verify every image and pack the good ones into tar shards.",
-    help="""Packs SOURCE into tar shards with an index in DESTINATION. Every image is decoded; bad ones are left out and
-listed in DESTINATION/report.json. After an interruption the same command resumes.
-
-SOURCE is a folder of class folders, a folder of tar shards (.tar or .tar.gz), or a tar of class folders.
-
-Examples:
-
-  adaptnet data pack /data/imagenet packed/imagenet
-
-  adaptnet data pack /data/imagenet packed/imagenet-256 --side 256 --workers 16
-
-  adaptnet data pack photos.tar packed/photos
-""",
-)
+@app.command(short_help="Verify every image and pack the good ones into tar shards.")
 def pack(
     source: Annotated[Path, typer.Argument(help="class folders, tar shards, or a tar of class folders")],
     destination: Annotated[Path, typer.Argument(help="a new folder, or that of an interrupted pack")],
@@ -95,6 +78,19 @@ def pack(
     workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: one per CPU")] = None,
     show_all: Annotated[bool, typer.Option("--all", help="list every image that was left out")] = False,
 ) -> None:
+    """Packs SOURCE into tar shards with an index in DESTINATION. Every image is decoded; bad ones are left out and
+    listed in DESTINATION/report.json. After an interruption the same command resumes.
+
+    SOURCE is a folder of class folders, a folder of tar shards (.tar or .tar.gz), or a tar of class folders.
+
+    Examples:
+
+      adaptnet data pack /data/imagenet packed/imagenet
+
+      adaptnet data pack /data/imagenet packed/imagenet-256 --side 256 --workers 16
+
+      adaptnet data pack photos.tar packed/photos
+    """
     from pipeline.data.pack import pack as run
 
     with _progress() as progress:
@@ -128,25 +124,7 @@ def _print_pack(report: PackReport, destination: Path, show_all: bool) -> None:
     typer.echo(f"Next: adaptnet train RECIPE data.root={destination}")
 
 
-@app.command(
-    "import",
-    short_help="Pack a known set from its publisher's files.",
-    help="""Packs a known set from its publisher's files, under their original names: cifar10, cifar100, svhn, stl10,
-tiny-imagenet, aircraft, flowers102, cars, cub or imagenet. The publisher's test split becomes val. Checksums are
-compared where they are known. After an interruption the same command resumes.
-
-For ImageNet give ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or a folder with
-train/<wnid>/ and a flat val/ and, besides it, the development kit or LOC_val_solution.csv.
-
-Examples:
-
-  adaptnet data import cifar10 cifar-10-python.tar.gz --out packed/cifar10
-
-  adaptnet data import svhn train_32x32.mat test_32x32.mat --out packed/svhn
-
-  adaptnet data import imagenet /data/imagenet ILSVRC2012_devkit_t12.tar.gz --out packed/imagenet --side 256
-""",
-)
+@app.command("import", short_help="Pack a known set from its publisher's files.")
 def import_set(
     name: Annotated[str, typer.Argument(help="name of the set, e.g. cifar10")],
     files: Annotated[list[Path], typer.Argument(help="the publisher's files")],
@@ -159,6 +137,21 @@ def import_set(
     workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: one per CPU")] = None,
     show_all: Annotated[bool, typer.Option("--all", help="list every image that was left out")] = False,
 ) -> None:
+    """Packs a known set from its publisher's files, under their original names: cifar10, cifar100, svhn, stl10,
+    tiny-imagenet, aircraft, flowers102, cars, cub or imagenet. The publisher's test split becomes val. Checksums are
+    compared where they are known. After an interruption the same command resumes.
+
+    For ImageNet give ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or a folder
+    with train/<wnid>/ and a flat val/ and, besides it, the development kit or LOC_val_solution.csv.
+
+    Examples:
+
+      adaptnet data import cifar10 cifar-10-python.tar.gz --out packed/cifar10
+
+      adaptnet data import svhn train_32x32.mat test_32x32.mat --out packed/svhn
+
+      adaptnet data import imagenet /data/imagenet ILSVRC2012_devkit_t12.tar.gz --out packed/imagenet --side 256
+    """
     from pipeline.data.publishers import import_set as run
 
     with _progress() as progress:
@@ -168,24 +161,22 @@ def import_set(
     _print_pack(report, out, show_all)
 
 
-@app.command(
-    short_help="Decode every image and list the bad ones.",
-    help="""Decodes every image under ROOT in place and lists the bad ones: empty or truncated files, files that are no
-image or of absurd size, wrong labels, duplicate keys. In a packed set the bytes are also compared with those that were
-packed. The exit status is 1 if any image is bad.
-
-Examples:
-
-  adaptnet data check /data/imagenet
-
-  adaptnet data check packed/imagenet --workers 16 --all
-""",
-)
+@app.command(short_help="Decode every image and list the bad ones.")
 def check(
     root: Annotated[Path, typer.Argument(help="class folders or tar shards")],
     workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: one per CPU")] = None,
     show_all: Annotated[bool, typer.Option("--all", help="list every bad image")] = False,
 ) -> None:
+    """Decodes every image under ROOT in place and lists the bad ones: empty or truncated files, files that are no image
+    or of absurd size, wrong labels, duplicate keys. In a packed set the bytes are also compared with those that were
+    packed. The exit status is 1 if any image is bad.
+
+    Examples:
+
+      adaptnet data check /data/imagenet
+
+      adaptnet data check packed/imagenet --workers 16 --all
+    """
     from pipeline.data.check import check as run
 
     with _progress() as progress:
@@ -199,17 +190,7 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command(
-    short_help="Show the splits, classes, sizes and bytes of a set.",
-    help="""Shows the splits, classes, sizes and bytes of a set, where its index is, and how to shuffle it.
-
-Examples:
-
-  adaptnet data info packed/imagenet
-
-  adaptnet data info /data/photos --validation-share 0.2 --seed 1
-""",
-)
+@app.command(short_help="Show the splits, classes, sizes and bytes of a set.")
 def info(
     root: Annotated[Path, typer.Argument(help="class folders or tar shards")],
     index: Annotated[Path | None, typer.Option(help="folder of the index, like data.index in a recipe")] = None,
@@ -218,6 +199,14 @@ def info(
     ] = 0.1,
     seed: Annotated[int, typer.Option(help="seed of the drawn val split, like seed in a recipe")] = 0,
 ) -> None:
+    """Shows the splits, classes, sizes and bytes of a set, where its index is, and how to shuffle it.
+
+    Examples:
+
+      adaptnet data info packed/imagenet
+
+      adaptnet data info /data/photos --validation-share 0.2 --seed 1
+    """
     from jobs import tables
     from pipeline.config import validate
     from pipeline.data.config import DataConfig

@@ -26,17 +26,6 @@ MARKS = {"ok": "ok   ", "without": "  -  ", "fault": "FAULT"}
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-EXAMPLES = """Checks what this machine offers: GPUs, driver, NCCL, DALI, compiler, Ray, SLURM, MLflow, storage, clock.
-Prints one line for each: ok, "-" if it is absent and not required, or FAULT with a fix. After a fault the exit status
-is 1.
-
-Examples:
-
-  adaptnet doctor
-
-  adaptnet doctor --uri http://tracking:5000 --storage /data/runs --ray head:6379
-"""
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -51,13 +40,23 @@ class Finding:
     said: str
 
 
-@app.command(help=EXAMPLES)
+@app.command()
 def doctor(
     uri: Annotated[str | None, typer.Option(help="tracking server; default: runs/mlflow.db")] = None,
     storage: Annotated[Path, typer.Option(help="folder for runs")] = Path("runs"),
     ray: Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster; default: $RAY_ADDRESS")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ) -> None:
+    """Checks what this machine offers: GPUs, driver, NCCL, DALI, compiler, Ray, SLURM, MLflow, storage, clock. Prints
+    one line for each: ok, "-" if it is absent and not required, or FAULT with a fix. After a fault the exit status is
+    1.
+
+    Examples:
+
+      adaptnet doctor
+
+      adaptnet doctor --uri http://tracking:5000 --storage /data/runs --ray head:6379
+    """
     findings = list(examine(uri, storage, ray or os.environ.get("RAY_ADDRESS")))
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in findings], indent=1))

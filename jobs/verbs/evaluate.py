@@ -16,29 +16,8 @@ if TYPE_CHECKING:  # these import torch, which takes seconds
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-EXAMPLES = """Evaluates SOURCE on the val split under each of its policies: accuracy, multiply-accumulates per image,
-share of the full net's MACs, latency on this device, and the family's own facts by class.
 
-SOURCE is a run's folder (its best checkpoint), a checkpoint's folder, or a registry version. --attack first moves every
-pixel by eps so as to raise the net's loss (fgsm: along the sign of the gradient); --jpeg first compresses the images;
---sides runs each policy on images reduced to each side. Their results are stored separately from those of the original
-images.
-
-Examples:
-
-  adaptnet evaluate runs/convnet_aig-toy
-
-  adaptnet evaluate models:/aig-toy@candidate data.root=/data/other --policy gates-hard
-
-  adaptnet evaluate runs/convnet_aig-cifar10_small/checkpoints/step-00000100 --facts
-
-  adaptnet evaluate runs/convnet_aig-toy --attack fgsm --eps 4/255 --jpeg 75
-
-  adaptnet evaluate runs/convnet_aig-toy --sides 32,24,16 --down-and-up
-"""
-
-
-@app.command(help=EXAMPLES)
+@app.command()
 def evaluate(
     source: Annotated[str, typer.Argument(help="run folder, checkpoint folder or models:/NAME@ALIAS")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. data.root=/data/other")] = None,
@@ -63,6 +42,26 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="folder for the reports; default: beside the run")] = None,
     uri: Annotated[str | None, typer.Option(help="tracking server of models:/; default: runs/mlflow.db")] = None,
 ) -> None:
+    """Evaluates SOURCE on the val split under each of its policies: accuracy, multiply-accumulates per image, share of
+    the full net's MACs, latency on this device, and the family's own facts by class.
+
+    SOURCE is a run's folder (its best checkpoint), a checkpoint's folder, or a registry version. --attack first moves
+    every pixel by eps so as to raise the net's loss (fgsm: along the sign of the gradient); --jpeg first compresses the
+    images; --sides runs each policy on images reduced to each side. Their results are stored separately from those of
+    the original images.
+
+    Examples:
+
+      adaptnet evaluate runs/convnet_aig-toy
+
+      adaptnet evaluate models:/aig-toy@candidate data.root=/data/other --policy gates-hard
+
+      adaptnet evaluate runs/convnet_aig-cifar10_small/checkpoints/step-00000100 --facts
+
+      adaptnet evaluate runs/convnet_aig-toy --attack fgsm --eps 4/255 --jpeg 75
+
+      adaptnet evaluate runs/convnet_aig-toy --sides 32,24,16 --down-and-up
+    """
     from jobs import tables
     from pipeline.deploy import evaluations
 

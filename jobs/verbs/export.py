@@ -15,25 +15,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-EXAMPLES = """Writes MODEL under a static policy, one that does the same for every image, to a file that runs without
-adaptnet. Static policies are a resolution of ARRN, an exit of RANet, a frozen shape or a fixed mask of gates. Before
-the file is moved to its final place its logits are compared with those of the net on random images. The file also holds
-mean, std, classes and MACs per image. Gates that decide image by image can be exported for one image at a time (--batch
-1), with each block as a branch of the graph.
 
-Without --policy this lists the policies that can be exported.
-
-Examples:
-
-  adaptnet export runs/convnet_aig-toy --policy mask-0.5
-
-  adaptnet export models:/aig-toy@candidate --policy gates-hard --batch 1 --format onnx --out gated.onnx
-
-  adaptnet export runs/arrn-toy --policy 16px --side-px 16 --raw
-"""
-
-
-@app.command(help=EXAMPLES)
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="run folder, checkpoint folder or models:/NAME@ALIAS")],
     policy: Annotated[str | None, typer.Option(help="policy to export, e.g. exit-2; default: list policies")] = None,
@@ -45,6 +28,22 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
     uri: Annotated[str | None, typer.Option(help="tracking server of models:/; default: runs/mlflow.db")] = None,
 ) -> None:
+    """Writes MODEL under a static policy, one that does the same for every image, to a file that runs without adaptnet.
+    Static policies are a resolution of ARRN, an exit of RANet, a frozen shape or a fixed mask of gates. Before the file
+    is moved to its final place its logits are compared with those of the net on random images. The file also holds
+    mean, std, classes and MACs per image. Gates that decide image by image can be exported for one image at a time
+    (--batch 1), with each block as a branch of the graph.
+
+    Without --policy this lists the policies that can be exported.
+
+    Examples:
+
+      adaptnet export runs/convnet_aig-toy --policy mask-0.5
+
+      adaptnet export models:/aig-toy@candidate --policy gates-hard --batch 1 --format onnx --out gated.onnx
+
+      adaptnet export runs/arrn-toy --policy 16px --side-px 16 --raw
+    """
     from pipeline.deploy import export as exports
 
     if policy is None:

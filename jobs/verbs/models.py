@@ -28,92 +28,6 @@ Examples:
   adaptnet models promote aig-toy 3 --alias champion
 """
 
-LIST = """Prints one line for each version, newest first: aliases, family, step, and accuracy and MACs of its default
-policy.
-
-Examples:
-
-  adaptnet models list
-
-  adaptnet models list aig-toy --uri http://tracking:5000
-"""
-
-SHOW = """Prints the card of a version (family, recipe, data, origin, licence and note) and a table of its policies,
-with those marked that another policy dominates.
-
-Examples:
-
-  adaptnet models show models:/aig-toy@candidate
-
-  adaptnet models show models:/aig-toy/3 --uri sqlite:////data/runs/mlflow.db
-"""
-
-LOOKUP = """Lists policies of registered versions within a budget of MACs and above an accuracy, the best first.
-Dominated policies are left out. Without NAME all models are searched.
-
-Examples:
-
-  adaptnet models lookup --max-macs 1G --min-top1 70
-
-  adaptnet models lookup aig-toy --max-macs 300M --dataset cifar10 --json
-"""
-
-REGISTER = """Registers a run's best checkpoint, or the checkpoint in a given folder, as a new version with its stored
-evaluation. If the run is not in MLflow yet, it is sent first. Registering the same checkpoint again makes no new
-version.
-
-Examples:
-
-  adaptnet models register runs/convnet_aig-toy aig-toy
-
-  adaptnet models register runs/mine mine --licence CC-BY-4.0 --note "flowers of 2026, without the roses"
-"""
-
-PROMOTE = """Evaluates a version and the current holder of the alias on the same images and moves the alias to the
-version, unless the holder is at least as accurate at every cost. Who did it, when and why, and both reports are
-recorded.
-
-Examples:
-
-  adaptnet models promote aig-toy 3 --alias champion --why "the new augmentation"
-
-  adaptnet models promote aig-toy 4 --data /data/fresh --force --why "the champion was trained on the test set"
-"""
-
-ROLLBACK = """Moves an alias back to the version that held it before; repeated, to the one before that.
-
-Examples:
-
-  adaptnet models rollback aig-toy --alias champion --why "dark photographs are all cats"
-"""
-
-PULL = """Copies a version (weights, recipe, card and reports) to a folder that works without MLflow, and verifies it.
-
-Examples:
-
-  adaptnet models pull models:/aig-toy@champion champion
-
-  adaptnet models pull models:/aig-toy/3 aig-toy-3 --uri http://tracking:5000
-"""
-
-DIFF = """Shows how two versions differ: in their cards, in their recipes key by key, and in the figures of each policy.
-
-Examples:
-
-  adaptnet models diff models:/aig-toy/2 models:/aig-toy@champion
-"""
-
-IMPORT = """Creates a run from weights that were trained elsewhere: a checkpoint of the released code of ConvNet-AIG,
-RANet or Shape Adaptor, or torchvision's weights of ResNets, MobileNets, VGG and similar nets. Every tensor is used, or
-an error lists those that do not fit. The run is evaluated on the recipe's val split, and registered if the recipe sets
-tracking.register.
-
-Examples:
-
-  adaptnet models import resnet50.pth --family baseline/imagenet_resnet50
-
-  adaptnet models import best.pth.tar --family ranet/cifar10_b1 --classes names.txt
-"""
 
 app = typer.Typer(
     help=EXAMPLES, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
@@ -121,10 +35,19 @@ app = typer.Typer(
 Uri = Annotated[str | None, typer.Option(help="tracking server; default: runs/mlflow.db")]
 
 
-@app.command("list", short_help="List versions.", help=LIST)
+@app.command("list", short_help="List versions.")
 def list_models(
     name: Annotated[str | None, typer.Argument(help="only versions of this name")] = None, uri: Uri = None
 ) -> None:
+    """Prints one line for each version, newest first: aliases, family, step, and accuracy and MACs of its default
+    policy.
+
+    Examples:
+
+      adaptnet models list
+
+      adaptnet models list aig-toy --uri http://tracking:5000
+    """
     from jobs import tables
     from pipeline.registry import catalogue
 
@@ -144,10 +67,19 @@ def _row(version: Version) -> list[str]:
     return [version.reference, " ".join(version.aliases) or "-", *origin, *figures, _date(version.created)]
 
 
-@app.command(short_help="Show the card and the policies of a version.", help=SHOW)
+@app.command(short_help="Show the card and the policies of a version.")
 def show(
     reference: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")], uri: Uri = None
 ) -> None:
+    """Prints the card of a version (family, recipe, data, origin, licence and note) and a table of its policies, with
+    those marked that another policy dominates.
+
+    Examples:
+
+      adaptnet models show models:/aig-toy@candidate
+
+      adaptnet models show models:/aig-toy/3 --uri sqlite:////data/runs/mlflow.db
+    """
     from jobs import tables
     from pipeline.registry import cards, catalogue
 
@@ -168,7 +100,7 @@ def _frontier(version: Version) -> list[list[str]]:
     return rows
 
 
-@app.command(short_help="Find versions and policies within a budget.", help=LOOKUP)
+@app.command(short_help="Find versions and policies within a budget.")
 def lookup(
     name: Annotated[str | None, typer.Argument(help="only versions of this name")] = None,
     max_macs: Annotated[str | None, typer.Option(help="largest mean MACs per image: 1G, 300M")] = None,
@@ -180,6 +112,15 @@ def lookup(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
     uri: Uri = None,
 ) -> None:
+    """Lists policies of registered versions within a budget of MACs and above an accuracy, the best first. Dominated
+    policies are left out. Without NAME all models are searched.
+
+    Examples:
+
+      adaptnet models lookup --max-macs 1G --min-top1 70
+
+      adaptnet models lookup aig-toy --max-macs 300M --dataset cifar10 --json
+    """
     from jobs import tables
     from pipeline.evaluation.frontier import parse_budget
     from pipeline.registry import catalogue
@@ -224,7 +165,7 @@ def _mapping(match: Match) -> dict[str, object]:
     }
 
 
-@app.command(short_help="Register a run as a version.", help=REGISTER)
+@app.command(short_help="Register a run as a version.")
 def register(
     source: Annotated[str, typer.Argument(help="a run's folder, or the folder of one of its checkpoints")],
     name: Annotated[str, typer.Argument(help="name of the registered model")],
@@ -233,6 +174,16 @@ def register(
     note: Annotated[str | None, typer.Option(help="note for users of the version")] = None,
     uri: Uri = None,
 ) -> None:
+    """Registers a run's best checkpoint, or the checkpoint in a given folder, as a new version with its stored
+    evaluation. If the run is not in MLflow yet, it is sent first. Registering the same checkpoint again makes no new
+    version.
+
+    Examples:
+
+      adaptnet models register runs/convnet_aig-toy aig-toy
+
+      adaptnet models register runs/mine mine --licence CC-BY-4.0 --note "flowers of 2026, without the roses"
+    """
     from pipeline.deploy import promoting
     from pipeline.tracking.address import registered_name
 
@@ -241,7 +192,7 @@ def register(
     typer.echo(f"{source} is registered as {version.reference}")
 
 
-@app.command(short_help="Move an alias to a version, if it is better.", help=PROMOTE)
+@app.command(short_help="Move an alias to a version, if it is better.")
 def promote(
     name: Annotated[str, typer.Argument(help="name of the registered model")],
     version: Annotated[int, typer.Argument(help="number of the version")],
@@ -253,6 +204,15 @@ def promote(
     ] = False,
     uri: Uri = None,
 ) -> None:
+    """Evaluates a version and the current holder of the alias on the same images and moves the alias to the version,
+    unless the holder is at least as accurate at every cost. Who did it, when and why, and both reports are recorded.
+
+    Examples:
+
+      adaptnet models promote aig-toy 3 --alias champion --why "the new augmentation"
+
+      adaptnet models promote aig-toy 4 --data /data/fresh --force --why "the champion was trained on the test set"
+    """
     from pipeline.deploy import promoting
 
     done = promoting.promote(
@@ -276,38 +236,58 @@ def _print_promotion(done: Promotion, alias: str) -> None:
     typer.echo(f"{done.version.reference} is the {alias}{former}: {done.entry.why or 'no reason given'}")
 
 
-@app.command(short_help="Move an alias back to its previous holder.", help=ROLLBACK)
+@app.command(short_help="Move an alias back to its previous holder.")
 def rollback(
     name: Annotated[str, typer.Argument(help="name of the registered model")],
     alias: Annotated[str, typer.Option(help="alias to move back")] = "champion",
     why: Annotated[str, typer.Option(help="reason, for the promotion log")] = "",
     uri: Uri = None,
 ) -> None:
+    """Moves an alias back to the version that held it before; repeated, to the one before that.
+
+    Examples:
+
+      adaptnet models rollback aig-toy --alias champion --why "dark photographs are all cats"
+    """
     from pipeline.deploy import promoting
 
     now, former = promoting.rollback(name, alias=alias, why=why, uri=uri)
     typer.echo(f"{now.reference} is the {alias} again, which {former.reference} held")
 
 
-@app.command(short_help="Copy a version to a folder that needs no MLflow.", help=PULL)
+@app.command(short_help="Copy a version to a folder that needs no MLflow.")
 def pull(
     reference: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
     folder: Annotated[Path, typer.Argument(help="a new folder")],
     uri: Uri = None,
 ) -> None:
+    """Copies a version (weights, recipe, card and reports) to a folder that works without MLflow, and verifies it.
+
+    Examples:
+
+      adaptnet models pull models:/aig-toy@champion champion
+
+      adaptnet models pull models:/aig-toy/3 aig-toy-3 --uri http://tracking:5000
+    """
     from pipeline.registry.resolve import pull_version
 
     version = pull_version(reference, folder, uri)
     typer.echo(f"{version.reference} is in {folder}; `adaptnet predict {folder} IMAGE` works without MLflow")
 
 
-@app.command(short_help="Show how two versions differ.", help=DIFF)
+@app.command(short_help="Show how two versions differ.")
 def diff(
     a: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
     b: Annotated[str, typer.Argument(help="the other version")],
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
     uri: Uri = None,
 ) -> None:
+    """Shows how two versions differ: in their cards, in their recipes key by key, and in the figures of each policy.
+
+    Examples:
+
+      adaptnet models diff models:/aig-toy/2 models:/aig-toy@champion
+    """
     from jobs import tables
     from pipeline.registry import cards, catalogue
     from pipeline.registry.model import describe
@@ -330,7 +310,7 @@ def _shortened(cell: str, most: int = 60) -> str:
     return cell if len(cell) <= most else f"{cell[: most - 4]} ..."
 
 
-@app.command("import", short_help="Create a run from weights that were trained elsewhere.", help=IMPORT)
+@app.command("import", short_help="Create a run from weights that were trained elsewhere.")
 def import_weights(
     file: Annotated[Path, typer.Argument(help=".pth, .pt, .tar or .safetensors file, or a checkpoint's folder")],
     family: Annotated[str, typer.Option(help="family/recipe of the net, or a path ending in .yaml")],
@@ -340,6 +320,17 @@ def import_weights(
     ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="folder of the new run; default: runs/NAME-imported")] = None,
 ) -> None:
+    """Creates a run from weights that were trained elsewhere: a checkpoint of the released code of ConvNet-AIG, RANet
+    or Shape Adaptor, or torchvision's weights of ResNets, MobileNets, VGG and similar nets. Every tensor is used, or an
+    error lists those that do not fit. The run is evaluated on the recipe's val split, and registered if the recipe sets
+    tracking.register.
+
+    Examples:
+
+      adaptnet models import resnet50.pth --family baseline/imagenet_resnet50
+
+      adaptnet models import best.pth.tar --family ranet/cifar10_b1 --classes names.txt
+    """
     from jobs import tables
     from pipeline import run_config
     from pipeline.deploy import importing

@@ -15,19 +15,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-EXAMPLES = """Estimates what RECIPE needs on N nodes of G GPUs: memory, steps, reading, decoding, saving, time. A step
-is measured on this machine's device, unless --images-per-s gives the speed of one worker on the target machine.
-Decoding is measured if the images are available here.
 
-Examples:
-
-  adaptnet plan convnet_aig/toy --nodes 2
-
-  adaptnet plan baseline/imagenet_resnet50 --nodes 8 --gpus-per-node 8 --images 1281167 --images-per-s 3000
-"""
-
-
-@app.command(help=EXAMPLES)
+@app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="family/recipe, family/recipe:variant, or a path ending in .yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
@@ -49,6 +38,16 @@ def plan(
     network_gbs: Annotated[float | None, typer.Option(min=0.001, help="GB/s that each worker can send")] = None,
     measured_rows: Annotated[int, typer.Option(min=1, help="number of images in the step measured here")] = 8,
 ) -> None:
+    """Estimates what RECIPE needs on N nodes of G GPUs: memory, steps, reading, decoding, saving, time. A step is
+    measured on this machine's device, unless --images-per-s gives the speed of one worker on the target machine.
+    Decoding is measured if the images are available here.
+
+    Examples:
+
+      adaptnet plan convnet_aig/toy --nodes 2
+
+      adaptnet plan baseline/imagenet_resnet50 --nodes 8 --gpus-per-node 8 --images 1281167 --images-per-s 3000
+    """
     from pipeline import run_config
     from pipeline.bench import plan as plans
 

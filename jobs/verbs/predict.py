@@ -19,22 +19,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-EXAMPLES = """Classifies each IMAGE under the most accurate policy within the budget and prints the most probable
-classes and the MACs used. MODEL is a registry version, a run's folder or a checkpoint's folder. IMAGE is a file, a
-folder, a pattern, or - for a list of paths on standard input. Images that cannot be read are listed at the end; the
-exit status is then 1.
 
-Examples:
-
-  adaptnet predict models:/aig-toy@candidate runs/toy-data/val --budget 80%
-
-  adaptnet predict runs/convnet_aig-toy photo.jpg --budget 5ms --json
-
-  adaptnet predict models:/aig-toy@candidate "photos/*.jpg" --policy gates-hard
-"""
-
-
-@app.command(help=EXAMPLES)
+@app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, run folder or checkpoint folder")],
     images: Annotated[list[str], typer.Argument(help="files, folders, patterns, or - for paths on standard input")],
@@ -46,6 +32,19 @@ def predict(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     uri: Annotated[str | None, typer.Option(help="tracking server of models:/; default: runs/mlflow.db")] = None,
 ) -> None:
+    """Classifies each IMAGE under the most accurate policy within the budget and prints the most probable classes and
+    the MACs used. MODEL is a registry version, a run's folder or a checkpoint's folder. IMAGE is a file, a folder, a
+    pattern, or - for a list of paths on standard input. Images that cannot be read are listed at the end; the exit
+    status is then 1.
+
+    Examples:
+
+      adaptnet predict models:/aig-toy@candidate runs/toy-data/val --budget 80%
+
+      adaptnet predict runs/convnet_aig-toy photo.jpg --budget 5ms --json
+
+      adaptnet predict models:/aig-toy@candidate "photos/*.jpg" --policy gates-hard
+    """
     if budget is not None and policy is not None:
         message = f"--budget (={budget}) and --policy (={policy}) both choose a policy; give only one of them"
         raise ConfigError(message, key="--budget", keys=("--budget", "--policy"), subject=budget)

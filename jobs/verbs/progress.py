@@ -40,6 +40,7 @@ class View:
         self._thread.start()
 
     def stop(self) -> None:
+        """Prints the remaining records and ends the thread."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()

@@ -9,24 +9,8 @@ import typer
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-EXAMPLES = """Writes a web page (DIR/index.html, one file that needs no network) about the stored evaluations of trained
-nets: accuracy against MACs and against time for all their policies, the figures of each policy, accuracy by class, and
-the family's own pictures. The folder also holds the pictures as PNG and all numbers as CSV and JSON.
 
-A SOURCE is a run's folder (its best checkpoint), a checkpoint's folder, or a registry version. All must have been
-evaluated on the same images. Baselines among adaptive nets are marked as such.
-
-Examples:
-
-  adaptnet report runs/convnet_aig-toy
-
-  adaptnet report runs/ranet-cifar10 runs/arrn-cifar10 models:/resnet14-cifar10@champion --out cifar10-report
-
-  adaptnet report runs/convnet_aig-imagenet_50 --groups superclasses.yaml --no-track
-"""
-
-
-@app.command(help=EXAMPLES)
+@app.command()
 def report(
     sources: Annotated[list[str], typer.Argument(help="run folders, checkpoint folders or models:/NAME@ALIAS")],
     out: Annotated[Path, typer.Option(help="folder of the report: new, empty or that of an earlier report")] = Path(
@@ -42,6 +26,21 @@ def report(
         str | None, typer.Option(help="tracking server; default: that of each run, or runs/mlflow.db")
     ] = None,
 ) -> None:
+    """Writes a web page (DIR/index.html, one file that needs no network) about the stored evaluations of trained nets:
+    accuracy against MACs and against time for all their policies, the figures of each policy, accuracy by class, and
+    the family's own pictures. The folder also holds the pictures as PNG and all numbers as CSV and JSON.
+
+    A SOURCE is a run's folder (its best checkpoint), a checkpoint's folder, or a registry version. All must have been
+    evaluated on the same images. Baselines among adaptive nets are marked as such.
+
+    Examples:
+
+      adaptnet report runs/convnet_aig-toy
+
+      adaptnet report runs/ranet-cifar10 runs/arrn-cifar10 models:/resnet14-cifar10@champion --out cifar10-report
+
+      adaptnet report runs/convnet_aig-imagenet_50 --groups superclasses.yaml --no-track
+    """
     from pipeline.report import report as make
 
     written = make(sources, out, groups=groups, uri=uri, track=track)

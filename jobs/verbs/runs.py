@@ -18,33 +18,22 @@ Examples:
   adaptnet runs sync runs/convnet_aig-toy
 """
 
-LIST = """Prints one line for each run in FOLDER: status, step, best top-1, and how much MLflow does not have yet.
-
-Examples:
-
-  adaptnet runs list
-
-  adaptnet runs list /scratch/me/runs
-"""
-
-SYNC = """Sends the journals and files of runs to MLflow. Use it if the server was unreachable during training, or if
-only the journal could be written. Sending twice duplicates nothing. A finished run whose recipe sets tracking.register
-is also registered, unless it already is.
-
-Examples:
-
-  adaptnet runs sync runs/convnet_aig-toy
-
-  adaptnet runs sync runs/* --uri http://tracking:5000
-"""
 
 app = typer.Typer(
     help=EXAMPLES, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
 )
 
 
-@app.command("list", short_help="List runs.", help=LIST)
+@app.command("list", short_help="List runs.")
 def list_runs(folder: Annotated[Path, typer.Argument(help="folder that contains run folders")] = Path("runs")) -> None:
+    """Prints one line for each run in FOLDER: status, step, best top-1, and how much MLflow does not have yet.
+
+    Examples:
+
+      adaptnet runs list
+
+      adaptnet runs list /scratch/me/runs
+    """
     from jobs import tables
     from pipeline import tracking
 
@@ -62,11 +51,21 @@ def list_runs(folder: Annotated[Path, typer.Argument(help="folder that contains 
     typer.echo(tables.align(rows))
 
 
-@app.command(short_help="Send to MLflow what it does not have yet.", help=SYNC)
+@app.command(short_help="Send to MLflow what it does not have yet.")
 def sync(
     run_dirs: Annotated[list[Path], typer.Argument(help="run folders")],
     uri: Annotated[str | None, typer.Option(help="tracking server; default: the one in the run's recipe")] = None,
 ) -> None:
+    """Sends the journals and files of runs to MLflow. Use it if the server was unreachable during training, or if only
+    the journal could be written. Sending twice duplicates nothing. A finished run whose recipe sets tracking.register
+    is also registered, unless it already is.
+
+    Examples:
+
+      adaptnet runs sync runs/convnet_aig-toy
+
+      adaptnet runs sync runs/* --uri http://tracking:5000
+    """
     failed = []
     others = [path for path in run_dirs if path.exists() and not (path / "config.yaml").is_file()]
     if len(others) < len(run_dirs):  # `runs/*` also matches files that are no run

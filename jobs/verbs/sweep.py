@@ -28,23 +28,6 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_com
 MOST_ROWS = 20  # trials in the live table
 SOME_FAILED = 1  # exit status when a trial failed
 
-EXAMPLES = """Trains every sample of a sweep's search space, or resumes the sweep in its folder: the same command does
-both, whatever was killed in between. SWEEP is the name of a shipped sweep or a path ending in .yaml. A key of the
-recipe applies to every trial; search.samples=4 and space.KEY={grid: [1, 2]} change the sweep itself.
-
-Examples:
-
-  adaptnet sweep toy
-
-  adaptnet sweep --list
-
-  adaptnet sweep aig_target_rate data.root=packed/cifar10 training.epochs=3 compute.workers=2
-
-  adaptnet sweep toy search.samples=6 scheduler.kind=none --run-dir runs/toy-6
-
-  adaptnet sweep toy --register aig-toy --retry-failed
-"""
-
 
 def _list_sweeps(requested: bool) -> None:
     from jobs import tables
@@ -55,7 +38,7 @@ def _list_sweeps(requested: bool) -> None:
         raise typer.Exit
 
 
-@app.command(help=EXAMPLES)
+@app.command()
 def sweep(
     source: Annotated[str, typer.Argument(metavar="SWEEP", help="a shipped sweep's name, or a path ending in .yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. search.samples=4")] = None,
@@ -68,6 +51,22 @@ def sweep(
         bool, typer.Option("--list", is_eager=True, callback=_list_sweeps, help="print every shipped sweep and exit")
     ] = False,
 ) -> None:
+    """Trains every sample of a sweep's search space, or resumes the sweep in its folder: the same command does both,
+    whatever was killed in between. SWEEP is the name of a shipped sweep or a path ending in .yaml. A key of the recipe
+    applies to every trial; search.samples=4 and space.KEY={grid: [1, 2]} change the sweep itself.
+
+    Examples:
+
+      adaptnet sweep toy
+
+      adaptnet sweep --list
+
+      adaptnet sweep aig_target_rate data.root=packed/cifar10 training.epochs=3 compute.workers=2
+
+      adaptnet sweep toy search.samples=6 scheduler.kind=none --run-dir runs/toy-6
+
+      adaptnet sweep toy --register aig-toy --retry-failed
+    """
     from pipeline.config import as_mapping, dump_yaml, validate
     from pipeline.tracking import TrackingConfig
     from tuning import config, outcome
@@ -140,11 +139,14 @@ class LinePrinter:
         self.console, self._started = console, time.monotonic()
 
     def say(self, text: str) -> None:
+        """Prints one line."""
         self.console.print(f"{time.monotonic() - self._started:7.1f} s  {text}", highlight=False, markup=False)
 
-    def show(self, trials: Sequence[Trial], running: int) -> None: ...
+    def show(self, trials: Sequence[Trial], running: int) -> None:
+        """Does nothing: lines have no table."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Does nothing: lines need no cleanup."""
 
 
 class LiveTable(LinePrinter):
@@ -155,6 +157,7 @@ class LiveTable(LinePrinter):
         self._live, self._config = live, config
 
     def show(self, trials: Sequence[Trial], running: int) -> None:
+        """Updates the table."""
         self._live.update(_table(trials, self._config))
 
     def close(self) -> None:

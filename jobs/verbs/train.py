@@ -19,21 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-EXAMPLES = """Trains RECIPE, or resumes the run in its folder: the same command does both.
-
-Examples:
-
-  adaptnet train convnet_aig/toy
-
-  adaptnet train convnet_aig/cifar10_small training.epochs=3 family.target_rate=0.6
-
-  adaptnet train my_recipe.yaml --run-dir /scratch/me/run7 compute.workers=8
-
-  adaptnet train --list
-
-  adaptnet train baseline/imagenet_resnet50 data.root=/data/imagenet --show
-"""
-
 
 def _list_recipes(requested: bool) -> None:
     from jobs import tables
@@ -44,7 +29,7 @@ def _list_recipes(requested: bool) -> None:
         raise typer.Exit
 
 
-@app.command(help=EXAMPLES)
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="family/recipe, family/recipe:variant, or a path ending in .yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. training.epochs=3")] = None,
@@ -57,6 +42,20 @@ def train(
         bool, typer.Option("--list", is_eager=True, callback=_list_recipes, help="print every shipped recipe and exit")
     ] = False,
 ) -> None:
+    """Trains RECIPE, or resumes the run in its folder: the same command does both.
+
+    Examples:
+
+      adaptnet train convnet_aig/toy
+
+      adaptnet train convnet_aig/cifar10_small training.epochs=3 family.target_rate=0.6
+
+      adaptnet train my_recipe.yaml --run-dir /scratch/me/run7 compute.workers=8
+
+      adaptnet train --list
+
+      adaptnet train baseline/imagenet_resnet50 data.root=/data/imagenet --show
+    """
     from pipeline import config as configs
     from pipeline import run_config
 
