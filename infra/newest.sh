@@ -4,21 +4,20 @@
 # constraints.txt; what these packages require in turn is whatever fits.
 #
 #   infra/newest.sh              installs into .venv-newest (made anew, about 7 GB), prints the versions, runs the tests
-#   infra/newest.sh --show       prints the requirements and exits
+#   infra/newest.sh --show       prints the requirements and exits; PYTHON names an interpreter with `packaging`
 #   infra/newest.sh -k launch    passes further arguments to pytest
 #
-# Quick tests are those of `make test` that do not start Ray; none starts a tracking server. The check that the libraries
-# still have the private parts that we use runs at the import of each module of pipeline/compat, so the tests include it.
+# Quick tests are those of `make test` that do not start Ray; none starts a server. The check that the libraries still
+# have the private parts that we use runs at the import of each module of pipeline/compat, so the tests include it.
 # Exits with a status other than 0 if a package cannot be installed or a test fails.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-infra/venv.sh
 
 say() { echo "newest: $*" >&2; }
 
 # One requirement on each line: without a version for the newest ones, with that of constraints.txt for the others.
 requirements() {
-    .venv/bin/python - <<'P'
+    "${PYTHON:-.venv/bin/python}" - <<'P'
 import re
 import tomllib
 from pathlib import Path
@@ -39,6 +38,9 @@ P
 }
 
 if [ "${1:-}" = --show ]; then requirements && exit; fi
+
+infra/venv.sh
+unset PYTHON
 
 home=.venv-newest python=.venv-newest/bin/python
 rm -rf "$home"

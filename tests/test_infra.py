@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -141,6 +143,26 @@ def test_every_direct_requirement_is_pinned_in_constraints(extra: str) -> None:
         for each in map(Requirement, (requires(need.name) or ()) if need.extras else ()):
             here = each.marker is None or any(each.marker.evaluate({"extra": given}) for given in need.extras)
             assert not here or _normal(each.name) in pinned, f"{each.name} of {text}"
+
+
+def test_pinned_versions_are_within_the_bounds_of_pyproject() -> None:
+    pins = {_normal(name): pin for name, pin in ray_render.pins().items()}
+    for need in map(Requirement, PROJECT["dependencies"]):
+        assert need.specifier.contains(pins[_normal(need.name)]), need
+
+
+def test_the_newest_versions_are_tried_of_exactly_the_libraries_with_bounds() -> None:
+    done = subprocess.run(
+        [ROOT / "infra" / "newest.sh", "--show"],
+        env={**os.environ, "PYTHON": sys.executable},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    needs = [Requirement(line) for line in done.stdout.splitlines()]
+    bounded = {need.name for need in map(Requirement, PROJECT["dependencies"]) if "<" in str(need.specifier)}
+    assert {need.name for need in needs if not need.specifier} == bounded
+    assert {need.name for need in map(Requirement, PROJECT["dependencies"])} <= {need.name for need in needs}
 
 
 def _normal(name: str) -> str:

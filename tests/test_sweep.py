@@ -789,13 +789,27 @@ class Overtaken(Log):
             (self._run_dir / "lease.json").write_text(json.dumps(lease | {"fence": lease["fence"] + 1}))
 
 
+class Releasing(Log):
+    """Lets the process that holds a trial release it once the sweep has reported that it waits."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def say(self, text: str) -> None:
+        super().say(text)
+        if "another driver trains it (" in text:
+            (self._folder / "release").touch()
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
 from pipeline.runs.lease import Lease
 held = Lease(Path(sys.argv[1])).acquire()
 Path(sys.argv[1], "held").touch()
-time.sleep(4)
+while not Path(sys.argv[1], "release").exists():
+    time.sleep(0.05)
 held.release()
 """
 
@@ -806,7 +820,7 @@ def test_a_sweep_waits_for_a_trial_that_another_driver_trains(images: Path, tmp_
     folder.mkdir(parents=True)
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=Path(__file__).parents[1])
     wait_until(lambda: (folder / "held").exists())
-    log = Log()
+    log = Releasing(folder)
     assert sweep.run(one, tmp_path / "sweep", watcher=log).tally == "1 finished"
     assert other.wait() == 0
     assert sum("another driver trains it (" in line for line in log.lines) == 1

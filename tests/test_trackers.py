@@ -203,7 +203,7 @@ def test_a_killed_driver_leaves_no_gap_and_no_duplicate(case: Any, tmp_path: Pat
     for after in (1, 3):
         process = CONTEXT.Process(target=die_while_logging, args=(case, run_dir, recipe, after))
         process.start()
-        process.join(120)
+        process.join(300)
         assert process.exitcode == -signal.SIGKILL
     Replay(run_dir, there.tracker(), CONFIG, recipe).send(final=True)
     assert there.curve("train/loss") == wanted(20) and there.status() == "FINISHED"

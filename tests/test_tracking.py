@@ -216,7 +216,7 @@ def test_a_server_that_hangs_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
     kinds = tracking_events(run_dir)
     assert kinds[:2] == ["tracking-away", "tracking-back"] and kinds[-1] == "tracking-left"
     assert kinds.count("tracking-away") == 2  # one for each outage, however many attempts there were
-    uploading._thread.join(120)
+    uploading._thread.join(300)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # a busy machine answers late
     done = sync(run_dir)
     assert (done.run_id, done.status) == (run_id, "FINISHED")
