@@ -155,7 +155,7 @@ def test_a_warning_is_repeated_until_the_verb_reacts_and_a_late_verb_is_given_up
     scheduler, exits, terms = Preempting(), [], []  # type: tuple[Preempting, list[int], list[int]]
     task = NodeTask(job(tmp_path, saves_within_s=8.0), scheduler, exit_process=exits.append)
     started(tmp_path).begin(0, 100, job="7")
-    preemption = Preemption(task.job, scheduler, lambda reason: task.give_up(reason, preemption))
+    preemption = Preemption(task.job, scheduler, task.give_up)
     try:
         os.kill(os.getpid(), signal.SIGUSR2)
         until(lambda: preemption.warned and preemption.terminated)
@@ -191,7 +191,7 @@ def test_a_verb_whose_head_is_gone_is_given_up_and_requeued_if_it_has_saved(
     save(tmp_path, saved)
     started(tmp_path).begin(0, 100, job="7")
     task = NodeTask(job(tmp_path), scheduler, exit_process=leave, poll_s=0.1, lost_polls=2)
-    preemption = Preemption(task.job, scheduler, lambda reason: None)
+    preemption = Preemption(task.job, scheduler, task.give_up)
     with socket.create_server(("127.0.0.1", 0)) as head:
         member = JoinedNode(None, f"127.0.0.1:{head.getsockname()[1]}", None)  # type: ignore[arg-type]
 

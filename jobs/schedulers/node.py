@@ -35,7 +35,10 @@ class JobEnded(AdaptNetError):
 
 
 class NodeTask:
-    """One node's part of a job. exit_process ends this process at once; parameters are for tests."""
+    """One node's part of a job.
+
+    exit_process ends this process at once, poll_s and lost_polls are those of `watch`: parameters for tests.
+    """
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class NodeTask:
     ) -> None:
         self.job, self.scheduler = job, scheduler
         self.attempts = Attempts(Path(job.home))
-        self._env: NodeEnv | None = scheduler.node()
+        self._env: NodeEnv | None = None
         self._exit, self._poll_s, self._lost_polls = exit_process, poll_s, lost_polls
 
     def run(self) -> str:
@@ -57,6 +60,7 @@ class NodeTask:
         A user's error is printed without a traceback and ends the task with exit code 2.
         """
         try:
+            self._env = self.scheduler.node()
             node = self._node()
             return self._lead(node) if node is None or node.is_head else self._follow(node)
         except AdaptNetError as error:
@@ -103,8 +107,7 @@ class NodeTask:
         job = self.job
         if job.run_dir is not None:
             (Path(job.run_dir) / "stop").unlink(missing_ok=True)  # left by a former start
-        preemption = Preemption(job, self.scheduler, self._stop_late)  # the warning may come while Ray starts
-        self._preemption = preemption
+        preemption = Preemption(job, self.scheduler, self.give_up)  # the warning may come while Ray starts
         try:
             if node is None or not job.uses_ray:
                 self._begin()
@@ -188,9 +191,6 @@ class NodeTask:
         self.attempts.check(reason, self.job.max_requeues)
         self.scheduler.requeue_this_job(reason)
         raise SystemExit(0)
-
-    def _stop_late(self, reason: str) -> None:
-        self.give_up(reason, self._preemption)
 
     def give_up(self, reason: str, preemption: Preemption, *, needs_progress: bool = False) -> None:
         """As `requeue`, from a thread of a process whose verb does not end. Prints why if the job is not requeued."""

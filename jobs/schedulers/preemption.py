@@ -22,13 +22,13 @@ class Preemption:
     """What the scheduler has announced to this task. Its warning becomes SIGTERM, on which a verb saves and stops.
 
     SIGTERM is repeated until the verb has written the file `stop`, since it may still be starting. If the verb does not
-    stop in time, as in a long evaluation, `late` is called with the reason, in a thread.
+    stop in time, as in a long evaluation, `late` is called with the reason and this object, in a thread.
 
     warned: the scheduler's warning has come. terminated: SIGTERM has come before the verb installed its own handler.
     over: the verb has ended; set by the caller.
     """
 
-    def __init__(self, job: Job, scheduler: Scheduler, late: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, scheduler: Scheduler, late: Callable[[str, Preemption], object]) -> None:
         self.warned = self.terminated = self.over = False
         self._job, self._late = job, late
         if scheduler.on_preemption(self._warn):
@@ -55,4 +55,4 @@ class Preemption:
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(POLL_S)
         if not self.over:  # the verb does not react
-            self._late(f"not stopped {limit_s:g} s after the scheduler's warning")
+            self._late(f"not stopped {limit_s:g} s after the scheduler's warning", self)

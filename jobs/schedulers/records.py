@@ -99,7 +99,7 @@ class JobRecord:
         return cls(
             id=str(entry["id"]),
             scheduler=str(entry["scheduler"]),
-            name=str(entry["name"]),
+            name=str(entry.get("name", "")),
             verb=str(entry["verb"]),
             argv=tuple(map(str, argv)),
             home=str(home),
@@ -108,7 +108,7 @@ class JobRecord:
             resources=_resources(resources),
             profile=SiteProfile.model_validate_json(json.dumps(entry["profile"])),
             submitted_at=float(str(entry["submitted_at"])),
-            host=str(entry["host"]),
+            host=str(entry.get("host", "")),
             needs=_needs(needs) if isinstance(needs, list) else None,
             pid=None if entry.get("pid") is None else int(str(entry["pid"])),
             address=_text(entry.get("address")),
