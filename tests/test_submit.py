@@ -152,23 +152,23 @@ def test_the_shortest_time_covers_start_up_saving_and_an_early_warning() -> None
 
 
 def test_edits_after_submission_do_not_change_the_job(tmp_path: Path) -> None:
-    checkout, kept = tmp_path / "checkout", tmp_path / "kept"
+    checkout, copy = tmp_path / "checkout", tmp_path / "copy"
     for package in snapshot.PACKAGES:
         (checkout / package).mkdir(parents=True)
         (checkout / package / "one.py").write_text(f"# {package}\n")
     before = snapshot.name(checkout)
-    snapshot.save(kept, checkout)
+    snapshot.save(copy, checkout)
     (checkout / "pipeline" / "one.py").write_text("# edited\n")
     assert snapshot.name(checkout) != before
-    snapshot.save(kept, checkout)
-    assert (kept / "pipeline" / "one.py").read_text() == "# pipeline\n"
+    snapshot.save(copy, checkout)
+    assert (copy / "pipeline" / "one.py").read_text() == "# pipeline\n"
 
 
 def test_a_snapshot_holds_recipes_and_the_state_of_git(tmp_path: Path) -> None:
-    snapshot.save(tmp_path / "kept")
-    assert (tmp_path / "kept" / "pipeline" / "families" / "ranet" / "recipes" / "toy.yaml").is_file()
+    snapshot.save(tmp_path / "copy")
+    assert (tmp_path / "copy" / "pipeline" / "families" / "ranet" / "recipes" / "toy.yaml").is_file()
     provenance.record(tmp_path, ["adaptnet", "train"])
-    assert json.loads((tmp_path / "kept" / "git.json").read_text()) == provenance.read(tmp_path)["git"]
+    assert json.loads((tmp_path / "copy" / "git.json").read_text()) == provenance.read(tmp_path)["git"]
 
 
 @pytest.mark.parametrize(

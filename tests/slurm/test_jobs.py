@@ -297,8 +297,8 @@ def test_the_readmes_walk_through_works_from_a_fresh_clone(tmp_path: Path) -> No
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     root.rmdir()
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY", "SLURM", "ADAPTNET"))}
-    env = {**kept, "HOME": str(tmp_path / "home"), "PATH": path, "TESTCLUSTER_ROOT": str(root)}
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("RAY", "SLURM", "ADAPTNET"))}
+    env = {**plain, "HOME": str(tmp_path / "home"), "PATH": path, "TESTCLUSTER_ROOT": str(root)}
     env |= {"PYTHONPATH": str(tmp_path / "adaptnet"), "OMP_NUM_THREADS": "1", "PS4": "$ "}
     transcript = tmp_path / "transcript.txt"
     try:
@@ -309,13 +309,13 @@ def test_the_readmes_walk_through_works_from_a_fresh_clone(tmp_path: Path) -> No
             )
     finally:
         subprocess.run([ROOT / "infra/slurm/testcluster", "down"], env=env, capture_output=True, timeout=300)
-    said = transcript.read_text()
-    assert done.returncode == 0, said[-5000:]
+    output = transcript.read_text()
+    assert done.returncode == 0, output[-5000:]
     for words in ("requeueing job", "finished at step", "COMPLETED", "registered as models:/aig-toy/1", "down: "):
-        assert words in said, said[-5000:]
-    (shown,) = re.findall(r"^starts +(step .*)$", said, re.MULTILINE)
+        assert words in output, output[-5000:]
+    (shown,) = re.findall(r"^starts +(step .*)$", output, re.MULTILINE)
     assert shown.count("step") == 3, "submitted, preempted, requeued"
-    assert "Traceback" not in said and "Broken pipe" not in said, said[-5000:]
+    assert "Traceback" not in output and "Broken pipe" not in output, output[-5000:]
 
 
 def test_the_cost_of_jobs_is_measured(user: Workspace) -> None:
@@ -477,10 +477,10 @@ def test_without_munge_a_submission_fails_quickly(images: Path, tmp_path: Path) 
         user.adaptnet("jobs", "cancel", job)
         os.kill(int(munged.name), 9)
         began = time.monotonic()
-        said = user.attempt("submit", "train", "convnet_aig/toy", f"data.root={images}", "--time", "30m")
-        assert said.returncode == 2 and "munge.sock: Connection refused)" in said.stderr, said
-        said = user.attempt("jobs", "requeue", job)
-        assert said.returncode == 2 and "munge.sock: Connection refused)" in said.stderr, said
+        output = user.attempt("submit", "train", "convnet_aig/toy", f"data.root={images}", "--time", "30m")
+        assert output.returncode == 2 and "munge.sock: Connection refused)" in output.stderr, output
+        output = user.attempt("jobs", "requeue", job)
+        assert output.returncode == 2 and "munge.sock: Connection refused)" in output.stderr, output
         assert "munge.sock: Connection refused)" in user.adaptnet("jobs", "show", job)
         assert time.monotonic() - began < 3 * 40, "each asks SLURM itself for 10 s"
 

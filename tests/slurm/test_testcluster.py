@@ -1,4 +1,4 @@
-"""Laws of infra/slurm/testcluster: a SLURM as sites have it, quick to requeue, and gone without a trace."""
+"""Laws of infra/slurm/testcluster: a SLURM as on a site, quick to requeue, and removed without a trace."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ for _ in range(50):
         break
     except OSError:
         time.sleep(0.1)
-said = open(sys.argv[1], "a", buffering=1)
-print("connected", file=said)
+output = open(sys.argv[1], "a", buffering=1)
+print("connected", file=output)
 client.settimeout(6)
 try:
-    print("closed" if not client.recv(1) else "data", file=said)
+    print("closed" if not client.recv(1) else "data", file=output)
 except TimeoutError:
-    print("silence", file=said)
+    print("silence", file=output)
 except OSError as error:
-    print(error, file=said)
+    print(error, file=output)
 time.sleep(600)
 """
 
 
 @pytest.fixture
 def root() -> Iterator[Path]:
-    """A short path where nothing is yet, and nothing may be left."""
+    """A short path at which nothing exists, and nothing may be left."""
     path = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     path.rmdir()
     yield path
@@ -78,27 +78,27 @@ def partition(cluster: RealSlurm, name: str) -> dict[str, str]:
     return dict(re.findall(r"(\S+?)=(\S*)", cluster.run("scontrol", "show", "partition", name)))
 
 
-def test_smoke_a_job_on_two_nodes_runs_and_is_accounted_for(cluster: RealSlurm, tmp_path: Path) -> None:
-    said = tmp_path / "said"
-    job = cluster.sbatch("srun bash -c 'echo $SLURMD_NODENAME'", "--nodes", "2", "--output", str(said))
+def test_smoke_a_job_on_two_nodes_runs_and_is_in_the_accounting(cluster: RealSlurm, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    job = cluster.sbatch("srun bash -c 'echo $SLURMD_NODENAME'", "--nodes", "2", "--output", str(output))
     cluster.wait(job, "COMPLETED")
-    assert sorted(lines(said)) == cluster.nodes == ["node1", "node2"]
+    assert sorted(lines(output)) == cluster.nodes == ["node1", "node2"]
     until(lambda: cluster.sacct(job) == ["COMPLETED"], 10)
     assert cluster.testcluster("status").returncode == 0
 
 
-# As a site has it ----------------------------------------------------------------------------------------------------
+# As on a site -------------------------------------------------------------------------------------------------------
 
 
-def test_what_requeue_and_preemption_rest_on_is_configured(cluster: RealSlurm) -> None:
-    found = config(cluster)
-    (expire,) = re.findall(r"cred_expire=(\d+)", found["AuthInfo"])
+def test_requeueing_and_preemption_are_configured(cluster: RealSlurm) -> None:
+    settings = config(cluster)
+    (expire,) = re.findall(r"cred_expire=(\d+)", settings["AuthInfo"])
     assert int(expire) <= 10
-    assert "preempt_send_user_signal" in found["SlurmctldParameters"]
-    assert (found["PreemptType"], found["PreemptMode"]) == ("preempt/partition_prio", "REQUEUE")
-    assert int(found["KillWait"].split()[0]) >= 10
-    assert (found["ReturnToService"], found["JobRequeue"]) == ("2", "1")
-    assert os.access(found["Epilog"], os.X_OK)
+    assert "preempt_send_user_signal" in settings["SlurmctldParameters"]
+    assert (settings["PreemptType"], settings["PreemptMode"]) == ("preempt/partition_prio", "REQUEUE")
+    assert int(settings["KillWait"].split()[0]) >= 10
+    assert (settings["ReturnToService"], settings["JobRequeue"]) == ("2", "1")
+    assert os.access(settings["Epilog"], os.X_OK)
     written = Path(cluster.env["SLURM_CONF"]).read_text()
     assert f"AccountingStoragePass={cluster.root}/run/munge.sock" in written
     (first,) = re.findall(r"^FirstJobId=(\d+)$", written, re.MULTILINE)
@@ -110,7 +110,7 @@ def test_what_requeue_and_preemption_rest_on_is_configured(cluster: RealSlurm) -
     assert int(main["GraceTime"]) >= 30
 
 
-def test_gpus_are_numbered_and_given_to_one_job_each(cluster: RealSlurm, tmp_path: Path) -> None:
+def test_each_gpu_has_a_number_and_is_given_to_one_job(cluster: RealSlurm, tmp_path: Path) -> None:
     tell = "srun bash -c 'echo $CUDA_VISIBLE_DEVICES; sleep 2'"
     where = ("--nodelist", "node1", "--output")
     both = cluster.run("srun", "--gpus-per-node", "2", "bash", "-c", "echo $CUDA_VISIBLE_DEVICES")
@@ -122,7 +122,7 @@ def test_gpus_are_numbered_and_given_to_one_job_each(cluster: RealSlurm, tmp_pat
     assert "CUDA_VISIBLE_DEVICES" not in cluster.run("srun", "env")
 
 
-def test_slurm_refuses_what_a_site_would(cluster: RealSlurm) -> None:
+def test_slurm_refuses_unknown_partitions_accounts_qos_and_too_many_gpus(cluster: RealSlurm) -> None:
     for option, words in (
         ("--gpus-per-node=3", "node configuration is not available"),
         ("--partition=nowhere", "invalid partition"),
@@ -130,7 +130,7 @@ def test_slurm_refuses_what_a_site_would(cluster: RealSlurm) -> None:
         ("--qos=golden", "Invalid qos"),
     ):
         refused = cluster.attempt("sbatch", option, "--wrap", "true")
-        assert refused.returncode, f"{option} was taken"
+        assert refused.returncode, f"{option} was accepted"
         assert words in refused.stderr
 
 
@@ -154,21 +154,21 @@ def test_a_requeued_job_starts_again_before_slurms_default_of_120_seconds(cluste
     assert time.monotonic() - began < 100
 
 
-def test_a_preempted_job_is_signalled_makes_way_and_comes_back(cluster: RealSlurm, tmp_path: Path) -> None:
-    told = tmp_path / "told"
-    trap = f'trap "echo signalled >>{told}; scontrol requeue $SLURM_JOB_ID" USR2'
-    step = f"srun --ntasks 1 bash -c '{trap}; echo start >>{told}; while :; do sleep 0.1; done'"
+def test_a_preempted_job_is_signalled_stopped_and_restarted(cluster: RealSlurm, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    trap = f'trap "echo signalled >>{output}; scontrol requeue $SLURM_JOB_ID" USR2'
+    step = f"srun --ntasks 1 bash -c '{trap}; echo start >>{output}; while :; do sleep 0.1; done'"
     job = cluster.sbatch(step, "--nodes", "2", "--exclusive", "--signal", "USR2@60", "--time", "60")
-    until(lambda: lines(told) == ["start"], 10)
+    until(lambda: lines(output) == ["start"], 10)
     urgent = cluster.sbatch("sleep 1", "--partition", "high", "--nodes", "2", "--exclusive")
     cluster.wait(urgent, "COMPLETED")
-    assert lines(told)[:2] == ["start", "signalled"]
-    until(lambda: lines(told)[-1] == "start", 20)
+    assert lines(output)[:2] == ["start", "signalled"]
+    until(lambda: lines(output)[-1] == "start", 20)
     assert cluster.wait(job, "RUNNING") == "RUNNING"
     assert cluster.show(job)["Restarts"] == "1"
 
 
-def test_what_a_job_leaves_behind_ends_with_it(cluster: RealSlurm) -> None:
+def test_processes_that_a_job_leaves_behind_are_killed(cluster: RealSlurm) -> None:
     job = cluster.sbatch("setsid sleep 2718.28 & exit 0")
     cluster.wait(job, "COMPLETED")
     until(lambda: not processes("2718.28"), 5)
@@ -179,8 +179,8 @@ def test_what_a_job_leaves_behind_ends_with_it(cluster: RealSlurm) -> None:
 
 def test_every_node_has_its_own_hostname_address_pids_and_memory(netns: RealSlurm) -> None:
     tell = "echo $(hostname) $(hostname -I) $(ls -d /proc/[0-9]* | wc -l) $(df --output=size /dev/shm | tail -1)"
-    told = netns.run("srun", "--nodes", "2", "--label", "bash", "-c", tell).split("\n")
-    names, addresses, pids, shared = zip(*(line.split()[1:] for line in sorted(told) if line), strict=True)
+    output = netns.run("srun", "--nodes", "2", "--label", "bash", "-c", tell).split("\n")
+    names, addresses, pids, shared = zip(*(line.split()[1:] for line in sorted(output) if line), strict=True)
     assert names == ("node1", "node2")
     assert len(set(addresses)) == 2 and not any(address.startswith("127.") for address in addresses)
     assert max(map(int, pids)) < 20
@@ -192,14 +192,14 @@ def test_every_node_has_its_own_hostname_address_pids_and_memory(netns: RealSlur
     assert not Path("/tmp/ray/of-node1").exists()
 
 
-def test_nodes_reach_one_another_and_the_accounting_and_nothing_else(netns: RealSlurm) -> None:
+def test_nodes_reach_only_one_another_and_the_accounting(netns: RealSlurm) -> None:
     on_node = ("srun", "--nodelist", "node1")
     assert "testcluster" in netns.run(*on_node, "sacctmgr", "--noheader", "--parsable2", "show", "cluster")
     assert netns.run(*on_node, "getent", "hosts", "node2").split()[1] == "node2"
     assert "default" not in netns.run(*on_node, "ip", "route")
 
 
-def test_a_killed_node_takes_its_job_along_and_a_started_one_gets_it_back(cluster: RealSlurm, tmp_path: Path) -> None:
+def test_a_job_of_a_killed_node_restarts_once_the_node_is_back(cluster: RealSlurm, tmp_path: Path) -> None:
     starts = tmp_path / "starts"
     job = cluster.sbatch(f"echo start >>{starts}; setsid sleep 3141.59", "--nodelist", "node1")
     until(lambda: lines(starts) == ["start"], 10)
@@ -218,25 +218,25 @@ def test_a_killed_node_takes_its_job_along_and_a_started_one_gets_it_back(cluste
     until(lambda: cluster.sacct(job) == ["NODE_FAIL", "RUNNING"], 10)
 
 
-def test_a_power_cut_is_silence_to_peers_and_slurm_notices_by_itself(netns: RealSlurm, tmp_path: Path) -> None:
-    program, said = tmp_path / "talk.py", tmp_path / "said"
+def test_after_a_power_cut_peers_get_no_answer_and_slurm_notices(netns: RealSlurm, tmp_path: Path) -> None:
+    program, output = tmp_path / "talk.py", tmp_path / "output"
     program.write_text(CLIENT_OF_A_NODE)
-    job = netns.sbatch(f"srun {sys.executable} {program} {said}", "--nodes", "2")
-    until(lambda: "connected" in lines(said), 15)
+    job = netns.sbatch(f"srun {sys.executable} {program} {output}", "--nodes", "2")
+    until(lambda: "connected" in lines(output), 15)
     try:
         netns.testcluster("node-kill", "1")
-        until(lambda: len(lines(said)) > 1, 15)
-        assert lines(said)[:2] == ["connected", "silence"]
+        until(lambda: len(lines(output)) > 1, 15)
+        assert lines(output)[:2] == ["connected", "silence"]
         until(lambda: "NODE_FAIL" in netns.sacct(job), 60)
     finally:
         assert netns.testcluster("node-start", "1").returncode == 0
 
 
-def test_a_node_that_lost_its_agent_is_started_again(netns: RealSlurm) -> None:
+def test_a_node_without_its_slurmd_can_be_started_again(netns: RealSlurm) -> None:
     (agent,) = [process for process in processes(f"{netns.root}/node2") if (process / "comm").read_text() == "slurmd\n"]
     os.kill(int(agent.name), signal.SIGKILL)
     until(lambda: not agent.exists(), 5)
-    assert len(processes(f"{netns.root}/node2")) > 1  # the node itself stands
+    assert len(processes(f"{netns.root}/node2")) > 1  # the node itself is up
     assert "is running" not in netns.testcluster("node-start", "2").stderr
     assert netns.run("srun", "--nodelist", "node2", "hostname") == "node2\n"
     assert netns.testcluster("node-start", "2").returncode == 2
@@ -244,11 +244,11 @@ def test_a_node_that_lost_its_agent_is_started_again(netns: RealSlurm) -> None:
     assert started.count("unshare\n") == 1
 
 
-# Coming and going ----------------------------------------------------------------------------------------------------
+# Up and down --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["lo", "netns"])
-def test_down_leaves_nothing_of_a_job_that_ignores_everything(mode: str) -> None:
+def test_down_removes_jobs_that_ignore_all_signals(mode: str) -> None:
     stubborn = 'trap "" TERM USR2 HUP; setsid sleep 1618.03 & while :; do sleep 0.1618; done'
     with real_slurm(mode, "--nodes", "1", "--no-accounting") as cluster:
         cluster.sbatch(stubborn)
@@ -284,18 +284,18 @@ def test_two_clusters_can_be_started_at_once(root: Path) -> None:
     roots = [root, root.with_name(f"{root.name}x")]
     line = [sys.executable, str(TESTCLUSTER), "up", "--no-accounting", "--nodes", "1", "--root"]
     both = [subprocess.Popen([*line, str(path)], stderr=subprocess.PIPE, text=True) for path in roots]
-    said = [process.communicate(timeout=300)[1] for process in both]
+    output = [process.communicate(timeout=300)[1] for process in both]
     if both[0].returncode == 2:
-        pytest.skip(said[0].strip())
+        pytest.skip(output[0].strip())
     try:
-        assert [process.returncode for process in both] == [0, 0], said
+        assert [process.returncode for process in both] == [0, 0], output
         assert [command("status", root=path).returncode for path in roots] == [0, 0]
     finally:
         assert [command("down", root=path).returncode for path in roots] == [0, 0]
     assert not residue(roots[1])
 
 
-def test_accounting_can_be_left_out() -> None:
+def test_accounting_is_optional() -> None:
     with real_slurm("lo", "--nodes", "3", "--cpus", "2", "--gpus", "0", "--no-accounting") as cluster:
         assert cluster.nodes == ["node1", "node2", "node3"]
         assert cluster.run("sinfo", "-h", "-p", "main", "-o", "%c %G").strip() == "2 (null)"
@@ -303,7 +303,7 @@ def test_accounting_can_be_left_out() -> None:
         assert not processes(f"--datadir={cluster.root}")
 
 
-def test_a_cluster_whose_controller_died_says_so_and_goes_down(root: Path) -> None:
+def test_status_reports_a_dead_controller_and_down_still_works(root: Path) -> None:
     skip_unless_up(command("up", "--no-accounting", root=root))
     assert "a cluster is up" in command("up", root=root).stderr
     (controller,) = [found for found in processes(f"{root}/") if (found / "comm").read_text() == "slurmctld\n"]
@@ -313,7 +313,7 @@ def test_a_cluster_whose_controller_died_says_so_and_goes_down(root: Path) -> No
     assert command("down", root=root).returncode == 0
 
 
-def test_a_start_after_the_machine_went_down_begins_afresh(root: Path) -> None:
+def test_up_works_after_all_processes_were_killed(root: Path) -> None:
     skip_unless_up(command("up", "--no-accounting", root=root))
     for process in processes(f"{root}/"):
         os.kill(int(process.name), signal.SIGKILL)
@@ -323,7 +323,7 @@ def test_a_start_after_the_machine_went_down_begins_afresh(root: Path) -> None:
     assert command("down", root=root).returncode == 0
 
 
-def test_a_daemon_that_does_not_start_is_told_with_its_words_and_nothing_stays(root: Path, tmp_path: Path) -> None:
+def test_a_daemon_that_fails_to_start_is_quoted_and_nothing_is_left(root: Path, tmp_path: Path) -> None:
     skip_unless_up(command("up", "--no-accounting", root=root))
     command("down", root=root)
     broken = tmp_path / "slurmctld"
@@ -375,7 +375,7 @@ def skip_unless_up(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# Words ---------------------------------------------------------------------------------------------------------------
+# Usage ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def skip_unless_up(done: subprocess.CompletedProcess[str]) -> None:
         ("node-kill 1", "no cluster at"),
     ],
 )
-def test_a_wrong_command_is_refused_in_one_sentence(words: str, answer: str, root: Path) -> None:
+def test_a_wrong_command_is_refused_in_one_line(words: str, answer: str, root: Path) -> None:
     refused = command(*words.split(), root=root)
     assert refused.returncode == 2
     assert answer in refused.stderr and len(refused.stderr.splitlines()) == 1
@@ -403,7 +403,7 @@ def test_missing_packages_are_named_with_the_line_that_installs_them(root: Path,
     assert line in without and "mariadb" not in without
 
 
-def test_a_folder_that_is_not_ours_is_left_alone(lo: RealSlurm, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_touched(lo: RealSlurm, tmp_path: Path) -> None:
     deep = command("up", root=tmp_path / ("x" * 61)).stderr
     assert "at most 60" in deep
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
@@ -415,7 +415,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(lo: RealSlurm, tmp_path: Path) 
     assert "has nodes 1 to 2" in lo.testcluster("node-kill", "3").stderr
 
 
-def test_without_rights_to_namespaces_the_other_mode_is_named(lo: RealSlurm, root: Path, tmp_path: Path) -> None:
+def test_without_rights_to_namespaces_mode_lo_is_suggested(lo: RealSlurm, root: Path, tmp_path: Path) -> None:
     if os.getuid():
         pytest.skip("another user is refused before")
     (tmp_path / "unshare").write_text("#!/bin/sh\necho unshare failed: Operation not permitted >&2\nexit 1\n")
@@ -425,7 +425,7 @@ def test_without_rights_to_namespaces_the_other_mode_is_named(lo: RealSlurm, roo
     assert "Operation not permitted" in refused.stderr and "--mode lo" in refused.stderr
 
 
-def test_the_commands_at_its_head_do_what_they_say(root: Path) -> None:
+def test_the_commands_in_its_docstring_work(root: Path) -> None:
     skip_unless_up(command("up", "--no-accounting", root=root))
     command("down", root=root)
     head = ast.get_docstring(ast.parse(TESTCLUSTER.read_text())) or ""
