@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -187,6 +188,23 @@ def test_a_refusal_by_slurm_names_what_the_site_offers(message: str, offer: str,
         fake_schedulers.write_tool(tools, name, "echo main; echo high; echo main")
     error = refused(RuntimeError(message))
     assert (error.key, error.subject) == ("sbatch", message) and str(error).endswith(f". {offer}")
+
+
+def test_a_submitit_without_the_private_parts_that_we_use_is_refused_at_import(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from submitit.slurm import slurm
+
+    from pipeline.compat import submitit as compat
+
+    with monkeypatch.context() as patch:
+        patch.delattr(slurm, "_make_sbatch_string")
+        with fails(ResourceError, "submitit"):
+            importlib.reload(compat)
+        patch.setattr(slurm, "_make_sbatch_string", lambda command, folder: "", raising=False)
+        with fails(ResourceError, "submitit"):
+            importlib.reload(compat)
+    importlib.reload(compat)
 
 
 def test_a_runs_needs_are_recorded_and_serve_a_resubmission(tmp_path: Path, tools: Path) -> None:
