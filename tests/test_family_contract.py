@@ -68,7 +68,7 @@ def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_every_family_is_held_to_the_contract() -> None:
+def test_every_family_is_tested_by_this_contract() -> None:
     assert {case.split("-")[0] for case in CASES} == set(names())
 
 
@@ -108,7 +108,7 @@ def test_groups_partition_the_parameters_and_each_moves(case: str) -> None:
     assert {name for step in range(100) for name in family.updates(config, step)} == set(groups)
 
 
-def test_noise_is_one_row_per_image_and_decides_alone(case: str) -> None:
+def test_noise_has_one_row_per_image_and_alone_decides_what_is_random(case: str) -> None:
     _, _, net = opened(case)
     images, _, noise = batch(net)
     assert noise is None or len(noise) == IMAGES
@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_weights(case: str) -> None:
     assert not all(torch.equal(value, other[name]) for name, value in net.named_parameters())
 
 
-def test_a_run_that_is_continued_ends_where_one_that_is_not_ends(case: str, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(case: str, tmp_path: Path) -> None:
     straight = trained(case, 6, tmp_path / "straight")
     trained(case, 3, tmp_path / "cut")
     continued = trained(case, 6, tmp_path / "cut")
@@ -209,7 +209,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], di
 
 
 @pytest.mark.parametrize("shares", SHARES)
-def test_two_ranks_have_the_gradients_of_one_with_the_whole_batch(
+def test_two_ranks_have_the_gradients_of_one_rank_with_the_whole_batch(
     case: str, shares: str, shared: dict[tuple[str, str], dict[str, Tensor]]
 ) -> None:
     whole = gradients(case, slice(None))
@@ -223,7 +223,7 @@ def test_two_ranks_have_the_gradients_of_one_with_the_whole_batch(
 # ---- policies
 
 
-def test_each_policy_gives_logits_and_the_macs_of_that_very_forward(case: str) -> None:
+def test_each_policy_returns_logits_and_the_macs_of_that_forward(case: str) -> None:
     family, config, net = opened(case)
     images = batch(net)[0].float()
     net.eval()
@@ -257,12 +257,12 @@ def _predicts(policy: Policy, net: nn.Module, images: Tensor) -> None:
 # ---- config
 
 
-def test_a_config_comes_back_from_its_yaml(case: str) -> None:
+def test_a_config_survives_yaml(case: str) -> None:
     family, config, _ = opened(case)
     assert validate(family.config, parse_yaml(dump_yaml(as_mapping(config)), "recipe"), "recipe") == config
 
 
-def test_a_key_that_is_not_known_is_refused_by_name(case: str) -> None:
+def test_an_unknown_key_is_refused(case: str) -> None:
     family, config, _ = opened(case)
     known = max((key for key in family.config.model_fields), key=len)
     with fails(ConfigError, f"{known}t", subject=8):
@@ -271,6 +271,6 @@ def test_a_key_that_is_not_known_is_refused_by_name(case: str) -> None:
         validate(family.config, {**as_mapping(config), "name": "another"}, "family")
 
 
-def test_a_family_that_is_not_there_is_refused_with_the_nearest() -> None:
+def test_an_unknown_family_is_refused() -> None:
     with fails(ConfigError, "family.name", subject="convnet_aigs"):
         find("convnet_aigs")

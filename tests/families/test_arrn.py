@@ -91,7 +91,7 @@ def lifted(net: Arrn, y: Tensor, level: int = 0) -> Tensor:
 
 @pytest.mark.parametrize(("fine", "coarse"), STEPS)
 @pytest.mark.parametrize("kind", EXACT)
-def test_sampling_undoes_interpolation_and_constants_stay(kind: Filter, fine: int, coarse: int) -> None:
+def test_downsampling_inverts_interpolation_and_preserves_constants(kind: Filter, fine: int, coarse: int) -> None:
     down, up = matrix(kind, fine, coarse), matrix(kind, coarse, fine)
     assert np.abs(down @ up - np.eye(coarse)).max() <= 1e-12
     assert np.abs(down.astype(np.float32) @ up.astype(np.float32) - np.eye(coarse)).max() <= 5e-6
@@ -99,7 +99,7 @@ def test_sampling_undoes_interpolation_and_constants_stay(kind: Filter, fine: in
 
 @pytest.mark.parametrize(("fine", "coarse"), STEPS)
 @pytest.mark.parametrize("kind", ALL)
-def test_every_filter_keeps_constants_and_commutes_with_flips(kind: Filter, fine: int, coarse: int) -> None:
+def test_every_filter_preserves_constants_and_commutes_with_flips(kind: Filter, fine: int, coarse: int) -> None:
     for old, new in ((fine, coarse), (coarse, fine)):
         found = matrix(kind, old, new)
         assert np.abs(found.sum(1) - 1).max() <= 1e-12
@@ -108,14 +108,14 @@ def test_every_filter_keeps_constants_and_commutes_with_flips(kind: Filter, fine
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_steps_in_a_chain_are_one_step(kind: Filter) -> None:
+def test_resizing_in_steps_equals_resizing_at_once(kind: Filter) -> None:
     down = matrix(kind, 16, 8) @ matrix(kind, 32, 16)
     up = matrix(kind, 16, 32) @ matrix(kind, 8, 16)
     assert np.abs(down - matrix(kind, 32, 8)).max() <= 1e-12
     assert np.abs(up - matrix(kind, 8, 32)).max() <= 1e-12
 
 
-def test_box_of_a_whole_factor_is_mean_and_repetition() -> None:
+def test_the_box_filter_of_an_integer_factor_is_mean_and_repetition() -> None:
     assert np.array_equal(matrix("box", 4, 2), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
     assert np.array_equal(matrix("box", 2, 4), [[1, 0], [1, 0], [0, 1], [0, 1]])
 
@@ -128,7 +128,7 @@ def test_the_dct_is_the_ideal_low_pass_of_a_mirrored_signal() -> None:
         assert np.abs(matrix("dct", 64, 32) @ wave - kept).max() <= 1e-12
 
 
-def test_the_kaiser_filter_is_as_soft_as_the_papers() -> None:
+def test_the_kaiser_filter_has_the_rolloff_of_the_papers() -> None:
     """Gains at shares of the fine Nyquist limit: the paper's 6 zero crossings and beta 14.77 at a factor of 2."""
     middle = matrix("kaiser", 512, 256)[128]
     assert (np.abs(middle) > 1e-12).sum() <= 25
@@ -141,7 +141,7 @@ def test_the_kaiser_filter_is_as_soft_as_the_papers() -> None:
 
 @pytest.mark.parametrize("channels", [3, 12])
 @pytest.mark.parametrize("kind", ALL)
-def test_a_pair_is_its_matrices_on_each_axis_in_either_layout(kind: Filter, channels: int) -> None:
+def test_a_filter_pair_applies_its_matrix_to_each_axis_in_either_memory_format(kind: Filter, channels: int) -> None:
     x = torch.randn(2, channels, 12, 8, dtype=torch.float64)
     for size in ((6, 4), (24, 16), (9, 5), (30, 11), (12, 8)):
         rows, columns = torch.from_numpy(matrix(kind, 12, size[0])), torch.from_numpy(matrix(kind, 8, size[1]))
@@ -153,7 +153,7 @@ def test_a_pair_is_its_matrices_on_each_axis_in_either_layout(kind: Filter, chan
             assert found.is_contiguous(memory_format=layout)
 
 
-def test_a_pair_first_used_without_gradients_serves_training() -> None:
+def test_a_filter_pair_first_used_in_inference_mode_works_in_training() -> None:
     net = build(small(), CLASSES)
     with torch.inference_mode():
         net.eval()(images(2).float())
@@ -176,7 +176,7 @@ def test_a_pair_first_used_without_gradients_serves_training() -> None:
         ("stl10", 8_917_738, (2.343, 1.547, 0.779, 0.459)),
     ],
 )
-def test_parameters_and_macs_of_the_sizes(size: str, params: int, gmacs: tuple[float, ...]) -> None:
+def test_parameters_and_macs_of_the_named_sizes(size: str, params: int, gmacs: tuple[float, ...]) -> None:
     classes = {"cifar": 10, "tiny-imagenet": 200, "stl10": 10}.get(size, 1000)
     with FakeTensorMode():  # shapes only: nothing is computed
         net = build(ArrnConfig(size=size), classes)  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ def test_parameters_and_macs_of_the_sizes(size: str, params: int, gmacs: tuple[f
     assert found == pytest.approx(gmacs, abs=0.00051)
 
 
-def test_box_filters_cost_no_products() -> None:
+def test_box_filters_take_no_macs() -> None:
     with FakeTensorMode():
         net = build(ArrnConfig(size="S-steep", filters="box"), 1000)
         assert cost.measure(net, torch.empty(1, 3, 224, 224)).macs / 1e9 == pytest.approx(4.51, abs=0.0051)
@@ -196,7 +196,7 @@ def test_box_filters_cost_no_products() -> None:
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 @pytest.mark.parametrize("kind", EXACT)
-def test_the_full_net_on_an_upsampled_image_is_the_skipping_net_on_it(kind: Filter, level: int) -> None:
+def test_the_whole_net_on_an_upsampled_image_equals_the_skipping_net_on_the_small_one(kind: Filter, level: int) -> None:
     for factor in (1, 1.5):  # square, and not
         net = trained(small(filters=kind))
         x = images(6, 32, int(32 * factor))
@@ -222,7 +222,7 @@ def test_skipping_is_exact_on_ladders_of_any_steps_and_shapes(ladder: tuple[int,
         assert apart(logits(net, full), logits(net, y)) <= 1e-10
 
 
-def test_an_image_between_two_rungs_enters_at_the_one_above_it() -> None:
+def test_an_image_between_two_resolutions_enters_at_the_higher_one() -> None:
     net = trained(small())
     for side, level in ((31, 0), (20, 0), (12, 1), (7, 2), (5, 2)):
         y = images(4, side)
@@ -232,13 +232,13 @@ def test_an_image_between_two_rungs_enters_at_the_one_above_it() -> None:
         assert apart(logits(net, lifted(net, y)), skipped) <= 1e-10
 
 
-def test_more_than_the_finest_resolution_is_filtered_away() -> None:
+def test_detail_above_the_finest_resolution_is_filtered_out() -> None:
     net = trained(small())
     x = images(3, 40)
     assert torch.equal(logits(net, x), logits(net, net.at_side(x, 32)))
 
 
-def test_the_kaiser_filter_skips_nearly_but_not_exactly() -> None:
+def test_skipping_with_the_kaiser_filter_is_nearly_exact() -> None:
     wide = {"widths": (24, 32, 48, 64), "inner": ("F4x2", "F4x2", "M4x2"), "ladder_px": (64, 32, 16, 8)}
     shares, x = [], images(8, 64)
     for seed in range(3):
@@ -257,7 +257,7 @@ def test_the_kaiser_filter_skips_nearly_but_not_exactly() -> None:
     assert sorted(shares)[1] <= 0.15
 
 
-def test_zero_padding_inside_a_residual_breaks_it() -> None:
+def test_zero_padding_inside_a_residual_breaks_exact_skipping() -> None:
     net = trained(small())
     for module in net.residuals.modules():
         if isinstance(module, nn.Conv2d):
@@ -266,7 +266,7 @@ def test_zero_padding_inside_a_residual_breaks_it() -> None:
     assert apart(logits(net, lifted(net, y)), logits(net, y)) >= 1e-3
 
 
-def test_normalising_each_image_inside_a_residual_breaks_it() -> None:
+def test_normalising_each_image_inside_a_residual_breaks_exact_skipping() -> None:
     net = trained(small())
     for module in list(net.residuals.modules()):
         if isinstance(module, ConvNorm):
@@ -297,7 +297,7 @@ def test_a_norm_that_is_folded_into_its_convolution_changes_nothing(kernel: int,
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_layers_of_a_residual_turn_nothing_into_a_constant(training: bool) -> None:
+def test_the_layers_of_a_residual_map_zero_to_a_constant(training: bool) -> None:
     net = trained(small()).train(training)
     for residual in net.residuals:
         assert isinstance(residual, Residual)
@@ -326,7 +326,7 @@ def test_more_than_the_mean_colour_reaches_the_logits() -> None:
     assert apart(logits(net, net.at_side(x, 4)), logits(net, plain)) >= 0.05
 
 
-def test_linear_maps_fold_into_one() -> None:
+def test_linear_maps_compose_into_one() -> None:
     net = trained(small())
     x = images(2, 8)
     folded, one_by_one = affine(net.stem), net.stem(x)
@@ -336,7 +336,7 @@ def test_linear_maps_fold_into_one() -> None:
     torch.testing.assert_close(folded.linear(x) + folded.bias.view(1, -1, 1, 1), folded(x))
 
 
-def test_the_layout_of_memory_changes_nothing() -> None:
+def test_the_memory_format_does_not_change_the_logits() -> None:
     net, x = trained(small(drop=0.5)), images(4)
     wanted = logits(net, x, noise_for([0, 1, 2, 0]))
     net.to(memory_format=torch.channels_last)
@@ -344,7 +344,7 @@ def test_the_layout_of_memory_changes_nothing() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_bf16_autocast_leaves_filters_and_the_chain_in_fp32() -> None:
+def test_under_bf16_autocast_filters_and_the_chain_stay_in_fp32() -> None:
     net, seen = trained(small()).float(), []
     hooks = [r.register_forward_hook(lambda m, i, o: seen.append((i[0], i[1], o[0]))) for r in net.residuals]
     hooks += [net.residuals[0].inner.blocks[0].register_forward_hook(lambda m, i, o: seen.append((o,)))]
@@ -368,7 +368,7 @@ def noise_for(levels: list[int], count: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_dropping_the_first_residuals_is_running_at_low_resolution(kind: Filter) -> None:
+def test_dropping_the_first_residuals_equals_running_at_low_resolution(kind: Filter) -> None:
     net, x = trained(small(filters=kind, drop=0.5)), images(8)
     levels = [2, 0, 3, 1, 0, 2, 1, 3]
     output = net(x, noise_for(levels))
@@ -379,7 +379,7 @@ def test_dropping_the_first_residuals_is_running_at_low_resolution(kind: Filter)
     torch.testing.assert_close(output.logits[[1, 4]], logits(net, x)[[1, 4]], rtol=1e-10, atol=1e-10)  # no rescaling
 
 
-def test_dropped_are_always_the_first_residuals_by_the_law() -> None:
+def test_only_leading_residuals_are_dropped_with_the_configured_probabilities() -> None:
     config = small(level_weights=(3, 1, 2))
     assert config.probabilities == pytest.approx((0.5, 2 / 3, 0))
     net = build(config, CLASSES)
@@ -392,7 +392,7 @@ def test_dropped_are_always_the_first_residuals_by_the_law() -> None:
     assert chain._drawn(torch.tensor([[0.9, 0.0, 0.0], [0.0, 0.9, 0.0]]), 2) == [0, 1]
 
 
-def test_laws_by_hand() -> None:
+def test_dropout_probabilities_of_worked_examples() -> None:
     assert small(level_weights=(1, 1, 1, 1)).probabilities == pytest.approx((3 / 4, 2 / 3, 1 / 2))  # uniform
     assert small().probabilities == pytest.approx((0.5, 0.5, 0))  # half whole, the others at 16 and 8
     assert small(level_weights=(0, 0, 1)).probabilities == (1, 1, 0)
@@ -401,7 +401,7 @@ def test_laws_by_hand() -> None:
     assert build(small(drop=1), CLASSES)._drawn(torch.rand(5, 3), 5) == [3] * 5
 
 
-def test_evaluation_never_drops() -> None:
+def test_evaluation_drops_no_residual() -> None:
     net, x = trained(small(drop=0.9)), images(6)
     assert torch.equal(net(x).logits, net(x).logits)
     assert not net(x).levels.any()
@@ -422,7 +422,7 @@ def rows_of(net: Arrn) -> tuple[list[int], list[object]]:
     return rows, [residual.inner.register_forward_hook(count(n)) for n, residual in enumerate(net.residuals)]
 
 
-def test_only_kept_images_run_but_two_rows_always_where_gradients_are_wanted() -> None:
+def test_dropped_images_do_not_run_but_with_gradients_at_least_two_rows_do() -> None:
     net, x = trained(small(drop=0.5)), images(8)
     noise = noise_for([2, 1, 3, 1, 3, 2, 1, 3])  # kept: none, 3, 5
     rows, hooks = rows_of(net)
@@ -440,7 +440,7 @@ def test_only_kept_images_run_but_two_rows_always_where_gradients_are_wanted() -
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
-def test_statistics_are_of_kept_images_alone(kept: int) -> None:
+def test_batchnorm_statistics_are_of_the_images_that_are_not_dropped(kept: int) -> None:
     net, x = trained(small(drop=0.5)).train(), images(6)
     alone = copy.deepcopy(net)
     mixed = net(x, noise_for([0] * kept + [1] * (6 - kept)))
@@ -522,7 +522,7 @@ def predict(policy: ArrnResolution, net: Arrn, x: Tensor) -> Prediction:
         return policy.predict(net, x)
 
 
-def test_policies_are_one_per_resolution_and_its_comparison() -> None:
+def test_each_resolution_has_a_skipping_and_a_full_policy() -> None:
     def names(**changes: object) -> list[str]:
         config = small(**changes)
         return [policy.name for policy in policies(config, build(config, CLASSES))]
@@ -533,7 +533,7 @@ def test_policies_are_one_per_resolution_and_its_comparison() -> None:
     assert names(finest_px=4) == ["4px"]
 
 
-def test_policies_run_fewer_residuals_for_less_and_full_ones_all_of_them() -> None:
+def test_skipping_policies_run_fewer_residuals_for_fewer_macs_and_full_ones_run_all() -> None:
     config = small(resolutions_px=(24, 16, 12, 8, 4))
     net, x = trained(config).float(), images(5).float()
     before = x.clone()
@@ -558,14 +558,14 @@ def test_policies_run_fewer_residuals_for_less_and_full_ones_all_of_them() -> No
     assert torch.equal(x, before)
 
 
-def test_images_below_a_policys_resolution_stay_as_they_are() -> None:
+def test_images_below_a_policys_resolution_are_not_resized() -> None:
     net, y = trained(small()), images(3, 16)
     assert torch.equal(predict(ArrnResolution(32), net, y).logits, logits(net, y).float())
     assert torch.equal(predict(ArrnResolution(16, full=True), net, y).logits, logits(net, lifted(net, y)).float())
     assert predict(ArrnResolution(32), net, y).facts["residuals"].tolist() == [2, 2, 2]
 
 
-def test_not_square_images_keep_their_shape_on_every_rung() -> None:
+def test_non_square_images_keep_their_aspect_at_every_resolution() -> None:
     net = trained(small())
     x = images(2, 45, 32)
     shapes = [tuple(net.at_side(x, side).shape[-2:]) for side in LADDER]
@@ -579,7 +579,7 @@ def test_not_square_images_keep_their_shape_on_every_rung() -> None:
 
 @pytest.mark.parametrize("start", [1, 2, 3])
 @pytest.mark.parametrize("kind", ALL)
-def test_a_net_grown_on_top_of_a_smaller_one_has_its_function(kind: Filter, start: int) -> None:
+def test_a_net_grown_from_a_smaller_one_computes_the_same_function(kind: Filter, start: int) -> None:
     smaller = trained(small(finest_px=LADDER[start], filters=kind, drop=0))
     torch.manual_seed(9)
     config = small(filters=kind)
@@ -605,7 +605,7 @@ def test_a_grown_net_learns_in_its_new_residual() -> None:
     assert first.project.weight.grad.abs().max() > 0
 
 
-def test_growing_in_fp32_keeps_the_function_too() -> None:
+def test_growing_in_fp32_also_preserves_the_function() -> None:
     smaller = trained(small(finest_px=16, drop=0)).float()
     net = build(small(), CLASSES).eval()
     load_pretrained(small(), net, smaller.state_dict())
@@ -613,7 +613,7 @@ def test_growing_in_fp32_keeps_the_function_too() -> None:
     assert apart(logits(net, x), logits(smaller, net.at_side(x, 16))) <= 1e-4
 
 
-def test_a_net_of_the_same_ladder_is_adopted_as_it_is() -> None:
+def test_weights_of_the_same_ladder_are_loaded_unchanged() -> None:
     net = build(small(), CLASSES).double().eval()
     assert load_pretrained(small(), net, trained(small()).state_dict()) == []
     assert torch.equal(logits(net, images(2)), logits(trained(small()), images(2)))
@@ -639,7 +639,7 @@ def test_weights_of_another_net_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("level", [0, 1, 3])
-def test_a_net_cut_at_a_resolution_is_what_its_images_run(level: int) -> None:
+def test_a_net_cut_at_a_resolution_equals_what_images_of_that_resolution_run(level: int) -> None:
     config = small(drop=(0.1, 0.2, 0.3), resolutions_px=(16,))
     net = trained(config)
     smaller, part = cut(config, net, LADDER[level])
@@ -694,7 +694,7 @@ def test_a_warning_names_the_residuals_that_training_images_would_skip(side_px: 
     assert (len(warned) == 1 and f"{skipped} of 3 residuals" in warned[0]) if skipped else not warned
 
 
-def test_images_below_the_last_rung_are_refused() -> None:
+def test_images_below_the_last_resolution_are_refused() -> None:
     net = trained(small())
     with fails(ConfigError, "images", subject="3"):
         net(images(2, 3, 9))
@@ -716,7 +716,7 @@ def test_a_ladder_may_have_its_filter_by_residual_and_any_length() -> None:
     assert FAMILY.policies(small(finest_px=4), one)[0].name == "4px"
 
 
-def test_each_size_keeps_its_ladder() -> None:
+def test_each_named_size_has_its_ladder() -> None:
     for size, plan in SIZES.items():
         assert ArrnConfig(size=size).plan == plan  # type: ignore[arg-type]
     assert ArrnConfig(size="T", finest_px=28).plan.inner == ("M4x4", "M4x6")

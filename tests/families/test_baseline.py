@@ -34,7 +34,7 @@ def sized(net: nn.Module, side_px: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_every_net_is_torchvisions_and_takes_images_down_to_its_smallest(name: str) -> None:
+def test_every_net_is_torchvisions_and_accepts_images_of_its_smallest_side(name: str) -> None:
     options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
     with torch.device("meta"):
         net = build(BaselineConfig(net=name), 1000)
@@ -67,7 +67,7 @@ def test_googlenet_trains_without_its_auxiliary_classifiers() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_the_cifar_stem_keeps_small_images_large(name: str) -> None:
+def test_the_cifar_stem_does_not_reduce_small_images(name: str) -> None:
     sides: list[int] = []
     for stem in ("imagenet", "cifar"):
         net = build(BaselineConfig.model_validate({"net": name, "stem": stem}), 7).eval()
@@ -95,7 +95,7 @@ def test_preresnet_110_takes_the_shortcut_from_the_activated_input_where_it_proj
     assert torch.equal(down(x, zero), down.shortcut(down.first(x)))
 
 
-def test_preresnet_110_is_resnet_110_with_its_norms_moved() -> None:
+def test_preresnet_110_is_resnet_110_with_other_places_of_its_norms() -> None:
     with torch.device("meta"):
         net = build(BaselineConfig(net="cifar_preresnet"), 10)
     stem, shortcuts, firsts, tail = -2 * 16, -2 * (32 + 64), -2 * (16 + 32), 2 * 64  # where a norm left, shrank, came
@@ -131,7 +131,7 @@ def test_a_block_survives_with_its_probability() -> None:
     torch.testing.assert_close(torch.stack(kept), survival, rtol=0, atol=4 * 0.5 / 200)
 
 
-def test_dropped_images_skip_a_block_and_kept_ones_take_it_whole() -> None:
+def test_dropped_images_skip_a_block_and_others_get_its_unscaled_residual() -> None:
     net = stochastic(depth=8)
     seen: list[Tensor] = []
     for layer in net.layers:
@@ -143,7 +143,7 @@ def test_dropped_images_skip_a_block_and_kept_ones_take_it_whole() -> None:
         torch.testing.assert_close(y[1], torch.relu(layer.shortcut(x))[1])
 
 
-def test_evaluation_weighs_each_block_by_its_survival() -> None:
+def test_evaluation_scales_each_block_by_its_survival() -> None:
     net = stochastic(depth=8).eval()
     seen: list[Tensor] = []
     for layer in net.layers:
@@ -172,7 +172,7 @@ def predict(policy: BaselineResolution, net: nn.Module, images: Tensor) -> Predi
         return policy.predict(net.eval(), images)
 
 
-def test_policies_are_native_then_each_resolution_both_ways() -> None:
+def test_policies_are_native_then_each_resolution_natively_and_down_and_up() -> None:
     config = BaselineConfig(net="cifar_resnet", depth=8, resolutions_px=(8, 24))
     found = policies(config, build(config, 10))
     assert [policy.name for policy in found] == [
@@ -184,7 +184,7 @@ def test_policies_are_native_then_each_resolution_both_ways() -> None:
     ]
 
 
-def test_a_resolution_is_the_net_on_resized_images_at_their_price() -> None:
+def test_a_resolution_runs_the_net_on_resized_images_and_counts_their_macs() -> None:
     config = BaselineConfig(net="cifar_resnet", depth=8, resolutions_px=(8,))
     net = build(config, 10).eval()
     x = torch.randn(3, 3, 16, 16)
@@ -200,7 +200,7 @@ def test_a_resolution_is_the_net_on_resized_images_at_their_price() -> None:
     assert control == native
 
 
-def test_prices_are_those_of_each_size_of_images_and_are_counted_on_that_forward() -> None:
+def test_macs_are_counted_for_each_size_of_images() -> None:
     net = build(BaselineConfig(net="cifar_resnet", depth=8), 10)
     policy = BaselineResolution()
     for x in (torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 24), torch.randn(5, 3, 16, 16)):
@@ -231,7 +231,7 @@ def test_a_wrong_setting_is_refused(keys: dict[str, object], key: str) -> None:
         validate(BaselineConfig, {"name": "baseline", **keys}, "family")
 
 
-def test_batchnorms_momentum_is_the_nets_own_or_the_configs() -> None:
+def test_batchnorm_momentum_is_the_nets_default_or_the_configs() -> None:
     for asked, expected in ((None, 0.01), (0.1, 0.1)):
         net = build(BaselineConfig(net="mobilenet_v3_small", batchnorm_momentum=asked), 5)
         assert {m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {expected}

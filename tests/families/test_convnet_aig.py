@@ -129,7 +129,7 @@ def test_costs_of_blocks_and_gates_follow_the_closed_forms() -> None:
 # ---- gates
 
 
-def test_a_block_of_target_1_has_no_gate_and_counts_as_open(mixed: Aig) -> None:
+def test_a_block_with_target_rate_1_has_no_gate_and_counts_as_open(mixed: Aig) -> None:
     assert [block.gate is None for block in mixed.blocks] == [number == FIXED for number in range(9)]
     assert mixed.draw_noise(3).shape == (3, 8)
     noise = torch.full((6, 8), -1e6)
@@ -139,7 +139,7 @@ def test_a_block_of_target_1_has_no_gate_and_counts_as_open(mixed: Aig) -> None:
     assert predict(Gates("gates-hard"), mixed, images(6)).facts["gates"][:, FIXED].all()
 
 
-def test_a_net_without_any_gate_is_plain_and_trains() -> None:
+def test_a_net_without_gates_is_a_plain_resnet_and_trains() -> None:
     config = AigConfig(depth=8, target_rate=1.0)
     net = build(config, CLASSES)
     assert net.draw_noise(2) is None
@@ -148,7 +148,7 @@ def test_a_net_without_any_gate_is_plain_and_trains() -> None:
     assert predict(policies(config, net)[1], net, images(2)).facts["gates"].all()
 
 
-def test_the_published_schedules_are_the_readmes() -> None:
+def test_the_published_schedules_are_those_of_the_released_readme() -> None:
     fifty = AigConfig(depth=50, schedule="published", target_rate=0.4).targets
     assert fifty == (1, 1, 0.8, 1, 0.4, 0.4, 0.4, 1, 0.4, 0.4, 0.4, 0.4, 0.4, 1, 0.7, 1)
     assert AigConfig(depth=101, schedule="published", target_rate=0.3).targets == (1,) * 8 + (0.3,) * 25
@@ -159,7 +159,7 @@ def test_the_published_schedules_are_the_readmes() -> None:
         assert len(build(AigConfig(depth=50, schedule="published", target_rate=0.4), 10).gates()) == 10
 
 
-def test_gates_open_at_0_87_at_the_start() -> None:
+def test_gates_open_with_probability_0_87_initially() -> None:
     torch.manual_seed(1)
     net = build(AigConfig(depth=20), CLASSES)
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_gradients_reach_every_gate_from_either_loss_alone(source: str) -> None:
         assert gate.fc2.weight.grad.abs().max() > 0
 
 
-def test_evaluation_takes_the_likelier_choice_without_noise(mixed: Aig) -> None:
+def test_evaluation_without_noise_makes_the_more_likely_choice(mixed: Aig) -> None:
     odds: list[Tensor] = []
     hooks = [gate.register_forward_hook(lambda *a: odds.append(a[2])) for gate in mixed.gates()]
     gates = mixed.eval()(images(8)).gates
@@ -274,7 +274,7 @@ def test_the_loss_is_cross_entropy_and_the_weighted_rate_loss(mixed: Aig) -> Non
     assert [parts[f"rate/{n:02d}"].item() for n in range(9)] == output.gates.mean(0).tolist()
 
 
-def test_gates_learn_at_their_own_rate(mixed: Aig) -> None:
+def test_gates_have_their_own_learning_rate(mixed: Aig) -> None:
     config = MIXED.model_copy(update={"gate_lr_factor": 0.1})
     backbone, gates = groups(config, mixed)["main"]
     assert (backbone.lr_factor, gates.lr_factor) == (1.0, 0.1)
@@ -284,7 +284,7 @@ def test_gates_learn_at_their_own_rate(mixed: Aig) -> None:
 # ---- blocks
 
 
-def test_a_closed_gate_on_an_identity_shortcut_changes_no_bit() -> None:
+def test_a_closed_gate_with_an_identity_shortcut_leaves_the_input_bit_equal() -> None:
     net = build(AigConfig(depth=14), CLASSES).eval()
     x = torch.rand(4, 16, 8, 8)
     block = net.blocks[1]
@@ -325,7 +325,7 @@ def test_all_gates_open_is_the_plain_cifar_resnet() -> None:
 # ---- policies
 
 
-def test_skipping_equals_masking_and_runs_each_residual_on_its_open_images_alone(mixed: Aig) -> None:
+def test_skipping_equals_masking_and_runs_each_residual_only_on_its_open_images(mixed: Aig) -> None:
     x, rows = images(8), [0] * 9
     before = x.clone()
 
@@ -365,7 +365,7 @@ def test_skipping_equals_masking_in_the_bottleneck_net() -> None:
     torch.testing.assert_close(skipped.logits, masked.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_nan_in_a_block_that_is_always_closed_does_not_leak(mixed: Aig) -> None:
+def test_nan_in_a_block_that_is_always_closed_does_not_reach_the_logits(mixed: Aig) -> None:
     torch.manual_seed(9)
     net = build(MIXED, CLASSES)
     net.load_state_dict(mixed.state_dict())
@@ -379,7 +379,7 @@ def test_nan_in_a_block_that_is_always_closed_does_not_leak(mixed: Aig) -> None:
 
 
 @pytest.mark.parametrize("policy", policies(MIXED, build(MIXED, CLASSES)), ids=lambda policy: policy.name)
-def test_macs_are_those_counted_on_that_very_forward(policy: Gates, mixed: Aig) -> None:
+def test_reported_macs_equal_those_counted_on_the_forward(policy: Gates, mixed: Aig) -> None:
     for batch in (*images(4).split(1), images(8)):
         predict(policy, mixed, batch)  # the costs of this size are known from here on
         with FlopCounterMode(display=False) as counter:
@@ -469,7 +469,7 @@ def test_the_rate_loss_alone_brings_the_open_rate_to_its_target() -> None:
     assert abs(sum(rates[100:]) / 100 - 0.4) < 0.1
 
 
-def test_a_threshold_opens_where_execution_is_likelier_than_it(mixed: Aig) -> None:
+def test_a_threshold_opens_gates_whose_probability_exceeds_it(mixed: Aig) -> None:
     hard, _, low, high = policies(MIXED, mixed)
     assert [policy.name for policy in (hard, low, high)] == ["gates-hard", "gates-0.2", "gates-0.9"]
     gated = [number for number in range(9) if number != FIXED]
@@ -527,7 +527,7 @@ def released_names(net: Aig) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("depth", [20, 50])
-def test_released_weights_load_by_name_and_all_of_them(depth: int) -> None:
+def test_released_weights_load_by_name_and_completely(depth: int) -> None:
     config = AigConfig(depth=depth)
     torch.manual_seed(0)
     source, net = build(config, 7), build(config, 7)
@@ -564,7 +564,7 @@ def test_torchvisions_weights_fill_all_but_the_gates() -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_images_are_taken_and_put_in_the_layout_that_they_have(layout: torch.memory_format) -> None:
+def test_take_and_put_preserve_the_memory_format(layout: torch.memory_format) -> None:
     x = torch.randn(5, 4, 3, 2).contiguous(memory_format=layout)
     rows = torch.tensor([0, 3])
     taken = take(x, rows)

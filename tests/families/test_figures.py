@@ -203,12 +203,12 @@ def one(figures: Mapping[str, Figure], name: str, kind: type[F]) -> F:
 # ---- every family
 
 
-def test_every_adaptive_family_draws_and_nothing_is_drawn_of_no_nets(net: Evaluated) -> None:
+def test_every_adaptive_family_makes_figures_and_none_without_nets(net: Evaluated) -> None:
     assert len(drawn(net)) >= 3
     assert list(find(net.family).figures([], [net])) == []
 
 
-def test_names_are_valid_and_of_several_nets_each_says_whose_it_is(net: Evaluated) -> None:
+def test_figure_names_are_valid_and_name_the_net_if_there_are_several(net: Evaluated) -> None:
     single = drawn(net)
     several = drawn(*(replace(net, name=name) for name in ("A_b", "a-B", "a-b-2", "/")))
     titles = {"": "", "a-b": ": A_b", "a-b-2": ": a-B", "a-b-2-2": ": a-b-2", "net": ": /"}
@@ -256,12 +256,12 @@ def values_of(figure: Figure) -> Iterator[float | str | None]:
             yield from cells
 
 
-def test_captions_say_on_how_many_images(net: Evaluated) -> None:
+def test_captions_name_the_number_of_images(net: Evaluated) -> None:
     for figure in drawn(net).values():
         assert f"{IMAGES} images" in figure.caption or figure.name.endswith(("over-training", "time-by-resolution"))
 
 
-def test_a_figure_whose_inputs_are_not_there_is_left_out(net: Evaluated) -> None:
+def test_a_figure_whose_inputs_are_missing_is_omitted(net: Evaluated) -> None:
     whole = set(drawn(net))
     no_arrays, no_curves = replace(net, details=lambda policy: None), replace(net, curves=dict)
     galleries = {name for name, figure in drawn(net).items() if isinstance(figure, Gallery)}
@@ -276,7 +276,7 @@ def test_a_figure_whose_inputs_are_not_there_is_left_out(net: Evaluated) -> None
 # ---- what they share
 
 
-def test_rows_follow_their_superclasses_and_none_is_lost() -> None:
+def test_rows_are_grouped_by_superclass_and_complete() -> None:
     assert grouped(CLASSES, SUPERCLASSES) == {"insects": [1, 0], "vehicles": [2], OTHERS: [3, 4]}
     assert grouped(CLASSES, {}) == grouped(CLASSES, {"not here": ["whale"]}) == {}
     assert grouped(CLASSES, {"a": ["ant", "car"], "b": ["ant", "bee"]}) == {"a": [0, 2], "b": [1], OTHERS: [3, 4]}
@@ -311,7 +311,7 @@ def test_long_curves_are_thinned_and_keep_their_ends() -> None:
     assert over_training(picture, curves, {}) is None
 
 
-def test_none_is_left_out_for_each_net(aig: Evaluated) -> None:
+def test_for_each_omits_none(aig: Evaluated) -> None:
     table = Table("t", "T", "T.", [], [])
     assert for_each([aig], lambda net: [None, table]) == [table]
     assert [figure.name for figure in for_each([aig, aig], lambda net: [table])] == ["t--aig", "t--aig-2"]
@@ -342,7 +342,7 @@ def test_the_images_of_a_gallery_are_the_extremes(family: str, fact: str, reques
             assert CLASSES[label[row]] in text and text.endswith(f"{-keys[row][1]:.2f}")
 
 
-def test_galleries_tell_the_classes_whose_images_differ_most(aig: Evaluated) -> None:
+def test_galleries_show_the_classes_whose_images_differ_most(aig: Evaluated) -> None:
     gallery = one(drawn(aig), "convnet-aig-fewest-and-most-layers", Gallery)
     arrays = aig.details("gates-hard")
     assert arrays is not None
@@ -357,7 +357,7 @@ def test_galleries_tell_the_classes_whose_images_differ_most(aig: Evaluated) -> 
 # ---- ConvNet-AIG
 
 
-def test_the_heat_map_holds_what_the_report_holds_by_class(aig: Evaluated) -> None:
+def test_the_heat_map_shows_the_reports_facts_by_class(aig: Evaluated) -> None:
     for net in (aig, replace(aig, superclasses=SUPERCLASSES)):
         found = one(drawn(net), "convnet-aig-rates-by-class", HeatMap)
         expected = dict(zip(CLASSES, aig.reports[0].facts_by_class["gates"], strict=True))
@@ -379,7 +379,7 @@ def test_the_histogram_counts_every_image_once(aig: Evaluated) -> None:
     assert len(counts) > 2 and counts[0] and counts[-1]
 
 
-def test_by_superclass_the_histogram_holds_shares_of_each(aig: Evaluated) -> None:
+def test_the_histogram_by_superclass_shows_shares_of_each_superclass(aig: Evaluated) -> None:
     name = "convnet-aig-executed-layers-by-superclass"
     assert name not in drawn(aig)
     found = one(drawn(replace(aig, superclasses=SUPERCLASSES)), name, Bars)
@@ -391,7 +391,7 @@ def test_by_superclass_the_histogram_holds_shares_of_each(aig: Evaluated) -> Non
         assert sum((found.series[group][place] or 0) * size for group, size in sizes.items()) == pytest.approx(count)
 
 
-def test_rates_under_attack_stand_beside_the_clean_ones(aig: Evaluated, folder: Path) -> None:
+def test_rates_under_attack_are_drawn_beside_the_clean_ones(aig: Evaluated, folder: Path) -> None:
     attack = trained("convnet_aig", folder, "attacked", all_gates(1.0), latency=False).reports
     assert "convnet-aig-rates-under-attack" not in drawn(replace(aig, attacked={"fgsm 0.1": attack[1:]}))
     found = one(drawn(replace(aig, attacked={"fgsm 0.1": attack})), "convnet-aig-rates-under-attack", Lines)
@@ -401,7 +401,7 @@ def test_rates_under_attack_stand_beside_the_clean_ones(aig: Evaluated, folder: 
     }
 
 
-def test_error_against_cost_stands_in_both_conventions(folder: Path, plain: Evaluated) -> None:
+def test_error_against_cost_is_drawn_in_both_conventions(folder: Path, plain: Evaluated) -> None:
     shut = trained("convnet_aig", folder, "shut", all_gates(-1.0), latency=False, target_rate=0.2)
     opened = trained("convnet_aig", folder, "open", all_gates(1.0), latency=False, target_rate=0.9)
     name = "convnet-aig-error-against-cost"
@@ -443,13 +443,13 @@ def test_shares_by_exit_sum_to_one_and_sub_networks_sum_their_exits(ranet: Evalu
         assert set(by_class.values[-1]) == {None}
 
 
-def test_where_each_sub_network_has_one_exit_it_is_drawn_once(folder: Path) -> None:
+def test_sub_networks_are_not_drawn_separately_if_each_has_one_exit(folder: Path) -> None:
     single = trained("ranet", folder, "single", latency=False, first_blocks=1, more_blocks=1, budgets=[0.7])
     assert "ranet-answered-by-exit" in drawn(single)
     assert "ranet-answered-by-sub-network" not in drawn(single)
 
 
-def test_what_exits_answer_adds_up_to_the_policy(ranet: Evaluated) -> None:
+def test_accuracies_of_exits_add_up_to_that_of_the_policy(ranet: Evaluated) -> None:
     table = one(drawn(ranet), "ranet-exits", Table)
     reports = {report.policy: report for report in ranet.reports}
     assert [row[:2] for row in table.rows] == [[1, 1], [2, 1], [3, 2], [4, 2]]
@@ -473,7 +473,7 @@ def test_an_exit_that_answers_nothing_has_no_accuracy(ranet: Evaluated) -> None:
     assert [row[5] is None for row in table.rows] == [False, True, True, True]
 
 
-def test_exits_alone_and_budgets_lie_at_their_macs(ranet: Evaluated) -> None:
+def test_exits_alone_and_budgets_are_drawn_at_their_macs(ranet: Evaluated) -> None:
     found = one(drawn(ranet), "ranet-accuracy-of-exits", Lines)
     reports = {report.policy: report for report in ranet.reports}
     for series in found.series:
@@ -484,7 +484,7 @@ def test_exits_alone_and_budgets_lie_at_their_macs(ranet: Evaluated) -> None:
     assert [series.name for series in both.series][::2] == ["ranet: one exit for all", "b: one exit for all"]
 
 
-def test_training_logs_the_accuracy_of_each_exit_and_old_runs_that_of_the_last(ranet: Evaluated) -> None:
+def test_the_accuracy_of_each_exit_is_drawn_and_of_older_runs_that_of_the_last_exit(ranet: Evaluated) -> None:
     name = "ranet-accuracy-over-training"
     found = one(drawn(ranet), name, Lines)
     assert [series.name for series in found.series] == [f"exit {number}" for number in range(1, 5)]
@@ -512,7 +512,7 @@ def test_the_accuracy_of_exits_is_that_of_their_answers() -> None:
 # ---- ARRN
 
 
-def test_skipping_costs_less_and_every_point_is_its_report(arrn: Evaluated) -> None:
+def test_skipping_takes_fewer_macs_and_every_point_equals_its_report(arrn: Evaluated) -> None:
     figures = drawn(arrn)
     skipping, full = one(figures, "arrn-macs-by-resolution", Lines).series
     assert list(skipping.x) == list(full.x) == [16, 12, 8]
@@ -528,7 +528,7 @@ def test_skipping_costs_less_and_every_point_is_its_report(arrn: Evaluated) -> N
     assert time.series[1].y[-1] == entry.median_ms / 2
 
 
-def test_totals_are_over_the_resolutions_that_all_share(arrn: Evaluated, plain: Evaluated, folder: Path) -> None:
+def test_totals_are_over_the_resolutions_that_all_curves_share(arrn: Evaluated, plain: Evaluated, folder: Path) -> None:
     alone = one(drawn(arrn), "arrn-over-all-resolutions", Table)
     reports = {report.policy: report for report in arrn.reports}
     ways = {"skipping": ["16px", "12px", "8px"], "all residuals": ["16px", "full-12px", "full-8px"]}
@@ -551,7 +551,7 @@ def test_totals_are_over_the_resolutions_that_all_share(arrn: Evaluated, plain: 
     assert one(drawn(arrn, others=[far]), "arrn-over-all-resolutions", Table) == alone
 
 
-def test_baselines_are_fed_both_ways(arrn: Evaluated, plain: Evaluated) -> None:
+def test_baselines_are_shown_natively_and_down_and_up(arrn: Evaluated, plain: Evaluated) -> None:
     found = one(drawn(arrn, others=[plain]), "arrn-accuracy-by-resolution", Lines)
     assert [series.name for series in found.series] == [
         "arrn: skipping",
@@ -562,7 +562,7 @@ def test_baselines_are_fed_both_ways(arrn: Evaluated, plain: Evaluated) -> None:
     assert list(found.series[3].texts) == ["native", "down-and-up-10px", "down-and-up-8px"]
 
 
-def test_times_of_other_machines_are_not_set_side_by_side(arrn: Evaluated, plain: Evaluated) -> None:
+def test_times_of_different_machines_are_not_compared(arrn: Evaluated, plain: Evaluated) -> None:
     moved = [
         replace(report, latency=[replace(entry, device="another") for entry in report.latency])
         for report in plain.reports
@@ -577,7 +577,9 @@ def test_times_of_other_machines_are_not_set_side_by_side(arrn: Evaluated, plain
     assert "arrn-time-by-resolution" not in drawn(unmeasured)
 
 
-def test_dropout_and_skipping_are_crossed_where_both_kinds_of_net_are_there(arrn: Evaluated, folder: Path) -> None:
+def test_dropout_and_skipping_are_tabulated_for_nets_with_and_without_dropout(
+    arrn: Evaluated, folder: Path
+) -> None:
     without = told_apart(trained("arrn", folder, "without", latency=False, drop=0.0))
     name = "arrn-dropout-and-skipping"
     assert name not in drawn(arrn) and name not in drawn(without, replace(without, name="again"))
@@ -589,7 +591,7 @@ def test_dropout_and_skipping_are_crossed_where_both_kinds_of_net_are_there(arrn
         assert row[3] == pytest.approx((reports["full-12px"] + reports["full-8px"]) / 2)
 
 
-def test_resolutions_above_the_images_are_those_of_the_images(folder: Path) -> None:
+def test_resolutions_above_the_images_side_count_as_that_side(folder: Path) -> None:
     large = trained("arrn", folder, "large", latency=False, ladder_px=[32, 16, 8], resolutions_px=[24, 12])
     found = one(drawn(large), "arrn-accuracy-by-resolution", Lines)
     assert [list(series.x) for series in found.series] == [[16, 12], [16, 12]]
@@ -611,7 +613,7 @@ PUBLISHED = {  # the released code's list of sides that each layer reads, at the
 
 
 @pytest.mark.parametrize(("net", "side_px", "mode"), PUBLISHED)
-def test_sides_that_layers_read_are_the_published_ones(net: str, side_px: int, mode: str) -> None:
+def test_input_sides_of_layers_are_the_published_ones(net: str, side_px: int, mode: str) -> None:
     config = ShapeConfig(net=net, side_px=side_px, mode=mode, width=0.125)  # type: ignore[arg-type]
     torch.manual_seed(0)
     found = find("shape_adaptor").build(config, 10)
@@ -622,7 +624,7 @@ def test_sides_that_layers_read_are_the_published_ones(net: str, side_px: int, m
         assert list(costs.sides(image, sizes)) == PUBLISHED[net, side_px, mode]  # type: ignore[index]
 
 
-def test_learned_sides_stand_beside_the_human_design(shaped: Evaluated) -> None:
+def test_learned_sides_are_drawn_beside_the_human_design(shaped: Evaluated) -> None:
     found = one(drawn(shaped), "shape-adaptor-sides", Lines)
     learned, human = found.series
     assert [series.name for series in found.series] == ["learned", "human design"]
@@ -632,7 +634,7 @@ def test_learned_sides_stand_beside_the_human_design(shaped: Evaluated) -> None:
     assert all(a >= b for a, b in pairwise(learned.y))  # type: ignore[operator]
 
 
-def test_prices_of_shapes_are_those_of_the_nets(shaped: Evaluated, folder: Path) -> None:
+def test_costs_of_shapes_are_those_of_the_nets(shaped: Evaluated, folder: Path) -> None:
     name = "shape-adaptor-against-human"
     (mine, design) = one(drawn(shaped), name, Table).rows
     assert mine[:4] == ["shaped", "sa", shaped.parameters, shaped.reports[0].macs_mean / 1e6]
@@ -648,7 +650,7 @@ def test_prices_of_shapes_are_those_of_the_nets(shaped: Evaluated, folder: Path)
     assert all(row[4] > 0 for row in rows)  # type: ignore[operator]
 
 
-def test_alphas_and_sides_over_training_are_those_logged(shaped: Evaluated) -> None:
+def test_alphas_and_sides_over_training_are_the_logged_ones(shaped: Evaluated) -> None:
     figures, curves = drawn(shaped), shaped.curves()
     for name, key in (
         ("shape-adaptor-alpha-over-training", "alpha"),

@@ -129,7 +129,7 @@ def fitted(net: Ranet, log_q: float, count: int = 64) -> list[float | None]:
 
 
 @pytest.mark.parametrize("published", PUBLISHED)
-def test_parameters_exits_and_prices_are_the_published_ones(published: str) -> None:
+def test_parameters_exits_and_macs_are_the_published_ones(published: str) -> None:
     keys, (classes, params, entries), operations = PUBLISHED[published]
     config = config_of(**keys)
     side_px = 32 if config.stem == "cifar" else 224
@@ -228,7 +228,7 @@ def test_an_invalid_net_is_refused(keys: dict[str, object], key: str) -> None:
         validate(RanetConfig, {"name": "ranet", **keys}, "family")
 
 
-def test_images_that_are_too_small_are_refused_with_the_limit(small: Ranet) -> None:
+def test_too_small_images_are_refused(small: Ranet) -> None:
     exits_of(small, torch.rand(1, 3, 5, 5))
     with fails(ConfigError, "images", subject="4"):
         exits_of(small, torch.rand(1, 3, 4, 5))
@@ -276,14 +276,14 @@ def literally(net: Ranet, batch: Tensor, align_corners: bool = True, swapped: bo
     return torch.stack(found, 1)
 
 
-def test_features_held_once_are_those_held_all(small: Ranet) -> None:
+def test_features_stored_once_equal_features_stored_separately(small: Ranet) -> None:
     batch = images(3)
     with_gradients = small(batch).exits
     assert with_gradients.requires_grad
     torch.testing.assert_close(exits_of(small, batch), with_gradients.detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_images_do_not_depend_on_the_others(small: Ranet) -> None:
+def test_logits_of_an_image_do_not_depend_on_the_other_images(small: Ranet) -> None:
     net, batch, order = copy.deepcopy(small).double(), images(8).double(), torch.randperm(8)
     whole = exits_of(net, batch)
     singles = torch.cat([exits_of(net, batch[n : n + 1]) for n in range(8)])
@@ -333,21 +333,21 @@ def test_thresholds_are_those_of_the_literal_rule_with_ties(seed: int, levels: i
         assert thresholds(confidences, wanted) == by_hand(confidences.tolist(), wanted)
 
 
-def test_distinct_scores_leave_in_the_wanted_numbers() -> None:
+def test_with_distinct_confidences_the_wanted_number_of_images_exits() -> None:
     confidences = torch.rand(1000, 4, generator=torch.Generator().manual_seed(3))
     wanted = shares(0.0, 4)
     found = [*thresholds(confidences, wanted), 0.0]
     assert simulated(confidences, found).bincount()[1:].tolist() == [250] * 4
 
 
-def test_a_share_below_one_image_and_one_above_what_is_left_let_none_leave() -> None:
+def test_no_image_exits_if_the_share_is_below_one_image_or_above_the_remaining_ones() -> None:
     tied = torch.ones(10, 3)
     assert thresholds(tied, [0.05, 0.5, 0.45]) == [None, 1.0]
     assert thresholds(tied, [0.5, 0.3, 0.2]) == [1.0, None]
     assert thresholds(torch.rand(300, 3), [1 / 3] * 3)[0] is not None
 
 
-def test_shares_are_geometric_and_the_price_follows_q() -> None:
+def test_shares_are_geometric_and_the_cost_rises_with_q() -> None:
     costs = [8.0, 20.0, 30.0, 60.0]
     for q in (0.05, 1.0, 1.95):
         found = shares(log(q), 4)
@@ -373,7 +373,7 @@ def simulated(confidences: Tensor, until: list[float | None]) -> Tensor:
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
 @pytest.mark.parametrize("log_q", [-1.5, -0.5, 0.0, 0.5, 1.5])
-def test_leaving_early_equals_deciding_afterwards(small: Ranet, log_q: float, count: int) -> None:
+def test_early_exit_equals_deciding_afterwards(small: Ranet, log_q: float, count: int) -> None:
     until, batch = fitted(small, log_q), images(count)
     exits = exits_of(small, batch)
     confidences = confidence(exits)
@@ -418,7 +418,7 @@ def rows_by_module(net: Ranet, until: list[float | None], batch: Tensor) -> tupl
     return found, seen
 
 
-def test_all_leave_at_the_first_exit_or_none_before_the_last(small: Ranet) -> None:
+def test_extreme_thresholds_make_all_images_exit_first_or_last(small: Ranet) -> None:
     count = len(small.classifiers)
     first, seen = rows_by_module(small, [0.0] * count, images(6))
     assert set(seen) == {"subnetworks.0.0", "classifiers.0"}
@@ -428,7 +428,7 @@ def test_all_leave_at_the_first_exit_or_none_before_the_last(small: Ranet) -> No
     assert last.facts["exit"].tolist() == [count] * 6
 
 
-def test_blocks_run_on_the_images_still_under_way_alone(small: Ranet) -> None:
+def test_blocks_run_only_on_images_that_have_not_exited(small: Ranet) -> None:
     found, seen = rows_by_module(small, fitted(small, 0.0), images(64))
     taken = found.facts["exit"]
     exit_, place = 0, {}
@@ -448,7 +448,7 @@ def test_batches_are_rounded_up_to_few_sizes() -> None:
     assert all(batch_of(batch_of(left)) == batch_of(left) for left in range(1, 2000))
 
 
-def test_i32_holds_a_third_of_what_all_features_take() -> None:
+def test_i32_stores_a_third_of_the_memory_of_all_features() -> None:
     config = config_of(**PUBLISHED["I-32"][0])
     with FakeTensorMode():
         net = build(config, 2).eval()
@@ -511,7 +511,7 @@ def test_the_first_policy_is_the_last_exit_and_needs_no_calibration(small: Ranet
     assert not isinstance(found[0], Fitted)
 
 
-def test_anytime_tells_the_price_of_each_answer(small: Ranet) -> None:
+def test_anytime_reports_the_macs_of_each_answer(small: Ranet) -> None:
     with torch.no_grad():
         found = Anytime().predict(small, images(3))
     costs = measure(small, images(1)).cumulative
@@ -520,7 +520,7 @@ def test_anytime_tells_the_price_of_each_answer(small: Ranet) -> None:
     assert found.facts["exit_agrees"][:, -1].all()
 
 
-def test_budgets_share_one_walk_and_keep_to_their_price(small: Ranet) -> None:
+def test_budgets_share_one_pass_over_held_out_images_and_are_met(small: Ranet) -> None:
     held_out = Counted(images(100, seed=7), images(60, seed=8))
     budgets = policies(small.config, small)[-2:]
     done = [policy.calibrated(small, held_out) for policy in budgets]
@@ -540,7 +540,7 @@ def test_budgets_share_one_walk_and_keep_to_their_price(small: Ranet) -> None:
     assert held_out.walks == 2, "other weights, other confidences"
 
 
-def test_thresholds_travel_as_json(small: Ranet) -> None:
+def test_thresholds_survive_json(small: Ranet) -> None:
     policy = policies(small.config, small)[-1]
     assert isinstance(policy, Fitted)
     assert policy.state() == {}
@@ -555,7 +555,7 @@ def test_thresholds_travel_as_json(small: Ranet) -> None:
         policy.restored({"thresholds": [0.5, 0.5]})
 
 
-def test_a_budget_without_thresholds_or_images_says_what_to_set(small: Ranet) -> None:
+def test_a_budget_without_thresholds_or_images_is_refused(small: Ranet) -> None:
     policy = policies(small.config, small)[-1]
     with fails(ConfigError, "data.held_out"):
         policy.predict(small, images(1))
@@ -565,7 +565,7 @@ def test_a_budget_without_thresholds_or_images_says_what_to_set(small: Ranet) ->
         MacsBudget(1000.0, small.config.num_exits).calibrated(small, Counted(images(4)))
 
 
-def test_confidences_of_all_ranks_count(small: Ranet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thresholds_are_fitted_on_confidences_of_all_ranks(small: Ranet, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policies(small.config, small)[-1]
     whole = policy.calibrated(small, Counted(images(40), images(24, seed=6)))
     theirs = (confidence(exits_of(small, images(24, seed=6))).numpy(), [24], (3, SIDE_PX, SIDE_PX))
@@ -603,7 +603,7 @@ def released_names(net: Ranet) -> list[str]:
 
 
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-def test_released_weights_load_by_name_and_all_of_them(stem: str) -> None:
+def test_released_weights_load_by_name_and_completely(stem: str) -> None:
     config = config_of(**SMALL, stem=stem)
     source, net = build(config, 3), build(config, 3)
     theirs = dict(zip(released_names(source), source.state_dict().values(), strict=True))
@@ -621,7 +621,7 @@ def test_released_weights_load_by_name_and_all_of_them(stem: str) -> None:
         load_pretrained(config, net, theirs)
 
 
-def test_a_small_net_learns_images_by_heart_at_every_exit() -> None:
+def test_a_small_net_memorises_images_at_every_exit() -> None:
     torch.manual_seed(0)
     net = build(config_of(channels=4, growth=4, layers=2, depth="even"), 10)
     batch, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 10

@@ -143,7 +143,7 @@ def test_sides_at_the_start_are_the_published_ones(
     assert list(found.sides_px) == sides
 
 
-def test_local_loses_a_pixel_at_each_adaptor_and_global_may_keep_the_side() -> None:
+def test_rule_local_loses_a_pixel_at_each_adaptor_and_global_may_not() -> None:
     assert plan([15.0] * 4, (32, 32), local(4)).sides_px == (31, 30, 29, 28)
     assert plan([15.0] * 4, (32, 32), Rules((1.0,) * 4, (False,) * 4, "global")).sides_px == (32, 32, 32, 32)
     generator = torch.Generator().manual_seed(1)
@@ -162,7 +162,7 @@ def test_fixed_layers_shrink_the_running_length_and_global_rounds_half_to_even()
     assert plan([1000.0, -1000.0], (7, 7), rules).sides_px == (7, 4)  # 3.5
 
 
-def test_an_alpha_that_is_not_a_number_gives_the_smallest_shape_and_a_loss_that_is_not_one_either() -> None:
+def test_a_nan_alpha_gives_the_smallest_shape_and_a_nan_loss() -> None:
     net = opened(small())
     move(net, math.nan, 0, 0)
     assert net.plan((SIDE, SIDE)).sides_px[0] == SIDE // 2
@@ -171,7 +171,7 @@ def test_an_alpha_that_is_not_a_number_gives_the_smallest_shape_and_a_loss_that_
 
 @pytest.mark.parametrize("s", [0.55, 0.65, 0.75, 0.85, 0.95])
 @pytest.mark.parametrize("limit_px", [1, 3, 9, 15, 30, 100])
-def test_the_limit_bounds_the_last_side_and_nothing_below_it(s: float, limit_px: int) -> None:
+def test_the_limit_acts_only_if_the_last_side_exceeds_it(s: float, limit_px: int) -> None:
     drawn = [for_factor(s)] * 6
     free, bounded = plan(drawn, (224, 224), local(6)), plan(drawn, (224, 224), local(6, limit_px))
     if 224 * s**6 < limit_px:
@@ -182,7 +182,7 @@ def test_the_limit_bounds_the_last_side_and_nothing_below_it(s: float, limit_px:
         assert bounded.sides_px[-1] <= limit_px
 
 
-def test_the_limit_knows_only_the_last_side() -> None:
+def test_the_limit_does_not_bound_earlier_sides() -> None:
     half, whole = for_factor(0.5 + 1e-12), for_factor(1 - 1e-12)
     front, back = [whole] * 5 + [half], [half] + [whole] * 5
     assert plan([for_factor(0.8)] * 6, (224, 224), local(6, 15)).sides_px == (142, 90, 57, 36, 22, 14)
@@ -201,7 +201,7 @@ def test_the_penalty_is_continuous_where_the_limit_begins_to_act() -> None:
 
 
 @pytest.mark.parametrize(("s", "b"), [(0.5, -0.285), (0.6, -0.142)])
-def test_weights_sum_to_one_or_two_and_may_leave_their_range_under_a_limit(s: float, b: float) -> None:
+def test_weights_sum_to_one_or_two_and_may_be_negative_under_a_limit(s: float, b: float) -> None:
     drawn = torch.tensor([for_factor(s + 1e-12)] * 2, dtype=torch.float64)
     found = weights(drawn, 0.715, torch.tensor([1.0, 2.0], dtype=torch.float64))
     torch.testing.assert_close(found[0], torch.tensor([1 - b, b], dtype=torch.float64), atol=1e-9, rtol=0)
@@ -232,7 +232,7 @@ def resize(x: Tensor, size: Size) -> Tensor:
 @pytest.mark.parametrize("rule", ["local", "global"])
 @pytest.mark.parametrize("limit_px", [None, 3])
 @pytest.mark.parametrize("residual", [False, True])
-def test_a_cell_is_the_formula_written_out(
+def test_an_adaptor_computes_the_papers_formula(
     height: int, width: int, rule: Any, limit_px: int | None, residual: bool
 ) -> None:
     x = torch.randn(2, 4, height, width, dtype=torch.float64)
@@ -264,14 +264,14 @@ def test_at_alpha_0_a_residual_cell_is_the_sum_and_a_plain_one_the_mean_of_its_b
         torch.testing.assert_close(found.double(), both if residual else both / 2, rtol=1e-6, atol=1e-6)
 
 
-def test_a_branch_alone_remains_at_either_end() -> None:
+def test_one_branch_remains_at_either_extreme_of_alpha() -> None:
     smaller, larger = torch.rand(1, 2, 4, 4), torch.rand(1, 2, 8, 8)
     for alpha, left in ((-200.0, resize(smaller.double(), (5, 5))), (200.0, resize(larger.double(), (5, 5)))):
         found = Adaptor(0)(smaller, larger, Cells(((5, 5),), weights(torch.tensor([alpha]), 1.0, torch.ones(1))))
         torch.testing.assert_close(found.double(), left, rtol=1e-6, atol=1e-6)
 
 
-def test_resizing_to_the_same_size_changes_no_bit_and_to_one_pixel_takes_the_corner() -> None:
+def test_resizing_to_the_same_size_is_the_identity_and_to_one_pixel_takes_the_corner() -> None:
     x = torch.rand(1, 2, 6, 6)
     one = Cells(((6, 6),), torch.tensor([[0.0, 1.0]]))
     assert torch.equal(Adaptor(0)(x, x, one), x)
@@ -280,21 +280,21 @@ def test_resizing_to_the_same_size_changes_no_bit_and_to_one_pixel_takes_the_cor
 
 
 @pytest.mark.parametrize(("ceil", "sides"), [(False, (3, 7)), (True, (4, 8))])
-def test_pooling_halves_odd_sides_down_or_up_and_leaves_single_pixels(ceil: bool, sides: Size) -> None:
+def test_pooling_rounds_odd_sides_down_or_up_and_keeps_single_pixels(ceil: bool, sides: Size) -> None:
     assert halved(torch.rand(1, 1, 7, 15), ceil).shape[2:] == sides
     assert halved(torch.rand(1, 1, 1, 15), ceil).shape[2:] == (1, sides[1])
     x = torch.rand(2, 3, 1, 1)
     assert torch.equal(halved(x, ceil), x)
 
 
-def test_a_pooled_adaptor_of_a_single_pixel_passes_it_on() -> None:
+def test_a_pooled_adaptor_of_a_single_pixel_is_the_identity() -> None:
     x = torch.rand(2, 3, 1, 1)
     shape = Shape([0.3], Rules((1.0,), (False,)))
     drawn = shape.plan((1, 1))
     torch.testing.assert_close(PooledAdaptor(0, False)(x, Cells(drawn.sizes, shape.weights(1.0))), x)
 
 
-def test_gradients_of_an_adaptor_are_right() -> None:
+def test_gradients_of_an_adaptor_pass_gradcheck() -> None:
     smaller = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     larger = torch.randn(1, 2, 6, 6, dtype=torch.float64, requires_grad=True)
     alpha = torch.randn(1, dtype=torch.float64, requires_grad=True)
@@ -332,7 +332,7 @@ def test_the_gradient_of_alpha_is_the_closed_form(net: str, mode: str, limit_px:
     torch.testing.assert_close(alphas(model).grad, expected, rtol=1e-6, atol=1e-10)  # logits' loss is in fp32
 
 
-def test_alpha_learns_nothing_where_both_branches_look_alike() -> None:
+def test_alpha_has_no_gradient_if_both_branches_are_equal() -> None:
     shape = Shape([0.2], Rules((1.0,), (True,)))
     same = torch.ones(1, 2, 8, 8)
     Adaptor(0)(same[:, :, :4, :4], same, Cells(((6, 6),), shape.weights(1.0))).square().sum().backward()
@@ -363,7 +363,7 @@ def test_alpha_learns_nothing_where_both_branches_look_alike() -> None:
         ("vgg16", "autotl", 224, (1, 3, 6, 9, 12)),
     ],
 )
-def test_adaptors_stand_where_the_paper_has_them(net: Any, mode: Any, side_px: int, at: tuple[int, ...]) -> None:
+def test_adaptors_have_the_places_of_the_paper(net: Any, mode: Any, side_px: int, at: tuple[int, ...]) -> None:
     assert places(ShapeConfig(net=net, mode=mode, side_px=side_px)) == at
 
 
@@ -374,7 +374,7 @@ def test_the_number_of_adaptors_follows_the_input_side(side_px: int, count: int)
 
 
 @pytest.mark.parametrize(("net", "mode"), list(product(NETS, ("sa", "autosc"))))
-def test_any_number_of_adaptors_that_fits_stands_apart_and_never_on_the_last_layer(net: Any, mode: Any) -> None:
+def test_adaptors_have_distinct_places_and_none_is_the_last_layer(net: Any, mode: Any) -> None:
     last = {"resnet50": 16, "mobilenet_v2": 18}.get(net, 12)
     most = ShapeConfig(net=net, mode=mode).most_adaptors
     for count in range(1, most + 1):
@@ -393,7 +393,7 @@ def test_first_alphas_are_those_of_the_mode() -> None:
     assert first_alphas(ShapeConfig(side_px=32)) == (initial_alpha(32, 8, 4),) * 4
 
 
-def test_a_net_may_start_with_factors_of_its_own_and_keep_them() -> None:
+def test_a_net_may_have_given_initial_factors_and_keep_them() -> None:
     factors = (0.55, 0.7, 0.9, 0.98)
     config = ShapeConfig(net="vgg16_bn", side_px=32, width=0.125, factors=factors, alpha_every=None)
     assert [factor(alpha) for alpha in first_alphas(config)] == pytest.approx(list(factors))
@@ -600,7 +600,7 @@ def blocks(net: ShapeNet) -> Iterator[nn.Module]:
         ("vgg16_bn", 224, 1000, {0.574: 9.1, 0.64: 18.2, 0.715: 39.2}),
     ],
 )
-def test_the_price_of_uniform_factors_is_the_published_one(
+def test_macs_of_uniform_factors_are_the_published_ones(
     net: Any, side_px: int, classes: int, gmacs: dict[float, float]
 ) -> None:
     model = on_meta(ShapeConfig(net=net, side_px=side_px), classes)
@@ -628,7 +628,7 @@ def test_lost_residuals_are_the_published_ones() -> None:
     assert lost("sa", 224, keep_residual=True) == []
 
 
-def test_channels_are_multiples_of_eight_not_far_below_what_was_asked() -> None:
+def test_channels_are_rounded_to_multiples_of_eight() -> None:
     assert [rounded(c) for c in (1, 8, 11.9, 12, 18, 24, 64, 1408)] == [8, 8, 16, 16, 24, 24, 64, 1408]
 
 
@@ -645,7 +645,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("net", "mode"), SOME)
-def test_a_forward_reads_the_alphas_once_after_they_moved_and_never_else(
+def test_a_forward_reads_the_alphas_only_after_they_changed(
     net: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, config = opened(small(net, mode)), small(net, mode)
@@ -667,7 +667,7 @@ def test_a_forward_reads_the_alphas_once_after_they_moved_and_never_else(
     assert [step(), step()] == [1, 0]
 
 
-def test_a_forward_with_loss_runs_where_nothing_can_be_read() -> None:
+def test_forward_and_loss_read_no_tensor() -> None:
     for net, mode in SOME:
         config = small(net, mode, limit_px=4)
         model = on_meta(config, CLASSES)
@@ -707,7 +707,7 @@ def test_the_plan_follows_a_state_that_is_loaded_a_copy_and_an_average() -> None
     assert fresh.plan((SIDE, SIDE)) == expected
 
 
-def test_a_copy_goes_its_own_way() -> None:
+def test_a_copy_is_independent() -> None:
     net = opened(small())
     for _ in range(3):  # versions that a copy, which counts from 0 again, reaches later
         move(net, 0.0, 0.0, 0.0)
@@ -721,7 +721,7 @@ def test_a_copy_goes_its_own_way() -> None:
     assert torch.equal(twin(images()).alphas, torch.full((3,), 3.0))
 
 
-def test_a_net_made_in_inference_mode_is_read_each_time() -> None:
+def test_the_alphas_of_a_net_made_in_inference_mode_are_read_at_each_forward() -> None:
     with torch.inference_mode():
         net = opened(small()).eval()
         first = net.plan((SIDE, SIDE))
@@ -729,7 +729,7 @@ def test_a_net_made_in_inference_mode_is_read_each_time() -> None:
         assert net.plan((SIDE, SIDE)) != first
 
 
-def test_nets_of_different_type_in_one_process_do_not_touch_each_other() -> None:
+def test_nets_in_one_process_do_not_affect_each_other() -> None:
     makers = [small(), small(rule="global"), small(limit_px=3), small("resnet50", "autosc"), small("mobilenet_v2")]
     with torch.no_grad():
         alone = [warmed(opened(config))(images()) for config in makers]
@@ -801,7 +801,7 @@ def test_alphas_and_blend_keep_fp32(net: str) -> None:
 
 
 @pytest.mark.parametrize("net", NETS[1:])
-def test_channels_last_stays_so(net: str) -> None:
+def test_channels_last_is_preserved(net: str) -> None:
     model = warmed(opened(small(net))).to(memory_format=torch.channels_last)
     found: list[bool] = []
     for module in model.modules():
@@ -819,7 +819,7 @@ def test_channels_last_stays_so(net: str) -> None:
 
 
 @pytest.mark.parametrize(("net", "mode"), [*SOME, ("vgg16_bn", "autosc"), ("resnet50", "human")])
-def test_predicted_prices_are_those_counted_on_the_very_forward(net: str, mode: str) -> None:
+def test_predicted_costs_equal_those_counted_on_the_forward(net: str, mode: str) -> None:
     model = opened(small(net, mode)).eval()
     values: list[int] = []
     for module in model.body.modules():
@@ -836,7 +836,7 @@ def test_predicted_prices_are_those_counted_on_the_very_forward(net: str, mode: 
         assert model.costs.macs(*asked) == found.macs
 
 
-def test_asking_for_the_price_costs_nothing_where_macs_are_counted() -> None:
+def test_measuring_a_cost_is_not_counted_by_a_mac_counter() -> None:
     expected = cost.measure(opened(small()), images(1))
     assert cost.measure(opened(small(max_mvalues=1e3, max_gmacs=1e3)), images(1)) == expected
 
@@ -867,7 +867,7 @@ def test_a_plan_above_its_budget_is_refused_before_anything_runs(key: str) -> No
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, 5), (3, 10), (20, 41), (1500, 10)])
-def test_alphas_move_first_and_as_often_as_asked(every: int, steps: int) -> None:
+def test_alphas_move_first_and_every_alpha_every_steps(every: int, steps: int) -> None:
     config = small(alpha_every=every)
     found = [tuple(updates(config, step)) for step in range(steps)]
     assert set(found) <= {("shape", "main"), ("main",)}
@@ -876,7 +876,7 @@ def test_alphas_move_first_and_as_often_as_asked(every: int, steps: int) -> None
     assert updates(small(mode="human"), 0) == ["main"]
 
 
-def test_alphas_are_apart_and_never_decay() -> None:
+def test_alphas_are_outside_ddp_and_without_weight_decay() -> None:
     config = small()
     net = opened(config)
     (params,) = groups(config, net)["shape"]
@@ -890,7 +890,7 @@ def test_alphas_are_apart_and_never_decay() -> None:
     assert set(groups(human, opened(human))) == {"main"}
 
 
-def test_each_phase_moves_its_own_parameters_alone() -> None:
+def test_each_optimizer_moves_only_its_parameters() -> None:
     config = small(alpha_every=2)
     rates = {"shape": OptimizerConfig(lr=5.0, weight_decay=0.0)}
     settings = TrainingConfig(batch_size=8, epochs=4, optimizer=OptimizerConfig(lr=0.05), other_optimizers=rates)
@@ -973,7 +973,7 @@ def test_the_frozen_net_exports_for_any_number_of_images(net: str) -> None:
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
-def test_a_frozen_net_stays_as_it_was_and_refuses_other_sizes() -> None:
+def test_a_frozen_net_does_not_change_and_refuses_other_sizes() -> None:
     model = warmed(opened(small()))
     policy, live = AtShape(), Live()
     frozen = freeze(model, (SIDE, SIDE))
@@ -993,7 +993,7 @@ def test_a_frozen_net_stays_as_it_was_and_refuses_other_sizes() -> None:
         frozen(images(1, 20, 16))
 
 
-def test_the_price_is_constant_for_a_shape_and_taken_anew_when_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_macs_are_measured_once_per_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     model, policy = warmed(opened(small())), Live()
     measured: list[int] = []
     real = cost.measure
@@ -1023,7 +1023,7 @@ def test_facts_are_the_side_of_each_stage_and_the_alphas() -> None:
         assert Live().predict(human, images()).facts == {}
 
 
-def test_a_net_that_is_built_and_loaded_anew_takes_the_same_sizes() -> None:
+def test_a_net_rebuilt_from_its_state_has_the_same_sizes() -> None:
     model = warmed(opened(small(limit_px=4)))
     move(model, 1.5, -0.3, 0.9)
     again = opened(small(limit_px=4), seed=3).eval()
@@ -1048,7 +1048,7 @@ def torchvisions(net: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_torchvisions_weights_are_all_taken_but_the_head(net: Any) -> None:
+def test_torchvisions_weights_are_loaded_except_for_the_head(net: Any) -> None:
     plain, tensors = torchvisions(net)
     human = build(ShapeConfig(net=net, mode="human"), CLASSES)
     kept = load_pretrained(ShapeConfig(net=net, mode="human"), human, tensors)
@@ -1093,7 +1093,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(resnet: dict[str, Tensor]) 
         load_pretrained(ShapeConfig(mode="sa"), on_meta(ShapeConfig(mode="sa"), CLASSES), resnet)
 
 
-def test_a_released_autotl_checkpoint_is_taken_whole(resnet: dict[str, Tensor]) -> None:
+def test_a_released_autotl_checkpoint_is_loaded_completely(resnet: dict[str, Tensor]) -> None:
     config = ShapeConfig(mode="autotl")
     learned = {name: torch.tensor(float(number)) for number, name in enumerate(RELEASED_ALPHAS)}
     net = build(config, 1000)
@@ -1104,7 +1104,7 @@ def test_a_released_autotl_checkpoint_is_taken_whole(resnet: dict[str, Tensor]) 
     assert torch.equal(net.body.fc.weight.detach(), resnet["fc.weight"])
 
 
-def test_our_own_weights_come_back_whole() -> None:
+def test_our_own_weights_are_loaded_completely() -> None:
     net, other = opened(small()), opened(small(), seed=1)
     move(other, 1.0, 2.0, 3.0)
     assert list(load_pretrained(small(), net, other.state_dict())) == []
@@ -1127,7 +1127,7 @@ def test_initial_weights_are_drawn_as_published() -> None:
     assert all((module.weight == 1).all() for module in mobile.modules() if isinstance(module, nn.BatchNorm2d))
 
 
-def test_options_change_what_they_say() -> None:
+def test_options_have_their_documented_effect() -> None:
     doubled, single = opened(small("resnet50")), opened(small("resnet50", doubled=False))
     assert doubled.shape.get_buffer("total").tolist() == [1, 2, 2]  # the stem's cell is a plain one
     assert single.shape.get_buffer("total").tolist() == [1, 1, 1]
@@ -1186,7 +1186,7 @@ CONTROLS = [name for name in RECIPES if name.endswith(":human")]
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-def test_a_control_differs_from_what_it_is_held_against_in_the_shape_alone(control: str) -> None:
+def test_a_human_control_differs_only_in_its_shape(control: str) -> None:
     adaptive = control.removesuffix(":human")
     mine, theirs = (run_config.load(recipe, data_home="/data").model_dump() for recipe in (control, adaptive))
     assert mine["family"].pop("mode") == "human" != theirs["family"].pop("mode")
