@@ -17,12 +17,11 @@ from typing import Any, Protocol, Self, TypeAlias, TypeVar, cast, runtime_checka
 
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, JsonValue
-from pipeline.figures import Figure
+from pipeline.figures import Arrays, Figure
 
 Settings: TypeAlias = "Mapping[str, int | float | str | bool]"
 T = TypeVar("T")
@@ -106,6 +105,7 @@ class Latency:
     waited_share: float = 0.0
 
     def to_json(self) -> dict[str, JsonValue]:
+        """The record as JSON can hold it, with its format number."""
         return {"format": LATENCY_FORMAT, **asdict(self)}
 
     @classmethod
@@ -181,14 +181,14 @@ class Evaluated:
     name: str
     family: str
     config: FamilyConfig
-    recipe: Mapping[str, Any]  # RunConfig
+    recipe: Mapping[str, JsonValue]  # RunConfig
     classes: tuple[str, ...]
     data: str  # identity of the evaluated split
     side_px: int  # of the evaluated images
     step: int
     parameters: int
     reports: Sequence[Report]
-    details: Callable[[str], Mapping[str, NDArray[Any]] | None] = lambda policy: None
+    details: Callable[[str], Arrays | None] = lambda policy: None
     curves: Callable[[], Curves] = dict
     attacked: Mapping[str, Sequence[Report]] = field(default_factory=dict)
     swept: Mapping[str, Sequence[Report]] = field(default_factory=dict)
@@ -242,7 +242,7 @@ class Fitted(Policy, Protocol):
         """The result of calibration as JSON values; {} before it."""
         ...
 
-    def restored(self, state: Mapping[str, Any]) -> Policy:
+    def restored(self, state: Mapping[str, JsonValue]) -> Policy:
         """The calibrated policy with a state that `state` returned."""
         ...
 

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Number: TypeAlias = "float | None"
+Array: TypeAlias = "NDArray[Any]"  # of any dtype
+Arrays: TypeAlias = "Mapping[str, Array]"  # of a split by image, as stored with an evaluation
 Cell: TypeAlias = "str | float | int | None"
 
 OTHERS = "other classes"
@@ -216,8 +218,8 @@ class Efforts:
     arrays: those stored with the evaluation. effort: [N]. text_of: an effort as text.
     """
 
-    arrays: Mapping[str, NDArray[Any]]
-    effort: NDArray[Any]
+    arrays: Arrays
+    effort: Array
     text_of: Callable[[float], str]
     classes: Sequence[str]
 
@@ -244,7 +246,7 @@ class Efforts:
         wide = [number for number, spread in spreads.items() if spread > 0]
         return sorted(wide, key=lambda number: -spreads[number])[:GALLERY_CLASSES]
 
-    def _entries(self, places: NDArray[Any]) -> list[tuple[int, str]]:
+    def _entries(self, places: Array) -> list[tuple[int, str]]:
         return [(int(self.arrays["rows"][place]), self._text(int(place))) for place in places]
 
     def _text(self, place: int) -> str:

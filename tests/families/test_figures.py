@@ -577,9 +577,7 @@ def test_times_of_different_machines_are_not_compared(arrn: Evaluated, plain: Ev
     assert "arrn-time-by-resolution" not in drawn(unmeasured)
 
 
-def test_dropout_and_skipping_are_tabulated_for_nets_with_and_without_dropout(
-    arrn: Evaluated, folder: Path
-) -> None:
+def test_dropout_and_skipping_are_tabulated_for_nets_with_and_without_dropout(arrn: Evaluated, folder: Path) -> None:
     without = told_apart(trained("arrn", folder, "without", latency=False, drop=0.0))
     name = "arrn-dropout-and-skipping"
     assert name not in drawn(arrn) and name not in drawn(without, replace(without, name="again"))

@@ -6,9 +6,8 @@ Source: Figs. 3-5 of Veit & Belongie, ECCV 2018 (arXiv 1711.11503).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.families.convnet_aig.model import AigConfig
 from pipeline.family import Evaluated, Report
 from pipeline.figures import (
+    Arrays,
     Bars,
     Efforts,
     Figure,
@@ -29,8 +29,6 @@ from pipeline.figures import (
     numbered,
     over_training,
 )
-
-Arrays = Mapping[str, NDArray[Any]]
 
 
 def figures(mine: Sequence[Evaluated], others: Sequence[Evaluated]) -> list[Figure]:

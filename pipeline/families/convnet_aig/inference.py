@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +112,8 @@ class ExpectedRate(MeasuresOnce):
     def state(self) -> Mapping[str, JsonValue]:
         return {"rates": list(self.rates)} if self.rates else {}
 
-    def restored(self, state: Mapping[str, Any]) -> ExpectedRate:
-        return replace(self, rates=tuple(state["rates"]))
+    def restored(self, state: Mapping[str, JsonValue]) -> ExpectedRate:
+        return replace(self, rates=tuple(cast(list[float], state["rates"])))
 
     def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> ExpectedRate:
         assert isinstance(net, Aig)

@@ -5,15 +5,14 @@ Letters: N images, E exits, S sub-networks; both are numbered from 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.families.ranet.config import RanetConfig
 from pipeline.family import Evaluated, Report
 from pipeline.figures import (
+    Arrays,
     Bars,
     Cell,
     Efforts,
@@ -29,8 +28,6 @@ from pipeline.figures import (
     numbered,
     over_training,
 )
-
-Arrays = Mapping[str, NDArray[Any]]
 
 
 def figures(mine: Sequence[Evaluated], others: Sequence[Evaluated]) -> list[Figure]:

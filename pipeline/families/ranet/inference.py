@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp, inf
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -241,9 +241,9 @@ class MacsBudget:
         """thresholds [E - 1], null where no image exits; q, expected_macs per image, num_images; {} before the fit."""
         return {} if self.thresholds is None else {"thresholds": list(self.thresholds), **self.fit}
 
-    def restored(self, state: Mapping[str, Any]) -> MacsBudget:
+    def restored(self, state: Mapping[str, JsonValue]) -> MacsBudget:
         """The policy with stored thresholds. Raises ConfigError if they are of a net with another number of exits."""
-        stored = tuple(state.get("thresholds", ()))
+        stored = tuple(cast(list[float | None], state.get("thresholds", [])))
         if len(stored) != self.num_exits - 1:
             raise ConfigError(
                 f"policy {self.name}: the {len(stored)} stored thresholds are those of another net; this one has "
