@@ -1,4 +1,4 @@
-"""Laws of the loaders: pixels a function of seed and step, odd images right, bad ones replaced, a clean end."""
+"""Laws of the loaders: pixels depend on seed and step, odd images are right, bad ones are replaced."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from raised import fails
 from torchvision.transforms import v2
 
-from pipeline.data import crop_geometry, dali
+from pipeline.compat.dali import operator_failure
+from pipeline.data import crop_geometry
+from pipeline.data.background import DecodeError
 from pipeline.data.bad import BadImages
 from pipeline.data.config import AugmentConfig, DataConfig
-from pipeline.data.dali import DecoderConfig, EvalLoader, TrainBatch, TrainLoader, decode
+from pipeline.data.dali import Decoder, DecoderConfig, EvalLoader, TrainBatch, TrainLoader, decode
 from pipeline.data.feed import TrainSource, read_ahead
 from pipeline.data.index import ImageIndex, open_index
 from pipeline.data.pack import pack
 from pipeline.data.reader import Reader
 from pipeline.data.stream import Stream
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, UndecodableError
 from tests import images
 
 CPU = torch.device("cpu")
@@ -84,7 +87,8 @@ def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loader(root: Path | ImageIndex, rank: int = 0, world: int = 1, **keys: Any) -> TrainLoader:
     index = root if isinstance(root, ImageIndex) else open_index(root)
-    own = {name: keys.pop(name) for name in ("bad", "on_event", "start_step", "threads", "batch_size") if name in keys}
+    names = ("bad", "on_event", "start_step", "threads", "batch_size", "decoder")
+    own = {name: keys.pop(name) for name in names if name in keys}
     data = {"side_px": 32, "max_bad_share": 0.2, "lanes": 4, "window": 4} | keys
     settings = {"seed": 5, "batch_size": 10, "device": CPU, "threads": 2} | own
     return TrainLoader(index, DataConfig(root=index.root, **data), rank=rank, world=world, **settings)
@@ -119,7 +123,7 @@ def merged(shares: list[TrainBatch]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 @pytest.mark.parametrize("crop", AUGMENTS)
-def test_a_restart_at_any_step_goes_on_bitwise(folder: Path, shards: Path, shuffle: str, crop: str) -> None:
+def test_a_restart_at_any_step_resumes_bitwise(folder: Path, shards: Path, shuffle: str, crop: str) -> None:
     root = shards if shuffle == "block" else folder
     keys = {"shuffle": shuffle, "augment": AUGMENTS[crop]}
     whole = batches(root, 8, **keys)
@@ -141,17 +145,17 @@ def test_global_batches_are_the_same_for_1_2_and_4_ranks(shards: Path, shuffle: 
             assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_what_was_handed_over_counts_not_what_was_made(folder: Path) -> None:
+def test_batches_count_when_they_are_returned_not_when_they_are_prepared(folder: Path) -> None:
     whole = batches(folder, 6)
     made = loader(folder)
     first = list(islice(made, 3))
-    made.close()  # some batches are ready by now; they do not count
+    made.close()  # some more batches are ready by now
     rest = list(islice(made, 3))
     made.close()
     assert all(same(a, b) for a, b in zip(whole, first + rest, strict=True))
 
 
-def test_windows_show_what_torchvision_cuts_from_what_pillow_decodes(folder: Path) -> None:
+def test_windows_are_torchvisions_crops_of_pillows_pictures(folder: Path) -> None:
     index = open_index(folder)
     for crop, augment in AUGMENTS.items():
         with loader(index, augment=augment, batch_size=37) as made:
@@ -169,10 +173,14 @@ def test_windows_show_what_torchvision_cuts_from_what_pillow_decodes(folder: Pat
             assert difference.max() <= (1 if name in ("CMYK", "YCCK") else 0), (crop, name)
 
 
-def test_the_side_changes_by_epoch_without_a_new_pipeline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built, pipeline = [], dali._pipeline
-    monkeypatch.setattr(dali, "_pipeline", lambda *config: built.append(1) or pipeline(*config))
-    found = batches(folder, 11, side_px=24, side_schedule=((1, 32), (2, 48)))
+def test_the_side_changes_by_epoch_without_a_new_decoder(folder: Path) -> None:
+    built: list[DecoderConfig] = []
+
+    def decoder(config: DecoderConfig) -> Decoder:
+        built.append(config)
+        return Decoder(config)
+
+    found = batches(folder, 11, side_px=24, side_schedule=((1, 32), (2, 48)), decoder=decoder)
     assert {batch.epoch: batch.images.shape[1] for batch in found} == {0: 24, 1: 32, 2: 48} and len(built) == 1
     (fixed,) = batches(folder, 1, start_step=5, side_px=32)
     (changed,) = batches(folder, 1, start_step=5, side_px=24, side_schedule=((1, 32), (2, 48)))
@@ -197,7 +205,7 @@ def test_block_shuffle_reads_the_set_once_over_four_ranks(tmp_path: Path, monkey
 
 
 def bytes_read(index: ImageIndex, shuffle: Any, rank: int, cache: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """What `rank` of 4 reads from storage in an epoch, fetched ahead or not."""
+    """Bytes that `rank` of 4 reads from storage in an epoch, ahead of their use or not."""
     page, cached, missed = 4096, OrderedDict[tuple[str, int], None](), 0
 
     def touch(number: int, offset: int, length: int) -> None:
@@ -225,7 +233,7 @@ def bytes_read(index: ImageIndex, shuffle: Any, rank: int, cache: int, monkeypat
 # --- odd and bad images
 
 
-def test_odd_images_come_out_as_the_right_picture() -> None:
+def test_odd_images_are_decoded_as_pillow_decodes_them() -> None:
     config = DataConfig(root=Path("nowhere"), eval_side_px=64, eval_resize_px=64)
     found = decode(list(ODD.values()), config, CPU)
     for name, encoded, picture in zip(ODD, ODD.values(), found, strict=True):
@@ -234,7 +242,7 @@ def test_odd_images_come_out_as_the_right_picture() -> None:
 
 
 def undecodable(encoded: bytes) -> bytes:
-    """A JPEG whole by its ends, but its Huffman table is none: only decoding shows it."""
+    """A JPEG with start and end, but a damaged Huffman table: only decoding shows it."""
     broken = bytearray(encoded)
     broken[broken.find(b"\xff\xc4") + 5] = 200
     return bytes(broken)
@@ -242,7 +250,7 @@ def undecodable(encoded: bytes) -> bytes:
 
 @pytest.fixture
 def damaged(folder: Path, tmp_path: Path) -> tuple[ImageIndex, ImageIndex]:
-    """(the set, a copy of it with images 12, the last of its class, and 20 damaged after the index was made)."""
+    """(the set, a copy in which images 12, the last of its class, and 20 were damaged after the index was built)."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     broken = open_index(copy)
@@ -252,7 +260,7 @@ def damaged(folder: Path, tmp_path: Path) -> tuple[ImageIndex, ImageIndex]:
     return open_index(folder), broken
 
 
-def test_bad_images_are_replaced_by_rule_and_everything_else_stays(damaged: tuple[ImageIndex, ImageIndex]) -> None:
+def test_bad_images_are_replaced_and_all_others_stay_the_same(damaged: tuple[ImageIndex, ImageIndex]) -> None:
     good, broken = damaged
     events: list[dict[str, Any]] = []
     expected = batches(good, 8)
@@ -268,13 +276,13 @@ def test_bad_images_are_replaced_by_rule_and_everything_else_stays(damaged: tupl
         )
         assert (b.rows[planned.rows == 12] == 0).all() and (b.rows[planned.rows == 20] == 21).all()
     assert {event["file"]: (event["kind"], event["reason"]) for event in events} == {
-        broken.file(12): ("bad-image", "truncated JPEG (no end marker)"),  # whatever its window shows of it
+        broken.file(12): ("bad-image", "truncated JPEG (no end marker)"),  # even if its window is intact
         broken.file(20): ("bad-image", "does not decode"),
     }
     assert len(events) == 2 and all(0 <= event["pause_s"] < 5 for event in events)
 
 
-def test_a_restart_amid_bad_images_goes_on_bitwise(damaged: tuple[ImageIndex, ImageIndex]) -> None:
+def test_a_restart_with_known_bad_images_resumes_bitwise(damaged: tuple[ImageIndex, ImageIndex]) -> None:
     _, broken = damaged
     with loader(broken) as made:
         whole = []
@@ -287,7 +295,7 @@ def test_a_restart_amid_bad_images_goes_on_bitwise(damaged: tuple[ImageIndex, Im
     assert all(same(a, b) for a, b in zip(whole[4:], batches(broken, 4, start_step=4, bad=bad), strict=True))
 
 
-def test_two_ranks_go_on_and_what_one_finds_the_other_replaces_from_then_on(
+def test_a_bad_image_that_one_rank_finds_is_replaced_on_the_other_too(
     damaged: tuple[ImageIndex, ImageIndex],
 ) -> None:
     _, broken = damaged
@@ -295,7 +303,7 @@ def test_two_ranks_go_on_and_what_one_finds_the_other_replaces_from_then_on(
     shares = [loader(broken, rank, 2) for rank in range(2)]
     for step in range(8):
         found = merged([next(share) for share in shares])
-        for share in shares:  # as the trainer does when it logs; batches made before are made anew
+        for share in shares:  # as the trainer does when it logs; batches that were ready are prepared again
             for other in shares:
                 share.bad.merge(other.bad.state())
         assert torch.equal(found["images"], merged([alone[step]])["images"])
@@ -303,7 +311,7 @@ def test_two_ranks_go_on_and_what_one_finds_the_other_replaces_from_then_on(
         share.close()
 
 
-def test_what_another_rank_finds_is_replaced_in_batches_that_were_ready(folder: Path) -> None:
+def test_a_bad_image_of_another_rank_is_replaced_in_batches_that_were_ready(folder: Path) -> None:
     with loader(folder) as made:
         next(made)
         time.sleep(0.5)  # the next ones are ready
@@ -320,12 +328,12 @@ def test_a_class_without_a_good_image_ends_the_run(tmp_path: Path) -> None:
     for name, encoded in {"a": images.jpeg(), "b": images.jpeg()[:-40]}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "image.jpg").write_bytes(encoded)
-    with pytest.raises(DataError, match="no image of class 'b' can be decoded"):
+    with fails(DataError, "data.root", subject="b"):
         batches(tmp_path, 3, batch_size=2, max_bad_share=1.0)
     assert not background_threads()
 
 
-def test_a_file_that_is_gone_and_an_image_without_a_size_are_replaced_and_named(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_file_and_an_image_without_a_size_are_replaced_and_reported(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (copy / "class-1/04.JPEG").write_bytes(images.TEXT)
@@ -342,24 +350,39 @@ def test_a_file_that_is_gone_and_an_image_without_a_size_are_replaced_and_named(
 
 def test_too_many_bad_images_end_the_run(damaged: tuple[ImageIndex, ImageIndex]) -> None:
     _, broken = damaged
-    with pytest.raises(DataError, match=r"2 of 37 images .*data\.max_bad_share"):
+    with fails(DataError, "data.max_bad_share", subject=0.03):
         batches(broken, 8, max_bad_share=0.03)
     assert not background_threads()
 
 
-def test_an_error_that_no_image_explains_is_raised_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    take, calls = dali.Decoder.take, []
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), DecodeError("no image is to blame")])
+def test_an_error_without_an_image_to_blame_is_raised_as_it_is(folder: Path, error: RuntimeError) -> None:
+    takes: list[int] = []
 
-    def fail_once(decoder: dali.Decoder) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("out of memory")
-        return take(decoder)
+    class FailingOnce(Decoder):
+        def take(self) -> torch.Tensor:
+            takes.append(1)
+            if len(takes) == 3:
+                raise error
+            return super().take()
 
-    monkeypatch.setattr(dali.Decoder, "take", fail_once)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        batches(folder, 8)
-    assert not background_threads()
+    with pytest.raises(type(error)) as raised:
+        batches(folder, 8, decoder=FailingOnce)
+    assert raised.value is error and not background_threads()
+
+
+def test_only_an_operators_failure_counts_as_a_decode_error() -> None:
+    decoder = Decoder(DecoderConfig(CPU, gpu=False, threads=1, most=1))
+    geometry = DataConfig(root=Path("nowhere"), side_px=32).eval_geometry(np.array([[48, 64]], dtype=np.int32))
+    with pytest.raises(DecodeError):
+        decoder.put([undecodable(images.jpeg(64, 48))], geometry)
+        decoder.take()
+    decoder.close()
+    assert operator_failure(RuntimeError("CUDA error: out of memory")) is None
+    assert (
+        operator_failure(RuntimeError("Error in CPU operator `resize`,\nencountered:\n\nno such size"))
+        == "no such size"
+    )
 
 
 # --- evaluation
@@ -375,7 +398,7 @@ def evaluated(index: ImageIndex, world: int = 1) -> tuple[dict[int, torch.Tensor
     unreadable = []
     for rank in range(world):
         made = walk(index, rank, world)
-        for _ in range(2):  # it can be walked again
+        for _ in range(2):  # it can be iterated again
             shown = [
                 (int(row), picture) for batch in made for row, picture in zip(batch.rows, batch.images, strict=True)
             ]
@@ -400,13 +423,13 @@ def test_every_image_is_evaluated_once_for_any_number_of_ranks(damaged: tuple[Im
 
 @pytest.mark.parametrize("resize", ["torch", "dali"])
 @pytest.mark.parametrize(("side", "resized"), [(32, 40), (33, 33), (48, 40), (47, 40), (64, 64), (31, 50)])
-def test_evaluation_shows_what_torchvisions_resize_and_centre_crop_show(side: int, resized: int, resize: Any) -> None:
-    """The graph that runs on a GPU runs here on CPU: its resize rounds otherwise, its windows must not."""
+def test_evaluation_has_the_pixels_of_torchvisions_centre_crop(side: int, resized: int, resize: Any) -> None:
+    """resize="dali" is the graph of a GPU, run on the CPU: its resize may round differently, its windows may not."""
     encoded = [images.jpeg(width, height) for width, height in ((97, 64), (64, 97), (33, 33), (40, 20), (350, 41))]
     config = DataConfig(root=Path("nowhere"), eval_side_px=side, eval_resize_px=resized)
     pictures = [torch.from_numpy(np.array(upright(each))).permute(2, 0, 1) for each in encoded]
     sizes = np.array([picture.shape[1:] for picture in pictures], dtype=np.int32)
-    decoder = DecoderConfig(CPU, gpu=False, threads=2, most=8, resize=resize).decoder()
+    decoder = Decoder(DecoderConfig(CPU, gpu=False, threads=2, most=8, resize=resize))
     decoder.put(encoded, config.eval_geometry(sizes))
     found = decoder.take().permute(0, 3, 1, 2)
     decoder.close()
@@ -416,7 +439,7 @@ def test_evaluation_shows_what_torchvisions_resize_and_centre_crop_show(side: in
         assert difference.max() <= {"torch": 0, "dali": 2}[resize]
 
 
-def test_small_images_pass_as_they_are() -> None:
+def test_small_images_keep_their_pixels() -> None:
     encoded = [images.png(32, 32, seed) for seed in range(3)]
     config = DataConfig(root=Path("nowhere"), side_px=32, eval_resize_px=32)
     expected = np.stack([np.array(upright(each)) for each in encoded])
@@ -484,26 +507,19 @@ def test_decode_names_the_positions_that_cannot_be_decoded() -> None:
         images.truncated_jpeg(),
         images.bomb_png(),
     ]
-    with pytest.raises(DataError) as error:
+    with fails(UndecodableError, "images", subject="1, 3, 4, 5") as raised:
         decode(encoded, config, CPU)
-    for part in (
-        "4 of 6 images",
-        "image 1: not an image",
-        "image 3: does not decode",
-        "image 4: truncated",
-        "image 5: ",
-    ):
-        assert part in str(error.value)
+    assert raised.value.num_images == 6 and set(raised.value.reasons) == {1, 3, 4, 5}
     assert decode([], config, CPU).shape == (0, 32, 32, 3)
 
 
 def test_a_gpu_decoder_without_a_gpu_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.decoder \(=gpu\)"):
+    with fails(ConfigError, "data.decoder", subject="gpu"):
         loader(folder, decoder="gpu")
 
 
 def background_threads() -> list[str]:
-    """Ours and DALI's that do not end within two minutes: the system lists a thread for a moment after its end."""
+    """Our threads and DALI's that do not end within two minutes; the system lists a thread shortly after its end."""
     for _ in range(2400):
         found = [thread.name for thread in threading.enumerate() if thread.name.startswith("adaptnet")]
         for task in Path("/proc/self/task").iterdir():
@@ -516,7 +532,7 @@ def background_threads() -> list[str]:
     return found
 
 
-def test_nothing_is_left_behind_by_an_end_at_any_time(folder: Path) -> None:
+def test_no_thread_or_file_remains_when_a_loader_ends_at_any_time(folder: Path) -> None:
     list(islice(loader(folder), 0))
     assert not background_threads()  # nothing starts before it is asked for
     for count in (1, 3, 30):

@@ -1,4 +1,4 @@
-"""Archives that only packing reads: compressed shards, and tars of class folders -> Listing."""
+"""Lists the images of archives that only packing reads: compressed shards, and tars of class folders."""
 
 from __future__ import annotations
 
@@ -18,29 +18,36 @@ from pipeline.errors import DataError
 from pipeline.runs.files import whole_file
 
 
-def key_of_tars(found: SourceLayout) -> str:
-    """16 hex digits that change when an archive or the list of classes does."""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for _, path in found.tars]
-    return sha256(repr((stats, read_classes(found.root))).encode()).hexdigest()[:16]
+def key_of_tars(layout: SourceLayout) -> str:
+    """16 hex digits that change when an archive or the list of classes changes."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for _, path in layout.tars]
+    return sha256(repr((stats, read_classes(layout.root))).encode()).hexdigest()[:16]
 
 
-def listing_of_tars(found: SourceLayout, scratch: Path, workers: int, progress: Progress | None) -> Listing:
-    """The images in the tars of a source; compressed ones are unpacked into `scratch`. Raises DataError if damaged."""
-    tars = _uncompressed(found.tars, scratch, workers, progress)
-    classes = read_classes(found.root)
+def listing_of_tars(layout: SourceLayout, scratch: Path, workers: int, progress: Progress | None) -> Listing:
+    """The images in the tars of a source; compressed tars are unpacked into `scratch`.
+
+    Raises DataError for a damaged archive, and for several tars of which none is train or val by its name.
+    """
+    tars = _uncompressed(layout.tars, scratch, workers, progress)
+    classes = read_classes(layout.root)
     if all(split is not None for split, _ in tars):
         unpacked = all(scratch in path.parents for _, path in tars)
-        return from_shards(scratch if unpacked else found.root, tars, classes)
+        return from_shards(scratch if unpacked else layout.root, tars, classes)
     if len(tars) > 1:
-        names = ", ".join(path.name for _, path in found.tars[:3])
-        raise DataError(f"{found.root}: several tars ({names}), none of train or val by name; pack one at a time")
+        names = ", ".join(path.name for _, path in layout.tars[:3])
+        raise DataError(
+            f"{layout.root}: several tars ({names}), and no name says train or val; pack one at a time",
+            key="source",
+            subject=layout.root,
+        )
     return from_tree_tar(tars[0][1], classes)
 
 
 def _uncompressed(
     tars: Sequence[tuple[str | None, Path]], scratch: Path, workers: int, progress: Progress | None
 ) -> tuple[tuple[str | None, Path], ...]:
-    """The tars, the compressed ones unpacked into `scratch`, which is kept until the pack is whole."""
+    """The tars; compressed ones are unpacked into `scratch`, which exists until the pack is complete."""
     plain = [
         path if path.name.lower().endswith(".tar") else scratch / (split or "") / f"{TAR.sub('', path.name)}.tar"
         for split, path in tars
@@ -54,10 +61,12 @@ def _uncompressed(
 
 
 def unpack(compressed: Path, tar: Path) -> None:
-    """Writes the tar inside a .tar.gz. Raises DataError where that is damaged."""
+    """Writes the tar inside a .tar.gz to `tar`. Raises DataError if the archive is damaged."""
     tar.parent.mkdir(parents=True, exist_ok=True)
     try:
         with whole_file(tar) as aside, gzip.open(compressed) as source, open(aside, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{compressed}: not a whole gzip file ({error}); fetch it again") from None
+        raise DataError(
+            f"{compressed}: not a complete gzip file ({error}); download it again", key="source", subject=compressed
+        ) from None

@@ -1,4 +1,4 @@
-"""Makes a loader's batches ahead of their use, in a thread; says which images were at fault when decoding fails."""
+"""Prepares a loader's batches in a background thread, and finds the images to blame when decoding fails."""
 
 from __future__ import annotations
 
@@ -16,18 +16,25 @@ from pipeline.data.crop_geometry import CropGeometry
 from pipeline.data.feed import Request
 from pipeline.data.reader import Reader
 
-IN_DECODER = 2  # batches put into the decoder beside the one that is taken out
-READY = 2  # decoded batches that wait to be asked for
+IN_DECODER = 2  # batches in the decoder besides the one that is taken out
+READY = 2  # decoded batches that wait for the training
+
+
+class DecodeError(RuntimeError):
+    """The decoder rejects the bytes of an image; the message is the reason."""
 
 
 class BatchDecoder(Protocol):
-    """Takes batches in and gives them out in the same order; of no more use after a RuntimeError."""
+    """Takes in batches and returns them decoded in the same order; unusable after an error."""
 
-    def put(self, encoded: Sequence[bytes], geometry: CropGeometry) -> None: ...
+    def put(self, encoded: Sequence[bytes], geometry: CropGeometry) -> None:
+        """Starts to decode a batch. Raises DecodeError."""
 
-    def take(self) -> Tensor: ...
+    def take(self) -> Tensor:
+        """Waits for the oldest batch: uint8 [b, S, S, 3]. Raises DecodeError."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Frees the decoder's threads and memory."""
 
 
 @dataclass(frozen=True)
@@ -40,59 +47,61 @@ class DecodedBatch:
 
 @dataclass(frozen=True)
 class LoaderFailure:
-    """The thread has ended by `error`; `request` were in the decoder, oldest first, if it was the decoder's."""
+    """The error that ended the background thread.
+
+    requests: the batches that were in the decoder if it is a DecodeError, oldest first.
+    """
 
     error: BaseException
-    request: Sequence[Request] = ()
+    requests: Sequence[Request] = ()
 
-    def bad_rows(self, alone: Callable[[], BatchDecoder]) -> list[tuple[int, str]]:
-        """(row, reason) of the images that cannot be decoded, each tried alone, in the first batch that has any.
+    def bad_rows(self, decoder: Callable[[], BatchDecoder]) -> list[tuple[int, str]]:
+        """(row, reason) of the images to blame, in the first batch that has any; `decoder` makes one for single images.
 
-        Raises the error where there are none: then it was not for the images.
+        Each image is decoded alone. Re-raises the error if no image is to blame.
         """
-        for request in self.request:
-            found = [(int(request.rows[position]), reason) for position, reason in _faults(request, alone)]
-            if found:
-                return found
+        for request in self.requests:
+            blamed = [(int(request.rows[position]), reason) for position, reason in _undecodable(request, decoder)]
+            if blamed:
+                return blamed
         raise self.error
 
 
-def _faults(request: Request, alone: Callable[[], BatchDecoder]) -> Iterator[tuple[int, str]]:
-    decoder = alone()
+def _undecodable(request: Request, new_decoder: Callable[[], BatchDecoder]) -> Iterator[tuple[int, str]]:
+    """(position, reason) of the images of a batch that do not decode."""
+    decoder = new_decoder()
     try:
         for position, encoded in enumerate(request.encoded):
             try:
                 decoder.put([encoded], request.geometry.only(position))
                 decoder.take()
-            except RuntimeError as error:
-                yield position, reason_of(error)
+            except DecodeError as error:
+                yield position, str(error)
                 decoder.close()
-                decoder = alone()
+                decoder = new_decoder()
     finally:
         decoder.close()
 
 
-def reason_of(error: RuntimeError) -> str:
-    """What DALI says of one image, without where in its pipeline it says so."""
-    said = str(error).rpartition("encountered:")[2].strip().splitlines()
-    return "does not decode" + (f": {said[0]}" if said and not said[0].startswith("Failed to decode sample") else "")
-
-
 class Background:
-    """The thread. It owns the decoder, made in it, and the reader; `close` ends all of them."""
+    """A thread that reads and decodes `requests` and keeps READY batches ready.
 
-    def __init__(self, request: Iterator[Request], reader: Reader, decoder: Callable[[], BatchDecoder]) -> None:
-        self._asked, self._reader, self._decoder = request, reader, decoder
+    It creates the decoder by `decoder` and owns it and the reader; `close` ends all three.
+    """
+
+    def __init__(self, requests: Iterator[Request], reader: Reader, decoder: Callable[[], BatchDecoder]) -> None:
+        self._requests, self._reader, self._decoder = requests, reader, decoder
         self._ready: queue.Queue[DecodedBatch | LoaderFailure | None] = queue.Queue(READY)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="adaptnet-loader", daemon=True)
         self._thread.start()
 
     def get(self) -> DecodedBatch | LoaderFailure | None:
-        """The next batch; None after the last. Nothing comes after None or a failure."""
+        """The next batch, or None after the last one. Nothing follows None or a failure."""
         return self._ready.get()
 
     def close(self) -> None:
+        """Ends the thread, the decoder and the reader; waits for them."""
         self._closing.set()
         self._thread.join()
         self._reader.close()
@@ -100,12 +109,12 @@ class Background:
     def _run(self) -> None:
         in_decoder: deque[Request] = deque()
         try:
-            with closing(self._make(in_decoder)) as made:
-                while not self._closing.is_set() and (batch := next(made, None)) is not None:
+            with closing(self._decode(in_decoder)) as batches:
+                while not self._closing.is_set() and (batch := next(batches, None)) is not None:
                     self._hand_over(batch)
             self._hand_over(None)
-        except BaseException as error:  # whatever it is, the caller must not wait for ever
-            self._hand_over(LoaderFailure(error, tuple(in_decoder) if isinstance(error, RuntimeError) else ()))
+        except BaseException as error:  # whatever it is, the caller must not wait forever
+            self._hand_over(LoaderFailure(error, tuple(in_decoder) if isinstance(error, DecodeError) else ()))
 
     def _hand_over(self, item: DecodedBatch | LoaderFailure | None) -> None:
         while not self._closing.is_set():
@@ -113,9 +122,9 @@ class Background:
                 self._ready.put(item, timeout=0.1)
                 break
 
-    def _make(self, in_decoder: deque[Request]) -> Generator[DecodedBatch]:
+    def _decode(self, in_decoder: deque[Request]) -> Generator[DecodedBatch]:
         with closing(self._decoder()) as decoder:
-            for request in self._asked:
+            for request in self._requests:
                 in_decoder.append(request)
                 decoder.put(request.encoded, request.geometry)
                 if len(in_decoder) > IN_DECODER:

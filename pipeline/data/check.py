@@ -1,4 +1,4 @@
-"""Decodes every image of a set and says which are bad, and why; nothing is changed."""
+"""Decodes every image of a set and reports which are bad, and why; changes nothing."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ CHECKED_PER_TASK = 256
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found; nothing was changed."""
+    """The result of `check`."""
 
-    images: int  # looked at
+    images: int  # that were checked
     bad: tuple[tuple[str, str], ...]  # (file, reason)
-    checksums: bool  # whether the bytes were compared with CRC-32s made at packing
-    ignored: int
+    checksums: bool  # whether the bytes were compared with the CRC-32s of packing
+    ignored: int  # files without an image's extension, images outside class folders
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An encoded image where it lies."""
+    """Where an encoded image is stored."""
 
-    name: str  # for people
+    name: str  # for messages
     path: str
     offset: int
     length: int
@@ -46,7 +46,7 @@ class StoredImage:
     crc32: int | None = None
 
     def read_whole(self) -> tuple[bytes, str | None]:
-        """(bytes, None), or what bytes there are and why they cannot be used."""
+        """(bytes, None) of a good image, (the bytes that exist, reason) of a bad one."""
         try:
             with open(self.path, "rb", buffering=0) as file:
                 encoded = os.pread(file.fileno(), self.length, self.offset)
@@ -58,9 +58,9 @@ class StoredImage:
 
 
 def check(root: Path, *, workers: int | None = None, progress: Progress | None = None) -> CheckReport:
-    """Decodes every image under `root` where it lies; in a packed set its CRC-32 must be that of packing.
+    """Decodes every image under `root` in place; in a packed set it also compares the CRC-32 with that of packing.
 
-    Raises DataError where there are no images to read in place (archives: `pack` tests them as it packs).
+    Raises DataError if no images can be read in place (archives are checked while they are packed).
     """
     started = time.monotonic()
     root = root.expanduser().absolute()
@@ -76,8 +76,8 @@ def check(root: Path, *, workers: int | None = None, progress: Progress | None =
         wrong = list(listing.set_aside)
     tasks = [images[start : start + CHECKED_PER_TASK] for start in range(0, len(images), CHECKED_PER_TASK)]
     bad, done = list(wrong), 0
-    for position, found in in_processes(check_images, tasks, workers or num_cpus()):
-        bad.extend(found)
+    for position, faults in in_processes(check_images, tasks, workers or num_cpus()):
+        bad.extend(faults)
         done += len(tasks[position])
         if progress:
             progress("checking", done, len(images))
@@ -91,13 +91,9 @@ def check(root: Path, *, workers: int | None = None, progress: Progress | None =
 
 
 def check_images(images: Sequence[StoredImage]) -> list[tuple[str, str]]:
-    """(name, reason) of each bad one."""
-    found = []
-    for image in images:
-        reason = image.read_whole()[1]
-        if reason:
-            found.append((image.name, reason))
-    return found
+    """(name, reason) of each bad image."""
+    reasons = ((image.name, image.read_whole()[1]) for image in images)
+    return [(name, reason) for name, reason in reasons if reason]
 
 
 def fault(encoded: bytes) -> str | None:
@@ -114,7 +110,7 @@ def fault(encoded: bytes) -> str | None:
         return f"absurd size: {size[1]} x {size[0]}, above the limit of {MAX_PIXELS:,} pixels"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata, large pictures: neither is a fault
+            warnings.simplefilter("ignore")  # about odd metadata and large pictures, which are not faults
             with Image.open(io.BytesIO(encoded)) as image:
                 image.load()
     except Exception as error:  # Pillow's plugins raise anything on damaged data
@@ -123,7 +119,7 @@ def fault(encoded: bytes) -> str | None:
 
 
 def stored_images(listing: Listing) -> Iterator[StoredImage]:
-    """The rows of a listing; keys are unique within train and within val."""
+    """The images of a listing; their keys are unique within train and within val."""
     used: set[tuple[bool, str]] = set()
     for row, name in enumerate(listing.names):
         path = f"{listing.root}/{listing.held_by(row)}"
@@ -138,7 +134,7 @@ def stored_images(listing: Listing) -> Iterator[StoredImage]:
 
 
 def _key(name: str, strip_split: bool) -> str:
-    """class/stem without dots, as webdataset wants it; a hash where a tar's header has no room for it."""
+    """class/stem without dots, as webdataset needs it; a hash if it is too long for a tar header."""
     top, _, below = name.partition("/")
     folder, _, base = (below if strip_split and top in SPLITS else name).rpartition("/")
     key = os.path.splitext(base)[0].replace(".", "_")

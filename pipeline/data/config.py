@@ -23,11 +23,11 @@ class DataConfig(Config):
     """Where the images are and how they become batches."""
 
     root: Path  # class folders with train/ and val/, a plain class folder, or tar shards
-    index: Path | None = None  # where the index lies; null: beside the data if writable, else in the user's cache
+    index: Path | None = None  # folder of the index; null: beside the data if writable, else in the user's cache
     validation_share: Annotated[float, Field(gt=0, lt=1)] = (
-        0.1  # only for a root without a val split: its share, by seed
+        0.1  # share of the images, drawn by seed, for a root without a val split
     )
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of training images kept for calibration, not trained on
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the training images set aside for calibration
     side_px: Annotated[int, Field(ge=1)] = 224  # side of a training image
     side_schedule: tuple[tuple[int, int], ...] = ()  # progressive resizing: (from epoch, side_px), epochs rising
     eval_side_px: Annotated[int, Field(ge=1)] | None = None  # side of an evaluated image; null: side_px
@@ -35,16 +35,18 @@ class DataConfig(Config):
         None  # shorter side before the centre crop; null: side x 256/224
     )
     augment: AugmentConfig = AugmentConfig()
-    mean: tuple[float, float, float] = IMAGENET_MEAN  # of pixels in 0..1, by channel
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # by channel, of pixels in 0..1
     std: tuple[float, float, float] = IMAGENET_STD
-    shuffle: Literal["full", "block"] = "full"  # block: whole shards by lane, for cold or networked storage
-    lanes: Annotated[int, Field(ge=1)] = 64  # block: walkers, each with its own shards and window; never the world size
-    window: Annotated[int, Field(ge=1)] = 2048  # block: images that one lane shuffles among
-    decoder: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu where the run computes on a GPU
+    shuffle: Literal["full", "block"] = "full"  # block: lanes read whole shards, for cold or networked storage
+    lanes: Annotated[int, Field(ge=1)] = (
+        64  # block: readers with their own shards and window, for any number of workers
+    )
+    window: Annotated[int, Field(ge=1)] = 2048  # block: images among which one lane shuffles
+    decoder: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu if the run computes on a GPU
     decode_threads: Annotated[int, Field(ge=1)] | None = None  # per worker; null: the worker's CPUs
-    io_threads: Annotated[int, Field(ge=1)] = 8  # reads under way at once, per worker
-    read_ahead: Annotated[int, Field(ge=1)] = 4  # batches read before they are asked for
-    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the images in the index; more ends the run
+    io_threads: Annotated[int, Field(ge=1)] = 8  # concurrent reads, per worker
+    read_ahead: Annotated[int, Field(ge=1)] = 4  # batches that are read before they are needed
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the images in the index; a larger share ends the run
 
     @field_validator("side_schedule")
     @classmethod
@@ -66,7 +68,7 @@ class DataConfig(Config):
 
     @property
     def largest_side_px(self) -> int:
-        """Of all that is trained on."""
+        """The largest side of a training image in any epoch."""
         return max([self.side_px, *(side for _, side in self.side_schedule)])
 
     def eval_geometry(self, image_sizes: NDArray[np.int32]) -> CropGeometry:
@@ -75,8 +77,10 @@ class DataConfig(Config):
 
     @property
     def side_for_eval(self) -> int:
+        """Side in pixels of an evaluated image."""
         return self.eval_side_px or self.side_px
 
     @property
     def resize_for_eval(self) -> int:
+        """Shorter side in pixels to which evaluation resizes an image before the centre crop."""
         return self.eval_resize_px or round(self.side_for_eval * 256 / 224)

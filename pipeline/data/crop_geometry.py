@@ -1,7 +1,7 @@
-"""What to cut from an image and where to put it: windows, sizes after the resize, and the square that is handed over.
+"""How images become squares: the window that is decoded, its size after the resize, and the square cut from that.
 
-Every batch of every loader is made the same way: decode a window of the upright picture, resize it, take a square of
-side S from the result, zeros where the square reaches beyond it. b images.
+All loaders do the same: decode a window of the upright picture, resize it, and cut a square of side S, which is zero
+where it reaches beyond the picture. b images.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-LONGEST = 64  # times the shorter side: an image that is longer is evaluated in its middle alone, to bound memory
+LONGEST = 64  # times the shorter side; of a longer image only the middle is evaluated, to bound memory
 
 
 @dataclass(frozen=True)
 class CropGeometry:
-    """windows [b, 4]: y, x, height, width, inside the image and not empty; sizes [b, 2]: height and width after the
-    resize; origins [b, 2]: y, x of the square in the resized picture, negative where it begins outside; all i32."""
+    """The windows, resizes and squares of b images; all arrays are i32.
+
+    windows [b, 4]: y, x, height, width, inside the image and not empty.
+    sizes [b, 2]: height and width after the resize.
+    origins [b, 2]: y, x of the square in the resized picture, negative where it begins outside.
+    """
 
     windows: NDArray[np.int32]
     sizes: NDArray[np.int32]
@@ -28,12 +32,16 @@ class CropGeometry:
         return len(self.windows)
 
     def only(self, position: int) -> CropGeometry:
+        """That of one image."""
         at = slice(position, position + 1)
         return CropGeometry(self.windows[at], self.sizes[at], self.origins[at], self.side_px)
 
 
 def for_evaluation(image_sizes: NDArray[np.int32], *, side_px: int, resize_px: int) -> CropGeometry:
-    """Shorter side to `resize_px`, then the square in the middle; rounded as torchvision rounds."""
+    """The shorter side is resized to `resize_px`, and the square is in the middle; rounded as torchvision does.
+
+    image_sizes [b, 2]: height and width.
+    """
     image_sizes = image_sizes.astype(np.int64)
     shorter = image_sizes.min(axis=1, keepdims=True)
     extents = np.minimum(image_sizes, LONGEST * shorter)

@@ -1,8 +1,8 @@
-"""The only user of DALI: TrainLoader, EvalLoader and decode; CPU or GPU is one argument.
+"""Loaders of decoded images by DALI: TrainLoader, EvalLoader and `decode`; the CPU or the GPU decodes.
 
-A background thread reads ahead, hands whole batches of encoded bytes and crops (crop_geometry.py) to DALI, and keeps a
-few decoded batches ready. On a GPU DALI does all of it. On CPU DALI decodes the window, and the resize is torch's
-antialiased one of uint8, image by image in threads: torchvision's pixels, and faster than DALI's (bench/loader.py).
+A background thread reads ahead, passes batches of encoded bytes and crops (crop_geometry.py) to DALI, and keeps a few
+decoded batches ready. On a GPU, DALI does all of it. On a CPU, DALI decodes the window, and torch's antialiased uint8
+resize works image by image in threads: it gives torchvision's pixels and is faster than DALI's (bench/loader.py).
 b images of a rank's batch, S their side.
 """
 
@@ -12,10 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from threading import Lock
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pipeline import ranks
-from pipeline.data.background import Background, DecodedBatch, LoaderFailure
-from pipeline.data.bad import BadImages
+from pipeline.data.background import Background, BatchDecoder, DecodedBatch, DecodeError, LoaderFailure
+from pipeline.data.bad import NO_SIZE, BadImages
 from pipeline.data.config import DataConfig
 from pipeline.data.crop_geometry import CropGeometry
 from pipeline.data.feed import EvalSource, Request, TrainSource, read_ahead
@@ -37,16 +38,22 @@ from pipeline.data.reader import Reader
 from pipeline.data.stream import Stream
 from pipeline.errors import ConfigError, UndecodableError
 
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+    from nvidia.dali.backend import TensorGPU
+    from nvidia.dali.data_node import DataNode
+    from nvidia.dali.types import DALIDataType
+
 RESIZED_PER_TASK = 8  # images
 
 
-OnEvent: TypeAlias = Callable[..., None]  # (kind, **facts)
+OnEvent: TypeAlias = Callable[..., None]  # (kind of event, **details)
 Pixels: TypeAlias = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """One rank's share of a step. `rows` are the images shown, which stand in for bad ones."""
+    """One rank's share of a step. `rows` are the images that are shown, replacements of bad ones included."""
 
     step: int
     epoch: int
@@ -59,18 +66,20 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class DecodedEvalBatch:
+    """Some images of an evaluation."""
+
     images: Tensor  # uint8 [b, S, S, 3] on the device
     labels: Tensor  # [b] i64 on the device
     rows: Ints  # [b]
 
 
 class TrainLoader:
-    """This rank's share of every batch from `start_step` on, without end: pixels are a pure function of the seed, the
-    step, the images and which of them are known as bad.
+    """This rank's share of every batch from `start_step` on, without end.
 
-    A bad image is replaced by `BadImages.replacement`, with the window and flip drawn for the one it replaces. What
-    only decoding shows stops the background thread; the bad ones are found, and all goes on at the same step.
-    Batches count when they are handed over, not when they are made. Raises DataError above `data.max_bad_share`.
+    Pixels are a pure function of the seed, the step, the images and which of them are known as bad. A bad image is
+    replaced by `BadImages.replacement`, with the window and the draws of the image that it replaces. If decoding fails,
+    the background thread ends, the images to blame are found, and the loader resumes at the same step. A batch counts
+    as used when it is returned, not when it is prepared. Raises DataError above `data.max_bad_share`.
     """
 
     def __init__(
@@ -88,13 +97,17 @@ class TrainLoader:
         bad: BadImages | None = None,
         on_event: OnEvent | None = None,
         read_latency_s: float = 0.0,
+        decoder: Callable[[DecoderConfig], BatchDecoder] | None = None,
     ) -> None:
-        """batch_size counts the images of all ranks; read_latency_s is added to each read, for benchmarks."""
+        """batch_size counts the images of all ranks; read_latency_s is added to each read, for benchmarks.
+
+        decoder: makes the decoder; DALI's by default. Raises ConfigError where a rank would get no image.
+        """
         self.index, self.config, self.device = index, config, device
         self.stream = Stream(index, config, seed=seed, batch_size=batch_size)
         self.bad = BadImages(index, config.max_bad_share) if bad is None else bad
         self._step, self._rank, self._world, self._latency_s = start_step, rank, world, read_latency_s
-        self._on_event = on_event
+        self._on_event, self._new_decoder = on_event, decoder or Decoder
         self._named: set[int] = set()
         self._decoder_config = DecoderConfig(
             device, _on_gpu(config, device), threads, self.stream.most_rows(rank, world)
@@ -105,38 +118,41 @@ class TrainLoader:
         return self
 
     def __next__(self) -> TrainBatch:
-        stopped_at = None
-        while True:
-            made = self._background().get()
-            assert isinstance(made, DecodedBatch | LoaderFailure)  # the stream has no end
-            if isinstance(made, LoaderFailure):
-                stopped_at = stopped_at or time.monotonic()
-                self.close()
-                for row, reason in made.bad_rows(self._decoder_config.alone):
-                    self.bad.add(row, reason)
-            elif any(int(row) in self.bad for row in made.request.rows):  # another rank has found it since
-                self.close()
-            else:
-                break
-        for row, reason in made.request.unreadable:
-            self.bad.add(row, reason)
-        plan = made.request.plan
+        decoded, pause_s = self._next_decoded()
+        plan, rows = decoded.request.plan, decoded.request.rows
         assert plan is not None and plan.step == self._step
-        pause_s = 0.0 if stopped_at is None else time.monotonic() - stopped_at
-        self._name(plan.rows[plan.rows != made.request.rows], pause_s)
+        for row, reason in decoded.request.unreadable:
+            self.bad.add(row, reason)
+        self._report(plan.rows[plan.rows != rows], pause_s)
         self._step += 1
         return TrainBatch(
             step=plan.step,
             epoch=plan.epoch,
-            images=_handed_over(made.images, self.device),
-            labels=_labels(self.index, made.request.rows, self.device),
+            images=_handed_over(decoded.images, self.device),
+            labels=_labels(self.index, rows, self.device),
             draws={name: torch.from_numpy(d).to(self.device, non_blocking=True) for name, d in plan.draws.items()},
-            rows=made.request.rows,
+            rows=rows,
             positions=plan.positions,
         )
 
+    def _next_decoded(self) -> tuple[DecodedBatch, float]:
+        """The next batch without images that are known as bad, and how long decode errors have delayed it, in s."""
+        stopped_at = None
+        while True:
+            decoded = self._background().get()
+            assert isinstance(decoded, DecodedBatch | LoaderFailure)  # the stream has no end
+            if isinstance(decoded, LoaderFailure):
+                stopped_at = stopped_at or time.monotonic()
+                self.close()
+                for row, reason in decoded.bad_rows(lambda: self._new_decoder(self._decoder_config.single())):
+                    self.bad.add(row, reason)
+            elif any(int(row) in self.bad for row in decoded.request.rows):  # found by another rank since
+                self.close()
+            else:
+                return decoded, 0.0 if stopped_at is None else time.monotonic() - stopped_at
+
     def close(self) -> None:
-        """Ends the background thread and what it holds; the next batch, if asked for, starts it again."""
+        """Ends the background thread and frees what it holds; the next batch starts it again."""
         if self._thread is not None:
             self._thread.close()
             self._thread = None
@@ -153,11 +169,12 @@ class TrainLoader:
             known = BadImages(self.index, max_share=1.0)
             known.merge(self.bad.state())
             source = TrainSource(self.stream, reader, known, self._rank, self._world)
-            request = read_ahead(source, count(self._step), self.config.read_ahead)
-            self._thread = Background(request, reader, self._decoder_config.decoder)
+            requests = read_ahead(source, count(self._step), self.config.read_ahead)
+            self._thread = Background(requests, reader, lambda: self._new_decoder(self._decoder_config))
         return self._thread
 
-    def _name(self, rows: Ints, pause_s: float) -> None:
+    def _report(self, rows: Ints, pause_s: float) -> None:
+        """Reports each bad row once."""
         for row in {int(row) for row in rows} - self._named:
             self._named.add(row)
             if self._on_event is not None:
@@ -165,9 +182,9 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every image of an index once over all ranks, as evaluation sees it; may be walked again and again.
+    """Every image of an index once over all ranks, as evaluation sees it; can be iterated repeatedly.
 
-    Those that cannot be read are left out and listed in `unreadable`: after a walk, all of this rank's share.
+    Unreadable images are left out. After an iteration `unreadable` lists those of this rank's share.
     """
 
     def __init__(
@@ -182,16 +199,17 @@ class EvalLoader:
         threads: int,
         bad: BadImages | None = None,
     ) -> None:
-        """batch_size counts this rank's images."""
+        """batch_size counts this rank's images; bad: images that are known as unreadable."""
         self.index, self.config, self.device, self.batch_size = index, config, device, batch_size
         self.rows = np.arange(len(index))[ranks.shard(len(index), rank, world)]
         self._decoder_config = DecoderConfig(device, _on_gpu(config, device), threads, batch_size)
-        self._lost = {int(row): _NO_SIZE for row in self.rows[index.height[self.rows] == 0]}
+        self._lost = {int(row): NO_SIZE for row in self.rows[index.height[self.rows] == 0]}
         if bad is not None:
             self._lost |= {int(row): bad.reason(int(row)) for row in self.rows if int(row) in bad}
 
     @property
     def unreadable(self) -> list[str]:
+        """Files of this rank's unreadable images, as far as they are known."""
         return [self.index.file(row) for row in sorted(self._lost)]
 
     def __len__(self) -> int:
@@ -203,29 +221,29 @@ class EvalLoader:
         while number < len(self):
             thread = self._background(number)
             try:
-                while isinstance(made := thread.get(), DecodedBatch):
+                while isinstance(decoded := thread.get(), DecodedBatch):
                     number += 1
-                    self._lost |= dict(made.request.unreadable)
-                    if len(made.request.rows):
-                        yield self._batch(made)
+                    self._lost |= dict(decoded.request.unreadable)
+                    if len(decoded.request.rows):
+                        yield self._batch(decoded)
             finally:
                 thread.close()
-            if isinstance(made, LoaderFailure):
-                self._lost |= dict(made.bad_rows(self._decoder_config.alone))
+            if isinstance(decoded, LoaderFailure):
+                self._lost |= dict(decoded.bad_rows(lambda: Decoder(self._decoder_config.single())))
 
     def _background(self, number: int) -> Background:
         reader = Reader(self.index, self.config.io_threads)
         source = EvalSource(self.index, self.config, reader, self.rows, self.batch_size, dict(self._lost))
-        request = read_ahead(source, range(number, len(self)), self.config.read_ahead)
-        return Background(request, reader, self._decoder_config.decoder)
+        requests = read_ahead(source, range(number, len(self)), self.config.read_ahead)
+        return Background(requests, reader, lambda: Decoder(self._decoder_config))
 
-    def _batch(self, made: DecodedBatch) -> DecodedEvalBatch:
-        rows = made.request.rows
-        return DecodedEvalBatch(_handed_over(made.images, self.device), _labels(self.index, rows, self.device), rows)
+    def _batch(self, decoded: DecodedBatch) -> DecodedEvalBatch:
+        rows = decoded.request.rows
+        return DecodedEvalBatch(_handed_over(decoded.images, self.device), _labels(self.index, rows, self.device), rows)
 
 
 def decode(encoded: Sequence[bytes], config: DataConfig, device: torch.device | str, threads: int = 1) -> Tensor:
-    """Images from anywhere with the pixels of evaluation: uint8 [B, S, S, 3] on the device.
+    """Images from any source with the pixels of evaluation: uint8 [B, S, S, 3] on the device.
 
     Raises UndecodableError naming the positions that cannot be decoded.
     """
@@ -237,7 +255,7 @@ def decode(encoded: Sequence[bytes], config: DataConfig, device: torch.device | 
 
 
 class Decoding:
-    """As `decode`, again and again with one decoder, for at most `most` images at a time; threads take turns."""
+    """`decode` with one decoder for many calls, each of at most `most` images; threads take turns."""
 
     def __init__(self, config: DataConfig, device: torch.device | str, threads: int, most: int) -> None:
         self.most, self._config, self._device = most, config, torch.device(device)
@@ -246,6 +264,7 @@ class Decoding:
         self._lock = Lock()
 
     def __call__(self, encoded: Sequence[bytes]) -> Tensor:
+        """Images uint8 [B, S, S, 3] on the device. Raises UndecodableError naming the positions that do not decode."""
         reasons = {position: reason for position, each in enumerate(encoded) if (reason := _unusable(each))}
         usable = [position for position in range(len(encoded)) if position not in reasons]
         sizes = np.array([upright_size(encoded[position]) for position in usable], dtype=np.int32).reshape(-1, 2)
@@ -258,21 +277,22 @@ class Decoding:
         with self._lock:
             try:
                 images = self._take(request) if usable else images
-            except RuntimeError as error:
+            except DecodeError as error:
                 self.close()
-                reasons |= dict(LoaderFailure(error, [request]).bad_rows(self._decoder_config.alone))
+                failure = LoaderFailure(error, [request])
+                reasons |= dict(failure.bad_rows(lambda: Decoder(self._decoder_config.single())))
         if reasons:
             raise UndecodableError(len(encoded), reasons)
         return _handed_over(images, self._device)
 
     def _take(self, request: Request) -> Tensor:
         if self._decoder is None:
-            self._decoder = self._decoder_config.decoder()
+            self._decoder = Decoder(self._decoder_config)
         self._decoder.put(request.encoded, request.geometry)
         return self._decoder.take()
 
     def close(self) -> None:
-        """Ends the decoder; the next call makes another."""
+        """Frees the decoder; the next call makes another."""
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = None
@@ -283,30 +303,28 @@ class Decoding:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Where and with how much a decoder works."""
+    """Where a decoder works and with which resources."""
 
     device: torch.device
-    gpu: bool  # decode there
+    gpu: bool  # decodes on the GPU
     threads: int
     most: int  # images of a batch
-    resize: Literal["torch", "dali"] | None = None  # None: torch on CPU, DALI on a GPU
+    resize: Literal["torch", "dali"] | None = None  # None: torch on a CPU, DALI on a GPU
 
-    def decoder(self) -> Decoder:
-        return Decoder(self)
-
-    def alone(self) -> Decoder:
-        """To try images one at a time."""
-        return Decoder(replace(self, most=1, threads=1))
+    def single(self) -> DecoderConfig:
+        """The same for batches of one image."""
+        return replace(self, most=1, threads=1)
 
     @property
     def pinned(self) -> bool:
+        """Whether images are in pinned memory, for the copy to the GPU."""
         return self.device.type == "cuda" and not self.gpu
 
 
 class Decoder:
-    """Encoded images and geometry to uint8 [b, S, S, 3]; batches go in and come out in the same order.
+    """Turns encoded images into uint8 [b, S, S, 3]; batches come out in the order in which they were put in.
 
-    An error of DALI's (RuntimeError) leaves it unusable: close it and make another.
+    A DecodeError leaves it unusable: close it and make another.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -314,49 +332,53 @@ class Decoder:
         self.in_dali = config.gpu or config.resize == "dali"
         self._pipeline = _pipeline(config, self.in_dali)
         self._threads = ThreadPoolExecutor(config.threads, "adaptnet-resize") if not self.in_dali else None
-        self._stream: Any = torch.cuda.Stream(config.device) if config.gpu else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(config.device) if config.gpu else None  # type: ignore[no-untyped-call]
         self._geometries: deque[CropGeometry] = deque()
 
     def put(self, encoded: Sequence[bytes], geometry: CropGeometry) -> None:
-        """Begins to decode a batch."""
+        """Starts to decode a batch."""
         self._geometries.append(geometry)
         if not len(geometry):
             return
-        feed = self._pipeline.feed_input
-        feed("encoded", [np.frombuffer(each, dtype=np.uint8) for each in encoded])
-        feed("start", np.ascontiguousarray(geometry.windows[:, :2]))
-        feed("shape", np.ascontiguousarray(geometry.windows[:, 2:]))
-        if self.in_dali:
-            feed("size", geometry.sizes.astype(np.float32))
-            feed("origin", geometry.origins)
-            feed("square", np.full_like(geometry.origins, geometry.side_px))
-        self._pipeline.schedule_run()
+        with _decode_errors():
+            feed = self._pipeline.feed_input
+            feed("encoded", [np.frombuffer(each, dtype=np.uint8) for each in encoded])
+            feed("start", np.ascontiguousarray(geometry.windows[:, :2]))
+            feed("shape", np.ascontiguousarray(geometry.windows[:, 2:]))
+            if self.in_dali:
+                feed("size", geometry.sizes.astype(np.float32))
+                feed("origin", geometry.origins)
+                feed("square", np.full_like(geometry.origins, geometry.side_px))
+            self._pipeline.schedule_run()
 
     def take(self) -> Tensor:
         """Waits for the oldest batch."""
         geometry = self._geometries.popleft()
         if not len(geometry):
             return torch.empty(0, geometry.side_px, geometry.side_px, 3, dtype=torch.uint8, device=self.config.device)
-        (pictures,) = self._pipeline.share_outputs()
-        if self.config.gpu:
-            images = self._copied_on_gpu(pictures.as_tensor())
-        elif self.in_dali:
-            images = from_dlpack(pictures.as_tensor()).clone()
-        else:
-            images = self._squares([np.asarray(picture) for picture in pictures], geometry)
-        self._pipeline.release_outputs()
+        with _decode_errors():
+            (pictures,) = self._pipeline.share_outputs()
+            if self.config.gpu:
+                images = self._copied_on_gpu(pictures.as_tensor())
+            elif self.in_dali:
+                images = from_dlpack(pictures.as_tensor()).clone()
+            else:
+                images = self._squares([np.asarray(picture) for picture in pictures], geometry)
+            self._pipeline.release_outputs()
         return images
 
     def close(self) -> None:
+        """Frees the pipeline and the threads."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
         del self._pipeline
 
-    def _copied_on_gpu(self, pictures: Any) -> Tensor:
-        """A copy that torch owns, finished: DALI may use its buffers again."""
+    def _copied_on_gpu(self, pictures: TensorGPU) -> Tensor:
+        """A finished copy that torch owns, so that DALI may reuse its buffers."""
+        assert self._stream is not None
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        with torch.cuda.stream(self._stream):  # its own, so as not to wait for the net
+        with torch.cuda.stream(self._stream):  # a stream of its own does not wait for the net
             images = torch.empty(pictures.shape(), dtype=torch.uint8, device=self.config.device)
             feed_ndarray(pictures, images, cuda_stream=self._stream)
             self._stream.synchronize()
@@ -387,9 +409,9 @@ def _resized(picture: Pixels, size: list[int]) -> Pixels:
 
 
 def _cut(picture: Pixels, origin: list[int], square: Pixels) -> None:
-    """Writes into `square` [S, S, 3] what lies at `origin` (y, x) of a picture [h, w, 3], zeros beyond its edges.
+    """Copies the part of a picture [h, w, 3] at `origin` (y, x) into `square` [S, S, 3], with zeros beyond its edges.
 
-    In numpy: torch would split each small copy among all CPUs.
+    By numpy, since torch would split each small copy among all CPUs.
     """
     (y, x), side, (height, width, _) = origin, len(square), picture.shape
     top, left, bottom, right = max(y, 0), max(x, 0), min(y + side, height), min(x + side, width)
@@ -399,7 +421,21 @@ def _cut(picture: Pixels, origin: list[int], square: Pixels) -> None:
         square[top - y : bottom - y, left - x : right - x] = picture[top:bottom, left:right]
 
 
-def _pipeline(config: DecoderConfig, in_dali: bool) -> Any:
+@contextmanager
+def _decode_errors() -> Iterator[None]:
+    """Raises DecodeError in place of what a DALI operator reports of its data; other errors pass."""
+    from pipeline.compat.dali import operator_failure
+
+    try:
+        yield
+    except RuntimeError as error:
+        failure = operator_failure(error)
+        if failure is None:
+            raise
+        raise DecodeError(f"does not decode: {failure}" if failure else "does not decode") from error
+
+
+def _pipeline(config: DecoderConfig, in_dali: bool) -> Pipeline:
     from nvidia.dali import fn, pipeline_def, types
 
     device_id = config.device.index or 0 if config.gpu else None
@@ -407,8 +443,8 @@ def _pipeline(config: DecoderConfig, in_dali: bool) -> Any:
     @pipeline_def(  # type: ignore[untyped-decorator]
         batch_size=config.most, num_threads=config.threads, device_id=device_id, prefetch_queue_depth=1
     )
-    def pipeline() -> Any:
-        def given(name: str, dtype: Any) -> Any:
+    def pipeline() -> DataNode:
+        def given(name: str, dtype: DALIDataType) -> DataNode:
             return fn.external_source(name=name, dtype=dtype, ndim=1)
 
         pictures = fn.decoders.image_slice(
@@ -417,7 +453,7 @@ def _pipeline(config: DecoderConfig, in_dali: bool) -> Any:
             shape=given("shape", types.INT32),
             axis_names="HW",
             device="mixed" if config.gpu else "cpu",
-            jpeg_fancy_upsampling=True,  # as libjpeg-turbo does, and so all that torchvision and Pillow read
+            jpeg_fancy_upsampling=True,  # as libjpeg-turbo does, which torchvision and Pillow use
         )
         if not in_dali:
             return pictures
@@ -438,12 +474,16 @@ def _pipeline(config: DecoderConfig, in_dali: bool) -> Any:
 
 def _on_gpu(config: DataConfig, device: torch.device) -> bool:
     if config.decoder == "gpu" and device.type != "cuda":
-        raise ConfigError("data.decoder (=gpu) needs a run on a GPU: compute.device=cuda, or take data.decoder=auto")
+        raise ConfigError(
+            "data.decoder (=gpu) needs a run on a GPU: set compute.device=cuda, or data.decoder=auto",
+            key="data.decoder",
+            subject=config.decoder,
+        )
     return device.type == "cuda" and config.decoder != "cpu"
 
 
 def _handed_over(images: Tensor, device: torch.device) -> Tensor:
-    """On the device; what the caller's stream still reads is not given to another stream when it is dropped."""
+    """The images on the device. Their memory is not reused by another stream while the caller's still reads it."""
     if images.is_cuda:
         images.record_stream(torch.cuda.current_stream(images.device))
     return images.to(device, non_blocking=True)
@@ -453,11 +493,8 @@ def _labels(index: ImageIndex, rows: Ints, device: torch.device) -> Tensor:
     return torch.from_numpy(index.label[rows].astype(np.int64)).to(device, non_blocking=True)
 
 
-_NO_SIZE = "its header gives no size, or an absurd one"
-
-
 def _unusable(encoded: bytes) -> str | None:
     if reason := looks_whole(encoded):
         return reason
     size = upright_size(encoded)
-    return _NO_SIZE if size is None or size[0] * size[1] > MAX_PIXELS else None
+    return NO_SIZE if size is None or size[0] * size[1] > MAX_PIXELS else None

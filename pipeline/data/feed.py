@@ -1,11 +1,11 @@
-"""From positions to bytes: the batches that a loader is to decode, read ahead, what is bad already settled."""
+"""Batches of encoded images for the decoder: read ahead of their use, with unreadable images already replaced."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -18,29 +18,33 @@ from pipeline.data.philox import Ints
 from pipeline.data.reader import Pending, Read, Reader
 from pipeline.data.stream import BatchPlan, Stream
 
+B = TypeVar("B")
+
 
 @dataclass(frozen=True)
 class Request:
-    """A batch before it is decoded."""
+    """A batch for the decoder: b encoded images and what to cut from them."""
 
-    rows: Ints  # [b], the images shown
+    rows: Ints  # [b], of the images that are shown
     encoded: Sequence[bytes]
     geometry: CropGeometry
-    unreadable: Sequence[tuple[int, str]] = ()  # rows whose bytes cannot be decoded, and why
+    unreadable: Sequence[tuple[int, str]] = ()  # (row, reason) of images whose bytes cannot be decoded
     plan: BatchPlan | None = None  # of a training step
 
 
-class Source(Protocol):
-    """Batches by number, in two parts: `begin` starts to read, `finish` waits for the bytes and settles what is bad."""
+class Source(Protocol[B]):
+    """Batches by number, each in two parts."""
 
-    def begin(self, number: int) -> Any: ...
+    def begin(self, number: int) -> B:
+        """Starts to read a batch."""
 
-    def finish(self, begun: Any) -> Request: ...
+    def finish(self, begun: B) -> Request:
+        """Waits for the bytes and deals with unreadable images."""
 
 
-def read_ahead(source: Source, numbers: Iterable[int], ahead: int) -> Iterator[Request]:
-    """The batches in order, the reads of `ahead` more under way."""
-    under_way: deque[Any] = deque()
+def read_ahead(source: Source[B], numbers: Iterable[int], ahead: int) -> Iterator[Request]:
+    """The batches in order, while the next `ahead` are being read."""
+    under_way: deque[B] = deque()
     for number in numbers:
         under_way.append(source.begin(number))
         if len(under_way) > ahead:
@@ -50,12 +54,16 @@ def read_ahead(source: Source, numbers: Iterable[int], ahead: int) -> Iterator[R
 
 
 class TrainSource:
-    """Steps of the stream; a bad image is replaced before it is decoded. `known` grows by those found here."""
+    """The steps of the stream; a bad image is replaced before it is decoded.
+
+    known: bad images; those that are found here are added.
+    """
 
     def __init__(self, stream: Stream, reader: Reader, known: BadImages, rank: int, world: int) -> None:
         self.stream, self.reader, self.known, self.rank, self.world = stream, reader, known, rank, world
 
     def begin(self, number: int) -> tuple[BatchPlan, Ints, Pending]:
+        """Starts to read the batch of step `number`, and fetches the bytes that block shuffle needs later."""
         plan = self.stream.plan(number, self.rank, self.world)
         rows = plan.rows.copy()
         for position in [at for at, row in enumerate(rows) if int(row) in self.known]:
@@ -65,26 +73,31 @@ class TrainSource:
         return plan, rows, begun
 
     def finish(self, begun: tuple[BatchPlan, Ints, Pending]) -> Request:
+        """The batch, with unreadable images replaced. Raises DataError if a class has no readable image left."""
         plan, rows, futures = begun
         reads: list[Read] = [read for future in futures for read in future.result()]
-        found = []
+        unreadable = []
         for at, read in enumerate(reads):
             while read.reason:
                 if self.known.add(int(rows[at]), read.reason):
-                    found.append((int(rows[at]), read.reason))
+                    unreadable.append((int(rows[at]), read.reason))
                 rows[at] = self.known.replacement(int(plan.rows[at]))
                 read = reads[at] = self.reader.read(int(rows[at]))
-        index = self.reader.index
-        windows = plan.windows
+        return Request(rows, [read.encoded for read in reads], self._geometry(plan, rows), unreadable, plan)
+
+    def _geometry(self, plan: BatchPlan, rows: Ints) -> CropGeometry:
+        index, windows = self.reader.index, plan.windows
         if (rows != plan.rows).any():
             windows = self.stream.windows(plan.epochs, plan.rows, rows, plan.side_px)
         sizes = np.stack([index.height[rows], index.width[rows]], axis=-1)
-        geometry = augment.crop_of(self.stream.config.augment).geometry(windows, sizes, plan.side_px)
-        return Request(rows, [read.encoded for read in reads], geometry, found, plan)
+        return augment.crop_of(self.stream.config.augment).geometry(windows, sizes, plan.side_px)
 
 
 class EvalSource:
-    """Rows in their order; a bad image is left out."""
+    """`rows` of an index in their order, `batch_size` at a time; bad images are left out.
+
+    lost: {row: reason} of images that are known as bad.
+    """
 
     def __init__(
         self, index: ImageIndex, config: DataConfig, reader: Reader, rows: Ints, batch_size: int, lost: dict[int, str]
@@ -93,16 +106,18 @@ class EvalSource:
         self.rows, self.batch_size, self.lost = rows, batch_size, lost
 
     def begin(self, number: int) -> tuple[Ints, Pending]:
+        """Starts to read a batch without the images that are known as bad."""
         rows = self.rows[number * self.batch_size : (number + 1) * self.batch_size]
         rows = np.array([row for row in rows if int(row) not in self.lost], dtype=np.int64)
         return rows, self.reader.start(rows)
 
     def finish(self, begun: tuple[Ints, Pending]) -> Request:
+        """The batch without the images whose bytes turn out to be bad."""
         rows, futures = begun
         reads: list[Read] = [read for future in futures for read in future.result()]
-        found = [(int(row), read.reason) for row, read in zip(rows, reads, strict=True) if read.reason]
-        whole = np.array([read.reason is None for read in reads], dtype=bool)
-        rows = rows[whole]
+        unreadable = [(int(row), read.reason) for row, read in zip(rows, reads, strict=True) if read.reason]
+        readable = np.array([read.reason is None for read in reads], dtype=bool)
+        rows = rows[readable]
         sizes = np.stack([self.index.height[rows], self.index.width[rows]], axis=-1)
         encoded = [read.encoded for read in reads if read.reason is None]
-        return Request(rows, encoded, self.config.eval_geometry(sizes), found)
+        return Request(rows, encoded, self.config.eval_geometry(sizes), unreadable)

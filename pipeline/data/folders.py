@@ -1,4 +1,4 @@
-"""Class folders -> Listing: train/<class>/** and val/<class>/**, or <class>/** alone."""
+"""Lists the images of class folders: train/<class>/** and val/<class>/**, or <class>/** alone."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ from pipeline.errors import DataError
 
 
 def from_folders(root: Path, folders: Sequence[tuple[str | None, Path]]) -> Listing:
-    """The images in `folders`, (split, folder of class folders) each; a split of None is a plain folder.
+    """The images in `folders`, each (split, folder of class folders); the split of a plain folder is None.
 
-    Raises DataError for a class folder without images and for a class of val that train lacks."""
+    Raises DataError for a class folder without images and for a class of val that train lacks.
+    """
     work = [
         (split, path)
         for split, folder in sorted(folders, key=lambda each: each[0] == "val")
         for path in subfolders(folder)
     ]
     if not work:
-        raise DataError(f"{root}: no class folders in {', '.join(str(f) for _, f in folders)}")
+        raise DataError(
+            f"{root}: no class folders in {', '.join(str(f) for _, f in folders)}", key="data.root", subject=root
+        )
     with ThreadPoolExecutor(SCAN_THREADS) as threads:
         scans = list(threads.map(lambda item: _scan_class(item[1], root), work))
     empty = [str(path) for (_, path), scan in zip(work, scans, strict=True) if not scan.files]
     if empty:
         extensions = " ".join(sorted(EXTENSIONS))
-        raise DataError(f"{', '.join(empty[:5])}: class folder without images ({extensions}); fill or remove it")
+        listed = ", ".join(empty[:5])
+        raise DataError(
+            f"{listed}: class folder without images ({extensions}); fill or remove it", key="data.root", subject=listed
+        )
     classes = _classes_of_folders(root, [(split, path.name) for split, path in work])
     position = {name: label for label, name in enumerate(classes)}
     files = [
@@ -58,7 +64,7 @@ def from_folders(root: Path, folders: Sequence[tuple[str | None, Path]]) -> List
 
 
 def _beside(folder: Path) -> int:
-    """Images that lie in no class folder."""
+    """The number of images outside class folders."""
     return sum(path.suffix.lower() in EXTENSIONS and path.is_file() for path in folder.iterdir())
 
 
@@ -91,17 +97,22 @@ def _scan_class(folder: Path, root: Path) -> _Scan:
 
 
 def _classes_of_folders(root: Path, found: Sequence[tuple[str | None, str]]) -> tuple[str, ...]:
-    """Folder names in sorted order, as torchvision's ImageFolder numbers them, or the lines of classes.txt."""
+    """The lines of classes.txt, or without it the folder names in sorted order, as in torchvision's ImageFolder."""
     train = {name for split, name in found if split != "val"} or {name for _, name in found}
     classes = read_classes(root) or tuple(sorted(train))
-    known = set(classes)
+    indexed = set(classes)
     for split, name in found:
-        if name not in known:
+        if name not in indexed:
             source = "classes.txt" if (root / "classes.txt").exists() else "train"
-            raise DataError(f"{root}: class {name!r} of {split or 'the root'} is unknown to {source}; known: "
-                            f"{', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}")  # fmt: skip
+            known = f"{', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}"
+            raise DataError(
+                f"{root}: class {name!r} of {split or 'the root'} is not in {source}; known: {known}",
+                key="data.root",
+                subject=name,
+            )
     return classes
 
 
 def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder by name, without hidden ones."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

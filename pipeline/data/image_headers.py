@@ -1,6 +1,6 @@
-"""What the bytes of an encoded image say of themselves, undecoded: its kind, its upright size, whether it is whole.
+"""Reads an encoded image without decoding it: its format, its upright size and whether it is complete.
 
-Upright: as a viewer shows it, after the EXIF orientation, which the decoder applies too.
+Upright means after the EXIF orientation, which viewers and the decoder apply.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import io
 import struct
 from collections.abc import Iterator
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})  # lower case; any case is read
-MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a larger picture is a mistake or an attack
-HEAD_BYTES = 1 << 14  # enough to find the size of nearly every image
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})  # in lower case; any case is read
+MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a larger image is a mistake or an attack
+HEAD_BYTES = 1 << 14  # enough for the size of nearly every image
 _NO_PAYLOAD = frozenset({0x00, 0x01, 0xFF, *range(0xD0, 0xD9)})
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start-of-frame markers
 
 
 def kind(encoded: bytes) -> str | None:
-    """ "jpeg", "png", "webp", "bmp" or "tiff" by its first bytes; None for anything else."""
+    """The format by the first bytes: "jpeg", "png", "webp", "bmp" or "tiff"; None for anything else."""
     if encoded[:3] == b"\xff\xd8\xff":
         return "jpeg"
     if encoded[:8] == b"\x89PNG\r\n\x1a\n":
@@ -30,10 +30,11 @@ def kind(encoded: bytes) -> str | None:
 
 
 def looks_whole(encoded: bytes) -> str | None:
-    """Why `encoded` cannot be a whole image, or None. A few microseconds; garbage inside the picture passes.
+    """Why `encoded` cannot be a complete image, or None; takes a few microseconds.
 
-    A JPEG must hold its end marker after the start of its picture, a PNG its IEND chunk: that finds every truncation,
-    those too that a decoder passes over when the window it decodes ends above the break. Bytes after the end pass.
+    A JPEG needs an end marker after the start of its scan, a PNG an IEND chunk. That finds every truncation, also where
+    the decoder would not notice because its window ends above the break. Damage within the image is not found, and
+    bytes after its end are allowed.
     """
     if not encoded:
         return "empty file"
@@ -48,9 +49,9 @@ def looks_whole(encoded: bytes) -> str | None:
 
 
 def upright_size(encoded: bytes) -> tuple[int, int] | None:
-    """(height, width) in pixels after the EXIF orientation, or None where the bytes given do not tell.
+    """(height, width) in pixels after the EXIF orientation, or None if the bytes do not contain it.
 
-    `encoded` may be the head of a file: None then means that more of it is needed, or that it is no image.
+    `encoded` may be the first part of a file; None then means that more is needed, or that it is not an image.
     """
     found = kind(encoded)
     if found == "jpeg":
@@ -63,7 +64,7 @@ def upright_size(encoded: bytes) -> tuple[int, int] | None:
 
 
 def orientation(encoded: bytes) -> int:
-    """The EXIF orientation of a JPEG or PNG, 1 to 8; 1 where it has none."""
+    """The EXIF orientation of a JPEG or PNG, 1 to 8; 1 if it has none."""
     if kind(encoded) == "png":
         chunks = _png_chunks(encoded)
         return next((_exif_orientation(encoded[start:end]) for name, start, end in chunks if name == b"eXIf"), 1)
@@ -82,11 +83,11 @@ def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg_segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, end of payload) of each segment that lies in `encoded`, up to the start of the first scan."""
+    """(marker, start, end of payload) of each complete segment in `encoded`, up to the start of the first scan."""
     at, size = 2, len(encoded)
     while at + 4 <= size:
         marker = encoded[at + 1]
-        if encoded[at] != 0xFF or marker in _NO_PAYLOAD:  # stray bytes, which decoders pass over too
+        if encoded[at] != 0xFF or marker in _NO_PAYLOAD:  # stray bytes, which decoders skip too
             at += 1 if encoded[at] != 0xFF or marker == 0xFF else 2
             continue
         end = at + 2 + (encoded[at + 2] << 8) + encoded[at + 3]
@@ -99,7 +100,7 @@ def _jpeg_segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _has_jpeg_end(encoded: bytes) -> bool:
-    """Whether an end marker follows the start of the scan: a thumbnail, which lies before it, has one of its own."""
+    """Whether an end marker follows the start of the scan; a thumbnail before it has an end marker of its own."""
     scan = next((end for marker, _, end in _jpeg_segments(encoded) if marker == 0xDA), None)
     if scan is None:
         return False
@@ -129,7 +130,7 @@ def _png_size(encoded: bytes) -> tuple[int, int] | None:
 
 
 def _png_chunks(encoded: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start, end of payload) of each chunk that lies in `encoded`."""
+    """(name, start, end of payload) of each complete chunk in `encoded`."""
     at = 8
     while at + 8 <= len(encoded):
         (length,) = struct.unpack_from(">I", encoded, at)
@@ -144,7 +145,7 @@ def _size_by_pillow(encoded: bytes) -> tuple[int, int] | None:
 
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            turned = image.format == "WEBP" and image.getexif().get(0x0112, 1) >= 5  # Pillow turns TIFF by itself
+            turned = image.format == "WEBP" and image.getexif().get(0x0112, 1) >= 5  # Pillow itself applies it to TIFF
             return (image.width, image.height) if turned else (image.height, image.width)
-    except Exception:  # Pillow's plugins raise anything, struct.error included, on damaged headers
+    except Exception:  # on damaged headers Pillow's plugins raise anything, such as struct.error
         return None

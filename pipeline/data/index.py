@@ -1,7 +1,7 @@
-"""What images there are: class folders or tar shards -> ImageIndex, memory-mapped arrays in one folder.
+"""The index of a set of images: memory-mapped arrays in one folder, built from class folders or tar shards.
 
-An index folder (`store`) is named by a hash of what it was made from (names, sizes, times): a set that changed gets
-another one, and processes that build at once come to the same.
+An index folder (store.py) is named by a hash of the names, sizes and modification times of the files. A set that has
+changed gets a new index, and processes that build one at the same time build the same.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from pipeline.data.sources import default_destination, find, folders_unchanged
 from pipeline.data.store import FORMAT, Progress, read_sizes, write
 from pipeline.errors import DataError
 
-COMPLETE = "COMPLETE.json"  # of a packed set: {"shards": {name: bytes}, "index": folder}, written last
-PACKING = ".packing"  # folder of work under way in a set that is being packed
+COMPLETE = "COMPLETE.json"  # of a packed set: {"shards": {name: bytes}, "index": folder}; written last
+PACKING = ".packing"  # folder of intermediate files in a set that is being packed
 LARGEST_SHARD = 256 << 20  # bytes
-MANY_FILES = 100_000  # loose files above this: only the folders' times are looked at, not every file's
+MANY_FILES = 100_000  # loose files; of a larger set only the folders' modification times are checked
 Rows: TypeAlias = "slice | NDArray[np.int64]"
 
 
 @dataclass(frozen=True, eq=False)
 class ImageIndex:
-    """Images in a fixed order. Pickles as paths and rows; arrays are mapped where they are first used.
+    """Images in a fixed order. Pickles as paths and rows; arrays are mapped on first use.
 
-    shard [N] i32   which file holds the image: the tar's number, or for loose files the image's own number
+    shard [N] i32   the file of the image: the tar's number, or for loose files the image's own number
     offset [N] i64, length [N] i64   bytes of the encoded image in that file
     label [N] i32   position in `classes`
-    height, width [N] i32   upright pixels (after the EXIF orientation); 0 where the header gives none, or an absurd one
-    name_hash [N] u64   of the image's name: what splits by seed are drawn from
+    height, width [N] i32   in pixels after the EXIF orientation; 0 if the header has no size, or an absurd one
+    name_hash [N] u64   of the image's name, from which splits are drawn
     """
 
     folder: Path
@@ -64,11 +64,11 @@ class ImageIndex:
 
     @property
     def whole(self) -> ImageIndex:
-        """All images of the set that this is a part of."""
+        """All images of the set of which this is a part."""
         return ImageIndex(self.folder, self.root, slice(0, self.meta.images))
 
     def file(self, row: int) -> str:
-        """The image's name for people: its path under the root, or tar/member."""
+        """The image's name in messages: its path under the root, or tar/member."""
         name = self._name(row)
         return name if self.shards is None else f"{self.shards[int(self.shard[row])]}/{name}"
 
@@ -79,6 +79,7 @@ class ImageIndex:
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Names of the classes by label."""
         return self.meta.classes
 
     @property
@@ -88,7 +89,7 @@ class ImageIndex:
 
     @cached_property
     def identity(self) -> str:
-        """16 hex digits, equal for the same names, sizes, labels and classes wherever they lie."""
+        """16 hex digits that are equal for the same names, sizes, labels and classes, whatever the root."""
         rows = np.arange(self.rows.start, self.rows.stop) if isinstance(self.rows, slice) else self.rows
         if np.array_equal(rows, np.arange(self.meta.images)):
             return self.meta.identity
@@ -124,7 +125,7 @@ class ImageIndex:
 
     @cached_property
     def crc32(self) -> NDArray[np.uint32] | None:
-        """CRC-32 of the encoded bytes, where `data pack` stored it; `data check` compares."""
+        """CRC-32 of the encoded bytes if `data pack` has stored it, for `data check`; else None."""
         return self._column("crc32") if (self.folder / "crc32.npy").exists() else None
 
     def _name(self, row: int) -> str:
@@ -141,7 +142,7 @@ class ImageIndex:
         return _mapped(self.folder / "names_start.npy")
 
     @cached_property
-    def meta(self) -> Meta:
+    def meta(self) -> IndexMeta:
         return read_meta(self.folder)
 
     def _column(self, name: str) -> NDArray[Any]:
@@ -153,7 +154,7 @@ class ImageIndex:
 
 @dataclass(frozen=True)
 class Splits:
-    """`held_out` are training images kept for calibration and not trained on; it may be empty, as may `val`."""
+    """The parts of a set. `held_out` are training images set aside for calibration; it may be empty, as may `val`."""
 
     train: ImageIndex
     held_out: ImageIndex
@@ -161,24 +162,24 @@ class Splits:
 
 
 @dataclass(frozen=True)
-class Meta:
+class IndexMeta:
     """meta.json of an index folder."""
 
     images: int
-    num_train: int  # rows before this are the train split, where `has_splits`
+    num_train: int  # the rows before this are the train split if `has_splits`
     has_splits: bool
     classes: tuple[str, ...]
     shards: tuple[str, ...] | None
     identity: str
-    ignored: int  # files that are no images by extension, images in no class folder
-    set_aside: tuple[tuple[str, str], ...]  # (name, reason): wrong labels and keys, not among the rows
+    ignored: int  # files without an image's extension, images outside class folders
+    set_aside: tuple[tuple[str, str], ...]  # (name, reason) of images with a wrong label or key, which are not rows
 
 
 def open_splits(config: DataConfig, seed: int, progress: Progress | None = None) -> Splits:
-    """The train, held-out and validation images under `config.root`; builds the index where there is none.
+    """The train, held-out and validation images under `config.root`; builds the index if none exists.
 
-    A root without a val split gives `validation_share` of its images, the same for the same seed and names wherever
-    they lie; `held_out` is drawn from the rest likewise. Raises DataError where there are no images to be found.
+    From a root without a val split, `validation_share` of the images are drawn, the same for the same seed and names
+    whatever the root; `held_out` is drawn from the rest in the same way. Raises DataError if there are no images.
     """
     index = open_index(config.root, config.index, progress)
     meta = index.meta
@@ -191,23 +192,28 @@ def open_splits(config: DataConfig, seed: int, progress: Progress | None = None)
 
 
 def open_index(root: Path, folder: Path | None = None, progress: Progress | None = None) -> ImageIndex:
-    """All images under `root`, train first; the index is opened, or built and kept in `folder` (`_places` if None).
+    """All images under `root`, train first; the index is opened, or built in `folder` (by default see `_places`).
 
-    Raises DataError where there are no images, and where no place for the index can be written.
+    Raises DataError if there are no images, and if the index can be written nowhere.
     """
     root = root.expanduser().absolute()
     packed = root / COMPLETE
     if packed.exists():
         return _open_packed(root, packed)
     if (root / PACKING).exists():
-        raise DataError(f"{root}: packing was not finished; run the same `adaptnet data pack` again, it goes on")
+        raise DataError(
+            f"{root}: its packing was interrupted; run the same `adaptnet data pack` again to resume it",
+            key="data.root",
+            subject=root,
+        )
     places = [folder.expanduser().absolute()] if folder else _places(root)
-    for kept in _kept(places):
-        if kept.meta.shards is None and kept.meta.images > MANY_FILES and folders_unchanged(root, kept.class_folders):
-            return ImageIndex(kept.folder, root, slice(0, kept.meta.images))
+    for cached in _cached(places):
+        of_many_files = cached.meta.shards is None and cached.meta.images > MANY_FILES
+        if of_many_files and folders_unchanged(root, cached.class_folders):
+            return ImageIndex(cached.folder, root, slice(0, cached.meta.images))
     listing = find(root)
     if listing.shards is None and len(listing.names) > MANY_FILES and progress:
-        many = f"{len(listing.names):,} loose files; packed, they are read faster and need no listing:"
+        many = f"{len(listing.names):,} loose files; packing makes reading faster and listing unnecessary:"
         progress(f"{many}\n  adaptnet data pack {root} {default_destination(root)}", 0, 0)
     for place in places:
         if (place / listing.key / "meta.json").exists():
@@ -216,9 +222,9 @@ def open_index(root: Path, folder: Path | None = None, progress: Progress | None
 
 
 def build(listing: Listing, places: Sequence[Path], progress: Progress | None = None) -> ImageIndex:
-    """Reads the headers of all images in parallel and writes the index into the first of `places` that can be written.
+    """Reads the headers of all images in parallel and writes the index into the first of `places` that is writable.
 
-    A header that cannot be read gives height and width 0. Raises DataError if no place can be written.
+    An unreadable header gives height and width 0. Raises DataError if no place is writable.
     """
     sizes = read_sizes(listing, progress)
     folder = write(listing, sizes, places)
@@ -226,9 +232,9 @@ def build(listing: Listing, places: Sequence[Path], progress: Progress | None = 
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _CachedIndex:
     folder: Path
-    meta: Meta
+    meta: IndexMeta
 
     @property
     def class_folders(self) -> dict[str, int]:
@@ -236,17 +242,17 @@ class _Kept:
         return found
 
 
-def _kept(places: Sequence[Path]) -> Iterator[_Kept]:
+def _cached(places: Sequence[Path]) -> Iterator[_CachedIndex]:
     for place in places:
         for path in sorted(place.glob("*/meta.json")):
             try:
-                yield _Kept(path.parent, read_meta(path.parent))
+                yield _CachedIndex(path.parent, read_meta(path.parent))
             except DataError:
-                continue  # of another version: it is built anew under another name or by hand
+                continue  # of another version: a new one gets another name
 
 
 def _places(root: Path) -> list[Path]:
-    """Beside the data unless that is marked read-only, then the user's cache."""
+    """Folders for the index: beside the data unless that is read-only, then the user's cache."""
     beside = root / ".adaptnet-index"
     writable = root.is_dir() and root.stat().st_mode & 0o222 and os.access(root, os.W_OK)
     cache = Path.home() / ".cache" / "adaptnet" / "index"
@@ -254,30 +260,34 @@ def _places(root: Path) -> list[Path]:
 
 
 def _open_packed(root: Path, packed: Path) -> ImageIndex:
-    """The index that `data pack` wrote. Raises DataError if a shard is not of the size that was packed."""
+    """The index that `data pack` has written. Raises DataError if a shard is missing or has another size."""
     try:
         complete = json.loads(packed.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{packed}: cannot be read ({error})") from None
+        raise DataError(f"{packed}: cannot be read ({error})", key="data.root", subject=packed) from None
     for name, size in complete["shards"].items():
         found = (root / name).stat().st_size if (root / name).exists() else None
         if found != size:
             what = "is missing" if found is None else f"has {found:,} bytes"
-            raise DataError(f"{root / name}: {what}, packed were {size:,}; copy it again or pack again")
+            raise DataError(
+                f"{root / name}: {what}, but had {size:,} when it was packed; copy it again or pack again",
+                key="data.root",
+                subject=root / name,
+            )
     folder = root / complete["index"]
     return ImageIndex(folder, root, slice(0, read_meta(folder).images))
 
 
 def _divide(index: ImageIndex, share: float, seed: int, purpose: str) -> tuple[ImageIndex, ImageIndex]:
-    """(round(share N) of the images, the others): every class gives its share to within one image.
+    """(round(share N) of the images, the others); of every class the share to within one image.
 
-    Along the images, class by class and in an order of their names drawn from the seed, every 1/share-th is taken.
+    The images are sorted by class and, within it, by a random order of their names; every 1/share-th is taken.
     """
     count = round(share * len(index))
     if count == 0:
         return index.subset(slice(0, 0)), index
     key = int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:16], "little")
-    salt, factor, phase = np.random.Philox(key=key).random_raw(3)  # raw: the same in every version of numpy
+    salt, factor, phase = np.random.Philox(key=key).random_raw(3)  # raw numbers are the same in every version of numpy
     order = np.lexsort(((index.name_hash ^ salt) * (factor | np.uint64(1)), index.label))
     taken = np.zeros(len(index), dtype=bool)
     taken[order[((np.arange(count) + phase / 2**64) * len(index) / count).astype(np.int64)]] = True
@@ -290,25 +300,31 @@ def _mapped(path: Path) -> NDArray[Any]:
         return mapped.view(np.ndarray)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}); set data.index to a folder that every node sees"
+            f"{path}: cannot be read ({error.strerror}); set data.index to a folder that every node can read",
+            key="data.index",
+            subject=path,
         ) from None
 
 
-def read_meta(folder: Path) -> Meta:
-    """Raises DataError where `folder` holds no index of this format."""
+def read_meta(folder: Path) -> IndexMeta:
+    """meta.json of an index folder. Raises DataError if there is none of this format."""
     try:
         found = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: no index can be read there ({error})") from None
+        raise DataError(f"{folder}: no readable index ({error})", key="data.index", subject=folder) from None
     if found.pop("format") != FORMAT:
-        raise DataError(f"{folder}: an index of another format; delete it and it is built anew")
+        raise DataError(
+            f"{folder}: an index of another format; delete it, and a new one is built", key="data.index", subject=folder
+        )
     shards = found.pop("shards")
     found["set_aside"] = tuple((name, reason) for name, reason in found["set_aside"])
-    return Meta(**found | {"classes": tuple(found["classes"]), "shards": None if shards is None else tuple(shards)})
+    return IndexMeta(
+        **found | {"classes": tuple(found["classes"]), "shards": None if shards is None else tuple(shards)}
+    )
 
 
 def synthetic(images: int, classes: int, folder: Path) -> ImageIndex:
-    """An index of images that are nowhere, sized and sharded as a packed ImageNet, to measure what an index costs."""
+    """An index of images that do not exist, with the sizes and shards of a packed ImageNet, for benchmarks."""
     draw = np.random.default_rng(0)
     length = draw.lognormal(11.4, 0.6, images).astype(np.int64) + 1000
     shard = (np.cumsum(length) // LARGEST_SHARD).astype(np.int32)

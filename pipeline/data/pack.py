@@ -1,9 +1,9 @@
-"""Any set -> tar shards with an index: every image decoded once, the bad ones set aside in a report.
+"""Packs a set of images into tar shards with an index; decodes every image and sets bad ones aside in a report.
 
 Source: class folders, tar shards (.tar, .tar.gz), or a tar of class folders. Destination: train-000000.tar … and
 val-000000.tar … of KEY.jpg|png with KEY.cls, classes.txt, index/, report.json and, last, COMPLETE.json. The bytes
-depend on the source and the options alone, not on the number of processes. Train is mixed by a fixed seed, so that a
-window over a few shards holds all classes. A pack that was stopped goes on where it was: finished shards are kept.
+depend only on the source and the options, not on the number of processes. Train is shuffled with a fixed seed, so that
+a window over a few shards contains all classes. An interrupted pack resumes: finished shards are kept.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, BinaryIO, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,25 +39,46 @@ from pipeline.data.store import Progress, write
 from pipeline.errors import DataError, ResourceError
 from pipeline.runs.files import move_file, write_json
 
-QUALITY = 92  # of JPEGs that `side` makes anew
-MIX_SEED = 20_220  # of the order of train; part of the format, so never changed
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+QUALITY = 92  # of JPEGs that `side` re-encodes
+MIX_SEED = 20_220  # of the order of train; part of the format, so it never changes
 SHARDS_AIMED_AT = 64
 SMALLEST_SHARD = 4 << 20  # bytes
 _SUFFIX = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "bmp": ".bmp", "tiff": ".tif"}
 
 
+class PackOrigin(TypedDict):
+    """What a pack is made from: if it differs, the pack is another one."""
+
+    source: str
+    side: int | None
+    quality: int | None
+    shard_bytes: int | None
+
+
+class ShardRecord(TypedDict):
+    """What a finished shard contains."""
+
+    bytes: int
+    images: int  # bad ones included
+    rows: list[tuple[str, int, int, int, int, int, int]]  # name, label, offset, length, height, width, CRC-32
+    bad: list[tuple[str, str]]  # (file, reason)
+
+
 @dataclass(frozen=True)
 class PackReport:
-    """What a pack holds and what it left out."""
+    """What a pack contains and what was left out."""
 
     destination: Path
     images: dict[str, int]  # by split
     num_classes: int
     shards: int
-    kept_shards: int  # of those, finished by an earlier call
+    kept_shards: int  # of these, finished by an earlier call
     bytes: int
     set_aside: tuple[tuple[str, str], ...]  # (file, reason)
-    ignored: int  # files that are no images by extension, images in no class folder
+    ignored: int  # files without an image's extension, images outside class folders
     seconds: float
 
 
@@ -71,21 +92,25 @@ def pack(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> PackReport:
-    """Packs `source` into `destination`, in parallel; call it again after an interruption and it goes on.
+    """Packs `source` into `destination` in parallel; after an interruption, the same call resumes.
 
-    Images pass byte for byte. With `side` (pixels), those whose shorter side is longer are turned upright, shrunk
-    (antialiased) and written as JPEG of `quality`; smaller ones pass.
-    Raises DataError where the source holds no images, or the destination something else; ResourceError on a full disk.
+    Images are copied byte for byte. With `side` (pixels), those with a longer shorter side are turned upright, shrunk
+    (antialiased) and written as JPEG of `quality`. Raises DataError if the source has no images or the destination
+    contains something else, ResourceError on a full disk.
     """
     source, destination = source.expanduser().absolute(), destination.expanduser().absolute()
     if destination == source or source in destination.parents:
-        raise DataError(f"{destination}: lies in the source {source}; pack to a folder outside of it")
+        raise DataError(
+            f"{destination}: is inside the source {source}; pack to a folder outside of it",
+            key="destination",
+            subject=destination,
+        )
     workers = workers or num_cpus()
-    found = layout(source)
-    listing = None if found.tars else from_folders(source, found.folders)
+    laid_out = layout(source)
+    listing = None if laid_out.tars else from_folders(source, laid_out.folders)
     return pack_listing(
-        listing.key if listing else key_of_tars(found),
-        lambda scratch: listing or listing_of_tars(found, scratch, workers, progress),
+        listing.key if listing else key_of_tars(laid_out),
+        lambda scratch: listing or listing_of_tars(laid_out, scratch, workers, progress),
         destination,
         side=side,
         quality=quality,
@@ -106,10 +131,12 @@ def pack_listing(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> PackReport:
-    """As `pack`, of the images that `make(scratch)` lists; `key` changes when they do. The scratch folder is kept from
-    one call to the next until the pack is whole."""
+    """`pack` for the images that `make(scratch)` lists; `key` changes whenever the images do.
+
+    The scratch folder remains from one call to the next until the pack is complete.
+    """
     started, workers = time.monotonic(), workers or num_cpus()
-    made_from = {"source": key, "side": side, "quality": quality if side else None, "shard_bytes": shard_bytes}
+    made_from = PackOrigin(source=key, side=side, quality=quality if side else None, shard_bytes=shard_bytes)
     try:
         if not _claim(destination, made_from):
             return _report_of(destination, time.monotonic() - started, kept=None)
@@ -122,7 +149,9 @@ def pack_listing(
     except OSError as error:
         raise ResourceError(
             f"{error.filename or destination}: {error.strerror or error}; free space or permit access, then run the "
-            "same command again: finished shards are kept"
+            "same command again: finished shards are kept",
+            key="destination",
+            subject=error.filename or destination,
         ) from error
     return _report_of(destination, time.monotonic() - started, kept=len(tasks) - len(due))
 
@@ -136,9 +165,9 @@ def _pack_shards(due: Sequence[ShardTask], workers: int, total: int, progress: P
 
 
 def shrink(encoded: bytes, side: int, quality: int) -> bytes:
-    """A JPEG with the shorter side `side` pixels long, upright; `encoded` itself where it is upright and not larger.
+    """An upright JPEG with a shorter side of `side` pixels; `encoded` itself if it is upright and not larger.
 
-    The decoder's colours: RGB without alpha, 16 bits by their high byte.
+    Colours are those of the decoder: RGB without alpha, and the high byte of 16 bits.
     """
     from PIL import Image, ImageOps
 
@@ -157,18 +186,18 @@ def shrink(encoded: bytes, side: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _rgb(image: Any) -> Any:
-    """Pillow clips 16-bit grey at 255 where it converts; a picture keeps its high byte."""
-    from PIL import Image
+def _rgb(image: Image) -> Image:
+    """The image as RGB. Of 16-bit grey the high byte is used, where Pillow's conversion would clip at 255."""
+    from PIL.Image import fromarray
 
     if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+        image = fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard: the images that belong in it, in order, and where it goes."""
+    """One shard: its images in order, and where it is written."""
 
     name: str
     destination: Path
@@ -178,31 +207,37 @@ class ShardTask:
 
     @property
     def record(self) -> Path:
+        """The file that says what the finished shard contains."""
         return self.destination / PACKING / f"{self.name}.json"
 
-    def finished(self) -> dict[str, Any] | None:
-        """The record of this shard if it was packed before and is of the size noted then."""
+    def finished(self) -> ShardRecord | None:
+        """The record of this shard if it was packed before and still has the recorded size, else None."""
         try:
-            record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+            record: ShardRecord = json.loads(self.record.read_text(encoding="utf-8"))
             size = (self.destination / self.name).stat().st_size
         except (OSError, ValueError):
             return None
         return record if record["bytes"] == size and record["images"] == len(self.images) else None
 
 
-def _claim(destination: Path, made_from: dict[str, Any]) -> bool:
-    """Marks the destination as this pack's; False if it holds the whole of it. Raises DataError if it holds another."""
+def _claim(destination: Path, made_from: PackOrigin) -> bool:
+    """Reserves the destination for this pack; False if the pack is complete. Raises DataError if it is of another."""
     claim = destination / PACKING / "claim.json"
     holder = destination / COMPLETE if (destination / COMPLETE).exists() else claim
     if holder.exists():
         held = json.loads(holder.read_text(encoding="utf-8"))["made_from"]
         if held != made_from:
-            differing = ", ".join(key for key in made_from if held.get(key) != made_from[key])
-            raise DataError(f"{destination}: holds a pack of another {differing}; give another folder or delete it")
+            differing = ", ".join(key for key, value in made_from.items() if held.get(key) != value)
+            raise DataError(
+                f"{destination}: contains a pack of another {differing}; give another folder or delete it",
+                key="destination",
+                subject=differing,
+            )
         return holder == claim
     strange = [path.name for path in destination.iterdir() if path.name != PACKING] if destination.exists() else []
     if strange:
-        raise DataError(f"{destination}: not empty ({', '.join(sorted(strange)[:3])}); give a new folder")
+        listed = ", ".join(sorted(strange)[:3])
+        raise DataError(f"{destination}: not empty ({listed}); give a new folder", key="destination", subject=listed)
     write_json(claim, {"made_from": made_from}, indent=None)
     return True
 
@@ -214,7 +249,11 @@ def _only_one(destination: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ResourceError(f"{destination}: another process packs into it just now; wait for it") from None
+            raise ResourceError(
+                f"{destination}: another process is packing into it; wait for it",
+                key="destination",
+                subject=destination,
+            ) from None
         yield
 
 
@@ -232,7 +271,7 @@ def _plan(
 
 
 def _cut(lengths: NDArray[np.int64], shard_bytes: int | None) -> list[slice]:
-    """Runs of images of about equal bytes; about 64 shards unless that makes them too small or too large."""
+    """Slices of about equal size in bytes; about SHARDS_AIMED_AT unless shards would be too small or too large."""
     if not len(lengths):
         return []
     total = int(lengths.sum())
@@ -244,15 +283,15 @@ def _cut(lengths: NDArray[np.int64], shard_bytes: int | None) -> list[slice]:
 
 
 def pack_shard(task: ShardTask) -> None:
-    """Writes one shard aside, renames it, then writes its record."""
-    rows: list[list[Any]] = []
-    bad: list[list[str]] = []
+    """Writes one shard to a temporary file, renames it, then writes its record."""
+    rows: list[tuple[str, int, int, int, int, int, int]] = []
+    bad: list[tuple[str, str]] = []
     aside = task.destination / PACKING / f"{task.name}.part"
     with open(aside, "wb") as tar:
         for image in task.images:
             encoded, reason = image.read_whole()
             if reason:
-                bad.append([image.name, reason])
+                bad.append((image.name, reason))
                 continue
             if task.side is not None:
                 encoded = shrink(encoded, task.side, task.quality)
@@ -261,32 +300,35 @@ def pack_shard(task: ShardTask) -> None:
             _add(tar, f"{image.key}.cls", str(image.label).encode())
             size = upright_size(encoded)
             assert size is not None
-            rows.append([name, image.label, offset, len(encoded), *size, zlib.crc32(encoded)])
+            rows.append((name, image.label, offset, len(encoded), *size, zlib.crc32(encoded)))
         tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE or tarfile.RECORDSIZE))
         size_of_tar = tar.tell()
     move_file(aside, task.destination / task.name)
-    write_json(task.record, {"bytes": size_of_tar, "images": len(task.images), "rows": rows, "bad": bad}, indent=None)
+    record = ShardRecord(bytes=size_of_tar, images=len(task.images), rows=rows, bad=bad)
+    write_json(task.record, record, indent=None)
 
 
-def _add(tar: Any, name: str, content: bytes) -> int:
-    """Appends a member; where its bytes start."""
+def _add(tar: BinaryIO, name: str, content: bytes) -> int:
+    """Appends a member; returns the offset of its bytes."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.write(member.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape"))
-    start: int = tar.tell()
+    start = tar.tell()
     tar.write(content)
     tar.write(bytes(-len(content) % tarfile.BLOCKSIZE))
     return start
 
 
-def _finish(listing: Listing, destination: Path, tasks: Sequence[ShardTask], made_from: dict[str, Any]) -> None:
-    """Index, classes, report and, last, the mark that the pack is whole."""
+def _finish(listing: Listing, destination: Path, tasks: Sequence[ShardTask], made_from: PackOrigin) -> None:
+    """Writes index, classes, report and, last, the file that marks the pack as complete."""
     records = [task.finished() for task in tasks]
     assert None not in records
     shards = {task.name: record["bytes"] for task, record in zip(tasks, records, strict=True) if record}
     rows = [(number, *row) for number, record in enumerate(records) if record for row in record["rows"]]
     if not rows:
-        raise DataError(f"{listing.root}: not one of {len(listing.names)} images can be used")
+        raise DataError(
+            f"{listing.root}: none of {len(listing.names)} images can be used", key="source", subject=listing.root
+        )
     columns = np.array([row[2:] for row in rows], dtype=np.int64)  # label, offset, length, height, width, crc32
     num_train = sum(tasks[row[0]].name.startswith("train") for row in rows)
     packed = Listing(

@@ -1,4 +1,4 @@
-"""One function over many tasks, in processes."""
+"""Applies one function to many tasks in parallel processes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ R = TypeVar("R")
 
 
 def num_cpus() -> int:
-    """CPUs that this process may use."""
+    """The number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def in_processes(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[tuple[int, R]]:
-    """(position of the task, work(task)) as each is done; one worker, or one task, works in this process.
+    """(position of the task, work(task)), in the order of completion; a single worker or task runs in this process.
 
-    Raises what `work` raises, and ResourceError if a process was killed.
+    Raises the errors of `work`, and ResourceError if a process was killed.
     """
     if min(workers, len(tasks)) <= 1:
         yield from ((position, work(task)) for position, task in enumerate(tasks))
         return
     before = set(multiprocessing.active_children())
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
     with ProcessPoolExecutor(min(workers, len(tasks)), spawn, _follow_parent) as pool:
         positions = {pool.submit(work, task): position for position, task in enumerate(tasks)}
         try:
@@ -39,7 +39,9 @@ def in_processes(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> It
                 yield positions.pop(future), future.result()
         except BrokenProcessPool:
             raise ResourceError(
-                f"a worker process was killed, most likely for memory; run it again with fewer than {workers} workers"
+                f"a worker process was killed, most likely out of memory; use fewer than {workers} workers",
+                key="--workers",
+                subject=workers,
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -49,7 +51,7 @@ def in_processes(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> It
 
 
 def _follow_parent() -> None:
-    """Interrupts are the parent's to handle; where it is gone, this process has nobody to work for."""
+    """Leaves interrupts to the parent process, and ends this process when the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,7 +1,7 @@
-"""Readers of image sets as their publishers give them out: where each image's bytes lie, its label and its split.
+"""Readers of image sets in the form in which they are published: place of the bytes, label and split of each image.
 
-Nothing is extracted by the names in an archive. JPEGs stay where they lie, uncompressed; pixels that lie in arrays are
-written as PNG. What the publisher tests on becomes `val`.
+Nothing is extracted under a name from an archive. JPEGs are read in place, from uncompressed tars; arrays of pixels are
+written as PNG. The publisher's test split becomes `val`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.errors import DataError
 from pipeline.runs.files import whole_file
 
 Pixels: TypeAlias = NDArray[np.uint8]
-PICKLED = {  # all that a batch of CIFAR needs: arrays and bytes
+PICKLED = {  # the only names that a batch of CIFAR needs: for arrays and bytes
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy", "ndarray"),
@@ -41,7 +41,7 @@ PICKLED = {  # all that a batch of CIFAR needs: arrays and bytes
 
 @dataclass(frozen=True)
 class PublishedImage:
-    """An encoded image where it lies."""
+    """Where an encoded image is stored, with its label and split."""
 
     split: str  # train or val
     name: str
@@ -53,20 +53,22 @@ class PublishedImage:
 
 @dataclass(frozen=True)
 class PublishedSet:
+    """What a reader returns: names of the classes by label, and the images."""
+
     classes: tuple[str, ...]
     entries: Sequence[PublishedImage]
 
 
 @dataclass(frozen=True)
 class ReaderContext:
-    """Where a reader works: the given files by their role, room for what it unpacks, and who hears of progress."""
+    """The given files by their role, a folder for what a reader unpacks, and a callback for progress."""
 
     files: Mapping[str, Path]
     scratch: Path
     progress: Progress | None = None
 
     def archive(self, role: str) -> Archive:
-        """The members of a .tar, .tar.gz or .zip; compressed ones are made a plain tar in the scratch folder, once."""
+        """The members of a .tar, .tar.gz or .zip; compressed ones are first turned into a tar in the scratch folder."""
         path = self.files[role]
         tar = path
         if path.suffix.lower() != ".tar":
@@ -77,7 +79,7 @@ class ReaderContext:
         return Archive(tar, {_plain(name): (offset, length) for name, offset, length in tar_members(tar)})
 
     def pngs(self, split: str, images: Pixels, labels: Iterable[int]) -> Iterator[PublishedImage]:
-        """images [N, H, W, 3] as PNGs in one file of the scratch folder."""
+        """Writes images [N, H, W, 3] as PNGs into one file of the scratch folder."""
         from PIL import Image
 
         self.scratch.mkdir(parents=True, exist_ok=True)
@@ -97,43 +99,54 @@ class ReaderContext:
 
 @dataclass(frozen=True)
 class Archive:
-    """A plain tar and where its members lie, by name without a leading `./`."""
+    """An uncompressed tar: (offset, length) of its members by name, without a leading `./`."""
 
     path: Path
     members: Mapping[str, tuple[int, int]]
 
     def read(self, name: str) -> bytes:
-        """The one member whose path ends in `name`. Raises DataError where there is none."""
+        """The content of the one member whose path ends in `name`. Raises DataError unless there is exactly one."""
         offset, length = self.members[self.find(name)]
         with open(self.path, "rb") as file:
             file.seek(offset)
             return file.read(length)
 
     def find(self, name: str) -> str:
+        """The path of the one member that ends in `name`. Raises DataError unless there is exactly one."""
         found = [member for member in self.members if member == name or member.endswith(f"/{name}")]
         if len(found) != 1:
-            raise DataError(f"{self.path.name}: {'no' if not found else 'more than one'} {name} in it; fetch it again")
+            count = "more than one" if found else "no"
+            raise DataError(
+                f"{self.path.name}: {count} {name} in it; download it again", key="files", subject=self.path.name
+            )
         return found[0]
 
     def lines(self, name: str) -> list[str]:
+        """The lines of a text member, stripped, without empty ones."""
         return [line.strip() for line in self.read(name).decode("utf-8").splitlines() if line.strip()]
 
     def entry(self, split: str, member: str, label: int) -> PublishedImage:
-        """Raises DataError where an annotation names an image that is not there."""
+        """A member as an image. Raises DataError if the archive, whose annotations name it, does not contain it."""
         if member not in self.members:
-            raise DataError(f"{self.path.name}: its lists name {member}, which is not in it; fetch it again")
+            raise DataError(
+                f"{self.path.name}: its lists name {member}, which is not in it; download it again",
+                key="files",
+                subject=member,
+            )
         return PublishedImage(
             split, f"{label:04d}/{PurePosixPath(member).name}", label, self.path, *self.members[member]
         )
 
 
 def cifar10(context: ReaderContext) -> PublishedSet:
+    """CIFAR-10 from its Python version."""
     return _cifar(
         context, [f"data_batch_{n}" for n in range(1, 6)], "test_batch", "batches.meta", "label_names", "labels"
     )
 
 
 def cifar100(context: ReaderContext) -> PublishedSet:
+    """CIFAR-100 with its 100 fine labels, from its Python version."""
     return _cifar(context, ["train"], "test", "meta", "fine_label_names", "fine_labels")
 
 
@@ -149,23 +162,29 @@ def _cifar(context: ReaderContext, train: Sequence[str], test: str, meta: str, n
 
 
 def unpickle(content: bytes, where: str) -> dict[str, Any]:
-    """A batch of CIFAR, which its publisher pickled: arrays and plain values; anything else in it is refused."""
+    """A batch of CIFAR, which is a pickle of arrays and plain values. Raises DataError if it contains anything else."""
 
     class Arrays(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) not in PICKLED:
-                raise DataError(f"{where}: its pickle asks for {module}.{name}, which no CIFAR batch needs")
+                raise DataError(
+                    f"{where}: its pickle needs {module}.{name}, which is not part of a CIFAR batch",
+                    key="files",
+                    subject=f"{module}.{name}",
+                )
             return super().find_class(module, name)
 
     try:
         found = Arrays(io.BytesIO(content), encoding="bytes").load()
     except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, ImportError) as error:
-        raise DataError(f"{where}: not a batch of CIFAR ({error}); fetch it again") from None
+        raise DataError(
+            f"{where}: not a batch of CIFAR ({error}); download it again", key="files", subject=where
+        ) from None
     return {_text(key): value for key, value in found.items()}
 
 
 def svhn(context: ReaderContext) -> PublishedSet:
-    """The digit 0 has the label 10 there, and 0 here. `extra_32x32.mat` joins train where it is given."""
+    """SVHN. Label 10 of the publisher, the digit 0, becomes 0. `extra_32x32.mat` is added to train if it is given."""
     entries: list[PublishedImage] = []
     for role, split in (("train", "train"), ("extra", "train"), ("test", "val")):
         if role in context.files:
@@ -176,7 +195,7 @@ def svhn(context: ReaderContext) -> PublishedSet:
 
 
 def stl10(context: ReaderContext) -> PublishedSet:
-    """The labelled images; the 100,000 without a label are left out."""
+    """STL-10 without the 100,000 images that have no label."""
     archive = context.archive("archive")
     entries: list[PublishedImage] = []
     for split, stem in (("train", "train"), ("val", "test")):
@@ -187,6 +206,7 @@ def stl10(context: ReaderContext) -> PublishedSet:
 
 
 def tiny_imagenet(context: ReaderContext) -> PublishedSet:
+    """Tiny ImageNet; its test images have no labels and are left out."""
     archive = context.archive("archive")
     classes = tuple(sorted(archive.lines("wnids.txt")))
     label = {wnid: number for number, wnid in enumerate(classes)}
@@ -204,7 +224,7 @@ def tiny_imagenet(context: ReaderContext) -> PublishedSet:
 
 
 def aircraft(context: ReaderContext) -> PublishedSet:
-    """Variants (100 classes), trained on train and val together. The pictures keep their 20 pixels of copyright."""
+    """FGVC-Aircraft by its 100 variants; train is the publisher's train and val. The 20-pixel copyright line stays."""
     archive = context.archive("archive")
     classes = tuple(archive.lines("data/variants.txt"))
     label = {variant: number for number, variant in enumerate(classes)}
@@ -218,7 +238,7 @@ def aircraft(context: ReaderContext) -> PublishedSet:
 
 
 def flowers102(context: ReaderContext) -> PublishedSet:
-    """Trained on train and validation together (2,040 images). The names are torchvision's: the publisher has none."""
+    """Oxford Flowers 102; train is the publisher's train and validation. Class names are torchvision's."""
     from torchvision.datasets import Flowers102
 
     archive = context.archive("images")
@@ -233,6 +253,7 @@ def flowers102(context: ReaderContext) -> PublishedSet:
 
 
 def cars(context: ReaderContext) -> PublishedSet:
+    """Stanford Cars."""
     kit = context.archive("devkit")
     names = np.asarray(_mat(io.BytesIO(kit.read("cars_meta.mat")))["class_names"]).reshape(-1)
     classes = tuple(str(np.asarray(name).item()) for name in names)
@@ -248,6 +269,7 @@ def cars(context: ReaderContext) -> PublishedSet:
 
 
 def cub(context: ReaderContext) -> PublishedSet:
+    """CUB-200-2011."""
     archive = context.archive("archive")
     listed = archive.find("images.txt")
     folder = PurePosixPath(listed).parent
@@ -265,7 +287,7 @@ def cub(context: ReaderContext) -> PublishedSet:
 
 
 def imagenet(context: ReaderContext) -> PublishedSet:
-    """From the two tars, read in place, or from a folder with train/<wnid>/ and a flat val/."""
+    """ImageNet from its two tars, read in place, or from a folder with train/<wnid>/ and a flat val/."""
     validation = _validation(context)
     if "folder" in context.files:
         images = list(_imagenet_folder(context.files["folder"]))
@@ -278,7 +300,7 @@ def imagenet(context: ReaderContext) -> PublishedSet:
         split, known = ("train", wnid) if wnid is not None else ("val", validation.get(Path(name).stem))
         if known not in label:
             why = "no ground truth" if known is None else f"the class {known}, which train lacks"
-            raise DataError(f"{path}: {name} has {why}")
+            raise DataError(f"{path}: {name} has {why}", key="files", subject=name)
         entries.append(PublishedImage(split, f"{known}/{Path(name).name}", label[known], path, offset, length))
     return PublishedSet(wnids, entries)
 
@@ -287,7 +309,7 @@ Located: TypeAlias = tuple[str | None, str, Path, int, int]  # wnid or None for 
 
 
 def _imagenet_train(path: Path) -> Iterator[Located]:
-    """The images of a tar of one tar for each class."""
+    """The images of a tar that contains one tar per class."""
     classes = [(name, offset) for name, offset, _ in tar_members(path) if name.endswith(".tar")]
     with ThreadPoolExecutor(SCAN_THREADS) as threads:
         for (name, _), images in zip(classes, threads.map(lambda each: _inner(path, each[1]), classes), strict=True):
@@ -295,14 +317,18 @@ def _imagenet_train(path: Path) -> Iterator[Located]:
 
 
 def _inner(path: Path, start: int) -> list[tuple[str, int, int]]:
-    """(name, offset in `path`, length) of each image in a tar that begins at byte `start` of another."""
+    """(name, offset in `path`, length) of each image in the inner tar that begins at byte `start`."""
     with open(path, "rb") as file:
         file.seek(start)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 return [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and _is_image(m.name)]
         except tarfile.TarError as error:
-            raise DataError(f"{path}: the tar at its byte {start} is damaged ({error}); fetch it again") from None
+            raise DataError(
+                f"{path}: the tar at its byte {start} is damaged ({error}); download it again",
+                key="files",
+                subject=path,
+            ) from None
 
 
 def _imagenet_val(path: Path) -> Iterator[Located]:
@@ -346,13 +372,14 @@ READERS: Mapping[str, Callable[[ReaderContext], PublishedSet]] = {
 }
 
 
-def _mat(source: Path | io.BytesIO, **how: bool) -> Mapping[str, Any]:
+def _mat(source: Path | io.BytesIO, **options: bool) -> Mapping[str, Any]:
     from scipy.io import loadmat
 
     try:
-        found: Mapping[str, Any] = loadmat(source, **how)
+        found: Mapping[str, Any] = loadmat(source, **options)
     except Exception as error:  # scipy raises a dozen kinds for damaged files
-        raise DataError(f"{source if isinstance(source, Path) else 'a .mat file'}: cannot be read ({error})") from None
+        name = source if isinstance(source, Path) else "a .mat file"
+        raise DataError(f"{name}: cannot be read ({error})", key="files", subject=name) from None
     return found
 
 
@@ -366,7 +393,9 @@ def _zip_to_tar(path: Path, to: Path) -> None:
                     with source.open(member) as content:
                         target.addfile(info, content)
     except zipfile.BadZipFile as error:
-        raise DataError(f"{path}: not a whole zip file ({error}); fetch it again") from None
+        raise DataError(
+            f"{path}: not a complete zip file ({error}); download it again", key="files", subject=path
+        ) from None
 
 
 def _plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The publishers' own files of known image sets -> tar shards with an index, as `data.pack` makes them."""
+"""Packs known image sets from the files of their publishers into tar shards with an index, as pack.py does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ READ_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class File:
-    """A file of a set, as its publisher names it; md5 as torchvision knows it, None where it knows none."""
+    """A file of a set under its publisher's name; md5 as in torchvision, or None if torchvision has none."""
 
     role: str
     name: str
@@ -30,7 +30,7 @@ class File:
     optional: bool = False
 
 
-SETS: Mapping[str, tuple[tuple[File, ...], ...]] = {  # the ways in which each set may be given, the usual one first
+SETS: Mapping[str, tuple[tuple[File, ...], ...]] = {  # the alternatives for the files of each set, the usual one first
     "cifar10": ((File("archive", "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),),),
     "cifar100": ((File("archive", "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),),),
     "svhn": (
@@ -83,10 +83,10 @@ def import_set(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> PackReport:
-    """Packs the set `name` from its publisher's files into `destination`; source.json there names them and their md5.
+    """Packs the set `name` from its publisher's files into `destination`; source.json there lists them with their md5.
 
-    The other arguments are those of `pack`. Interrupted, the same call goes on. Raises ConfigError for an unknown set
-    and for files that are not its own, DataError for a damaged one or, with `checksums`, an md5 that is not the known.
+    The other arguments are those of `pack`. After an interruption, the same call resumes. Raises ConfigError for an
+    unknown set and for files of another one, DataError for a damaged file or, with `checksums`, an unexpected md5.
     """
     given = _roles(name, [file.expanduser().absolute() for file in files])
     stats = [(file.name, path.name, path.stat().st_size, path.stat().st_mtime_ns) for file, path in given]
@@ -95,9 +95,9 @@ def import_set(
         sums = {path.name: _checked(file, path, checksums, progress) for file, path in given if path.is_file()}
         context = ReaderContext({file.role: path for file, path in given}, scratch, progress)
         for left in scratch.glob("*.pngs"):
-            left.unlink()  # of an interrupted call
-        found = READERS[name](context)
-        listing = _listing(found.entries, found.classes, destination)
+            left.unlink()  # written by an interrupted call
+        published = READERS[name](context)
+        listing = _listing(published.entries, published.classes, destination)
         source = {"set": name, "files": [{"name": n, "md5": md5} for n, md5 in sums.items()]}
         write_json(destination / "source.json", source)
         return listing
@@ -115,12 +115,12 @@ def import_set(
 
 
 def _roles(name: str, files: Sequence[Path]) -> list[tuple[File, Path]]:
-    """Each file with what it is, by its name. Raises ConfigError listing what the set needs."""
+    """Each given file with its role, by its name. Raises ConfigError listing the files that the set needs."""
     if name not in SETS:
-        raise ConfigError(f"{name}: no set of this name is known; known: {', '.join(SETS)}")
+        raise ConfigError(f"{name}: no such set; known: {', '.join(SETS)}", key="set", subject=name)
     for path in files:
         if not path.exists():
-            raise ConfigError(f"{path}: no such file")
+            raise ConfigError(f"{path}: no such file", key="files", subject=path)
     for way in SETS[name]:
         found = [(file, path) for file in way for path in files if _is(file, path)]
         needed = {file.role for file in way if not file.optional}
@@ -128,8 +128,10 @@ def _roles(name: str, files: Sequence[Path]) -> list[tuple[File, Path]]:
             return found
     ways = " or ".join(" ".join(f"[{file.name}]" if file.optional else file.name for file in way) for way in SETS[name])
     raise ConfigError(
-        f"{name}: given {', '.join(path.name for path in files) or 'nothing'}; it is imported from {ways}, under the "
-        "names that the publisher gave them"
+        f"{name}: got {', '.join(path.name for path in files) or 'no files'}; it is imported from {ways}, under the "
+        "publisher's names",
+        key="files",
+        subject=", ".join(path.name for path in files),
     )
 
 
@@ -138,7 +140,7 @@ def _is(file: File, path: Path) -> bool:
 
 
 def _checked(file: File, path: Path, checksums: bool, progress: Progress | None) -> str:
-    """The md5 of a file. Raises DataError where another is known."""
+    """The md5 of a file. Raises DataError if `checksums` and the publisher's is another."""
     digest, done, size = hashlib.md5(usedforsecurity=False), 0, path.stat().st_size
     with open(path, "rb") as content:
         while block := content.read(READ_AT_ONCE):
@@ -148,16 +150,18 @@ def _checked(file: File, path: Path, checksums: bool, progress: Progress | None)
                 progress(f"checksum of {path.name}, MiB", done >> 20, max(1, size >> 20))
     if checksums and file.md5 is not None and digest.hexdigest() != file.md5:
         raise DataError(
-            f"{path}: its md5 is {digest.hexdigest()}, the publisher's {file.md5}: fetch it again, or take it as it is "
-            "with --no-checksum"
+            f"{path}: its md5 is {digest.hexdigest()}, that of the publisher {file.md5}; download it again, or accept "
+            "it with --no-checksum",
+            key="--no-checksum",
+            subject=path,
         )
     return digest.hexdigest()
 
 
 def _listing(entries: Sequence[PublishedImage], classes: tuple[str, ...], root: Path) -> Listing:
-    """The entries in the order in which their bytes lie, train first; paths relative to `root`."""
+    """The images in the order of their bytes, train first; paths relative to `root`."""
     if not entries:
-        raise DataError("the files hold no image")
+        raise DataError("the files contain no image", key="files")
     ordered = sorted(entries, key=lambda entry: (entry.split != "train", str(entry.path), entry.offset, entry.name))
     paths = sorted({entry.path for entry in ordered})
     number = {path: position for position, path in enumerate(paths)}

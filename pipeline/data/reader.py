@@ -1,4 +1,4 @@
-"""Reads encoded images in threads, ahead of their use, from descriptors kept open."""
+"""Reads encoded images in threads, ahead of their use, from file descriptors that stay open."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pipeline.data.index import ImageIndex
 
 READS_PER_TASK = 4
 RETRIED_AFTER_S = (0.1, 1.0, 5.0)
-DESCRIPTORS_SHARE = 4  # a quarter of those that the process may have are kept open
-GAP = 1 << 16  # bytes between two images that are fetched in one go all the same
+DESCRIPTORS_SHARE = 4  # at most a quarter of the process's descriptors stay open
+GAP = 1 << 16  # bytes; two images with a smaller gap are fetched together
 
 
 @dataclass(frozen=True)
 class Read:
-    """The bytes of an image, or why there are none that can be decoded."""
+    """The bytes of an image, and the reason if they cannot be decoded."""
 
     encoded: bytes
     reason: str | None = None
@@ -36,7 +36,7 @@ Pending: TypeAlias = "Sequence[Future[list[Read]]]"
 
 
 class Reader:
-    """Reads rows of an index in `threads` threads; `latency_s` is added to every read, to measure what it costs."""
+    """Reads rows of an index in `threads` threads; `latency_s` is added to every read, for benchmarks."""
 
     def __init__(self, index: ImageIndex, threads: int, latency_s: float = 0.0) -> None:
         self.index, self.latency_s = index, latency_s
@@ -46,17 +46,17 @@ class Reader:
         self._lock = threading.Lock()
 
     def start(self, rows: Sequence[int] | NDArray[np.int64]) -> Pending:
-        """Begins to read `rows`."""
+        """Starts to read `rows`; the futures give them in order, a few each."""
         starts = range(0, len(rows), READS_PER_TASK)
         return [self._threads.submit(self._read_all, rows[at : at + READS_PER_TASK]) for at in starts]
 
     def fetch(self, rows: NDArray[np.int64]) -> None:
-        """Asks the system to bring the bytes of `rows` near, without waiting; loose files are left alone."""
+        """Asks the system to load the bytes of `rows` into its cache, without waiting; does nothing for loose files."""
         if len(rows) and self.index.shards is not None:
             self._threads.submit(self._fetch, rows)
 
     def read(self, row: int) -> Read:
-        """An image's bytes if they look whole; a storage that does not answer is tried again, the file opened anew."""
+        """The bytes of an image, or why they are bad. After a storage error it opens and reads the file again."""
         for pause_s in (*RETRIED_AFTER_S, None):
             try:
                 encoded = self._bytes(row)
@@ -69,7 +69,7 @@ class Reader:
         raise AssertionError
 
     def close(self) -> None:
-        """Waits for the reads under way, gives up those that wait."""
+        """Waits for the reads under way and cancels those that have not started."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._open.clear()
 
@@ -100,7 +100,7 @@ class Reader:
             os.posix_fadvise(descriptor.number, int(starts[first]), length, os.POSIX_FADV_WILLNEED)
 
     def _descriptor(self, path: str) -> _Descriptor:
-        """Open for reading; kept open for shards, as long as someone reads for a file that is pushed out."""
+        """The file open for reading. A shard stays open; if it is dropped from the cache, until its last read ends."""
         if self.index.shards is None:
             return _Descriptor(path)
         with self._lock:
@@ -120,7 +120,7 @@ class Reader:
 
 
 class _Descriptor:
-    """An open file that closes when the last who holds it lets go."""
+    """An open file that is closed when its last user drops it."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,8 +1,8 @@
-"""Finds the images under a root: class folders or tar shards -> Listing, in a fixed order, train rows first.
+"""Lists the images of class folders or tar shards in a fixed order, train first.
 
 Class folders: train/<class>/** and val/<class>/**, or <class>/** alone. Tar shards: train-*.tar and val-*.tar, or
-train/*.tar and val/*.tar, of KEY.jpg|jpeg|png with KEY.cls (ASCII integer, 0-based line of classes.txt).
-Compressed shards and tars of class folders are found too, and refused with the command that packs them.
+train/*.tar and val/*.tar, of KEY.jpg|jpeg|png with KEY.cls (an ASCII integer, a 0-based line of classes.txt).
+Compressed shards and tars of class folders are recognised, and refused with the command that packs them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from pipeline.data.tars import from_shards
 from pipeline.errors import DataError
 
 TAR = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
-_LOOKED_FOR = "train/<class>/*.jpg with val/<class>/*.jpg, <class>/*.jpg, or train-*.tar with val-*.tar and classes.txt"
+_EXPECTED = "train/<class>/*.jpg with val/<class>/*.jpg, <class>/*.jpg, or train-*.tar with val-*.tar and classes.txt"
 _SPLIT_IN_NAME = re.compile(r"(?:^|[-_.])(train|val|validation)(?=[-_.]|\d)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class SourceLayout:
-    """How a root is laid out. `tars` by split; a split of None is a tar of class folders, or a plain folder."""
+    """The layout of a root: its tars or folders, each with its split.
+
+    The split is None for a tar of class folders and for a plain folder of class folders.
+    """
 
     root: Path
     tars: tuple[tuple[str | None, Path], ...] = ()
@@ -31,22 +34,24 @@ class SourceLayout:
 
     @property
     def needs_packing(self) -> str | None:
-        """Why training cannot read it as it is, or None."""
+        """Why training cannot read the images in place, or None."""
         if any(not path.name.lower().endswith(".tar") for _, path in self.tars):
-            return "compressed tars, which cannot be read at random"
+            return "compressed tars, which have no random access"
         return "a tar of class folders, not of KEY.jpg with KEY.cls" if any(s is None for s, _ in self.tars) else None
 
 
 def layout(root: Path) -> SourceLayout:
-    """Raises DataError where `root` is missing, empty or of no known layout."""
+    """The layout of a root. Raises DataError if `root` does not exist, is empty or has an unknown layout."""
     if root.is_file():
         if not TAR.search(root.name):
-            raise DataError(f"{root}: a file, but no tar; looked for {_LOOKED_FOR}")
+            raise DataError(f"{root}: a file, but not a tar; expected {_EXPECTED}", key="data.root", subject=root)
         return SourceLayout(root.parent, tars=((None, root),))
     if not root.is_dir():
         raise DataError(
-            f"{root}: no such folder; looked there for {_LOOKED_FOR}. Name another folder (in a recipe: data.root), or "
-            f"draw a small set to try things on: adaptnet data toy {root}"
+            f"{root}: no such folder; expected {_EXPECTED} in it. Give another folder (in a recipe: data.root), or "
+            f"generate a small set for a first try: adaptnet data toy {root}",
+            key="data.root",
+            subject=root,
         )
     splits = [(SPLITS[name], root / name) for name in SPLITS if (root / name).is_dir()]
     if any(subfolders(folder) for _, folder in splits):
@@ -58,34 +63,43 @@ def layout(root: Path) -> SourceLayout:
     if not splits and subfolders(root):
         return SourceLayout(root, folders=((None, root),))
     if not tars:
-        raise DataError(f"{root}: holds no class folders and no tars; looked for {_LOOKED_FOR}")
+        raise DataError(
+            f"{root}: contains neither class folders nor tars; expected {_EXPECTED}", key="data.root", subject=root
+        )
     return SourceLayout(root, tars=tuple(tars))
 
 
 def find(root: Path) -> Listing:
-    """The images under `root`, which training reads in place. Raises DataError where it cannot, with the way out."""
-    found = layout(root)
-    if found.needs_packing:
+    """The images under `root`, for training that reads them in place.
+
+    Raises DataError if that is impossible; the message contains the command that packs them.
+    """
+    laid_out = layout(root)
+    if laid_out.needs_packing:
         raise DataError(
-            f"{root}: holds {found.needs_packing}. Pack it once and train on the result:\n"
-            f"  adaptnet data pack {root} {default_destination(root)}"
+            f"{root}: contains {laid_out.needs_packing}. Pack it once and train on the result:\n"
+            f"  adaptnet data pack {root} {default_destination(root)}",
+            key="data.root",
+            subject=root,
         )
-    return from_shards(root, found.tars, read_classes(root)) if found.tars else from_folders(root, found.folders)
+    return (
+        from_shards(root, laid_out.tars, read_classes(root)) if laid_out.tars else from_folders(root, laid_out.folders)
+    )
 
 
 def default_destination(root: Path) -> Path:
-    """Where the pack of `root` may go if the user says nothing better."""
+    """The folder that messages suggest for the pack of `root`."""
     return Path("packed") / TAR.sub("", root.resolve().name)
 
 
 def folders_unchanged(root: Path, folders: dict[str, int]) -> bool:
-    """Whether the class folders are those of a listing and none of them lost or got an entry since.
+    """Whether the class folders are those of a listing, with the same modification times.
 
-    A file that was overwritten in place does not show: that needs a look at every file.
+    This finds added and removed files, but no file that was overwritten in place.
     """
     try:
-        found = layout(root)
-        present = {path.relative_to(root).as_posix() for _, folder in found.folders for path in subfolders(folder)}
+        laid_out = layout(root)
+        present = {path.relative_to(root).as_posix() for _, folder in laid_out.folders for path in subfolders(folder)}
         return present <= folders.keys() and all((root / n).stat().st_mtime_ns == t for n, t in folders.items())
     except (OSError, DataError):
         return False

@@ -1,6 +1,6 @@
-"""Writes an index folder: sizes read from the images' headers in parallel, one .npy per column, names as one blob.
+"""Writes an index folder: sizes from the images' headers, read in parallel; one .npy per column; names as one blob.
 
-The folder is written aside and renamed, meta.json with it, so it is there whole or not at all.
+The folder is written atomically.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pipeline.errors import DataError
 from pipeline.runs.files import whole_folder
 
 FORMAT = 1
-Progress: TypeAlias = Callable[[str, int, int], None]  # (what, done, total); total 0: a message for people, once
+Progress: TypeAlias = Callable[[str, int, int], None]  # (task, done, total); with total 0 a message to be shown once
 HEADER_THREADS = 16
 HEADERS_PER_TASK = 1024
 
 
 def read_sizes(listing: Listing, progress: Progress | None = None) -> NDArray[np.int32]:
-    """Upright (height, width) of each image, [N, 2]; (0, 0) where it cannot be read or is absurd."""
+    """Upright (height, width) of each image, [N, 2]; (0, 0) if the header is unreadable or its size absurd."""
     sizes = np.zeros((len(listing.names), 2), dtype=np.int32)
     starts = range(0, len(sizes), HEADERS_PER_TASK)
 
@@ -51,9 +51,7 @@ def _sizes_of(listing: Listing, rows: range) -> list[tuple[int, int]]:
     sizes = []
     try:
         for row in rows:
-            path = (
-                f"{listing.root}/{listing.names[row] if listing.shards is None else listing.shards[listing.shard[row]]}"
-            )
+            path = f"{listing.root}/{listing.held_by(row)}"
             sizes.append(_size_of(path, opened, int(listing.offset[row]), int(listing.length[row])))
             if listing.shards is None and (descriptor := opened.pop(path, None)) is not None:
                 os.close(descriptor)
@@ -82,9 +80,10 @@ def write(
     places: Sequence[Path],
     crc32: NDArray[np.uint32] | None = None,
 ) -> Path:
-    """Writes an index folder, named by the listing's key, into the first of `places` that can be written.
+    """Writes an index folder, named by the listing's key, into the first of `places` that is writable; returns it.
 
-    Written aside and renamed; if another process was first, its folder stands. Raises DataError if none can be written.
+    sizes [N, 2] upright (height, width). The folder of another process that was faster is used as it is.
+    Raises DataError if no place is writable.
     """
     columns: dict[str, NDArray[Any]] = {
         "shard": listing.shard,
@@ -113,7 +112,11 @@ def write(
             return _write_aside(place, listing.key, columns, meta, listing.folders)
         except OSError as error:
             refused.append(f"{place} ({error.strerror})")
-    raise DataError(f"the index of {listing.root} can be written nowhere: {', '.join(refused)}; set data.index")
+    raise DataError(
+        f"the index of {listing.root} cannot be written to {', '.join(refused)}; set data.index",
+        key="data.index",
+        subject=listing.root,
+    )
 
 
 def _write_aside(

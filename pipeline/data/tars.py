@@ -1,4 +1,4 @@
-"""Tars -> Listing: shards of KEY.jpg|jpeg|png with KEY.cls, or one tar of class folders."""
+"""Lists the images of tars: shards of KEY.jpg|jpeg|png with KEY.cls, or one tar of class folders."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from pipeline.errors import DataError
 
 
 def from_shards(root: Path, tars: Sequence[tuple[str | None, Path]], classes: tuple[str, ...]) -> Listing:
-    """The images of `tars`, (split, path) each.
+    """The images of `tars`, each (split, path); those with a wrong label or key are set aside.
 
-    Raises DataError for a damaged tar and without classes; a wrong label or key is set aside.
+    Raises DataError for a damaged tar, without classes, and without any labelled image.
     """
     if not classes:
-        raise DataError(f"{root}: no classes.txt beside the shards; KEY.cls holds a 0-based line of it")
+        raise DataError(
+            f"{root}: no classes.txt beside the shards; KEY.cls contains a 0-based line of it",
+            key="classes.txt",
+            subject=root,
+        )
     tars = sorted(tars, key=lambda each: (each[0] != "train", each[1].name))
     with ThreadPoolExecutor(SCAN_THREADS) as threads:
         scans = list(threads.map(lambda item: scan_shard(item[1]), tars))
@@ -40,7 +44,11 @@ def from_shards(root: Path, tars: Sequence[tuple[str | None, Path]], classes: tu
             rows.append((member.name, number, member.offset, member.length, int(member.label or 0)))
         num_train = len(rows) if split == "train" else num_train
     if not rows:
-        raise DataError(f"{root}: no image with a label in {len(tars)} tars; each needs KEY.jpg|png and KEY.cls")
+        raise DataError(
+            f"{root}: no image with a label in {len(tars)} tars; each needs KEY.jpg|png and KEY.cls",
+            key="data.root",
+            subject=root,
+        )
     return Listing(
         root=root,
         classes=classes,
@@ -59,7 +67,7 @@ def from_shards(root: Path, tars: Sequence[tuple[str | None, Path]], classes: tu
 
 @dataclass(frozen=True)
 class ShardMember:
-    """An image in a tar; `label` is the text of its KEY.cls, None without one."""
+    """An image in a tar; `label` is the text of its KEY.cls, or None if there is none."""
 
     name: str
     key: str
@@ -69,7 +77,7 @@ class ShardMember:
 
 
 def scan_shard(path: Path) -> list[ShardMember]:
-    """The images of one tar in the order they lie in it. Raises DataError if the tar is damaged."""
+    """The images of one tar in their order. Raises DataError if the tar is damaged."""
     images: list[tuple[str, str, int, int]] = []
     labels: dict[str, str] = {}
     with open(path, "rb") as file:
@@ -90,13 +98,15 @@ def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
             while (member := tar.next()) is not None:
                 if member.isreg():
                     if member.offset_data + member.size > size:
-                        raise tarfile.ReadError("it ends within a member")
+                        raise tarfile.ReadError("it ends inside a member")
                     yield member.name, member.offset_data, member.size
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+                tar.members.clear()  # type: ignore[attr-defined]  # else tarfile stores every header
             if not _is_end(path, tar.offset):
                 raise tarfile.ReadError(f"no end marker at byte {tar.offset}")
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{path}: not a whole tar ({error}); fetch it again or take it away") from None
+        raise DataError(
+            f"{path}: not a complete tar ({error}); copy it again or remove it", key="data.root", subject=path
+        ) from None
 
 
 def _label_fault(member: ShardMember, num_classes: int) -> str | None:
@@ -119,9 +129,9 @@ def _is_end(path: Path, offset: int) -> bool:
 
 
 def from_tree_tar(path: Path, classes: tuple[str, ...] = ()) -> Listing:
-    """The images in an uncompressed tar of class folders, with or without train/ and val/, below one folder or none.
+    """The images in an uncompressed tar of class folders, with or without train/ and val/ and a common top folder.
 
-    Raises DataError if it holds none, or a class of val that train lacks.
+    Raises DataError if there are none, and for a class of val that train lacks.
     """
     members = [(name, offset, length) for name, offset, length in tar_members(path) if _is_image(name)]
     parts = _without_common_top([[p for p in PurePosixPath(name).parts if p != "."] for name, _, _ in members])
@@ -129,14 +139,15 @@ def from_tree_tar(path: Path, classes: tuple[str, ...] = ()) -> Listing:
     places = [(SPLITS[each[0]], each[1:]) if splits else (None, each) for each in parts]
     flat = next((members[n][0] for n, (_, inner) in enumerate(places) if len(inner) < 2), None)
     if not members or flat:
-        found = f"{flat} lies in no class folder" if flat else "no images by extension"
-        raise DataError(f"{path}: {found}; looked for <class>/*.jpg or train/<class>/*.jpg in it")
+        fault = f"{flat} is in no class folder" if flat else "no file has an image's extension"
+        expected = "<class>/*.jpg or train/<class>/*.jpg"
+        raise DataError(f"{path}: {fault}; expected {expected} in it", key="data.root", subject=path)
     if not classes:
         train = {inner[0] for split, inner in places if split != "val"} or {inner[0] for _, inner in places}
         classes = tuple(sorted(train))
     unknown = next((inner[0] for _, inner in places if inner[0] not in set(classes)), None)
     if unknown:
-        raise DataError(f"{path}: class {unknown!r} is unknown to {'classes.txt or ' if classes else ''}train")
+        raise DataError(f"{path}: class {unknown!r} is not in classes.txt or train", key="data.root", subject=unknown)
     position = {name: label for label, name in enumerate(classes)}
     order = sorted(range(len(members)), key=lambda n: (places[n][0] == "val", places[n][1]))
     return Listing(

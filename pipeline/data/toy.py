@@ -1,8 +1,8 @@
-"""A small set of JPEGs drawn from a seed: a shape before a background, plain to see or small, pale and cluttered.
+"""Generates a small set of JPEGs from a seed: shapes on a background, some easy and some hard to recognise.
 
-A class is a shape, and beyond as many classes as there are shapes, a shape and a hue. An image's difficulty is uniform
-on 0..1: an easy one shows its shape large and in its class's hue; a hard one small, pale, in any hue, among fragments
-of other shapes and noise. So a net that may spend more on some images has something to gain.
+A class is a shape or, with more classes than shapes, a shape and a hue. The difficulty of an image is uniform in 0..1:
+in an easy image the shape is large and has its class's hue; in a hard one it is small, pale and of any hue, among
+fragments of other shapes and noise. So a net that spends more on some images can gain from it.
 The same arguments give the same bytes (with one version of Pillow and numpy).
 """
 
@@ -42,10 +42,10 @@ SHAPES: dict[str, Shape] = {
 def make(
     folder: Path, *, num_classes: int = 10, train: int = 1500, val: int = 500, side_px: int = 48, seed: int = 0
 ) -> Path:
-    """Writes train/<class>/*.jpg and val/<class>/*.jpg, `train` and `val` images in all, into `folder`; returns it.
+    """Writes `train` images to train/<class>/*.jpg and `val` to val/<class>/*.jpg of `folder`; returns `folder`.
 
-    Shorter sides are `side_px`, longer ones up to 4/3 of it. A folder that holds this very set is left as it is.
-    Raises ConfigError for counts out of range, DataError if `folder` holds anything else.
+    Shorter sides are `side_px`, longer ones up to 4/3 of it. A folder with exactly this set is not written again.
+    Raises ConfigError for numbers out of range, DataError if `folder` contains anything else.
     """
     made_from = {"num_classes": num_classes, "train": train, "val": val, "side_px": side_px, "seed": seed}
     _check(made_from)
@@ -54,7 +54,11 @@ def make(
         note = folder / "toy.json"
         if note.exists() and json.loads(note.read_text(encoding="utf-8")) == made_from:
             return folder
-        raise DataError(f"{folder}: holds something else than this toy set; give a new folder or delete it")
+        raise DataError(
+            f"{folder}: contains something other than this toy set; give a new folder or delete it",
+            key="folder",
+            subject=folder,
+        )
     with whole_folder(folder) as aside:
         names = class_names(num_classes)
         for split, count, offset in (("train", train, 0), ("val", val, train)):
@@ -68,7 +72,7 @@ def make(
 
 
 def class_names(num_classes: int) -> list[str]:
-    """By label; sorted order is label order, as class folders are numbered."""
+    """Names of the classes by label; their sorted order is the order of the labels."""
     shapes = list(SHAPES)
     return [f"{label:02d}-{shapes[label % len(shapes)]}" for label in range(num_classes)]
 
@@ -96,14 +100,21 @@ def draw(label: int, num_classes: int, side_px: int, bits: np.random.Philox) -> 
 def _check(made_from: dict[str, int]) -> None:
     most = len(SHAPES) * HUES
     if not 2 <= made_from["num_classes"] <= most:
-        raise ConfigError(f"num_classes (={made_from['num_classes']}) must lie in 2..{most}")
+        num_classes = made_from["num_classes"]
+        raise ConfigError(f"num_classes (={num_classes}) must be in 2..{most}", key="num_classes", subject=num_classes)
     for split in ("train", "val"):
         if made_from[split] < made_from["num_classes"]:
             raise ConfigError(
-                f"{split} (={made_from[split]}) must be num_classes (={made_from['num_classes']}) or more"
+                f"{split} (={made_from[split]}) must be num_classes (={made_from['num_classes']}) or more",
+                key=split,
+                subject=made_from[split],
             )
     if made_from["side_px"] < 16:
-        raise ConfigError(f"side_px (={made_from['side_px']}) must be 16 or more: shapes blur below")
+        raise ConfigError(
+            f"side_px (={made_from['side_px']}) must be 16 or more, or shapes blur",
+            key="side_px",
+            subject=made_from["side_px"],
+        )
 
 
 def _frame(rng: np.random.Generator, side_px: int) -> tuple[int, int]:
@@ -112,7 +123,7 @@ def _frame(rng: np.random.Generator, side_px: int) -> tuple[int, int]:
 
 
 def _background(rng: np.random.Generator, height: int, width: int, difficulty: float) -> Field:
-    """[H, W, 3] in 0..1: two colours flow into each other, waves over them where it is hard."""
+    """A gradient of two colours, [H, W, 3] in 0..1, with waves that grow with the difficulty."""
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     angle, frequency, phase = rng.uniform(0, 2 * np.pi), rng.uniform(8, 30), rng.uniform(0, 2 * np.pi)
     blend = np.clip(x * np.cos(angle) + y * np.sin(angle), -1, 1) / 2 + 0.5
@@ -122,7 +133,7 @@ def _background(rng: np.random.Generator, height: int, width: int, difficulty: f
 
 
 def _paint(picture: Field, rng: np.random.Generator, shape: int, hue: float, *, size: float, opacity: float) -> None:
-    """Lays a shape over `picture`, its radius `size` of the shorter side, turned a little, its edges smooth."""
+    """Paints a slightly turned shape with smooth edges into `picture`; `size` is its radius in shorter sides."""
     height, width = picture.shape[:2]
     radius = size * min(height, width)
     centre_y, centre_x = (rng.uniform(radius, extent - radius) for extent in (height, width))

@@ -1,12 +1,12 @@
-"""The run's own record on disk: JSON lines that one process appends to and everything else reads.
+"""The journal of a run: files of JSON lines, each appended to by one process and read by all others.
 
-`run_dir/journal/<name>.jsonl` has one writer at a time: `rank0` holds training's metrics, `driver` the driver's events,
-one file per node its system metrics. A metric is
+`run_dir/journal/<name>.jsonl` has one writer at a time: `rank0` has the metrics of training, `driver` the events of the
+driver, and one file per node its system metrics. A metric is
 {"attempt", "fence", "step", "key", "value", "time"}, an event {"event": kind, "attempt", "fence", "step", "time", ...};
 time is in seconds since 1970, steps are optimizer steps (system metrics count their own samples). A process that dies
-may leave half a line: the next writer starts a new one and readers pass it over.
+may leave an incomplete line; the next writer starts a new one, and readers skip it.
 
-Events that others build on: `started`, `finished` and `stopped` (best: the name of that checkpoint), `checkpoint`
+Events that other modules use: `started`, `finished` and `stopped` (best: the name of that checkpoint), `checkpoint`
 (where), and the driver's `driver-ended` (status FINISHED, FAILED or KILLED).
 """
 
@@ -32,10 +32,10 @@ SUFFIX = ".jsonl"
 
 
 class Journal:
-    """The writer. Each call is one write to the end of the file, so other processes see whole calls at once.
+    """Writes one file of the journal. Each call appends all its lines at once, so that others see all or none.
 
-    attempt counts the starts of the run, fence the leases of its folder. Raises ResourceError where the file cannot
-    be written.
+    attempt counts the starts of the run, fence the leases of its folder. Every method raises ResourceError if the file
+    cannot be written.
     """
 
     def __init__(self, folder: Path, name: str = "rank0", *, attempt: int = 0, fence: int = 0) -> None:
@@ -50,27 +50,30 @@ class Journal:
             raise _unwritable(self.path, error) from None
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a line for each of `values`, by metric, at `step`."""
         now = round(time.time(), 3)
         self._append(
             {**self._stamp, "step": step, "key": key, "value": float(value), "time": now}
             for key, value in values.items()
         )
 
-    def event(self, kind: str, step: int | None = None, **facts: Any) -> None:
-        self._append([{"event": kind, **facts, **self._stamp, "step": step, "time": round(time.time(), 3)}])
+    def event(self, kind: str, step: int | None = None, **details: object) -> None:
+        """Appends an event with details that JSON can represent."""
+        self._append([{"event": kind, **details, **self._stamp, "step": step, "time": round(time.time(), 3)}])
 
     def sync(self) -> None:
-        """Until all lines are on the disk."""
+        """Waits until all lines are on disk."""
         os.fsync(self._file)
 
     def close(self) -> None:
+        """Closes the file."""
         os.close(self._file)
 
     def _append(self, records: Iterable[Record]) -> None:
         text = "".join(json.dumps(record, default=str) + "\n" for record in records)
         with self._lock:
             data = memoryview((("\n" if self._torn else "") + text).encode())
-            self._torn = True  # until all of it is written
+            self._torn = True  # until everything is written
             try:
                 while data:
                     data = data[os.write(self._file, data) :]
@@ -86,8 +89,10 @@ def _ends_torn(file: int) -> bool:
 
 def _unwritable(path: Path, error: OSError) -> ResourceError:
     return ResourceError(
-        f"journal {path}: cannot be written ({error.strerror}). Free space or mend the folder's rights, then give the "
-        "same command: the run goes on from its newest checkpoint"
+        f"journal {path}: cannot be written ({error.strerror}). Free space or correct the folder's permissions, then "
+        "give the same command again: the run resumes from its newest checkpoint",
+        key="journal",
+        subject=path,
     )
 
 
@@ -97,9 +102,9 @@ def paths(folder: Path) -> list[Path]:
 
 
 def read(path: Path, offset: int = 0) -> tuple[list[Record], int]:
-    """Records of the whole lines from byte `offset` on, about CHUNK_BYTES of them, and the offset after them.
+    """The records in about CHUNK_BYTES of complete lines from byte `offset` on, and the offset after them.
 
-    The end is reached when the offset does not move. A line that is not a record is passed over.
+    At the end of the file the offset stays the same. Lines that are not records are skipped.
     """
     with open(path, "rb") as file:
         file.seek(offset)
@@ -120,7 +125,7 @@ def _parse(line: bytes) -> Record | None:
 
 
 def read_all(path: Path) -> Iterator[Record]:
-    """Every record of one journal, in the order written."""
+    """Every record of one journal, in the order of writing."""
     offset, moved = 0, True
     while moved:
         records, after = read(path, offset)
@@ -129,14 +134,14 @@ def read_all(path: Path) -> Iterator[Record]:
 
 
 class Tail:
-    """Follows all journals of a folder, those that appear later included."""
+    """Reads all journals of a folder as they grow, including those that are created later."""
 
     def __init__(self, folder: Path, *, from_end: bool = False) -> None:
         self._folder = folder
         self._offsets = {path: path.stat().st_size for path in paths(folder)} if from_end else {}
 
     def read(self) -> list[Record]:
-        """What was written since the last call, file by file."""
+        """The records that were written since the last call, file by file."""
         new: list[Record] = []
         for path in paths(self._folder):
             moved = True
@@ -149,10 +154,10 @@ class Tail:
 
 
 class FirstValues:
-    """Lets each (key, step) of one journal through once, the first time.
+    """Selects the first value of each (key, step) in one journal.
 
-    A restarted run trains the steps after its checkpoint again and writes them again, equal or not. A line of a lower
-    fence than one before it comes from a driver that lost its lease, and does not count.
+    A restarted run repeats the steps after its checkpoint and writes them again, equal or not. A line with a lower
+    fence than an earlier line comes from a driver that had lost its lease, and is ignored.
     """
 
     def __init__(self) -> None:
@@ -160,7 +165,7 @@ class FirstValues:
         self._fence = 0
 
     def take(self, record: Record) -> bool:
-        """Whether this metric is the first of its key and step; False for an event."""
+        """Whether this record is a metric, and the first of its key and step."""
         fence = record.get("fence", 0)
         self._fence = max(self._fence, fence)
         if "event" in record or fence < self._fence:
@@ -177,25 +182,25 @@ class FirstValues:
 
 
 def first_values(records: Iterable[Record]) -> list[Record]:
-    """The metrics among the records of one journal, each (key, step) once: the first value wins."""
+    """The metrics among the records of one journal; of each (key, step) the first."""
     first = FirstValues()
     return [record for record in records if first.take(record)]
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """{key: its (step, value), steps rising} over all journals of a folder."""
-    found: dict[str, dict[int, float]] = {}
+    """{metric: [(step, value)]} over all journals of a folder, steps rising."""
+    values: dict[str, dict[int, float]] = {}
     for path in paths(folder):
         for record in first_values(read_all(path)):
-            found.setdefault(record["key"], {}).setdefault(record["step"], record["value"])
-    return {key: sorted(points.items()) for key, points in found.items()}
+            values.setdefault(record["key"], {}).setdefault(record["step"], record["value"])
+    return {key: sorted(points.items()) for key, points in values.items()}
 
 
 class SystemSampler:
-    """A thread that writes this node's load into the node's own journal, under the names that trackers know.
+    """Records the load of this node every `every_s` seconds in the node's own journal, while its `with` block runs.
 
-    `system/<journal's name>/...`; the step counts samples and goes on where the journal ends. Runs between `with` and
-    its end. GPUs are read by nvidia-smi.
+    Metrics are `system/<journal's name>/...` with names that trackers know; the step counts samples and
+    continues that of the journal. GPUs are read by nvidia-smi.
     """
 
     def __init__(self, journal: Journal, every_s: float = 10.0) -> None:
@@ -214,12 +219,12 @@ class SystemSampler:
     def _run(self) -> None:
         step = 1 + max((r["step"] for r in read_all(self._journal.path) if "event" not in r), default=-1)
         try:
-            _host_load(self._journal.path)  # psutil measures from the call before
+            _host_load(self._journal.path)  # psutil measures since the previous call
             while not self._stop.wait(self._every_s):
                 values = {**_host_load(self._journal.path), **_gpu_load()}
                 self._journal.metrics(step, {f"system/{self._journal.name}/{key}": v for key, v in values.items()})
                 step += 1
-        except (OSError, ResourceError):  # the folder is full or gone: training meets it, and says so, at its next line
+        except (OSError, ResourceError):  # the folder is full or removed: training reports it at its next line
             return
 
 
@@ -237,23 +242,23 @@ def _host_load(where: Path) -> dict[str, float]:
     }
 
 
-GPU_QUERY = "index,utilization.gpu,memory.used,memory.total"
+GPU_QUERY = "index,utilization.gpu,memory.used,memory.total"  # the columns that are asked of nvidia-smi
 
 
 def _gpu_load() -> dict[str, float]:
-    """This node's GPUs by nvidia-smi, which comes with the driver; nothing where there is none."""
+    """The load of this node's GPUs by nvidia-smi, which comes with the driver; empty without it."""
     if shutil.which("nvidia-smi") is None:
         return {}
     try:
-        words = ["nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
+        command = ["nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
     return gpu_values(done.stdout)
 
 
 def gpu_values(lines: str) -> dict[str, float]:
-    """Metrics of the lines that nvidia-smi gives for GPU_QUERY (memory in MiB); what it says in words is left out."""
+    """Metrics from the lines that nvidia-smi prints for GPU_QUERY (memory in MiB); values in words are left out."""
     values: dict[str, float] = {}
     for line in lines.splitlines():
         index, *rest = (word.strip() for word in line.split(","))
@@ -261,7 +266,7 @@ def gpu_values(lines: str) -> dict[str, float]:
         if len(numbers) != 3:
             continue
         busy, used, total = numbers
-        if busy is not None:  # a MIG slice has no rate
+        if busy is not None:  # a MIG slice has none
             values[f"gpu_{index}_utilization_percentage"] = busy
         if used is not None and total:
             values[f"gpu_{index}_memory_usage_megabytes"] = used * 1.048576

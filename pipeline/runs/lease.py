@@ -1,7 +1,7 @@
-"""The lease on a run folder: one driver at a time, each with a higher fencing number than the one before.
+"""The lease on a run folder: one driver at a time, each with a higher fencing number than its predecessor.
 
-A second driver is refused while the holder lives; after SILENT_S without a heartbeat, or at once where the holder's
-process on this host is gone, it may take over. Workers compare the number before they write.
+A second driver is refused while the holder is alive. It may take over after SILENT_S without a heartbeat, or at once if
+the holder was a process on this host that no longer exists. Workers check the number before they write.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import psutil
 
@@ -25,12 +25,24 @@ from pipeline.errors import ResourceError
 from pipeline.runs.files import write_text
 from pipeline.runs.provenance import without_secrets
 
-SILENT_S = 60.0
-BEAT_S = 10.0
+SILENT_S = 60.0  # without a heartbeat, after which the lease may be taken over
+BEAT_S = 10.0  # between two heartbeats
+
+
+class LeaseEntry(TypedDict, total=False):
+    """The content of lease.json: who holds the lease, and since when nothing was heard."""
+
+    fence: int
+    host: str
+    pid: int
+    started: float  # of the process, in seconds since 1970
+    command: str
+    heartbeat: float  # in seconds since 1970
+    released: bool
 
 
 class Lease:
-    """Held from `acquire` to `release`; a thread writes the heartbeat."""
+    """A lease that is held from `acquire` to `release`; a thread writes the heartbeat. `fence` is its number."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "lease.json"
@@ -39,14 +51,16 @@ class Lease:
         self.fence = 0
 
     def acquire(self) -> Lease:
-        """Raises ResourceError naming the holder where another driver holds it."""
+        """Takes the lease. Raises ResourceError naming the holder if another driver has it."""
         with _locked(self._path):
             held = read(self._path)
             if _refuses(held):
                 raise ResourceError(
                     f"{self._path.parent}: another driver is training here: {held['command']} (process {held['pid']} "
-                    f"on {held['host']}, last heard of {time.time() - held['heartbeat']:.0f} s ago). Wait for it, stop "
-                    f"it, or train into another run folder; after {SILENT_S:.0f} s of silence it may be taken over"
+                    f"on {held['host']}, last heartbeat {time.time() - held['heartbeat']:.0f} s ago). Wait for it, "
+                    f"stop it, or use another run folder; {SILENT_S:.0f} s after its last heartbeat you may take over",
+                    key="lease.json",
+                    subject=self._path.parent,
                 )
             self.fence = held.get("fence", 0) + 1
             self._write(released=False)
@@ -55,15 +69,16 @@ class Lease:
         return self
 
     def release(self) -> None:
+        """Gives the lease back, so that another driver may take it at once."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
-        with suppress(OSError), _locked(self._path):  # on a full disk it ends by itself, after SILENT_S
+        with suppress(OSError), _locked(self._path):  # on a full disk the lease ends by itself, after SILENT_S
             if is_current(self._path.parent, self.fence):
                 self._write(released=True)
 
     def withdraw(self) -> None:
-        """Ends the lease and removes the run folder, for a run that was refused before anything was written."""
+        """Ends the lease and removes the run folder, for a run that was refused before it wrote anything."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -73,14 +88,14 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
-            with suppress(OSError), _locked(self._path):  # a full disk may have room again at the next beat
+            with suppress(OSError), _locked(self._path):  # a full disk may have space again at the next heartbeat
                 if not is_current(self._path.parent, self.fence):
                     return
                 self._write(released=False)
 
     def _write(self, *, released: bool) -> None:
         process = psutil.Process()
-        entry = {
+        entry: LeaseEntry = {
             "fence": self.fence,
             "host": socket.gethostname(),
             "pid": process.pid,
@@ -92,40 +107,42 @@ class Lease:
         write_text(self._path, json.dumps(entry))
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The lease file's entry; empty where there is none."""
+def read(path: Path) -> LeaseEntry:
+    """The entry of a lease file; empty if there is no file. Raises ResourceError for a damaged file."""
     try:
-        entry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        entry: LeaseEntry = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise ResourceError(f"{path}: damaged; if no driver trains in this folder, delete the file") from None
+        raise ResourceError(
+            f"{path}: damaged; if no driver is training in this folder, delete the file", key="lease.json", subject=path
+        ) from None
     return entry
 
 
 def is_current(run_dir: Path, fence: int) -> bool:
-    """Whether no driver with a higher fencing number has taken over."""
+    """Whether no driver with a higher fencing number has taken the lease."""
     held: int = read(run_dir / "lease.json").get("fence", 0)
     return held <= fence
 
 
 def refuses(path: Path) -> bool:
-    """Whether a driver that came now would be refused by the entry in that file."""
+    """Whether the entry in a lease file would refuse another driver now."""
     return _refuses(read(path))
 
 
 def held_elsewhere(run_dir: Path) -> str | None:
-    """The command of another process that lives and holds the folder's lease; None where nobody does."""
+    """The command of another live process with the folder's lease; None if there is none."""
     held = read(run_dir / "lease.json")
     mine = held.get("host") == socket.gethostname() and held.get("pid") == os.getpid()
     return str(held["command"]) if _refuses(held) and not mine else None
 
 
-def _refuses(held: dict[str, Any]) -> bool:
+def _refuses(held: LeaseEntry) -> bool:
     return bool(held) and not held.get("released") and _lives(held)
 
 
-def _lives(held: dict[str, Any]) -> bool:
+def _lives(held: LeaseEntry) -> bool:
     if held["host"] != socket.gethostname():
         return time.time() - float(held["heartbeat"]) < SILENT_S
     try:
@@ -138,6 +155,6 @@ def _lives(held: dict[str, Any]) -> bool:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path.with_suffix(".lock"), "a") as lock:
-        with suppress(OSError):  # a file system without locks: the entry itself has to do
+        with suppress(OSError):  # a file system without locks: the entry itself must suffice
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,7 @@
-"""What a run came from: command, code, packages, machine; and texts freed of passwords before they are stored.
+"""Records the command, code, packages and machine of a run, and removes passwords from texts before they are stored.
 
-Everything lies in the run folder (environment.json, requirements.txt, git.diff), so that it can be sent to a tracking
-server later, from another machine.
+Everything is stored in the run folder (environment.json, requirements.txt, git.diff), from which it can be sent to a
+tracking server later, by another machine.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from pipeline.runs.files import write_text
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "nvidia-dali-cuda130", "numpy", "safetensors")
-KEPT = "git.json"  # in a copy of a checkout
+KEPT = "git.json"  # in a copy of a checkout: the state of the original
 MAX_DIFF_CHARS = 5_000_000
 _USERINFO = re.compile(r"\b([a-z][a-z0-9+.-]*)://([^/\s'\"]*)@", re.IGNORECASE)
 _SECRET_QUERY = re.compile(
@@ -30,17 +30,39 @@ _SECRET_QUERY = re.compile(
 )
 
 
-def without_secrets(text: str) -> str:
-    """`text` with user:password@ taken out of every URI in it, and the values of password-like query keys.
+class GitState(TypedDict):
+    """The checkout that a run uses; `dirty` means that files differ from the commit."""
 
-    A database keeps its user's name, so that the URI serves where the password comes from elsewhere.
+    commit: str
+    branch: str
+    dirty: bool
+
+
+class Environment(TypedDict, total=False):
+    """The content of environment.json."""
+
+    command: list[str]
+    host: str
+    user: str
+    platform: str
+    python: str
+    packages: dict[str, str]  # {name: version}
+    cpus: int | None
+    gpus: list[str]
+    git: GitState | None
+
+
+def without_secrets(text: str) -> str:
+    """`text` without user:password@ in its URIs and without the values of query keys for secrets.
+
+    The URI of a database keeps its user, so that it is usable if the password comes from elsewhere.
     """
     return _SECRET_QUERY.sub(r"\1=***", _USERINFO.sub(_without_password, text))
 
 
 def _without_password(match: re.Match[str]) -> str:
     scheme, user = match[1], match[2].partition(":")[0]
-    web = scheme.lower() in ("http", "https")  # there the user may be a token
+    web = scheme.lower() in ("http", "https")  # in these the user may be a token
     return f"{scheme}://" if web or not user else f"{scheme}://{user}@"
 
 
@@ -48,7 +70,7 @@ def record(run_dir: Path, command: Sequence[str]) -> None:
     """Writes environment.json, requirements.txt and, if the code is a changed git checkout, git.diff into `run_dir`."""
     source = Path(__file__).resolve().parents[2]
     git = git_state(source) or _kept(source)
-    environment = {
+    environment: Environment = {
         "command": [without_secrets(word) for word in command],
         "host": socket.gethostname(),
         "user": _user(),
@@ -68,17 +90,17 @@ def record(run_dir: Path, command: Sequence[str]) -> None:
         (run_dir / "git.diff").unlink(missing_ok=True)
 
 
-def read(run_dir: Path) -> dict[str, Any]:
-    """What `record` found; empty where it has not been called."""
+def read(run_dir: Path) -> Environment:
+    """environment.json as `record` has written it; empty if it has not."""
     try:
-        found: dict[str, Any] = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+        environment: Environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found
+    return environment
 
 
-def git_state(folder: Path) -> Mapping[str, Any] | None:
-    """{commit, branch, dirty} of a git checkout; None where `folder` is not the top of one."""
+def git_state(folder: Path) -> GitState | None:
+    """{commit, branch, dirty} of a git checkout; None if `folder` is not the top of one."""
     top = _git(folder, "rev-parse", "--show-toplevel")
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None or top is None or Path(top.strip()).resolve() != folder:
@@ -88,19 +110,19 @@ def git_state(folder: Path) -> Mapping[str, Any] | None:
     return {"commit": commit.strip(), "branch": branch.strip(), "dirty": bool(status)}
 
 
-def _kept(folder: Path) -> Mapping[str, Any] | None:
-    """The state of the checkout that this folder is a copy of, as who made it wrote it down."""
+def _kept(folder: Path) -> GitState | None:
+    """The state of the checkout of which this folder is a copy, from the file KEPT."""
     try:
-        found: Mapping[str, Any] | None = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+        state: GitState | None = json.loads((folder / KEPT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found
+    return state
 
 
-def _git(folder: Path, *words: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=30, check=True
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=True
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
@@ -108,12 +130,12 @@ def _git(folder: Path, *words: str) -> str | None:
 
 
 def gpu_names() -> list[str]:
-    """This machine's GPUs by nvidia-smi, so that the asking process opens none of them."""
+    """The names of this machine's GPUs by nvidia-smi, so that this process does not open any of them."""
     if shutil.which("nvidia-smi") is None:
         return []
     try:
-        words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
@@ -140,5 +162,5 @@ def who() -> str:
 def _user() -> str:
     try:
         return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container without a line for this number
+    except KeyError:  # a container without an entry for this number
         return str(os.getuid())
