@@ -87,7 +87,7 @@ def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loader(root: Path | ImageIndex, rank: int = 0, world: int = 1, **keys: Any) -> TrainLoader:
     index = root if isinstance(root, ImageIndex) else open_index(root)
-    names = ("bad", "on_event", "start_step", "threads", "batch_size", "decoder")
+    names = ("bad", "on_event", "start_step", "threads", "batch_size", "make_decoder")
     own = {name: keys.pop(name) for name in names if name in keys}
     data = {"side_px": 32, "max_bad_share": 0.2, "lanes": 4, "window": 4} | keys
     settings = {"seed": 5, "batch_size": 10, "device": CPU, "threads": 2} | own
@@ -180,7 +180,7 @@ def test_the_side_changes_by_epoch_without_a_new_decoder(folder: Path) -> None:
         built.append(config)
         return Decoder(config)
 
-    found = batches(folder, 11, side_px=24, side_schedule=((1, 32), (2, 48)), decoder=decoder)
+    found = batches(folder, 11, side_px=24, side_schedule=((1, 32), (2, 48)), make_decoder=decoder)
     assert {batch.epoch: batch.images.shape[1] for batch in found} == {0: 24, 1: 32, 2: 48} and len(built) == 1
     (fixed,) = batches(folder, 1, start_step=5, side_px=32)
     (changed,) = batches(folder, 1, start_step=5, side_px=24, side_schedule=((1, 32), (2, 48)))
@@ -367,7 +367,7 @@ def test_an_error_without_an_image_to_blame_is_raised_as_it_is(folder: Path, err
             return super().take()
 
     with pytest.raises(type(error)) as raised:
-        batches(folder, 8, decoder=FailingOnce)
+        batches(folder, 8, make_decoder=FailingOnce)
     assert raised.value is error and not background_threads()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import resource
 import signal
 import stat
 import subprocess
@@ -16,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from disks import full_disk
 
 from pipeline.runs import files
 
@@ -169,19 +169,6 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     with files.whole_folder(tmp_path / "folder") as aside:
         fill(aside, NEW)
     assert content(tmp_path / "folder")["a.txt"] == NEW
-
-
-@contextmanager
-def full_disk(limit: int = 1000) -> Iterator[None]:
-    """Lets no file of this process grow beyond `limit` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

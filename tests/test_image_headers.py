@@ -1,4 +1,4 @@
-"""What the bytes of an image say of themselves."""
+"""Format, upright size and faults of encoded images, read without decoding."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_good_image_has_no_fault_and_its_upright_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
-def test_orientation_counts_in_every_format_that_the_decoder_turns(form: str) -> None:
+def test_the_exif_orientation_is_applied_in_every_format_in_which_the_decoder_applies_it(form: str) -> None:
     assert upright_size(exif_6(form)) == (PHOTO.height, PHOTO.width)
 
 
@@ -61,11 +61,11 @@ def test_orientation_counts_in_every_format_that_the_decoder_turns(form: str) ->
         (images.png()[:200] + bytes(200) + images.png()[400:], "does not decode"),
     ],
 )
-def test_a_bad_image_has_a_fault_that_names_it(encoded: bytes, reason: str) -> None:
+def test_a_bad_image_has_a_reason(encoded: bytes, reason: str) -> None:
     assert reason in str(fault(encoded))
 
 
-def test_a_truncation_anywhere_is_seen_without_decoding() -> None:
+def test_a_truncation_anywhere_is_found_without_decoding() -> None:
     thumbnail = images.jpeg(16, 16)  # it has an end marker of its own
     exif = b"\xff\xe1" + (len(thumbnail) + 8).to_bytes(2, "big") + b"Exif\0\0" + thumbnail
     whole = images.jpeg()
@@ -76,18 +76,18 @@ def test_a_truncation_anywhere_is_seen_without_decoding() -> None:
     assert looks_whole(with_thumbnail[:-1])
 
 
-def test_bytes_after_the_end_are_no_truncation() -> None:
+def test_bytes_after_the_end_are_not_a_fault() -> None:
     assert looks_whole(images.jpeg() + bytes(500)) is None
     assert looks_whole(images.png() + bytes(500)) is None
 
 
-def test_the_head_of_a_file_tells_the_size_or_that_more_is_needed() -> None:
+def test_the_head_of_a_file_gives_the_size_or_none() -> None:
     padded = images.jpeg()[:2] + b"\xff\xe2\x40\x02" + bytes(0x4000) + images.jpeg()[2:]
     assert upright_size(padded[:1000]) is None
     assert upright_size(padded) == (64, 96)
 
 
-def test_kind_goes_by_the_bytes() -> None:
+def test_the_format_is_recognised_by_the_bytes() -> None:
     assert kind(images.png()) == "png"
     assert kind(images.jpeg()) == "jpeg"
     assert kind(images.GIF) is None
@@ -95,7 +95,7 @@ def test_kind_goes_by_the_bytes() -> None:
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_shrink_gives_the_right_picture_of_the_side_asked_for(name: str) -> None:
+def test_shrink_gives_the_right_picture_with_the_requested_side(name: str) -> None:
     small = Image.open(io.BytesIO(shrink(GOOD[name], 32, 95)))
     assert (small.format, small.mode, small.size) == ("JPEG", "RGB", (48, 32))
     expected = PHOTO.convert("L").convert("RGB") if "grey" in name else PHOTO
@@ -103,7 +103,7 @@ def test_shrink_gives_the_right_picture_of_the_side_asked_for(name: str) -> None
     assert difference.mean() < (6 if name == "palette" else 3)
 
 
-def test_shrink_passes_what_is_small_and_upright_byte_for_byte_and_turns_the_rest() -> None:
+def test_shrink_returns_small_upright_images_unchanged_and_turns_the_rest() -> None:
     assert shrink(GOOD["jpeg"], 64, 95) == GOOD["jpeg"]
     turned = Image.open(io.BytesIO(shrink(GOOD["orientation 6"], 64, 95)))
     assert turned.size == PHOTO.size == ImageOps.exif_transpose(turned).size

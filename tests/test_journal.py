@@ -1,8 +1,7 @@
-"""The journal: what was written is read once, whatever was killed in between."""
+"""Laws of the journal: every line is read exactly once, whichever process was killed."""
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import full_disk
+from raised import fails
 
 from pipeline.errors import ResourceError
 from pipeline.runs import journal
@@ -22,7 +23,7 @@ def metric(step: int, value: float, key: str = "a", fence: int = 0) -> dict[str,
     return {"key": key, "step": step, "value": value, "fence": fence}
 
 
-def test_a_record_says_who_wrote_what_and_when(tmp_path: Path) -> None:
+def test_a_record_contains_attempt_fence_step_and_time(tmp_path: Path) -> None:
     writer = Journal(tmp_path, attempt=3, fence=7)
     before = time.time()
     writer.metrics(10, {"train/loss": 0.1, "train/lr": 1e-3})
@@ -33,7 +34,7 @@ def test_a_record_says_who_wrote_what_and_when(tmp_path: Path) -> None:
     assert (event["event"], event["step"], event["where"], event["fence"]) == ("checkpoint", 10, "/x", 7)
 
 
-def test_a_line_torn_at_any_byte_costs_itself_alone(tmp_path: Path) -> None:
+def test_a_line_that_is_cut_at_any_byte_costs_no_other_line(tmp_path: Path) -> None:
     Journal(tmp_path).metrics(0, {"a": 1.0})
     whole = (tmp_path / "rank0.jsonl").read_bytes()
     for cut in range(1, len(whole) + 1):
@@ -48,10 +49,8 @@ def test_a_line_torn_at_any_byte_costs_itself_alone(tmp_path: Path) -> None:
         assert len(list(read_all(folder / "rank0.jsonl"))) == 2 + (cut >= len(whole) - 1)
 
 
-def test_a_reader_that_starts_at_any_line_misses_nothing_and_repeats_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(journal, "CHUNK_BYTES", 100)  # less than a line: every piece ends within one
+def test_a_reader_of_a_growing_journal_reads_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "CHUNK_BYTES", 100)  # less than a line, so that every chunk ends inside one
     writer, tail = Journal(tmp_path), Tail(tmp_path)
     seen: list[Any] = []
     for step in range(30):
@@ -77,7 +76,7 @@ for step in itertools.count(int(sys.argv[2])):
 """
 
 
-def test_writers_killed_in_full_flight_leave_whole_calls(tmp_path: Path) -> None:
+def test_killed_writers_leave_complete_calls(tmp_path: Path) -> None:
     draw, start = random.Random(3), 0
     cut: list[int] = []
     for _ in range(4):
@@ -92,7 +91,7 @@ def test_writers_killed_in_full_flight_leave_whole_calls(tmp_path: Path) -> None
         cut.append(max(record["step"] for record in records))  # this call may have been in flight
         start = cut[-1] + 1
     steps = [record["step"] for record in records]
-    assert steps == sorted(steps)  # nothing is lost but the tail of a call in flight, nothing is there twice
+    assert steps == sorted(steps)  # only the end of an interrupted call is lost, and nothing is repeated
     assert all(steps.count(step) == 40 for step in range(start) if step not in cut)
     assert all(1 <= steps.count(step) <= 40 for step in cut)
 
@@ -107,7 +106,7 @@ def test_the_first_value_of_a_key_and_step_wins() -> None:
     assert len(first_values([metric(1, 1.0, "a"), metric(1, 1.0, "b"), {"event": "x", "key": "a", "step": 2}])) == 2
 
 
-def test_a_driver_that_lost_its_lease_counts_no_more() -> None:
+def test_lines_of_a_driver_that_lost_its_lease_are_ignored() -> None:
     written = [metric(1, 1.0, fence=1), metric(2, 2.0, fence=2), metric(3, 9.0, fence=1), metric(3, 3.0, fence=2)]
     assert [r["value"] for r in first_values(written)] == [1.0, 2.0, 3.0]
 
@@ -120,24 +119,22 @@ def test_curves_have_rising_steps_and_one_value_each(tmp_path: Path) -> None:
     assert journal.curves(tmp_path) == {"a": [(2, 0.2), (3, 0.3), (4, 0.4)], "b": [(0, 1.0)]}
 
 
-def test_a_disk_that_fills_up_is_said_and_costs_no_line_before_or_after(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_costs_no_line_before_or_after(tmp_path: Path) -> None:
     (tmp_path / "rank0.jsonl").symlink_to("/dev/full")
-    with pytest.raises(ResourceError, match="No space left"):
+    with fails(ResourceError, "journal", subject="rank0.jsonl"):
         Journal(tmp_path).metrics(0, {"a": 1.0})
     (tmp_path / "file").touch()
-    with pytest.raises(ResourceError, match="cannot be written"):
+    with fails(ResourceError, "journal", subject=tmp_path / "file"):
         Journal(tmp_path / "file" / "journal")
     writer = Journal(tmp_path, "other")
     writer.metrics(0, {"a": 1.0})
-    file, writer._file = writer._file, os.open("/dev/full", os.O_WRONLY)
-    with pytest.raises(ResourceError):
+    with full_disk(writer.path.stat().st_size), fails(ResourceError, "journal", subject=writer.path):
         writer.metrics(1, {"a": 1.0})
-    writer._file = file
     writer.metrics(2, {"a": 1.0})
     assert [r["step"] for r in read_all(writer.path)] == [0, 2]
 
 
-def test_system_metrics_go_on_counting_after_a_restart(tmp_path: Path) -> None:
+def test_system_metrics_continue_their_count_after_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "node0.jsonl"
 
     def samples() -> int:
@@ -156,7 +153,7 @@ def test_system_metrics_go_on_counting_after_a_restart(tmp_path: Path) -> None:
     assert values["process_memory_usage_megabytes"] > 5 and values["disk_available_megabytes"] > 0
 
 
-def test_gpus_are_read_as_nvidia_smi_tells_them() -> None:
+def test_gpus_are_read_from_the_output_of_nvidia_smi() -> None:
     values = gpu_values("0, 37, 1000, 4000\n1, [N/A], 512, 4000\n2, [N/A], [N/A], [N/A]\nno line of its own\n")
     assert values == {
         "gpu_0_utilization_percentage": 37,

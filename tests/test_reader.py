@@ -1,4 +1,4 @@
-"""The reader: what a storage that fails, hangs up or ends early makes of an image."""
+"""The reader with a storage that fails, returns short reads or ends early."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def index(tmp_path: Path) -> ImageIndex:
 
 
 class Storage:
-    """os.pread that fails `times` with `code`, and hands out at most `most` bytes a call."""
+    """An os.pread that first fails `times` times with `code`, and returns at most `most` bytes per call."""
 
     def __init__(self, times: int, code: int, most: int) -> None:
         self.left, self.code, self.most, self.pread = times, code, most, os.pread
@@ -46,7 +47,7 @@ class Storage:
 
 
 def read(index: ImageIndex, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> readers.Read:
-    """Row 3 as `storage` hands it out."""
+    """Row 3, read from `storage`."""
     reader = Reader(index, threads=1)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", storage)
@@ -58,12 +59,12 @@ def read(index: ImageIndex, storage: Storage, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
-    monkeypatch.setattr(readers.time, "sleep", found.append)
+    monkeypatch.setattr(time, "sleep", found.append)
     return found
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_a_storage_that_fails_for_a_while_costs_pauses_and_no_image(
+def test_a_storage_that_fails_for_some_time_costs_no_image(
     index: ImageIndex, monkeypatch: pytest.MonkeyPatch, pauses: list[float], code: int
 ) -> None:
     whole = read(index, Storage(0, 0, 1 << 30), monkeypatch)
@@ -72,7 +73,7 @@ def test_a_storage_that_fails_for_a_while_costs_pauses_and_no_image(
     assert tuple(pauses) == readers.RETRIED_AFTER_S
 
 
-def test_a_storage_that_stays_away_is_a_reason_not_an_exception(
+def test_a_storage_that_keeps_failing_gives_a_reason_and_no_exception(
     index: ImageIndex, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
 ) -> None:
     found = read(index, Storage(99, errno.EIO, 1 << 30), monkeypatch)
@@ -80,7 +81,7 @@ def test_a_storage_that_stays_away_is_a_reason_not_an_exception(
     assert len(pauses) == len(readers.RETRIED_AFTER_S)
 
 
-def test_a_file_that_is_gone_is_not_waited_for(index: ImageIndex, pauses: list[float]) -> None:
+def test_a_missing_file_is_not_retried(index: ImageIndex, pauses: list[float]) -> None:
     (index.root / "train-0.tar").unlink()
     reader = Reader(index, threads=1)
     assert reader.read(0).reason == f"cannot be read: {os.strerror(errno.ENOENT)}"
@@ -88,7 +89,7 @@ def test_a_file_that_is_gone_is_not_waited_for(index: ImageIndex, pauses: list[f
     assert pauses == []
 
 
-def test_short_reads_are_put_together_and_a_file_that_ends_early_is_seen(
+def test_short_reads_are_joined_and_a_truncated_file_is_found(
     index: ImageIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = read(index, Storage(0, 0, 1 << 30), monkeypatch)
@@ -99,9 +100,8 @@ def test_short_reads_are_put_together_and_a_file_that_ends_early_is_seen(
     assert cut.encoded == whole.encoded[: length // 2] and cut.reason is not None
 
 
-def test_reads_under_way_keep_a_file_open_that_was_pushed_out(index: ImageIndex) -> None:
-    reader = Reader(index, threads=4)
-    reader._most_open = 0  # every file is pushed out at once
+def test_a_dropped_file_stays_open_for_the_reads_under_way(index: ImageIndex) -> None:
+    reader = Reader(index, threads=4, most_open=0)  # every file is dropped at once
     rows = np.arange(8).repeat(16)
     found = [each for task in reader.start(rows) for each in task.result()]
     reader.close()

@@ -97,17 +97,17 @@ class TrainLoader:
         bad: BadImages | None = None,
         on_event: OnEvent | None = None,
         read_latency_s: float = 0.0,
-        decoder: Callable[[DecoderConfig], BatchDecoder] | None = None,
+        make_decoder: Callable[[DecoderConfig], BatchDecoder] | None = None,
     ) -> None:
         """batch_size counts the images of all ranks; read_latency_s is added to each read, for benchmarks.
 
-        decoder: makes the decoder; DALI's by default. Raises ConfigError where a rank would get no image.
+        make_decoder: DALI's by default. Raises ConfigError where a rank would get no image.
         """
         self.index, self.config, self.device = index, config, device
         self.stream = Stream(index, config, seed=seed, batch_size=batch_size)
         self.bad = BadImages(index, config.max_bad_share) if bad is None else bad
         self._step, self._rank, self._world, self._latency_s = start_step, rank, world, read_latency_s
-        self._on_event, self._new_decoder = on_event, decoder or Decoder
+        self._on_event, self._new_decoder = on_event, make_decoder or Decoder
         self._named: set[int] = set()
         self._decoder_config = DecoderConfig(
             device, _on_gpu(config, device), threads, self.stream.most_rows(rank, world)

@@ -38,11 +38,15 @@ Pending: TypeAlias = "Sequence[Future[list[Read]]]"
 class Reader:
     """Reads rows of an index in `threads` threads; `latency_s` is added to every read, for benchmarks."""
 
-    def __init__(self, index: ImageIndex, threads: int, latency_s: float = 0.0) -> None:
+    def __init__(
+        self, index: ImageIndex, threads: int, latency_s: float = 0.0, *, most_open: int | None = None
+    ) -> None:
+        """most_open: files that stay open; by default a share of what the process may have."""
         self.index, self.latency_s = index, latency_s
         self._threads = ThreadPoolExecutor(threads, "adaptnet-read")
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
-        self._most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // DESCRIPTORS_SHARE)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_open = max(16, limit // DESCRIPTORS_SHARE) if most_open is None else most_open
         self._lock = threading.Lock()
 
     def start(self, rows: Sequence[int] | NDArray[np.int64]) -> Pending:

@@ -132,9 +132,10 @@ def _describe(client: Client, run_id: str, run_dir: Path, recipe: Mapping[str, J
 def _origin(run_dir: Path) -> dict[str, str]:
     """Tags that say where the run came from: environment, code, folder, sweep."""
     environment = provenance.read(run_dir)
-    git, sweep = environment.pop("git", None) or {}, _sweep(run_dir)
-    tags = {f"adaptnet.{key}": value for key, value in configs.flat(environment).items()}
-    tags |= {f"adaptnet.git.{key}": value for key, value in git.items()}
+    git, sweep = environment.get("git"), _sweep(run_dir)
+    facts = {key: value for key, value in environment.items() if key != "git"}
+    tags: dict[str, object] = {f"adaptnet.{key}": value for key, value in configs.flat(facts).items()}
+    tags |= {f"adaptnet.git.{key}": value for key, value in (git or {}).items()}
     tags |= {"adaptnet.run_dir": str(run_dir), "mlflow.source.name": "adaptnet"}
     tags |= {"mlflow.user": environment["user"]} if "user" in environment else {}
     tags |= {"mlflow.source.git.commit": git["commit"]} if git else {}
