@@ -5,28 +5,48 @@ A mapping is validated as JSON in strict mode: a number is not a string, `true` 
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import importlib
 import json
+import pkgutil
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainSerializer, Tag, ValidationError
 from pydantic import BeforeValidator as Before
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from pipeline.errors import ConfigError, JsonValue
 
 M = TypeVar("M", bound=BaseModel)
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class Config(BaseModel):
     """A frozen section of a recipe; unknown keys are errors. Validators raise ValueError with the rule in words."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        """The keys that change nothing under these values, each with the reason, e.g. "shuffle is not block".
+
+        values: the section as in a recipe, with the defaults of the keys that it leaves out; nothing is validated yet.
+        `validate` refuses such a key whatever its value, `as_mapping` leaves it out, and `live` drops it from a stored
+        recipe. A key is dotted if it belongs to a nested section.
+        """
+        return {}
 
 
 class Duration(BaseModel):
@@ -154,20 +174,35 @@ def _lookup(name: str, known: Mapping[str, str | None]) -> str:
 
 def validate(model: type[M], mapping: Mapping[str, Any], where: str) -> M:
     """`mapping` as a frozen `model`. Raises ConfigError with every fault: dotted key, value, rule, nearest key."""
+    inert = inert_keys(model, mapping)
     try:
-        text = json.dumps(mapping)
+        text = json.dumps(without(mapping, inert))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}", key=where) from None
+    faults = [_inert_fault(mapping, key, why) for key, why in inert.items()]
     try:
-        return model.model_validate_json(text, strict=True)
+        config = model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        found = _telling(mapping, error)
-        faults = dict.fromkeys(_fault(model, mapping, fault) for fault in found)
-        keys = tuple(dict.fromkeys(".".join(_follow(mapping, fault["loc"])[0]) for fault in found))
-        value = _follow(mapping, found[0]["loc"])[1] if found else None
-        raise ConfigError(
-            "\n".join([f"{where}:", *(f"  {line}" for line in faults)]), keys=keys, subject=value
-        ) from None
+        faults += [_fault(model, mapping, fault) for fault in _telling(mapping, error)]
+    if faults:
+        lines = dict.fromkeys(f"  {fault.line}" for fault in faults)
+        keys = tuple(dict.fromkeys(fault.key for fault in faults))
+        raise ConfigError("\n".join([f"{where}:", *lines]), keys=keys, subject=faults[0].value)
+    return config
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """key: dotted, "" for the whole; line: the sentence about it."""
+
+    key: str
+    value: object
+    line: str
+
+
+def _inert_fault(mapping: Mapping[str, Any], key: str, why: str) -> _Fault:
+    value = at(mapping, key)
+    return _Fault(key, value, f"{key} (={json.dumps(value)}): changes nothing: {why}")
 
 
 def _telling(mapping: Mapping[str, Any], error: ValidationError) -> list[dict[str, Any]]:
@@ -177,8 +212,14 @@ def _telling(mapping: Mapping[str, Any], error: ValidationError) -> list[dict[st
     return [fault for key, fault in faults if key not in ruled or not str(fault["type"]).endswith("_type")]
 
 
-def _fault(model: type[BaseModel], mapping: Mapping[str, Any], fault: dict[str, Any]) -> str:
+def _fault(model: type[BaseModel], mapping: Mapping[str, Any], fault: dict[str, Any]) -> _Fault:
     path, found = _follow(mapping, fault["loc"])
+    if fault["type"] == NO_SUCH_KIND:
+        path, found = [*path, "kind"], found["kind"]
+    return _Fault(".".join(path), found, _line(model, path, found, fault))
+
+
+def _line(model: type[BaseModel], path: list[str], found: Any, fault: dict[str, Any]) -> str:
     key = ".".join(path) or "(the whole)"
     if fault["type"] == "extra_forbidden":
         known = sorted(_keys_at(model, path[:-1]))
@@ -235,9 +276,173 @@ def section(recipe: Mapping[str, Any], name: str) -> dict[str, JsonValue]:
 
 
 def as_mapping(config: BaseModel) -> dict[str, Any]:
-    """`config` as plain values, as they would stand in YAML."""
+    """`config` as plain values, as in YAML, without the keys that change nothing; `validate` reads it back equal."""
     mapping: dict[str, Any] = config.model_dump(mode="json")
+    return without(mapping, inert_keys(type(config), mapping))
+
+
+# ---- sections of several kinds, and keys that change nothing
+
+NO_SUCH_KIND = "no_such_kind"
+
+
+def kinds_in(package: str, base: type[M]) -> tuple[type[M], ...]:
+    """The subclasses of `base` that the modules of a package define, by their `kind`."""
+    found = importlib.import_module(package)
+    for module in pkgutil.iter_modules(found.__path__):
+        importlib.import_module(f"{package}.{module.name}")
+    return tuple(sorted(base.__subclasses__(), key=kind_of))
+
+
+def kind_of(model: type[BaseModel]) -> str:
+    """The one value that a model's key `kind` may have."""
+    (kind,) = get_args(model.model_fields["kind"].annotation)
+    return str(kind)
+
+
+def one_of(models: Sequence[type[BaseModel]], default: str) -> object:
+    """The type of a section that is of one of these models, told apart by its key `kind`; `default` where it has none.
+
+    For annotations: pydantic's discriminated union.
+    """
+
+    def kind(value: object) -> str:
+        return str(value.get("kind", default) if isinstance(value, Mapping) else getattr(value, "kind", default))
+
+    known = sorted(map(kind_of, models))
+    discriminator = Discriminator(
+        kind, custom_error_type=NO_SUCH_KIND, custom_error_message=f"no such kind; known: {', '.join(known)}"
+    )
+    members = tuple(Annotated[model, Tag(kind_of(model))] for model in models)
+    return Annotated[Union[members], discriminator, Kinds(default)]  # noqa: UP007
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Marks a union of `one_of`; default: the kind of a section that names none."""
+
+    default: str
+
+
+def inert_keys(model: type[BaseModel], mapping: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of `mapping` that change nothing, dotted, each with the reason: of another kind, or of `Config.inert`.
+
+    The mapping may be incomplete or wrong in other ways.
+    """
+    found = {key: why for key, why in _inert_of(model, mapping).items() if _has(mapping, key)}
+    for name, value in mapping.items():
+        field = model.model_fields.get(name)
+        if field is not None and name not in found:
+            inner = _inert_within(_Field(field.annotation, field.metadata), value)
+            found |= {f"{name}.{key}": why for key, why in inner.items() if f"{name}.{key}" not in found}
+    return found
+
+
+def _inert_of(model: type[BaseModel], mapping: Mapping[str, Any]) -> Mapping[str, str]:
+    if not issubclass(model, Config):
+        return {}
+    defaults = {name: _default(field) for name, field in model.model_fields.items() if not field.is_required()}
+    try:
+        return model.inert({**defaults, **mapping})
+    except (TypeError, ValueError, KeyError, AttributeError):  # a value of a wrong type, which validation refuses
+        return {}
+
+
+def _default(field: FieldInfo) -> JsonValue:
+    value = field.get_default(call_default_factory=True, validated_data={})
+    plain: JsonValue = to_jsonable_python(value)
+    return plain
+
+
+@dataclass(frozen=True)
+class _Field:
+    annotation: Any
+    metadata: Sequence[object] = ()
+
+
+def _inert_within(field: _Field, value: Any) -> dict[str, str]:
+    """As `inert_keys`, of a field's value: a section, or a list or mapping of sections."""
+    if get_origin(field.annotation) is Annotated:
+        annotation, *metadata = get_args(field.annotation)
+        return _inert_within(_Field(annotation, metadata), value)
+    if isinstance(value, Mapping) and get_origin(field.annotation) is dict:
+        item = _Field(get_args(field.annotation)[1])
+        return {f"{name}.{key}": why for name, each in value.items() for key, why in _inert_within(item, each).items()}
+    if isinstance(value, list) and get_origin(field.annotation) in (list, tuple):
+        item = _Field(get_args(field.annotation)[0])
+        return {f"{n}.{key}": why for n, each in enumerate(value) for key, why in _inert_within(item, each).items()}
+    models = list(_models_in(field.annotation))
+    if not isinstance(value, Mapping) or not models:
+        return {}
+    chosen = _chosen(models, field.metadata, value)
+    if chosen is None:
+        return {}
+    return (_of_other_kinds(chosen, models, value) if len(models) > 1 else {}) | inert_keys(chosen, value)
+
+
+def _chosen(
+    models: Sequence[type[BaseModel]], metadata: Sequence[object], value: Mapping[str, Any]
+) -> type[BaseModel] | None:
+    """The model that a section is of; None where that cannot be told."""
+    default = next((each.default for each in metadata if isinstance(each, Kinds)), None)
+    if default is None:
+        return models[0] if len(models) == 1 else None
+    kind = value.get("kind", default)
+    return next((model for model in models if kind_of(model) == kind), None)
+
+
+def _of_other_kinds(
+    chosen: type[BaseModel], models: Sequence[type[BaseModel]], value: Mapping[str, Any]
+) -> dict[str, str]:
+    owners = {key: [kind_of(m) for m in models if key in m.model_fields] for key in value}
+    return {
+        key: f"kind {kind_of(chosen)} does not use it; kind: {' and kind: '.join(kinds)} uses it"
+        for key, kinds in owners.items()
+        if kinds and key not in chosen.model_fields
+    }
+
+
+def live(model: type[BaseModel], mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored mapping without the keys that change nothing, which older versions stored with their defaults."""
+    return without(mapping, inert_keys(model, mapping))
+
+
+def lay(model: type[BaseModel], base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`merge`, where a key of `base` that `over` makes inert is dropped; one that `over` itself holds stays.
+
+    A recipe with kind: sgd and a momentum so takes the override kind=adamw, but not kind=adamw beside momentum=0.3.
+    """
+    merged = merge(base, over)
+    before, given = inert_keys(model, base), flat(over)
+    made = [key for key in inert_keys(model, merged) if key not in before]
+    return without(merged, [key for key in made if not any(f"{each}.".startswith(f"{key}.") for each in given)])
+
+
+def without(mapping: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """A copy without these dotted keys; a section that they empty stays."""
+    copied = copy.deepcopy(dict(mapping))
+    for key in keys:
+        *path, last = key.split(".")
+        holder = at(copied, ".".join(path)) if path else copied
+        if isinstance(holder, dict):
+            holder.pop(last, None)
+    return copied
+
+
+def at(mapping: Any, key: str) -> Any:
+    """The value at a dotted key; a list's items by their number. None where there is none; "" is the whole."""
+    for part in key.split(".") if key else ():
+        if isinstance(mapping, Mapping):
+            mapping = mapping.get(part)
+        else:
+            mapping = mapping[int(part)] if isinstance(mapping, list) and part.isdecimal() else None
     return mapping
+
+
+def _has(mapping: Mapping[str, Any], key: str) -> bool:
+    *path, last = key.split(".")
+    holder = at(mapping, ".".join(path))
+    return isinstance(holder, Mapping) and last in holder
 
 
 def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -247,6 +452,21 @@ def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         pairs.update(flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value})
     return pairs
+
+
+def nested(flat_mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} -> {"a": {"b": 1}}: undoes `flat`."""
+    whole: dict[str, Any] = {}
+    for key, value in flat_mapping.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        whole = merge(whole, value)
+    return whole
+
+
+def validate_stored(model: type[M], mapping: Mapping[str, Any], where: str) -> M:
+    """`validate` of a section that this or an older version stored, with keys that change nothing left out."""
+    return validate(model, live(model, mapping), where)
 
 
 def fingerprint(mapping: Mapping[str, Any]) -> str:

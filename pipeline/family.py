@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError, JsonValue
 from pipeline.figures import Arrays, Figure
 
 Settings: TypeAlias = "Mapping[str, int | float | str | bool]"
+Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # logits [B, K], targets -> the mean over images, []
 T = TypeVar("T")
 LATENCY_FORMAT = 1
 REPORT_FORMAT = 2  # format 1 had no format number, no kind and no settings
@@ -307,8 +308,11 @@ class Family:
     """One kind of network, as callables over its own config.
 
     build(config, num_classes)    -> net on CPU, weights set from torch's default generator
-    loss(config, output, targets) -> Loss; takes the OUTPUT, never the net; targets [B] i64, or [B, K] f32 if mixed
+    loss(config, output, targets, criterion)
+                                  -> Loss; takes the OUTPUT, never the net; targets [B] i64, or [B, K] f32 if mixed;
+                                     criterion compares logits with targets, as `training.loss` says
     groups(config, net)           -> optimizer name -> its Params; together they partition the trainable parameters
+    optimizers(config)            -> the names that groups will have; "main" alone by default
     updates(config, step)         -> names of the optimizers that move at this step, in order
     policies(config, net)         -> the ways to run the trained net; the first is the default
     load_pretrained(config, net, tensors)
@@ -328,13 +332,14 @@ class Family:
 
     config: type[FamilyConfig]
     build: Callable[[Any, int], nn.Module]
-    loss: Callable[[Any, Any, Tensor], Loss]
+    loss: Callable[[Any, Any, Tensor, Criterion], Loss]
     groups: Callable[[Any, nn.Module], Mapping[str, Sequence[Params]]]
     updates: Callable[[Any, int], Sequence[str]]
     policies: Callable[[Any, nn.Module], Sequence[Policy]]
     load_pretrained: Callable[[Any, nn.Module, Mapping[str, Tensor]], Sequence[str]] = lambda _, net, tensors: load(
         net, tensors
     )
+    optimizers: Callable[[Any], Sequence[str]] = lambda _: ("main",)
     warnings: Callable[[Any, int], Sequence[str]] = lambda _, side_px: ()
     figures: Callable[[Sequence[Evaluated], Sequence[Evaluated]], Sequence[Figure]] = lambda mine, others: ()
     static: Callable[[Any, nn.Module, Sequence[Report]], Mapping[str, Callable[[Tensor], nn.Module]]] = (

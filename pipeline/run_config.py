@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import cache, reduce
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializeAsAny, create_model, model_validator
@@ -12,12 +12,14 @@ from pydantic import AfterValidator, Field, SerializeAsAny, create_model, model_
 from pipeline import config as configs
 from pipeline import family as families
 from pipeline import recipes
-from pipeline.config import Config
+from pipeline.config import Config, Count
 from pipeline.data.config import DataConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, JsonValue
 from pipeline.family import FamilyConfig
 from pipeline.tracking import TrackingConfig
-from pipeline.training.config import CheckpointConfig, Count, EvaluationConfig, LoggingConfig, TrainingConfig
+from pipeline.training.config import CheckpointConfig, EvaluationConfig, LoggingConfig, TrainingConfig
+
+IDENTITY = "data.identity"
 
 
 def _plain_name(name: str) -> str:
@@ -43,6 +45,12 @@ class ComputeConfig(Config):
     start_patience_s: Annotated[float, Field(gt=0)] = 60.0  # for the workers to be there
     max_failures: Annotated[int, Field(ge=0)] = 3  # lost workers that a run survives
     address: str | None = None  # of a running Ray cluster; null: Ray here
+
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        """Keys that change nothing under these values, each with the reason."""
+        of_ray = ("gpus_per_worker", "start_patience_s", "max_failures")
+        return dict.fromkeys(of_ray, "workers is 0, which does without Ray") if values["workers"] == 0 else {}
 
     @model_validator(mode="after")
     def _rules(self) -> ComputeConfig:
@@ -73,16 +81,51 @@ class RunConfig(Config):
     logging: LoggingConfig = LoggingConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        """Keys that change nothing under these values, each with the reason: optimizers that the family lacks."""
+        names = _optimizers_of(configs.section(values, "family"))
+        others = configs.section(configs.section(values, "training"), "other_optimizers")
+        unused = [name for name in others if names is not None and (name == "main" or name not in names)]
+        why = f"the optimizers of this family section are: {', '.join(names or ())}"
+        return {f"training.other_optimizers.{name}": why for name in unused}
 
-def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = None) -> RunConfig:
+
+def _optimizers_of(section: Mapping[str, JsonValue]) -> Sequence[str] | None:
+    """Names of the family's optimizers; None if the section is not valid."""
+    try:
+        family = families.find(str(section.get("name")))
+        return family.optimizers(configs.validate_stored(family.config, section, "family"))
+    except ConfigError:
+        return None
+
+
+def load(
+    source: str, overrides: Sequence[str] = (), *, drawn: Sequence[str] = (), data_home: str | None = None
+) -> RunConfig:
     """The recipe `family/recipe[:variant]`, or a YAML file's, with `a.b=c` overrides laid on top in order.
 
-    `${data_home}` in a value is replaced by `data_home`. Raises ConfigError naming each fault.
+    drawn: further overrides, which may make some of the others inert. `${data_home}` in a value is replaced by
+    `data_home`. Raises ConfigError naming each fault.
     """
-    layers = [*recipes.layers(source), *map(configs.parse_override, overrides)]
-    mapping: dict[str, Any] = reduce(configs.merge, layers, {})
-    mapping.setdefault("name", recipes.run_name(source))
+    layers: list[Mapping[str, Any]] = [
+        {"name": recipes.run_name(source)},
+        *recipes.layers(source),
+        _together(overrides),
+        _together(drawn),
+    ]
+    start: Mapping[str, Any] = {}
+    mapping = reduce(lay, layers, start)
     return from_mapping(configs.interpolate(mapping, {"data_home": data_home}), f"recipe {source}")
+
+
+def _together(overrides: Sequence[str]) -> dict[str, Any]:
+    return reduce(configs.merge, map(configs.parse_override, overrides), {})
+
+
+def lay(base: Mapping[str, Any], over: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe with `over` laid on top; keys of `base` that `over` makes inert are dropped."""
+    return configs.lay(_model_of(configs.merge(base, over)), base, over)
 
 
 def from_mapping(mapping: Mapping[str, Any], where: str) -> RunConfig:
@@ -90,9 +133,45 @@ def from_mapping(mapping: Mapping[str, Any], where: str) -> RunConfig:
     section = mapping.get("family")
     if not isinstance(section, dict) or not isinstance(section.get("name"), str):
         raise ConfigError(f"{where}: family.name: this key must be given; known: {', '.join(families.names())}")
-    family = families.find(section["name"])
-    model = create_model("RunConfig", __base__=RunConfig, family=(family.config, ...))
-    return configs.validate(model, mapping, where)
+    families.find(section["name"])
+    return configs.validate(_model_of(mapping), mapping, where)
+
+
+def from_stored(
+    mapping: Mapping[str, Any], where: str, overrides: Sequence[str] = (), *, data_home: str | None = None
+) -> RunConfig:
+    """A recipe that this or an older version stored, with overrides laid on top.
+
+    Keys that change nothing are dropped from the stored recipe, which older versions filled with all defaults; those
+    among the overrides are refused. Raises ConfigError naming each fault.
+    """
+    base = configs.live(_model_of(mapping), mapping)
+    nested = configs.interpolate(lay(base, _together(overrides)), {"data_home": data_home})
+    return from_mapping(nested, where)
+
+
+def _model_of(mapping: Mapping[str, Any]) -> type[RunConfig]:
+    """RunConfig with the family's class for `family`; RunConfig itself if the mapping names no known family."""
+    name = configs.section(mapping, "family").get("name")
+    return _model(name) if isinstance(name, str) and name in families.names() else RunConfig
+
+
+@cache
+def _model(name: str) -> type[RunConfig]:
+    return create_model("RunConfig", __base__=RunConfig, family=(families.find(name).config, ...))
+
+
+def translated(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A fingerprint that this or an older version stored, in today's form; as it is if its recipe is unreadable.
+
+    Older fingerprints hold keys that change nothing, and lack keys that are newer, which then have their defaults.
+    """
+    nested = configs.nested({key: value for key, value in saved.items() if key != IDENTITY})
+    nested["data"] = {**configs.section(nested, "data"), "root": "unknown"}
+    try:
+        return fingerprint(from_stored({"name": "stored", **nested}, "a stored fingerprint"), str(saved[IDENTITY]))
+    except (ConfigError, KeyError):
+        return saved
 
 
 def fingerprint(config: RunConfig, data_identity: str) -> dict[str, Any]:
@@ -110,4 +189,4 @@ def fingerprint(config: RunConfig, data_identity: str) -> dict[str, Any]:
     if config.training.start_from is not None:
         training["start_from"] = config.training.start_from.name  # the file may move
     chosen = {"family": mapping["family"], "seed": config.seed, "data": data, "training": training}
-    return {**configs.flat(chosen), "data.identity": data_identity}
+    return {**configs.flat(chosen), IDENTITY: data_identity}

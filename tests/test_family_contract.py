@@ -20,8 +20,8 @@ from pipeline.config import as_mapping, dump_yaml, parse_yaml, validate
 from pipeline.errors import ConfigError
 from pipeline.family import Family, FamilyConfig, Policy, find, names
 from pipeline.training import checkpoint, optim, state, step
-from pipeline.training.config import OptimizerConfig
 from pipeline.training.loop import train
+from pipeline.training.optimizers.sgd import SgdConfig
 from pipeline.training.state import TrainState
 from pipeline.training.step import Micro
 
@@ -140,12 +140,12 @@ def trained(case: str, steps: int, folder: Path) -> TrainState:
     name = case.split("-")[0]
     family = find(name)
     config = validate(family.config, {"name": name, **CASES[case]} | OFTEN.get(name, {}), "family")
-    training = tiny.training(ema_decay=0.9, other_optimizers={"shape": OptimizerConfig(lr=0.3)})
+    training = tiny.training(ema_decay=0.9, other_optimizers={"shape": SgdConfig(lr=0.3)})
     current = state.fresh(family, config, training, num_classes=CLASSES, seed=3, device=tiny.CPU)
     events = tiny.Recorder(folder)
     if (last := events.last_good()) is not None:
         state.restore(current, checkpoint.read(folder / last))
-    forward, remarks = step.wrap(current.net, training, tiny.CPU, optim.parameters_apart(current.optimizers))
+    forward, remarks = step.wrap(current.net, training, tiny.CPU, optim.parameters_outside_ddp(current.optimizers))
     task = step.Task(
         family=family,
         config=config,

@@ -25,20 +25,25 @@ from pipeline.errors import ConfigError, ContractError, DivergedError
 from pipeline.evaluation.evaluate import Evaluator, _waited_s, evaluate
 from pipeline.family import Params, Prediction, find
 from pipeline.training import checkpoint, loop, optim, state
-from pipeline.training.config import ScheduleConfig
 from pipeline.training.loop import train
+from pipeline.training.optimizers.adamw import AdamWConfig
+from pipeline.training.optimizers.sgd import SgdConfig
+from pipeline.training.schedules.cosine import CosineConfig
+from pipeline.training.schedules.steps import StepsConfig
 from pipeline.training.state import TrainState
 from pipeline.training.step import Meter, num_micros, smooth, train_step
 
+OPTIMIZERS = {"sgd": SgdConfig, "adamw": AdamWConfig}
+
 
 def test_schedules_are_closed_forms_of_the_epoch() -> None:
-    cosine = ScheduleConfig(warmup_epochs=5, final_lr=0.1)
-    assert optim.lr_factor(cosine, 2.5, 90) == 0.5
-    assert optim.lr_factor(cosine, 5, 90) == 1.0
-    assert optim.lr_factor(cosine, 47.5, 90) == pytest.approx(0.55)
-    assert optim.lr_factor(cosine, 90, 90) == pytest.approx(0.1)
-    steps = ScheduleConfig(kind="steps", milestones=(150, 250))
-    assert [optim.lr_factor(steps, e, 350) for e in (0, 149.9, 150, 250)] == pytest.approx([1, 1, 0.1, 0.01])
+    cosine = CosineConfig(warmup_epochs=5, final_lr=0.1)
+    assert cosine.lr_factor(2.5, 90) == 0.5
+    assert cosine.lr_factor(5, 90) == 1.0
+    assert cosine.lr_factor(47.5, 90) == pytest.approx(0.55)
+    assert cosine.lr_factor(90, 90) == pytest.approx(0.1)
+    steps = StepsConfig(milestones=(150, 250))
+    assert [steps.lr_factor(e, 350) for e in (0, 149.9, 150, 250)] == pytest.approx([1, 1, 0.1, 0.01])
 
 
 def test_micro_batches_of_any_number_give_the_step_of_the_whole_batch() -> None:
@@ -55,7 +60,7 @@ def test_micro_batches_of_any_number_give_the_step_of_the_whole_batch() -> None:
 
 
 SHAPED = tiny.TinyConfig(shaped=True)
-WITH_SHAPE = tiny.training(other_optimizers={"shape": optim.OptimizerConfig(lr=0.3)})
+WITH_SHAPE = tiny.training(other_optimizers={"shape": SgdConfig(lr=0.3)})
 
 
 def four_steps(rows: slice = slice(None)) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -117,9 +122,7 @@ def test_each_update_moves_its_own_parameters_alone() -> None:
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_resumed_equals_uninterrupted_bitwise(tmp_path: Path, kind: str) -> None:
-    settings = tiny.training(
-        optimizer=optim.OptimizerConfig(kind=kind, lr=0.01), ema_decay=0.9, clip_norm=1.0, label_smoothing=0.1
-    )
+    settings = tiny.training(optimizer=OPTIMIZERS[kind](lr=0.01), ema_decay=0.9, clip_norm=1.0, label_smoothing=0.1)
     noisy = tiny.TinyConfig(dropout=0.3)
     whole = tiny.fresh(settings, noisy)
     assert train(tiny.task(whole.net, settings, noisy), whole, tiny.batches(0), tiny.plan(12), tiny.Recorder(tmp_path))
@@ -213,7 +216,7 @@ def test_minutes_are_a_span_for_logging_too(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_moments_that_were_saved_lie_in_memory_as_their_weights_do(tmp_path: Path, kind: str) -> None:
-    settings = tiny.training(optimizer=optim.OptimizerConfig(kind=kind))
+    settings = tiny.training(optimizer=OPTIMIZERS[kind]())
     baseline = find("baseline")
     config = validate(baseline.config, {"name": "baseline", "net": "cifar_resnet", "depth": 8}, "family")
 
@@ -232,8 +235,8 @@ def test_moments_that_were_saved_lie_in_memory_as_their_weights_do(tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_a_setting_that_may_change_takes_hold_and_the_moments_stay(kind: str) -> None:
-    before = tiny.training(optimizer=optim.OptimizerConfig(kind=kind, lr=0.1, weight_decay=0.01))
-    after = tiny.training(optimizer=optim.OptimizerConfig(kind=kind, lr=0.02, weight_decay=0.3))
+    before = tiny.training(optimizer=OPTIMIZERS[kind](lr=0.1, weight_decay=0.01))
+    after = tiny.training(optimizer=OPTIMIZERS[kind](lr=0.02, weight_decay=0.3))
     old, new = tiny.fresh(before), tiny.fresh(after)
     source = tiny.batches(0)
     for _ in range(3):

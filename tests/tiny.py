@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Duration
-from pipeline.family import Family, FamilyConfig, Loss, Params, cross_entropy
+from pipeline.family import Family, FamilyConfig, Loss, Params
 from pipeline.runs.records import Meta
 from pipeline.training import state
 from pipeline.training.checkpoint import Checkpointer, LocalStorage
-from pipeline.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from pipeline.training.config import CheckpointConfig, TrainingConfig
 from pipeline.training.loop import Plan
+from pipeline.training.optimizers.sgd import SgdConfig
 from pipeline.training.state import TrainState
 from pipeline.training.step import Micro, Task, wrap
 
@@ -62,8 +63,9 @@ def groups(config: TinyConfig, net: nn.Module) -> dict[str, list[Params]]:
 FAMILY = Family(
     config=TinyConfig,
     build=Tiny,
-    loss=lambda config, output, targets: Loss(cross_entropy(output.logits, targets)),
+    loss=lambda config, output, targets, criterion: Loss(criterion(output.logits, targets)),
     groups=groups,
+    optimizers=lambda config: ["main", "shape"] if config.shaped else ["main"],
     updates=lambda config, step: ["shape", "main"] if config.shaped and step % 2 == 0 else ["main"],
     policies=lambda config, net: [],
 )
@@ -89,7 +91,7 @@ def task(net: nn.Module, training: TrainingConfig, config: TinyConfig | None = N
 
 
 def training(**changes: object) -> TrainingConfig:
-    base = {"batch_size": 8, "epochs": 4.0, "optimizer": OptimizerConfig(lr=0.1, nesterov=True)}
+    base = {"batch_size": 8, "epochs": 4.0, "optimizer": SgdConfig(lr=0.1, nesterov=True)}
     return TrainingConfig(**{**base, **changes})  # type: ignore[arg-type]
 
 

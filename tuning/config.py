@@ -123,7 +123,7 @@ class Sweep:
         """The recipe of a sample. Raises ConfigError naming the sample and the keys of the recipe."""
         try:
             return run_config.load(
-                self.config.recipe, [*self.overrides, *_texts(sample.overrides)], data_home=self.data_home
+                self.config.recipe, self.overrides, drawn=_texts(sample.overrides), data_home=self.data_home
             )
         except ConfigError as error:
             raise ConfigError(

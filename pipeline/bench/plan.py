@@ -248,7 +248,7 @@ def _activations(task: Task, current: TrainState, micro: Micro) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast(task.device.type, torch.bfloat16, enabled=task.autocast):
             output = current.net(micro.images)
-            loss = task.family.loss(task.config, output, micro.targets).total
+            loss = task.family.loss(task.config, output, micro.targets, task.training.loss.criterion).total
     total = sum(saved.values())
     del loss, output
     return total

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -113,9 +113,7 @@ def evaluate(
 
 def _config(model: Trained, source: str, overrides: Sequence[str], data_home: str | None) -> RunConfig:
     """The recipe of the net with the overrides, paths made absolute."""
-    nested = reduce(configs.merge, map(configs.parse_override, overrides), dict(model.recipe))
-    config = run_config.from_mapping(configs.interpolate(nested, {"data_home": data_home}), f"recipe of {source}")
-    return absolute(config)
+    return absolute(run_config.from_stored(model.recipe, f"recipe of {source}", overrides, data_home=data_home))
 
 
 def _check_images(root: Path, splits: Splits, model: Trained) -> None:
@@ -251,7 +249,8 @@ class EvaluatedNet:
     def config(self) -> families.FamilyConfig:
         """The validated section `family` of its recipe."""
         section = self.model.section("family")
-        return configs.validate(families.find(str(section["name"])).config, section, f"{self.source}: recipe.family")
+        family = families.find(str(section["name"]))
+        return configs.validate_stored(family.config, section, f"{self.source}: recipe.family")
 
     @cached_property
     def parameters(self) -> int:
@@ -368,7 +367,7 @@ def images(nets: Sequence[EvaluatedNet], data: str) -> ImageIndex | None:
         if root is None or not Path(root).is_dir():
             continue
         section = {**net.model.section("data"), "root": root}
-        config = configs.validate(DataConfig, section, f"{net.source}: recipe.data")
+        config = configs.validate_stored(DataConfig, section, f"{net.source}: recipe.data")
         with suppress(DataError, OSError):
             split = open_splits(config, int(str(net.model.recipe.get("seed", 0)))).val
             if split.identity == data:
@@ -379,7 +378,7 @@ def images(nets: Sequence[EvaluatedNet], data: str) -> ImageIndex | None:
 def _evaluated(net: EvaluatedNet, name: str, data: str) -> Evaluated:
     stored = net.on(data)
     assert stored is not None
-    section = configs.validate(DataConfig, net.model.section("data"), f"{net.source}: recipe.data")
+    section = configs.validate_stored(DataConfig, net.model.section("data"), f"{net.source}: recipe.data")
     mine = [each for each in net.evaluations if each.data == data and not each.about.overrides]
     others = mine[::-1]  # later ones win below: complete over partial, new over old
     attacks = {each.attack: each.reports for each in others if each.attack and not each.swept}

@@ -178,14 +178,14 @@ def write_config(run_dir: Path, config: RunConfig, fingerprint: Mapping[str, obj
     path = run_dir / "config.yaml"
     if path.exists():
         saved = configs.read_mapping(path).get("fingerprint", {})
-        checkpoint.check_fingerprint(saved, fingerprint, allowed, str(run_dir))
+        checkpoint.check_fingerprint(run_config.translated(saved), fingerprint, allowed, str(run_dir))
     text = configs.dump_yaml({"recipe": configs.as_mapping(config), "fingerprint": fingerprint})
     write_text(path, text)
 
 
 def _is_finished(run_dir: Path, fingerprint: Mapping[str, object]) -> bool:
     status = records.read_status(run_dir)
-    return status.finished and status.fingerprint == fingerprint
+    return status.finished and run_config.translated(status.fingerprint) == fingerprint
 
 
 def _run(config: RunConfig, order: Order) -> None:

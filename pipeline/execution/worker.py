@@ -162,7 +162,8 @@ class Run:
         folder = self.storage.fetch(name)
         meta = checkpoint.read_meta(folder)
         allowed = self.order.allow_changed
-        changed = checkpoint.check_fingerprint(meta.fingerprint, self.fingerprint, allowed, self.storage.where(name))
+        saved = run_config.translated(meta.fingerprint)
+        changed = checkpoint.check_fingerprint(saved, self.fingerprint, allowed, self.storage.where(name))
         mapping = checkpoint.read(folder)
         state.restore(current, mapping)
         self.bad.merge(mapping["bad"])
@@ -182,7 +183,7 @@ class Run:
 
     def _task(self, current: TrainState) -> Task:
         config, training = self.config, self.config.training
-        apart = optim.parameters_apart(current.optimizers)
+        apart = optim.parameters_outside_ddp(current.optimizers)
         forward, remarks = step.wrap(current.net, training, self.device, apart)
         return Task(
             family=self.family,

@@ -203,8 +203,8 @@ def load_model(folder: Path, device: torch.device | None = None) -> LoadedModel:
     trained, device = describe(folder), device or torch.device("cpu")
     section = trained.section("family")
     family = families.find(str(section["name"]))
-    family_config = configs.validate(family.config, section, f"{folder}: recipe.family")
-    data_config = configs.validate(DataConfig, trained.section("data"), f"{folder}: recipe.data")
+    family_config = configs.validate_stored(family.config, section, f"{folder}: recipe.family")
+    data_config = configs.validate_stored(DataConfig, trained.section("data"), f"{folder}: recipe.data")
     with torch.random.fork_rng(devices=[]):
         net = family.build(family_config, len(trained.classes))
     try:

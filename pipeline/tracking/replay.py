@@ -162,7 +162,7 @@ class Replay:
         from pipeline.training.config import CheckpointConfig
 
         keys = configs.section(self._recipe, "checkpoint")
-        section = configs.validate(CheckpointConfig, keys, "recipe: checkpoint")
+        section = configs.validate_stored(CheckpointConfig, keys, "recipe: checkpoint")
         storage = checkpoint.open_storage(section, self._run_dir)
         names = storage.names()
         roles = {"last": names[-1] if names else None, "best": read_status(self._run_dir).best}

@@ -228,7 +228,7 @@ def recipe_of(run_dir: Path) -> dict[str, JsonValue]:
 def tracking_config(run_dir: Path, recipe: Mapping[str, JsonValue] | None = None) -> TrackingConfig:
     """The section `tracking` of a run folder's recipe."""
     section = configs.section(recipe_of(run_dir) if recipe is None else recipe, "tracking")
-    return configs.validate(TrackingConfig, section, f"{run_dir}: recipe.tracking")
+    return configs.validate_stored(TrackingConfig, section, f"{run_dir}: recipe.tracking")
 
 
 def is_live(run_dir: Path) -> bool:

@@ -546,7 +546,7 @@ def load_net(folder: Path) -> tuple[nn.Module, Family, FamilyConfig, Meta]:
 
     meta = read_meta(folder)
     family = find(str(meta.family["name"]))
-    config = configs.validate(family.config, meta.family, f"{folder}: recipe.family")
+    config = configs.validate_stored(family.config, meta.family, f"{folder}: recipe.family")
     net = family.build(config, len(meta.classes))
     ema = folder / "ema.safetensors"
     try:

@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from pipeline.config import Config, Duration, Span
-
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class OptimizerConfig(Config):
-    """One optimizer; the learning rate belongs to the global batch and never changes with the number of workers."""
-
-    kind: Literal["sgd", "adamw"] = "sgd"
-    lr: Positive = 0.1
-    momentum: Share = 0.9  # sgd
-    nesterov: bool = False  # sgd
-    betas: tuple[Share, Share] = (0.9, 0.999)  # adamw
-    weight_decay: NotNegative = 1e-4
-
-
-class ScheduleConfig(Config):
-    """The learning rate's factor as a closed form of the epoch: linear warm-up, then the kind's curve."""
-
-    kind: Literal["cosine", "steps", "constant"] = "cosine"
-    warmup_epochs: NotNegative = 0.0
-    milestones: tuple[NotNegative, ...] = ()  # steps: epochs at which the rate is multiplied by `factor`
-    factor: Positive = 0.1
-    final_lr: NotNegative = 0.0  # cosine: share of the full rate at the end
-
-    @model_validator(mode="after")
-    def _rules(self) -> ScheduleConfig:
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones (={list(self.milestones)}) must rise")
-        if self.kind == "steps" and not self.milestones:
-            raise ValueError("kind: steps needs milestones, e.g. [30, 60, 90]")
-        return self
+from pipeline.config import Config, Count, Duration, Positive, Span
+from pipeline.errors import JsonValue
+from pipeline.training.losses import AnyLoss
+from pipeline.training.losses.cross_entropy import CrossEntropyConfig
+from pipeline.training.optimizers import AnyOptimizer
+from pipeline.training.optimizers.sgd import SgdConfig
+from pipeline.training.schedules import AnySchedule
+from pipeline.training.schedules.cosine import CosineConfig
 
 
 class TrainingConfig(Config):
@@ -50,9 +24,10 @@ class TrainingConfig(Config):
 
     batch_size: Count = 256  # global: over all workers and accumulation steps
     epochs: Positive = 90.0
-    optimizer: OptimizerConfig = OptimizerConfig()
-    other_optimizers: dict[str, OptimizerConfig] = Field(default_factory=dict)  # by name, for phases
-    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: AnyOptimizer = SgdConfig()
+    other_optimizers: dict[str, AnyOptimizer] = Field(default_factory=dict)  # of a family that has several, by name
+    schedule: AnySchedule = CosineConfig()
+    loss: AnyLoss = CrossEntropyConfig()
     decay_norms_and_biases: bool = False  # the papers of the four families decay everything
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -97,6 +72,13 @@ class EvaluationConfig(Config):
     policies: tuple[str, ...] | None = None  # names of the policies to run at the end; null: all of them
     latency_batches: tuple[Count, ...] = (1, 32)  # batch sizes whose latency is measured, on rank 0
     latency_repeats: Annotated[int, Field(ge=0)] = 5  # timed runs per batch size after one to warm up; 0: none
+
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        """Keys that change nothing under these values, each with the reason."""
+        if values["latency_repeats"] == 0:
+            return {"latency_batches": "latency_repeats is 0"}
+        return {} if values["latency_batches"] else {"latency_repeats": "latency_batches is empty"}
 
 
 class LoggingConfig(Config):

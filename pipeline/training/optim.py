@@ -1,35 +1,19 @@
-"""Optimizers from a family's groups, and learning rates as closed forms of the epoch, so that they need no state."""
+"""Builds optimizers from a family's groups and sets their learning rates."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from pipeline.errors import ConfigError, ContractError
 from pipeline.family import Params
-from pipeline.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+from pipeline.training.config import TrainingConfig
+from pipeline.training.optimizers.base import OptimizerConfig, ParamGroup
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
-
-
-def lr_factor(schedule: ScheduleConfig, epoch: float, epochs: float) -> float:
-    """What the learning rate is multiplied by at `epoch` (a fraction counts) of `epochs`.
-
-    Warm-up rises linearly from the first step's share; cosine falls from 1 at its end to `final_lr` at `epochs`.
-    """
-    if epoch < schedule.warmup_epochs:
-        return max(epoch / schedule.warmup_epochs, 1e-3)
-    if schedule.kind == "steps":
-        return float(schedule.factor ** sum(epoch >= milestone for milestone in schedule.milestones))
-    if schedule.kind == "constant":
-        return 1.0
-    done = min(1.0, (epoch - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1e-9))
-    return schedule.final_lr + (1 - schedule.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def build(groups: Mapping[str, Sequence[Params]], net: nn.Module, training: TrainingConfig) -> dict[str, Optimizer]:
@@ -40,7 +24,11 @@ def build(groups: Mapping[str, Sequence[Params]], net: nn.Module, training: Trai
     """
     _assert_partition(groups, net)
     plain = {id(p) for p in norms_and_biases(net)} if not training.decay_norms_and_biases else set()
-    return {name: _optimizer(_settings(name, training), list(params), plain) for name, params in groups.items()}
+    optimizers: dict[str, Optimizer] = {}
+    for name, params in groups.items():
+        settings = _settings(name, training)
+        optimizers[name] = settings.build(list(_torch_groups(settings, params, plain)))
+    return optimizers
 
 
 def _settings(name: str, training: TrainingConfig) -> OptimizerConfig:
@@ -52,16 +40,8 @@ def _settings(name: str, training: TrainingConfig) -> OptimizerConfig:
     return training.other_optimizers[name]
 
 
-def _optimizer(settings: OptimizerConfig, params: Sequence[Params], plain: set[int]) -> Optimizer:
-    groups = list(_torch_groups(settings, params, plain))
-    if settings.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
-    nesterov = settings.nesterov and settings.momentum > 0
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov)
-
-
-def _torch_groups(settings: OptimizerConfig, params: Sequence[Params], plain: set[int]) -> Iterator[dict[str, object]]:
-    """Each Params as up to two torch groups: with and without weight decay. `full_lr` is the rate at factor 1."""
+def _torch_groups(settings: OptimizerConfig, params: Sequence[Params], plain: set[int]) -> Iterator[ParamGroup]:
+    """Each Params as up to two torch groups: with and without weight decay."""
     for group in params:
         decayed = [p for p in group.parameters if group.decay and id(p) not in plain]
         chosen = {id(p) for p in decayed}
@@ -69,27 +49,23 @@ def _torch_groups(settings: OptimizerConfig, params: Sequence[Params], plain: se
         full = settings.lr * group.lr_factor
         for members, decay in ((decayed, settings.weight_decay), (bare, 0.0)):
             if members:
-                yield {
-                    "params": members,
-                    "lr": full,
-                    "full_lr": full,
-                    "weight_decay": decay,
-                    "apart": group.outside_ddp,
-                }
+                yield ParamGroup(
+                    params=members, lr=full, full_lr=full, weight_decay=decay, outside_ddp=group.outside_ddp
+                )
 
 
-def is_apart(optimizer: Optimizer) -> bool:
-    """Whether its parameters stay out of DDP; `build` lets an optimizer hold one kind alone."""
-    return bool(optimizer.param_groups[0]["apart"])
+def is_outside_ddp(optimizer: Optimizer) -> bool:
+    """Whether DDP ignores its parameters; `build` lets an optimizer hold only parameters of one kind."""
+    return bool(optimizer.param_groups[0]["outside_ddp"])
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def parameters_apart(optimizers: Mapping[str, Optimizer]) -> list[nn.Parameter]:
+def parameters_outside_ddp(optimizers: Mapping[str, Optimizer]) -> list[nn.Parameter]:
     """Of all optimizers, the parameters that stay out of DDP."""
-    return [p for optimizer in optimizers.values() if is_apart(optimizer) for p in parameters_of(optimizer)]
+    return [p for optimizer in optimizers.values() if is_outside_ddp(optimizer) for p in parameters_of(optimizer)]
 
 
 def norms_and_biases(net: nn.Module) -> Iterator[nn.Parameter]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pipeline.errors import ContractError
 from pipeline.family import Family, FamilyConfig
 from pipeline.training import optim
 from pipeline.training.config import TrainingConfig
@@ -55,7 +56,13 @@ def fresh(
         family.load_pretrained(config, net, weights)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net = net.to(device).to(memory_format=layout)
-    optimizers = optim.build(family.groups(config, net), net, training)
+    groups = family.groups(config, net)
+    if set(groups) != set(family.optimizers(config)):
+        raise ContractError(
+            f"the family's optimizers are {', '.join(family.optimizers(config))}, its groups {', '.join(groups)}",
+            key="optimizers",
+        )
+    optimizers = optim.build(groups, net, training)
     return TrainState(net=net, ema=_copy(net) if training.ema_decay else None, optimizers=optimizers)
 
 

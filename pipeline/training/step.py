@@ -109,9 +109,9 @@ def train_step(task: Task, state: TrainState, micros: Sequence[Micro], batch_siz
     batch_size counts the images of all ranks. Collective.
     """
     epoch = state.step * task.epochs_per_step
-    lr = optim.set_lr(state.optimizers, optim.lr_factor(task.training.schedule, epoch, task.training.epochs))
+    lr = optim.set_lr(state.optimizers, task.training.schedule.lr_factor(epoch, task.training.epochs))
     for name in task.family.updates(task.config, state.step):
-        apart = optim.is_apart(state.optimizers[name])
+        apart = optim.is_outside_ddp(state.optimizers[name])
         (_gradients_apart if apart else _gradients)(task, state, name, micros, batch_size, meter)
         _clip(task, state, name, meter)
         state.optimizers[name].step()
@@ -129,7 +129,7 @@ def _gradients(
     task: Task, state: TrainState, name: str, micros: Sequence[Micro], batch_size: int, meter: Meter
 ) -> None:
     """Leaves in `.grad` of all parameters but those apart the gradient of the global batch."""
-    with _constant(optim.parameters_apart(state.optimizers)):
+    with _constant(optim.parameters_outside_ddp(state.optimizers)):
         for number, micro in enumerate(micros):
             with _synchronised(task, last=number == len(micros) - 1):
                 loss = _forward(task, state, micro, number, meter)
@@ -145,7 +145,7 @@ def _gradients_apart(
     for number, micro in enumerate(micros):
         torch.manual_seed(seed_of(task.seed, "noise", state.step, number, ranks.rank()))
         output: Any = state.net(micro.images)
-        loss = task.family.loss(task.config, output, micro.targets).total
+        loss = task.family.loss(task.config, output, micro.targets, task.training.loss.criterion).total
         meter.watch(loss, state.step)
         found = torch.autograd.grad(loss * _share(micro, batch_size), parameters)
         total += torch.cat([gradient.float().flatten() for gradient in found])
@@ -181,7 +181,7 @@ def _forward(task: Task, state: TrainState, micro: Micro, number: int, meter: Me
     torch.manual_seed(seed_of(task.seed, "noise", state.step, number, ranks.rank()))
     with torch.autocast(task.device.type, torch.bfloat16, enabled=task.autocast):
         output = task.forward(micro.images)
-    loss = task.family.loss(task.config, output, micro.targets)
+    loss = task.family.loss(task.config, output, micro.targets, task.training.loss.criterion)
     hits = output.logits.detach().argmax(1).eq(micro.labels)  # type: ignore[attr-defined]
     meter.add({"loss": loss.total, "top1": hits.float().mean(), **loss.parts}, len(micro.labels))
     meter.watch(loss.total, state.step)

@@ -37,7 +37,9 @@ from pipeline.families.shape_adaptor.shape import Rules, Shape, ShapePlan, Size,
 from pipeline.families.shape_adaptor.weights import RELEASED_ALPHAS, load_pretrained
 from pipeline.family import cross_entropy
 from pipeline.training import optim, state
-from pipeline.training.config import OptimizerConfig, TrainingConfig
+from pipeline.training.config import TrainingConfig
+from pipeline.training.optimizers.adamw import AdamWConfig
+from pipeline.training.optimizers.sgd import SgdConfig
 from pipeline.training.step import Meter, Micro, Task, train_step
 
 SIDE, CLASSES = 16, 5
@@ -681,7 +683,7 @@ def test_forward_and_loss_read_no_tensor() -> None:
 def test_the_plan_follows_each_step_of_the_pipelines_optimizers(kind: Any) -> None:
     config = small(adaptors=2)
     net = opened(config)
-    settings = TrainingConfig(other_optimizers={"shape": OptimizerConfig(kind=kind, lr=0.4)})
+    settings = TrainingConfig(other_optimizers={"shape": {"sgd": SgdConfig, "adamw": AdamWConfig}[kind](lr=0.4)})
     optimizer = optim.build(groups(config, net), net, settings)["shape"]
     plans = {net.plan((SIDE, SIDE))}
     for _ in range(4):
@@ -883,7 +885,7 @@ def test_alphas_are_outside_ddp_and_without_weight_decay() -> None:
     assert params.outside_ddp
     assert not params.decay
     assert params.parameters == [alphas(net)]
-    settings = OptimizerConfig(weight_decay=0.5)
+    settings = SgdConfig(weight_decay=0.5)
     built = optim.build(groups(config, net), net, TrainingConfig(other_optimizers={"shape": settings}))
     assert [group["weight_decay"] for group in built["shape"].param_groups] == [0.0]
     human = small(mode="human")
@@ -892,8 +894,8 @@ def test_alphas_are_outside_ddp_and_without_weight_decay() -> None:
 
 def test_each_optimizer_moves_only_its_parameters() -> None:
     config = small(alpha_every=2)
-    rates = {"shape": OptimizerConfig(lr=5.0, weight_decay=0.0)}
-    settings = TrainingConfig(batch_size=8, epochs=4, optimizer=OptimizerConfig(lr=0.05), other_optimizers=rates)
+    rates = {"shape": SgdConfig(lr=5.0, weight_decay=0.0)}
+    settings = TrainingConfig(batch_size=8, epochs=4, optimizer=SgdConfig(lr=0.05), other_optimizers=rates)
     cpu = torch.device("cpu")
     current = state.fresh(FAMILY, config, settings, num_classes=CLASSES, seed=1, device=cpu)
     net = current.net

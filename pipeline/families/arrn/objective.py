@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from pipeline.families.arrn.config import ArrnConfig
 from pipeline.families.arrn.model import ArrnOutput
-from pipeline.family import Loss, Params, cross_entropy
+from pipeline.family import Criterion, Loss, Params, cross_entropy
 
 
-def loss(config: ArrnConfig, output: ArrnOutput, targets: Tensor) -> Loss:
+def loss(config: ArrnConfig, output: ArrnOutput, targets: Tensor, criterion: Criterion = cross_entropy) -> Loss:
     """Cross-entropy; the parts are `ce` and `dropped`, the mean number of residuals skipped."""
-    ce = cross_entropy(output.logits, targets)
+    ce = criterion(output.logits, targets)
     return Loss(ce, {"ce": ce.detach(), "dropped": output.levels.to(ce.dtype).mean()})
 
 

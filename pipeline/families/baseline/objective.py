@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from pipeline.blocks import Logits
 from pipeline.families.baseline.model import BaselineConfig
-from pipeline.family import Loss, Params, cross_entropy
+from pipeline.family import Criterion, Loss, Params, cross_entropy
 
 
-def loss(config: BaselineConfig, output: Logits, targets: Tensor) -> Loss:
-    ce = cross_entropy(output.logits, targets)
+def loss(config: BaselineConfig, output: Logits, targets: Tensor, criterion: Criterion = cross_entropy) -> Loss:
+    ce = criterion(output.logits, targets)
     return Loss(ce, {"ce": ce.detach()})
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline import ranks
 from pipeline.families.convnet_aig.model import Aig, AigConfig, AigOutput
-from pipeline.family import Loss, Params, cross_entropy
+from pipeline.family import Criterion, Loss, Params, cross_entropy
 
 
 def rate_loss(gates: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -26,8 +26,8 @@ def rate_loss(gates: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     return distance / len(target) if reduction == "mean" else distance
 
 
-def loss(config: AigConfig, output: AigOutput, targets: Tensor) -> Loss:
-    ce = cross_entropy(output.logits, targets)
+def loss(config: AigConfig, output: AigOutput, targets: Tensor, criterion: Criterion = cross_entropy) -> Loss:
+    ce = criterion(output.logits, targets)
     target = _targets(config.targets, output.gates.dtype, output.gates.device)
     rate = rate_loss(output.gates, target, config.rate_reduction)
     by_block = {f"rate/{number:02d}": value for number, value in enumerate(output.gates.detach().mean(0))}

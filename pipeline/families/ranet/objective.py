@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from pipeline.families.ranet.config import RanetConfig
 from pipeline.families.ranet.model import RanetOutput
-from pipeline.family import Loss, Params, cross_entropy
+from pipeline.family import Criterion, Loss, Params, cross_entropy
 
 
-def loss(config: RanetConfig, output: RanetOutput, targets: Tensor) -> Loss:
+def loss(config: RanetConfig, output: RanetOutput, targets: Tensor, criterion: Criterion = cross_entropy) -> Loss:
     """The sum over exits; parts: `ce` of the last exit, `ce/<exit>` and `top1/<exit>` of each.
 
     The class of a mixed image, for top-1, is the one with the largest share.
     """
-    exits = torch.stack([cross_entropy(logits, targets) for logits in output.exits.unbind(1)])
+    exits = torch.stack([criterion(logits, targets) for logits in output.exits.unbind(1)])
     by_exit = {f"ce/{number:02d}": value for number, value in enumerate(exits.detach(), 1)}
     truth = targets if targets.dim() == 1 else targets.argmax(1)
     hits = output.exits.detach().argmax(2).eq(truth[:, None]).float().mean(0)  # [E]

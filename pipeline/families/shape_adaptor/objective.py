@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.families.shape_adaptor.model import ShapeAdaptorOutput, ShapeConfig, ShapeNet
-from pipeline.family import Loss, Params, cross_entropy
+from pipeline.families.shape_adaptor.model import ShapeAdaptorOutput, ShapeConfig, ShapeNet, first_alphas
+from pipeline.family import Criterion, Loss, Params, cross_entropy
 
 
-def loss(config: ShapeConfig, output: ShapeAdaptorOutput, targets: Tensor) -> Loss:
+def loss(
+    config: ShapeConfig, output: ShapeAdaptorOutput, targets: Tensor, criterion: Criterion = cross_entropy
+) -> Loss:
     """Cross-entropy; the other parts describe the shape: alpha and side of each adaptor, and the limit's penalty."""
-    ce = cross_entropy(output.logits, targets)
+    ce = criterion(output.logits, targets)
     return Loss(ce, {"ce": ce.detach(), **_curves(output)})
 
 
@@ -35,6 +37,10 @@ def groups(config: ShapeConfig, net: nn.Module) -> Mapping[str, Sequence[Params]
     if alphas is None:
         return {"main": [weights]}
     return {"main": [weights], "shape": [Params([alphas], decay=False, outside_ddp=True)]}
+
+
+def optimizers(config: ShapeConfig) -> Sequence[str]:
+    return ["main", "shape"] if first_alphas(config) else ["main"]
 
 
 def updates(config: ShapeConfig, step: int) -> Sequence[str]:

@@ -1,0 +1,39 @@
+"""What every kind of optimizer has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from torch import nn
+from torch.optim import Optimizer
+
+from pipeline.config import Config, NotNegative, Positive
+
+
+class ParamGroup(TypedDict):
+    """A parameter group of torch with two entries of ours.
+
+    full_lr: the learning rate at factor 1. outside_ddp: whether DDP ignores these parameters.
+    """
+
+    params: list[nn.Parameter]
+    lr: float
+    full_lr: float
+    weight_decay: float
+    outside_ddp: bool
+
+
+class OptimizerConfig(Config):
+    """One optimizer; the learning rate belongs to the global batch and never changes with the number of workers.
+
+    A subclass fixes `kind` with a Literal, adds its own keys and defines `build`.
+    """
+
+    kind: str
+    lr: Positive = 0.1
+    weight_decay: NotNegative = 1e-4
+
+    def build(self, groups: Sequence[ParamGroup]) -> Optimizer:
+        """The optimizer of torch over these groups, each with its own rate and weight decay."""
+        raise NotImplementedError

@@ -1,0 +1,30 @@
+"""What every kind of schedule has in common: a linear warm-up."""
+
+from __future__ import annotations
+
+from pipeline.config import Config, NotNegative
+
+FIRST_FACTOR = 1e-3  # of the first step of a warm-up, whose share would be 0
+
+
+class ScheduleConfig(Config):
+    """The learning rate's factor as a closed form of the epoch, so that it needs no state.
+
+    A subclass fixes `kind` with a Literal, adds its own keys and defines `factor`.
+    """
+
+    kind: str
+    warmup_epochs: NotNegative = 0.0
+
+    def lr_factor(self, epoch: float, epochs: float) -> float:
+        """What the learning rate is multiplied by at `epoch` (a fraction counts) of `epochs`.
+
+        The warm-up rises linearly from FIRST_FACTOR to 1; the kind's curve follows.
+        """
+        if epoch < self.warmup_epochs:
+            return max(epoch / self.warmup_epochs, FIRST_FACTOR)
+        return self.factor_at(epoch, epochs)
+
+    def factor_at(self, epoch: float, epochs: float) -> float:
+        """The factor after the warm-up."""
+        raise NotImplementedError
