@@ -15,6 +15,11 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # read when torch 
 NEEDS_DATA = "needs real images: set ADAPTNET_DATA to their folder"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the tests that use `finished` to the end, so that one of two processes runs them and trains its nets."""
+    items.sort(key=lambda item: "finished" in getattr(item, "fixturenames", ()))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("data") and not os.environ.get("ADAPTNET_DATA"):
         pytest.skip(NEEDS_DATA)
