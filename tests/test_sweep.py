@@ -456,6 +456,16 @@ def test_more_samples_keep_a_sweeps_identity_and_another_seed_changes_it(images:
     assert load(images, "search.seed=2").identity("x") != first != load(images).identity("y")
 
 
+def test_an_identity_of_an_earlier_version_is_that_of_the_same_sweep_today(images: Path) -> None:
+    """Commit bc067e3 stored keys that have no effect, and no kind of the loss."""
+    now = load(images).identity("x")
+    inert = {"optimizer.betas": [0.9, 0.999], "schedule.factor": 0.1, "schedule.milestones": []}
+    old = now | {f"recipe.training.{key}": value for key, value in inert.items()}
+    del old["recipe.training.loss.kind"]
+    assert config.translated(old) == config.translated(now) == now
+    assert config.translated(old | {"recipe.training.epochs": 9.0}) != now
+
+
 def test_a_refusal_names_the_bound() -> None:
     found = NetCost(macs=20_000_000, parameters=300_000)
     assert found.refusal(config.Bounds(max_gmacs=0.02, max_mparameters=0.3, max_minutes=1)) is None

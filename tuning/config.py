@@ -22,6 +22,8 @@ from tuning import space
 from tuning.space import Case, Sample, Values
 
 SWEEPS = Path(__file__).parent / "sweeps"
+OF_RECIPE = "recipe."  # begins the keys of the recipe in a sweep's identity
+JUDGED_EVERY = f"{OF_RECIPE}evaluation.every"
 CHECKED_SAMPLES = 64  # rounds of random samples that stand for those of a study, which are not known before
 Positive = Annotated[float, Field(gt=0)]
 
@@ -148,9 +150,17 @@ class Sweep:
         mapping = configs.as_mapping(self.config)
         own = {key: mapping[key] for key in ("recipe", "scheduler", "bounds", "objectives")}
         search = {key: value for key, value in mapping["search"].items() if key != "samples"}
-        learned = {f"recipe.{key}": value for key, value in run_config.fingerprint(self.base, images).items()}
-        judged = {"recipe.evaluation.every": str(self.base.evaluation.every), "space": mapping["space"]}
+        learned = {f"{OF_RECIPE}{key}": value for key, value in run_config.fingerprint(self.base, images).items()}
+        judged = {JUDGED_EVERY: str(self.base.evaluation.every), "space": mapping["space"]}
         return configs.flat({**own, "search": search}) | learned | judged
+
+
+def translated(saved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """An identity that this or an older version stored, in today's form; see `run_config.translated`."""
+    learned = {key for key in saved if key.startswith(OF_RECIPE) and key != JUDGED_EVERY}
+    recipe = run_config.translated({key.removeprefix(OF_RECIPE): saved[key] for key in learned})
+    others = {key: value for key, value in saved.items() if key not in learned}
+    return others | {f"{OF_RECIPE}{key}": value for key, value in recipe.items()}
 
 
 def names() -> list[str]:

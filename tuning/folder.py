@@ -17,7 +17,7 @@ from pipeline.runs.files import write_text
 from pipeline.tracking import Uploader
 from pipeline.training import checkpoint
 from tuning import cost, metrics
-from tuning.config import Sweep
+from tuning.config import Sweep, translated
 from tuning.record import Trial
 
 TRIALS = "trials"
@@ -103,7 +103,8 @@ class SweepFolder:
         """
         path, identity = self.run_dir / "config.yaml", self.sweep.identity(self.splits.train.identity)
         if path.exists():
-            changed = checkpoint.differences(configs.read_mapping(path).get("fingerprint", {}), identity)
+            saved = translated(configs.read_mapping(path).get("fingerprint", {}))
+            changed = checkpoint.differences(saved, identity)
             if changed:
                 lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]
                 text = [f"{self.run_dir} holds another sweep:", *lines, "Use the old values, or another --run-dir"]
