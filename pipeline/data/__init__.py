@@ -1,0 +1,1 @@
+"""Images: sources and packed sets, their index, the sample stream, augmentations and the loaders."""

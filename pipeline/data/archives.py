@@ -37,7 +37,7 @@ def listing_of_tars(layout: SourceLayout, scratch: Path, workers: int, progress:
     if len(tars) > 1:
         names = ", ".join(path.name for _, path in layout.tars[:3])
         raise DataError(
-            f"{layout.root}: several tars ({names}), and no name says train or val; pack one at a time",
+            f"{layout.root}: several tars ({names}), none of them named train or val; pack one at a time",
             key="source",
             subject=layout.root,
         )

@@ -96,12 +96,12 @@ def _scan_class(folder: Path, root: Path) -> _Scan:
     return scan
 
 
-def _classes_of_folders(root: Path, found: Sequence[tuple[str | None, str]]) -> tuple[str, ...]:
+def _classes_of_folders(root: Path, folders: Sequence[tuple[str | None, str]]) -> tuple[str, ...]:
     """The lines of classes.txt, or without it the folder names in sorted order, as in torchvision's ImageFolder."""
-    train = {name for split, name in found if split != "val"} or {name for _, name in found}
+    train = {name for split, name in folders if split != "val"} or {name for _, name in folders}
     classes = read_classes(root) or tuple(sorted(train))
     indexed = set(classes)
-    for split, name in found:
+    for split, name in folders:
         if name not in indexed:
             source = "classes.txt" if (root / "classes.txt").exists() else "train"
             known = f"{', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}"

@@ -38,12 +38,12 @@ def looks_whole(encoded: bytes) -> str | None:
     """
     if not encoded:
         return "empty file"
-    found = kind(encoded)
-    if found is None:
+    form = kind(encoded)
+    if form is None:
         return "not an image (unknown first bytes)"
-    if found == "jpeg" and not _has_jpeg_end(encoded):
+    if form == "jpeg" and not _has_jpeg_end(encoded):
         return "truncated JPEG (no end marker)"
-    if found == "png" and b"IEND" not in encoded[-64:] and b"IEND" not in encoded:
+    if form == "png" and b"IEND" not in encoded[-64:] and b"IEND" not in encoded:
         return "truncated PNG (no end chunk)"
     return None
 
@@ -53,13 +53,13 @@ def upright_size(encoded: bytes) -> tuple[int, int] | None:
 
     `encoded` may be the first part of a file; None then means that more is needed, or that it is not an image.
     """
-    found = kind(encoded)
-    if found == "jpeg":
+    form = kind(encoded)
+    if form == "jpeg":
         size = _jpeg_size(encoded)
-    elif found == "png":
+    elif form == "png":
         size = _png_size(encoded)
     else:
-        return None if found is None else _size_by_pillow(encoded)
+        return None if form is None else _size_by_pillow(encoded)
     return size[::-1] if size and orientation(encoded) >= 5 else size
 
 

@@ -97,30 +97,37 @@ class ImageIndex:
 
     @cached_property
     def shard(self) -> NDArray[np.int32]:
+        """The file of each image, [N]: a tar's number, or for loose files the image's own."""
         return self._column("shard")
 
     @cached_property
     def offset(self) -> NDArray[np.int64]:
+        """Where the bytes of each image begin in its file, [N]."""
         return self._column("offset")
 
     @cached_property
     def length(self) -> NDArray[np.int64]:
+        """The bytes of each encoded image, [N]."""
         return self._column("length")
 
     @cached_property
     def label(self) -> NDArray[np.int32]:
+        """The class of each image, [N]."""
         return self._column("label")
 
     @cached_property
     def height(self) -> NDArray[np.int32]:
+        """Upright pixels, [N]; 0 if unknown."""
         return self._column("height")
 
     @cached_property
     def width(self) -> NDArray[np.int32]:
+        """Upright pixels, [N]; 0 if unknown."""
         return self._column("width")
 
     @cached_property
     def name_hash(self) -> NDArray[np.uint64]:
+        """A hash of each image's name, [N]."""
         return self._column("name_hash")
 
     @cached_property
@@ -143,12 +150,13 @@ class ImageIndex:
 
     @cached_property
     def meta(self) -> IndexMeta:
+        """What the index folder says of the whole set."""
         return read_meta(self.folder)
 
     def _column(self, name: str) -> NDArray[Any]:
         return _mapped(self.folder / f"{name}.npy")[self.rows]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"folder": self.folder, "root": self.root, "rows": self.rows}
 
 
@@ -238,8 +246,8 @@ class _CachedIndex:
 
     @property
     def class_folders(self) -> dict[str, int]:
-        found: dict[str, int] = json.loads((self.folder / "folders.json").read_text(encoding="utf-8"))
-        return found
+        times: dict[str, int] = json.loads((self.folder / "folders.json").read_text(encoding="utf-8"))
+        return times
 
 
 def _cached(places: Sequence[Path]) -> Iterator[_CachedIndex]:
@@ -266,9 +274,9 @@ def _open_packed(root: Path, packed: Path) -> ImageIndex:
     except (OSError, ValueError) as error:
         raise DataError(f"{packed}: cannot be read ({error})", key="data.root", subject=packed) from None
     for name, size in complete["shards"].items():
-        found = (root / name).stat().st_size if (root / name).exists() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found:,} bytes"
+        present = (root / name).stat().st_size if (root / name).exists() else None
+        if present != size:
+            what = "is missing" if present is None else f"has {present:,} bytes"
             raise DataError(
                 f"{root / name}: {what}, but had {size:,} when it was packed; copy it again or pack again",
                 key="data.root",
@@ -309,17 +317,17 @@ def _mapped(path: Path) -> NDArray[Any]:
 def read_meta(folder: Path) -> IndexMeta:
     """meta.json of an index folder. Raises DataError if there is none of this format."""
     try:
-        found = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        stored = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: no readable index ({error})", key="data.index", subject=folder) from None
-    if found.pop("format") != FORMAT:
+    if stored.pop("format") != FORMAT:
         raise DataError(
             f"{folder}: an index of another format; delete it, and a new one is built", key="data.index", subject=folder
         )
-    shards = found.pop("shards")
-    found["set_aside"] = tuple((name, reason) for name, reason in found["set_aside"])
+    shards = stored.pop("shards")
+    stored["set_aside"] = tuple((name, reason) for name, reason in stored["set_aside"])
     return IndexMeta(
-        **found | {"classes": tuple(found["classes"]), "shards": None if shards is None else tuple(shards)}
+        **stored | {"classes": tuple(stored["classes"]), "shards": None if shards is None else tuple(shards)}
     )
 
 

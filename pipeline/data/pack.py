@@ -207,7 +207,7 @@ class ShardTask:
 
     @property
     def record(self) -> Path:
-        """The file that says what the finished shard contains."""
+        """The file that lists what the finished shard contains."""
         return self.destination / PACKING / f"{self.name}.json"
 
     def finished(self) -> ShardRecord | None:

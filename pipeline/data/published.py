@@ -113,13 +113,13 @@ class Archive:
 
     def find(self, name: str) -> str:
         """The path of the one member that ends in `name`. Raises DataError unless there is exactly one."""
-        found = [member for member in self.members if member == name or member.endswith(f"/{name}")]
-        if len(found) != 1:
-            count = "more than one" if found else "no"
+        matching = [member for member in self.members if member == name or member.endswith(f"/{name}")]
+        if len(matching) != 1:
+            count = "more than one" if matching else "no"
             raise DataError(
                 f"{self.path.name}: {count} {name} in it; download it again", key="files", subject=self.path.name
             )
-        return found[0]
+        return matching[0]
 
     def lines(self, name: str) -> list[str]:
         """The lines of a text member, stripped, without empty ones."""
@@ -154,14 +154,14 @@ def _cifar(context: ReaderContext, train: Sequence[str], test: str, meta: str, n
     archive = context.archive("archive")
     entries: list[PublishedImage] = []
     for split, members in (("train", train), ("val", [test])):
-        batches = [unpickle(archive.read(member), f"{archive.path.name}: {member}") for member in members]
+        batches = [_unpickle(archive.read(member), f"{archive.path.name}: {member}") for member in members]
         data = np.concatenate([np.asarray(batch["data"], dtype=np.uint8) for batch in batches])
         images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         entries += context.pngs(split, np.ascontiguousarray(images), [int(n) for b in batches for n in b[labels]])
-    return PublishedSet(tuple(map(_text, unpickle(archive.read(meta), meta)[names])), entries)
+    return PublishedSet(tuple(map(_text, _unpickle(archive.read(meta), meta)[names])), entries)
 
 
-def unpickle(content: bytes, where: str) -> dict[str, Any]:
+def _unpickle(content: bytes, where: str) -> dict[str, Any]:
     """A batch of CIFAR, which is a pickle of arrays and plain values. Raises DataError if it contains anything else."""
 
     class Arrays(pickle.Unpickler):
@@ -175,12 +175,12 @@ def unpickle(content: bytes, where: str) -> dict[str, Any]:
             return super().find_class(module, name)
 
     try:
-        found = Arrays(io.BytesIO(content), encoding="bytes").load()
+        batch = Arrays(io.BytesIO(content), encoding="bytes").load()
     except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, ImportError) as error:
         raise DataError(
             f"{where}: not a batch of CIFAR ({error}); download it again", key="files", subject=where
         ) from None
-    return {_text(key): value for key, value in found.items()}
+    return {_text(key): value for key, value in batch.items()}
 
 
 def svhn(context: ReaderContext) -> PublishedSet:
@@ -188,9 +188,9 @@ def svhn(context: ReaderContext) -> PublishedSet:
     entries: list[PublishedImage] = []
     for role, split in (("train", "train"), ("extra", "train"), ("test", "val")):
         if role in context.files:
-            found = _mat(context.files[role])
-            labels = [int(label) % 10 for label in np.asarray(found["y"]).reshape(-1)]
-            entries += context.pngs(split, np.ascontiguousarray(np.transpose(found["X"], (3, 0, 1, 2))), labels)
+            arrays = _mat(context.files[role])
+            labels = [int(label) % 10 for label in np.asarray(arrays["y"]).reshape(-1)]
+            entries += context.pngs(split, np.ascontiguousarray(np.transpose(arrays["X"], (3, 0, 1, 2))), labels)
     return PublishedSet(tuple("0123456789"), entries)
 
 
@@ -376,11 +376,11 @@ def _mat(source: Path | io.BytesIO, **options: bool) -> Mapping[str, Any]:
     from scipy.io import loadmat
 
     try:
-        found: Mapping[str, Any] = loadmat(source, **options)
+        content: Mapping[str, Any] = loadmat(source, **options)
     except Exception as error:  # scipy raises a dozen kinds for damaged files
         name = source if isinstance(source, Path) else "a .mat file"
         raise DataError(f"{name}: cannot be read ({error})", key="files", subject=name) from None
-    return found
+    return content
 
 
 def _zip_to_tar(path: Path, to: Path) -> None:

@@ -122,10 +122,10 @@ def _roles(name: str, files: Sequence[Path]) -> list[tuple[File, Path]]:
         if not path.exists():
             raise ConfigError(f"{path}: no such file", key="files", subject=path)
     for way in SETS[name]:
-        found = [(file, path) for file in way for path in files if _is(file, path)]
+        matched = [(file, path) for file in way for path in files if _is(file, path)]
         needed = {file.role for file in way if not file.optional}
-        if len(found) == len(files) and needed <= {file.role for file, _ in found}:
-            return found
+        if len(matched) == len(files) and needed <= {file.role for file, _ in matched}:
+            return matched
     ways = " or ".join(" ".join(f"[{file.name}]" if file.optional else file.name for file in way) for way in SETS[name])
     raise ConfigError(
         f"{name}: got {', '.join(path.name for path in files) or 'no files'}; it is imported from {ways}, under the "

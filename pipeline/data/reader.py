@@ -97,8 +97,8 @@ class Reader:
         index = self.index
         rows = rows[np.lexsort((index.offset[rows], index.shard[rows]))]
         starts, ends = index.offset[rows], index.offset[rows] + index.length[rows]
-        apart = np.flatnonzero((np.diff(index.shard[rows]) != 0) | (starts[1:] - ends[:-1] > GAP))
-        for first, last in zip(np.append(0, apart + 1), np.append(apart, -1), strict=True):
+        gaps = np.flatnonzero((np.diff(index.shard[rows]) != 0) | (starts[1:] - ends[:-1] > GAP))
+        for first, last in zip(np.append(0, gaps + 1), np.append(gaps, -1), strict=True):
             descriptor = self._descriptor(index.location(int(rows[first]))[0])
             length = int(ends[last] - starts[first])
             os.posix_fadvise(descriptor.number, int(starts[first]), length, os.POSIX_FADV_WILLNEED)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +85,7 @@ def write(
     sizes [N, 2] upright (height, width). The folder of another process that was faster is used as it is.
     Raises DataError if no place is writable.
     """
-    columns: dict[str, NDArray[Any]] = {
+    columns: dict[str, NDArray[np.generic]] = {
         "shard": listing.shard,
         "offset": listing.offset,
         "length": listing.length,
@@ -120,7 +120,7 @@ def write(
 
 
 def _write_aside(
-    place: Path, key: str, columns: dict[str, NDArray[Any]], meta: dict[str, Any], folders: dict[str, int]
+    place: Path, key: str, columns: dict[str, NDArray[np.generic]], meta: dict[str, object], folders: dict[str, int]
 ) -> Path:
     try:
         with whole_folder(place / key) as aside:
@@ -134,7 +134,7 @@ def _write_aside(
     return place / key
 
 
-def _name_columns(names: Sequence[str]) -> dict[str, NDArray[Any]]:
+def _name_columns(names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
     encoded = [name.encode("utf-8", "surrogateescape") for name in names]
     start = np.zeros(len(encoded) + 1, dtype=np.int64)
     np.cumsum([len(each) for each in encoded], out=start[1:])

@@ -208,19 +208,19 @@ class Lanes:
         """The rows that are stored one window after those at `positions`, in the next epoch where a run ends."""
         distance = min(self.window, self.num_images // self.count)
         epochs, within = np.divmod(positions, self.num_images)
-        lane, found = self.at(positions), []
+        lane, rows = self.at(positions), []
         for epoch in np.unique(epochs):
             here = epochs == epoch
             now, lanes = order(int(epoch)), lane[here]
             assert now.stored is not None and now.starts is not None
             due = within[here] // self.count + distance
             left = due - np.diff(now.starts)[lanes]
-            found.append(now.stored[(now.starts[lanes] + due)[left < 0]])
+            rows.append(now.stored[(now.starts[lanes] + due)[left < 0]])
             if (left >= 0).any():
                 after = order(int(epoch) + 1)
                 assert after.stored is not None and after.starts is not None
-                found.append(after.stored[(after.starts[lanes] + left)[left >= 0]])
-        return np.concatenate(found).astype(np.int64)
+                rows.append(after.stored[(after.starts[lanes] + left)[left >= 0]])
+        return np.concatenate(rows).astype(np.int64)
 
     def _starts(self, epoch: int) -> Ints:
         """Where each lane's run begins among the stored images of an epoch, and the end of the last: [L + 1].

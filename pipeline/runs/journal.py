@@ -242,7 +242,7 @@ def _host_load(where: Path) -> dict[str, float]:
     }
 
 
-GPU_QUERY = "index,utilization.gpu,memory.used,memory.total"  # the columns that are asked of nvidia-smi
+GPU_QUERY = "index,utilization.gpu,memory.used,memory.total"  # columns of nvidia-smi
 
 
 def _gpu_load() -> dict[str, float]:
@@ -258,7 +258,7 @@ def _gpu_load() -> dict[str, float]:
 
 
 def gpu_values(lines: str) -> dict[str, float]:
-    """Metrics from the lines that nvidia-smi prints for GPU_QUERY (memory in MiB); values in words are left out."""
+    """Metrics from the lines that nvidia-smi prints for GPU_QUERY (memory in MiB); words are skipped."""
     values: dict[str, float] = {}
     for line in lines.splitlines():
         index, *rest = (word.strip() for word in line.split(","))

@@ -143,8 +143,8 @@ def gpu_names() -> list[str]:
 
 def installed() -> list[str]:
     """Every installed distribution as name==version, by name."""
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    return [f"{name}=={version}" for name, version in sorted(found.items(), key=lambda pair: pair[0].lower())]
+    versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return [f"{name}=={version}" for name, version in sorted(versions.items(), key=lambda pair: pair[0].lower())]
 
 
 def _version(name: str) -> str | None:

@@ -30,7 +30,7 @@ RESERVED = (Purpose.ORDER, Purpose.SHARDS, Purpose.CROP, Purpose.MIX)  # of Phil
 
 def registered() -> list[type[Operation]]:
     """The operations: `OPERATION` of each module of this package, in their order."""
-    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    modules = (importlib.import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__))
     operations = [module.OPERATION for module in modules if hasattr(module, "OPERATION")]
     check(operations)
     return sorted(operations, key=lambda each: (each.order, each.name))
@@ -114,9 +114,9 @@ def mix_operations(augment: AugmentConfig) -> tuple[MixOperation, ...]:
 
 def windows(augment: AugmentConfig, side_px: int, keys: SampleKeys, height: Ints, width: Ints) -> NDArray[np.int32]:
     """Windows [b, 4] = y, x, height, width in images of `height` x `width`; zeros for an image without a size."""
-    found = crop_of(augment).windows(keys, side_px, height, width)
-    found[(height == 0) | (width == 0)] = 0
-    return found.astype(np.int32)
+    chosen = crop_of(augment).windows(keys, side_px, height, width)
+    chosen[(height == 0) | (width == 0)] = 0
+    return chosen.astype(np.int32)
 
 
 def draw(augment: AugmentConfig, keys: SampleKeys, side_px: int) -> dict[str, NDArray[np.generic]]:

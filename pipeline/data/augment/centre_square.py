@@ -17,6 +17,7 @@ class CentreSquareCrop(Crop):
     order: ClassVar[int] = 2
 
     def windows(self, keys: SampleKeys, side_px: int, height: Ints, width: Ints) -> Ints:
+        """The largest square in the middle; draws nothing."""
         side = np.minimum(height, width)
         return np.stack([(height - side) // 2, (width - side) // 2, side, side], axis=-1)
 

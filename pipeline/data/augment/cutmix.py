@@ -27,11 +27,13 @@ class CutMix(MixOperation):
 
     @property
     def active(self) -> bool:
+        """Whether `cutmix_alpha` is above 0."""
         return self.cutmix_alpha > 0
 
     def mix(
         self, images: Tensor, labels: Tensor, num_classes: int, numbers: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
+        """Draws the area and the centre of the box, and replaces it."""
         share = numbers.beta(self.cutmix_alpha, self.cutmix_alpha)
         box = box_of(share, (numbers.random(), numbers.random()), images.shape[-2:])
         return cutmix(images, labels, num_classes, box=box)

@@ -26,6 +26,7 @@ class Flip(ImageOperation):
 
     @property
     def active(self) -> bool:
+        """Whether `flip` is above 0."""
         return self.flip > 0
 
     def draw(self, keys: SampleKeys, side_px: int) -> NDArray[np.bool_]:
@@ -33,6 +34,7 @@ class Flip(ImageOperation):
         return uniform(keys.words(self.purpose)[0]) < self.flip
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """Mirrors images [B, S, S, 3] where `drawn` [B] is true."""
         return mirror(images, drawn)
 
 

@@ -38,10 +38,12 @@ class LowPass(ImageOperation):
 
     @property
     def active(self) -> bool:
+        """Whether `low_pass_px` has any side."""
         return bool(self.low_pass_px)
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        """`low_pass` changes nothing without `low_pass_px`."""
         return {} if values["low_pass_px"] else {"low_pass": "low_pass_px is empty"}
 
     def draw(self, keys: SampleKeys, side_px: int) -> Ints:
@@ -54,6 +56,7 @@ class LowPass(ImageOperation):
         return levels
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """Filters images [B, 3, S, S] by the level that was drawn for each, [B]."""
         return low_pass(images, drawn, self.low_pass_px)
 
 

@@ -26,11 +26,13 @@ class MixUp(MixOperation):
 
     @property
     def active(self) -> bool:
+        """Whether `mixup_alpha` is above 0."""
         return self.mixup_alpha > 0
 
     def mix(
         self, images: Tensor, labels: Tensor, num_classes: int, numbers: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
+        """Draws the proportion, and blends."""
         return mixup(images, labels, num_classes, share=numbers.beta(self.mixup_alpha, self.mixup_alpha))
 
 

@@ -22,6 +22,7 @@ class RandomPadCrop(Crop):
     pad_px: Annotated[int, Field(ge=0)] = 4  # zeros on each side before the window is cut
 
     def windows(self, keys: SampleKeys, side_px: int, height: Ints, width: Ints) -> Ints:
+        """A square of `side_px`, each place alike."""
         words = keys.words(Purpose.CROP)
         side = np.full_like(height, side_px)
         y, x = _offset(words[0], height, self.pad_px, side_px), _offset(words[1], width, self.pad_px, side_px)
