@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jobs.schedulers.attempts import JobAttempt
     from jobs.schedulers.records import JobRecord
 
-HELP = """Jobs by id, or by the name or folder of their run.
+HELP = """Lists jobs, shows them, and gives them orders. A job is named by its id, or by the name or folder of its run.
 
 Examples:
 
@@ -33,8 +33,14 @@ Runs = Annotated[Path, typer.Option(help="folder of runs")]
 RUNS = Path("runs")
 
 
-@app.command("list", help="One line for the newest job of each run.\n\nExamples:\n\n  adaptnet jobs list")
+@app.command("list", short_help="List jobs.")
 def list_jobs(runs: Runs = RUNS) -> None:
+    """Prints one line for the newest job of each run.
+
+    Examples:
+
+      adaptnet jobs list
+    """
     from jobs import schedulers, tables
     from jobs.schedulers import records
 
@@ -51,11 +57,14 @@ def list_jobs(runs: Runs = RUNS) -> None:
     typer.echo(tables.align(rows))
 
 
-@app.command(
-    help="What a job is, its state, why it waits or failed, and which MLflow run it writes.\n\nExamples:\n\n"
-    "  adaptnet jobs show convnet_aig-toy"
-)
+@app.command(short_help="Show a job.")
 def show(job: Wanted, runs: Runs = RUNS) -> None:
+    """Shows a job: its command and state, why it waits or failed, how far each start came, and its MLflow run.
+
+    Examples:
+
+      adaptnet jobs show convnet_aig-toy
+    """
     from jobs import schedulers, tables
     from jobs.schedulers import records
 
@@ -107,12 +116,18 @@ def _mlflow(run_dir: Path) -> str:
     return f"{ledger.run_id} in {ledger.uri}" if ledger.run_id else "none yet"
 
 
-@app.command(help="A job's output.\n\nExamples:\n\n  adaptnet jobs logs convnet_aig-toy -f")
+@app.command(short_help="Print a job's output.")
 def logs(
     job: Wanted,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="as it grows, until the job has ended")] = False,
     runs: Runs = RUNS,
 ) -> None:
+    """Prints a job's output.
+
+    Examples:
+
+      adaptnet jobs logs convnet_aig-toy -f
+    """
     from jobs import schedulers
     from jobs.schedulers import records
 
@@ -126,11 +141,15 @@ def logs(
         typer.echo(f"no log yet: {schedulers.state_of(record).name}")
 
 
-@app.command(
-    help="Ends a job: SLURM's at once, so that a training resumes from its newest checkpoint when it is resubmitted; "
-    "others after they have saved.\n\nExamples:\n\n  adaptnet jobs cancel 4711"
-)
+@app.command(short_help="End a job.")
 def cancel(job: Wanted, runs: Runs = RUNS) -> None:
+    """Ends a job. SLURM ends it at once, so that a training resumes from its newest checkpoint when it is resubmitted;
+    elsewhere a training saves first.
+
+    Examples:
+
+      adaptnet jobs cancel 4711
+    """
     from jobs import schedulers
     from jobs.schedulers import records
 
@@ -139,11 +158,14 @@ def cancel(job: Wanted, runs: Runs = RUNS) -> None:
     typer.echo(f"job {record.id} was asked to end; `adaptnet jobs resubmit {Path(record.home).name}` resumes it")
 
 
-@app.command(
-    help="Puts a running job back into the queue; it resumes from its newest checkpoint.\n\nExamples:\n\n"
-    "  adaptnet jobs requeue 4711"
-)
+@app.command(short_help="Put a running job back into the queue.")
 def requeue(job: Wanted, runs: Runs = RUNS) -> None:
+    """Puts a running job back into the queue; a training resumes from its newest checkpoint.
+
+    Examples:
+
+      adaptnet jobs requeue 4711
+    """
     from jobs import schedulers
     from jobs.schedulers import records
 
@@ -152,11 +174,14 @@ def requeue(job: Wanted, runs: Runs = RUNS) -> None:
     typer.echo(f"job {record.id} is requeued")
 
 
-@app.command(
-    help="Submits a job that has ended again, with the same arguments: the run resumes.\n\nExamples:\n\n"
-    "  adaptnet jobs resubmit convnet_aig-toy"
-)
+@app.command(short_help="Submit a job that has ended again.")
 def resubmit(job: Wanted, runs: Runs = RUNS) -> None:
+    """Submits a job that has ended again, with the same arguments; the run resumes.
+
+    Examples:
+
+      adaptnet jobs resubmit convnet_aig-toy
+    """
     from jobs import schedulers
     from jobs.schedulers import records
     from pipeline.errors import ResourceError

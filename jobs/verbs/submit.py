@@ -31,23 +31,6 @@ OF_PROFILE = (
     "max_requeues",
 )
 
-EXAMPLES = """Runs VERB (train, sweep, evaluate, report) with its own arguments as a job on SLURM: one task per node,
-and Ray over all nodes. Before its time ends, or when it is preempted, a training saves, is requeued and resumes in the
-same run. A site's defaults come from infra/slurm/sites/NAME.yaml (--site).
-
-Examples:
-
-  adaptnet submit train baseline/imagenet_resnet50 data.root=/data/imagenet --nodes 2 --gpus-per-node 8 --time 24h
-
-  adaptnet submit train convnet_aig/toy --nodes 1 --time 30m --dry-run
-
-  adaptnet submit train convnet_aig/toy --array seed=1,2,3 --nodes 1 --time 30m --site example
-
-  adaptnet submit evaluate runs/convnet_aig-toy --where local
-
-  adaptnet submit train convnet_aig/toy --run-dir /shared/runs/toy --where ray --address http://10.0.0.1:8265
-"""
-
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 Option = typer.Option
 
@@ -88,7 +71,7 @@ class SubmitOptions:
         return profile.load(self.site).model_copy(update=given)
 
 
-@app.command(help=EXAMPLES, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
 def submit(
     context: typer.Context,
     verb: Annotated[str, typer.Argument(help="train, sweep, evaluate or report")],
@@ -113,8 +96,24 @@ def submit(
     max_requeues: Annotated[int | None, Option(min=0, help="how often a job may be started again")] = None,
     where: Annotated[str, Option(help="slurm; ray; local: a process here; debug: this process")] = "slurm",
     address: Annotated[str | None, Option(help="of --where ray: http://HOST:8265, a head's dashboard")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="print the batch script and the config; submit nothing")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="print the script and the config; submit nothing")] = False,
 ) -> None:
+    """Runs VERB (train, sweep, evaluate, report) with its own arguments as a job on SLURM: one task per node, and Ray
+    over all nodes. Before its time ends, or when it is preempted, a training saves, is requeued and resumes in the same
+    run. A site's defaults come from infra/slurm/sites/NAME.yaml (--site).
+
+    Examples:
+
+      adaptnet submit train baseline/imagenet_resnet50 data.root=/data/imagenet --nodes 2 --gpus-per-node 8 --time 24h
+
+      adaptnet submit train convnet_aig/toy --nodes 1 --time 30m --dry-run
+
+      adaptnet submit train convnet_aig/toy --array seed=1,2,3 --nodes 1 --time 30m --site example
+
+      adaptnet submit evaluate runs/convnet_aig-toy --where local
+
+      adaptnet submit train convnet_aig/toy --run-dir /shared/runs/toy --where ray --address http://10.0.0.1:8265
+    """
     run(SubmitOptions(**context.params))
 
 
