@@ -38,6 +38,7 @@ class ConvNorm(nn.Module):
         self.norm = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor, counted: int) -> Tensor:
+        """x [B, C, H, W] -> [B, C', H, W]; see the class for `counted`."""
         if self._folds(x):
             return self._folded(x)
         x = self.conv(x)
@@ -82,6 +83,7 @@ class Fused(nn.Module):
         return self.expand if self.reduce is None else self.reduce
 
     def forward(self, x: Tensor, counted: int) -> Tensor:
+        """x [B, C, H, W] -> the same shape; `counted` as in ConvNorm."""
         y = _silu(self.expand(x, counted))
         if self.reduce is not None:
             y = self.reduce(y, counted)
@@ -102,6 +104,7 @@ class MBConv(nn.Module):
         self.skip = skip
 
     def forward(self, x: Tensor, counted: int) -> Tensor:
+        """x [B, C, H, W] -> the same shape; `counted` as in ConvNorm."""
         y: Tensor = x if self.expand is None else _silu(self.expand(x, counted))
         y = _silu(self.depthwise(y, counted))
         pooled = y.mean(dim=(2, 3))  # [B, eC]

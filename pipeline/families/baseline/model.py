@@ -118,6 +118,7 @@ class Plain(nn.Module):
         return None
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Logits:
+        """images [B, 3, H, W] -> logits [B, K]. Raises ConfigError for images below MIN_SIDE_PX."""
         side, least = min(images.shape[-2:]), MIN_SIDE_PX.get(self.name, 1)
         if side < least:
             raise ConfigError(
@@ -168,6 +169,7 @@ class CifarResNet(nn.Module):
         return torch.rand(num_images, len(self.layers), device=self.fc.weight.device)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Logits:
+        """images [B, 3, H, W] -> logits [B, K]; noise as from `draw_noise`."""
         survival = self.get_buffer("survival")
         if self.stochastic and self.training and noise is None:
             noise = self.draw_noise(len(images))
@@ -189,6 +191,7 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Sequential(*conv_bn(inputs, outputs, 1, stride))
 
     def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """x [B, C, H, W]; scale [B, 1, 1, 1] or [1, 1, 1, 1], None for 1."""
         residual = self.residual(x)
         return torch.relu(self.shortcut(x) + (residual if scale is None else scale * residual))
 
@@ -206,6 +209,7 @@ class PreBlock(nn.Module):
         self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """x [B, C, H, W]; scale [B, 1, 1, 1] or [1, 1, 1, 1], None for 1."""
         a = self.first(x)
         residual = self.residual(a)
         shortcut = x if self.shortcut is None else self.shortcut(a)

@@ -12,6 +12,7 @@ from pipeline.family import Criterion, Loss, Params, cross_entropy
 
 
 def loss(config: BaselineConfig, output: Logits, targets: Tensor, criterion: Criterion = cross_entropy) -> Loss:
+    """The criterion, by default cross-entropy; logged as `ce`."""
     ce = criterion(output.logits, targets)
     return Loss(ce, {"ce": ce.detach()})
 

@@ -97,6 +97,7 @@ class RanetConfig(FamilyConfig):
 
     @property
     def num_exits(self) -> int:
+        """K."""
         return self.num_blocks[-1]
 
     @property
@@ -141,6 +142,7 @@ class BlockPlan:
 
     @property
     def fused(self) -> bool:
+        """Whether the block reads the previous sub-network."""
         return bool(self.below)
 
     @property
@@ -150,6 +152,7 @@ class BlockPlan:
 
     @property
     def outputs(self) -> int:
+        """Channels of the block's output."""
         return self.widths[-1] + self.merged if self.reduced is None else self.reduced
 
 

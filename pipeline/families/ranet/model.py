@@ -87,6 +87,7 @@ class FusedLayer(nn.Module):
         self.own = _bottleneck(plan.widths[number], own, plan.bottleneck, 2 if down else 1)
 
     def forward(self, x: Tensor, below: Tensor) -> Tensor:
+        """x [B, C, H, W] and the previous sub-network's tensor -> [B, C + growth, h, w]."""
         own = self.own(x)
         return torch.cat([_resized(x, own), _resized(self.below(below), own), own], dim=1)
 
@@ -99,6 +100,7 @@ class NormalLayer(nn.Module):
         self.own = _bottleneck(plan.widths[number], plan.growth, plan.bottleneck, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C + growth, H, W]."""
         return torch.cat([x, self.own(x)], dim=1)
 
 
@@ -134,6 +136,7 @@ class Classifier(nn.Module):
         self.fc = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> logits [B, K]."""
         logits: Tensor = self.fc(self.reduce(x).mean(dim=(2, 3)))
         return logits
 

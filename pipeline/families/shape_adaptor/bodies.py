@@ -143,6 +143,7 @@ class PooledAdaptor(nn.Module):
         self.adaptor, self.ceil = Adaptor(number), ceil
 
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
+        """x [B, C, H, W] -> [B, C, *size]."""
         y: Tensor = self.adaptor(halved(x, self.ceil), x, cells)
         return y
 
@@ -208,6 +209,7 @@ class Bottleneck(nn.Module):
         self.adaptor = adaptor
 
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
+        """x [B, C, H, W] -> [B, 4 * width, h, w]."""
         residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
         residual = F.relu(self.bn2(self.conv2(residual)), inplace=True)
         residual = self.bn3(self.conv3(residual))
@@ -285,6 +287,7 @@ class InvertedResidual(nn.Module):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C', h, w]."""
         y: Tensor = self.conv(x)
         return x + y if self.residual else y
 
