@@ -78,8 +78,6 @@ class BaselineConfig(FamilyConfig):
             raise ValueError(f"net (={self.net}): no such net; known: {', '.join(known)}")
         if self.net.startswith("cifar") and (self.depth - 2) % 6:
             raise ValueError(f"depth (={self.depth}) of a CIFAR ResNet must be 6n+2, e.g. 20, 56, 110")
-        if self.stochastic_depth and not self.net.startswith("cifar"):
-            raise ValueError(f"stochastic_depth is for the CIFAR ResNets, not for {self.net}")
         least = MIN_SIDE_PX.get(self.net, 8)
         if any(side < least for side in self.resolutions_px):
             raise ValueError(f"resolutions_px (={list(self.resolutions_px)}): {self.net} needs at least {least} px")

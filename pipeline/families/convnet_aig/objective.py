@@ -27,7 +27,10 @@ def rate_loss(gates: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
 
 
 def loss(config: AigConfig, output: AigOutput, targets: Tensor, criterion: Criterion = cross_entropy) -> Loss:
-    """The criterion, by default cross-entropy, plus the weighted rate loss; the parts are both, the open rate, and the rate of each block."""
+    """The criterion, by default cross-entropy, plus the weighted rate loss.
+
+    The parts are both, the open rate, and the rate of each block.
+    """
     ce = criterion(output.logits, targets)
     target = _targets(config.targets, output.gates.dtype, output.gates.device)
     rate = rate_loss(output.gates, target, config.rate_reduction)

@@ -90,8 +90,6 @@ class ShapeConfig(FamilyConfig):
     def _rules(self) -> ShapeConfig:
         if self.mode == "sa" and self.target_px >= self.side_px:
             raise ValueError(f"target_px (={self.target_px}) must be below side_px (={self.side_px})")
-        if self.adaptors is not None and self.mode in ("human", "autotl"):
-            raise ValueError(f"adaptors (={self.adaptors}): mode {self.mode} fixes their number; leave it out")
         most = self.most_adaptors
         if self.mode in ("sa", "autosc") and self.num_adaptors > most:
             raise ValueError(
@@ -100,8 +98,6 @@ class ShapeConfig(FamilyConfig):
             )
         if self.factors is not None and len(self.factors) != self.num_adaptors:
             raise ValueError(f"factors has {len(self.factors)} entries, the net {self.num_adaptors} adaptors")
-        if self.keep_residual and self.net != "mobilenet_v2":
-            raise ValueError(f"keep_residual is for mobilenet_v2, not for {self.net}")
         return self
 
     @property
