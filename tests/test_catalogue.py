@@ -45,10 +45,10 @@ def figures(number: int) -> str:
         "latency": [],
         "state": {},
     }
-    dear = {"policy": "dear", "top1": number / 200, "macs_mean": 8e8, **base}
+    costly = {"policy": "costly", "top1": number / 200, "macs_mean": 8e8, **base}
     cheap = {"policy": "cheap", "top1": number / 250, "macs_mean": 2e8 + number * 1e6, **base}
-    dull = {"policy": "dull", "top1": number / 300, "macs_mean": 9e8, **base}
-    return json.dumps([dear, cheap, dull])
+    dominated = {"policy": "dominated", "top1": number / 300, "macs_mean": 9e8, **base}
+    return json.dumps([costly, cheap, dominated])
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_sql_and_mlflow_s_client_give_the_same_answers(large: str, tmp_path: Pat
     for _ in range(2):
         client.create_model_version("described", place, run_id)
     client.delete_model_version("described", "1")
-    client.register_prompt("prompt", "Describe {{image}}.")  # MLflow stores prompts among the models, lists them apart
+    client.register_prompt("prompt", "Describe {{image}}.")  # stored among the models, not listed there
     tables, other = DatabaseStore(uri), ClientStore(uri)
     assert tables.models() == other.models() and len(tables.models()) == NAMES + 1
     for name, number in ((None, None), ("m03", None), ("m03", 5), ("described", None), ("described", 1), ("m03", 999)):
@@ -252,7 +252,7 @@ def test_a_server_is_queried_again_only_for_models_that_have_changed(tmp_path: P
     there = server().uri
     client = connect(there)
     run_id = client.create_run("0").info.run_id
-    names = [f"kept-{run_id[:6]}-{n}" for n in (1, 2)]
+    names = [f"cached-{run_id[:6]}-{n}" for n in (1, 2)]
     place = f"{client.get_run(run_id).info.artifact_uri}/x"
     for name in names:
         client.create_registered_model(name)
@@ -340,7 +340,7 @@ def test_policies_within_a_budget_come_best_first(large: str, capsys: pytest.Cap
     assert [m.top1 for m in matches] == sorted((m.top1 for m in matches), reverse=True)
     assert matches == catalogue.matching(found, max_macs=parse_budget("0.5G"), min_top1=0.2, dataset="identity1")
     every = catalogue.matching(found, max_macs=None, min_top1=None, dataset=None)
-    assert {m.policy for m in every} == {"dear", "cheap"}  # what another policy of the same net beats is left out
+    assert {m.policy for m in every} == {"costly", "cheap"}  # a dominated policy is left out
     assert (every[0].version.reference, every[0].top1) == ("models:/m49/100", 149 / 200)
     assert run("models", "lookup", "m01", "--max-macs", "500M", "--json", "--uri", large) == 0
     first: dict[str, Any] = json.loads(capsys.readouterr().out)[0]

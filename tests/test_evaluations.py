@@ -33,8 +33,8 @@ def store(run: Path, name: str, **about: Any) -> Path:
     """An evaluation of the run that claims a top-1 of 1, newer than its own."""
     source, home = run / "evaluations" / "final", run / "evaluations" / name
     shutil.copytree(source, home)
-    kept: Mapping[str, Any] = json.loads((source / "about.json").read_text())
-    (home / "about.json").write_text(json.dumps({**kept, **about}))
+    about_final: Mapping[str, Any] = json.loads((source / "about.json").read_text())
+    (home / "about.json").write_text(json.dumps({**about_final, **about}))
     reports = json.loads((home / "reports.json").read_text())
     (home / "reports.json").write_text(json.dumps([{**report, "top1": 1.0} for report in reports]))
     return home
@@ -70,7 +70,7 @@ def test_an_evaluation_with_overrides_is_stored_separately(run: Path) -> None:
 
 
 def test_an_evaluation_of_another_kind_replaces_nothing(run: Path, finished: dict[str, Path], tmp_path: Path) -> None:
-    home = tmp_path / "kept"
+    home = tmp_path / "first"
     evaluations.evaluate(str(run), QUICK, out=home)
     evaluations.evaluate(str(run), QUICK, out=home)
     for source, policies in ((run, ["gates-hard"]), (finished["ranet"], None)):

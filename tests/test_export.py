@@ -1,4 +1,4 @@
-"""Exported files give the policies' logits, hold no more than they run, and are not written where they would not."""
+"""Exported files give the policies' logits and hold only the weights that they use; otherwise they are not written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ needs_onnx = pytest.mark.skipif(any(importlib.util.find_spec(n) is None for n in
 
 
 def reports(blocks: int) -> list[Report]:
-    """As an evaluation stores them: the gates' mean rates, and rates that were fitted."""
+    """Reports as an evaluation stores them: the gates' mean rates, and fitted rates."""
     facts = {"gates": RATES[:blocks]}
     identity = {"kind": "gates", "settings": {"gates": "hard"}}
     hard = Report("gates-hard", 10, 0.9, None, 0.01, 3e7, 4e7, 0.6, **identity, facts=facts)  # type: ignore[arg-type]
@@ -45,7 +45,7 @@ def reports(blocks: int) -> list[Report]:
 
 
 def awake(net: nn.Module) -> nn.Module:
-    """The net in eval mode, with BatchNorm that does something and gates that images open and close."""
+    """The net in eval mode, with BatchNorm that has an effect and gates that images open and close."""
     torch.manual_seed(5)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -59,7 +59,7 @@ def awake(net: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _even(net: Aig) -> None:
-    """Each gate opens for half of the pictures that a file is checked on."""
+    """Each gate opens for half of the pictures on which a file is checked."""
     x = net.stem(torch.cat(list(given(1).batches())))
     for block in net.blocks:
         if block.gate is not None:
@@ -70,7 +70,7 @@ def _even(net: Aig) -> None:
 
 
 def makers(case: str) -> tuple[nn.Module, dict[str, Any], dict[str, Callable[[Tensor], nn.Module]]]:
-    """The net, its policies by name, fitted where reports say so, and its static modules."""
+    """The net, its policies by name (calibrated if reports hold a calibration), and its static modules."""
     family, config, net = opened(case)
     awake(net)
     stored = reports(len(net.blocks)) if isinstance(net, Aig) else []
@@ -92,7 +92,7 @@ def written(maker: Callable[[Tensor], nn.Module], what: Input, file: Path) -> ex
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_file_gives_the_logits_and_the_price_of_the_policy_of_its_name(case: str, tmp_path: Path) -> None:
+def test_a_file_gives_the_logits_and_the_cost_of_its_policy(case: str, tmp_path: Path) -> None:
     net, policies, static = makers(case)
     assert static
     for name, maker in static.items():
@@ -111,14 +111,14 @@ def test_a_file_gives_the_logits_and_the_price_of_the_policy_of_its_name(case: s
     assert unlike == ({"all-open", "mask-0.3", "mask-0.5", "mask-0.7"} if isinstance(net, Aig) else set())
 
 
-def test_a_mask_runs_the_blocks_whose_rate_reaches_it_and_computes_no_gate(tmp_path: Path) -> None:
+def test_a_mask_runs_the_blocks_above_its_rate_and_no_gate(tmp_path: Path) -> None:
     net, _, static = makers("convnet_aig-fixed")
     images = given().pictures(1)
-    spent = cost.measure(net, images)
+    costs = cost.measure(net, images)
     blocks = range(len(net.blocks))
-    residuals = [spent.by_module[f"blocks.{number}.residual"] for number in blocks]
-    gates = sum(spent.by_module.get(f"blocks.{number}.gate", 0) for number in blocks)
-    bare = spent.macs - gates - sum(residuals)
+    residuals = [costs.by_module[f"blocks.{number}.residual"] for number in blocks]
+    gates = sum(costs.by_module.get(f"blocks.{number}.gate", 0) for number in blocks)
+    bare = costs.macs - gates - sum(residuals)
     for name, least in {"all-open": 0, "mask-0.3": 0.3, "mask-0.5": 0.5, "mask-0.7": 0.7}.items():
         runs = [price for price, rate in zip(residuals, RATES, strict=True) if rate >= least]
         done = written(static[name], given(), tmp_path / f"{name}.pt2")
@@ -135,7 +135,7 @@ def test_masks_and_fitted_rates_need_a_stored_evaluation() -> None:
     assert list(family.static(config, net, [])) == ["all-open", "expected-prob", "gates-hard"]
 
 
-def test_gates_become_branches_that_are_taken_both_ways(tmp_path: Path) -> None:
+def test_gates_become_branches_of_the_graph(tmp_path: Path) -> None:
     net, policies, static = makers("convnet_aig-fixed")
     done = written(static["gates-hard"], given(1), tmp_path / "gates.pt2")
     assert done.facts["branches"] == len(net.gates()) == done.both_ways == 4 and done.facts["macs"] is None
@@ -174,7 +174,7 @@ def test_a_file_holds_no_weights_that_it_does_not_read(tmp_path: Path) -> None:
 
 
 class Drifting(nn.Module):
-    """Adds to the logits how often it was called, which a graph cannot know."""
+    """Adds to the logits the number of its calls, which a graph cannot express."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,11 +186,11 @@ class Drifting(nn.Module):
 
 
 def test_a_file_with_other_logits_than_the_net_is_not_written(tmp_path: Path) -> None:
-    (tmp_path / "kept.pt2").write_text("before")
-    with fails(ContractError, "logits", subject="kept.pt2"):
-        export.write(Drifting().eval(), given(2), tmp_path / "kept.pt2", "pt2", {})
-    assert [path.name for path in tmp_path.iterdir()] == ["kept.pt2"]
-    assert (tmp_path / "kept.pt2").read_text() == "before"
+    (tmp_path / "before.pt2").write_text("before")
+    with fails(ContractError, "logits", subject="before.pt2"):
+        export.write(Drifting().eval(), given(2), tmp_path / "before.pt2", "pt2", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["before.pt2"]
+    assert (tmp_path / "before.pt2").read_text() == "before"
 
 
 class Blank(nn.Module):

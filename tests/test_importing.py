@@ -30,7 +30,7 @@ def recipe(root: Path, *overrides: str) -> RunConfig:
 
 
 def weights(config: RunConfig, path: Path, num_classes: int = 10) -> dict[str, torch.Tensor]:
-    """A checkpoint as DataParallel's users save it: prefixed names under state_dict."""
+    """Saves a checkpoint as users of DataParallel do: prefixed names under state_dict. Returns the weights."""
     torch.manual_seed(1)
     net = BASELINE.build(config.family, num_classes)
     torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}, "epoch": 3}, path)

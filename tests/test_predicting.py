@@ -1,4 +1,4 @@
-"""Predicting: answers are the evaluation's, the policy is the best within the budget, bad images stop no good one."""
+"""Predicting: answers equal the evaluation's, the policy is the best within the budget, bad images affect no others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def exits(finished: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def pictures(finished: dict[str, Path]) -> list[Path]:
-    """The val split's files, in the order of its rows."""
+    """The files of the val split, in the order of its rows."""
     root = finished["ranet"].parents[1] / "images5"
     val = sorted((root / "val").rglob("*.jpg"))
     index = open_index(root)
@@ -94,8 +94,8 @@ def test_the_budget_holds_on_the_images_of_the_evaluation(exits: Predictor, pict
         answers = [a for a in exits.answers(pictures, choice.policy) if isinstance(a, Classified)]
         assert np.mean([a.macs for a in answers]) <= 1.02 * share * whole
         assert predicting.exceeded(choice, answers, whole) is None
-        dearer = [Classified(a.file, a.labels, a.probabilities, whole * share * 1.03) for a in answers]
-        assert predicting.exceeded(choice, dearer, whole)
+        costlier = [Classified(a.file, a.labels, a.probabilities, whole * share * 1.03) for a in answers]
+        assert predicting.exceeded(choice, costlier, whole)
 
 
 def test_times_are_measured_once_for_a_net_and_device(exits: Predictor, pictures: Sequence[Path]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from raised import fails
 from test_promoting import make_run
-from test_served import CHEAP, DEAR, IMAGES, SECTION, TEXTS, bomb
+from test_served import CHEAP, COSTLY, IMAGES, SECTION, TEXTS, bomb
 
 from jobs.cli import main
 from pipeline.bench import serving
@@ -30,11 +30,11 @@ from pipeline.registry.requests import answers, parse_request
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's folder."""
+    """A model folder."""
     home = tmp_path_factory.mktemp("requests")
     root = toy.make(home / "images", num_classes=3, train=12, val=12, side_px=32, seed=3)
     make_run(home / "run", root, 1, section=SECTION)
-    reports = [Report(DEAR, 10, 0.6, None, 0.0, 2e6, 2e6, 1.0), Report(CHEAP, 10, 0.5, None, 0.0, 1e6, 1e6, 0.5)]
+    reports = [Report(COSTLY, 10, 0.6, None, 0.0, 2e6, 2e6, 1.0), Report(CHEAP, 10, 0.5, None, 0.0, 1e6, 1e6, 0.5)]
     checkpoint = next((home / "run" / "checkpoints").iterdir())
     return write_model_folder(checkpoint, reports, home / "model")
 
@@ -44,16 +44,16 @@ def model(folder: Path) -> LoadedModel:
     return load_model(folder)
 
 
-def test_together_and_alone_are_the_same(model: LoadedModel) -> None:
+def test_concurrent_requests_are_answered_like_single_ones(model: LoadedModel) -> None:
     bodies: list[Any] = [
         {"images": TEXTS[:2]},
         {"images": TEXTS, "budget": "50%", "top_k": 1},
-        {"images": TEXTS[2:], "policy": DEAR},
+        {"images": TEXTS[2:], "policy": COSTLY},
         {"images": TEXTS[:1], "policy": CHEAP},
     ]
-    together = [parse_request(model, body) for body in bodies]
-    assert [asked.policy for asked in together] == [DEAR, CHEAP, DEAR, CHEAP]
-    found = answers(model, together, most=4)
+    requests = [parse_request(model, body) for body in bodies]
+    assert [request.policy for request in requests] == [COSTLY, CHEAP, COSTLY, CHEAP]
+    found = answers(model, requests, most=4)
     for body, answer in zip(bodies, found, strict=True):
         (alone,) = answers(model, [parse_request(model, body)], most=64)
         assert isinstance(answer, list) and isinstance(alone, list) and len(answer) == len(body["images"])
@@ -158,7 +158,7 @@ def test_the_net_and_its_pyfunc_model_are_measured_alternately(folder: Path) -> 
 
 
 def test_ray_serve_answers_and_refuses(folder: Path) -> None:
-    """Only where the extra `serve` is installed: Ray Serve itself, as infra/ray/serve.yaml starts it."""
+    """Ray Serve itself, as infra/ray/serve.yaml starts it; only if the extra `serve` is installed."""
     pytest.importorskip("ray.serve", exc_type=ImportError, reason="needs ray[serve]: pip install '.[serve]'")
     with serving._ray(str(folder), "sqlite:////nowhere.db") as address:
         many = serving.load("ray", address, json.dumps({"images": TEXTS[:1], "budget": "50%"}), 8, 2.0)

@@ -44,7 +44,7 @@ SECTION = {  # of a net that does less work at a lower resolution, whatever the 
     "level_weights": [1, 1],
     "resolutions_px": [16],
 }
-DEAR, CHEAP = "32px", "16px"
+COSTLY, CHEAP = "32px", "16px"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = run_dir / "evaluations" / "final" / "reports.json"
     found = json.loads(path.read_text())
     found[0] |= {"policy": CHEAP, "top1": 0.5, "macs_mean": 1e6, "full_share": 0.5}
-    found[1] |= {"policy": DEAR, "top1": 0.6, "macs_mean": 2e6, "full_share": 1.0}
+    found[1] |= {"policy": COSTLY, "top1": 0.6, "macs_mean": 2e6, "full_share": 1.0}
     path.write_text(json.dumps(found))
     publish_run(run_dir, "gated", run_id=sync(run_dir).run_id, uri=uri, alias="champion")
     return uri
@@ -138,9 +138,9 @@ def many() -> dict[str, list[str]]:
 def test_a_plain_curl_is_answered_with_the_policy_or_budget_it_names(uri: str, address: str, tmp_path: Path) -> None:
     model = load_model(resolve("models:/gated@champion", uri))
     for params, policy in (
-        ({}, DEAR),
+        ({}, COSTLY),
         ({"policy": CHEAP}, CHEAP),
-        ({"budget": "100%"}, DEAR),
+        ({"budget": "100%"}, COSTLY),
         ({"budget": "1.5M"}, CHEAP),
     ):
         code, rows = ask(address, {"inputs": TEXTS, "params": params}, tmp_path)
@@ -149,8 +149,8 @@ def test_a_plain_curl_is_answered_with_the_policy_or_budget_it_names(uri: str, a
         assert [row["policy"] for row in rows] == [policy] * 3
         assert [row["macs"] for row in rows] == pytest.approx(wanted.macs)
         assert [row["probability"] for row in rows] == pytest.approx(wanted.probabilities.max(1), abs=1e-5)
-    dear, cheap = (predict(model, IMAGES, name).macs.mean() for name in (DEAR, CHEAP))
-    assert cheap < 0.6 * dear  # the policies do differ in what they compute
+    costly, cheap = (predict(model, IMAGES, name).macs.mean() for name in (COSTLY, CHEAP))
+    assert cheap < 0.6 * costly  # the policies do differ in what they compute
 
 
 def test_arrays_and_records_are_accepted_as_images(uri: str, address: str, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_arrays_and_records_are_accepted_as_images(uri: str, address: str, tmp_p
         ({"inputs": TEXTS, "params": {"budget": "1k"}}, ANY),
         ({"inputs": TEXTS, "params": {"budget": "much"}}, ANY),
         ({"inputs": TEXTS, "params": {"budget": "5ms"}}, "params.budget"),
-        ({"inputs": TEXTS, "params": {"policy": DEAR, "budget": "1G"}}, "params.budget"),
+        ({"inputs": TEXTS, "params": {"policy": COSTLY, "budget": "1G"}}, "params.budget"),
         ({"inputs": TEXTS, "params": {"top_k": 0}}, "params.top_k"),
         ({"inputs": TEXTS, "params": {"policy": 5}}, None),
         ({"inputs": ["/etc/passwd.png"]}, "image"),

@@ -246,7 +246,7 @@ def test_a_write_that_fails_is_repeated_in_a_new_event_file(tmp_path: Path) -> N
     replay = Replay(run_dir, there.tracker(), CONFIG, recipe)
     replay.send(final=False)
     (file,) = (run_dir / "tensorboard").iterdir()
-    file.rename(run_dir / "elsewhere")  # then the next writer cannot create a file: a file stands in its folder's place
+    file.rename(run_dir / "elsewhere")  # so that the next writer cannot create a file: its folder is replaced by a file
     (run_dir / "tensorboard").rmdir()
     (run_dir / "tensorboard").write_text("")
     write_steps(run_dir, 0, 10)

@@ -225,13 +225,13 @@ def exceeded(choice: Choice, answers: Sequence[Classified], full_macs: float) ->
     budget = choice.budget
     if budget is None or budget.unit == "ms" or not answers:
         return None
-    spent = mean(answer.macs for answer in answers)
+    mean_macs = mean(answer.macs for answer in answers)
     allowed = budget.amount * (full_macs if budget.unit == "share" else 1)
-    if spent <= allowed * (1 + TOLERANCE):
+    if mean_macs <= allowed * (1 + TOLERANCE):
         return None
     return (
-        f"these images cost {macs_text(spent)} on average, above the budget of {macs_text(allowed)}: the policy was "
-        "within it on the images of the evaluation, and these are harder"
+        f"these images cost {macs_text(mean_macs)} on average, above the budget of {macs_text(allowed)}: the policy "
+        "was within it on the images of the evaluation, and these are harder"
     )
 
 

@@ -3,7 +3,8 @@
 MLflow's server takes milliseconds for each version that it lists, but lists all models at once quickly. It changes the
 stamp of a model when one of its versions is created, deleted or moved to another stage, so the versions of a model with
 an unchanged stamp are unchanged. Setting a tag on a version does not change the stamp: tags that are set later
-(licence, note, promotions) are read directly by whoever shows them, with `store_reader.rows` of one number.
+(licence, note, promotions) are read without the cache by the callers that show them, with `store_reader.rows` of one
+number.
 """
 
 from __future__ import annotations

@@ -257,9 +257,9 @@ def predict(
             continue
         with torch.inference_mode():
             images = pixels.normalise(raw, model.data_config.mean, model.data_config.std)
-            found = chosen.predict(model.net, images)
-        probabilities[rows] = found.logits.float().softmax(1).cpu().numpy()
-        macs[rows] = found.macs.double().cpu().numpy()
+            prediction = chosen.predict(model.net, images)
+        probabilities[rows] = prediction.logits.float().softmax(1).cpu().numpy()
+        macs[rows] = prediction.macs.double().cpu().numpy()
     if undecodable:
         raise UndecodableError(len(encoded), undecodable)
     return Answers(probabilities, macs)

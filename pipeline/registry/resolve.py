@@ -39,7 +39,7 @@ def run_folder(version: Version, uri: str) -> Path | None:
 def resolve(reference: str, uri: str | None = None, *, cache: Path | None = None) -> Path:
     """A local folder that `describe` and `load_model` accept: for a version, or for a run, checkpoint or model folder.
 
-    A run's folder stands for its best checkpoint, or for its newest while it trains. A version in a remote store is
+    A run's folder means its best checkpoint, or for its newest while it trains. A version in a remote store is
     downloaded once into `cache` (default: the user's). `uri` is the registry; default: runs/mlflow.db here.
     Raises ConfigError if nothing has this name, CheckpointError if its files are missing or damaged.
     """

@@ -15,7 +15,7 @@ from pipeline.tracking.client import reason_of
 REVISIONS = frozenset({"dc11669786a5"})  # of MLflow 3.17's tables
 TIMEOUT_S = 30.0
 HERE = f"WHERE workspace = '{HOME}'"
-PROMPT = "mlflow.prompt.is_prompt"  # a tag: MLflow stores prompts among the models, and lists them apart
+PROMPT = "mlflow.prompt.is_prompt"  # a tag: MLflow stores prompts among the models but does not list them there
 SqlRow = Sequence[Any]  # of columns that the query names
 
 

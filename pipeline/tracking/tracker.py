@@ -1,6 +1,6 @@
 """What a tracker is: a service or a set of files to which a run's journal is replayed.
 
-A tracker is told the same thing more than once: after an error, after a kill, after a resume. Every call is therefore
+A tracker receives the same values more than once: after an error, a kill or a resume. Every call is therefore
 idempotent, and a (key, step) that the tracker has already received changes nothing.
 """
 

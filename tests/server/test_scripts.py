@@ -1,4 +1,4 @@
-"""The scripts of infra/mlflow where things are not as they should be: ports taken, files that grow, half a restore."""
+"""The scripts of infra/mlflow in unusual situations: ports in use, growing files, interrupted restores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.tracking import connect
 
 @contextmanager
 def another() -> Iterator[TeamServer]:
-    """A home of its own, where nothing runs yet."""
+    """A server with a home of its own, which is not started yet."""
     if lacking := missing():
         pytest.skip(lacking)
     server = TeamServer()
@@ -29,7 +29,7 @@ def another() -> Iterator[TeamServer]:
         server.end()
 
 
-def test_no_password_in_process_lists_and_nothing_for_others_to_read(team: TeamServer) -> None:
+def test_process_lists_hold_no_password_and_files_are_private(team: TeamServer) -> None:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             assert PASSWORD.encode() not in path.read_bytes()
@@ -38,16 +38,16 @@ def test_no_password_in_process_lists_and_nothing_for_others_to_read(team: TeamS
     assert (team.home / "db").stat().st_mode & 0o777 == 0o700 and (team.home / "server.log").exists()
 
 
-def test_a_port_that_another_server_has_is_named(team: TeamServer) -> None:
-    """Although that one answers as ours would."""
+def test_a_port_in_use_by_another_server_is_named(team: TeamServer) -> None:
+    """Even if that server answers as ours would."""
     with another() as server:
         output = server.run("server.sh", "start", code=1, MLFLOW_PORT=str(team.port))
         assert f"127.0.0.1:{team.port}" in output
         assert "server     up" not in server.run("server.sh", "status", code=1)
 
 
-def test_processes_of_another_boot_are_left_alone() -> None:
-    """After a machine's restart the number that was kept may be anyone's."""
+def test_processes_of_another_boot_are_not_killed() -> None:
+    """After a restart of the machine the stored process id may belong to any process."""
     with another() as server:
         stranger = subprocess.Popen(["sleep", "100"], start_new_session=True)
         try:
@@ -60,7 +60,7 @@ def test_processes_of_another_boot_are_left_alone() -> None:
             stranger.wait()
 
 
-def test_a_backup_is_taken_while_files_come_in(team: TeamServer, tmp_path: Path) -> None:
+def test_a_backup_is_made_while_files_arrive(team: TeamServer, tmp_path: Path) -> None:
     growing = team.home / "artifacts" / "growing"
     growing.write_bytes(bytes(50_000_000))
     stop = threading.Event()
@@ -85,7 +85,7 @@ def test_a_backup_is_taken_while_files_come_in(team: TeamServer, tmp_path: Path)
     assert not [path for path in kept.parent.iterdir() if path != kept]
 
 
-def test_a_restore_that_breaks_leaves_the_server_as_empty_as_it_was(team: TeamServer, tmp_path: Path) -> None:
+def test_an_interrupted_restore_leaves_the_server_empty(team: TeamServer, tmp_path: Path) -> None:
     client = connect(team.uri)
     run_id = client.create_run("0").info.run_id
     client.log_text(run_id, "hello", "hello.txt")

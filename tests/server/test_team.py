@@ -1,4 +1,4 @@
-"""A team's server with a real PostgreSQL: nothing is lost, doubled or told that is secret, whatever dies."""
+"""A team's server with a real PostgreSQL: kills lose and double nothing, and no secret is shown."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def ship(run_dir: Path, uri: str, answers: Any) -> None:
 
 
 def send_at_once(folders: list[Path], uri: str) -> list[str]:
-    """Each in a process of its own; their MLflow runs."""
+    """Sends each run in a process of its own, all at the same time. Returns the ids of their MLflow runs."""
     answers = CONTEXT.Queue()
     racing = [CONTEXT.Process(target=ship, args=(folder, uri, answers)) for folder in folders]
     for process in racing:
@@ -70,7 +70,7 @@ def send_at_once(folders: list[Path], uri: str) -> list[str]:
 
 
 def journals(home: Path, count: int, metrics: int = METRICS, steps: int = STEPS) -> list[Path]:
-    """Folders of runs that have written that many metrics at each of that many steps."""
+    """Folders of runs that have written `metrics` metrics at each of `steps` steps."""
     folders = []
     for number in range(count):
         folder, _ = run_folder(home / f"run{number}", **SHIP)
@@ -131,7 +131,7 @@ def test_a_wrong_password_is_an_error_that_does_not_show_it(
 
 
 @pytest.mark.parametrize(("where", "processes"), [("server", 16), ("sqlite", 4)])
-def test_every_value_of_many_processes_is_there_once(
+def test_every_value_of_many_processes_is_stored_once(
     request: pytest.FixtureRequest, where: str, processes: int, tmp_path: Path
 ) -> None:
     if where == "server":
@@ -332,5 +332,5 @@ def test_a_new_server_is_stopped_and_started_again(team: TeamServer) -> None:
     assert "already running" in team.run("server.sh", "start")
     team.run("server.sh", "stop")
     assert "down" in team.run("server.sh", "status", code=1)
-    team.run("server.sh", "start", MLFLOW_AUTH_ADMIN_PASSWORD="")  # its administrator is there
+    team.run("server.sh", "start", MLFLOW_AUTH_ADMIN_PASSWORD="")  # its administrator exists already
     assert connect(team.uri).search_experiments()
