@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TypeVar
 from urllib.parse import quote
 
-from pipeline.compat import mlflow as compat
 from pipeline.errors import ResourceError
 from pipeline.registry.store_reader import RegisteredModel, TrackedRun, VersionRow, unanswered
 from pipeline.runs.provenance import without_secrets
@@ -68,6 +67,8 @@ class ClientStore:
 
 
 def _refuse_earlier_tables(uri: str) -> None:
+    from pipeline.compat import mlflow as compat
+
     revision = compat.revision_of(uri)
     if revision not in compat.earlier_revisions():
         return
