@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:  # importing torch must wait for the variables below
+    from ray_here import Head
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # read when torch and numpy are imported, also in workers
     os.environ.setdefault(variable, "1")
@@ -23,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("data") and not os.environ.get("ADAPTNET_DATA"):
         pytest.skip(NEEDS_DATA)
+
+
+@pytest.fixture(scope="session")
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """The session's Ray cluster, with two CPUs."""
+    from ray_here import head
+
+    with head(tmp_path_factory.mktemp("ray")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from raised import fails
+from ray_here import Head
 
 from pipeline.errors import ResourceError
 from pipeline.execution import allocation
@@ -42,10 +41,11 @@ def test_the_demand_of_workers_is_a_sum() -> None:
     assert demand(compute.model_copy(update={"gpus_per_worker": 0.5}), 4, gpu=True) == {"CPU": 6.0, "GPU": 2.0}
 
 
-def test_more_workers_than_cpus_are_an_error_about_compute_workers() -> None:
+@pytest.mark.ray
+def test_more_workers_than_cpus_are_an_error_about_compute_workers(ray_head: Head) -> None:
     with (
         fails(ResourceError, "compute.workers", 4000),
-        cluster(ComputeConfig(workers=4000)),
+        cluster(ComputeConfig(workers=4000, address=ray_head.address, device="cpu", start_patience_s=1.0)),
     ):
         raise AssertionError("no machine has as many")
 
@@ -75,33 +75,9 @@ print(len(warnings))
 """
 
 
-@pytest.fixture
-def open_head(tmp_path: Path) -> Iterator[str]:
-    """The address of a head that requires no token."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{found.getsockname()[1]}"
-    scratch = f"/tmp/adaptnet-open-{os.getpid()}"
-    words = f"start --head --block --node-ip-address=127.0.0.1 --port={address.partition(':')[2]} --num-cpus=1"
-    words += f" --include-dashboard=false --disable-usage-stats --object-store-memory=100000000 --temp-dir={scratch}"
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-    with open(tmp_path / "head.log", "wb") as log:
-        head = psutil.Popen([str(Path(sys.executable).parent / "ray"), *words.split()], env=env, stdout=log, stderr=log)
-    try:
-        yield address
-    finally:
-        below = head.children(recursive=True)
-        head.terminate()
-        psutil.wait_procs([head, *below], timeout=300)
-        for process in [head, *below]:
-            if process.is_running():
-                process.kill()
-        subprocess.run(["rm", "-rf", scratch], check=True)
-
-
 @pytest.mark.ray
 def test_one_process_connects_to_clusters_with_a_token_without_one_and_to_its_own(
-    open_head: str, tmp_path: Path
+    ray_head: Head, tmp_path: Path
 ) -> None:
     """In any order, while its user has a token. Workers import our code, whatever the working directory holds."""
     ours = Path(allocation.__file__).parents[2]
@@ -112,7 +88,7 @@ def test_one_process_connects_to_clusters_with_a_token_without_one_and_to_its_ow
     node = Node(0, ("here",), "127.0.0.2", key, tmp_path / "letters", cpus=1, gpus=0, patience_s=300)
     with allocation.joined(node) as guarded:
         (tmp_path / ".ray" / "auth_token").write_text(node.token.read_text())
-        visits = ["here", open_head, guarded.address, "here"]
+        visits = ["here", ray_head.address, guarded.address, "here"]
         kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
         env = {**kept, "HOME": str(tmp_path), "PYTHONPATH": str(ours), "OMP_NUM_THREADS": "1"}
         line = [sys.executable, "-P", "-c", VISITS, *visits]

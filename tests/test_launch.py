@@ -1,4 +1,7 @@
-"""Laws of a whole run under Ray: kills cost the steps since the last checkpoint and change nothing else."""
+"""Laws of a whole run under Ray: a kill costs the steps since the last checkpoint and changes nothing else.
+
+The runs share the session's Ray cluster, except one that is stopped by Ctrl-C and starts Ray itself.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,20 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from raised import fails
+from ray.exceptions import ActorDiedError
+from ray.train import RunConfig as RayRunConfig
+from ray.train import WorkerGroupError
+from ray_here import Head
 from safetensors.torch import load_file
 
 from pipeline import run_config
+from pipeline.compat import ray_train
 from pipeline.data import toy
 from pipeline.deploy import evaluations
 from pipeline.errors import CheckpointError, ConfigError, DataError, DivergedError, ResourceError
 from pipeline.execution import launch
-from pipeline.execution.worker import Order
-from pipeline.run_config import ComputeConfig, RunConfig
+from pipeline.run_config import RunConfig
 from pipeline.runs import journal
 from pipeline.tracking import connect
 
@@ -39,14 +47,18 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(images: Path, *overrides: str) -> RunConfig:
-    """convnet_aig/toy made small: 40 steps of 32 images in two workers, saved every 5 steps."""
+    """convnet_aig/toy made small: 40 steps of 32 images on two workers, saved every 5 steps."""
     return run_config.load("convnet_aig/toy", [*settings(images), *overrides])
 
 
 def settings(images: Path) -> list[str]:
     small = ["family.depth=8", "training.batch_size=32", "training.epochs=4", "checkpoint.every=5 steps"]
     quiet = ["tracking.register=null", "evaluation.latency_repeats=0", "logging.every=5 steps", f"data.root={images}"]
-    return [*small, *quiet, "evaluation.every=2 epochs"]
+    return [*small, *quiet, "evaluation.every=2 epochs", "compute.start_patience_s=900"]
+
+
+def on(head: Head) -> str:
+    return f"compute.address={head.address}"
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:
@@ -55,7 +67,7 @@ def weights(run_dir: Path) -> dict[str, bytes]:
 
 
 def logged(run_dir: Path) -> dict[tuple[str, int], float]:
-    """First values of what training logged, times left out."""
+    """The first value of each key and step that training logged, without times."""
     records = journal.first_values(journal.read_all(run_dir / "journal" / "rank0.jsonl"))
     return {(r["key"], r["step"]): r["value"] for r in records if not r["key"].startswith("time/")}
 
@@ -70,7 +82,7 @@ def tracking_run(run_dir: Path) -> str:
 
 
 def tracked(run_dir: Path, run_id: str) -> list[tuple[str, int]]:
-    """Each (key, step) that MLflow holds, as often as it holds it; the tracking file has no other run."""
+    """The (key, step) of each metric in MLflow, repeated ones included; asserts that there is no other run."""
     client = connect(f"sqlite:///{run_dir.parent}/mlflow.db")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     assert [run.info.run_id for run in client.search_runs(experiments)] == [run_id]
@@ -79,10 +91,10 @@ def tracked(run_dir: Path, run_id: str) -> list[tuple[str, int]]:
 
 
 @pytest.fixture(scope="module")
-def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run's folder."""
+def whole(images: Path, ray_head: Head, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    result = launch.train(recipe(images), run_dir)
+    result = launch.train(recipe(images, on(ray_head)), run_dir)
     assert result.finished
     assert result.step == 40
     return run_dir
@@ -90,14 +102,14 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run's folder, trained in this process."""
+    """The folder of a finished run that was trained in this process."""
     run_dir = tmp_path_factory.mktemp("runs") / "alone"
     launch.train(recipe(images, "compute.workers=0"), run_dir)
     return run_dir
 
 
 def start(images: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    """The same run driven by a process of its own."""
+    """The same run with a driver in a process of its own."""
     code = f"""
 import pathlib, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -110,21 +122,21 @@ test_launch.launch.train(config, pathlib.Path({str(run_dir)!r}))
 
 
 def command(images: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    """The same by the command, in a session of its own as a terminal's are."""
+    """The same run by the command, in a session of its own as from a terminal."""
     adaptnet = str(Path(sys.executable).parent / "adaptnet")
-    words = [adaptnet, "train", "convnet_aig/toy", *settings(images), *overrides, "--run-dir", str(run_dir)]
+    line = [adaptnet, "train", "convnet_aig/toy", *settings(images), *overrides, "--run-dir", str(run_dir)]
     with open(run_dir.parent / f"{run_dir.name}.log", "wb") as log:
         return subprocess.Popen(
-            words,
+            line,
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where these tests run behind `&`
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # if these tests run behind `&`
         )
 
 
 def wait_for(
-    done: Callable[[], bool], what: str, seconds: float = 300, process: subprocess.Popen[bytes] | None = None
+    done: Callable[[], bool], what: str, seconds: float = 1800, process: subprocess.Popen[bytes] | None = None
 ) -> None:
     deadline = time.monotonic() + seconds
     while not done():
@@ -141,39 +153,44 @@ def passed(run_dir: Path, step: int) -> bool:
     return any((run_dir / "checkpoints" / f"step-{s:08d}" / "COMPLETE.json").exists() for s in range(step, 41))
 
 
-def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+def end_of(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a driver that is about to end, however busy the machine is."""
+    return process.wait(timeout=1800)
 
 
-def test_a_worker_killed_in_mid_epoch_leaves_no_trace_in_the_weights(images: Path, whole: Path, tmp_path: Path) -> None:
+def log_of(run_dir: Path) -> str:
+    return (run_dir.parent / f"{run_dir.name}.log").read_text()[-3000:]
+
+
+def test_a_worker_killed_in_mid_epoch_leaves_no_trace_in_the_weights(
+    images: Path, whole: Path, ray_head: Head, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
-    process = start(images, run_dir)
-    wait_for(lambda: passed(run_dir, 5), "the first checkpoint")
-    victims = workers_of(process)
+    process = start(images, run_dir, on(ray_head))
+    wait_for(lambda: passed(run_dir, 5), "the first checkpoint", process=process)
+    victims = ray_head.workers()
     assert len(victims) == 2
     victims[-1].send_signal(signal.SIGKILL)
-    assert process.wait(timeout=400) == 0, (tmp_path / "run.log").read_text()[-3000:]
+    assert end_of(process) == 0, log_of(run_dir)
     assert len(events(run_dir, "started")) == 2
     assert events(run_dir, "started")[1]["step"] >= 5
     assert weights(run_dir) == weights(whole)
 
 
-def test_a_driver_killed_is_succeeded_by_the_same_command_in_the_same_mlflow_run(
-    images: Path, whole: Path, tmp_path: Path
+def test_a_killed_driver_is_succeeded_by_the_same_command_in_the_same_mlflow_run(
+    images: Path, whole: Path, ray_head: Head, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    process = start(images, run_dir)
+    process = start(images, run_dir, on(ray_head))
     wait_for(lambda: passed(run_dir, 10), "a checkpoint", process=process)
-    with pytest.raises(ResourceError, match=f"another driver is training here.*process {process.pid}"):
-        launch.train(recipe(images), run_dir)
-    family = psutil.Process(process.pid).children(recursive=True)
+    with pytest.raises(ResourceError):  # its lease is held
+        launch.train(recipe(images, on(ray_head)), run_dir)
     process.kill()
     process.wait()
     first_id = tracking_run(run_dir)
-    wait_for(lambda: not any(map(alive, family)), "the orphans of a killed driver to end")
+    wait_for(ray_head.is_idle, "the workers of a killed driver to end")
 
-    result = launch.train(recipe(images), run_dir)
+    result = launch.train(recipe(images, on(ray_head)), run_dir)
     assert result.finished and result.run_id == first_id
     assert events(run_dir, "resumed")[-1]["step"] >= 10
     assert weights(run_dir) == weights(whole)
@@ -183,12 +200,12 @@ def test_a_driver_killed_is_succeeded_by_the_same_command_in_the_same_mlflow_run
     assert len(sent) == len(set(sent))
 
     before = (run_dir / "journal" / "rank0.jsonl").read_bytes()
-    assert launch.train(recipe(images), run_dir).run_id == first_id  # finished: nothing is done twice
+    assert launch.train(recipe(images), run_dir).run_id == first_id  # the run is finished: nothing is repeated
     assert (run_dir / "journal" / "rank0.jsonl").read_bytes() == before
     assert tracked(run_dir, first_id) == sent
 
 
-def test_two_workers_pass_a_truncated_jpeg_stop_at_ctrl_c_and_one_goes_on(images: Path, tmp_path: Path) -> None:
+def test_two_workers_replace_a_truncated_jpeg_stop_at_ctrl_c_and_one_resumes(images: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "set"
     shutil.copytree(images, damaged)
     victim = sorted((damaged / "train").rglob("*.jpg"))[7]
@@ -197,22 +214,20 @@ def test_two_workers_pass_a_truncated_jpeg_stop_at_ctrl_c_and_one_goes_on(images
     long = ("training.epochs=20", "checkpoint.every=20 steps", "logging.every=2 steps")  # 200 steps
     process = command(damaged, run_dir, *long)
     wait_for(lambda: passed(run_dir, 20), "two full epochs", process=process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and to whatever it started
-    assert process.wait(timeout=600) == 130, (tmp_path / "run.log").read_text()[-3000:]
-    assert "Ctrl-C again" in (tmp_path / "run.log").read_text()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and to its child processes
+    assert end_of(process) == 130, log_of(run_dir)
     assert not events(run_dir, "resumed")  # no worker was lost
     stopped = json.loads((run_dir / "status.json").read_text())
     assert not stopped["finished"] and 20 <= stopped["step"] < 200
     assert [image["file"] for image in json.loads((run_dir / "bad_images.json").read_text())] == [
         str(victim.relative_to(damaged))
     ]
-    found = events(run_dir, "bad-image")
-    assert {event["file"] for event in found} == {str(victim.relative_to(damaged))}
+    assert {event["file"] for event in events(run_dir, "bad-image")} == {str(victim.relative_to(damaged))}
 
     result = launch.train(recipe(damaged, "compute.workers=0", *long), run_dir)
     assert result.finished and result.step == 200
-    remarks = [event["text"] for event in events(run_dir, "remark")]
-    assert any("2 workers before, 1 now: BatchNorm takes its statistics over" in text for text in remarks)
+    warnings = [event["text"] for event in [*events(run_dir, "remark"), *events(run_dir, "warning")]]
+    assert any(text.startswith("2 workers before, 1 now") for text in warnings)
     resumed = events(run_dir, "resumed")[-1]
     assert resumed["step"] == stopped["step"] == events(run_dir, "started")[-1]["step"]
     assert [event["workers"] for event in events(run_dir, "started")] == [2, 1]
@@ -220,12 +235,15 @@ def test_two_workers_pass_a_truncated_jpeg_stop_at_ctrl_c_and_one_goes_on(images
     assert seen == 200 * 32
 
 
-def test_a_driver_that_is_terminated_has_its_workers_save_and_ends_well(images: Path, tmp_path: Path) -> None:
+def test_a_driver_on_sigterm_has_its_workers_save_and_exits_with_75(
+    images: Path, ray_head: Head, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
-    process = command(images, run_dir, "training.epochs=20", "checkpoint.every=100 steps", "evaluation.every=20 epochs")
+    long = ("training.epochs=20", "checkpoint.every=100 steps", "evaluation.every=20 epochs")
+    process = command(images, run_dir, *long, on(ray_head))
     wait_for(lambda: bool(events(run_dir, "started")), "training", process=process)
     process.terminate()
-    assert process.wait(timeout=600) == 75, (tmp_path / "run.log").read_text()[-3000:]
+    assert end_of(process) == 75, log_of(run_dir)
     stopped = json.loads((run_dir / "status.json").read_text())
     assert not stopped["finished"]
     assert (run_dir / "checkpoints" / stopped["last"] / "COMPLETE.json").exists()
@@ -240,14 +258,14 @@ def test_a_run_starts_from_the_weights_of_another(images: Path, alone: Path, tmp
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(theirs[name], value)
     gone = f"training.start_from={tmp_path}/gone/{alone.name}"
-    assert launch.train(recipe(images, *here, gone), tmp_path / "run").finished  # they were needed at the start alone
-    with pytest.raises(ConfigError, match=r"do not fit the net: of another shape: fc\.weight|not used"):
+    assert launch.train(recipe(images, *here, gone), tmp_path / "run").finished  # weights are read at step 0 only
+    with pytest.raises(ConfigError):  # they do not fit the net
         start = f"training.start_from={alone}/checkpoints/step-00000040/net.safetensors"
         launch.train(recipe(images, *here, start, "family.depth=14"), tmp_path / "other")
     (tmp_path / "empty.pt").touch()
-    with pytest.raises(CheckpointError, match=r"empty\.pt: no weights can be read"):
+    with pytest.raises(CheckpointError):
         launch.train(recipe(images, *here, f"training.start_from={tmp_path}/empty.pt"), tmp_path / "none")
-    with pytest.raises(CheckpointError, match="a folder without weights; looked for ema"):
+    with pytest.raises(CheckpointError):  # a folder without weights
         launch.train(recipe(images, *here, f"training.start_from={images}"), tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
@@ -257,24 +275,24 @@ def test_more_bad_images_than_the_share_allowed_end_the_run(images: Path, tmp_pa
     shutil.copytree(images, damaged)
     for victim in sorted((damaged / "train").rglob("*.jpg"))[:8]:
         victim.write_bytes(b"")
-    with pytest.raises(DataError, match=r"max_bad_share"):
+    with pytest.raises(DataError):
         launch.train(recipe(damaged, "compute.workers=0", "data.max_bad_share=0.01"), tmp_path / "run")
 
 
-def test_what_a_user_can_get_wrong_is_said_once_and_clearly(images: Path, alone: Path, tmp_path: Path) -> None:
+def test_a_users_mistakes_are_errors_of_their_kind(images: Path, alone: Path, tmp_path: Path) -> None:
     here = ("compute.workers=0",)
-    with pytest.raises(CheckpointError, match=r"training\.optimizer\.lr: 0\.1 there, 0\.2 now"):
+    with pytest.raises(CheckpointError):
         launch.train(recipe(images, "training.optimizer.lr=0.2", *here), alone)
-    with pytest.raises(ConfigError, match="is below the 8 workers"):
+    with pytest.raises(ConfigError):  # a worker would get no image
         launch.train(recipe(images, "compute.workers=8", "training.batch_size=4"), tmp_path / "few")
-    with pytest.raises(DataError, match="nowhere"):
+    with pytest.raises(DataError):
         launch.train(recipe(images, f"data.root={tmp_path}/nowhere", *here), tmp_path / "none")
     (tmp_path / "file").touch()
-    with pytest.raises(ResourceError, match="cannot be written"):
+    with fails(ResourceError, "--run-dir", tmp_path / "file" / "run"):
         launch.train(recipe(images, *here), tmp_path / "file" / "run")
-    with pytest.raises(ConfigError, match=rf"holds other runs \({alone.name}\); give the run a folder of its own"):
+    with fails(ConfigError, "--run-dir", alone.parent):  # it holds other runs
         launch.train(recipe(images, *here), alone.parent)
-    with pytest.raises(DivergedError, match="step"):
+    with pytest.raises(DivergedError):
         hot = ("training.optimizer.lr=1e30", "training.schedule.kind=constant", "training.schedule.warmup_epochs=0")
         launch.train(recipe(images, *hot, *here), tmp_path / "hot")
 
@@ -283,8 +301,7 @@ def test_the_command_prints_user_errors_without_a_traceback_and_exits_2(tmp_path
     command = [str(Path(sys.executable).parent / "adaptnet"), "train", "convnet_aig/toi", "training.epochs=1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ})
     assert done.returncode == 2
-    assert "did you mean convnet_aig/toy?" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("adaptnet: ") and "Traceback" not in done.stderr
 
 
 def test_a_run_is_evaluated_from_its_folder_and_from_a_checkpoint(alone: Path, tmp_path: Path) -> None:
@@ -297,26 +314,37 @@ def test_a_run_is_evaluated_from_its_folder_and_from_a_checkpoint(alone: Path, t
     )
     part = evaluations.evaluate(str(alone), ["evaluation.latency_repeats=0"], policies=["gates-hard"])
     whole = evaluations.evaluate(str(alone), ["evaluation.latency_repeats=0"])
-    assert part.folder.parent == whole.folder.parent and part.folder != whole.folder  # nothing is replaced by less
+    assert part.folder.parent == whole.folder.parent and part.folder != whole.folder  # a part replaces nothing
     early = evaluations.evaluate(str(alone / "checkpoints" / "step-00000040"), ["evaluation.latency_repeats=0"])
-    assert early.folder.name == f"step-00000040-{whole.folder.name}"  # nor by another checkpoint's
+    assert early.folder.name == f"step-00000040-{whole.folder.name}"  # nor does another checkpoint
     stored = json.loads((alone / "evaluations" / "final" / "reports.json").read_text())
     assert [report.policy for report in first.reports] == [report["policy"] for report in stored]
     assert first.reports[0].num_images == 80
     assert [report.policy for report in again.reports] == ["gates-hard"]
-    with pytest.raises(ConfigError, match="this net has: gates-hard"):
+    with fails(ConfigError, "evaluation.policies", "gates-soft"):
         evaluations.evaluate(str(alone), policies=["gates-soft"], out=tmp_path / "c")
-    with pytest.raises(ConfigError, match=r"compute\.device \(=cuda\): torch sees no GPU here"):
+    with fails(ConfigError, "compute.device", "cuda"):
         evaluations.evaluate(str(alone), ["compute.device=cuda"], out=tmp_path / "d")
 
 
-def test_every_size_that_an_elastic_run_may_have_is_looked_at_first(images: Path, tmp_path: Path) -> None:
+def test_every_world_size_of_an_elastic_run_is_checked_before_it_starts(images: Path, tmp_path: Path) -> None:
     sizes = ["compute.workers=[3,5]", "training.batch_size=10", "compute.max_batch_per_worker=1"]
-    with pytest.raises(ConfigError, match=r"asks for 4 micro-batches; of a batch over 3 workers one gets 3 images"):
+    with pytest.raises(ConfigError):  # one of 3 workers gets 3 images for 4 micro-batches
         launch.train(recipe(images, *sizes), tmp_path / "run")
 
 
-def test_a_run_starts_no_process_for_data_sets_that_it_does_not_have(tmp_path: Path) -> None:
-    trainer = launch._trainer(ComputeConfig(device="cpu"), Order({}, str(tmp_path), 1))
+def test_a_trainer_starts_no_process_for_ray_data(tmp_path: Path) -> None:
+    trainer = ray_train.Trainer(lambda: None, run_config=RayRunConfig(storage_path=str(tmp_path)))
     names = {type(each).__name__ for each in trainer._create_default_callbacks()}
     assert "PlacementGroupCleanerCallback" in names and "DatasetsCallback" not in names
+
+
+def test_the_first_failure_is_that_of_a_lost_process() -> None:
+    """The other workers' errors, that its connection closed, are only a consequence."""
+    peer, killed = RuntimeError("Connection closed by peer"), ActorDiedError()
+    failures = ray_train.worker_failures(WorkerGroupError("two", {0: peer, 1: killed}))
+    assert failures == [killed, peer]
+    assert [ray_train.process_lost(each) for each in failures] == [True, False]
+    assert ray_train.peer_lost(peer) and not ray_train.peer_lost(ValueError("closed"))
+    (other,) = ray_train.worker_failures(TimeoutError("no workers"))
+    assert isinstance(other, TimeoutError)

@@ -1,7 +1,7 @@
-"""The fields of KubeRay's RayCluster and RayJob (ray.io/v1) that we write, with their rules.
+"""The fields of KubeRay's RayCluster and RayJob (ray.io/v1) that we write, and their rules.
 
-A model of our own, after KubeRay's API reference and Kubernetes' core/v1, with their names. A manifest that does not
-fit it is not written.
+This model follows KubeRay's API reference and Kubernetes' core/v1 and uses their names. A manifest that violates it is
+not written.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Exec(Config):
 
 
 class Probe(Config):
-    """Exactly one way to ask."""
+    """A probe with exactly one of `tcpSocket` and `exec`."""
 
     tcpSocket: Tcp | None = None
     exec: Exec | None = None
@@ -111,7 +111,7 @@ class PodSpec(Config):
         known = {volume.name for volume in self.volumes}
         lost = {mount.name for each in self.containers for mount in each.volumeMounts} - known
         if lost:
-            raise ValueError(f"no volume of the name {', '.join(sorted(lost))}")
+            raise ValueError(f"a container mounts {', '.join(sorted(lost))}, which volumes does not define")
         return self
 
 
@@ -135,7 +135,7 @@ class WorkerGroup(Config):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         if not self.minReplicas <= self.replicas <= self.maxReplicas:
-            raise ValueError("minReplicas <= replicas <= maxReplicas does not hold")
+            raise ValueError("replicas must be between minReplicas and maxReplicas")
         return self
 
 

@@ -1,8 +1,8 @@
-"""A Ray cluster on this machine whose nodes are processes: to try what runs on several nodes, or share a workstation.
+"""A Ray cluster on this machine whose nodes are processes: to try several nodes, or to share a workstation.
 
-Each node has a keeper, a process of its own session that holds its Ray by `pipeline.execution.allocation` (own ports,
-own temporary folder, a token) and ends it when it is itself ended. What was started is written down in the cluster's
-folder; only that is ended again.
+Each node has a keeper: a process in a session of its own that runs the node's Ray by `pipeline.execution.allocation`
+(with its own ports, temporary folder and token) and ends it when it is ended itself. The cluster's folder records the
+processes that were started, and only these are ended.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NoReturn
+from types import FrameType
+from typing import NoReturn, TypedDict
 
 import psutil
 
@@ -36,9 +37,17 @@ SAME_PROCESS_S = 0.05  # two readings of one process' start
 MOST = 64  # nodes
 
 
+class ClusterRecord(TypedDict):
+    """A running cluster: its machine, HOST:PORT of its head once all nodes have joined, [pid, start] of each keeper."""
+
+    host: str
+    address: str | None
+    keepers: list[list[float]]
+
+
 @dataclass(frozen=True)
 class Local:
-    """The cluster of that folder: {"host", "address", "keepers": [[pid, started]], "nodes": [...]} while it runs."""
+    """The cluster of `folder`, which holds its record while it runs."""
 
     folder: Path
 
@@ -46,34 +55,37 @@ class Local:
     def _record(self) -> Path:
         return self.folder / RECORD
 
-    def read(self) -> dict[str, Any] | None:
+    def read(self) -> ClusterRecord | None:
+        """The record; None if no cluster was started in this folder."""
         try:
-            found: dict[str, Any] = json.loads(self._record.read_text(encoding="utf-8"))
+            record: ClusterRecord = json.loads(self._record.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        return found
+        return record
 
     @property
     def key(self) -> str:
-        """Short: sockets lie below a folder of this name."""
+        """A short name for the cluster's temporary folders, since paths of sockets are limited."""
         return sha256(str(self.folder.absolute()).encode()).hexdigest()[:8]
 
     @property
     def token(self) -> Path:
+        """The file of the cluster's token."""
         return self._node(0, 1, cpus=1, gpus=0, patience_s=1.0).token
 
     @property
     def lives(self) -> bool:
-        found = self.read()
-        return found is not None and found["host"] == socket.gethostname() and any(_alive(found["keepers"]))
+        """Whether a keeper of this cluster runs on this machine."""
+        record = self.read()
+        return record is not None and record["host"] == socket.gethostname() and any(_alive(record["keepers"]))
 
     def up(self, num_nodes: int, *, cpus: int, gpus: Sequence[str], patience_s: float) -> str:
-        """Starts `num_nodes` nodes with `cpus` CPUs each and equal shares of `gpus`; the head's HOST:PORT.
+        """Starts `num_nodes` nodes with `cpus` CPUs each and equal shares of `gpus`; returns the head's HOST:PORT.
 
-        Returns when all have joined. Raises ResourceError where one does not, and leaves nothing behind then.
+        Returns when all nodes have joined. If one does not within `patience_s`, ends them all and raises ResourceError.
         """
         if not 1 <= num_nodes <= MOST:
-            raise ConfigError(f"--local (={num_nodes}): 1 to {MOST} nodes")
+            raise ConfigError(f"--local (={num_nodes}): 1 to {MOST} nodes", key="--local", subject=num_nodes)
         self._refuse_second()
         self._clear()
         each = len(gpus) // num_nodes
@@ -85,32 +97,38 @@ class Local:
             raise
 
     def down(self) -> int:
-        """Ends what `up` started and nothing else; how many nodes that were."""
-        found = self._mine()
-        if found is None:
+        """Ends the processes that `up` started, and returns the number of nodes."""
+        record = self._mine()
+        if record is None:
             return 0
-        keepers = list(_alive(found["keepers"]))
+        keepers = list(_alive(record["keepers"]))
         for keeper in keepers:
             with suppress(psutil.Error):
                 keeper.terminate()
         _, left = psutil.wait_procs(keepers, timeout=ENDS_WITHIN_S)
         _kill([*left, *self._orphans()])
         self._clear()
-        return len(found["keepers"])
+        return len(record["keepers"])
 
-    def _mine(self) -> dict[str, Any] | None:
-        """What is written down. Raises ResourceError where it is of another machine."""
-        found = self.read()
-        if found is not None and found["host"] != socket.gethostname():
+    def _mine(self) -> ClusterRecord | None:
+        """The record. Raises ResourceError if the cluster was started on another machine."""
+        record = self.read()
+        if record is not None and record["host"] != socket.gethostname():
             raise ResourceError(
-                f"{self.folder}: this cluster was started on {found['host']}; end it there, or take another --name"
+                f"{self.folder}: this cluster was started on {record['host']}; end it there, or use another --name",
+                key="--name",
+                subject=record["host"],
             )
-        return found
+        return record
 
     def _refuse_second(self) -> None:
-        found = self._mine()
-        if found is not None and self.lives:
-            raise ResourceError(f"{self.folder}: it runs at {found['address']}; `adaptnet cluster down` ends it")
+        record = self._mine()
+        if record is not None and self.lives:
+            raise ResourceError(
+                f"{self.folder}: a cluster runs at {record['address']}; `adaptnet cluster down` ends it",
+                key="--name",
+                subject=record["address"],
+            )
 
     def _start(self, nodes: Sequence[Node], gpus: Sequence[str]) -> str:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -124,28 +142,28 @@ class Local:
         return address
 
     def _orphans(self) -> list[psutil.Process]:
-        """Ray of nodes whose keeper was killed: processes whose command lines name its folder, and their children."""
+        """Processes of nodes whose keeper was killed: those with their folder in the command line, and descendants."""
         sign = f"/tmp/adaptnet-{os.getuid()}-{self.key}-"
         mine = (each for each in psutil.process_iter(["cmdline", "uids"]) if each.info["uids"].real == os.getuid())
-        found = {each for each in mine if any(sign in word for word in each.info["cmdline"] or ())}
-        for process in list(found):
+        orphans = {each for each in mine if any(sign in word for word in each.info["cmdline"] or ())}
+        for process in list(orphans):
             with suppress(psutil.Error):
-                found |= set(process.children(recursive=True))
-        return list(found)
+                orphans |= set(process.children(recursive=True))
+        return list(orphans)
 
     def _write(self, keepers: Iterable[subprocess.Popen[bytes]], address: str | None) -> None:
         started = [[keeper.pid, _started(keeper.pid)] for keeper in keepers]
-        record = {"host": socket.gethostname(), "address": address, "keepers": started}
+        record: ClusterRecord = {"host": socket.gethostname(), "address": address, "keepers": started}
         write_text(self._record, json.dumps(record))
 
     def _node(self, rank: int, num_nodes: int, *, cpus: int, gpus: int, patience_s: float) -> Node:
-        """At a loopback address of its own, by which Ray tells nodes of a machine apart; 127.0.0.1 it replaces."""
+        """A node at a loopback address of its own, since Ray distinguishes nodes by address and replaces 127.0.0.1."""
         names = tuple(f"node{each}" for each in range(num_nodes))
         ip, folder = f"127.0.0.{rank + 2}", self.folder.absolute()
         return Node(rank, names, ip, self.key, folder, cpus=cpus, gpus=gpus, patience_s=patience_s)
 
     def _clear(self) -> None:
-        """Removes what a cluster of this folder has left, also where its keepers could not; other files stay."""
+        """Removes the cluster's own files, including those that killed keepers left; other files stay."""
         for path in (self._record, *self.folder.glob(f"{self.key}-*")):
             path.unlink(missing_ok=True)
         with suppress(OSError):
@@ -155,32 +173,36 @@ class Local:
 
 
 def gpus_here(num_nodes: int) -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them.
+    """The GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES.
 
-    Raises ResourceError where there is not one for each of `num_nodes` nodes.
+    Raises ResourceError if there are fewer than `num_nodes`.
     """
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shown is not None:
-        found = [gpu for gpu in shown.split(",") if gpu and gpu != "-1"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = [gpu for gpu in visible.split(",") if gpu and gpu != "-1"]
     else:
         import torch
 
-        found = [str(number) for number in range(torch.cuda.device_count())]
-    if len(found) < num_nodes:
-        raise ResourceError(f"--gpus: {num_nodes} nodes, and {len(found)} GPUs here; start fewer, or leave --gpus out")
-    return found
+        gpus = [str(number) for number in range(torch.cuda.device_count())]
+    if len(gpus) < num_nodes:
+        raise ResourceError(
+            f"--gpus: {num_nodes} nodes, and this machine has {len(gpus)} GPUs; start fewer nodes, or omit --gpus",
+            key="--gpus",
+            subject=len(gpus),
+        )
+    return gpus
 
 
 def _keeper(node: Node, gpus: Sequence[str]) -> subprocess.Popen[bytes]:
-    """A process that holds the node's Ray, with its share of the GPUs in sight."""
+    """Starts the node's keeper, with its share of the GPUs visible."""
     mine = gpus[node.rank * node.gpus : (node.rank + 1) * node.gpus]
-    given = {"names": node.names, "ip": node.ip, "key": node.key, "folder": str(node.folder), "rank": node.rank}
-    given |= {"cpus": node.cpus, "gpus": node.gpus, "patience_s": node.patience_s}
+    keys = {"names": node.names, "ip": node.ip, "key": node.key, "folder": str(node.folder), "rank": node.rank}
+    keys |= {"cpus": node.cpus, "gpus": node.gpus, "patience_s": node.patience_s}
     paths = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(mine), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with open(node.log, "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "jobs.ray.local", json.dumps(given)],
+            [sys.executable, "-m", "jobs.ray.local", json.dumps(keys)],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -190,26 +212,30 @@ def _keeper(node: Node, gpus: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def _address(head: Node, keeper: subprocess.Popen[bytes]) -> str:
-    """What the head's letter says. Raises ResourceError where none comes."""
+    """The address that the head publishes. Raises ResourceError if its keeper ends or `patience_s` is over."""
     deadline = time.monotonic() + head.patience_s
     while not head.head_file.is_file():
         if keeper.poll() is not None or time.monotonic() >= deadline:
             lines = head.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-            raise ResourceError(f"Ray's head did not start: {' / '.join(lines)[-600:] or 'it is silent'}")
+            raise ResourceError(
+                f"Ray's head did not start: {' / '.join(lines)[-600:] or f'{head.log} is empty'}",
+                key="--patience",
+                subject=head.ip,
+            )
         time.sleep(0.1)
     address: str = json.loads(head.head_file.read_text(encoding="utf-8"))["address"]
     return address
 
 
 def _started(pid: int) -> float:
-    """When a process started; 0 for one that has ended."""
+    """The start of a process in seconds since the epoch; 0 if it has ended."""
     with suppress(psutil.Error):
         return psutil.Process(pid).create_time()
     return 0.0
 
 
 def _alive(keepers: Iterable[Sequence[float]]) -> Iterable[psutil.Process]:
-    """Those that still run; a number that has gone to another process is not one of ours."""
+    """The keepers that still run; compares the start too, since a process id may have been reused."""
     for pid, started in keepers:
         with suppress(psutil.Error):
             process = psutil.Process(int(pid))
@@ -218,25 +244,25 @@ def _alive(keepers: Iterable[Sequence[float]]) -> Iterable[psutil.Process]:
 
 
 def _kill(processes: Sequence[psutil.Process]) -> None:
-    left = [process for process in processes if process.is_running()]
-    for process in left:
+    running = [process for process in processes if process.is_running()]
+    for process in running:
         with suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(left, timeout=ENDS_WITHIN_S)
+    psutil.wait_procs(running, timeout=ENDS_WITHIN_S)
 
 
-def _end(number: int, frame: Any) -> NoReturn:
+def _end(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise SystemExit(0)
 
 
 def keep(node: Node) -> None:
-    """Holds a node's Ray until SIGTERM comes, or Ray has ended."""
+    """Runs a node's Ray until this process gets SIGTERM or Ray ends."""
     signal.signal(signal.SIGTERM, _end)
     with allocation.joined(node) as member:
         member.serve()
 
 
 if __name__ == "__main__":
-    words = json.loads(sys.argv[1])
-    keep(Node(**{**words, "names": tuple(words["names"]), "folder": Path(words["folder"])}))
+    keys = json.loads(sys.argv[1])
+    keep(Node(**{**keys, "names": tuple(keys["names"]), "folder": Path(keys["folder"])}))

@@ -1,4 +1,4 @@
-"""A site's file into what brings its Ray cluster up: the YAML of Ray's cluster launcher, or KubeRay's manifests.
+"""Renders a site as the YAML of Ray's cluster launcher, or as KubeRay's manifests.
 
 Every text is checked before it is written: the launcher's against Ray's own schema, KubeRay's by `jobs.ray.kuberay`.
 """
@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -23,18 +22,18 @@ from pipeline.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
 COPIED = ("pipeline", "jobs", "tuning", "infra", "pyproject.toml", "constraints.txt", "README.md")
-PORT = 6379  # of a head that has its machine, or pod, to itself
+PORT = 6379  # of a head that is alone on its machine or in its pod
 DASHBOARD_PORT = 8265
-TOKEN = "~/.ray/auth_token"  # Ray's own place for it
+TOKEN = "~/.ray/auth_token"  # Ray's default place
 USER_ID = 1000  # of infra/docker's user
-ENVIRONMENT = {  # of every node, as pipeline.execution.allocation has it
+ENVIRONMENT = {  # of every node, as in pipeline.execution.allocation
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "PYTHONUNBUFFERED": "1",
 }
-RETRIES = 3  # of a RayJob: each starts a new cluster, in which the training goes on
+RETRIES = 3  # of a RayJob: each starts a new cluster, on which the training resumes
 
 
 @cache
@@ -45,26 +44,30 @@ def pins() -> dict[str, str]:
 
 
 def render(site: Site, job: Sequence[str] = ()) -> dict[str, str]:
-    """File names and their texts; with `job`, a verb of `adaptnet` and its arguments, a RayJob that runs it.
+    """The site's files as {name: text}; with `job`, a verb of `adaptnet` and its arguments, a RayJob that runs it.
 
-    Raises ConfigError where the outcome is not what Ray or KubeRay takes.
+    Raises ConfigError if Ray or KubeRay would reject the result.
     """
     if not isinstance(site, Kubernetes):
         if job:
-            raise ConfigError(f"--job: a RayJob is for kind kubernetes, {site.name} is {site.kind}; `adaptnet submit`")
+            raise ConfigError(
+                f"--job: RayJobs need a site of kind kubernetes; {site.name} is {site.kind}, use `adaptnet submit`",
+                key="--job",
+                subject=site.kind,
+            )
         return {"cluster.yaml": _text(site, launcher(site))}
     if job:
         return {"rayjob.yaml": _text(site, ray_job(site, job))}
     return {"raycluster.yaml": _text(site, ray_cluster(site))}
 
 
-def _text(site: Site, made: Mapping[str, Any]) -> str:
-    head = f"# {site.name}: written by `adaptnet cluster render`; change the site's file, not this one.\n"
+def _text(site: Site, made: Mapping[str, object]) -> str:
+    head = f"# {site.name}: written by `adaptnet cluster render`; edit the site's file instead of this one.\n"
     return head + yaml.dump(json.loads(json.dumps(made)), Dumper=_QuotingDumper, sort_keys=False, width=10**6)
 
 
 class _QuotingDumper(yaml.SafeDumper):
-    """Text that another reader of YAML may take for a number, like 3e4, is quoted; nothing is wrapped."""
+    """Quotes text that another YAML reader may read as a number, such as 3e4."""
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if _is_number(text) else None)
@@ -84,8 +87,8 @@ def _is_number(text: str) -> bool:
 # ---- Ray's cluster launcher
 
 
-def launcher(site: Launched) -> dict[str, Any]:
-    """What `ray up` takes."""
+def launcher(site: Launched) -> dict[str, object]:
+    """The configuration for `ray up`. Raises ConfigError if it does not fit Ray's schema."""
     made = {
         "cluster_name": site.name,
         "auth": {"ssh_user": site.ssh.user, **({"ssh_private_key": site.ssh.key} if site.ssh.key else {})},
@@ -100,12 +103,12 @@ def launcher(site: Launched) -> dict[str, Any]:
         "head_start_ray_commands": ["ray stop", _start(site, head=True)],
         "worker_start_ray_commands": ["ray stop", _start(site, head=False)],
     }
-    _check_launcher(site, made)
+    check_launcher(site, made)
     return made
 
 
-def _machines(site: Launched) -> dict[str, Any]:
-    """The provider and its kinds of node."""
+def _machines(site: Launched) -> dict[str, object]:
+    """The provider and its node types."""
     if isinstance(site, OnPremise):
         provider = {"type": "local", "head_ip": site.head, "worker_ips": list(site.workers)}
         return {"provider": provider, "max_workers": len(site.workers)}
@@ -119,15 +122,15 @@ def _machines(site: Launched) -> dict[str, Any]:
     }
 
 
-def _provider(site: Aws | Gcp) -> dict[str, Any]:
+def _provider(site: Aws | Gcp) -> dict[str, object]:
     if isinstance(site, Aws):
         zones = {"availability_zone": ",".join(site.zones)} if site.zones else {}
         return {"type": "aws", "region": site.region, **zones, "cache_stopped_nodes": False}
     return {"type": "gcp", "region": site.region, "availability_zone": site.zone, "project_id": site.project}
 
 
-def _node_type(site: Aws | Gcp, machine: Machine) -> dict[str, Any]:
-    """Of the head's kind there are no more."""
+def _node_type(site: Aws | Gcp, machine: Machine) -> dict[str, object]:
+    """A node type; the head's has no workers."""
     fewest, most = (machine.min, machine.max) if isinstance(machine, Machines) else (0, 0)
     config = _aws(site, machine) if isinstance(site, Aws) else _gcp(machine)
     return {
@@ -140,11 +143,11 @@ def _node_type(site: Aws | Gcp, machine: Machine) -> dict[str, Any]:
 
 def _resources(size: Size) -> dict[str, int]:
     memory = int(size.memory_gb * 1e9) if size.memory_gb else None
-    found = {"CPU": size.cpus, "GPU": size.gpus, "memory": memory}
-    return {name: amount for name, amount in found.items() if amount is not None}
+    amounts = {"CPU": size.cpus, "GPU": size.gpus, "memory": memory}
+    return {name: amount for name, amount in amounts.items() if amount is not None}
 
 
-def _aws(site: Aws, machine: Machine) -> dict[str, Any]:
+def _aws(site: Aws, machine: Machine) -> dict[str, object]:
     return {
         "InstanceType": machine.type,
         **({"ImageId": machine.image} if machine.image else {}),
@@ -154,10 +157,10 @@ def _aws(site: Aws, machine: Machine) -> dict[str, Any]:
     }
 
 
-def _gcp(machine: Machine) -> dict[str, Any]:
-    """Machines with GPUs cannot be moved while they run, nor can those that may be taken away."""
+def _gcp(machine: Machine) -> dict[str, object]:
+    """The node_config on GCP; machines with GPUs and preemptible ones cannot migrate while they run."""
     disk = {"diskSizeGb": machine.disk_gb, **({"sourceImage": machine.image} if machine.image else {})}
-    scheduling: dict[str, Any] = {"onHostMaintenance": "TERMINATE"} if machine.gpus or machine.spot else {}
+    scheduling: dict[str, object] = {"onHostMaintenance": "TERMINATE"} if machine.gpus or machine.spot else {}
     scheduling |= {"preemptible": True} if machine.spot else {}
     return {
         "machineType": machine.type,
@@ -166,8 +169,8 @@ def _gcp(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _docker(site: Launched) -> dict[str, Any]:
-    """The image's entry is `adaptnet`; the launcher wants a shell."""
+def _docker(site: Launched) -> dict[str, object]:
+    """Docker's options; the launcher needs a shell in place of the image's entry point, `adaptnet`."""
     options = ["--entrypoint=", f"--volume={site.shared.path}:{site.shared.path}", "--ulimit=nofile=65536:65536"]
     return {"image": site.image, "container_name": "adaptnet", "pull_before_run": False, "run_options": options}
 
@@ -177,7 +180,7 @@ def _copied() -> dict[str, str]:
 
 
 def _shared(site: Launched) -> str:
-    """A line that ends well only where the shared folder is there."""
+    """A shell line that mounts the shared folder, or fails if it is missing."""
     path, source = site.shared.path, site.shared.source
     if source is None:
         return f"test -d {path} || {{ echo 'adaptnet: {path} (shared.path) is not on this node' >&2; exit 1; }}"
@@ -186,7 +189,7 @@ def _shared(site: Launched) -> str:
 
 
 def _installing(site: Launched) -> list[str]:
-    """`ray` and `adaptnet` on every node's PATH; Ray's launcher calls `ray` by that name."""
+    """Shell lines that put `ray` and `adaptnet` on every node's PATH; Ray's launcher calls `ray` by that name."""
     if site.prefix:
         missing = f"adaptnet: no {site.prefix}/bin/ray (prefix) on this node"
         return [f"test -x {site.prefix}/bin/ray || {{ echo '{missing}' >&2; exit 1; }}", _on_path(f"{site.prefix}/bin")]
@@ -203,42 +206,47 @@ def _on_path(folder: str) -> str:
 
 
 def _start(site: Launched, *, head: bool) -> str:
-    """`ray start` in the environment that every node shares."""
-    given = {**ENVIRONMENT, **site.environment}
-    exports = " ".join(f"{key}={shlex.quote(value)}" for key, value in given.items())
-    words = ["ray", "start", "--disable-usage-stats"]
+    """The shell line of `ray start` in the environment that all nodes share."""
+    variables = {**ENVIRONMENT, **site.environment}
+    exports = " ".join(f"{key}={shlex.quote(value)}" for key, value in variables.items())
+    command = ["ray", "start", "--disable-usage-stats"]
     if head:
         dashboard = str(site.dashboard).lower()
-        words += ["--head", f"--port={PORT}", "--autoscaling-config=~/ray_bootstrap_config.yaml"]
-        words += [f"--include-dashboard={dashboard}"]
+        command += ["--head", f"--port={PORT}", "--autoscaling-config=~/ray_bootstrap_config.yaml"]
+        command += [f"--include-dashboard={dashboard}"]
     else:
-        words += [f"--address=$RAY_HEAD_IP:{PORT}"]
+        command += [f"--address=$RAY_HEAD_IP:{PORT}"]
     if isinstance(site, OnPremise):
         sizes = {"cpus": site.node.cpus, "gpus": site.node.gpus}
-        words += [f"--num-{name}={amount}" for name, amount in sizes.items() if amount is not None]
-        words += [f"--memory={int(site.node.memory_gb * 1e9)}"] if site.node.memory_gb else []
-    return f"ulimit -n 65536; export {exports}; {' '.join(words)}"
+        command += [f"--num-{name}={amount}" for name, amount in sizes.items() if amount is not None]
+        command += [f"--memory={int(site.node.memory_gb * 1e9)}"] if site.node.memory_gb else []
+    return f"ulimit -n 65536; export {exports}; {' '.join(command)}"
 
 
-def _check_launcher(site: Launched, made: Mapping[str, Any]) -> None:
-    """Raises ConfigError with what Ray's own schema says."""
+def check_launcher(site: Launched, made: Mapping[str, object]) -> None:
+    """Raises ConfigError with the errors of Ray's own schema."""
     from jsonschema import Draft7Validator
 
     spec = find_spec("ray")
     assert spec is not None and spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / "autoscaler" / "ray-schema.json"
     faults = [
-        f"  {'.'.join(map(str, fault.absolute_path)) or '(the whole)'}: {fault.message}"
+        f"  {'.'.join(map(str, fault.absolute_path)) or '(top level)'}: {fault.message}"
         for fault in Draft7Validator(json.loads(path.read_text(encoding="utf-8"))).iter_errors(made)
     ]
     if faults:
-        raise ConfigError("\n".join([f"{site.name}: Ray's launcher does not take this:", *faults]))
+        raise ConfigError(
+            "\n".join([f"{site.name}: Ray's launcher rejects this configuration:", *faults]),
+            key="cluster.yaml",
+            subject=site.name,
+        )
 
 
 # ---- KubeRay
 
 
-def ray_cluster(site: Kubernetes) -> dict[str, Any]:
+def ray_cluster(site: Kubernetes) -> dict[str, object]:
+    """The manifest of a RayCluster."""
     made = {
         "apiVersion": "ray.io/v1",
         "kind": "RayCluster",
@@ -248,13 +256,21 @@ def ray_cluster(site: Kubernetes) -> dict[str, Any]:
     return _checked(kuberay.RayCluster, made, site)
 
 
-def ray_job(site: Kubernetes, words: Sequence[str]) -> dict[str, Any]:
-    """A job with a cluster of its own, that ends with it. KubeRay hands it over by the dashboard, which is on."""
+def ray_job(site: Kubernetes, words: Sequence[str]) -> dict[str, object]:
+    """The manifest of a RayJob that runs `adaptnet WORDS` on a cluster of its own, which ends with it.
+
+    KubeRay submits it through the dashboard, which is therefore on. Raises ConfigError for a training whose run folder
+    is not on the shared path.
+    """
     name, address = f"{site.name}-{words[0]}", []
     if words[0] == "train":
         address = ["compute.address=auto"]
         if not any(word.startswith(f"{site.path}/") for word in words):
-            raise ConfigError(f"--job: the run must lie where every pod sees it: --run-dir {site.path}/runs/NAME")
+            raise ConfigError(
+                f"--job: every pod must see the run's folder; add --run-dir {site.path}/runs/NAME",
+                key="--run-dir",
+                subject=site.path,
+            )
     made = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -271,22 +287,22 @@ def ray_job(site: Kubernetes, words: Sequence[str]) -> dict[str, Any]:
     return _checked(kuberay.RayJob, made, site)
 
 
-def _checked(model: type[configs.Config], made: dict[str, Any], site: Kubernetes) -> dict[str, Any]:
-    configs.validate(model, made, f"{site.name}: KubeRay does not take this")
+def _checked(model: type[configs.Config], made: dict[str, object], site: Kubernetes) -> dict[str, object]:
+    configs.validate(model, made, f"{site.name}: KubeRay rejects this manifest")
     return made
 
 
-def _spec(site: Kubernetes, *, dashboard: bool) -> dict[str, Any]:
+def _spec(site: Kubernetes, *, dashboard: bool) -> dict[str, object]:
     workers = site.workers
     grows = workers.min < workers.max
     idle = {"idleTimeoutSeconds": round(site.idle_minutes * 60), "version": "v2"}
-    head_words = {"num-cpus": "0", "include-dashboard": str(dashboard).lower()}  # no training on the head
+    head_options = {"num-cpus": "0", "include-dashboard": str(dashboard).lower()}  # no training on the head
     return {
         "rayVersion": pins()["ray"],
         "authOptions": {"mode": "token"},
         "enableInTreeAutoscaling": grows,
         **({"autoscalerOptions": idle} if grows else {}),
-        "headGroupSpec": {"rayStartParams": head_words, "template": _template(site, site.head, dashboard)},
+        "headGroupSpec": {"rayStartParams": head_options, "template": _template(site, site.head, dashboard)},
         "workerGroupSpecs": [
             {
                 "groupName": "workers",
@@ -300,16 +316,16 @@ def _spec(site: Kubernetes, *, dashboard: bool) -> dict[str, Any]:
     }
 
 
-def _template(site: Kubernetes, pod: Pod, dashboard: bool | None) -> dict[str, Any]:
-    """A pod of the image's own user; dashboard None: a worker."""
-    asked = {"cpu": str(pod.cpus), "memory": f"{round(pod.memory_gb * 1024)}Mi"}
-    asked |= {"nvidia.com/gpu": str(pod.gpus)} if pod.gpus else {}
-    given = {key: value for key, value in {**ENVIRONMENT, **site.environment}.items() if key != "RAY_AUTH_MODE"}
+def _template(site: Kubernetes, pod: Pod, dashboard: bool | None) -> dict[str, object]:
+    """A pod template that runs as the image's own user; of a worker if `dashboard` is None, else of the head."""
+    amounts = {"cpu": str(pod.cpus), "memory": f"{round(pod.memory_gb * 1024)}Mi"}
+    amounts |= {"nvidia.com/gpu": str(pod.gpus)} if pod.gpus else {}
+    variables = {key: value for key, value in {**ENVIRONMENT, **site.environment}.items() if key != "RAY_AUTH_MODE"}
     container = {
         "name": "ray",
         "image": site.image,
-        "resources": {"limits": asked, "requests": asked},
-        "env": [{"name": key, "value": value} for key, value in given.items()],
+        "resources": {"limits": amounts, "requests": amounts},
+        "env": [{"name": key, "value": value} for key, value in variables.items()],
         **({} if dashboard is None else {"ports": _ports(dashboard)}),
         **({"volumeMounts": [{"name": "shared", "mountPath": site.path}]} if site.claim else {}),
         **_probes(is_head=dashboard is not None),
@@ -325,14 +341,14 @@ def _template(site: Kubernetes, pod: Pod, dashboard: bool | None) -> dict[str, A
     return {"spec": spec}
 
 
-def _ports(dashboard: bool) -> list[dict[str, Any]]:
+def _ports(dashboard: bool) -> list[dict[str, object]]:
     shown = [{"containerPort": DASHBOARD_PORT, "name": "dashboard"}] if dashboard else []
     return [{"containerPort": PORT, "name": "gcs"}, *shown]
 
 
-def _probes(*, is_head: bool) -> dict[str, Any]:
-    """Of our own: KubeRay's ask the dashboard."""
-    way: dict[str, Any] = {"exec": {"command": ["sh", "-c", "pidof raylet"]}}
+def _probes(*, is_head: bool) -> dict[str, object]:
+    """Probes that work without the dashboard, unlike KubeRay's own."""
+    way: dict[str, object] = {"exec": {"command": ["sh", "-c", "pidof raylet"]}}
     if is_head:
         way = {"tcpSocket": {"port": PORT}}
     patience = {"initialDelaySeconds": 10, "periodSeconds": 5, "timeoutSeconds": 5}

@@ -1,16 +1,16 @@
-"""A Ray cluster outside SLURM, said once in infra/ray/sites/<name>.yaml: which machines, how many, what is on them."""
+"""Sites of Ray clusters outside SLURM, infra/ray/sites/<name>.yaml: machines, their number and their environment."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipeline import config as configs
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, JsonValue
 
 SITES = Path(__file__).parents[2] / "infra" / "ray" / "sites"
 Text = Annotated[str, Field(min_length=1)]
@@ -21,22 +21,22 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Ssh(Config):
-    """How `ray up` reaches the machines. Without a key Ray makes one on AWS and GCP; on hosts of your own ssh asks."""
+    """The ssh login by which `ray up` reaches the machines. Without a key Ray creates one on AWS and GCP."""
 
     user: Text = "ubuntu"
     key: Text | None = None
 
 
 class SharedStorage(Config):
-    """The folder in which runs and images lie, seen by every node at the same path."""
+    """The folder of runs and images, which every node has at the same path."""
 
     path: Folder = "/shared"
-    source: Text | None = None  # what mount takes, e.g. fs-1.efs.eu-west-1.amazonaws.com:/; None: it is there already
+    source: Text | None = None  # mount's source, e.g. fs-1.efs.eu-west-1.amazonaws.com:/; None: already mounted
     type: Text = "nfs4"
 
 
 class Size(Config):
-    """What a node gives to Ray; None: what Ray finds there."""
+    """A node's resources for Ray; None: those that Ray detects."""
 
     cpus: Annotated[int, Field(ge=1)] | None = None
     gpus: Count | None = None
@@ -44,17 +44,17 @@ class Size(Config):
 
 
 class Machine(Size):
-    """A kind of machine in a cloud."""
+    """A machine type of a cloud."""
 
     type: Text  # e.g. g5.2xlarge, g2-standard-12
     image: Text | None = None  # of the disk: an AMI, or a source image of GCP
     disk_gb: Annotated[int, Field(ge=20)] = 150
     spot: bool = False
-    extra: Mapping[str, Any] = Field(default_factory=dict)  # laid over the node_config that is rendered
+    extra: Mapping[str, JsonValue] = Field(default_factory=dict)  # merged into the rendered node_config
 
 
 class Machines(Machine):
-    """From `min` to `max` workers of one kind; between them the cluster grows as it is used."""
+    """From `min` to `max` workers of one machine type; the cluster grows and shrinks with its use."""
 
     min: Count = 0
     max: Annotated[int, Field(ge=1)] = 1
@@ -66,7 +66,7 @@ class Machines(Machine):
 
 
 class Pod(Config):
-    """What a pod asks for and is held to."""
+    """A pod's resources, both its requests and its limits."""
 
     cpus: Annotated[int, Field(ge=1)]
     memory_gb: Annotated[float, Field(gt=0)]
@@ -75,7 +75,7 @@ class Pod(Config):
 
 
 class Pods(Pod):
-    """From `min` to `max` equal workers."""
+    """From `min` to `max` equal worker pods."""
 
     min: Count = 0
     max: Annotated[int, Field(ge=1)] = 1
@@ -92,32 +92,32 @@ def _check_order(fewest: int, most: int) -> None:
 
 
 class _Site(Config):
-    """What every kind has."""
+    """The keys of every kind of site."""
 
     name: Name
     environment: Mapping[Variable, str] = Field(default_factory=dict)
-    dashboard: bool = False  # Ray's dashboard and, with it, the job server that `adaptnet submit --where ray` talks to
+    dashboard: bool = False  # Ray's dashboard and, with it, the job server of `adaptnet submit --where ray`
 
 
 class _Launched(_Site):
-    """What Ray's own launcher brings up, over ssh."""
+    """A site whose cluster Ray's own launcher brings up, over ssh."""
 
     ssh: Ssh = Ssh()
     image: Text | None = None  # of infra/docker, run by Docker on every node
-    prefix: Folder | None = None  # or an environment that is there already, e.g. /shared/venv: bin/ray lies in it
-    python: Text = "python3"  # or else, 3.11 or newer: this checkout is copied to every node and installed by it
+    prefix: Folder | None = None  # or an installed environment, e.g. /shared/venv, which holds bin/ray
+    python: Text = "python3"  # or else, 3.11 or newer: installs a copy of this checkout on every node
     shared: SharedStorage = SharedStorage()
-    setup: tuple[Text, ...] = ()  # shell lines on every node, before all else
+    setup: tuple[Text, ...] = ()  # shell lines that run first on every node
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if self.image and self.prefix:
-            raise ValueError("image and prefix are two ways to the same: give one")
+            raise ValueError("image and prefix exclude each other: set one of them")
         return self
 
 
 class OnPremise(_Launched):
-    """Hosts of one's own, for this cluster alone: Ray's launcher ends any other Ray of this user there."""
+    """Hosts of one's own, used by this cluster only: Ray's launcher stops any other Ray of this user on them."""
 
     kind: Literal["on-premise"]
     head: Text
@@ -128,11 +128,13 @@ class OnPremise(_Launched):
     def _hosts_once(self) -> Self:
         twice = {host for host in (self.head, *self.workers) if (self.head, *self.workers).count(host) > 1}
         if twice:
-            raise ValueError(f"a host is named twice: {', '.join(sorted(twice))}")
+            raise ValueError(f"each host may be named once: {', '.join(sorted(twice))}")
         return self
 
 
 class Aws(_Launched):
+    """Machines on Amazon EC2."""
+
     kind: Literal["aws"]
     region: Text
     zones: tuple[Text, ...] = ()
@@ -142,6 +144,8 @@ class Aws(_Launched):
 
 
 class Gcp(_Launched):
+    """Machines on Google Compute Engine."""
+
     kind: Literal["gcp"]
     project: Text
     region: Text
@@ -152,7 +156,7 @@ class Gcp(_Launched):
 
 
 class Kubernetes(_Site):
-    """A cluster of KubeRay's operator, 1.6 or newer."""
+    """A cluster under Kubernetes with KubeRay's operator, 1.6 or newer."""
 
     kind: Literal["kubernetes"]
     image: Text
@@ -179,13 +183,15 @@ KINDS: Mapping[str, type[Site]] = {
 
 
 def load(name: str) -> Site:
-    """The site called `name`, or at that path. Raises ConfigError listing the sites there are, or each fault."""
+    """Reads the site `name` or the .yaml file at that path. Raises ConfigError for an unknown site or invalid keys."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else SITES / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(each.stem for each in SITES.glob("*.yaml"))) or "none"
-        raise ConfigError(f"site (={name}): no such file; known: {known}; or a path ending in .yaml")
-    found = configs.read_mapping(path)
-    kind = str(found.get("kind"))
+        raise ConfigError(
+            f"site (={name}): no such file; known: {known}; or a path ending in .yaml", key="site", subject=name
+        )
+    keys = configs.read_mapping(path)
+    kind = str(keys.get("kind"))
     if kind not in KINDS:
-        raise ConfigError(f"site {path}:\n  kind (={kind}): one of {', '.join(KINDS)}")
-    return configs.validate(KINDS[kind], found, f"site {path}")
+        raise ConfigError(f"site {path}:\n  kind (={kind}): one of {', '.join(KINDS)}", key="kind", subject=kind)
+    return configs.validate(KINDS[kind], keys, f"site {path}")
