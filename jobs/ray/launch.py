@@ -7,7 +7,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,17 +81,22 @@ def _ray(*words: str) -> str:
     return _run([str(Path(sys.executable).parent / "ray"), *words], words[1], env)
 
 
-def check(site: Launched) -> None:
+def check(
+    site: Launched,
+    *,
+    which: Callable[[str], str | None] = shutil.which,
+    find_module: Callable[[str], object | None] = find_spec,
+) -> None:
     """Raises ResourceError for a tool or extra that Ray's launcher needs, ConfigError if the ssh key does not exist."""
     for tool, package in TOOLS.items():
-        if shutil.which(tool) is None:
+        if which(tool) is None:
             raise ResourceError(
                 f"{site.name} (kind: {site.kind}) needs {tool} on this machine; install {package}",
                 key=tool,
                 subject=site.name,
             )
     module = NEEDS.get(site.kind)
-    if module and find_spec(module) is None:
+    if module and find_module(module) is None:
         raise ResourceError(
             f"{site.name} (kind: {site.kind}) needs the extra `{site.kind}`, which is not installed: "
             f"pip install --constraint constraints.txt --editable '.[{site.kind}]'",

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from pipeline import config as configs
 from pipeline.config import Config
-from pipeline.errors import ConfigError, JsonValue
+from pipeline.errors import ConfigError
 
 SITES = Path(__file__).parents[2] / "infra" / "ray" / "sites"
 Text = Annotated[str, Field(min_length=1)]
