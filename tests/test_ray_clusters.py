@@ -310,7 +310,7 @@ echo "left: $(ps -eo args | grep -E '[g]cs_server|[r]aylet' | wc -l)"
 @pytest.mark.ray
 @pytest.mark.faults
 def test_rays_launcher_brings_a_host_up_shows_it_and_takes_it_down(tmp_path: Path) -> None:
-    """Ray's launcher calls `ray stop`, which ends every Ray of its user, so it runs in a process namespace of its own."""
+    """Ray's launcher calls `ray stop`, which ends every Ray of its user, so it gets a process namespace of its own."""
     can = subprocess.run([*ALONE, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
     if can.returncode != 0:
         pytest.skip("needs process and mount namespaces, which this user may not create (unshare)")

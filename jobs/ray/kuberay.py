@@ -20,30 +20,42 @@ Replicas = Annotated[int, Field(ge=0)]
 
 
 class Metadata(Config):
+    """The object's name and namespace."""
+
     name: Label
     namespace: Label
 
 
 class Variable(Config):
+    """An environment variable of a container."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
     value: str
 
 
 class Amounts(Config):
+    """Resources of a container: requests and limits."""
+
     limits: Mapping[Literal["cpu", "memory", "nvidia.com/gpu"], Quantity]
     requests: Mapping[Literal["cpu", "memory", "nvidia.com/gpu"], Quantity]
 
 
 class Port(Config):
+    """A port that a container opens."""
+
     containerPort: Annotated[int, Field(ge=1, le=65535)]
     name: Label
 
 
 class Tcp(Config):
+    """A probe that connects to a port."""
+
     port: Annotated[int, Field(ge=1, le=65535)]
 
 
 class Exec(Config):
+    """A probe that runs a command in the container."""
+
     command: Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
@@ -65,11 +77,15 @@ class Probe(Config):
 
 
 class Mount(Config):
+    """A volume in a container's file system."""
+
     name: Label
     mountPath: Annotated[str, Field(pattern=r"^/")]
 
 
 class Container(Config):
+    """The Ray container of a pod."""
+
     name: Label
     image: Text
     resources: Amounts
@@ -81,25 +97,35 @@ class Container(Config):
 
 
 class Claim(Config):
+    """A volume's PersistentVolumeClaim."""
+
     claimName: Text
 
 
 class Volume(Config):
+    """A volume of a pod."""
+
     name: Label
     persistentVolumeClaim: Claim
 
 
 class Reference(Config):
+    """A reference to an object by name."""
+
     name: Text
 
 
 class SecurityContext(Config):
+    """The user of a pod's processes, never root."""
+
     runAsNonRoot: Literal[True]
     runAsUser: Annotated[int, Field(ge=1)]
     fsGroup: Annotated[int, Field(ge=1)]
 
 
 class PodSpec(Config):
+    """A pod: its containers, volumes and node selector."""
+
     containers: Annotated[tuple[Container, ...], Field(min_length=1)]
     securityContext: SecurityContext
     volumes: tuple[Volume, ...] = ()
@@ -116,15 +142,21 @@ class PodSpec(Config):
 
 
 class Template(Config):
+    """A pod template."""
+
     spec: PodSpec
 
 
 class HeadGroup(Config):
+    """The head's pod, and its parameters of `ray start`."""
+
     rayStartParams: Mapping[str, str]
     template: Template
 
 
 class WorkerGroup(Config):
+    """Equal worker pods, from `minReplicas` to `maxReplicas`."""
+
     groupName: Label
     replicas: Replicas
     minReplicas: Replicas
@@ -140,15 +172,21 @@ class WorkerGroup(Config):
 
 
 class Authentication(Config):
+    """Whether the cluster requires a token."""
+
     mode: Literal["disabled", "token"]
 
 
 class Autoscaler(Config):
+    """KubeRay's autoscaler, which removes workers that are idle."""
+
     idleTimeoutSeconds: Replicas
     version: Literal["v1", "v2"]
 
 
 class ClusterSpec(Config):
+    """A Ray cluster: its version, head and workers."""
+
     rayVersion: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
     authOptions: Authentication
     enableInTreeAutoscaling: bool
@@ -158,6 +196,8 @@ class ClusterSpec(Config):
 
 
 class JobSpec(Config):
+    """A job and the cluster that it runs on."""
+
     entrypoint: Text
     submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]
     shutdownAfterJobFinishes: bool
@@ -167,6 +207,8 @@ class JobSpec(Config):
 
 
 class RayCluster(Config):
+    """The manifest of a cluster."""
+
     apiVersion: Literal["ray.io/v1"]
     kind: Literal["RayCluster"]
     metadata: Metadata
@@ -174,6 +216,8 @@ class RayCluster(Config):
 
 
 class RayJob(Config):
+    """The manifest of a job with a cluster of its own."""
+
     apiVersion: Literal["ray.io/v1"]
     kind: Literal["RayJob"]
     metadata: Metadata

@@ -63,7 +63,7 @@ def _write(site: Site, folder: Path) -> Path:
     return path
 
 
-def _kubectl(site: Kubernetes, *words: str) -> str:
+def _kubectl(site: Kubernetes, *arguments: str) -> str:
     if shutil.which("kubectl") is None:
         raise ResourceError(
             f"{site.name} (kind: kubernetes) needs kubectl, which is not on this machine; `adaptnet cluster render "
@@ -72,13 +72,13 @@ def _kubectl(site: Kubernetes, *words: str) -> str:
             subject=site.name,
         )
     context = ["--context", site.context] if site.context else []
-    return _run(["kubectl", *context, "--namespace", site.namespace, *words], site.name)
+    return _run(["kubectl", *context, "--namespace", site.namespace, *arguments], site.name)
 
 
-def _ray(*words: str) -> str:
+def _ray(*arguments: str) -> str:
     """Runs this environment's `ray` command without the variable that would send it to another cluster."""
     env = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS",)}
-    return _run([str(Path(sys.executable).parent / "ray"), *words], words[1], env)
+    return _run([str(Path(sys.executable).parent / "ray"), *arguments], arguments[1], env)
 
 
 def check(

@@ -256,16 +256,16 @@ def ray_cluster(site: Kubernetes) -> dict[str, object]:
     return _checked(kuberay.RayCluster, made, site)
 
 
-def ray_job(site: Kubernetes, words: Sequence[str]) -> dict[str, object]:
-    """The manifest of a RayJob that runs `adaptnet WORDS` on a cluster of its own, which ends with it.
+def ray_job(site: Kubernetes, arguments: Sequence[str]) -> dict[str, object]:
+    """The manifest of a RayJob that runs `adaptnet ARGUMENTS` on a cluster of its own, which ends with it.
 
     KubeRay submits it through the dashboard, which is therefore on. Raises ConfigError for a training whose run folder
     is not on the shared path.
     """
-    name, address = f"{site.name}-{words[0]}", []
-    if words[0] == "train":
+    name, address = f"{site.name}-{arguments[0]}", []
+    if arguments[0] == "train":
         address = ["compute.address=auto"]
-        if not any(word.startswith(f"{site.path}/") for word in words):
+        if not any(word.startswith(f"{site.path}/") for word in arguments):
             raise ConfigError(
                 f"--job: every pod must see the run's folder; add --run-dir {site.path}/runs/NAME",
                 key="--run-dir",
@@ -276,7 +276,7 @@ def ray_job(site: Kubernetes, words: Sequence[str]) -> dict[str, object]:
         "kind": "RayJob",
         "metadata": {"name": name, "namespace": site.namespace},
         "spec": {
-            "entrypoint": shlex.join(["adaptnet", *words, *address]),
+            "entrypoint": shlex.join(["adaptnet", *arguments, *address]),
             "submissionMode": "K8sJobMode",
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 60,

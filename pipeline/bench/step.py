@@ -53,6 +53,7 @@ class LoopSetup:
 
     @property
     def batch_size(self) -> int:
+        """The global batch size, over all workers."""
         return self.config.training.batch_size
 
 

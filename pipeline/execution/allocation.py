@@ -59,7 +59,7 @@ trap '
 ray=$!
 wait "$ray"
 """
-KEPT = ("SLURM_JOB_ID", "SLURMD_NODENAME")  # a site's epilog finds a job's processes by these variables
+PASSED_ON = ("SLURM_JOB_ID", "SLURMD_NODENAME")  # a site's epilog finds a job's processes by these variables
 
 
 @dataclass(frozen=True)
@@ -328,9 +328,9 @@ def _end_with_parent() -> None:
 def environment(given: Mapping[str, str], node: Node) -> dict[str, str]:
     """The task's environment without variables that disturb Ray: CPU bindings of the batch system, other tokens."""
     removed = ("SLURM", "SBATCH", "SRUN", "SUBMITIT", "PMI", "RAY_ADDRESS", "RAY_AUTH", "OMP_NUM_THREADS")
-    kept = {key: value for key, value in given.items() if key in KEPT or not key.startswith(removed)}
+    task = {key: value for key, value in given.items() if key in PASSED_ON or not key.startswith(removed)}
     return {
-        **kept,
+        **task,
         **_authentication(node),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
