@@ -60,7 +60,7 @@ def test_what_is_not_known_stays_unknown() -> None:
 
 
 def test_a_step_has_an_image_for_each_worker() -> None:
-    with pytest.raises(ConfigError, match=r"training.batch_size \(=256\) is below the number of workers \(=257\)"):
+    with fails(ConfigError, "training.batch_size", 256):
         plan(recipe(), 257, IMAGES, COST, network_bytes_per_s=None)
 
 

@@ -392,10 +392,10 @@ def test_two_trainings_share_a_cluster_of_this_machine_and_down_leaves_no_proces
         assert all((first[key] == second[key]).all() for key in first), "the same recipe, on the same cluster"
     finally:
         ended = command(home, "cluster", "down")
-    assert ended == ["2 nodes ended"]
+    assert ended == ["stopped 2 nodes"]
     assert not ours(local) and not local.folder.exists()
     assert not list(Path("/tmp").glob(f"adaptnet-*-{local.key}-*"))
-    assert "no cluster runs there" in "\n".join(command(home, "cluster", "down"))
+    assert "no cluster runs here" in "\n".join(command(home, "cluster", "down"))
 
 
 def _weights(run: Path) -> Path:

@@ -169,10 +169,10 @@ def ranet_pairs() -> Iterator[PolicyPair]:
     for classifier, spread in zip(net.classifiers, exits.std((0, 2)), strict=True):
         assert isinstance(classifier, Classifier)
         classifier.fc.weight.div_(float(spread))
-    found, costs = confidence(net(images).exits), measure(net, images)
+    confidences, costs = confidence(net(images).exits), measure(net, images)
     for batch, qs in ((256, (0.5, 0.8, 1.0, 1.5)), (32, (0.5, 1.0, 1.5)), (8, (1.0, 1.5)), (1, (1.0,))):
         for q in qs:
-            until = (*thresholds(found, shares(log(q), net.config.num_exits)), 0.0)
+            until = (*thresholds(confidences, shares(log(q), net.config.num_exits)), 0.0)
             some = images[:batch]
             macs = float(early_exit(net, some, until, costs).macs.mean()) / costs.cumulative[-1]
             ours = _call(early_exit, net, some, until, costs)
@@ -181,7 +181,7 @@ def ranet_pairs() -> Iterator[PolicyPair]:
             )
     for peer, keys in {"ResNet-50": {"net": "resnet50", "stem": "cifar"}, "VGG-16": {"net": "vgg16_bn"}}.items():
         plain = _net(baseline.FAMILY, name="baseline", **keys)
-        full, until = cost.measure(plain, images[:1]).macs, (*thresholds(found, shares(0.0, 6)), 0.0)
+        full, until = cost.measure(plain, images[:1]).macs, (*thresholds(confidences, shares(0.0, 6)), 0.0)
         for batch in (256, 1):
             some = images[:batch]
             macs = float(early_exit(net, some, until, costs).macs.mean()) / full

@@ -60,8 +60,8 @@ class LoopSetup:
 def loops(config: RunConfig, *, num_classes: int = 10, steps: int = 60, rounds: int = 5) -> list[BenchRow]:
     """Our loop against the bare one, in this process."""
     setup = LoopSetup(config, num_classes, steps)
-    found = interleave({OURS: lambda: ours(setup), BARE: lambda: bare(setup)}, rounds)
-    return compare(found, OURS)
+    rates = interleave({OURS: lambda: ours(setup), BARE: lambda: bare(setup)}, rounds)
+    return compare(rates, OURS)
 
 
 def workers(config: RunConfig, *, num_classes: int = 10, steps: int = 60, rounds: int = 5) -> list[BenchRow]:
@@ -72,8 +72,8 @@ def workers(config: RunConfig, *, num_classes: int = 10, steps: int = 60, rounds
             RAY: lambda: _under_ray(setup, Path(folder)),
             TORCHRUN: lambda: _under_torchrun(setup, Path(folder)),
         }
-        found = interleave(runs, rounds)
-    return compare(found, RAY)
+        rates = interleave(runs, rounds)
+    return compare(rates, RAY)
 
 
 def _compute(config: RunConfig) -> ComputeConfig:
@@ -201,9 +201,9 @@ def batches(setup: LoopSetup, device: torch.device) -> Iterator[tuple[Tensor, Te
         yield from pool
 
 
-def micros(found: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Sequence[Micro]]:
+def micros(source: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Sequence[Micro]]:
     """Each batch as one micro-batch."""
-    for images, labels in found:
+    for images, labels in source:
         yield [Micro(images, labels, labels)]
 
 
