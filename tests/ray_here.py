@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.execution import sockets
+from pipeline.execution import allocation, sockets
 
 CPUS = 2
 ATTEMPTS = 3  # Ray gives a node 30 s to start, which a busy machine may exceed
@@ -83,8 +83,15 @@ def _ray_start(address: str, scratch: Path, log: Path) -> psutil.Popen:
         "PYTHONUNBUFFERED": "1",
     }
     with open(log, "wb") as file:
-        command = [str(Path(sys.executable).parent / "ray"), *line.split()]
-        return psutil.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        return psutil.Popen(
+            ["sh", "-c", allocation.SUPERVISED, "sh", str(Path(sys.executable).parent / "ray"), *line.split()],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=allocation.end_with_parent,  # also if the tests are killed
+        )
 
 
 def _end(process: psutil.Popen) -> None:
