@@ -20,6 +20,7 @@ from pipeline.tracking import TrackingConfig
 from pipeline.training.config import CheckpointConfig, EvaluationConfig, LoggingConfig, TrainingConfig
 
 IDENTITY = "data.identity"
+DUMPED = {"name", "seed", "family", "data", "training", "compute", "checkpoint", "evaluation", "logging", "tracking"}
 
 
 def _plain_name(name: str) -> str:
@@ -110,13 +111,19 @@ def load(
     """
     layers: list[Mapping[str, Any]] = [
         {"name": recipes.run_name(source)},
-        *recipes.layers(source),
+        *map(_without_unused_defaults, recipes.layers(source)),
         _together(overrides),
         _together(drawn),
     ]
     start: Mapping[str, Any] = {}
     mapping = reduce(lay, layers, start)
     return from_mapping(configs.interpolate(mapping, {"data_home": data_home}), f"recipe {source}")
+
+
+def _without_unused_defaults(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe's layer; a complete dump, as older versions wrote for each job, loses the keys that change nothing."""
+    written = set(layer) >= DUMPED and set(CheckpointConfig.model_fields) <= set(configs.section(layer, "checkpoint"))
+    return configs.live(_model_of(layer), layer) if written else layer
 
 
 def _together(overrides: Sequence[str]) -> dict[str, Any]:
