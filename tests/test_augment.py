@@ -16,6 +16,7 @@ from raised import fails
 from torch import Tensor
 from torchvision.transforms import v2
 
+from pipeline import run_config
 from pipeline.config import as_mapping, validate
 from pipeline.data import augment
 from pipeline.data.augment import AugmentConfig
@@ -236,6 +237,36 @@ def test_keys_that_change_nothing_are_named_with_the_reason() -> None:
 def test_a_wrong_value_or_key_is_refused_by_name(key: str, value: object) -> None:
     with fails(ConfigError, f"augment.{key}"):
         validate(DataConfig, {"root": "/x", "augment": {key: value}}, "here")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.augment.pad_px=4",  # its default: what is typed must do something, whatever the value
+        "data.augment.low_pass=0.5",
+        "data.lanes=64",
+    ],
+)
+def test_a_typed_key_that_changes_nothing_is_refused(override: str) -> None:
+    with fails(ConfigError, override.partition("=")[0]):
+        run_config.load("baseline/toy", [override])
+
+
+def test_a_crop_that_is_overridden_drops_the_inherited_keys_of_the_other() -> None:
+    config = run_config.load("baseline/toy", ["data.augment.crop=random-pad", "data.augment.pad_px=2"])
+    assert as_mapping(config)["data"]["augment"].keys().isdisjoint({"scale", "ratio", "low_pass"})
+    with fails(ConfigError, "data.augment.scale"):
+        run_config.load("baseline/toy", ["data.augment.crop=random-pad", "data.augment.scale=[0.5, 1.0]"])
+
+
+def test_recipes_and_fingerprints_that_hold_all_keys_are_read() -> None:
+    config = run_config.load("baseline/toy")
+    stored, inert = as_mapping(config), {"pad_px": 12, "low_pass": 0.5}
+    stored["data"] |= {"lanes": 64, "window": 2048, "augment": {**stored["data"]["augment"], **inert}}
+    assert as_mapping(run_config.from_stored(stored, "stored")) == as_mapping(config)
+    fingerprint = run_config.fingerprint(config, "identity")
+    older = {**fingerprint, **{f"data.augment.{key}": value for key, value in inert.items()}}
+    assert run_config.translated(older) == fingerprint
 
 
 def test_a_full_dump_is_read_back() -> None:
