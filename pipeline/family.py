@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from types import ModuleType
-from typing import Any, Protocol, Self, TypeAlias, TypeVar, cast, runtime_checkable
+from typing import Any, Generic, Protocol, Self, TypeAlias, TypeVar, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from pipeline.figures import Arrays, Figure
 Settings: TypeAlias = "Mapping[str, int | float | str | bool]"
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # logits [B, K], targets -> the mean over images, []
 T = TypeVar("T")
+ConfigT = TypeVar("ConfigT", bound="FamilyConfig")
+OutputT = TypeVar("OutputT")
 LATENCY_FORMAT = 1
 REPORT_FORMAT = 2  # format 1 had no format number, no kind and no settings
 
@@ -304,50 +306,53 @@ MAP_SIDES = Profile("side_px", "convolution", "side, px", map_sides)
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(Generic[ConfigT, OutputT]):
     """One kind of network, as callables over its own config.
 
     build(config, num_classes)    -> net on CPU, weights set from torch's default generator
     loss(config, output, targets, criterion)
-                                  -> Loss; takes the OUTPUT, never the net; targets [B] i64, or [B, K] f32 if mixed;
+                                  -> Loss; gets the output, never the net; targets [B] i64, or [B, K] f32 if mixed;
                                      criterion compares logits with targets, as `training.loss` says
     groups(config, net)           -> optimizer name -> its Params; together they partition the trainable parameters
     optimizers(config)            -> the names that groups will have; "main" alone by default
     updates(config, step)         -> names of the optimizers that move at this step, in order
-    policies(config, net)         -> the ways to run the trained net; the first is the default
+    policies(config, net)         -> the ways to run the trained net; the first one is the default
     load_pretrained(config, net, tensors)
-                                  -> fills a fresh net from foreign weights by name (released code's, torchvision's, a
-                                     smaller net's of ours); returns the net's names that keep their initial values;
-                                     raises ConfigError listing tensors that fit nowhere; strict and ours by default
-    warnings(config, side_px)     -> sentences on what training on images of at most side_px leaves unused
-    figures(mine, others)         -> the family's own pictures of its trained nets `mine`; `others` are those of other
-                                     families that are shown beside them, to be compared with
-    static(config, net, reports)  -> {name: images -> module} of the ways to run the net that do the same whatever the
-                                     images hold: the module takes images of the given size [B, 3, H, W] and returns
-                                     logits [B, K], and torch.export can trace it; reports are the stored ones
+                                  -> fills a fresh net from weights by name (the released code's, torchvision's, a
+                                     smaller net's); returns the names that keep their initial values; raises
+                                     ConfigError listing tensors that do not fit; by default only our own, all of them
+    warnings(config, side_px)     -> sentences on what is never used in training on images of at most side_px
+    figures(mine, others)         -> the family's own figures of its trained nets `mine`; `others` are nets of other
+                                     families that are shown beside them for comparison
+    static(config, net, reports)  -> {name: images -> module} of the ways to run the net that compute the same for every
+                                     image: the module maps images of the given size [B, 3, H, W] to logits [B, K], and
+                                     torch.export can trace it; reports are the stored ones
     profile                       -> the numbers along a net that a sweep with `profiles: true` draws
     summary_facts                 -> names of the facts of a Prediction that a sweep's table shows beside accuracy
     adaptive                      -> False if a net computes the same for every image: others are compared with it
     """
 
-    config: type[FamilyConfig]
-    build: Callable[[Any, int], nn.Module]
-    loss: Callable[[Any, Any, Tensor, Criterion], Loss]
-    groups: Callable[[Any, nn.Module], Mapping[str, Sequence[Params]]]
-    updates: Callable[[Any, int], Sequence[str]]
-    policies: Callable[[Any, nn.Module], Sequence[Policy]]
-    load_pretrained: Callable[[Any, nn.Module, Mapping[str, Tensor]], Sequence[str]] = lambda _, net, tensors: load(
+    config: type[ConfigT]
+    build: Callable[[ConfigT, int], nn.Module]
+    loss: Callable[[ConfigT, OutputT, Tensor, Criterion], Loss]
+    groups: Callable[[ConfigT, nn.Module], Mapping[str, Sequence[Params]]]
+    updates: Callable[[ConfigT, int], Sequence[str]]
+    policies: Callable[[ConfigT, nn.Module], Sequence[Policy]]
+    load_pretrained: Callable[[ConfigT, nn.Module, Mapping[str, Tensor]], Sequence[str]] = lambda _, net, tensors: load(
         net, tensors
     )
-    optimizers: Callable[[Any], Sequence[str]] = lambda _: ("main",)
-    warnings: Callable[[Any, int], Sequence[str]] = lambda _, side_px: ()
+    optimizers: Callable[[ConfigT], Sequence[str]] = lambda _: ("main",)
+    warnings: Callable[[ConfigT, int], Sequence[str]] = lambda _, side_px: ()
     figures: Callable[[Sequence[Evaluated], Sequence[Evaluated]], Sequence[Figure]] = lambda mine, others: ()
-    static: Callable[[Any, nn.Module, Sequence[Report]], Mapping[str, Callable[[Tensor], nn.Module]]] = (
+    static: Callable[[ConfigT, nn.Module, Sequence[Report]], Mapping[str, Callable[[Tensor], nn.Module]]] = (
         lambda _, net, reports: {}
     )
     profile: Profile = MAP_SIDES
     summary_facts: Sequence[str] = ()
     adaptive: bool = True
+
+
+AnyFamily: TypeAlias = "Family[Any, Any]"  # of some config and output
 
 
 def load(net: nn.Module, tensors: Mapping[str, Tensor], keep: Callable[[str], bool] = lambda name: False) -> list[str]:
@@ -390,7 +395,7 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(_families().__path__) if m.ispkg)
 
 
-def find(name: str) -> Family:
+def find(name: str) -> AnyFamily:
     """The family with this name. Raises ConfigError naming the known ones."""
     if name not in names():
         close = get_close_matches(name, names(), 1)
@@ -398,7 +403,7 @@ def find(name: str) -> Family:
         raise ConfigError(
             f"family.name (={name}): no such family; known: {', '.join(names())}{hint}", key="family.name", subject=name
         )
-    family: Family = importlib.import_module(f"pipeline.families.{name}").FAMILY
+    family: AnyFamily = importlib.import_module(f"pipeline.families.{name}").FAMILY
     return family
 
 

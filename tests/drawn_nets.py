@@ -11,7 +11,7 @@ import tiny
 from numpy.typing import NDArray
 
 from pipeline.evaluation.reports_v1 import identity
-from pipeline.family import Evaluated, Family, FamilyConfig, Latency, Report
+from pipeline.family import AnyFamily, Evaluated, FamilyConfig, Latency, Report
 from pipeline.figures import Bars, Figure, Gallery, HeatMap, Lines, Series, Table
 
 HOSTILE = ('<b>ant & "bee"</b>', "$x_1$", "=SUM(A1)", "bee, 'wasp'\nline", "_under", "naïve 猫", "bad \udcff\x01 name")
@@ -109,7 +109,7 @@ def figures(mine: Sequence[Evaluated], others: Sequence[Evaluated]) -> Sequence[
     ]
 
 
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: Mapping[str, AnyFamily] = {
     "tiny": replace(tiny.FAMILY, figures=figures),
     "baseline": replace(tiny.FAMILY, adaptive=False),
     "other": tiny.FAMILY,

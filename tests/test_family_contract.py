@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import as_mapping, dump_yaml, parse_yaml, validate
 from pipeline.errors import ConfigError
-from pipeline.family import Family, FamilyConfig, Policy, find, names
+from pipeline.family import AnyFamily, FamilyConfig, Policy, find, names
 from pipeline.training import checkpoint, optim, state, step
 from pipeline.training.loop import train
 from pipeline.training.optimizers.sgd import SgdConfig
@@ -47,7 +47,7 @@ OFTEN = {"shape_adaptor": {"alpha_every": 2}}  # so that both phases come, befor
 SHARES = {"equal": 4, "unequal": 3}  # images of rank 0; rank 1 has the others
 
 
-def opened(case: str) -> tuple[Family, FamilyConfig, nn.Module]:
+def opened(case: str) -> tuple[AnyFamily, FamilyConfig, nn.Module]:
     """The family, its config and a net of that case, always with the same weights."""
     name = case.split("-")[0]
     family = find(name)

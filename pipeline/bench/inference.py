@@ -30,7 +30,7 @@ from pipeline.families.ranet.inference import confidence, early_exit, measure
 from pipeline.families.ranet.model import Classifier, Ranet
 from pipeline.families.shape_adaptor.bodies import Adaptor, Cells, resized
 from pipeline.families.shape_adaptor.inference import freeze
-from pipeline.family import Family
+from pipeline.family import AnyFamily
 
 CLASSES = 10
 SHORTEST_S = 0.3  # shortest turn
@@ -92,7 +92,7 @@ def _seconds(run: Callable[[], object]) -> float:
     return median(passes)
 
 
-def _net(family: Family, **keys: object) -> nn.Module:
+def _net(family: AnyFamily, **keys: object) -> nn.Module:
     torch.manual_seed(0)
     return _placed(family.build(validate(family.config, keys, "bench"), CLASSES).eval())
 

@@ -249,8 +249,8 @@ class EvaluatedNet:
     def config(self) -> families.FamilyConfig:
         """The validated section `family` of its recipe."""
         section = self.model.section("family")
-        family = families.find(str(section["name"]))
-        return configs.validate_stored(family.config, section, f"{self.source}: recipe.family")
+        model: type[families.FamilyConfig] = families.find(str(section["name"])).config
+        return configs.validate_stored(model, section, f"{self.source}: recipe.family")
 
     @cached_property
     def parameters(self) -> int:

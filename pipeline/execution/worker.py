@@ -24,7 +24,7 @@ from pipeline.data.index import ImageIndex, Splits, open_splits
 from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, ResourceError
 from pipeline.evaluation.evaluate import Evaluator, calibrate, choose, evaluate
 from pipeline.evaluation.from_weights import FINAL, eval_loader, evaluator, metrics_of, placed
-from pipeline.family import Family
+from pipeline.family import AnyFamily
 from pipeline.run_config import RunConfig
 from pipeline.runs import lease, records
 from pipeline.runs.files import write_json
@@ -101,7 +101,7 @@ class Run:
         self.device = self._device()
         self.splits: Splits = open_splits(self.config.data, self.config.seed)
         self._check_sizes()
-        self.family: Family = families.find(self.config.family.name)
+        self.family: AnyFamily = families.find(self.config.family.name)
         self.fingerprint = run_config.fingerprint(self.config, self.splits.train.identity)
         self.storage: Storage = checkpoint.open_storage(self.config.checkpoint, self.run_dir)
         self.bad = BadImages(self.splits.train, self.config.data.max_bad_share)

@@ -22,7 +22,7 @@ from pipeline import family as families
 from pipeline.data.config import DataConfig
 from pipeline.errors import CheckpointError, JsonValue, ResourceError, UndecodableError
 from pipeline.evaluation.evaluate import choose, restored
-from pipeline.family import Family, FamilyConfig, Policy, Report
+from pipeline.family import AnyFamily, FamilyConfig, Policy, Report
 from pipeline.runs.files import whole_folder
 from pipeline.runs.records import Meta
 from pipeline.training import checkpoint
@@ -170,7 +170,7 @@ class LoadedModel:
     """A net ready to predict, with what its images and answers need."""
 
     net: nn.Module  # in eval mode, on `device`
-    family: Family
+    family: AnyFamily
     family_config: FamilyConfig
     data_config: DataConfig
     classes: tuple[str, ...]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from pipeline import config as configs
 from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, ResourceError
-from pipeline.family import Family, FamilyConfig, find
+from pipeline.family import AnyFamily, FamilyConfig, find
 from pipeline.runs.files import move_folder, sync_file, sync_folder
 from pipeline.runs.records import META, Meta, read_status
 from pipeline.training import state as states
@@ -540,7 +540,7 @@ def check_fingerprint(
     return sorted(changed)
 
 
-def load_net(folder: Path) -> tuple[nn.Module, Family, FamilyConfig, Meta]:
+def load_net(folder: Path) -> tuple[nn.Module, AnyFamily, FamilyConfig, Meta]:
     """(net in eval mode on the CPU, family, its config, meta) of a checkpoint; its moving average if there is one."""
     from safetensors.torch import load_file
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeline.errors import ContractError
-from pipeline.family import Family, FamilyConfig
+from pipeline.family import AnyFamily, FamilyConfig
 from pipeline.training import optim
 from pipeline.training.config import TrainingConfig
 
@@ -36,7 +36,7 @@ class TrainState:
 
 
 def fresh(
-    family: Family,
+    family: AnyFamily,
     config: FamilyConfig,
     training: TrainingConfig,
     *,

@@ -21,7 +21,7 @@ from pipeline import ranks
 from pipeline.data import augment, pixels
 from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError, ContractError
-from pipeline.family import Family, FamilyConfig
+from pipeline.family import AnyFamily, FamilyConfig
 from pipeline.training import optim
 from pipeline.training.config import TrainingConfig
 from pipeline.training.state import TrainState, seed_of, update_ema
@@ -59,7 +59,7 @@ class Micro:
 class Task:
     """What stays the same while a net is trained: the family, the settings and the wrapped forward."""
 
-    family: Family
+    family: AnyFamily
     config: FamilyConfig
     training: TrainingConfig
     seed: int
