@@ -123,8 +123,8 @@ class NodeTask:
 
     def _begin(self) -> None:
         env = self._env
-        identity = {"job": env.job, "restart": env.restart} if env else {}
-        self.attempts.begin(self.job.saved_steps(), self.job.max_requeues, **identity)  # type: ignore[arg-type]
+        job, restart = (env.job, env.restart) if env else (None, 0)
+        self.attempts.begin(self.job.saved_steps(), self.job.max_requeues, job=job, restart=restart)
 
     def _drive(self, member: JoinedNode | None, preemption: Preemption) -> str:
         lost: ResourceError | None = None
