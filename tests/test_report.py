@@ -558,14 +558,14 @@ def test_wrong_sources_are_refused(runs: Path, tmp_path: Path) -> None:
         report([str(runs / "a"), f"{runs}/a/"], out)
     shutil.copytree(runs / "a", tmp_path / "bare")
     shutil.rmtree(tmp_path / "bare" / "evaluations")
-    with pytest.raises(ConfigError):
+    with fails(ConfigError, "source", tmp_path / "bare"):
         report([str(tmp_path / "bare")], out)
     shutil.copytree(runs / "b", tmp_path / "elsewhere")
     about = tmp_path / "elsewhere" / "evaluations" / "final" / "about.json"
     about.write_text(json.dumps({**json.loads(about.read_text()), "data": "other"}))
-    with pytest.raises(ConfigError):
+    with fails(ConfigError, "data.root", tmp_path / "elsewhere"):
         report([str(runs / "a"), str(tmp_path / "elsewhere")], out)
-    with pytest.raises(ConfigError):
+    with fails(ConfigError, "source", tmp_path / "nowhere"):
         report([str(tmp_path / "nowhere")], out)
 
 

@@ -214,12 +214,12 @@ def test_macs_are_those_of_the_smaller_images(learnt: nn.Module) -> None:
 
 
 def test_a_side_that_the_net_does_not_accept_is_refused_by_the_net() -> None:
-    with pytest.raises(ConfigError):
+    with fails(ConfigError, "images"):
         ResolutionSweep((16, 3)).check(opened("arrn")[2].eval(), 16)
-    with pytest.raises(ConfigError):
+    with fails(ConfigError, "images"):
         ResolutionSweep((16, 2)).check(opened("ranet-imagenet")[2].eval(), 16)
     vgg = families.find("baseline").build(BaselineConfig(net="vgg16"), 2)
-    with pytest.raises(ConfigError):
+    with fails(ConfigError, "images"):
         ResolutionSweep((32, 24)).check(vgg.eval(), 32)
     with fails(ConfigError, "--sides", 17):
         ResolutionSweep((17, 8)).check(opened("arrn")[2].eval(), 16)
@@ -291,11 +291,11 @@ def test_attacks_and_resolution_sweeps_are_stored_separately_from_the_clean_eval
 def test_an_attacked_evaluation_does_not_replace_a_clean_one(run_dir: Path, tmp_path: Path) -> None:
     final = run_dir / "evaluations" / "final"
     before = (final / "reports.json").read_bytes()
-    with pytest.raises(ConfigError):
+    with fails(ConfigError, "--out", "final"):
         evaluations.evaluate(str(run_dir), attack=Attack("fgsm", EPS), out=final)
     assert (final / "reports.json").read_bytes() == before
     evaluations.evaluate(str(run_dir), attack=Attack(jpeg=50), out=tmp_path / "a")
-    with pytest.raises(ConfigError):
+    with fails(ConfigError, "--out", tmp_path / "a"):
         evaluations.evaluate(str(run_dir), out=tmp_path / "a")
 
 

@@ -446,7 +446,7 @@ def test_another_space_or_image_set_in_the_same_folder_is_refused_by_key(
     trial_folder = next((whole / "trials").iterdir())
     with fails(ConfigError, "--run-dir", trial_folder):
         sweep.run(load(images), trial_folder)
-    with pytest.raises(ConfigError):
+    with fails(ConfigError, "--run-dir", whole):
         launch.train(load(images).base, whole)
 
 
@@ -615,7 +615,7 @@ def test_the_best_trial_is_registered_as_candidate(images: Path, whole: Path) ->
     made = client.get_model_version_by_alias("from-a-sweep", "candidate")
     assert int(made.version) == version.version
     assert client.get_run(made.run_id).info.run_name == found.best
-    with pytest.raises(ConfigError):  # a sweep is no run
+    with fails(ConfigError, "source", whole):  # a sweep is no run
         resolve(str(whole))
     with fails(ConfigError, "--trial", "00"):
         outcome.register(found, "from-a-sweep", "00")
