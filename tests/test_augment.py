@@ -72,7 +72,7 @@ def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (20, 40), (300, 400)])
-def test_where_no_window_fits_the_middle_is_taken_as_torchvision_does(height: int, width: int) -> None:
+def test_if_no_window_fits_the_middle_is_used_as_in_torchvision(height: int, width: int) -> None:
     config = AugmentConfig(scale=(1.0, 1.0), ratio=(0.76, 1.34))  # as large as the image: hardly a ratio fits
     transform = v2.RandomResizedCrop(224, scale=config.scale, ratio=config.ratio)
     params = [transform.make_params([torch.empty(3, height, width)]) for _ in range(20)]
@@ -81,7 +81,7 @@ def test_where_no_window_fits_the_middle_is_taken_as_torchvision_does(height: in
     assert ours.most_common(1)[0][0] == theirs.most_common(1)[0][0]
 
 
-def test_random_pad_takes_every_place_alike_and_none_the_middle() -> None:
+def test_random_pad_is_uniform_and_none_is_the_middle() -> None:
     windows = drawn_windows(AugmentConfig(crop="random-pad", pad_px=4), 32, 32, side_px=32)
     assert (windows[:, 2:] == 32).all()
     for axis in (0, 1):
@@ -131,7 +131,7 @@ def mixed(
     return augment.mix(config, images, labels, CLASSES, seed=seed, step=step, micro=micro)
 
 
-def test_the_chosen_images_are_mirrored_and_the_argument_is_left_alone() -> None:
+def test_the_drawn_images_are_mirrored_and_the_argument_is_not_changed() -> None:
     images = torch.randint(0, 256, (5, 7, 9, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     before, flips = images.clone(), torch.tensor([True, False, True, False, False])
     mirrored = augment.apply_to_uint8(AugmentConfig(), images, {"flip": flips})
@@ -141,7 +141,7 @@ def test_the_chosen_images_are_mirrored_and_the_argument_is_left_alone() -> None
     assert torch.equal(images, before)
 
 
-def test_a_low_pass_keeps_what_arrns_filter_keeps_of_the_lower_resolution() -> None:
+def test_a_low_pass_is_arrns_filter_down_and_up_again() -> None:
     images, _ = batch()
     levels = torch.tensor([0, 1, 2, 0, 3, 1])
     sides = (9, 4, 20)  # the last is larger than the images: nothing to take away
@@ -179,14 +179,14 @@ def test_cutmix_is_torchvisions_for_the_same_share_and_centre(monkeypatch: pytes
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
-def test_without_alphas_nothing_is_touched() -> None:
+def test_without_alphas_nothing_is_changed() -> None:
     images, labels = batch()
     found = mixed(AugmentConfig(), images, labels, 1, 2, 0)
     assert found[0] is images and found[1] is labels
 
 
 @pytest.mark.parametrize("alphas", [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)])
-def test_numbers_depend_on_seed_step_and_micro_alone(alphas: tuple[float, float]) -> None:
+def test_mixing_depends_only_on_seed_step_and_micro_batch(alphas: tuple[float, float]) -> None:
     images, labels = batch()
     config = AugmentConfig(mixup_alpha=alphas[0], cutmix_alpha=alphas[1])
     first = mixed(config, images, labels, 1, 2, 0)
@@ -198,7 +198,7 @@ def test_numbers_depend_on_seed_step_and_micro_alone(alphas: tuple[float, float]
     assert torch.allclose(first[1].sum(dim=1), torch.ones(len(labels)))
 
 
-def test_with_both_on_a_fair_draw_takes_one_and_shares_follow_beta() -> None:
+def test_with_both_on_each_is_equally_likely_and_shares_follow_beta() -> None:
     images, labels = batch(2)
     both = AugmentConfig(mixup_alpha=1.0, cutmix_alpha=1.0)
     found = [mixed(both, images, labels, 0, step, 0)[0] for step in range(400)]
@@ -274,7 +274,7 @@ def test_a_full_dump_is_read_back() -> None:
     assert validate(DataConfig, as_mapping(config), "here") == config
 
 
-def test_two_operations_may_share_no_name_key_or_purpose() -> None:
+def test_two_operations_with_one_name_are_refused() -> None:
     class Another(Flip):
         name = "another"
 

@@ -1,4 +1,4 @@
-"""Laws of the sample stream: every position once, the same for every world size, and torchvision's distributions."""
+"""Laws of the sample stream: every position once, and the same batches for every world size."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def array_fields(plan: BatchPlan) -> dict[str, np.ndarray]:
     return {**{name: getattr(plan, name) for name in names}, **plan.draws}
 
 
-def test_philox_is_numpys() -> None:
+def test_philox_gives_numpys_numbers() -> None:
     words = np.random.default_rng(0).integers(0, 2**64, (50, 6), dtype=np.uint64)
     words[:, 0] |= np.uint64(1)  # numpy counts up before it draws: stay clear of the carry
     ours = np.stack(philox(words[:, :4].T, words[:, 4:].T), axis=-1)
@@ -62,7 +62,7 @@ def test_a_permutation_is_the_same_on_every_machine_and_in_every_version() -> No
     assert windows.tolist() == [[142, 86, 148, 163], [109, 17, 102, 114], [59, 131, 184, 178]]
 
 
-def test_permutations_differ_by_seed_epoch_and_purpose_and_groups_stay_in_their_place() -> None:
+def test_permutations_differ_by_seed_epoch_and_purpose_and_keep_groups_in_place() -> None:
     drawn = [permutation(500, *key) for key in ((1, 0, Purpose.ORDER), (2, 0, Purpose.ORDER), (1, 1, Purpose.ORDER))]
     drawn.append(permutation(500, 1, 0, Purpose.SHARDS))
     assert all(np.array_equal(np.sort(each), np.arange(500)) for each in drawn)
@@ -90,7 +90,7 @@ def test_every_image_is_seen_once_an_epoch_and_batches_are_the_same_for_every_wo
 
 
 @pytest.mark.parametrize("shuffle", ["full", "block"])
-def test_a_plan_asked_for_alone_is_that_of_the_walk(index: ImageIndex, shuffle: str) -> None:
+def test_a_plan_is_the_same_alone_and_in_a_walk_over_all_steps(index: ImageIndex, shuffle: str) -> None:
     walk = stream(index, shuffle)
     plans = [walk.plan(step, 1, 2) for step in range(70)]
     for step in (69, 21, 0, 42):
@@ -99,7 +99,7 @@ def test_a_plan_asked_for_alone_is_that_of_the_walk(index: ImageIndex, shuffle: 
         assert all(np.array_equal(array_fields(alone)[name], value) for name, value in array_fields(walked).items())
 
 
-def test_each_sample_is_drawn_by_its_own_epoch_and_the_side_by_that_of_the_first(index: ImageIndex) -> None:
+def test_draws_depend_on_the_epoch_of_a_sample_and_the_side_on_that_of_the_first(index: ImageIndex) -> None:
     whole = stream(index, side_px=32, side_schedule=((1, 64),))
     step = IMAGES // 48
     plan = whole.plan(step, 0, 1)
@@ -116,7 +116,7 @@ def test_each_sample_is_drawn_by_its_own_epoch_and_the_side_by_that_of_the_first
 # --- block shuffle
 
 
-def test_ranks_share_a_batch_evenly_and_none_is_without(index: ImageIndex) -> None:
+def test_lanes_share_a_batch_evenly_among_ranks_and_every_rank_gets_an_image(index: ImageIndex) -> None:
     for world, batch_size, lanes in ((4, 48, 8), (4, 10, 64), (3, 16, 64), (8, 8, 8), (2, 1500, 64)):
         shares = np.array(
             [
@@ -133,7 +133,7 @@ def test_ranks_share_a_batch_evenly_and_none_is_without(index: ImageIndex) -> No
             assert (shares == batch_size // world).all()
 
 
-def test_a_shard_is_read_by_one_rank_but_where_a_share_ends_within_it(index: ImageIndex) -> None:
+def test_a_shard_is_read_by_one_rank_unless_a_share_ends_inside_it(index: ImageIndex) -> None:
     each = stream(index, "block", batch_size=40)
     steps = range(IMAGES // 40)
     readers: dict[int, set[int]] = {}
@@ -144,7 +144,7 @@ def test_a_shard_is_read_by_one_rank_but_where_a_share_ends_within_it(index: Ima
     assert len(readers) == 12 and sum(map(len, readers.values())) <= 12 + 3
 
 
-def test_a_lane_shuffles_within_its_window_and_fetches_the_image_stored_a_window_further_on(index: ImageIndex) -> None:
+def test_a_lane_shuffles_within_its_window_and_fetches_one_window_ahead(index: ImageIndex) -> None:
     each = stream(index, "block", batch_size=8)  # a step is one image of each lane
     lanes = each.lanes
     assert lanes is not None
@@ -165,14 +165,14 @@ def test_a_lane_shuffles_within_its_window_and_fetches_the_image_stored_a_window
             assert sorted(window) == sorted(stored[lane][at : at + 16]) and window != stored[lane][at : at + 16]
 
 
-def test_more_workers_than_lanes_are_refused_with_the_way_out(index: ImageIndex) -> None:
+def test_more_workers_than_lanes_or_images_are_refused(index: ImageIndex) -> None:
     with fails(ConfigError, "data.lanes", subject=8):
         [stream(index, "block").most_rows(rank, 9) for rank in range(9)]
     with fails(ConfigError, "training.batch_size", subject=48):
         stream(index).most_rows(0, 49)
 
 
-def test_loose_files_are_walked_in_runs(tmp_path: Path) -> None:
+def test_loose_files_are_read_in_runs(tmp_path: Path) -> None:
     lanes = Lanes(np.array([0, 64, 128, 150]), 1, 10, seed=0)
     order = lanes.order(0)
     assert order.stored is not None
@@ -182,7 +182,7 @@ def test_loose_files_are_walked_in_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shuffle", ["full", "block"])
 @pytest.mark.parametrize(("batch_size", "world"), [(48, 3), (50, 4), (9, 2)])
-def test_row_bounds_are_what_ranks_get(index: ImageIndex, shuffle: str, batch_size: int, world: int) -> None:
+def test_row_bounds_hold_for_every_rank_and_step(index: ImageIndex, shuffle: str, batch_size: int, world: int) -> None:
     made = stream(index, shuffle, batch_size)
     counts = [len(made.plan(step, rank, world).rows) for step in range(60) for rank in range(world)]
     fewest, most = made.row_bounds(world)

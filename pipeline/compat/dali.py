@@ -25,7 +25,7 @@ require(
     tried="2.4",
 )
 _OPERATOR = re.compile(r"Error in \w+ operator `")
-_UNSPECIFIC = "Failed to decode sample"  # says no more than that it does not decode
+_UNSPECIFIC = "Failed to decode sample"  # no reason
 
 
 def operator_failure(error: RuntimeError) -> str | None:
