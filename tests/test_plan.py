@@ -11,11 +11,11 @@ from raised import fails
 from jobs import cli
 from pipeline import run_config
 from pipeline.bench import plan as plans
-from pipeline.bench.plan import Images, Measurements, plan
+from pipeline.bench.plan import Images, MachineProfile, plan
 from pipeline.errors import ConfigError
 from pipeline.run_config import RunConfig
 
-COST = Measurements(1_000_000, 12_000_000, 8_000_000, 500_000.0, images_per_s=100.0, decoded_per_s=50.0, metrics=15)
+COST = MachineProfile(1_000_000, 12_000_000, 8_000_000, 500_000.0, images_per_s=100.0, decoded_per_s=50.0, metrics=15)
 IMAGES = Images(64_000, 10, 2000.0)
 
 
@@ -54,7 +54,7 @@ def test_saves_come_as_often_as_the_recipe_says() -> None:
 
 
 def test_what_is_not_known_stays_unknown() -> None:
-    found = plan(recipe(), 2, Images(64_000, 10), Measurements(1, 1, 1, 1.0), network_bytes_per_s=1e9)
+    found = plan(recipe(), 2, Images(64_000, 10), MachineProfile(1, 1, 1, 1.0), network_bytes_per_s=1e9)
     unknown = (found.images_per_s, found.step_s, found.read_bytes_per_s, found.decode_cores, found.total_s, found.limit)
     assert unknown == (None,) * 6
 
@@ -108,7 +108,7 @@ def test_the_table_in_infras_readme_follows_from_the_formulas() -> None:
     rows = {cells[1].strip(): cells[3:6] for line in text.splitlines() if len(cells := line.split("|")) == 7}
     config = run_config.load("baseline/imagenet_resnet50", ["training.batch_size=8192", "data.root=x"])
     parameters = 25_557_032
-    cost = Measurements(parameters, 1, 8 * parameters, 1.0, images_per_s=3079, decoded_per_s=273)
+    cost = MachineProfile(parameters, 1, 8 * parameters, 1.0, images_per_s=3079, decoded_per_s=273)
     for column, workers in enumerate((8, 64, 512)):
         found = plan(config, workers, Images(1_281_167, 1000, 110e3), cost, network_bytes_per_s=25e9)
         assert found.step_s and found.communication_s and found.images_per_s and found.decode_cores

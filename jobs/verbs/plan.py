@@ -11,7 +11,7 @@ from jobs.cli import data_home
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.bench.plan import Images, Measurements, ResourcePlan
+    from pipeline.bench.plan import Images, MachineProfile, ResourcePlan
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -68,7 +68,7 @@ def plan(
     _print(config.name, plans.plan(config, workers, known, cost, network_bytes_per_s=bandwidth), known, cost)
 
 
-def _print(name: str, estimate: ResourcePlan, images: Images, cost: Measurements) -> None:
+def _print(name: str, estimate: ResourcePlan, images: Images, cost: MachineProfile) -> None:
     from jobs import tables
     from jobs.tables import byte_size as size
 

@@ -52,7 +52,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Measurements:
+class MachineProfile:
     """Measured on one machine: bytes of the state and of an image's activations, rates of computing and decoding."""
 
     parameters: int
@@ -100,7 +100,7 @@ class ResourcePlan:
 
 
 def plan(
-    config: RunConfig, workers: int, images: Images, cost: Measurements, *, network_bytes_per_s: float | None
+    config: RunConfig, workers: int, images: Images, cost: MachineProfile, *, network_bytes_per_s: float | None
 ) -> ResourcePlan:
     """The plan of `config` on `workers` workers. Raises ConfigError if a step has fewer images than workers."""
     batch = config.training.batch_size
@@ -169,7 +169,7 @@ def images_of(config: RunConfig) -> tuple[Images, ImageIndex] | None:
 
 def measure(
     config: RunConfig, num_classes: int, rows: int, *, train: ImageIndex | None, timed: bool = True
-) -> Measurements:
+) -> MachineProfile:
     """Measures a training step of `rows` random images on this machine's device; its time only if `timed`.
 
     Measures decoding as well if `train` images are given.
@@ -184,7 +184,7 @@ def measure(
     parameters = sum(parameter.numel() for parameter in current.net.parameters())
     held = [*current.net.parameters(), *current.net.buffers(), *(current.ema.parameters() if current.ema else ())]
     moments = [t for o in current.optimizers.values() for s in o.state.values() for t in s.values() if _is(t)]
-    return Measurements(
+    return MachineProfile(
         parameters=parameters,
         state_bytes=sum(t.nbytes for t in (*held, *moments)) + 4 * parameters,
         checkpoint_bytes=_saved_bytes(current),
@@ -296,12 +296,12 @@ def _loader(config: DataConfig, train: ImageIndex, batch: int) -> Iterator[Train
 
 
 def given(
-    cost: Measurements,
+    cost: MachineProfile,
     *,
     images_per_s: float | None = None,
     decoded_per_s: float | None = None,
     device: str | None = None,
-) -> Measurements:
+) -> MachineProfile:
     """`cost` with the rates that the user has measured elsewhere."""
     return replace(
         cost,
