@@ -43,14 +43,14 @@ class Workspace:
     home: Path
     images: Path
 
-    def attempt(self, *words: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    def attempt(self, *words: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
         env = {**self.cluster.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(self.home)}
         line = [sys.executable, "-m", "jobs.cli", *words]
         return subprocess.run(
             line, cwd=self.home, env=env, capture_output=True, text=True, timeout=seconds, check=False
         )
 
-    def adaptnet(self, *words: str, seconds: float = 120) -> str:
+    def adaptnet(self, *words: str, seconds: float = 300) -> str:
         done = self.attempt(*words, seconds=seconds)
         assert done.returncode == 0, f"{words}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
