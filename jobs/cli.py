@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except AdaptNetError as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        reason = memory.words_if_spent(error)
+        reason = memory.oom_message(error)
         if reason is None:
             raise
         fail(f"out of memory ({reason}). Use smaller batches; everything that was saved before is intact")

@@ -1,4 +1,4 @@
-"""YAML and dotted overrides into frozen pydantic models; an unknown key is refused by name with the nearest known one.
+"""Turns YAML and dotted overrides into frozen pydantic models; refuses unknown keys, and keys that change nothing.
 
 A mapping is validated as JSON in strict mode: a number is not a string, `true` is not 1, a list may be a tuple.
 """
@@ -34,7 +34,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Config(BaseModel):
-    """A frozen section of a recipe; unknown keys are errors. Validators raise ValueError with the rule in words."""
+    """A frozen section of a recipe; unknown keys are errors. Validators raise ValueError with the rule as text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -73,13 +73,13 @@ Span = Annotated[Duration, Before(_parse_duration), PlainSerializer(str, return_
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a float (YAML 1.2's rule; PyYAML wants 3.0e-4), and a key may stand once."""
+    """YAML in which 3e-4 is a float (YAML 1.2's rule; PyYAML requires 3.0e-4) and duplicate keys are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice")
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} occurs twice")
         return super().construct_mapping(node, deep)
 
 
@@ -92,7 +92,7 @@ _Loader.add_implicit_resolver(*_FLOAT_WITH_EXPONENT)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text. Raises ConfigError naming `where`."""
+    """The value of a YAML text; `where` names the text in errors. Raises ConfigError."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -117,20 +117,21 @@ _Dumper.add_implicit_resolver(*_FLOAT_WITH_EXPONENT)  # so that the text "3e-4" 
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError if it cannot be read or is no mapping."""
+    """The mapping in a YAML file. Raises ConfigError if the file cannot be read or has no mapping at its top."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be read ({reason})") from None
+        raise ConfigError(f"{path}: cannot be read ({reason})", key="file", subject=path) from None
     value = parse_yaml(text, str(path))
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys, this is {type(value).__name__}")
+        message = f"{path}: the file must hold a mapping of keys, not a {type(value).__name__}"
+        raise ConfigError(message, key="file", subject=path)
     return value
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `over` laid on top, mappings merged key by key, everything else replaced."""
+    """`base` overridden by `over`: mappings are merged key by key, every other value is replaced."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -143,7 +144,8 @@ def parse_override(text: str) -> dict[str, Any]:
     path, equals, value = text.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"override {text!r}: write it as section.key=value, e.g. training.epochs=3")
+        message = f"override {text!r}: write it as section.key=value, e.g. training.epochs=3"
+        raise ConfigError(message, key="override", subject=text)
     nested: Any = parse_yaml(value, f"override {text!r}")
     for key in reversed(keys):
         nested = {key: nested}
@@ -162,18 +164,21 @@ def interpolate(value: Any, known: Mapping[str, str | None]) -> Any:
 
 def _lookup(name: str, known: Mapping[str, str | None]) -> str:
     if name not in known:
-        raise ConfigError(f"${{{name}}}: nothing of that name can be filled in; known: {', '.join(known)}")
+        message = f"${{{name}}}: no such variable; known: {', '.join(known)}"
+        raise ConfigError(message, key=f"${{{name}}}", subject=name)
     value = known[name]
     if value is None:
         raise ConfigError(
             f"${{{name}}} has no value here: set the environment variable ADAPTNET_DATA to the folder of your data "
-            "sets, or give the key itself, e.g. data.root=/path/to/set"
+            "sets, or set the key itself, e.g. data.root=/path/to/set",
+            key=f"${{{name}}}",
+            subject=name,
         )
     return value
 
 
 def validate(model: type[M], mapping: Mapping[str, Any], where: str) -> M:
-    """`mapping` as a frozen `model`. Raises ConfigError with every fault: dotted key, value, rule, nearest key."""
+    """`mapping` as a frozen `model`. Raises ConfigError with all faults: dotted key, value, rule, nearest known key."""
     inert = inert_keys(model, mapping)
     try:
         text = json.dumps(without(mapping, inert))
@@ -183,7 +188,7 @@ def validate(model: type[M], mapping: Mapping[str, Any], where: str) -> M:
     try:
         config = model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        faults += [_fault(model, mapping, fault) for fault in _telling(mapping, error)]
+        faults += [_fault(model, mapping, fault) for fault in _relevant(mapping, error)]
     if faults:
         lines = dict.fromkeys(f"  {fault.line}" for fault in faults)
         keys = tuple(dict.fromkeys(fault.key for fault in faults))
@@ -205,21 +210,21 @@ def _inert_fault(mapping: Mapping[str, Any], key: str, why: str) -> _Fault:
     return _Fault(key, value, f"{key} (={json.dumps(value)}): changes nothing: {why}")
 
 
-def _telling(mapping: Mapping[str, Any], error: ValidationError) -> list[dict[str, Any]]:
-    """Its faults, without those that say only that a value is not of a union's other type."""
+def _relevant(mapping: Mapping[str, Any], error: ValidationError) -> list[dict[str, Any]]:
+    """Pydantic's faults, without those that only report that a value is not of a union's other type."""
     faults = [(tuple(_follow(mapping, fault["loc"])[0]), dict(fault)) for fault in error.errors(include_url=False)]
     ruled = {key for key, fault in faults if not str(fault["type"]).endswith("_type")}
     return [fault for key, fault in faults if key not in ruled or not str(fault["type"]).endswith("_type")]
 
 
 def _fault(model: type[BaseModel], mapping: Mapping[str, Any], fault: dict[str, Any]) -> _Fault:
-    path, found = _follow(mapping, fault["loc"])
+    path, value = _follow(mapping, fault["loc"])
     if fault["type"] == NO_SUCH_KIND:
-        path, found = [*path, "kind"], found["kind"]
-    return _Fault(".".join(path), found, _line(model, path, found, fault))
+        path, value = [*path, "kind"], value["kind"]
+    return _Fault(".".join(path), value, _line(model, path, value, fault))
 
 
-def _line(model: type[BaseModel], path: list[str], found: Any, fault: dict[str, Any]) -> str:
+def _line(model: type[BaseModel], path: list[str], value: Any, fault: dict[str, Any]) -> str:
     key = ".".join(path) or "(the whole)"
     if fault["type"] == "extra_forbidden":
         known = sorted(_keys_at(model, path[:-1]))
@@ -229,13 +234,13 @@ def _line(model: type[BaseModel], path: list[str], found: Any, fault: dict[str, 
         hint = f"; did you mean {'.'.join([*path[:-1], close[0]])}?" if close else ""
         return f"{key}: no such key; known: {', '.join(known)}{hint}"
     if fault["type"] == "missing":
-        return f"{key}: this key must be given"
+        return f"{key}: this key is required"
     rule = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return f"{key}: {rule}" if isinstance(found, dict) else f"{key} (={json.dumps(found)}): {rule}"
+    return f"{key}: {rule}" if isinstance(value, dict) else f"{key} (={json.dumps(value)}): {rule}"
 
 
 def _follow(mapping: Any, loc: Sequence[str | int]) -> tuple[list[str], Any]:
-    """The part of pydantic's `loc` that names keys of the mapping (unions add their branches), and the value there."""
+    """The part of pydantic's `loc` that consists of keys of the mapping (unions add branches), and the value there."""
     path: list[str] = []
     for position, part in enumerate(loc):
         if isinstance(mapping, dict) and isinstance(part, str):
@@ -287,7 +292,7 @@ NO_SUCH_KIND = "no_such_kind"
 
 
 def kinds_in(package: str, base: type[M]) -> tuple[type[M], ...]:
-    """The subclasses of `base` that the modules of a package define, by their `kind`."""
+    """Imports every module of a package; returns the subclasses of `base`, sorted by their `kind`."""
     found = importlib.import_module(package)
     for module in pkgutil.iter_modules(found.__path__):
         importlib.import_module(f"{package}.{module.name}")
@@ -301,9 +306,9 @@ def kind_of(model: type[BaseModel]) -> str:
 
 
 def one_of(models: Sequence[type[BaseModel]], default: str) -> object:
-    """The type of a section that is of one of these models, told apart by its key `kind`; `default` where it has none.
+    """The type of a section whose model is selected by its key `kind`, `default` if it has none.
 
-    For annotations: pydantic's discriminated union.
+    It is a discriminated union of pydantic, for annotations.
     """
 
     def kind(value: object) -> str:
@@ -383,7 +388,7 @@ def _inert_within(field: _Field, value: Any) -> dict[str, str]:
 def _chosen(
     models: Sequence[type[BaseModel]], metadata: Sequence[object], value: Mapping[str, Any]
 ) -> type[BaseModel] | None:
-    """The model that a section is of; None where that cannot be told."""
+    """The model of a section; None if its kind does not exist."""
     default = next((each.default for each in metadata if isinstance(each, Kinds)), None)
     if default is None:
         return models[0] if len(models) == 1 else None
@@ -403,14 +408,14 @@ def _of_other_kinds(
 
 
 def live(model: type[BaseModel], mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored mapping without the keys that change nothing, which older versions stored with their defaults."""
+    """A stored mapping without the keys that change nothing; older versions stored those with their defaults."""
     return without(mapping, inert_keys(model, mapping))
 
 
 def lay(model: type[BaseModel], base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`merge`, where a key of `base` that `over` makes inert is dropped; one that `over` itself holds stays.
+    """`merge`, without the keys of `base` that `over` makes inert; keys that `over` sets stay, to be refused.
 
-    A recipe with kind: sgd and a momentum so takes the override kind=adamw, but not kind=adamw beside momentum=0.3.
+    So a recipe with kind: sgd and a momentum takes the override kind=adamw, but not kind=adamw with momentum=0.3.
     """
     merged = merge(base, over)
     before, given = inert_keys(model, base), flat(over)

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a net, counted by torch's own flop counter on a real forward; never re-derived.
+"""Multiply-accumulates of a net, counted by torch's flop counter during a real forward pass.
 
 One definition everywhere: convolutions and matrix products count, biases, norms, activations and pooling do not.
 """
@@ -17,16 +17,16 @@ from pipeline.errors import ContractError
 
 @dataclass(frozen=True)
 class Cost:
-    """macs of the whole forward; by_module: of each module that spent any, by its name in the net."""
+    """macs of the whole forward; by_module: those of each module that has any, by its name in the net."""
 
     macs: int
     by_module: Mapping[str, int]
 
 
 def measure(net: nn.Module, *inputs: Tensor) -> Cost:
-    """The cost of `net(*inputs)` in eval mode; the net's mode and buffers are as before. Units: MACs of all images.
+    """The cost of `net(*inputs)` in eval mode, in MACs of all images; the net's mode and buffers are not changed.
 
-    Raises ContractError where the forward does nothing that counts.
+    Raises ContractError if the forward has no operation that counts.
     """
     modes = {module: module.training for module in net.modules()}
     net.eval()
@@ -39,11 +39,14 @@ def measure(net: nn.Module, *inputs: Tensor) -> Cost:
             module.training = mode
     total = counter.get_total_flops() // 2
     if total == 0:
-        raise ContractError(f"{type(net).__name__}: its forward holds no convolution and no matrix product")
+        name = type(net).__name__
+        raise ContractError(
+            f"{name}: its forward has no convolution and no matrix product", key="forward", subject=name
+        )
     root = type(net).__name__
-    found = {
+    by_module = {
         name.removeprefix(root).removeprefix("."): sum(counts.values()) // 2
         for name, counts in counter.get_flop_counts().items()
         if name != "Global"
     }
-    return Cost(total, found)
+    return Cost(total, by_module)

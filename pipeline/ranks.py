@@ -1,6 +1,6 @@
-"""The only user of torch.distributed: shares of a batch, sums and means over all ranks.
+"""The only user of torch.distributed: shards of a batch, sums and means over all ranks.
 
-Without a process group every function acts as for one rank, so the same code runs on a laptop. Functions marked
+Without a process group every function behaves as for one rank, so the same code runs on a laptop. Functions marked
 "Collective" must be called by every rank, in the same order, and never under a condition on the rank.
 """
 
@@ -13,16 +13,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 
 T = TypeVar("T")
 
 
 def rank() -> int:
+    """Number of this process, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world() -> int:
+    """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -32,7 +33,7 @@ def shard(length: int, rank: int, world: int) -> slice:
 
 
 def rank_sum(values: Tensor) -> Tensor:
-    """Sum of `values` over all ranks, not differentiable; the argument is left as it was. Collective."""
+    """Sum of `values` over all ranks, not differentiable; the argument is not changed. Collective."""
     if world() == 1:
         return values.detach().clone()
     total = values.detach().clone()
@@ -92,18 +93,18 @@ def take_from_rank_0(tensors: Iterable[Tensor]) -> None:
 
 
 def barrier() -> None:
-    """Waits until every rank is here. Collective."""
+    """Waits until every rank has called it. Collective."""
     if world() > 1:
         dist.barrier()
 
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """A process group of this process alone where there is none yet, for code that asks for one."""
+    """A process group of this process alone, unless there is a group already, for code that needs one."""
     if dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield
     finally:

@@ -36,7 +36,7 @@ RunName = Annotated[str, AfterValidator(_plain_name)]
 
 
 class ComputeConfig(Config):
-    """Where a run computes; nothing here changes what is learned."""
+    """Where a run computes; no key here changes what is learned."""
 
     workers: Annotated[int, Field(ge=0)] | tuple[Count, Count] = 1  # 0: in this process; [min, max]: elastic
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -139,7 +139,8 @@ def from_mapping(mapping: Mapping[str, Any], where: str) -> RunConfig:
     """A mapping as a RunConfig whose `family` is of the class that `family.name` asks for."""
     section = mapping.get("family")
     if not isinstance(section, dict) or not isinstance(section.get("name"), str):
-        raise ConfigError(f"{where}: family.name: this key must be given; known: {', '.join(families.names())}")
+        message = f"{where}: family.name: this key is required; known: {', '.join(families.names())}"
+        raise ConfigError(message, key="family.name")
     families.find(section["name"])
     return configs.validate(_model_of(mapping), mapping, where)
 
@@ -182,10 +183,10 @@ def translated(saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def fingerprint(config: RunConfig, data_identity: str) -> dict[str, Any]:
-    """What a checkpoint must agree with to be continued, by dotted key.
+    """What must be equal for a checkpoint to be resumed, by dotted key.
 
-    Family, seed, the images and their order and augmentation, and what shapes the optimisation; not compute,
-    tracking, logging, evaluation, intervals or paths.
+    It covers the family, the seed, the images with their order and augmentation, and what determines the optimisation,
+    but not compute, tracking, logging, evaluation, intervals or paths.
     """
     mapping = configs.as_mapping(config)
     stream = ("held_out", "side_px", "side_schedule", "augment", "mean", "std", "shuffle")

@@ -50,7 +50,7 @@ def test_a_round_trip_is_bitwise_and_needs_no_pickle(tmp_path: Path) -> None:
     assert (other.step, other.images_seen, mapping["bad"]) == (7, 56, {"rows": [[1, "empty"]]})
 
 
-def test_what_is_damaged_is_neither_the_best_nor_in_the_way(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_neither_the_best_nor_removed(tmp_path: Path) -> None:
     to = saver(tmp_path, keep_last=9, keep_best=9)
     for step, score in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6)):
         save(to, step, top1=score)
@@ -65,7 +65,7 @@ def test_what_is_damaged_is_neither_the_best_nor_in_the_way(tmp_path: Path) -> N
         assert again.best_whole() == again.best() == "step-00000003"
 
 
-def test_a_storage_is_one_run_folders(tmp_path: Path) -> None:
+def test_a_storage_belongs_to_one_run_folder(tmp_path: Path) -> None:
     runs = [tmp_path / home / "run" for home in "ab"]
     for run_dir in runs:
         run_dir.mkdir(parents=True)
@@ -73,19 +73,19 @@ def test_a_storage_is_one_run_folders(tmp_path: Path) -> None:
         config = CheckpointConfig(storage=uri)
         for _ in range(2):
             checkpoint.claim_storage(checkpoint.open_storage(config, runs[0]), runs[0])
-        with pytest.raises(ConfigError, match="another run folder named run"):
+        with fails(ConfigError, "checkpoint.storage"):
             checkpoint.claim_storage(checkpoint.open_storage(config, runs[1]), runs[1])
-    with pytest.raises(ResourceError, match=r"checkpoint\.storage: cannot make file:///proc/nope"):
+    with fails(ResourceError, "checkpoint.storage", "file:///proc/nope"):
         checkpoint.open_storage(CheckpointConfig(storage="file:///proc/nope"), runs[0])
 
 
 @pytest.mark.parametrize("uri", ["s3://KEY:hidden@bucket/runs", "s3://KEY@bucket", "gs://b/x?secret=hidden"])
 def test_credentials_in_a_storage_are_refused(uri: str) -> None:
-    with pytest.raises(ConfigError, match="credentials do not belong into a recipe"):
+    with fails(ConfigError, "storage"):
         validate(CheckpointConfig, {"storage": uri}, "checkpoint")
 
 
-def test_the_state_may_move_on_while_it_is_written(tmp_path: Path) -> None:
+def test_the_state_may_change_while_it_is_written(tmp_path: Path) -> None:
     current, to = tiny.fresh(tiny.training()), saver(tmp_path)
     before = current.net.head.weight.detach().clone()
     to.save(current, tiny.meta(0), {"bad": {}}, wait=False)
@@ -96,7 +96,7 @@ def test_the_state_may_move_on_while_it_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "unfinished"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, harm: str) -> None:
+def test_the_newest_undamaged_checkpoint_is_used(tmp_path: Path, harm: str) -> None:
     to = saver(tmp_path)
     save(to, 1)
     save(to, 2)
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, 
         weights.write_bytes(content if harm == "flip" else content[:-5])
     assert newest(tmp_path) == ("step-00000001", ["step-00000002"])
     (tmp_path / "step-00000001" / "state.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none of 2 checkpoints is whole"):
+    with fails(CheckpointError, "checkpoints"):
         newest(tmp_path)
 
 
@@ -129,7 +129,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert again.storage.names() == ["step-00000002", "step-00000006"]
 
 
-def test_a_uri_works_as_a_folder_does(tmp_path: Path) -> None:
+def test_a_storage_by_uri_works_like_a_folder(tmp_path: Path) -> None:
     config = CheckpointConfig(storage=f"local://{tmp_path}/far", keep_last=1, keep_best=0)
     storage = checkpoint.open_storage(config, tmp_path / "run")
     to = Checkpointer(storage, tmp_path / "staging", config)
@@ -188,7 +188,7 @@ def test_a_writer_killed_during_an_upload_leaves_the_newest_complete_one(tmp_pat
 
 
 def test_an_unknown_scheme_is_refused_with_a_reason(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"checkpoint\.storage \(=nowhere://x/run\): cannot be opened"):
+    with fails(ResourceError, "checkpoint.storage", "nowhere://x/run"):
         checkpoint.open_storage(CheckpointConfig(storage="nowhere://x"), tmp_path / "run")
 
 
@@ -206,12 +206,12 @@ left = __import__("shutil").disk_usage(folder).free
 try:
     t.save(to, 2)
 except ResourceError as error:
-    print(error)
+    print(error.key)
 print(to.storage.names(), sorted(p.name for p in folder.iterdir()))
 """
 
 
-def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_error_and_loses_no_checkpoint(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)], capture_output=True)
@@ -222,8 +222,7 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path) -> Non
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    assert "the disk is full" in done.stdout, done.stdout + done.stderr
-    assert "complete before it: step-00000001" in done.stdout
+    assert done.stdout.splitlines()[0] == "checkpoint.storage", done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "['step-00000001'] ['ballast', 'step-00000001']"
 
 
@@ -232,10 +231,9 @@ def test_another_recipe_is_refused_by_its_differing_keys() -> None:
         {"training.epochs": 3, "seed": 1, "family.depth": 8},
         {"training.epochs": 5, "seed": 2, "family.depth": 8},
     )
-    with pytest.raises(CheckpointError) as caught:
+    with fails(CheckpointError, "training.epochs", "runs/x") as caught:
         checkpoint.check_fingerprint(saved, now, ["seed"], "runs/x")
-    assert "training.epochs: 3 there, 5 now" in str(caught.value)
-    assert "seed" not in str(caught.value)
+    assert caught.value.keys == ("training.epochs",)
     assert checkpoint.check_fingerprint(saved, now, ["seed", "training.epochs"], "x") == ["seed", "training.epochs"]
 
 

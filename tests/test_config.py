@@ -47,8 +47,8 @@ def recipe(**keys: object) -> Recipe:
     return validate(Recipe, {"batch_size": 4} | keys, "here")
 
 
-def refused(says: str, **keys: object) -> None:
-    with pytest.raises(ConfigError, match=says):
+def refused(key: str, **keys: object) -> None:
+    with fails(ConfigError, key):
         recipe(**keys)
 
 
@@ -66,7 +66,7 @@ def test_a_word_stays_a_word(text: str) -> None:
     assert isinstance(parse_yaml(f"name: {text}", "here")["name"], str)
 
 
-def test_what_is_dumped_is_read_back_equal() -> None:
+def test_a_dumped_mapping_is_read_back_equal() -> None:
     mapping = {"a": {"lr": 3e-4, "text": "3e-4", "yes": "yes", "none": None}, "list": [1, 2.5, "x"], "big": 1e20}
     assert parse_yaml(dump_yaml(mapping), "here") == mapping
     config = recipe(optimizer={"lr": 1e-5}, milestones=[3, 4], every="500 steps")
@@ -74,36 +74,33 @@ def test_what_is_dumped_is_read_back_equal() -> None:
 
 
 def test_an_unknown_key_is_refused_by_name_with_the_nearest_known_one() -> None:
-    refused(r"optimizer.lrr: no such key; known: kind, lr; did you mean optimizer.lr\?", optimizer={"lrr": 1})
-    refused(r"batchsize: no such key; .*did you mean batch_size\?", batchsize=1)
-    with pytest.raises(ConfigError, match=r"shufle: no such key; .*did you mean shuffle\?"):
+    refused("optimizer.lrr", optimizer={"lrr": 1})
+    refused("batchsize", batchsize=1)
+    with fails(ConfigError, "shufle", "block"):
         validate(DataConfig, {"root": "/x", "shufle": "block"}, "here")
 
 
 def test_every_fault_is_named_at_once_with_its_value() -> None:
     with pytest.raises(ConfigError) as caught:
         validate(Recipe, {"optimizer": {"lr": "fast", "kind": "adam"}, "extra": 1}, "recipe.yaml")
-    lines = str(caught.value).splitlines()
-    assert lines[0] == "recipe.yaml:" and len(lines) == 5
-    assert any(line.startswith("  batch_size: this key must be given") for line in lines)
-    assert any(line.startswith('  optimizer.lr (="fast"): ') for line in lines)
-    assert any("optimizer.kind (=\"adam\"): Input should be 'sgd' or 'adamw'" in line for line in lines)
+    assert set(caught.value.keys) == {"batch_size", "optimizer.lr", "optimizer.kind", "extra"}
+    assert len(str(caught.value).splitlines()) == 5  # the recipe, and a line for each fault
 
 
-def test_nothing_is_taken_for_another_type() -> None:
+def test_values_are_not_converted_to_another_type() -> None:
     refused("batch_size", batch_size="4")
     refused("batch_size", batch_size=True)
     refused("batch_size", batch_size=4.5)
     refused("nesterov", nesterov=1)
     refused("nesterov", nesterov="yes")
     refused("label", label=3)
-    refused(r"optimizer\.lr", optimizer={"lr": float("nan")})
+    refused("optimizer.lr", optimizer={"lr": float("nan")})
     assert recipe(optimizer={"lr": 1}).optimizer.lr == 1.0  # an integer is a real number
     assert recipe(milestones=[1, 2]).milestones == (1, 2)
 
 
 def test_a_config_is_frozen() -> None:
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(ValidationError):
         recipe().batch_size = 5  # type: ignore[misc]
 
 
@@ -114,47 +111,45 @@ def test_an_override_is_a_nested_mapping_whose_value_is_yaml() -> None:
     assert parse_override("register=null") == {"register": None}
     assert parse_override("name=") == {"name": None}
     for wrong in ("lr", "=3", "a..b=1", ".a=1"):
-        with pytest.raises(ConfigError, match=r"write it as section\.key=value"):
+        with fails(ConfigError, "override", wrong):
             parse_override(wrong)
-    with pytest.raises(ConfigError, match="not valid YAML"):
+    with fails(ConfigError, "yaml", "a=[1"):
         parse_override("a=[1")
 
 
-def test_merging_goes_key_by_key_and_leaves_both_as_they_were() -> None:
+def test_mappings_are_merged_key_by_key_and_not_changed() -> None:
     base = {"a": {"x": 1, "y": [1, 2]}, "b": 1}
     over = {"a": {"y": [3]}, "b": {"z": 1}}
     assert merge(base, over) == {"a": {"x": 1, "y": [3]}, "b": {"z": 1}}
     assert base == {"a": {"x": 1, "y": [1, 2]}, "b": 1} and over == {"a": {"y": [3]}, "b": {"z": 1}}
 
 
-def test_names_are_filled_in_everywhere_and_unknown_ones_refused() -> None:
+def test_variables_are_replaced_everywhere_and_unknown_ones_refused() -> None:
     filled = interpolate({"a": ["${home}/x", 3], "b": {"c": "${home}-${home}"}}, {"home": "/h"})
     assert filled == {"a": ["/h/x", 3], "b": {"c": "/h-/h"}}
-    with pytest.raises(ConfigError, match=r"\$\{hme\}: nothing of that name can be filled in; known: home"):
+    with fails(ConfigError, "${hme}", "hme"):
         interpolate("${hme}", {"home": "/h"})
-    with pytest.raises(ConfigError, match="ADAPTNET_DATA"):
+    with fails(ConfigError, "${home}", "home"):
         interpolate("${home}", {"home": None})
 
 
 def test_a_key_twice_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("a: 1\nb:\n  c: 1\n  c: 2\n")
-    with pytest.raises(ConfigError, match=rf"{path}: not valid YAML: line \d: the key 'c' stands twice"):
+    with fails(ConfigError, "yaml", path):
         read_mapping(path)
 
 
-@pytest.mark.parametrize(
-    ("content", "says"), [("- 1\n", "a recipe is a mapping of keys, this is list"), ("a: [", "not valid YAML")]
-)
-def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: str, says: str) -> None:
+@pytest.mark.parametrize(("content", "key"), [("- 1\n", "file"), ("a: [", "yaml")])
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: str, key: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
-    with pytest.raises(ConfigError, match=f"{path}.*{says}"):
+    with fails(ConfigError, key, path):
         read_mapping(path)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with fails(ConfigError, "file", tmp_path / "none.yaml"):
         read_mapping(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with fails(ConfigError, "file", tmp_path / "binary.yaml"):
         read_mapping(tmp_path / "binary.yaml")
 
 
@@ -170,8 +165,8 @@ def test_a_duration_is_read_and_printed(text: str, value: float, unit: str) -> N
 
 
 @pytest.mark.parametrize("text", ["0 steps", "-1 steps", "5", "5 hours", "steps", "", 5, None, "1e3 steps"])
-def test_what_is_no_duration_is_refused(text: object) -> None:
-    refused('a duration is "N steps", "N epochs" or "N minutes" with N > 0', every=text)
+def test_other_texts_than_durations_are_refused(text: object) -> None:
+    refused("every", every=text)
 
 
 def test_flat_names_and_fingerprints_follow_the_content() -> None:
@@ -180,7 +175,7 @@ def test_flat_names_and_fingerprints_follow_the_content() -> None:
     assert fingerprint({"x": 1, "y": 2}) == fingerprint({"y": 2, "x": 1}) != fingerprint({"x": 1, "y": 3})
 
 
-def test_the_data_section_says_which_of_its_rules_is_broken() -> None:
+def test_an_error_in_the_data_section_names_its_key() -> None:
     def data(**keys: object) -> DataConfig:
         return validate(DataConfig, {"root": "/x"} | keys, "here")
 
@@ -195,5 +190,5 @@ def test_the_data_section_says_which_of_its_rules_is_broken() -> None:
     assert (config.side_for_eval, config.resize_for_eval) == (160, 183)
 
 
-def test_a_recipe_that_was_stored_before_channels_last_became_plain_is_read() -> None:
+def test_channels_last_auto_of_older_recipes_is_read() -> None:
     assert run_config.load("baseline/toy", ["training.channels_last=auto"]).training.channels_last is True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pipeline.training import checkpoint, optim, state, step
 from pipeline.training.loop import train
 from pipeline.training.optimizers.sgd import SgdConfig
 from pipeline.training.state import TrainState
-from pipeline.training.step import Micro
+from pipeline.training.step import MicroBatch
 
 ARRN = {"widths": [6, 8, 10], "final": "M2x1", "head_width": 12}
 RANET = {"scales": [1, 2, 3], "channels": 4, "growth": 4, "first_blocks": 1, "more_blocks": 1}
@@ -145,28 +146,19 @@ def trained(case: str, steps: int, folder: Path) -> TrainState:
     events = tiny.Recorder(folder)
     if (last := events.last_good()) is not None:
         state.restore(current, checkpoint.read(folder / last))
-    forward, remarks = step.wrap(current.net, training, tiny.CPU, optim.parameters_outside_ddp(current.optimizers))
-    task = step.Task(
-        family=family,
-        config=config,
-        training=training,
-        seed=3,
-        num_classes=CLASSES,
-        device=tiny.CPU,
-        epochs_per_step=tiny.plan(6).epochs_per_step,
-        forward=forward,
-        remarks=remarks,
-    )
-    train(task, current, micros(current.step), tiny.plan(steps), events)
+    forward, _ = step.wrap(current.net, training, tiny.CPU, optim.parameters_outside_ddp(current.optimizers))
+    plan = tiny.plan(current.net, training, total_steps=steps)
+    plan = dataclasses.replace(plan, family=family, config=config, forward=forward)
+    train(plan, current, micros(current.step), events)
     return current
 
 
-def micros(start: int) -> Iterator[list[Micro]]:
+def micros(start: int) -> Iterator[list[MicroBatch]]:
     while True:
         generator = torch.Generator().manual_seed(start)
         images = torch.randn(IMAGES, 3, SIDE_PX, SIDE_PX, generator=generator)
         labels = torch.randint(CLASSES, (IMAGES,), generator=generator)
-        yield [Micro(images, labels, labels)]
+        yield [MicroBatch(images, labels, labels)]
         start += 1
 
 

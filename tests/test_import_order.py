@@ -135,7 +135,7 @@ for package in (pipeline.families, pipeline.training):
 import tiny
 from pipeline.training.step import Meter, train_step
 current = tiny.fresh(tiny.training())
-train_step(tiny.task(current.net, tiny.training()), current, next(tiny.batches(0)), 8, Meter())
+train_step(tiny.plan(current.net, tiny.training()), current, next(tiny.batches(0)), Meter())
 print("step", current.step)
 """
 

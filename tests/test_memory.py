@@ -14,7 +14,8 @@ from pipeline import run_config
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.execution import worker
-from pipeline.training.memory import words_if_spent
+from pipeline.runs.records import error_left
+from pipeline.training.memory import oom_message
 
 GIVEN_BACK = """
 import sys
@@ -54,8 +55,8 @@ cli.main(sys.argv[1:])
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone bounds a process' memory so")
-def test_memory_that_is_spent_is_told_with_what_took_it_and_how_to_take_less(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the memory of a process this way")
+def test_running_out_of_memory_is_one_error_that_names_a_smaller_setting_that_works(tmp_path: Path) -> None:
     """A process that may have 2 GiB more than it begins with, and a step that needs more."""
     images = toy.make(tmp_path / "set", num_classes=4, train=320, val=80, side_px=32, seed=5)
     own = [f"data.root={images}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "tracking.register=null"]
@@ -65,23 +66,24 @@ def test_memory_that_is_spent_is_told_with_what_took_it_and_how_to_take_less(tmp
     line = [sys.executable, "-c", SPENT, *words]
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("adaptnet: ")]
-    assert "memory is spent (" in said and "4096 images of 32 px at once, of training.batch_size (=4096)" in said
-    assert "compute.max_batch_per_worker below 4096" in said and "Traceback" not in done.stderr
+    assert sum(line.startswith("adaptnet: ") for line in done.stderr.splitlines()) == 1
+    assert "compute.max_batch_per_worker" in done.stderr and "Traceback" not in done.stderr
+    error = error_left(tmp_path / "run")
+    assert error is not None and (error.key, error.subject) == ("training.batch_size", "4096")
     line += ["compute.max_batch_per_worker=64"]
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0 and "finished" in done.stdout, done.stdout + done.stderr
 
 
-def test_with_fewer_workers_than_the_most_memory_may_be_enough_another_time() -> None:
-    """An elastic job that has lost nodes is then requeued; another is not."""
+def test_out_of_memory_with_fewer_workers_than_the_most_is_a_resource_error() -> None:
+    """An elastic job that has lost nodes is requeued then; others are not."""
     for workers, kind in (("1", ConfigError), ("[1,2]", ResourceError)):
-        found = run_config.load("convnet_aig/toy", [f"compute.workers={workers}"])
-        assert type(worker._spent(found, "bad_alloc")) is kind
+        config = run_config.load("convnet_aig/toy", [f"compute.workers={workers}"])
+        assert type(worker.out_of_memory(config, "bad_alloc")) is kind
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "message"),
     [
         (
             RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
@@ -89,11 +91,11 @@ def test_with_fewer_workers_than_the_most_memory_may_be_enough_another_time() ->
         ),
         (RuntimeError("x\n[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "[enforce fail] Def"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "cuDNN error"),
-        (MemoryError(), "Python had none left"),
+        (MemoryError(), "Python could not allocate"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (ValueError("out of memory"), None),
     ],
 )
-def test_errors_about_memory_are_told_from_others(error: Exception, words: str | None) -> None:
-    found = words_if_spent(error)
-    assert found is None if words is None else found is not None and found.startswith(words)
+def test_out_of_memory_errors_are_recognised(error: Exception, message: str | None) -> None:
+    found = oom_message(error)
+    assert found is None if message is None else found is not None and found.startswith(message)

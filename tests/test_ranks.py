@@ -85,7 +85,7 @@ def test_a_group_of_this_process_alone_begins_and_ends() -> None:
     assert not dist.is_initialized()
 
 
-def test_every_rank_learns_the_same_sum_and_rank_0s_word(two: list[dict[str, Any]]) -> None:
+def test_every_rank_gets_the_same_sum_and_rank_0s_value(two: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(two):
         assert found["rank"] == (rank, 2) and found["inner world"] == 2
         assert found["sum"].tolist() == [3.0, 20.0]
@@ -96,7 +96,7 @@ def test_every_rank_learns_the_same_sum_and_rank_0s_word(two: list[dict[str, Any
 
 
 @pytest.mark.parametrize("shares", CUTS)
-def test_a_loss_of_the_whole_batchs_mean_has_one_ranks_value_and_gradient(
+def test_a_loss_of_the_global_mean_has_the_value_and_gradient_of_one_rank(
     shares: str, two: list[dict[str, Any]]
 ) -> None:
     loss, whole = gradient(slice(None))

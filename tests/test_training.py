@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import two_ranks
+from raised import fails
 from torch import Tensor, nn
 
 from pipeline import ranks
@@ -24,7 +25,7 @@ from pipeline.data.dali import DecodedEvalBatch
 from pipeline.errors import ConfigError, ContractError, DivergedError
 from pipeline.evaluation.evaluate import Evaluator, _waited_s, evaluate
 from pipeline.family import Params, Prediction, find
-from pipeline.training import checkpoint, loop, optim, state
+from pipeline.training import checkpoint, optim, state
 from pipeline.training.loop import train
 from pipeline.training.optimizers.adamw import AdamWConfig
 from pipeline.training.optimizers.sgd import SgdConfig
@@ -52,7 +53,7 @@ def test_micro_batches_of_any_number_give_the_step_of_the_whole_batch() -> None:
         current = tiny.fresh(tiny.training())
         source = tiny.batches(0, parts)
         for _ in range(4):
-            train_step(tiny.task(current.net, tiny.training()), current, next(source), 8, Meter())
+            train_step(tiny.plan(current.net, tiny.training()), current, next(source), Meter())
         found.append(tiny.tensors(current))
     for other in found[1:]:
         for name, value in found[0].items():
@@ -66,9 +67,9 @@ WITH_SHAPE = tiny.training(other_optimizers={"shape": SgdConfig(lr=0.3)})
 def four_steps(rows: slice = slice(None)) -> tuple[dict[str, Tensor], dict[str, float]]:
     """A state with parameters apart after four steps of this rank's rows, and what the meter holds."""
     current, meter = tiny.fresh(WITH_SHAPE, SHAPED), Meter()
-    task, source = tiny.task(current.net, WITH_SHAPE, SHAPED), tiny.batches(0, 1, rows)
+    plan, source = tiny.plan(current.net, WITH_SHAPE, SHAPED), tiny.batches(0, 1, rows)
     for _ in range(4):
-        train_step(task, current, next(source), 8, meter)
+        train_step(plan, current, next(source), meter)
     return tiny.tensors(current), meter.flush()
 
 
@@ -76,7 +77,7 @@ def _two_ranks(rank: int, folder: Path) -> None:
     rows = slice(0, 3) if rank == 0 else slice(3, 8)  # unequal shares
     torch.save(four_steps(rows), folder / f"two{rank}.pt")
     current = tiny.fresh(tiny.training())
-    task = tiny.task(current.net, tiny.training())
+    plan = tiny.plan(current.net, tiny.training(), total_steps=100)
     try:
         bad = tiny.Recorder(folder / f"saves{rank}")
         source = tiny.batches(0, 1, rows)
@@ -87,12 +88,12 @@ def _two_ranks(rank: int, folder: Path) -> None:
                     micros[0].images[0] = math.nan
                 yield micros
 
-        train(task, current, poisoned(), tiny.plan(100), bad)
+        train(plan, current, poisoned(), bad)
     except DivergedError as error:
-        torch.save((error.step, str(error)), folder / f"diverged{rank}.pt")
+        torch.save((error.step, error.checkpoint), folder / f"diverged{rank}.pt")
 
 
-def test_two_ranks_with_unequal_shares_equal_one_and_meet_a_divergence_together(tmp_path: Path) -> None:
+def test_two_ranks_with_unequal_shares_equal_one_and_diverge_at_the_same_step(tmp_path: Path) -> None:
     two_ranks.run(_two_ranks, tmp_path)
     mine, means = four_steps()
     assert (mine["net.alpha"] - torch.tensor([0.5, -0.5])).abs().min() > 1e-3
@@ -102,19 +103,16 @@ def test_two_ranks_with_unequal_shares_equal_one_and_meet_a_divergence_together(
             torch.testing.assert_close(theirs[name], value, rtol=1e-5, atol=1e-6, msg=name)
         assert their_means == pytest.approx(means, abs=1e-6)
     for rank in (0, 1):
-        step, message = torch.load(tmp_path / f"diverged{rank}.pt")
-        assert step == 3
-        assert "step 3, rank 1" in message
-        assert "learning rate" in message
+        assert torch.load(tmp_path / f"diverged{rank}.pt") == (3, None)
 
 
 def test_each_update_moves_its_own_parameters_alone() -> None:
     current = tiny.fresh(WITH_SHAPE, SHAPED)
-    task, source, moved = tiny.task(current.net, WITH_SHAPE, SHAPED), tiny.batches(0), []
+    plan, source, moved = tiny.plan(current.net, WITH_SHAPE, SHAPED), tiny.batches(0), []
     for name in ("main", "shape"):
         family = dataclasses.replace(tiny.FAMILY, updates=lambda config, step, name=name: [name])
         before = {key: value.clone() for key, value in current.net.state_dict().items()}
-        train_step(dataclasses.replace(task, family=family), current, next(source), 8, Meter())
+        train_step(dataclasses.replace(plan, family=family), current, next(source), Meter())
         moved.append({key for key, value in current.net.state_dict().items() if not torch.equal(value, before[key])})
     assert moved == [set(before) - {"alpha"}, {"alpha"}]
     assert current.net.alpha.requires_grad
@@ -125,24 +123,24 @@ def test_resumed_equals_uninterrupted_bitwise(tmp_path: Path, kind: str) -> None
     settings = tiny.training(optimizer=OPTIMIZERS[kind](lr=0.01), ema_decay=0.9, clip_norm=1.0, label_smoothing=0.1)
     noisy = tiny.TinyConfig(dropout=0.3)
     whole = tiny.fresh(settings, noisy)
-    assert train(tiny.task(whole.net, settings, noisy), whole, tiny.batches(0), tiny.plan(12), tiny.Recorder(tmp_path))
+    assert train(tiny.plan(whole.net, settings, noisy, total_steps=12), whole, tiny.batches(0), tiny.Recorder(tmp_path))
 
     again = tiny.fresh(settings, noisy)
     torch.manual_seed(99)
     state.restore(again, checkpoint.read(tmp_path / "step-00000005"))
     assert again.step == 5
     recorder = tiny.Recorder(tmp_path / "again")
-    train(tiny.task(again.net, settings, noisy), again, tiny.batches(5), tiny.plan(12), recorder)
+    train(tiny.plan(again.net, settings, noisy, total_steps=12), again, tiny.batches(5), recorder)
     theirs = tiny.tensors(again)
     for name, value in tiny.tensors(whole).items():
         assert torch.equal(theirs[name], value), name
     assert recorder.saved == [10, 12]
 
 
-def test_stopping_saves_at_that_step_and_goes_on_from_it(tmp_path: Path) -> None:
+def test_a_stopped_training_saves_at_its_last_step(tmp_path: Path) -> None:
     current = tiny.fresh(tiny.training())
     recorder = tiny.Recorder(tmp_path, stop_at=1)
-    finished = train(tiny.task(current.net, tiny.training()), current, tiny.batches(0), tiny.plan(12), recorder)
+    finished = train(tiny.plan(current.net, tiny.training(), total_steps=12), current, tiny.batches(0), recorder)
     assert not finished
     assert recorder.storage.names() == [checkpoint.name_of(current.step)]
 
@@ -150,8 +148,15 @@ def test_stopping_saves_at_that_step_and_goes_on_from_it(tmp_path: Path) -> None
 def test_events_in_epochs_fall_on_the_first_step_at_or_past_the_border(tmp_path: Path) -> None:
     current = tiny.fresh(tiny.training())
     recorder = tiny.Recorder(tmp_path)
-    every = tiny.plan(13, evaluate_every="0.5 epochs", log_every="100 steps", save_every="100 steps")
-    train(tiny.task(current.net, tiny.training()), current, tiny.batches(0), every, recorder)
+    every = tiny.plan(
+        current.net,
+        tiny.training(),
+        total_steps=13,
+        evaluate_every="0.5 epochs",
+        log_every="100 steps",
+        save_every="100 steps",
+    )
+    train(every, current, tiny.batches(0), recorder)
     assert recorder.evaluated == [3, 5, 8, 10, 13]  # half an epoch is 2.5 steps
     assert list(recorder.logged) == [13]
 
@@ -159,14 +164,14 @@ def test_events_in_epochs_fall_on_the_first_step_at_or_past_the_border(tmp_path:
 def test_times_are_shares_that_add_up(tmp_path: Path) -> None:
     current = tiny.fresh(tiny.training())
     recorder = tiny.Recorder(tmp_path)
-    train(tiny.task(current.net, tiny.training()), current, tiny.batches(0), tiny.plan(6), recorder)
+    train(tiny.plan(current.net, tiny.training(), total_steps=6), current, tiny.batches(0), recorder)
     for values in recorder.logged.values():
         shares = [value for key, value in values.items() if key.endswith("_share")]
         assert len(shares) == 4
         assert sum(shares) == pytest.approx(1)
 
 
-def test_divergence_names_step_rate_and_last_good_checkpoint_and_saves_nothing_after_it(tmp_path: Path) -> None:
+def test_divergence_reports_the_step_and_the_last_good_checkpoint_and_saves_nothing_more(tmp_path: Path) -> None:
     current = tiny.fresh(tiny.training())
     recorder = tiny.Recorder(tmp_path)
 
@@ -176,13 +181,13 @@ def test_divergence_names_step_rate_and_last_good_checkpoint_and_saves_nothing_a
                 micros[0].images[0] = math.inf
             yield micros
 
-    with pytest.raises(DivergedError, match=r"step 8, rank 0.*learning rate.*step-00000005") as caught:
-        train(tiny.task(current.net, tiny.training()), current, poisoned(), tiny.plan(20), recorder)
+    with fails(DivergedError, "training.optimizer.lr") as caught:
+        train(tiny.plan(current.net, tiny.training(), total_steps=20), current, poisoned(), recorder)
     assert (caught.value.step, caught.value.checkpoint) == (8, "step-00000005")
     assert recorder.storage.names() == ["step-00000005"]
 
 
-def test_a_gradient_that_is_not_finite_is_met_before_its_weights_are_saved(tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_finite_is_found_before_its_weights_are_saved(tmp_path: Path) -> None:
     current = tiny.fresh(tiny.training())
     recorder = tiny.Recorder(tmp_path)
 
@@ -192,30 +197,30 @@ def test_a_gradient_that_is_not_finite_is_met_before_its_weights_are_saved(tmp_p
                 current.net.head.weight.register_hook(lambda gradient: gradient * math.nan)
             yield micros
 
-    with pytest.raises(DivergedError, match=r"step 9, rank 0.*step-00000005"):
-        train(tiny.task(current.net, tiny.training()), current, poisoned(), tiny.plan(20), recorder)
+    with fails(DivergedError, "training.optimizer.lr") as caught:
+        train(tiny.plan(current.net, tiny.training(), total_steps=20), current, poisoned(), recorder)
+    assert (caught.value.step, caught.value.checkpoint) == (9, "step-00000005")
     assert recorder.storage.names() == ["step-00000005"]
 
 
 def test_every_evaluation_is_followed_by_a_save(tmp_path: Path) -> None:
     current = tiny.fresh(tiny.training())
     recorder = tiny.Recorder(tmp_path)
-    plan = tiny.plan(10, evaluate_every="4 steps", save_every="7 steps")
-    train(tiny.task(current.net, tiny.training()), current, tiny.batches(0), plan, recorder)
+    plan = tiny.plan(current.net, tiny.training(), total_steps=10, evaluate_every="4 steps", save_every="7 steps")
+    train(plan, current, tiny.batches(0), recorder)
     assert (recorder.evaluated, recorder.saved) == ([4, 8, 10], [4, 7, 8, 10])
 
 
-def test_minutes_are_a_span_for_logging_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "PULSE_S", 0.0)
+def test_minutes_are_a_span_for_logging_too(tmp_path: Path) -> None:
     current = tiny.fresh(tiny.training())
     recorder = tiny.Recorder(tmp_path)
-    plan = tiny.plan(12, log_every="0.00001 minutes", save_every="100 steps")
-    train(tiny.task(current.net, tiny.training()), current, tiny.batches(0), plan, recorder)
+    plan = tiny.plan(current.net, tiny.training(), total_steps=12, log_every="0.00001 minutes", save_every="100 steps")
+    train(plan, current, tiny.batches(0), recorder, sync_every_s=0.0)
     assert len(recorder.logged) > 3
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_moments_that_were_saved_lie_in_memory_as_their_weights_do(tmp_path: Path, kind: str) -> None:
+def test_restored_moments_have_the_memory_format_of_their_weights(tmp_path: Path, kind: str) -> None:
     settings = tiny.training(optimizer=OPTIMIZERS[kind]())
     baseline = find("baseline")
     config = validate(baseline.config, {"name": "baseline", "net": "cifar_resnet", "depth": 8}, "family")
@@ -234,13 +239,13 @@ def test_moments_that_were_saved_lie_in_memory_as_their_weights_do(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_a_setting_that_may_change_takes_hold_and_the_moments_stay(kind: str) -> None:
+def test_a_changed_optimizer_setting_applies_after_a_restore_and_the_moments_stay(kind: str) -> None:
     before = tiny.training(optimizer=OPTIMIZERS[kind](lr=0.1, weight_decay=0.01))
     after = tiny.training(optimizer=OPTIMIZERS[kind](lr=0.02, weight_decay=0.3))
     old, new = tiny.fresh(before), tiny.fresh(after)
     source = tiny.batches(0)
     for _ in range(3):
-        train_step(tiny.task(old.net, before), old, next(source), 8, Meter())
+        train_step(tiny.plan(old.net, before), old, next(source), Meter())
     state.restore(new, state.to_mapping(old))
     group = new.optimizers["main"].param_groups[0]
     assert (group["full_lr"], group["weight_decay"]) == (0.02, 0.3)
@@ -277,7 +282,7 @@ def test_fewer_images_than_ranks_are_evaluated(tmp_path: Path) -> None:
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)] == [1, 1]
 
 
-def test_norms_and_biases_are_spared_decay_only_where_asked() -> None:
+def test_norms_and_biases_decay_only_if_the_recipe_says_so() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     groups = {"main": [Params(list(net.parameters()))]}
     for spared in (False, True):
@@ -288,7 +293,7 @@ def test_norms_and_biases_are_spared_decay_only_where_asked() -> None:
 
 def test_groups_that_are_no_partition_are_refused() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    with pytest.raises(ContractError, match=r"missing: 1\.weight, 1\.bias"):
+    with fails(ContractError, "groups", "1.weight, 1.bias"):
         optim.build({"main": [Params(list(net[0].parameters()))]}, net, tiny.training())
 
 
@@ -310,7 +315,7 @@ def test_micro_batches_fill_the_cap_and_impossible_ones_are_refused() -> None:
     assert num_micros((128, 128), 2, 64) == 2
     assert num_micros((85, 86), 3, 64) == 2
     assert num_micros((128, 128), 2, None) == 1
-    with pytest.raises(ConfigError, match=r"max_batch_per_worker \(=1\) asks for 2 micro-batches.*gets 1 images"):
+    with fails(ConfigError, "compute.max_batch_per_worker", 1):
         num_micros((1, 2), 2, 1)
 
 
@@ -322,7 +327,7 @@ def test_shards_partition_any_length() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not say how long threads waited")
-def test_threads_that_share_a_core_have_waited_for_it() -> None:
+def test_the_time_that_threads_waited_for_a_core_is_measured() -> None:
     cores = os.sched_getaffinity(0)
     work = [threading.Thread(target=lambda: hashlib.sha256(bytes(200_000_000))) for _ in range(3)]
     before = _waited_s()

@@ -16,10 +16,10 @@ from pipeline.runs.records import Meta
 from pipeline.training import state
 from pipeline.training.checkpoint import Checkpointer, LocalStorage
 from pipeline.training.config import CheckpointConfig, TrainingConfig
-from pipeline.training.loop import Plan
 from pipeline.training.optimizers.sgd import SgdConfig
+from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainState
-from pipeline.training.step import Micro, Task, wrap
+from pipeline.training.step import MicroBatch, wrap
 
 SIDE, CLASSES, IMAGES = 4, 3, 40
 CPU = torch.device("cpu")
@@ -75,21 +75,6 @@ def fresh(training: TrainingConfig, config: TinyConfig | None = None) -> TrainSt
     return state.fresh(FAMILY, config or TinyConfig(), training, num_classes=CLASSES, seed=3, device=CPU)
 
 
-def task(net: nn.Module, training: TrainingConfig, config: TinyConfig | None = None) -> Task:
-    forward, remarks = wrap(net, training, CPU, [net.alpha] if hasattr(net, "alpha") else [])
-    return Task(
-        family=FAMILY,
-        config=config or TinyConfig(),
-        training=training,
-        seed=3,
-        num_classes=CLASSES,
-        device=CPU,
-        epochs_per_step=training.batch_size / IMAGES,
-        forward=forward,
-        remarks=remarks,
-    )
-
-
 def training(**changes: object) -> TrainingConfig:
     base = {"batch_size": 8, "epochs": 4.0, "optimizer": SgdConfig(lr=0.1, nesterov=True)}
     return TrainingConfig(**{**base, **changes})  # type: ignore[arg-type]
@@ -102,26 +87,41 @@ def batch(step: int, size: int = 8) -> tuple[Tensor, Tensor]:
     return images, torch.randint(CLASSES, (size,), generator=generator)
 
 
-def batches(start: int, parts: int = 1, rows: slice = slice(None)) -> Iterator[list[Micro]]:
+def batches(start: int, parts: int = 1, rows: slice = slice(None)) -> Iterator[list[MicroBatch]]:
     step = start
     while True:
         images, labels = (tensor[rows] for tensor in batch(step))
         chunks = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
-        yield [Micro(part, truth, truth) for part, truth in chunks]
+        yield [MicroBatch(part, truth, truth) for part, truth in chunks]
         step += 1
 
 
-def plan(total_steps: int, **changes: str) -> Plan:
+def plan(
+    net: nn.Module,
+    training: TrainingConfig,
+    config: TinyConfig | None = None,
+    *,
+    total_steps: int = 0,
+    **intervals: str,
+) -> TrainingPlan:
     def span(text: str) -> Duration:
         value, unit = text.split()
         return Duration(value=float(value), unit=unit)  # type: ignore[arg-type]
 
-    spans = {"log_every": "2 steps", "save_every": "5 steps", "evaluate_every": "1000 steps", **changes}
-    return Plan(
+    forward, _ = wrap(net, training, CPU, [net.alpha] if hasattr(net, "alpha") else [])
+    spans = {"log_every": "2 steps", "save_every": "5 steps", "evaluate_every": "1000 steps", **intervals}
+    return TrainingPlan(
+        family=FAMILY,
+        config=config or TinyConfig(),
+        training=training,
+        seed=3,
+        num_classes=CLASSES,
+        device=CPU,
+        forward=forward,
+        batch_size=training.batch_size,
+        epochs_per_step=training.batch_size / IMAGES,
         total_steps=total_steps,
-        epochs_per_step=8 / IMAGES,
-        batch_size=8,
-        **{name: span(text) for name, text in spans.items()},  # type: ignore[arg-type]
+        **{name: span(text) for name, text in spans.items()},
     )
 
 

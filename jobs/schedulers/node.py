@@ -260,7 +260,7 @@ def run_verb(verb: str, arguments: Sequence[str], app: Callable[..., object] | N
             return False
         raise JobEnded(f"adaptnet {verb} ended with exit code {left.code}", key=verb, subject=left.code) from None
     except (MemoryError, RuntimeError) as error:
-        message = memory.words_if_spent(error)
+        message = memory.oom_message(error)
         if message is None:
             raise
         raise JobEnded(

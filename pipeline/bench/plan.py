@@ -30,11 +30,12 @@ from pipeline.data.index import ImageIndex, open_splits
 from pipeline.errors import ConfigError, DataError
 from pipeline.run_config import RunConfig
 from pipeline.runs.records import Meta
-from pipeline.training import checkpoint, state, step
+from pipeline.training import checkpoint, state
 from pipeline.training.loop import device_of
 from pipeline.training.memory import keep_freed_memory
+from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainState
-from pipeline.training.step import Meter, Micro, Task, train_step
+from pipeline.training.step import Meter, MicroBatch, train_step
 
 INDEX_BYTES = 4 * 4 + 2 * 8 + 8  # of one image: shard, label, height, width; offset, length; name's hash
 WARM, TIMED = 2, 5  # steps
@@ -177,10 +178,10 @@ def measure(
     device = device_of("auto" if config.compute.device == "cuda" else config.compute.device)  # the run may be elsewhere
     if device.type == "cpu":
         keep_freed_memory()
-    task, current = _fresh(config, num_classes, device)
+    plan, current = _fresh(config, num_classes, device)
     micros = [_random(config, num_classes, rows, device)]
-    saved = _activations(task, current, micros[0])
-    rate, logged = _rate(task, current, micros, rows, TIMED if timed else 1)
+    saved = _activations(plan, current, micros[0])
+    rate, logged = _rate(plan, current, micros, rows, TIMED if timed else 1)
     parameters = sum(parameter.numel() for parameter in current.net.parameters())
     held = [*current.net.parameters(), *current.net.buffers(), *(current.ema.parameters() if current.ema else ())]
     moments = [t for o in current.optimizers.values() for s in o.state.values() for t in s.values() if _is(t)]
@@ -200,7 +201,7 @@ def _is(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
-def _fresh(config: RunConfig, num_classes: int, device: torch.device) -> tuple[Task, TrainState]:
+def _fresh(config: RunConfig, num_classes: int, device: torch.device) -> tuple[TrainingPlan, TrainState]:
     family, training = families.find(config.family.name), config.training
     current = state.fresh(
         family,
@@ -211,30 +212,29 @@ def _fresh(config: RunConfig, num_classes: int, device: torch.device) -> tuple[T
         device=device,
         channels_last=training.channels_last,
     )
-    task = Task(
+    plan = TrainingPlan(
         family=family,
         config=config.family,
         training=training,
         seed=config.seed,
         num_classes=num_classes,
         device=device,
-        epochs_per_step=1e-3,
         forward=current.net,
-        autocast=step.use_bf16(training.precision, device),
-        channels_last=training.channels_last,
+        batch_size=training.batch_size,
+        epochs_per_step=1e-3,
     )
-    return task, current
+    return plan, current
 
 
-def _random(config: RunConfig, num_classes: int, rows: int, device: torch.device) -> Micro:
+def _random(config: RunConfig, num_classes: int, rows: int, device: torch.device) -> MicroBatch:
     side = config.data.side_px
     layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
     images = torch.randn(rows, 3, side, side, device=device).contiguous(memory_format=layout)
     labels = torch.arange(rows, device=device) % num_classes
-    return Micro(images, labels, labels)
+    return MicroBatch(images, labels, labels)
 
 
-def _activations(task: Task, current: TrainState, micro: Micro) -> int:
+def _activations(plan: TrainingPlan, current: TrainState, micro: MicroBatch) -> int:
     """Bytes that the forward pass saves for the backward pass: each storage once, without parameters."""
     own = {p.untyped_storage().data_ptr() for p in current.net.parameters()}
     saved: dict[int, int] = {}  # bytes by address
@@ -246,22 +246,24 @@ def _activations(task: Task, current: TrainState, micro: Micro) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast(task.device.type, torch.bfloat16, enabled=task.autocast):
+        with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.autocast):
             output = current.net(micro.images)
-            loss = task.family.loss(task.config, output, micro.targets, task.training.loss.criterion).total
+            loss = plan.family.loss(plan.config, output, micro.targets, plan.training.loss.criterion).total
     total = sum(saved.values())
     del loss, output
     return total
 
 
-def _rate(task: Task, current: TrainState, micros: list[Micro], rows: int, steps: int) -> tuple[float, int]:
+def _rate(
+    plan: TrainingPlan, current: TrainState, micros: list[MicroBatch], rows: int, steps: int
+) -> tuple[float, int]:
     """Images/s, and the number of values that a step logs. Afterwards the optimizers hold their moments."""
-    times, meter = [], Meter()
+    times, meter, plan = [], Meter(), replace(plan, batch_size=rows)
     for _ in range(WARM + steps):
         start = time.perf_counter()
-        train_step(task, current, micros, rows, meter)
-        if task.device.type == "cuda":
-            torch.cuda.synchronize(task.device)
+        train_step(plan, current, micros, meter)
+        if plan.device.type == "cuda":
+            torch.cuda.synchronize(plan.device)
         times.append(time.perf_counter() - start)
     return rows / median(times[WARM:]), len(meter.flush())
 
@@ -271,7 +273,7 @@ def _saved_bytes(current: TrainState) -> int:
     with TemporaryDirectory(prefix="adaptnet-plan-") as folder:
         path = Path(folder) / "step-00000000"
         meta = Meta(step=0, recipe={}, fingerprint={}, classes=())
-        checkpoint.write(path, checkpoint._to_cpu(state.to_mapping(current)), meta)
+        checkpoint.write(path, checkpoint.to_cpu(state.to_mapping(current)), meta)
         return sum(file.stat().st_size for file in path.iterdir())
 
 

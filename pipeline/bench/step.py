@@ -24,15 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import ranks
 from pipeline.bench.rows import BenchRow, compare, interleave
-from pipeline.config import Duration, as_mapping
+from pipeline.config import as_mapping
 from pipeline.errors import ResourceError
 from pipeline.execution import cluster
 from pipeline.run_config import ComputeConfig, RunConfig
 from pipeline.training import state, step
-from pipeline.training.loop import Plan, device_of, train
+from pipeline.training.loop import device_of, train
 from pipeline.training.memory import keep_freed_memory
+from pipeline.training.plan import TrainingPlan, use_bf16
 from pipeline.training.state import TrainState
-from pipeline.training.step import Micro, Task
+from pipeline.training.step import MicroBatch
 
 WARM = 3  # steps that are not timed
 WARM_WORKERS = 150  # with workers: Ray's own actors start during the first steps and compete for the cores
@@ -83,8 +84,8 @@ def _compute(config: RunConfig) -> ComputeConfig:
 def ours(setup: LoopSetup) -> float:
     """Images/s of `training.loop.train` over all ranks, timed on this one. Collective."""
     device, current = fresh(setup)
-    task, laps = task_of(setup, current, device), Laps(device, setup.warm)
-    train(task, current, laps.over(micros(batches(setup, device))), _plan(setup, _total(setup)), _Nothing())
+    laps = Laps(device, setup.warm)
+    train(plan_of(setup, current, device), current, laps.over(micros(batches(setup, device))), _Nothing())
     return laps.rate(setup.batch_size)
 
 
@@ -99,7 +100,7 @@ def bare(setup: LoopSetup) -> float:
     if ranks.world() > 1:
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
     optimizer = torch.optim.SGD(current.net.parameters(), lr=0.01, momentum=0.9)
-    amp, laps = step.use_bf16(setup.config.training.precision, device), Laps(device, setup.warm)
+    amp, laps = use_bf16(setup.config.training.precision, device), Laps(device, setup.warm)
     for _, (images, labels) in zip(range(_total(setup)), laps.over(batches(setup, device)), strict=False):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = net(images).logits
@@ -160,31 +161,25 @@ def fresh(setup: LoopSetup) -> tuple[torch.device, TrainState]:
     return device, current
 
 
-def task_of(setup: LoopSetup, current: TrainState, device: torch.device) -> Task:
-    """The arguments of `train_step` besides the state."""
+def plan_of(setup: LoopSetup, current: TrainState, device: torch.device) -> TrainingPlan:
+    """The plan of `train` and `train_step`, without evaluations and saves."""
     from pipeline import family
 
     config = setup.config
-    forward, remarks = step.wrap(current.net, config.training, device)
-    return Task(
+    forward, _ = step.wrap(current.net, config.training, device)
+    return TrainingPlan(
         family=family.find(config.family.name),
         config=config.family,
         training=config.training,
         seed=1,
         num_classes=setup.num_classes,
         device=device,
-        epochs_per_step=1e-6,
         forward=forward,
-        remarks=remarks,
-        autocast=step.use_bf16(config.training.precision, device),
-        channels_last=config.training.channels_last,
+        batch_size=setup.batch_size,
+        epochs_per_step=1e-6,
+        total_steps=_total(setup),
+        log_every=config.logging.every,
     )
-
-
-def _plan(setup: LoopSetup, total_steps: int) -> Plan:
-    never = Duration(value=1e9, unit="steps")
-    often = setup.config.logging.every
-    return Plan(total_steps, 1e-6, setup.batch_size, often, never, never)
 
 
 def batches(setup: LoopSetup, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -201,10 +196,10 @@ def batches(setup: LoopSetup, device: torch.device) -> Iterator[tuple[Tensor, Te
         yield from pool
 
 
-def micros(source: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Sequence[Micro]]:
+def micros(source: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Sequence[MicroBatch]]:
     """Each batch as one micro-batch."""
     for images, labels in source:
-        yield [Micro(images, labels, labels)]
+        yield [MicroBatch(images, labels, labels)]
 
 
 class _Nothing:

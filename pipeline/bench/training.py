@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline import cost, run_config
 from pipeline import family as families
 from pipeline.bench.rows import chosen, interleave, on_threads
-from pipeline.bench.step import LoopSetup, batches, fresh, micros, task_of
+from pipeline.bench.step import LoopSetup, batches, fresh, micros, plan_of
 from pipeline.training.step import Meter, train_step
 
 RECIPES: Mapping[str, Sequence[str]] = {  # dropping of parts in training is switched off, so that all MACs are computed
@@ -101,8 +101,8 @@ def _macs(setup: LoopSetup) -> int:
 def _stepper(setup: LoopSetup) -> Callable[[], object]:
     """A function that runs one training step."""
     device, current = fresh(setup)
-    task, meter, source = task_of(setup, current, device), Meter(), micros(batches(setup, device))
-    return lambda: train_step(task, current, next(source), setup.batch_size, meter)
+    plan, meter, source = plan_of(setup, current, device), Meter(), micros(batches(setup, device))
+    return lambda: train_step(plan, current, next(source), meter)
 
 
 def _seconds(step: Callable[[], object]) -> float:

@@ -1,12 +1,14 @@
-"""Private parts of torch: version counters of tensors, hooks of modules, dispatch modes, and how a module is cast."""
+"""Private parts of torch: tensors' version counters, modules' hooks and casts, dispatch modes, what DDP ignores."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.compat import require
 
@@ -15,6 +17,15 @@ _python_dispatch = import_module("torch.utils._python_dispatch")
 require("torch", torch, ("Tensor._version",), tried=TRIED)
 require("torch", nn.Module(), ("_forward_hooks", "_apply"), tried=TRIED)  # Shape overrides _apply
 require("torch", _python_dispatch, ("_disable_current_modes",), tried=TRIED)
+require("torch", DistributedDataParallel, ("_set_params_and_buffers_to_ignore_for_model",), tried=TRIED)
+
+
+def ignore_in_ddp(net: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Makes a DistributedDataParallel that is built over `net` from now on leave these parameters alone."""
+    chosen = {id(parameter) for parameter in parameters}
+    names = [name for name, parameter in net.named_parameters() if id(parameter) in chosen]
+    names += [f".{name}" for name in names]  # DDP's own spelling of a parameter of the net itself
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, names)  # type: ignore[no-untyped-call]
 
 
 def version_of(tensor: Tensor) -> int | None:

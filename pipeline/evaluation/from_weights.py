@@ -17,8 +17,8 @@ from pipeline.evaluation.evaluate import Batches, Evaluator, calibrate, choose, 
 from pipeline.evaluation.robustness import Attack, Attacked, ResolutionSweep
 from pipeline.family import Fitted, Report
 from pipeline.run_config import RunConfig
-from pipeline.training import step
 from pipeline.training.loop import device_of
+from pipeline.training.plan import use_bf16
 
 FINAL = "final"  # the evaluation after training
 
@@ -48,7 +48,7 @@ def evaluator(config: RunConfig, device: torch.device, num_classes: int, *, late
         data=config.data,
         device=device,
         num_classes=num_classes,
-        autocast=step.use_bf16(config.training.precision, device),
+        autocast=use_bf16(config.training.precision, device),
         channels_last=config.training.channels_last,
         latency_batches=config.evaluation.latency_batches,
         latency_repeats=config.evaluation.latency_repeats if latency else 0,

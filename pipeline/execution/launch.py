@@ -18,7 +18,7 @@ from pipeline.errors import AdaptNetError, ConfigError, ResourceError
 from pipeline.evaluation import from_weights
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.execution import cluster, worker
-from pipeline.execution.worker import Order
+from pipeline.execution.worker import WorkerConfig
 from pipeline.family import Report
 from pipeline.registry.publishing import register_best
 from pipeline.run_config import ComputeConfig, RunConfig
@@ -89,7 +89,7 @@ def train(
         recipe = configs.as_mapping(config)
         with Uploader(run_dir, config.tracking, recipe, command=sys.argv, fence=lease.fence) as uploader:
             if not _is_finished(run_dir, fingerprint):
-                _run(config, Order(recipe, str(run_dir), lease.fence, tuple(allow_changed)))
+                _run(config, WorkerConfig(recipe, str(run_dir), lease.fence, tuple(allow_changed)))
             return conclude(config, run_dir, uploader)
     finally:
         if new and not (run_dir / "config.yaml").exists():
@@ -188,10 +188,10 @@ def _is_finished(run_dir: Path, fingerprint: Mapping[str, object]) -> bool:
     return status.finished and run_config.translated(status.fingerprint) == fingerprint
 
 
-def _run(config: RunConfig, order: Order) -> None:
+def _run(config: RunConfig, order: WorkerConfig) -> None:
     run_dir = Path(order.run_dir)
     if config.compute.workers == 0:
-        worker.work(Order(**{**vars(order), "under_ray": False}))
+        worker.work(WorkerConfig(**{**vars(order), "under_ray": False}))
         return
     with cluster.cluster(config.compute):
         try:
@@ -228,7 +228,7 @@ def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:500].rstrip(" .")
 
 
-def _trainer(compute: ComputeConfig, order: Order) -> Trainer:
+def _trainer(compute: ComputeConfig, order: WorkerConfig) -> Trainer:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 

@@ -1,8 +1,8 @@
-"""Checkpoints: folders that are there whole or not at all, written beside the training, checked before they are used.
+"""Checkpoints: complete folders, written in a thread beside the training and verified before they are used.
 
-`step-00000123/` holds net.safetensors, ema.safetensors (with a moving average), state.pt (optimizers and counters,
-loadable with weights_only), meta.json (what it is and of which recipe) and, written last, COMPLETE.json (bytes and
-sha256 of each file). Only a folder with COMPLETE.json counts.
+`step-00000123/` contains net.safetensors, ema.safetensors (if there is a moving average), state.pt (optimizers and
+counters, loadable with weights_only), meta.json (`records.Meta`) and, written last, COMPLETE.json (bytes and sha256 of
+each file). Only a folder with COMPLETE.json counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +33,15 @@ from pipeline.runs.files import move_folder, sync_file, sync_folder
 from pipeline.runs.records import META, Meta, read_status
 from pipeline.training import state as states
 from pipeline.training.config import CheckpointConfig
-from pipeline.training.state import TrainState
+from pipeline.training.state import SavedState, TrainState
 
 COMPLETE = "COMPLETE.json"
-OWNER = "OWNER"  # in a storage that runs share: the id of the run folder whose checkpoints lie beside it
-PARALLEL = "module."  # before each name of a net that DataParallel or DDP held
+OWNER = "OWNER"  # a file in a shared storage: the id of the run folder that the checkpoints beside it are of
+PARALLEL = "module."  # prefix of each name in a net that was saved inside DataParallel or DDP
 
 
 class Storage(Protocol):
-    """A place for checkpoints; a name is listed only once all of it is there."""
+    """A place for checkpoints; a name is listed only once the checkpoint is complete."""
 
     def names(self) -> list[str]:
         """Complete checkpoints, oldest step first."""
@@ -52,26 +52,32 @@ class Storage(Protocol):
         ...
 
     def fetch(self, name: str) -> Path:
-        """A local folder with the checkpoint's files."""
+        """A local folder with the checkpoint's files; not verified."""
         ...
 
     def meta(self, name: str) -> Meta:
         """Its meta.json, without fetching the rest."""
         ...
 
-    def remove(self, name: str) -> None: ...
-
-    def owner(self) -> str | None:
-        """The id of the run that these checkpoints are of; None where none has claimed the place."""
+    def remove(self, name: str) -> None:
+        """Deletes a checkpoint, COMPLETE.json first."""
         ...
 
-    def claim(self, owner: str) -> None: ...
+    def owner(self) -> str | None:
+        """The id of the run that these checkpoints are of; None if no run has claimed the place."""
+        ...
 
-    def where(self, name: str) -> str: ...
+    def claim(self, owner: str) -> None:
+        """Makes `owner` the run that these checkpoints are of."""
+        ...
+
+    def where(self, name: str) -> str:
+        """The path or URI of a checkpoint, for people."""
+        ...
 
 
 class LocalStorage:
-    """A folder that all nodes see; storing is a rename."""
+    """A folder that all nodes can reach; storing is a rename."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -104,9 +110,9 @@ class LocalStorage:
 
 
 class RemoteStorage:
-    """A folder on any file system that pyarrow or fsspec opens by URI; copies lie in `cache` while they are kept here.
+    """A folder on any file system that pyarrow or fsspec opens by URI, with local copies in the folder `cache`.
 
-    Where `cache` cannot be written, as in somebody else's run folder, they lie in a temporary folder of this process.
+    If `cache` is not writable, as in another user's run folder, the copies are in a temporary folder of this process.
     """
 
     def __init__(self, uri: str, cache: Path) -> None:
@@ -116,13 +122,13 @@ class RemoteStorage:
         try:
             self._fs.create_dir(self._root, recursive=True)
         except OSError as error:
-            raise ResourceError(f"checkpoint.storage: cannot make {self.uri} ({error})") from None
+            raise _no_storage(self.uri, str(error)) from None
 
     def names(self) -> list[str]:
         from pyarrow import fs
 
-        found = self._fs.get_file_info(fs.FileSelector(self._root, recursive=True, allow_not_found=True))
-        return sorted(Path(info.path).parent.name for info in found if info.base_name == COMPLETE)
+        infos = self._fs.get_file_info(fs.FileSelector(self._root, recursive=True, allow_not_found=True))
+        return sorted(Path(info.path).parent.name for info in infos if info.base_name == COMPLETE)
 
     def store(self, folder: Path, name: str) -> None:
         from pyarrow import fs
@@ -215,10 +221,11 @@ def _open_file_system(uri: str) -> tuple[Any, str]:
         try:
             from fsspec.core import url_to_fs
 
-            found, path = url_to_fs(uri)
-        except Exception as second:  # fsspec's plug-ins raise what they like
-            raise ResourceError(f"checkpoint.storage (={uri}): cannot be opened: {first}; {second}") from None
-        return fs.PyFileSystem(fs.FSSpecHandler(found)), path
+            opened, path = url_to_fs(uri)
+        except Exception as second:  # fsspec's plug-ins raise errors of any class
+            message = f"checkpoint.storage (={uri}): cannot be opened: {first}; {second}"
+            raise ResourceError(message, key="checkpoint.storage", subject=uri) from None
+        return fs.PyFileSystem(fs.FSSpecHandler(opened)), path
 
 
 def open_storage(config: CheckpointConfig, run_dir: Path) -> Storage:
@@ -231,7 +238,7 @@ def open_storage(config: CheckpointConfig, run_dir: Path) -> Storage:
 
 
 def claim_storage(storage: Storage, run_dir: Path) -> None:
-    """Makes the storage this run's. Raises ConfigError where another run folder of the same name has it."""
+    """Claims the storage for this run. Raises ConfigError if another run folder of the same name has claimed it."""
     path = run_dir / "id"
     if not path.exists():
         path.write_text(uuid.uuid4().hex, encoding="utf-8")
@@ -241,7 +248,9 @@ def claim_storage(storage: Storage, run_dir: Path) -> None:
     elif owner != mine:
         raise ConfigError(
             f"checkpoint.storage: {storage.where('')} holds the checkpoints of another run folder named "
-            f"{run_dir.name}; give this run another name or another storage"
+            f"{run_dir.name}; give this run another name or another storage",
+            key="checkpoint.storage",
+            subject=storage.where(""),
         )
 
 
@@ -249,11 +258,18 @@ def _local(root: Path) -> LocalStorage:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ResourceError(f"checkpoint.storage: cannot make {root} ({error.strerror})") from None
+        raise _no_storage(str(root), str(error.strerror)) from None
     return LocalStorage(root)
 
 
+def _no_storage(place: str, why: str) -> ResourceError:
+    return ResourceError(
+        f"checkpoint.storage: {place} cannot be created ({why})", key="checkpoint.storage", subject=place
+    )
+
+
 def name_of(step: int) -> str:
+    """The name of the checkpoint of a step."""
     return f"step-{step:08d}"
 
 
@@ -263,15 +279,15 @@ def step_of(name: str) -> int:
 
 
 class Checkpointer:
-    """Rank 0's writer: takes a copy of the state at once and writes it in a thread, one at a time.
+    """Rank 0's writer: copies the state immediately and writes the copy in a thread, one at a time.
 
-    An error of the writing thread is raised by the next `save` or `wait`.
+    The next `save` or `wait` raises an error of the writing thread.
     """
 
     def __init__(
         self, storage: Storage, staging: Path, config: CheckpointConfig, damaged: Collection[str] = ()
     ) -> None:
-        """`damaged` names checkpoints that are left alone: neither counted nor removed."""
+        """damaged: names of checkpoints that are neither counted nor removed."""
         self.storage, self._config = storage, config
         self._staging = staging
         self._staging.mkdir(parents=True, exist_ok=True)
@@ -281,13 +297,13 @@ class Checkpointer:
         self._error: BaseException | None = None
         self._scores: dict[str, float | None] = {}
         for name in set(storage.names()) - set(damaged):
-            with suppress(CheckpointError):  # one without a readable meta.json is left alone too
+            with suppress(CheckpointError):  # one without a readable meta.json is not counted either
                 self._scores[name] = _score(storage.meta(name), config.best)
 
-    def save(self, state: TrainState, meta: Meta, extra: Mapping[str, Any], *, wait: bool) -> str:
-        """Saves `state`; `extra` goes into state.pt beside it. Returns where it will lie."""
+    def save(self, state: TrainState, meta: Meta, extra: Mapping[str, object], *, wait: bool) -> str:
+        """Saves `state`, with `extra` in state.pt beside it. Returns where the checkpoint will be."""
         self.wait()
-        mapping = _to_cpu({**states.to_mapping(state), **extra})
+        mapping = {name: to_cpu(value) for name, value in {**states.to_mapping(state), **extra}.items()}
         name = name_of(state.step)
         self._thread = threading.Thread(target=self._run, args=(name, mapping, meta), name="checkpoint")
         self._thread.start()
@@ -296,7 +312,7 @@ class Checkpointer:
         return self.storage.where(name)
 
     def wait(self) -> None:
-        """Until nothing is in flight. Raises what the writing thread met: ResourceError where the disk is full."""
+        """Waits for the writing thread. Raises its error, e.g. ResourceError if the disk is full."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -304,7 +320,7 @@ class Checkpointer:
             error, self._error = self._error, None
             raise error
 
-    def _run(self, name: str, mapping: dict[str, Any], meta: Meta) -> None:
+    def _run(self, name: str, mapping: Mapping[str, object], meta: Meta) -> None:
         folder = self._staging / f".writing-{uuid.uuid4().hex[:8]}"
         try:
             write(folder, mapping, meta)
@@ -313,7 +329,7 @@ class Checkpointer:
             self._retire()
         except OSError as error:
             self._error = _disk_error(error, self.storage.where(name), self.storage.names())
-        except BaseException as error:  # handed to the caller of save or wait
+        except BaseException as error:  # raised by the next save or wait
             self._error = error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -328,12 +344,12 @@ class Checkpointer:
             del self._scores[name]
 
     def best(self) -> str | None:
-        """Name of the best checkpoint kept, else of the newest; None before the first."""
+        """Name of the best checkpoint in the storage, of the newest if none has a score; None before the first."""
         scored = [(score, name) for name, score in self._scores.items() if score is not None]
         return max(scored)[1] if scored else max(self._scores, default=None)
 
     def best_whole(self) -> str | None:
-        """The best one whose files are those that were written; others are no longer counted."""
+        """Name of the best checkpoint that verifies; damaged ones are no longer counted."""
         while (name := self.best()) is not None:
             try:
                 verify(self.storage.fetch(name))
@@ -343,12 +359,14 @@ class Checkpointer:
         return name
 
 
-def _disk_error(error: OSError, where: str, kept: Sequence[str]) -> AdaptNetError:
+def _disk_error(error: OSError, where: str, complete: Sequence[str]) -> AdaptNetError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     reason = "the disk is full" if full else (error.strerror or str(error))
     return ResourceError(
-        f"checkpoint {where}: {reason}; nothing of it was kept, complete before it: {', '.join(kept) or 'none'}. "
-        "Free space or set checkpoint.storage, then give the same command: the run goes on from the newest complete one"
+        f"checkpoint {where}: {reason}; it was discarded. Complete checkpoints: {', '.join(complete) or 'none'}. "
+        "Free space or set checkpoint.storage, then run the same command: it resumes from the newest complete one",
+        key="checkpoint.storage",
+        subject=where,
     )
 
 
@@ -356,27 +374,27 @@ def _score(meta: Meta, key: str | None) -> float | None:
     return meta.metrics.get(key or meta.best_key or "")
 
 
-def _to_cpu(value: Any) -> Any:
-    """A copy of every tensor in nested containers, on the CPU and contiguous, sharing nothing with the state."""
+def to_cpu(value: object) -> object:
+    """A deep copy of nested containers with every tensor on the CPU, contiguous."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, Mapping):
-        return {key: _to_cpu(item) for key, item in value.items()}
+        return {key: to_cpu(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_to_cpu(item) for item in value)
+        return type(value)(to_cpu(item) for item in value)
     return value
 
 
-def write(folder: Path, mapping: Mapping[str, Any], meta: Meta) -> None:
-    """Writes a checkpoint's files into a new folder, COMPLETE.json last, each flushed to the disk."""
+def write(folder: Path, mapping: Mapping[str, object], meta: Meta) -> None:
+    """Writes a checkpoint's files into a new folder, COMPLETE.json last, each flushed to disk."""
     from safetensors.torch import save
 
     folder.mkdir(parents=True)
     rest = dict(mapping)
     for name in ("net", "ema"):
         if name in rest:
-            (folder / f"{name}.safetensors").write_bytes(save(rest.pop(name)))
-    buffer = io.BytesIO()  # torch's and safetensors' own writers hide why a disk refuses
+            (folder / f"{name}.safetensors").write_bytes(save(cast(dict[str, Tensor], rest.pop(name))))
+    buffer = io.BytesIO()  # torch's and safetensors' own writers hide the reason for a failed write
     torch.save(rest, buffer)
     (folder / "state.pt").write_bytes(buffer.getbuffer())
     _write_json(folder / META, meta.to_json())
@@ -388,17 +406,18 @@ def write(folder: Path, mapping: Mapping[str, Any], meta: Meta) -> None:
     sync_folder(folder)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
+    """The checksum of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_meta(folder: Path) -> Meta:
-    """meta.json of a checkpoint. Raises CheckpointError where it is missing, unreadable or of a newer format."""
+    """meta.json of a checkpoint. Raises CheckpointError if it is missing, unreadable or of a newer format."""
     try:
         return _meta_in((folder / META).read_bytes(), str(folder))
     except OSError as error:
@@ -415,25 +434,29 @@ def _meta_in(content: bytes, where: str) -> Meta:
 
 
 def verify(folder: Path) -> None:
-    """Raises CheckpointError naming the file that is missing, short or changed."""
+    """Raises CheckpointError, with the file as its subject, if a file is missing, short or changed."""
     try:
         expected = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise CheckpointError(f"{folder}: no {COMPLETE}: the checkpoint was not written to its end") from None
+        raise _damaged(folder, f"has no {COMPLETE}: it was not written completely") from None
     for name, entry in expected.items():
         path = folder / name
         size = path.stat().st_size if path.exists() else None
         if size != entry["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes, not {entry['bytes']}"
-            raise CheckpointError(f"{path} {found}: the checkpoint is damaged")
+            state_of_file = "is missing" if size is None else f"has {size} bytes, not {entry['bytes']}"
+            raise _damaged(path, f"{state_of_file}: the checkpoint is damaged")
         if sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{path}: its checksum is not the one of {COMPLETE}: the checkpoint is damaged")
+            raise _damaged(path, f"differs from its checksum in {COMPLETE}: the checkpoint is damaged")
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} {what}", key=COMPLETE, subject=path)
 
 
 def newest_good(storage: Storage, on_damaged: Callable[[str, str], None]) -> str | None:
-    """Name of the newest checkpoint that verifies, None where there is none at all.
+    """Name of the newest checkpoint that verifies; None if there is no checkpoint.
 
-    on_damaged(name, reason) is called for each one passed over. Raises CheckpointError if all are damaged.
+    on_damaged(name, reason) is called for each one that is skipped. Raises CheckpointError if all are damaged.
     """
     names = storage.names()
     for name in reversed(names):
@@ -444,33 +467,36 @@ def newest_good(storage: Storage, on_damaged: Callable[[str, str], None]) -> str
             on_damaged(name, str(error))
     if names:
         raise CheckpointError(
-            f"{storage.where('')}: none of {len(names)} checkpoints is whole ({', '.join(names)}); remove them to "
-            "start anew, or bring back a copy"
+            f"{storage.where('')}: all {len(names)} checkpoints are damaged ({', '.join(names)}); remove them to start "
+            "again from step 0, or restore a copy",
+            key="checkpoints",
+            subject=storage.where(""),
         )
     return None
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The mapping that `state.restore` takes, with whatever `extra` was saved beside it; tensors on the CPU."""
+def read(folder: Path) -> SavedState:
+    """The mapping for `state.restore`, with the `extra` that was saved beside it; tensors on the CPU."""
     from safetensors.torch import load_file
 
     try:
-        mapping: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        mapping = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         for name in ("net", "ema"):
             if (folder / f"{name}.safetensors").exists():
                 mapping[name] = load_file(folder / f"{name}.safetensors")
-    except Exception as error:  # torch and safetensors raise a dozen kinds for damaged files
-        raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error})") from None
-    return mapping
+    except Exception as error:  # torch and safetensors raise a dozen classes for damaged files
+        message = f"{folder}: cannot be read ({type(error).__name__}: {error})"
+        raise CheckpointError(message, key="state.pt", subject=folder) from None
+    return cast(SavedState, mapping)
 
 
 def weights_file(path: Path) -> Path:
-    """The file of weights that `path` stands for: itself, or that of a checkpoint's, a model's or a run's folder.
+    """The weights' file at `path`: the file itself, or the one in the folder of a checkpoint, a model or a run.
 
-    Of a run it is the best checkpoint's, where it lies in the run's folder. Raises CheckpointError where there is none.
+    For a run it is the best checkpoint's, if it is in the run's folder. Raises CheckpointError if there is none.
     """
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder to take weights from")
+        raise _no_weights(path, "no such file or folder to take weights from")
     if path.is_file():
         return path
     places = [path]
@@ -481,18 +507,23 @@ def weights_file(path: Path) -> Path:
         for file in (place / "ema.safetensors", place / "net.safetensors"):
             if file.is_file():
                 return file
-    raise CheckpointError(
-        f"{path}: a folder without weights; looked for ema.safetensors and net.safetensors in "
-        f"{' and '.join(map(str, places))}. Name a checkpoint's folder, or a run's that is finished and keeps its "
-        "checkpoints in its own folder (checkpoint.storage=null)"
+    raise _no_weights(
+        path,
+        f"a folder without weights; looked for ema.safetensors and net.safetensors in "
+        f"{' and '.join(map(str, places))}. Name the folder of a checkpoint, or of a finished run whose checkpoints "
+        "are in its own folder (checkpoint.storage=null)",
     )
 
 
-def weights_at(path: Path) -> dict[str, Tensor]:
-    """Tensors by name of what `weights_file` finds: a moving average if any, a .safetensors or a .pt file.
+def _no_weights(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {what}", key="weights", subject=path)
 
-    A .pt file is loaded with weights_only and may hold the tensors under `state_dict` or `model`; a prefix that
-    DataParallel gave all names is taken off. Raises CheckpointError where there is no such file or it holds no tensors.
+
+def weights_at(path: Path) -> dict[str, Tensor]:
+    """Tensors by name in the file that `weights_file` finds, a .safetensors or a .pt file.
+
+    A .pt file is loaded with weights_only and may hold the tensors under `state_dict` or `model`. DataParallel's prefix
+    is removed from the names. Raises CheckpointError if there is no such file or it holds no tensors.
     """
     from safetensors.torch import load_file
 
@@ -500,48 +531,42 @@ def weights_at(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise a dozen kinds
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise a dozen classes
         why = str(error).strip().partition("\n")[0][:200]
-        raise CheckpointError(f"{path}: no weights can be read ({type(error).__name__}{why and ': '}{why})") from None
+        raise _no_weights(path, f"no weights can be read ({type(error).__name__}{why and ': '}{why})") from None
     for key in ("state_dict", "model"):
-        found = found[key] if isinstance(found, Mapping) and isinstance(found.get(key), Mapping) else found
-    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
+        content = content[key] if isinstance(content, Mapping) and isinstance(content.get(key), Mapping) else content
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors by name, at its top, under state_dict or under model")
+        raise _no_weights(path, "contains no named tensors, neither at the top nor under state_dict or model")
     if all(name.startswith(PARALLEL) for name in tensors):
         return {name.removeprefix(PARALLEL): tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(saved: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """Fingerprint keys whose values differ: {key: (saved, now)}."""
     keys = sorted({*saved, *now})
     return {key: (saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)}
 
 
 def check_fingerprint(
-    saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str], where: str
+    saved: Mapping[str, object], now: Mapping[str, object], allowed: Sequence[str], where: str
 ) -> list[str]:
-    """The keys that differ and are allowed to. Raises CheckpointError naming those that are not."""
+    """The keys that differ and are allowed to. Raises CheckpointError with the keys that are not."""
     changed = differences(saved, now)
     refused = {key: pair for key, pair in changed.items() if key not in allowed}
     if refused:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
-        raise CheckpointError(
-            "\n".join(
-                [
-                    f"{where} is of another recipe:",
-                    *lines,
-                    "Use a new run folder, the old values, or --allow-changed KEY for each key meant to change",
-                ]
-            )
-        )
+        way_out = "Use a new run folder, the old values, or --allow-changed KEY for each key meant to change"
+        text = "\n".join([f"{where} is of another recipe:", *lines, way_out])
+        raise CheckpointError(text, keys=tuple(refused), subject=where)
     return sorted(changed)
 
 
 def load_net(folder: Path) -> tuple[nn.Module, AnyFamily, FamilyConfig, Meta]:
-    """(net in eval mode on the CPU, family, its config, meta) of a checkpoint; its moving average if there is one."""
+    """(net in eval mode on the CPU, family, its config, meta) of a checkpoint; the net is the moving average if any."""
     from safetensors.torch import load_file
 
     meta = read_meta(folder)
@@ -551,6 +576,6 @@ def load_net(folder: Path) -> tuple[nn.Module, AnyFamily, FamilyConfig, Meta]:
     ema = folder / "ema.safetensors"
     try:
         net.load_state_dict(load_file(ema if ema.exists() else folder / "net.safetensors"))
-    except Exception as error:  # safetensors and torch raise several kinds
-        raise CheckpointError(f"{folder}: weights do not load ({type(error).__name__}: {error})") from None
+    except Exception as error:  # safetensors and torch raise several classes
+        raise _no_weights(folder, f"weights do not load ({type(error).__name__}: {error})") from None
     return net.eval(), family, config, meta

@@ -20,7 +20,7 @@ from pipeline.training.schedules.cosine import CosineConfig
 
 
 class TrainingConfig(Config):
-    """What shapes the optimisation; part of the fingerprint but for compile, channels_last and start_from's folder."""
+    """What determines the optimisation; in the fingerprint except compile, channels_last and start_from's folder."""
 
     batch_size: Count = 256  # global: over all workers and accumulation steps
     epochs: Positive = 90.0
@@ -28,14 +28,14 @@ class TrainingConfig(Config):
     other_optimizers: dict[str, AnyOptimizer] = Field(default_factory=dict)  # of a family that has several, by name
     schedule: AnySchedule = CosineConfig()
     loss: AnyLoss = CrossEntropyConfig()
-    decay_norms_and_biases: bool = False  # the papers of the four families decay everything
+    decay_norms_and_biases: bool = False  # weight decay for them too, as in the papers of the four families
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     clip_norm: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
-    channels_last: bool = True  # images and weights lie in memory channel by channel of a pixel; faster on CPU too
-    start_from: Path | None = None  # weights to begin with: a checkpoint's or model's folder, .safetensors or .pt
-    compile: bool = False  # torch.compile; without a C++ compiler the run says so and goes on eagerly
+    channels_last: bool = True  # memory format of images and weights; faster on CPU too
+    start_from: Path | None = None  # initial weights: a checkpoint's or model's folder, .safetensors or .pt
+    compile: bool = False  # torch.compile; without a C++ compiler the run logs a warning and trains uncompiled
     sync_batchnorm: bool = False  # BatchNorm over all ranks; GPU only
 
     @field_validator("channels_last", mode="before")
@@ -45,10 +45,10 @@ class TrainingConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """How often the state is saved, where, and which states are kept."""
+    """How often checkpoints are saved, where, and which of them are retained."""
 
     every: Span = Duration(value=10, unit="minutes")
-    storage: str | None = None  # folder or URI that all nodes reach; null: the run folder
+    storage: str | None = None  # folder or URI that all nodes can reach; null: the run folder
     keep_last: Count = 2
     keep_best: Annotated[int, Field(ge=0)] = 1
     best: str | None = None  # metric that is best when highest; null: the first policy's top-1
@@ -58,14 +58,14 @@ class CheckpointConfig(Config):
     def _without_secrets(cls, storage: str | None) -> str | None:
         if storage and "://" in storage and ("@" in urlsplit(storage).netloc or "secret" in urlsplit(storage).query):
             raise ValueError(
-                "credentials do not belong into a recipe, which is stored and tracked; put them into the environment "
+                "credentials do not belong in a recipe, which is stored and tracked; put them into the environment "
                 "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, ...)"
             )
         return storage
 
 
 class EvaluationConfig(Config):
-    """Evaluation on the val split: the first policy every so often, all policies after training."""
+    """Evaluation on the val split: of the first policy during training, of all policies after it."""
 
     every: Span = Duration(value=1, unit="epochs")
     batch_size: Count = 256  # over all workers

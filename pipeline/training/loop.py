@@ -1,7 +1,7 @@
-"""The training loop: when to log, evaluate, save and stop is decided here and nowhere else.
+"""The training loop; only this module decides when to log, evaluate, save and stop.
 
-Events are due by `Duration`s. Those in steps and epochs are functions of the step, so a resumed run meets the same
-ones; those in minutes, and the wish to stop, are rank 0's word, agreed every two seconds or so in one broadcast.
+Events are due by `Duration`s. Those in steps and epochs are functions of the step, so a resumed run has the same ones.
+Rank 0 decides on those in minutes and on requests to stop, and broadcasts its decisions about every two seconds.
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ from pipeline import ranks
 from pipeline.config import Duration
 from pipeline.errors import DivergedError
 from pipeline.training.memory import keep_freed_memory
+from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainState
-from pipeline.training.step import Meter, Micro, Task, train_step
+from pipeline.training.step import Meter, MicroBatch, train_step
 
-PULSE_S = 2.0  # how often the ranks agree on stopping and on events in minutes
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long to train and how often what happens; every rank holds the same one."""
-
-    total_steps: int
-    epochs_per_step: float
-    batch_size: int
-    log_every: Duration
-    save_every: Duration
-    evaluate_every: Duration
+SYNC_EVERY_S = 2.0  # how often rank 0 decides on stopping and on events in minutes
 
 
-class Events(Protocol):
-    """What the loop calls. All are collective but `wants_to_stop`, which rank 0 alone is asked."""
+class TrainingEvents(Protocol):
+    """What the loop calls. All are collective except `wants_to_stop`, which only rank 0 calls."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Records metrics of the steps since the last call."""
+        ...
 
-    def evaluate(self, state: TrainState) -> None: ...
+    def evaluate(self, state: TrainState) -> None:
+        """Evaluates the net as it is now."""
+        ...
 
-    def save(self, state: TrainState, *, wait: bool) -> None: ...
+    def save(self, state: TrainState, *, wait: bool) -> None:
+        """Saves a checkpoint; `wait` until it is on disk."""
+        ...
 
-    def last_good(self) -> str | None: ...
+    def last_good(self) -> str | None:
+        """Where the newest complete checkpoint is; None if there is none."""
+        ...
 
-    def wants_to_stop(self) -> bool: ...
+    def wants_to_stop(self) -> bool:
+        """Whether the training is to be saved and left at this step."""
+        ...
 
 
 @dataclass
 class Clock:
-    """Seconds since the last log point, by what they went into."""
+    """Seconds since the last log point, by what they were spent on."""
 
     spent: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     def timed(self, kind: str, work: Callable[[], None]) -> None:
+        """Runs `work` and adds its seconds to `kind`."""
         start = time.perf_counter()
         work()
         self.add(kind, time.perf_counter() - start)
@@ -78,48 +78,49 @@ class Clock:
 
 
 def train(
-    task: Task,
+    plan: TrainingPlan,
     state: TrainState,
-    batches: Iterable[Sequence[Micro]],
-    plan: Plan,
-    on: Events,
+    batches: Iterable[Sequence[MicroBatch]],
+    events: TrainingEvents,
+    *,
+    sync_every_s: float = SYNC_EVERY_S,
 ) -> bool:
     """Trains `state` until `plan.total_steps`, or until rank 0 wants to stop; True if it reached the end.
 
-    batches[i] is this rank's share of the batch of step `state.step + i`. The state is saved, and waited for, before
-    it returns; each evaluation is followed by a save, so that the best of them is there. Collective.
+    batches[i] is this rank's share of the batch of step `state.step + i`. The state is on disk when the function
+    returns. Each evaluation is followed by a save, so that the best state is among the checkpoints. Collective.
     Raises DivergedError at a loss or gradient norm that is not finite; nothing is saved after that step.
     """
-    if task.device.type == "cpu":
+    if plan.device.type == "cpu":
         keep_freed_memory()
-    meter, clock, pulse = Meter(), Clock(), Pulse(plan, state.step)
+    meter, clock, sync = Meter(), Clock(), RankSync(plan, state.step, sync_every_s)
     logged_at = state.step
     if state.step >= plan.total_steps:
         return True
     for micros in _waiting(batches, clock):
         before = state.step
-        lr = train_step(task, state, micros, plan.batch_size, meter)
+        lr = train_step(plan, state, micros, meter)
         ended = state.step >= plan.total_steps
-        agreed = pulse.agree(state.step, on)
-        if ended or agreed.stop or agreed.log or _due(plan.log_every, plan, before):
-            _log(meter, clock, plan, state, on, lr=lr, steps=state.step - logged_at)
+        decided = sync.decide(state.step, events)
+        if ended or decided.stop or decided.log or _due(plan.log_every, plan, before):
+            _log(meter, clock, plan, state, events, lr=lr, steps=state.step - logged_at)
             logged_at = state.step
-        evaluated = ended or agreed.evaluate or _due(plan.evaluate_every, plan, before)
+        evaluated = ended or decided.evaluate or _due(plan.evaluate_every, plan, before)
         if evaluated:
-            _check_finite(meter, lr, on)
-            clock.timed("evaluate", lambda: on.evaluate(state))
-        if evaluated or agreed.stop or agreed.save or _due(plan.save_every, plan, before):
-            meter.watch(_finite(state), before)  # a gradient that is not finite leaves the loss of its step finite
-            _check_finite(meter, lr, on)
-            wait = ended or agreed.stop
-            clock.timed("checkpoint", lambda: on.save(state, wait=wait))  # noqa: B023
-        if ended or agreed.stop:
+            _check_finite(meter, lr, events)
+            clock.timed("evaluate", lambda: events.evaluate(state))
+        if evaluated or decided.stop or decided.save or _due(plan.save_every, plan, before):
+            meter.watch(_finite(state), before)  # the loss of a step may be finite and its gradient not
+            _check_finite(meter, lr, events)
+            wait = ended or decided.stop
+            clock.timed("checkpoint", lambda: events.save(state, wait=wait))  # noqa: B023
+        if ended or decided.stop:
             return ended
     raise AssertionError("the stream of batches is endless")
 
 
-def _waiting(batches: Iterable[Sequence[Micro]], clock: Clock) -> Iterator[Sequence[Micro]]:
-    """The batches, with the time that each was waited for."""
+def _waiting(batches: Iterable[Sequence[MicroBatch]], clock: Clock) -> Iterator[Sequence[MicroBatch]]:
+    """The batches; the time to wait for each is added to the clock."""
     source = iter(batches)
     while True:
         start = time.perf_counter()
@@ -130,10 +131,10 @@ def _waiting(batches: Iterable[Sequence[Micro]], clock: Clock) -> Iterator[Seque
         yield batch
 
 
-def _due(every: Duration, plan: Plan, before: int) -> bool:
-    """Whether an event due every so many steps or epochs falls between step `before` and the next.
+def _due(every: Duration, plan: TrainingPlan, before: int) -> bool:
+    """Whether an event that is due every so many steps or epochs falls between step `before` and the next.
 
-    An epoch's event falls on the first step at or past its border.
+    An event in epochs falls on the first step at or past its border.
     """
     if every.unit == "minutes":
         return False
@@ -146,8 +147,8 @@ def _periods(step: int, per_step: float, every: float) -> int:
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """What rank 0 asked for and all ranks do at this same step."""
+class Decisions:
+    """What rank 0 has decided that all ranks do at this same step."""
 
     stop: bool = False
     log: bool = False
@@ -155,22 +156,23 @@ class Agreed:
     evaluate: bool = False
 
 
-class Pulse:
-    """Every PULSE_S or so, at a step that all ranks know beforehand, rank 0's wishes become everybody's."""
+class RankSync:
+    """About every `every_s` seconds, at a step that all ranks know beforehand, rank 0's decisions are broadcast."""
 
-    def __init__(self, plan: Plan, step: int) -> None:
-        self._plan = plan
-        self._step, self._next = step, step + 1  # of the last pulse and of the next
+    def __init__(self, plan: TrainingPlan, step: int, every_s: float) -> None:
+        self._plan, self._every_s = plan, every_s
+        self._step, self._next = step, step + 1  # of the last broadcast and of the next
         self._time = self._logged = self._saved = self._evaluated = time.monotonic()
 
-    def agree(self, step: int, on: Events) -> Agreed:
-        """Collective at the agreed steps; at others nobody communicates."""
+    def decide(self, step: int, events: TrainingEvents) -> Decisions:
+        """Collective at the steps of a broadcast; at others nothing is communicated."""
         if step < self._next:
-            return Agreed()
-        agreed, self._next = ranks.agree(self._wishes(step, on) if ranks.rank() == 0 else (Agreed(), 0))
-        return agreed
+            return Decisions()
+        decisions, self._next = ranks.agree(self._decide(step, events) if ranks.rank() == 0 else (Decisions(), 0))
+        return decisions
 
-    def _wishes(self, step: int, on: Events) -> tuple[Agreed, int]:
+    def _decide(self, step: int, events: TrainingEvents) -> tuple[Decisions, int]:
+        """Rank 0's decisions, and the step of the next broadcast."""
         now = time.monotonic()
         log = self._over(self._plan.log_every, now - self._logged)
         save = self._over(self._plan.save_every, now - self._saved)
@@ -180,16 +182,18 @@ class Pulse:
         self._evaluated = now if evaluate else self._evaluated
         per_step = (now - self._time) / (step - self._step)
         self._step, self._time = step, now
-        stride = max(1, min(1000, int(PULSE_S / max(per_step, 1e-6))))
-        return Agreed(on.wants_to_stop(), log, save, evaluate), step + stride
+        stride = max(1, min(1000, int(self._every_s / max(per_step, 1e-6))))
+        return Decisions(events.wants_to_stop(), log, save, evaluate), step + stride
 
     @staticmethod
     def _over(every: Duration, seconds: float) -> bool:
         return every.unit == "minutes" and seconds >= every.value * 60
 
 
-def _log(meter: Meter, clock: Clock, plan: Plan, state: TrainState, on: Events, *, lr: float, steps: int) -> None:
-    _check_finite(meter, lr, on)
+def _log(
+    meter: Meter, clock: Clock, plan: TrainingPlan, state: TrainState, events: TrainingEvents, *, lr: float, steps: int
+) -> None:
+    _check_finite(meter, lr, events)
     means, times = meter.flush(), clock.flush()
     values = {f"train/{name}": value for name, value in means.items()}
     values |= {f"time/{name}": value for name, value in times.items()}
@@ -197,7 +201,7 @@ def _log(meter: Meter, clock: Clock, plan: Plan, state: TrainState, on: Events, 
     values["time/images_per_s"] = steps * plan.batch_size / times["interval_s"]
     values["train/lr"] = lr
     values["train/epoch"] = state.step * plan.epochs_per_step
-    on.log(state.step, values)
+    events.log(state.step, values)
 
 
 def _finite(state: TrainState) -> Tensor:
@@ -207,14 +211,14 @@ def _finite(state: TrainState) -> Tensor:
     return torch.where(whole, 0.0, math.nan)
 
 
-def _check_finite(meter: Meter, lr: float, on: Events) -> None:
+def _check_finite(meter: Meter, lr: float, events: TrainingEvents) -> None:
     """Raises DivergedError, on every rank, if a watched value of any rank was not finite. Collective."""
     first = math.inf if meter.first_bad is None else float(meter.first_bad)
     everyone = ranks.gather(first)
     step = min(everyone)
     if math.isinf(step):
         return
-    rank, good = everyone.index(step), on.last_good()
+    rank, good = everyone.index(step), events.last_good()
     raise DivergedError(
         f"step {int(step)}, rank {rank}: the loss or gradient is not finite (learning rate {lr:.4g}); last good "
         f"checkpoint: {good or 'none'}. Lower training.optimizer.lr, lengthen the warm-up or set training.clip_norm, "
@@ -225,7 +229,7 @@ def _check_finite(meter: Meter, lr: float, on: Events) -> None:
 
 
 def device_of(name: str) -> torch.device:
-    """ "auto" is the GPU if torch sees one."""
+    """The torch device of `compute.device`; "auto" is the GPU if torch finds one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)

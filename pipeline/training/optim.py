@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from pipeline.errors import ConfigError, ContractError
@@ -13,14 +12,18 @@ from pipeline.family import Params
 from pipeline.training.config import TrainingConfig
 from pipeline.training.optimizers.base import OptimizerConfig, ParamGroup
 
-NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm),
+)
 
 
 def build(groups: Mapping[str, Sequence[Params]], net: nn.Module, training: TrainingConfig) -> dict[str, Optimizer]:
     """One optimizer per name in `groups`; "main" takes `training.optimizer`, others `training.other_optimizers`.
 
-    Raises ContractError if the groups do not partition the net's trainable parameters, ConfigError if an optimizer
-    that the family asks for has no settings.
+    Raises ContractError if the groups do not partition the net's trainable parameters, ConfigError if the recipe has no
+    settings for one of the family's optimizers.
     """
     _assert_partition(groups, net)
     plain = {id(p) for p in norms_and_biases(net)} if not training.decay_norms_and_biases else set()
@@ -36,7 +39,8 @@ def _settings(name: str, training: TrainingConfig) -> OptimizerConfig:
         return training.optimizer
     if name not in training.other_optimizers:
         known = ", ".join(training.other_optimizers) or "none"
-        raise ConfigError(f"training.other_optimizers.{name}: this family needs it; given: {known}")
+        key = f"training.other_optimizers.{name}"
+        raise ConfigError(f"{key}: this family needs it; given: {known}", key=key, subject=known)
     return training.other_optimizers[name]
 
 
@@ -60,16 +64,17 @@ def is_outside_ddp(optimizer: Optimizer) -> bool:
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters of all its groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def parameters_outside_ddp(optimizers: Mapping[str, Optimizer]) -> list[nn.Parameter]:
-    """Of all optimizers, the parameters that stay out of DDP."""
+    """The parameters of all optimizers that DDP ignores."""
     return [p for optimizer in optimizers.values() if is_outside_ddp(optimizer) for p in parameters_of(optimizer)]
 
 
 def norms_and_biases(net: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of normalisation layers and every bias vector, found by the modules that own them."""
+    """Parameters of normalisation layers and every bias vector, by the modules that own them."""
     for module in net.modules():
         if isinstance(module, NORMS):
             yield from module.parameters(recurse=False)
@@ -80,14 +85,17 @@ def norms_and_biases(net: nn.Module) -> Iterator[nn.Parameter]:
 def _assert_partition(groups: Mapping[str, Sequence[Params]], net: nn.Module) -> None:
     mixed = [name for name, params in groups.items() if len({group.outside_ddp for group in params}) > 1]
     if mixed:
-        raise ContractError(f"optimizer {mixed[0]}: parameters apart need an optimizer to themselves")
+        message = f"optimizer {mixed[0]}: parameters outside DDP need an optimizer of their own"
+        raise ContractError(message, key="groups", subject=mixed[0])
     grouped = [id(p) for params in groups.values() for group in params for p in group.parameters]
     trainable = {id(p): name for name, p in net.named_parameters() if p.requires_grad}
     missing = [name for key, name in trainable.items() if key not in set(grouped)]
     if missing or len(grouped) != len(set(grouped)) or set(grouped) - set(trainable):
         raise ContractError(
             f"the family's groups must hold each trainable parameter once: {len(grouped)} entries for "
-            f"{len(trainable)} parameters; missing: {', '.join(missing[:5]) or 'none'}"
+            f"{len(trainable)} parameters; missing: {', '.join(missing[:5]) or 'none'}",
+            key="groups",
+            subject=", ".join(missing[:5]),
         )
 
 

@@ -1,4 +1,4 @@
-"""TrainState: all that changes while a net is trained. Saved and loaded whole; generators are made anew each step."""
+"""TrainState: everything that changes while a net is trained, but no generators: each step seeds its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.training.config import TrainingConfig
 
 @dataclass
 class TrainState:
-    """The net itself (never a DDP or compiled wrapper), its moving average if any, optimizers, and how far it is."""
+    """The net itself (never a DDP or compiled wrapper), its moving average if any, the optimizers and the progress."""
 
     net: nn.Module
     ema: nn.Module | None
@@ -46,7 +46,7 @@ def fresh(
     channels_last: bool = False,
     weights: Mapping[str, Tensor] | None = None,
 ) -> TrainState:
-    """The state before the first step: weights drawn from `seed` alone, equal on every rank and device.
+    """The state before the first step; its weights depend only on `seed`, so they are equal on every rank and device.
 
     `weights` given, the family adopts them. Raises ConfigError where they do not fit.
     """
@@ -72,7 +72,7 @@ def _copy(net: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, net: nn.Module, decay: float, step: int) -> None:
-    """Moves `ema` towards `net` by 1 - min(decay, (1 + step)/(10 + step)); the ramp lets it forget the start."""
+    """Moves `ema` towards `net` by 1 - min(decay, (1 + step)/(10 + step)); the ramp makes it forget the start."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     theirs = dict(_tensors(net))
     for name, mine in _tensors(ema):
@@ -106,16 +106,16 @@ def to_mapping(state: TrainState) -> dict[str, Any]:
 
 
 def _laid_out(value: Any, parameter: Tensor) -> Any:
-    """A moment in the memory format of its parameter, or every step pays for the difference; others as they are."""
+    """An optimizer's moment in the memory format of its parameter, which makes steps faster; other values unchanged."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def restore(state: TrainState, mapping: Mapping[str, Any]) -> None:
-    """Loads what `to_mapping` gave into `state`, in place and strictly.
+    """Loads the mapping of `to_mapping` into `state`, in place and strictly.
 
-    Optimizers get their moments back, not their settings: those are the recipe's, which may be allowed to change.
+    Optimizers get their moments back but keep their settings, which the recipe may have been allowed to change.
     """
     state.net.load_state_dict(mapping["net"])
     if state.ema is not None:

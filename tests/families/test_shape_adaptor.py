@@ -40,7 +40,8 @@ from pipeline.training import optim, state
 from pipeline.training.config import TrainingConfig
 from pipeline.training.optimizers.adamw import AdamWConfig
 from pipeline.training.optimizers.sgd import SgdConfig
-from pipeline.training.step import Meter, Micro, Task, train_step
+from pipeline.training.plan import TrainingPlan
+from pipeline.training.step import Meter, MicroBatch, train_step
 
 SIDE, CLASSES = 16, 5
 NETS = ("vgg16", "vgg16_bn", "resnet50", "mobilenet_v2")
@@ -899,7 +900,7 @@ def test_each_optimizer_moves_only_its_parameters() -> None:
     cpu = torch.device("cpu")
     current = state.fresh(FAMILY, config, settings, num_classes=CLASSES, seed=1, device=cpu)
     net = current.net
-    task = Task(FAMILY, config, settings, 1, CLASSES, cpu, 0.1, net)
+    task = TrainingPlan(FAMILY, config, settings, 1, CLASSES, cpu, net, 8, 0.1)
     moved: list[tuple[str, set[str]]] = []
     plans: list[ShapePlan] = []
 
@@ -916,9 +917,9 @@ def test_each_optimizer_moves_only_its_parameters() -> None:
     for name, optimizer in current.optimizers.items():
         optimizer.step = watched(name, optimizer.step)  # type: ignore[method-assign]
     net.register_forward_hook(lambda _, __, output: plans.append(output.plan))
-    batch = Micro(images(8), torch.arange(8) % CLASSES, torch.arange(8) % CLASSES)
+    batch = MicroBatch(images(8), torch.arange(8) % CLASSES, torch.arange(8) % CLASSES)
     for _ in range(3):
-        train_step(task, current, [batch], 8, Meter())
+        train_step(task, current, [batch], Meter())
     assert [name for name, _ in moved] == ["shape", "main", "main", "shape", "main"]
     for name, names in moved:
         assert names == {"shape.alphas"} if name == "shape" else "shape.alphas" not in names and len(names) > 30

@@ -1,0 +1,50 @@
+"""What stays the same while a net is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from pipeline.config import Duration
+from pipeline.family import AnyFamily, FamilyConfig
+from pipeline.training.config import TrainingConfig
+
+NEVER = Duration(value=1e9, unit="steps")
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The family, the settings, the sizes and the intervals of a training; equal on every rank but for the device.
+
+    forward: the net, compiled and wrapped in DDP if the recipe asks for it.
+    batch_size: images of all ranks in a step. epochs_per_step: batch_size over the images of an epoch.
+    """
+
+    family: AnyFamily
+    config: FamilyConfig
+    training: TrainingConfig
+    seed: int
+    num_classes: int
+    device: torch.device
+    forward: Callable[..., object]
+    batch_size: int
+    epochs_per_step: float
+    total_steps: int = 0
+    log_every: Duration = NEVER
+    save_every: Duration = NEVER
+    evaluate_every: Duration = NEVER
+
+    @cached_property
+    def autocast(self) -> bool:
+        """Whether the forward runs under bf16 autocast."""
+        return use_bf16(self.training.precision, self.device)
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether `training.precision` means bf16 autocast on this device."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16"
