@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainSerializer, Tag, ValidationError
@@ -60,7 +60,7 @@ class Duration(BaseModel):
         return f"{self.value:g} {self.unit}"
 
 
-def _parse_duration(value: Any) -> Any:
+def _parse_duration(value: object) -> Any:
     if isinstance(value, Duration | Mapping):
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(step|epoch|minute)s?\s*", str(value))
@@ -99,7 +99,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {error}", key="yaml", subject=where) from None
 
 
-def dump_yaml(mapping: Mapping[str, Any]) -> str:
+def dump_yaml(mapping: Mapping[str, object]) -> str:
     """`mapping` as YAML text that `parse_yaml` reads back equal."""
     text: str = yaml.dump(json.loads(json.dumps(mapping)), Dumper=_Dumper, sort_keys=False, width=120)
     return text
@@ -116,7 +116,7 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver(*_FLOAT_WITH_EXPONENT)  # so that the text "3e-4" is quoted
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, JsonValue]:
     """The mapping in a YAML file. Raises ConfigError if the file cannot be read or has no mapping at its top."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -130,16 +130,23 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return value
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, JsonValue]:
     """`base` overridden by `over`: mappings are merged key by key, every other value is replaced."""
-    merged = dict(base)
+    merged = _json(base)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        merged[key] = (
+            merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else cast(JsonValue, value)
+        )
     return merged
 
 
-def parse_override(text: str) -> dict[str, Any]:
+def _json(mapping: Mapping[str, object]) -> dict[str, JsonValue]:
+    """A copy, with values that are known to be those of JSON or YAML."""
+    return cast(dict[str, JsonValue], dict(mapping))
+
+
+def parse_override(text: str) -> dict[str, JsonValue]:
     """`a.b=c` as a nested mapping; c is YAML. Raises ConfigError if it has no `=` or an empty key."""
     path, equals, value = text.partition("=")
     keys = path.strip().split(".")
@@ -153,7 +160,7 @@ def parse_override(text: str) -> dict[str, Any]:
     return nested
 
 
-def interpolate(value: Any, known: Mapping[str, str | None]) -> Any:
+def interpolate(value: object, known: Mapping[str, str | None]) -> Any:
     """`${name}` in every string of `value` replaced from `known`. Raises ConfigError for a name unknown or None."""
     if isinstance(value, dict):
         return {key: interpolate(item, known) for key, item in value.items()}
@@ -177,7 +184,7 @@ def _lookup(name: str, known: Mapping[str, str | None]) -> str:
     return value
 
 
-def validate(model: type[M], mapping: Mapping[str, Any], where: str) -> M:
+def validate(model: type[M], mapping: Mapping[str, object], where: str) -> M:
     """`mapping` as a frozen `model`. Raises ConfigError with all faults: dotted key, value, rule, nearest known key."""
     inert = inert_keys(model, mapping)
     try:
@@ -205,26 +212,26 @@ class _Fault:
     line: str
 
 
-def _inert_fault(mapping: Mapping[str, Any], key: str, why: str) -> _Fault:
+def _inert_fault(mapping: Mapping[str, object], key: str, why: str) -> _Fault:
     value = at(mapping, key)
     return _Fault(key, value, f"{key} (={json.dumps(value)}): changes nothing: {why}")
 
 
-def _relevant(mapping: Mapping[str, Any], error: ValidationError) -> list[dict[str, Any]]:
+def _relevant(mapping: Mapping[str, object], error: ValidationError) -> list[dict[str, Any]]:
     """Pydantic's faults, without those that only report that a value is not of a union's other type."""
     faults = [(tuple(_follow(mapping, fault["loc"])[0]), dict(fault)) for fault in error.errors(include_url=False)]
     ruled = {key for key, fault in faults if not str(fault["type"]).endswith("_type")}
     return [fault for key, fault in faults if key not in ruled or not str(fault["type"]).endswith("_type")]
 
 
-def _fault(model: type[BaseModel], mapping: Mapping[str, Any], fault: dict[str, Any]) -> _Fault:
+def _fault(model: type[BaseModel], mapping: Mapping[str, object], fault: dict[str, Any]) -> _Fault:
     path, value = _follow(mapping, fault["loc"])
     if fault["type"] == NO_SUCH_KIND:
         path, value = [*path, "kind"], value["kind"]
     return _Fault(".".join(path), value, _line(model, path, value, fault))
 
 
-def _line(model: type[BaseModel], path: list[str], value: Any, fault: dict[str, Any]) -> str:
+def _line(model: type[BaseModel], path: list[str], value: object, fault: dict[str, Any]) -> str:
     key = ".".join(path) or "(the whole)"
     if fault["type"] == "extra_forbidden":
         known = sorted(_keys_at(model, path[:-1]))
@@ -239,7 +246,7 @@ def _line(model: type[BaseModel], path: list[str], value: Any, fault: dict[str, 
     return f"{key}: {rule}" if isinstance(value, dict) else f"{key} (={json.dumps(value)}): {rule}"
 
 
-def _follow(mapping: Any, loc: Sequence[str | int]) -> tuple[list[str], Any]:
+def _follow(mapping: object, loc: Sequence[str | int]) -> tuple[list[str], Any]:
     """The part of pydantic's `loc` that consists of keys of the mapping (unions add branches), and the value there."""
     path: list[str] = []
     for position, part in enumerate(loc):
@@ -266,7 +273,7 @@ def _keys_at(model: type[BaseModel], path: Sequence[str]) -> set[str]:
     return {key for each in models for key in each.model_fields}
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif get_origin(annotation) in (Union, types.UnionType, Annotated, list, tuple, dict):
@@ -274,13 +281,13 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _models_in(inner)
 
 
-def section(recipe: Mapping[str, Any], name: str) -> dict[str, JsonValue]:
+def section(recipe: Mapping[str, object], name: str) -> dict[str, JsonValue]:
     """The section `name` of a stored recipe; empty if the recipe has none."""
     found = recipe.get(name)
     return dict(found) if isinstance(found, Mapping) else {}
 
 
-def as_mapping(config: BaseModel) -> dict[str, Any]:
+def as_mapping(config: BaseModel) -> dict[str, JsonValue]:
     """`config` as plain values, as in YAML, without the keys that change nothing; `validate` reads it back equal."""
     mapping: dict[str, Any] = config.model_dump(mode="json")
     return without(mapping, inert_keys(type(config), mapping))
@@ -329,7 +336,7 @@ class Kinds:
     default: str
 
 
-def inert_keys(model: type[BaseModel], mapping: Mapping[str, Any]) -> dict[str, str]:
+def inert_keys(model: type[BaseModel], mapping: Mapping[str, object]) -> dict[str, str]:
     """The keys of `mapping` that change nothing, dotted, each with the reason: of another kind, or of `Config.inert`.
 
     The mapping may be incomplete or wrong in other ways.
@@ -343,12 +350,12 @@ def inert_keys(model: type[BaseModel], mapping: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def _inert_of(model: type[BaseModel], mapping: Mapping[str, Any]) -> Mapping[str, str]:
+def _inert_of(model: type[BaseModel], mapping: Mapping[str, object]) -> Mapping[str, str]:
     if not issubclass(model, Config):
         return {}
     defaults = {name: _default(field) for name, field in model.model_fields.items() if not field.is_required()}
     try:
-        return model.inert({**defaults, **mapping})
+        return model.inert({**defaults, **_json(mapping)})
     except (TypeError, ValueError, KeyError, AttributeError):  # a value of a wrong type, which validation refuses
         return {}
 
@@ -361,11 +368,11 @@ def _default(field: FieldInfo) -> JsonValue:
 
 @dataclass(frozen=True)
 class _Field:
-    annotation: Any
+    annotation: object
     metadata: Sequence[object] = ()
 
 
-def _inert_within(field: _Field, value: Any) -> dict[str, str]:
+def _inert_within(field: _Field, value: object) -> dict[str, str]:
     """As `inert_keys`, of a field's value: a section, or a list or mapping of sections."""
     if get_origin(field.annotation) is Annotated:
         annotation, *metadata = get_args(field.annotation)
@@ -386,7 +393,7 @@ def _inert_within(field: _Field, value: Any) -> dict[str, str]:
 
 
 def _chosen(
-    models: Sequence[type[BaseModel]], metadata: Sequence[object], value: Mapping[str, Any]
+    models: Sequence[type[BaseModel]], metadata: Sequence[object], value: Mapping[str, object]
 ) -> type[BaseModel] | None:
     """The model of a section; None if its kind does not exist."""
     default = next((each.default for each in metadata if isinstance(each, Kinds)), None)
@@ -397,7 +404,7 @@ def _chosen(
 
 
 def _of_other_kinds(
-    chosen: type[BaseModel], models: Sequence[type[BaseModel]], value: Mapping[str, Any]
+    chosen: type[BaseModel], models: Sequence[type[BaseModel]], value: Mapping[str, object]
 ) -> dict[str, str]:
     owners = {key: [kind_of(m) for m in models if key in m.model_fields] for key in value}
     return {
@@ -407,12 +414,12 @@ def _of_other_kinds(
     }
 
 
-def live(model: type[BaseModel], mapping: Mapping[str, Any]) -> dict[str, Any]:
+def live(model: type[BaseModel], mapping: Mapping[str, object]) -> dict[str, JsonValue]:
     """A stored mapping without the keys that change nothing; older versions stored those with their defaults."""
     return without(mapping, inert_keys(model, mapping))
 
 
-def lay(model: type[BaseModel], base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def lay(model: type[BaseModel], base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, JsonValue]:
     """`merge`, without the keys of `base` that `over` makes inert; keys that `over` sets stay, to be refused.
 
     So a recipe with kind: sgd and a momentum takes the override kind=adamw, but not kind=adamw with momentum=0.3.
@@ -423,9 +430,9 @@ def lay(model: type[BaseModel], base: Mapping[str, Any], over: Mapping[str, Any]
     return without(merged, [key for key in made if not any(f"{each}.".startswith(f"{key}.") for each in given)])
 
 
-def without(mapping: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+def without(mapping: Mapping[str, object], keys: Iterable[str]) -> dict[str, JsonValue]:
     """A copy without these dotted keys; a section that they empty stays."""
-    copied = copy.deepcopy(dict(mapping))
+    copied = copy.deepcopy(_json(mapping))
     for key in keys:
         *path, last = key.split(".")
         holder = at(copied, ".".join(path)) if path else copied
@@ -434,7 +441,7 @@ def without(mapping: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return copied
 
 
-def at(mapping: Any, key: str) -> Any:
+def at(mapping: object, key: str) -> Any:
     """The value at a dotted key; a list's items by their number. None where there is none; "" is the whole."""
     for part in key.split(".") if key else ():
         if isinstance(mapping, Mapping):
@@ -444,13 +451,13 @@ def at(mapping: Any, key: str) -> Any:
     return mapping
 
 
-def _has(mapping: Mapping[str, Any], key: str) -> bool:
+def _has(mapping: Mapping[str, object], key: str) -> bool:
     *path, last = key.split(".")
     holder = at(mapping, ".".join(path))
     return isinstance(holder, Mapping) and last in holder
 
 
-def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(mapping: Mapping[str, object], prefix: str = "") -> dict[str, JsonValue]:
     """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
     pairs: dict[str, Any] = {}
     for key, value in mapping.items():
@@ -459,21 +466,23 @@ def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return pairs
 
 
-def nested(flat_mapping: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat_mapping: Mapping[str, object]) -> dict[str, JsonValue]:
     """{"a.b": 1} -> {"a": {"b": 1}}: undoes `flat`."""
-    whole: dict[str, Any] = {}
+    whole: dict[str, JsonValue] = {}
     for key, value in flat_mapping.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        whole = merge(whole, value)
+        *path, last = key.split(".")
+        branch: dict[str, object] = {last: value}
+        for part in reversed(path):
+            branch = {part: branch}
+        whole = merge(whole, branch)
     return whole
 
 
-def validate_stored(model: type[M], mapping: Mapping[str, Any], where: str) -> M:
+def validate_stored(model: type[M], mapping: Mapping[str, object], where: str) -> M:
     """`validate` of a section that this or an older version stored, with keys that change nothing left out."""
     return validate(model, live(model, mapping), where)
 
 
-def fingerprint(mapping: Mapping[str, Any]) -> str:
+def fingerprint(mapping: Mapping[str, object]) -> str:
     """16 hex digits that are equal for equal mappings."""
     return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:16]

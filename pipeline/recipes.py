@@ -74,7 +74,8 @@ def _layers(source: str, above: tuple[str, ...]) -> list[dict[str, JsonValue]]:
         raise ConfigError(f"recipe {source} extends itself: {chain}", key="extends", subject=source)
     recipe, variant = _split(_today(source))
     mapping = configs.read_mapping(_path(recipe))
-    over = _of_variant(mapping.pop("variants", None) or {}, recipe, variant)
+    over = _of_variant(configs.section(mapping, "variants"), recipe, variant)
+    mapping.pop("variants", None)
     base = mapping.pop("extends", None)
     if not isinstance(base, str | None):
         raise ConfigError(
@@ -101,13 +102,13 @@ def _today(source: str) -> str:
     return name
 
 
-def _of_variant(variants: Mapping[str, dict[str, JsonValue]], recipe: str, variant: str) -> dict[str, JsonValue]:
+def _of_variant(variants: Mapping[str, JsonValue], recipe: str, variant: str) -> dict[str, JsonValue]:
     if variant and variant not in variants:
         known = f"known: {', '.join(variants)}" if variants else "it has none"
         raise ConfigError(
             f"recipe {recipe}:{variant}: no such variant; {known}", key="recipe", subject=f"{recipe}:{variant}"
         )
-    return variants[variant] if variant else {}
+    return configs.section(variants, variant)
 
 
 @cache
@@ -115,7 +116,7 @@ def _variants(path: Path) -> Sequence[str]:
     """The names of a shipped recipe's variants; a file without any is not parsed."""
     if "\nvariants:" not in path.read_text(encoding="utf-8"):
         return ()
-    return tuple(configs.read_mapping(path)["variants"])
+    return tuple(configs.section(configs.read_mapping(path), "variants"))
 
 
 def _path(recipe: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache, reduce
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, SerializeAsAny, create_model, model_validator
 
@@ -21,6 +21,10 @@ from pipeline.training.config import CheckpointConfig, EvaluationConfig, Logging
 
 IDENTITY = "data.identity"
 DUMPED = {"name", "seed", "family", "data", "training", "compute", "checkpoint", "evaluation", "logging", "tracking"}
+STREAM = (  # keys of data that are in the fingerprint
+    *("held_out", "side_px", "side_schedule", "augment", "mean", "std", "shuffle", "lanes", "window"),
+)
+NOT_LEARNED = ("compile", "channels_last", "start_from")  # keys of training that are not in the fingerprint
 
 
 def _plain_name(name: str) -> str:
@@ -109,33 +113,33 @@ def load(
     drawn: further overrides, which may make some of the others inert. `${data_home}` in a value is replaced by
     `data_home`. Raises ConfigError naming each fault.
     """
-    layers: list[Mapping[str, Any]] = [
+    layers: list[Mapping[str, object]] = [
         {"name": recipes.run_name(source)},
         *map(_without_unused_defaults, recipes.layers(source)),
         _together(overrides),
         _together(drawn),
     ]
-    start: Mapping[str, Any] = {}
+    start: Mapping[str, object] = {}
     mapping = reduce(lay, layers, start)
     return from_mapping(configs.interpolate(mapping, {"data_home": data_home}), f"recipe {source}")
 
 
-def _without_unused_defaults(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without_unused_defaults(layer: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     """A recipe's layer; a complete dump, as older versions wrote for each job, loses the keys that change nothing."""
     written = set(layer) >= DUMPED and set(CheckpointConfig.model_fields) <= set(configs.section(layer, "checkpoint"))
     return configs.live(_model_of(layer), layer) if written else layer
 
 
-def _together(overrides: Sequence[str]) -> dict[str, Any]:
+def _together(overrides: Sequence[str]) -> dict[str, JsonValue]:
     return reduce(configs.merge, map(configs.parse_override, overrides), {})
 
 
-def lay(base: Mapping[str, Any], over: Mapping[str, Any]) -> Mapping[str, Any]:
+def lay(base: Mapping[str, object], over: Mapping[str, object]) -> Mapping[str, object]:
     """A recipe with `over` laid on top; keys of `base` that `over` makes inert are dropped."""
     return configs.lay(_model_of(configs.merge(base, over)), base, over)
 
 
-def from_mapping(mapping: Mapping[str, Any], where: str) -> RunConfig:
+def from_mapping(mapping: Mapping[str, object], where: str) -> RunConfig:
     """A mapping as a RunConfig whose `family` is of the class that `family.name` asks for."""
     section = mapping.get("family")
     if not isinstance(section, dict) or not isinstance(section.get("name"), str):
@@ -146,7 +150,7 @@ def from_mapping(mapping: Mapping[str, Any], where: str) -> RunConfig:
 
 
 def from_stored(
-    mapping: Mapping[str, Any], where: str, overrides: Sequence[str] = (), *, data_home: str | None = None
+    mapping: Mapping[str, object], where: str, overrides: Sequence[str] = (), *, data_home: str | None = None
 ) -> RunConfig:
     """A recipe that this or an older version stored, with overrides laid on top.
 
@@ -158,7 +162,7 @@ def from_stored(
     return from_mapping(nested, where)
 
 
-def _model_of(mapping: Mapping[str, Any]) -> type[RunConfig]:
+def _model_of(mapping: Mapping[str, object]) -> type[RunConfig]:
     """RunConfig with the family's class for `family`; RunConfig itself if the mapping names no known family."""
     name = configs.section(mapping, "family").get("name")
     return _model(name) if isinstance(name, str) and name in families.names() else RunConfig
@@ -169,7 +173,7 @@ def _model(name: str) -> type[RunConfig]:
     return create_model("RunConfig", __base__=RunConfig, family=(families.find(name).config, ...))
 
 
-def translated(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+def translated(saved: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     """A fingerprint that this or an older version stored, in today's form; as it is if its recipe is unreadable.
 
     Older fingerprints hold keys that change nothing, and lack keys that are newer, which then have their defaults.
@@ -182,18 +186,15 @@ def translated(saved: Mapping[str, Any]) -> Mapping[str, Any]:
         return saved
 
 
-def fingerprint(config: RunConfig, data_identity: str) -> dict[str, Any]:
+def fingerprint(config: RunConfig, data_identity: str) -> dict[str, JsonValue]:
     """What must be equal for a checkpoint to be resumed, by dotted key.
 
     It covers the family, the seed, the images with their order and augmentation, and what determines the optimisation,
     but not compute, tracking, logging, evaluation, intervals or paths.
     """
     mapping = configs.as_mapping(config)
-    stream = ("held_out", "side_px", "side_schedule", "augment", "mean", "std", "shuffle")
-    data = {key: mapping["data"][key] for key in stream}
-    if config.data.shuffle == "block":
-        data |= {"lanes": config.data.lanes, "window": config.data.window}
-    training = {k: v for k, v in mapping["training"].items() if k not in ("compile", "channels_last", "start_from")}
+    data = {key: value for key, value in configs.section(mapping, "data").items() if key in STREAM}
+    training = {k: v for k, v in configs.section(mapping, "training").items() if k not in NOT_LEARNED}
     if config.training.start_from is not None:
         training["start_from"] = config.training.start_from.name  # the file may move
     chosen = {"family": mapping["family"], "seed": config.seed, "data": data, "training": training}

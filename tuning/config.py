@@ -149,7 +149,7 @@ class Sweep:
         """
         mapping = configs.as_mapping(self.config)
         own = {key: mapping[key] for key in ("recipe", "scheduler", "bounds", "objectives")}
-        search = {key: value for key, value in mapping["search"].items() if key != "samples"}
+        search = {key: value for key, value in configs.section(mapping, "search").items() if key != "samples"}
         learned = {f"{OF_RECIPE}{key}": value for key, value in run_config.fingerprint(self.base, images).items()}
         judged = {JUDGED_EVERY: str(self.base.evaluation.every), "space": mapping["space"]}
         return configs.flat({**own, "search": search}) | learned | judged
@@ -204,13 +204,13 @@ def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = 
     recipe's and holds for every trial. Raises ConfigError naming each fault, and the sample that the recipe refuses.
     """
     path = path_of(source)
-    mapping = {"name": path.stem, "question": question_of(path), **configs.read_mapping(path)}
+    mapping: dict[str, JsonValue] = {"name": path.stem, "question": question_of(path), **configs.read_mapping(path)}
     recipe_overrides: list[str] = []
     for text in overrides:
         key, _, value = text.partition("=")
         if key.strip().startswith("space."):
             given = configs.parse_override(f"value={value}")["value"]
-            mapping["space"] = _with_key(mapping.get("space"), key.strip().removeprefix("space."), given)
+            mapping["space"] = [*_with_key(mapping.get("space"), key.strip().removeprefix("space."), given)]
         elif key.strip() in ("space", "objectives"):  # replaced, not merged
             mapping[key.strip()] = configs.parse_override(f"value={value}")["value"]
         elif key.strip().partition(".")[0] in SweepConfig.model_fields:

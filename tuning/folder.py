@@ -103,7 +103,7 @@ class SweepFolder:
         """
         path, identity = self.run_dir / "config.yaml", self.sweep.identity(self.splits.train.identity)
         if path.exists():
-            saved = translated(configs.read_mapping(path).get("fingerprint", {}))
+            saved = translated(configs.section(configs.read_mapping(path), "fingerprint"))
             changed = checkpoint.differences(saved, identity)
             if changed:
                 lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()]

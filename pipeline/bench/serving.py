@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -177,7 +177,8 @@ def check_servers(names: Sequence[str]) -> None:
 
 @contextmanager
 def _ray(model: str, uri: str) -> Iterator[str]:
-    port, settings = sockets.free_port(), configs.read_mapping(RAY)
+    port = sockets.free_port()
+    settings: dict[str, Any] = configs.read_mapping(RAY)
     settings["http_options"] |= {"host": "127.0.0.1", "port": port}
     settings["applications"][0]["args"] |= {"model": model, "uri": uri}
     with tempfile.TemporaryDirectory(prefix="adaptnet-serve-") as folder:  # readable for this user only

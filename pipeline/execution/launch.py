@@ -177,7 +177,7 @@ def write_config(run_dir: Path, config: RunConfig, fingerprint: Mapping[str, obj
     """Writes config.yaml: the recipe and its fingerprint. Raises CheckpointError if it holds another run's."""
     path = run_dir / "config.yaml"
     if path.exists():
-        saved = configs.read_mapping(path).get("fingerprint", {})
+        saved = configs.section(configs.read_mapping(path), "fingerprint")
         checkpoint.check_fingerprint(run_config.translated(saved), fingerprint, allowed, str(run_dir))
     text = configs.dump_yaml({"recipe": configs.as_mapping(config), "fingerprint": fingerprint})
     write_text(path, text)

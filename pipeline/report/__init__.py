@@ -90,21 +90,22 @@ def grouped(nets: Sequence[Evaluated], path: Path) -> list[Evaluated]:
             f"--groups: write {{superclass: [class, ...]}} as YAML or JSON; {error}", key="--groups", subject=path
         ) from None
     known, seen = set(nets[0].classes), set[str]()
+    superclasses: dict[str, tuple[str, ...]] = {}
     for group, classes in groups.items():
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise _wrong_group(path, group, f"write a list of classes, [CLASS, ...], not {classes!r}", group)
-        unknown = [name for name in classes if name not in known]
+        names = [str(name) for name in classes]
+        unknown = [name for name in names if name not in known]
         if unknown:
             listed = f"{', '.join(nets[0].classes[:10])}{' ...' if len(known) > 10 else ''}"
             message = f"the nets have no class {', '.join(unknown[:10])}; they have {listed}"
             raise _wrong_group(path, group, message, unknown[0])
-        twice = [name for name in classes if name in seen]
+        twice = [name for name in names if name in seen]
         if twice:
             raise _wrong_group(path, group, f"{', '.join(twice[:10])}: in another group as well", twice[0])
-        seen.update(classes)
-    return [
-        replace(net, superclasses={str(group): tuple(classes) for group, classes in groups.items()}) for net in nets
-    ]
+        seen.update(names)
+        superclasses[str(group)] = tuple(names)
+    return [replace(net, superclasses=superclasses) for net in nets]
 
 
 def _wrong_group(path: Path, group: object, message: str, subject: object) -> ConfigError:

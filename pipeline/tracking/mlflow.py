@@ -146,8 +146,8 @@ def _origin(run_dir: Path) -> dict[str, str]:
 def _sweep(run_dir: Path) -> str | None:
     """The name of the sweep whose folder this is; None for the folder of any other run."""
     path = run_dir / "config.yaml"
-    section = configs.read_mapping(path).get("sweep") if path.is_file() else None
-    return section.get("name") if isinstance(section, dict) else None
+    name = configs.section(configs.read_mapping(path), "sweep").get("name") if path.is_file() else None
+    return None if name is None else str(name)
 
 
 def _find_run(client: Client, ledger: Ledger) -> RunEntity | None:
