@@ -80,7 +80,7 @@ def gather(value: T) -> list[T]:
     """Every rank's value, by rank, on every rank; any picklable object. Collective."""
     if world() == 1:
         return [value]
-    box: list[Any] = [None] * world()
+    box: list[T] = [value] * world()
     dist.all_gather_object(box, value)
     return box
 

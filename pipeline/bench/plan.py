@@ -273,7 +273,8 @@ def _saved_bytes(current: TrainState) -> int:
     with TemporaryDirectory(prefix="adaptnet-plan-") as folder:
         path = Path(folder) / "step-00000000"
         meta = Meta(step=0, recipe={}, fingerprint={}, classes=())
-        checkpoint.write(path, checkpoint.to_cpu(state.to_mapping(current)), meta)
+        mapping = {name: checkpoint.to_cpu(value) for name, value in state.to_mapping(current).items()}
+        checkpoint.write(path, mapping, meta)
         return sum(file.stat().st_size for file in path.iterdir())
 
 

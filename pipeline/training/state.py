@@ -7,7 +7,7 @@ import hashlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,20 @@ from pipeline.errors import ContractError
 from pipeline.family import AnyFamily, FamilyConfig
 from pipeline.training import optim
 from pipeline.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from pipeline.data.bad import BadState
+
+
+class SavedState(TypedDict):
+    """A TrainState as tensors and plain values; optimizers by name, as their state_dict; bad: as `BadImages.state`."""
+
+    net: dict[str, Tensor]
+    ema: NotRequired[dict[str, Tensor]]
+    optimizers: dict[str, dict[str, object]]
+    step: int
+    images_seen: int
+    bad: NotRequired[BadState]
 
 
 @dataclass
@@ -92,9 +106,9 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
-def to_mapping(state: TrainState) -> dict[str, Any]:
+def to_mapping(state: TrainState) -> SavedState:
     """`state` as tensors and plain values, sharing memory with it: {net, ema?, optimizers, step, images_seen}."""
-    mapping: dict[str, Any] = {
+    mapping: SavedState = {
         "net": state.net.state_dict(),
         "optimizers": {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()},
         "step": state.step,
@@ -105,14 +119,14 @@ def to_mapping(state: TrainState) -> dict[str, Any]:
     return mapping
 
 
-def _laid_out(value: Any, parameter: Tensor) -> Any:
+def _laid_out(value: object, parameter: Tensor) -> object:
     """An optimizer's moment in the memory format of its parameter, which makes steps faster; other values unchanged."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def restore(state: TrainState, mapping: Mapping[str, Any]) -> None:
+def restore(state: TrainState, mapping: SavedState) -> None:
     """Loads the mapping of `to_mapping` into `state`, in place and strictly.
 
     Optimizers get their moments back but keep their settings, which the recipe may have been allowed to change.
