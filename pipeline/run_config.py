@@ -65,10 +65,12 @@ class ComputeConfig(Config):
 
     @property
     def most_workers(self) -> int:
+        """The largest number of workers that the run may have; 0 without Ray."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
     def fewest_workers(self) -> int:
+        """The smallest number of workers that the run may have; 0 without Ray."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
 
