@@ -91,7 +91,7 @@ _FLOAT_WITH_EXPONENT = (
 _Loader.add_implicit_resolver(*_FLOAT_WITH_EXPONENT)
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> object:
     """The value of a YAML text; `where` names the text in errors. Raises ConfigError."""
     try:
         return yaml.load(text, _Loader)
@@ -153,19 +153,23 @@ def parse_override(text: str) -> dict[str, JsonValue]:
     if not equals or not all(keys):
         message = f"override {text!r}: write it as section.key=value, e.g. training.epochs=3"
         raise ConfigError(message, key="override", subject=text)
-    nested: Any = parse_yaml(value, f"override {text!r}")
+    nested: object = parse_yaml(value, f"override {text!r}")
     for key in reversed(keys):
         nested = {key: nested}
     assert isinstance(nested, dict)
     return nested
 
 
-def interpolate(value: object, known: Mapping[str, str | None]) -> Any:
-    """`${name}` in every string of `value` replaced from `known`. Raises ConfigError for a name unknown or None."""
+def interpolate(mapping: Mapping[str, object], known: Mapping[str, str | None]) -> dict[str, object]:
+    """`${name}` in every string of `mapping` replaced from `known`. Raises ConfigError for a name unknown or None."""
+    return {key: _interpolated(value, known) for key, value in mapping.items()}
+
+
+def _interpolated(value: object, known: Mapping[str, str | None]) -> object:
     if isinstance(value, dict):
-        return {key: interpolate(item, known) for key, item in value.items()}
+        return interpolate(value, known)
     if isinstance(value, list):
-        return [interpolate(item, known) for item in value]
+        return [_interpolated(item, known) for item in value]
     return re.sub(r"\$\{([^}]*)\}", lambda m: _lookup(m[1], known), value) if isinstance(value, str) else value
 
 
@@ -441,7 +445,7 @@ def without(mapping: Mapping[str, object], keys: Iterable[str]) -> dict[str, Jso
     return copied
 
 
-def at(mapping: object, key: str) -> Any:
+def at(mapping: object, key: str) -> object:
     """The value at a dotted key; a list's items by their number. None where there is none; "" is the whole."""
     for part in key.split(".") if key else ():
         if isinstance(mapping, Mapping):

@@ -78,8 +78,20 @@ def messages(kinds: frozenset[str]) -> Iterator[Message]:
         for call in sorted(calls, key=lambda node: (node.lineno, node.col_offset)):
             given = {each.arg: each.value for each in call.keywords}
             key = given.get("key", given.get("keys"))
-            sentence = template(call.args[0]) if call.args else ""
+            sentence = template(_assigned(tree, call)) if call.args else ""
             yield Message(path, call.lineno, _called(call), template(key) if key is not None else "", sentence)
+
+
+def _assigned(tree: ast.Module, call: ast.Call) -> ast.expr:
+    """The first argument; where it is a local variable, the value that this was last assigned above the call."""
+    name = call.args[0]
+    values = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(name, ast.Name) and isinstance(node, ast.Assign) and node.lineno <= call.lineno
+        if isinstance(node.targets[0], ast.Name) and node.targets[0].id == name.id and call.lineno - node.lineno < 30
+    ]
+    return max(values, key=lambda value: value.lineno, default=name)
 
 
 def _called(call: ast.Call) -> str:

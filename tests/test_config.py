@@ -128,9 +128,9 @@ def test_variables_are_replaced_everywhere_and_unknown_ones_refused() -> None:
     filled = interpolate({"a": ["${home}/x", 3], "b": {"c": "${home}-${home}"}}, {"home": "/h"})
     assert filled == {"a": ["/h/x", 3], "b": {"c": "/h-/h"}}
     with fails(ConfigError, "${hme}", "hme"):
-        interpolate("${hme}", {"home": "/h"})
+        interpolate({"a": "${hme}"}, {"home": "/h"})
     with fails(ConfigError, "${home}", "home"):
-        interpolate("${home}", {"home": None})
+        interpolate({"a": "${home}"}, {"home": None})
 
 
 def test_a_key_twice_is_refused_with_its_line(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def _periods(step: int, per_step: float, every: float) -> int:
 
 
 @dataclass(frozen=True)
-class Decisions:
+class StepDecisions:
     """What rank 0 has decided that all ranks do at this same step."""
 
     stop: bool = False
@@ -164,14 +164,14 @@ class RankSync:
         self._step, self._next = step, step + 1  # of the last broadcast and of the next
         self._time = self._logged = self._saved = self._evaluated = time.monotonic()
 
-    def decide(self, step: int, events: TrainingEvents) -> Decisions:
+    def decide(self, step: int, events: TrainingEvents) -> StepDecisions:
         """Collective at the steps of a broadcast; at others nothing is communicated."""
         if step < self._next:
-            return Decisions()
-        decisions, self._next = ranks.agree(self._decide(step, events) if ranks.rank() == 0 else (Decisions(), 0))
+            return StepDecisions()
+        decisions, self._next = ranks.agree(self._decide(step, events) if ranks.rank() == 0 else (StepDecisions(), 0))
         return decisions
 
-    def _decide(self, step: int, events: TrainingEvents) -> tuple[Decisions, int]:
+    def _decide(self, step: int, events: TrainingEvents) -> tuple[StepDecisions, int]:
         """Rank 0's decisions, and the step of the next broadcast."""
         now = time.monotonic()
         log = self._over(self._plan.log_every, now - self._logged)
@@ -183,7 +183,7 @@ class RankSync:
         per_step = (now - self._time) / (step - self._step)
         self._step, self._time = step, now
         stride = max(1, min(1000, int(self._every_s / max(per_step, 1e-6))))
-        return Decisions(events.wants_to_stop(), log, save, evaluate), step + stride
+        return StepDecisions(events.wants_to_stop(), log, save, evaluate), step + stride
 
     @staticmethod
     def _over(every: Duration, seconds: float) -> bool:

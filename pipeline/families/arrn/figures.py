@@ -33,6 +33,7 @@ class ResolutionCurve:
 
 
 def figures(mine: Sequence[Evaluated], others: Sequence[Evaluated]) -> list[Figure]:
+    """Accuracy, time and MACs by resolution of `mine` beside `others`, and the dropout control; empty without any."""
     curves = [curve for net in (*mine, *others) for curve in _curves(net)]
     if not any(curve.net in mine for curve in curves):
         return []
