@@ -19,6 +19,7 @@ from pipeline import config as configs
 from pipeline.errors import ConfigError, JsonValue
 
 FOLDER = Path(__file__).parent / "families"
+YAML = (".yaml", ".yml")
 FORMER = {  # names of recipes before they became variants; RECIPE_VARIANT is read as RECIPE:VARIANT without an entry
     "arrn/imagenet_s_steep": "arrn/imagenet",
     "baseline/cifar10_low_pass": "baseline/cifar10_resolutions:low_pass",
@@ -86,14 +87,16 @@ def _layers(source: str, above: tuple[str, ...]) -> list[dict[str, JsonValue]]:
 
 
 def _split(source: str) -> tuple[str, str]:
-    """The recipe and the variant, "" for the recipe itself."""
-    recipe, _, variant = source.partition(":")
+    """The recipe and the variant, "" for the recipe itself; the path of a YAML file may hold colons."""
+    if source.endswith(YAML):
+        return source, ""
+    recipe, _, variant = source.rpartition(":") if ":" in source else (source, "", "")
     return recipe, variant
 
 
 def _today(source: str) -> str:
     """Today's name of a recipe; a former one is reported as a FutureWarning."""
-    if source.endswith((".yaml", ".yml")) or ":" in source or _file(source).is_file():
+    if source.endswith(YAML) or ":" in source or _file(source).is_file():
         return source
     name = FORMER.get(source) or next((name for name in names() if name.replace(":", "_") == source), None)
     if name is None:
@@ -120,7 +123,7 @@ def _variants(path: Path) -> Sequence[str]:
 
 
 def _path(recipe: str) -> Path:
-    if recipe.endswith((".yaml", ".yml")):
+    if recipe.endswith(YAML):
         if not Path(recipe).is_file():
             raise ConfigError(f"recipe {recipe}: no such file", key="recipe", subject=recipe)
         return Path(recipe)

@@ -57,6 +57,14 @@ def test_a_file_may_have_variants(tmp_path: Path) -> None:
     assert (config.training.epochs, config.seed) == (1, 5)
 
 
+def test_the_path_of_a_file_may_hold_colons(tmp_path: Path) -> None:
+    path = tmp_path / "at-12:30" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_text(OURS)
+    assert run_config.load(str(path), ["name=a"]).training.epochs == 3
+    assert run_config.load(f"{path}:short", ["name=a"]).training.epochs == 1
+
+
 @pytest.mark.parametrize(
     ("former", "today"),
     [
