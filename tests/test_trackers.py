@@ -15,6 +15,7 @@ from raised import fails
 
 from pipeline import config as configs
 from pipeline.errors import ConfigError, JsonValue
+from pipeline.runs.files import whole_file
 from pipeline.runs.journal import Journal
 from pipeline.tracking import TrackingConfig, Uploader, connect, resolve_uri, sync, tensorboard
 from pipeline.tracking.mlflow import MlflowTracker
@@ -176,6 +177,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(case: Any, tmp_path: Path) ->
     driver.event("driver-ended", status="FINISHED")
     replay.send(final=True)
     assert there.curve("train/loss") == wanted(40) and there.status() == "FINISHED"
+
+
+def test_a_file_that_is_still_being_written_is_not_sent(tmp_path: Path) -> None:
+    run_dir, recipe, _ = write_run(tmp_path / "a")
+    there = MemoryCase(run_dir)
+    (run_dir / "results.csv").write_text("a\n")
+    with whole_file(run_dir / "results.csv") as aside:
+        aside.write_text("a")
+        Replay(run_dir, there.tracker(), CONFIG, recipe).send(final=False)
+    assert "results.csv" in there.store["files"]
+    assert not any(Path(name).name.startswith(".") for name in there.store["files"])
 
 
 def die_while_logging(case: Any, run_dir: Path, recipe: dict[str, Any], after: int) -> None:

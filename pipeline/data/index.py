@@ -252,7 +252,7 @@ class _CachedIndex:
 
 def _cached(places: Sequence[Path]) -> Iterator[_CachedIndex]:
     for place in places:
-        for path in sorted(place.glob("*/meta.json")):
+        for path in sorted(place.glob("[!.]*/meta.json")):  # a hidden folder is still being written
             try:
                 yield _CachedIndex(path.parent, read_meta(path.parent))
             except DataError:
