@@ -44,7 +44,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     aside = _beside(path)
     try:
         yield aside
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # there is no old file, or the file system has no permissions
             aside.chmod(path.stat().st_mode)
         move_file(aside, path)
     finally:
