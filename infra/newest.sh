@@ -28,7 +28,8 @@ NEWEST = {"ray", "mlflow", "torch", "torchvision", "nvidia-dali-cuda130", "submi
 pins = dict(line.split("==") for line in Path("constraints.txt").read_text().splitlines() if "==" in line)
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
-texts = [*project["dependencies"], *extras["dev"], *extras["onnx"], *extras["optuna"], *extras["server"], "setuptools"]
+dev = [*extras["dev"], *extras["onnx"], *extras["optuna"], *extras["server"], *extras["tensorboard"]]
+texts = [*project["dependencies"], *dev, "setuptools"]
 needs = [Requirement(text) for text in texts]
 for need in sorted({str(need): need for need in needs if need.name != "adaptnet"}.values(), key=lambda need: need.name):
     name = need.name + (f"[{','.join(sorted(need.extras))}]" if need.extras else "")

@@ -215,7 +215,7 @@ def smooth(targets: Tensor, num_classes: int, amount: float) -> Tensor:
 
 
 def num_micros(rows: tuple[int, int], world: int, cap: int | None) -> int:
-    """MicroBatch-batches per step, equal on all ranks, so that none holds more than `cap` images.
+    """Micro-batches per step, equal on all ranks, so that none holds more than `cap` images.
 
     rows: the fewest and the most images that a rank has in a step. Raises ConfigError if a micro-batch would be empty
     on some rank.
