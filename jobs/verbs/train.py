@@ -83,7 +83,7 @@ def stop_on_signals(run_dir: Path) -> Iterator[set[int]]:
     Yields the set of signals received so far. A signal that was ignored before stays ignored, as Ctrl-C is for a
     command that a script starts with `&`.
     """
-    received: set[int] = set()
+    run_dir, received = run_dir.absolute(), set[int]()  # absolute: the working directory changes while Ray starts
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
