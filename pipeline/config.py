@@ -223,13 +223,13 @@ def _inert_fault(mapping: Mapping[str, object], key: str, why: str) -> _Fault:
 
 def _relevant(mapping: Mapping[str, object], error: ValidationError) -> list[dict[str, Any]]:
     """Pydantic's faults, without those that only report that a value is not of a union's other type."""
-    faults = [(tuple(_follow(mapping, fault["loc"])[0]), dict(fault)) for fault in error.errors(include_url=False)]
+    faults = [(tuple(_place(mapping, dict(fault))[0]), dict(fault)) for fault in error.errors(include_url=False)]
     ruled = {key for key, fault in faults if not str(fault["type"]).endswith("_type")}
     return [fault for key, fault in faults if key not in ruled or not str(fault["type"]).endswith("_type")]
 
 
 def _fault(model: type[BaseModel], mapping: Mapping[str, object], fault: dict[str, Any]) -> _Fault:
-    path, value = _follow(mapping, fault["loc"])
+    path, value = _place(mapping, fault)
     if fault["type"] == NO_SUCH_KIND:
         path, value = [*path, "kind"], value["kind"]
     return _Fault(".".join(path), value, _line(model, path, value, fault))
@@ -250,15 +250,21 @@ def _line(model: type[BaseModel], path: list[str], value: object, fault: dict[st
     return f"{key}: {rule}" if isinstance(value, dict) else f"{key} (={json.dumps(value)}): {rule}"
 
 
+def _place(mapping: Mapping[str, object], fault: dict[str, Any]) -> tuple[list[str], Any]:
+    """The key that one of pydantic's faults is about, and its value, None if it is missing."""
+    path, value = _follow(mapping, fault["loc"])
+    return ([*path, str(fault["loc"][-1])], None) if fault["type"] == "missing" else (path, value)
+
+
 def _follow(mapping: object, loc: Sequence[str | int]) -> tuple[list[str], Any]:
     """The part of pydantic's `loc` that consists of keys of the mapping (unions add branches), and the value there."""
     path: list[str] = []
-    for position, part in enumerate(loc):
+    for part in loc:
         if isinstance(mapping, dict) and isinstance(part, str):
-            if part not in mapping and position < len(loc) - 1:
+            if part not in mapping:
                 continue
             path.append(part)
-            mapping = mapping.get(part)
+            mapping = mapping[part]
         elif isinstance(mapping, list) and isinstance(part, int) and part < len(mapping):
             path.append(str(part))
             mapping = mapping[part]

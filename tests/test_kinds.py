@@ -42,6 +42,11 @@ def toy(*overrides: str) -> run_config.RunConfig:
     return run_config.load("baseline/toy", overrides)
 
 
+def test_a_rule_of_a_kind_is_reported_at_its_section() -> None:
+    with fails(ConfigError, "training.schedule"):
+        toy("training.schedule.kind=steps")
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
