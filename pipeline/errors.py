@@ -1,6 +1,6 @@
 """The few kinds of error. Each message says what was found, where, what is allowed and what to do.
 
-Beside its sentence an error carries `key`, what the user has to change or mend (a key of the recipe, an option of the
+Besides its message an error carries `key`, what the user has to change or fix (a key of the recipe, an option of the
 command, a file of ours), and `subject`, the value or name that was refused. Programs and tests select by these.
 """
 
@@ -14,7 +14,7 @@ _KINDS: dict[str, type[AdaptNetError]] = {}
 
 
 class AdaptNetError(Exception):
-    """A person must act on it; the command prints it without a traceback and exits with 2.
+    """An error that the user must act on; the command prints it without a traceback and exits with 2.
 
     key: what is to be changed: "training.epochs", "--nodes", "recipe", "data.root", "lease.json"; "" where nothing is.
     subject: the value, path or name that was found there.
@@ -51,12 +51,12 @@ class AdaptNetError(Exception):
         }
 
     def _details(self) -> dict[str, JsonValue]:
-        """What a subclass carries besides; `_rebuilt` takes it back."""
+        """The additional fields of a subclass; `_rebuilt` restores them."""
         return {}
 
     @classmethod
     def _rebuilt(cls, record: Mapping[str, JsonValue]) -> Self:
-        keys = record.get("keys")  # a record of before keys were kept has none
+        keys = record.get("keys")  # records written before errors had keys have none
         listed = tuple(str(each) for each in keys) if isinstance(keys, list) else None
         return cls(
             str(record["message"]), key=str(record.get("key", "")), subject=record.get("subject", ""), keys=listed
@@ -74,7 +74,7 @@ class ConfigError(AdaptNetError):
 
 
 class DataError(AdaptNetError):
-    """The user must mend the images, shards or labels, or point to others."""
+    """The user must fix the images, shards or labels, or use others."""
 
 
 class UndecodableError(DataError):
@@ -129,7 +129,7 @@ class DivergedError(AdaptNetError):
 
 
 class ContractError(AdaptNetError):
-    """The author of a family must mend it: it does not do what `pipeline.family` promises."""
+    """The author of a family must fix it: it violates the contract in `pipeline.family`."""
 
 
 _KINDS[AdaptNetError.kind] = AdaptNetError

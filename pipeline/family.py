@@ -29,7 +29,7 @@ T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", bound="FamilyConfig")
 OutputT = TypeVar("OutputT")
 LATENCY_FORMAT = 1
-REPORT_FORMAT = 2  # format 1 had no format number, no kind and no settings
+REPORT_FORMAT = 2  # files of format 1 have no format number, kind or settings
 
 
 class FamilyConfig(Config):
@@ -187,7 +187,7 @@ class Evaluated:
     recipe: Mapping[str, JsonValue]  # RunConfig
     classes: tuple[str, ...]
     data: str  # identity of the evaluated split
-    side_px: int  # of the evaluated images
+    side_px: int  # side of the evaluated images
     step: int
     parameters: int
     reports: Sequence[Report]
@@ -352,7 +352,7 @@ class Family(Generic[ConfigT, OutputT]):
     adaptive: bool = True
 
 
-AnyFamily: TypeAlias = "Family[Any, Any]"  # of some config and output
+AnyFamily: TypeAlias = "Family[Any, Any]"  # a family with any config and output types
 
 
 def load(net: nn.Module, tensors: Mapping[str, Tensor], keep: Callable[[str], bool] = lambda name: False) -> list[str]:

@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Number: TypeAlias = "float | None"
-Array: TypeAlias = "NDArray[Any]"  # of any dtype
-Arrays: TypeAlias = "Mapping[str, Array]"  # of a split by image, as stored with an evaluation
+Array: TypeAlias = "NDArray[Any]"  # an array of any dtype
+Arrays: TypeAlias = "Mapping[str, Array]"  # the per-image arrays stored with an evaluation
 Cell: TypeAlias = "str | float | int | None"
 
 OTHERS = "other classes"
-MOST_POINTS = 400  # of a training curve; a screen cannot resolve more
+MOST_POINTS = 400  # most points of a training curve; a screen cannot resolve more
 GALLERY_CLASSES = 3  # classes whose images a gallery shows
-GALLERY_IMAGES = 8  # under one heading
+GALLERY_IMAGES = 8  # images under one heading
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ N = TypeVar("N", bound=Named)
 
 
 def for_each(nets: Sequence[N], own: Callable[[N], Iterable[Figure | None]]) -> list[Figure]:
-    """The figures that `own` gives for each net, without None; if there are several nets, name and title tell which."""
+    """The figures that `own` gives for each net, without None; with several nets, name and title contain the net's."""
     found: list[Figure] = []
     for net, mark in zip(nets, marks([net.name for net in nets]), strict=True):
         for figure in own(net):

@@ -47,9 +47,9 @@ class ComputeConfig(Config):
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None  # null: 1 where the device is a GPU
     max_batch_per_worker: Count | None = None  # images in memory at once; more are accumulated
-    start_patience_s: Annotated[float, Field(gt=0)] = 60.0  # for the workers to be there
+    start_patience_s: Annotated[float, Field(gt=0)] = 60.0  # how long to wait for the workers to start
     max_failures: Annotated[int, Field(ge=0)] = 3  # lost workers that a run survives
-    address: str | None = None  # of a running Ray cluster; null: Ray here
+    address: str | None = None  # HOST:PORT of a running Ray cluster; null: start Ray on this machine
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
@@ -77,7 +77,7 @@ class ComputeConfig(Config):
 class RunConfig(Config):
     """A whole recipe."""
 
-    name: RunName  # of the run and its folder
+    name: RunName  # name of the run and its folder
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     family: SerializeAsAny[FamilyConfig]
     data: DataConfig
@@ -142,7 +142,7 @@ def lay(base: Mapping[str, object], over: Mapping[str, object]) -> Mapping[str, 
 
 
 def from_mapping(mapping: Mapping[str, object], where: str) -> RunConfig:
-    """A mapping as a RunConfig whose `family` is of the class that `family.name` asks for."""
+    """A mapping as a RunConfig whose `family` is of the class that `family.name` selects."""
     section = mapping.get("family")
     if not isinstance(section, dict) or not isinstance(section.get("name"), str):
         message = f"{where}: family.name: this key is required; known: {', '.join(families.names())}"

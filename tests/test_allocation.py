@@ -1,4 +1,4 @@
-"""Ray over a job's nodes: the others learn of one's failure, and no process outlives the task that started it."""
+"""Ray over a job's nodes: one node's failure reaches the others, and no process outlives the task that started it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of checkpoints: there whole or not at all, the newest whole one counts, nothing stored is lost by an error."""
+"""Laws of checkpoints: stored completely or not at all; the newest complete one counts; errors lose nothing stored."""
 
 from __future__ import annotations
 

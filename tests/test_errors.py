@@ -1,4 +1,4 @@
-"""Errors travel whole: pickled to another process, or kept as a record on disk."""
+"""Errors survive being pickled to another process and being stored as a record on disk."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ RENAMES = {("os", "replace"), ("os", "rename"), ("os", "renames"), ("shutil", "m
 
 
 def renames(path: Path) -> Iterator[str]:
-    """Calls that rename files: os.replace and its like, and the methods of Path, told by their one argument."""
+    """Calls that rename files: os.replace and the like, and Path's methods, recognised by their single argument."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-# A module imports what stands left of its own place.
+# A module imports only from layers to the left of its own.
 ORDER = """errors | compat | config | ranks cost figures | runs | data | family | blocks | families | training |
 tracking | recipes | run_config | evaluation | registry | execution | deploy | report | bench | tuning | jobs"""
 PLACE = {name: place for place, names in enumerate(ORDER.split("|")) for name in names.split()}

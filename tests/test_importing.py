@@ -1,4 +1,4 @@
-"""Foreign weights become a run that evaluates and registers like any other, or nothing remains."""
+"""External weights become a run that evaluates and registers like any other, or nothing remains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the index: what is found, where it lies, that it is built once, and how it is divided."""
+"""Laws of the index: what is found, where it is stored, that it is built once, and how it is divided."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def class_folders(root: Path, classes: tuple[str, ...] = ("ant", "bee", "cow"), 
 
 
 def shards(root: Path, members: Mapping[str, Mapping[str, bytes]], classes: str = "ant\nbee\n") -> Path:
-    """{tar: {member: bytes}} written as they stand."""
+    """{tar: {member: bytes}} written unchanged."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "classes.txt").write_text(classes)
     for name, content in members.items():
@@ -75,7 +75,7 @@ def test_class_folders_have_imagefolders_labels_and_are_read_byte_for_byte(tmp_p
     from torchvision.datasets import ImageFolder
 
     root = class_folders(tmp_path)
-    far = images.jpeg(50, 60)  # its size stands behind more metadata than is read at first
+    far = images.jpeg(50, 60)  # its size comes after more metadata than is read at first
     (root / "train/ant/far.jpg").write_bytes(far[:2] + b"\xff\xe2\xff\xf0" + bytes(0xFFEE) + far[2:])
     splits = splits_of(root)
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""`adaptnet jobs`: records of old and new, SLURM's answers explained, and jobs whose scheduler has forgotten them."""
+"""`adaptnet jobs`: records of old and new formats, SLURM's states explained, and jobs unknown to their scheduler."""
 
 from __future__ import annotations
 

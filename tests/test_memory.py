@@ -1,4 +1,4 @@
-"""Freed memory is kept for the next step; memory that is spent is told."""
+"""Freed memory is retained for the next step; running out of memory is reported as such."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_the_verb_prints_measured_and_given_numbers_and_marks_the_others(
 
 
 def test_the_table_in_infras_readme_follows_from_the_formulas() -> None:
-    """Each figure to the digits that stand there; r, d and s as its text gives them."""
+    """Each figure is compared to the printed digits; r, d and s are those in its text."""
     text = (Path(__file__).parents[1] / "infra" / "README.md").read_text(encoding="utf-8")
     rows = {cells[1].strip(): cells[3:6] for line in text.splitlines() if len(cells := line.split("|")) == 7}
     config = run_config.load("baseline/imagenet_resnet50", ["training.batch_size=8192", "data.root=x"])

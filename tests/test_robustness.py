@@ -81,7 +81,7 @@ def attacked(split: Split, net: nn.Module, attack: Attack, classes: int = CLASSE
 
 @pytest.fixture(scope="module")
 def learnt() -> nn.Module:
-    """A small ResNet that is trained on the toy set."""
+    """A small ResNet trained on the toy set."""
     torch.manual_seed(0)
     net = families.find("baseline").build(BaselineConfig(net="cifar_resnet", depth=8), 3)
     split = toys(90, seed=1)

@@ -1,4 +1,4 @@
-"""What every scheduler must do: SLURM over scripts, processes of this machine, Ray Jobs over HTTP, and a stranger's."""
+"""What every scheduler must do: SLURM over scripts, processes of this machine, Ray Jobs over HTTP, a third party's."""
 
 from __future__ import annotations
 

@@ -489,7 +489,7 @@ def test_trials_of_two_workers_run_one_by_one_on_two_cpus(two_cpus: dict[str, fl
     pair = ComputeConfig(workers=2, device="cpu")
     assert slots.slots(pair) == 1 and slots.free(pair, 0) == 1 and slots.free(pair, 1) == 0
     two_cpus["CPU"] = 0.0  # once the first trial's workers are there
-    assert slots.free(pair, 1) == 0 and slots.free(pair, 0) == 0  # or somebody else's
+    assert slots.free(pair, 1) == 0 and slots.free(pair, 0) == 0  # or another user's
     assert slots.slots(ComputeConfig(workers=1, device="cpu")) == 2
     with fails(ResourceError, "compute.workers", 3):
         slots.slots(ComputeConfig(workers=3, device="cpu"))

@@ -370,7 +370,7 @@ def test_a_uri_that_mlflow_does_not_support_is_refused(uri: str, tmp_path: Path)
 
 def test_no_secret_leaves_the_address(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploader, "PAUSE_S", 0.05)
-    uri = "http://me:hush@127.0.0.1:9/?token=hush2"  # nobody listens there
+    uri = "http://me:hush@127.0.0.1:9/?token=hush2"  # nothing listens there
     config = TrackingConfig(uri=uri, patience_s=10)
     run_dir, recipe = run_folder(runs / "a", **configs.as_mapping(config))
     with Uploader(run_dir, config, recipe, command=["adaptnet", "train", f"tracking.uri={uri}"]):

@@ -24,7 +24,7 @@ from tuning.space import Case, Sample, Values
 SWEEPS = Path(__file__).parent / "sweeps"
 OF_RECIPE = "recipe."  # begins the keys of the recipe in a sweep's identity
 JUDGED_EVERY = f"{OF_RECIPE}evaluation.every"
-CHECKED_SAMPLES = 64  # rounds of random samples that stand for those of a study, which are not known before
+CHECKED_SAMPLES = 64  # rounds of random samples checked in place of a study's, which are not known in advance
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -33,7 +33,7 @@ class SearchConfig(Config):
 
     kind: Literal["grid", "random", "optuna"] = "random"
     samples: Annotated[int, Field(ge=1)] = 1  # rounds over the cases with random keys; optuna: trials in all
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of the samples; training has the recipe's own seed
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of the samples; training uses the recipe's seed
 
 
 class SchedulerConfig(Config):
@@ -45,24 +45,24 @@ class SchedulerConfig(Config):
     kind: Literal["none", "asha"] = "none"
     grace_epochs: Positive = 1.0  # no trial stops earlier
     reduction: Annotated[float, Field(gt=1)] = 3.0
-    metric: str = "top1"  # of the first policy
+    metric: str = "top1"  # metric of the first policy
 
 
 class Bounds(Config):
     """Limits on the cost of a trial. A sample above one is refused before training and counted."""
 
-    max_gmacs: Positive | None = None  # of the whole net on one image of the evaluated size
+    max_gmacs: Positive | None = None  # bound on the full net's cost for one image of the evaluated size
     max_mparameters: Positive | None = None  # in millions
-    max_minutes: Positive | None = None  # of training; a longer trial is stopped and keeps its results so far
+    max_minutes: Positive | None = None  # of training; a longer trial is stopped and its results so far count
 
 
 class SweepConfig(Config):
     """The keys of a sweep's file."""
 
-    name: RunName  # of the sweep and its folder
+    name: RunName  # name of the sweep and its folder
     question: str = ""  # the header of the file
     recipe: str
-    overrides: dict[str, JsonValue] = Field(default_factory=dict)  # of the recipe, for every trial
+    overrides: dict[str, JsonValue] = Field(default_factory=dict)  # overrides of the recipe, for every trial
     space: JsonValue
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig()

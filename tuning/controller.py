@@ -88,7 +88,7 @@ class Controller:
             )
 
     def _concurrency(self) -> int:
-        """The trials at a time if nobody else needs the cluster. Raises ResourceError if not one fits."""
+        """How many trials run at once if nothing else uses the cluster. Raises ResourceError if not one fits."""
         if self._compute.workers == 0:
             return 1
         return min(slots.slots(self._compute), self._config.concurrency or sys.maxsize)

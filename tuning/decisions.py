@@ -44,7 +44,7 @@ class Decisions:
         return Sample(number, *self._study.ask(number))
 
     def report(self, trial: Trial) -> None:
-        """Tells the study the result of a trial that has ended or was refused."""
+        """Reports the result of a trial that has ended or was refused to the study."""
         if self._study is not None:
             self._study.tell(trial.number, None if trial.state in ("failed", "refused") else trial.metrics)
 

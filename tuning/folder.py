@@ -81,7 +81,7 @@ class SweepFolder:
 
     def check_objectives(self) -> None:
         """Raises ConfigError for an objective that no trial will report."""
-        first = {sample.case: sample for sample in reversed(self.sweep.samples())}.values()  # of each case
+        first = {sample.case: sample for sample in reversed(self.sweep.samples())}.values()  # first of each case
         recipes = [self.sweep.base, *map(self.sweep.recipe, first)]
         names = [recipe.evaluation.policies or cost.policies(recipe, self.num_classes) for recipe in recipes]
         policies = dict.fromkeys(name for group in names for name in group)

@@ -14,8 +14,8 @@ from pipeline.run_config import ComputeConfig
 from tuning import slots
 from tuning.watcher import Watcher
 
-GONE_S = 10.0  # without an answer before a sweep gives its cluster up
-STUCK_S = 45.0  # without an answer before the process exits; Ray itself kills it after 60
+GONE_S = 10.0  # silence after which a sweep abandons its cluster
+STUCK_S = 45.0  # silence after which the process exits; Ray itself kills it after 60 s
 GONE = (
     "the Ray cluster is gone: its head does not answer, or it has no node left. Give the same command once there is "
     "one again (without compute.address it starts its own): finished trials stay, the others resume from their "
@@ -39,7 +39,7 @@ def joined(compute: ComputeConfig, watcher: Watcher) -> Iterator[None]:
             arguments = (slots.head(), over, watcher)
             threading.Thread(target=_exit_without_head, args=arguments, name="guard", daemon=True).start()
             yield
-            over.set()  # while Ray shuts down, silence means nothing
+            over.set()  # Ray does not answer while it shuts down
     finally:
         over.set()
 

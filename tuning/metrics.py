@@ -16,7 +16,7 @@ from pipeline.runs import journal, records
 from tuning import cost
 from tuning.config import Sweep, SweepConfig
 
-METRICS = ("top1", "top5", "ece", "gmacs", "gmacs_p95", "full_share")  # of each policy
+METRICS = ("top1", "top5", "ece", "gmacs", "gmacs_p95", "full_share")  # metrics of each policy
 OF_NET = ("mparameters", "memory_mib")  # memory_mib only if the sweep measures it
 LOWER_IS_BETTER = ("ece", "gmacs", "gmacs_p95", "full_share", *OF_NET)
 MEAN = "mean"  # over all policies

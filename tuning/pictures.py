@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # Matplotlib takes a second to import
 
 DPI = 120
 MOST_NAMED = 12  # points or curves with a label
-NAME_CHARS = 40  # of a trial's label
-TICK_CHARS = 24  # of a value beside an axis
+NAME_CHARS = 40  # most characters of a trial's label
+TICK_CHARS = 24  # most characters of a tick's label
 Column: TypeAlias = "Sequence[object]"  # a value for each trial, None if it has none
 Heights: TypeAlias = "Sequence[float | None]"  # positions on an axis from 0 to 1
 

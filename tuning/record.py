@@ -25,7 +25,7 @@ from tuning.events import (
 from tuning.space import Sample
 
 ENDED = ("finished", "stopped", "failed", "refused")
-NAME = "sweep"  # of the journal
+NAME = "sweep"  # name of the journal
 OVERTIME = "max_minutes"  # the reason of a trial that was stopped by this bound
 
 
@@ -35,12 +35,12 @@ class Trial:
 
     sample: Sample
     state: State = "planned"
-    reason: str = ""  # for a state of refused, stopped or failed
+    reason: str = ""  # why a trial was refused, stopped or failed
     cost: NetCost | None = None  # if it was measured
     judged: dict[int, float] = field(default_factory=dict)  # step: value, of the evaluations during training
     ends_at: int | None = None  # the step at which it is to stop before its time
     ends_by: str = ""  # what decided that: ASHA or max_minutes
-    metrics: Mapping[str, float] = field(default_factory=dict)  # at the end
+    metrics: Mapping[str, float] = field(default_factory=dict)  # final metrics
     step: int = 0
     total_steps: int = 0
 

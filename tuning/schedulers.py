@@ -52,7 +52,7 @@ class Study:
         self.version = self._search.version
 
     def ask(self, number: int) -> tuple[int, Values]:
-        """The case and the values of sample `number`; the same if it is asked for again."""
+        """Returns the case and the values of sample `number`; repeated calls return the same."""
         drawn = self._search.suggest(str(number))
         case = int(drawn.get("case", 0))
 

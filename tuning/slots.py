@@ -71,7 +71,7 @@ def head() -> str:
 
 
 def _nodes() -> list[Mapping[str, float]]:
-    """The resources of each living node."""
+    """The resources of each node that is alive."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

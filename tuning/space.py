@@ -29,7 +29,7 @@ RANDOM = ("choice", "uniform", "loguniform", "integer")
 KINDS = ("grid", *RANDOM, "list")
 NOT_LEARNED_FROM = ("name", "compute", "tracking", "checkpoint", "logging")  # sections that do not change training
 DIGITS = 6  # significant digits of a drawn float
-NAME_CHARS = 60  # of a sample's values in its name
+NAME_CHARS = 60  # most characters of a sample's values in its name
 Values = dict[str, JsonValue]
 
 

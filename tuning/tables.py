@@ -17,8 +17,8 @@ from tuning.record import Trial
 from tuning.selection import best, frontier
 from tuning.space import written
 
-NOTE_CHARS = 4800  # of the note; trackers accept 5000
-CELL_CHARS = 70  # of a cell on a screen; a trial's name is shorter
+NOTE_CHARS = 4800  # most characters of the note; trackers accept 5000
+CELL_CHARS = 70  # most characters of a cell on a screen; a trial's name is shorter
 STATES = ("finished", "stopped", "failed", "refused", "running", "planned")
 Rows = Sequence[Sequence[str]]
 

@@ -22,7 +22,7 @@ from pipeline.tracking import Uploader
 from pipeline.training import checkpoint
 from tuning.record import Trial
 
-REASON_CHARS = 500  # of a failed trial's error
+REASON_CHARS = 500  # most characters of a failed trial's error
 
 
 @dataclass(frozen=True)

@@ -18,22 +18,22 @@ from jobs.schedulers.records import JobRecord, record_of
 from jobs.schedulers.submission import Submission, refuse_options
 from pipeline.errors import ResourceError
 
-CLOCKS_S = 30.0  # by which a process's start time may be off
+CLOCKS_S = 30.0  # tolerance when start times of processes are compared
 
 
 class LocalProcess(Scheduler):
-    """A process of this machine for each job, started by submitit."""
+    """Runs each job as a process on this machine, started by submitit."""
 
     name = "local"
     can_requeue = False
 
     def preview(self, submission: Submission) -> str:
-        """The command line. No job waits for another here."""
+        """Returns the command line. Jobs on this machine do not wait for each other."""
         refuse_options(submission, "after", "dependency", "address")
         return "\n".join(shlex.join(["adaptnet", job.verb, *job.arguments]) for job in submission.jobs)
 
     def submit(self, submission: Submission) -> list[JobRecord]:
-        """Starts a process for each job, with a snapshot of the code; it outlives this one."""
+        """Starts a process for each job, with a snapshot of the code. The process outlives this one."""
         import submitit
         from submitit.helpers import clean_env
 
@@ -52,7 +52,7 @@ class LocalProcess(Scheduler):
         return made
 
     def states(self, records: Sequence[JobRecord]) -> dict[str, JobState]:
-        """From the jobs' results and processes; UNKNOWN for a job of another machine."""
+        """Reads the jobs' results and processes; a job of another machine is UNKNOWN."""
         return {record.id: self._state(record) for record in records}
 
     def _state(self, record: JobRecord) -> JobState:
@@ -80,7 +80,7 @@ class LocalProcess(Scheduler):
         os.kill(_process_id(record), signal.SIGTERM)
 
     def requeue(self, record: JobRecord) -> None:
-        """Always refused."""
+        """Always raises ResourceError: there is no queue."""
         raise ResourceError(
             f"job {record.id} is in no queue; `adaptnet jobs cancel` and `resubmit` start it again",
             key="job",
@@ -88,25 +88,25 @@ class LocalProcess(Scheduler):
         )
 
     def logs(self, record: JobRecord) -> Sequence[Path]:
-        """The process's one log."""
+        """Returns the only log of the process."""
         return [Path(record.log)]
 
     def node(self) -> NodeEnv | None:
-        """One host, on which the verb starts Ray by itself."""
+        """Describes one host, on which the verb starts Ray by itself."""
         job = os.environ.get("SUBMITIT_LOCAL_JOB_ID")
         return None if job is None else NodeEnv(job, 0, (socket.gethostname(),))
 
     def on_preemption(self, callback: Callable[[], None] | None) -> bool:
-        """submitit's own handlers stay: they end the job when its time is over."""
+        """Installs nothing: submitit's own handlers end the job when its time is over."""
         return False
 
     def requeue_this_job(self, reason: str) -> None:
-        """Always refused."""
+        """Always raises ResourceError: there is no queue."""
         raise ResourceError(f"a job on this machine cannot be requeued ({reason})", key="job")
 
 
 class ThisProcess(LocalProcess):
-    """The job runs within `submit`, and prints where the user sees it."""
+    """Runs each job within `submit`, so that its output appears on the user's terminal."""
 
     name = "debug"
 
@@ -136,7 +136,7 @@ class ThisProcess(LocalProcess):
         return JobState("UNKNOWN", "it ran in the process that submitted it, which printed its outcome")
 
     def node(self) -> NodeEnv | None:
-        """As of a process of its own."""
+        """The same as for a job in its own process."""
         job = os.environ.get("SUBMITIT_DEBUG_JOB_ID")
         return None if job is None else NodeEnv(job, 0, (socket.gethostname(),))
 
@@ -148,7 +148,7 @@ def _prepare(submission: Submission) -> None:
 
 @contextmanager
 def _code_from(folder: Path) -> Iterator[None]:
-    """Processes started within import our code from `folder`."""
+    """Makes processes that are started inside the block import our code from `folder`."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
     try:
@@ -165,7 +165,7 @@ def _process_id(record: JobRecord) -> int:
 
 
 def _lives(record: JobRecord) -> bool:
-    """Whether the job's process lives. A process that began later only has the same number."""
+    """Whether the job's process still runs. A process that started later merely reuses its id."""
     try:
         process = psutil.Process(_process_id(record))
         began = process.create_time()

@@ -75,7 +75,7 @@ class Local:
 
     @property
     def lives(self) -> bool:
-        """Whether a keeper of this cluster runs on this machine."""
+        """Whether any keeper process of this cluster runs on this machine."""
         record = self.read()
         return record is not None and record["host"] == socket.gethostname() and any(_alive(record["keepers"]))
 

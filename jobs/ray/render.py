@@ -22,18 +22,18 @@ from pipeline.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
 COPIED = ("pipeline", "jobs", "tuning", "infra", "pyproject.toml", "constraints.txt", "README.md")
-PORT = 6379  # of a head that is alone on its machine or in its pod
+PORT = 6379  # port of a head that is alone on its machine or in its pod
 DASHBOARD_PORT = 8265
 TOKEN = "~/.ray/auth_token"  # Ray's default place
-USER_ID = 1000  # of infra/docker's user
-ENVIRONMENT = {  # of every node, as in pipeline.execution.allocation
+USER_ID = 1000  # user of the image in infra/docker
+ENVIRONMENT = {  # environment of every node, as in pipeline.execution.allocation
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "PYTHONUNBUFFERED": "1",
 }
-RETRIES = 3  # of a RayJob: each starts a new cluster, on which the training resumes
+RETRIES = 3  # retries of a RayJob: each starts a new cluster, on which the training resumes
 
 
 @cache

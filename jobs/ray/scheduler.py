@@ -23,9 +23,9 @@ from pipeline.execution import ray_token
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-STATES = {"SUCCEEDED": "COMPLETED", "STOPPED": "CANCELLED"}  # Ray's words in SLURM's
+STATES = {"SUCCEEDED": "COMPLETED", "STOPPED": "CANCELLED"}  # SLURM's name for each state of Ray
 ALIVE = ("PENDING", "RUNNING")
-SAVES_WITHIN_S = 120  # after it was asked to stop; Ray's own 3 s kill most trainings before they have saved
+SAVES_WITHIN_S = 120  # grace period after a stop request; Ray's default of 3 s is too short to save a checkpoint
 EXTRA = "pip install --constraint constraints.txt --editable '.[cluster]'"
 
 
@@ -42,7 +42,7 @@ class RayJobs(Scheduler):
         return "\n".join(entrypoint(job, "ID") for job in submission.jobs)
 
     def submit(self, submission: Submission) -> list[JobRecord]:
-        """By the job server; each job is a submission of its own."""
+        """Submits each job separately to the job server."""
         self.preview(submission)
         client = connect(submission.address)
         made = []
@@ -62,11 +62,11 @@ class RayJobs(Scheduler):
         return made
 
     def states(self, records: Sequence[JobRecord]) -> dict[str, JobState]:
-        """From the job server; if it is gone, from the jobs' files."""
+        """Asks the job server; if it is gone, reads the jobs' files."""
         return {record.id: self._state(record) for record in records}
 
     def _state(self, record: JobRecord) -> JobState:
-        """As the job server reports it; if the cluster is gone, as the job's files show it."""
+        """The state that the job server reports or, if the cluster is gone, that the job's files show."""
         try:
             client = connect(record.address)
         except ResourceError:
@@ -87,7 +87,7 @@ class RayJobs(Scheduler):
         connect(record.address).stop_job(record.id)
 
     def requeue(self, record: JobRecord) -> None:
-        """Always refused."""
+        """Always raises ResourceError: there is no queue."""
         raise ResourceError(
             f"job {record.id} is in no queue; `adaptnet jobs cancel` and `resubmit` start it again",
             key="job",
@@ -95,19 +95,19 @@ class RayJobs(Scheduler):
         )
 
     def logs(self, record: JobRecord) -> Sequence[Path]:
-        """The copy beside the run."""
+        """Returns the copy of the log beside the run."""
         return [Path(record.log)]
 
     def node(self) -> NodeEnv | None:
-        """The verb runs by itself, and finds the cluster by compute.address=auto."""
+        """Always None: the verb runs as usual and finds the cluster by compute.address=auto."""
         return None
 
     def on_preemption(self, callback: Callable[[], None] | None) -> bool:
-        """Ray Jobs gives no warning."""
+        """Always False: Ray Jobs gives no warning."""
         return False
 
     def requeue_this_job(self, reason: str) -> None:
-        """Always refused."""
+        """Always raises ResourceError: there is no queue."""
         raise ResourceError(f"Ray Jobs has no queue ({reason})", key="job")
 
 

@@ -47,7 +47,7 @@ class Machine(Size):
     """A machine type of a cloud."""
 
     type: Text  # e.g. g5.2xlarge, g2-standard-12
-    image: Text | None = None  # of the disk: an AMI, or a source image of GCP
+    image: Text | None = None  # disk image: an AMI, or a source image of GCP
     disk_gb: Annotated[int, Field(ge=20)] = 150
     spot: bool = False
     extra: Mapping[str, JsonValue] = Field(default_factory=dict)  # merged into the rendered node_config
@@ -103,7 +103,7 @@ class _Launched(_Site):
     """A site whose cluster Ray's own launcher brings up, over ssh."""
 
     ssh: Ssh = Ssh()
-    image: Text | None = None  # of infra/docker, run by Docker on every node
+    image: Text | None = None  # image built from infra/docker, run by Docker on every node
     prefix: Folder | None = None  # or an installed environment, e.g. /shared/venv, which holds bin/ray
     python: Text = "python3"  # or else, 3.11 or newer: installs a copy of this checkout on every node
     shared: SharedStorage = SharedStorage()
@@ -166,7 +166,7 @@ class Kubernetes(_Site):
     claim: Text | None = None  # PersistentVolumeClaim (ReadWriteMany) mounted at `path`
     path: Folder = "/shared"
     pull_secret: Text | None = None
-    context: Text | None = None  # of kubectl; None: its current one
+    context: Text | None = None  # context of kubectl; None: its current one
     idle_minutes: Annotated[float, Field(gt=0)] = 10
 
 

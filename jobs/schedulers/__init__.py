@@ -1,4 +1,4 @@
-"""The seam between `adaptnet submit`, `adaptnet jobs` and what runs jobs: SLURM, Ray Jobs, a process on this machine.
+"""The interface of what runs jobs (SLURM, Ray Jobs, processes of this machine) to `adaptnet submit` and `jobs`.
 
 A scheduler is a folder of `jobs` with a module `scheduler` that defines `SCHEDULERS`, a mapping from the names that
 `--where` takes to objects that satisfy `Scheduler`. A new one is a new folder; no other file names it.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobState:
-    """A job's state in SLURM's words (PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, UNKNOWN, ...).
+    """A job's state under SLURM's name (PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, UNKNOWN, ...).
 
     alive: the job waits or runs. reason: why it waits, failed or is unknown. nodes and elapsed: where and how long it
     has run, as the scheduler writes them; empty if it does not.
@@ -74,7 +74,7 @@ class NodeEnv:
 
 
 class Scheduler(Protocol):
-    """Runs jobs. The first group of methods is called where a user sits, the second within a job."""
+    """Runs jobs. The first group of methods is called on the user's machine, the second inside a job."""
 
     name: str
     can_requeue: bool  # whether a job can be put back into the queue, by a user or by itself
@@ -92,7 +92,7 @@ class Scheduler(Protocol):
         """
 
     def states(self, records: Sequence[JobRecord]) -> dict[str, JobState]:
-        """The state of each job by its id, all asked for at once."""
+        """The state of each job by its id, from one query for all jobs."""
 
     def cancel(self, record: JobRecord) -> None:
         """Ends a job. Raises ResourceError if that is not possible here or the job has ended."""
@@ -135,7 +135,7 @@ def get(name: str) -> Scheduler:
 
 
 def states(records: Sequence[JobRecord]) -> list[JobState]:
-    """The state of each job, in order. Each scheduler is asked once for all of its jobs."""
+    """The state of each job, in order. Each scheduler is queried once for all of its jobs."""
     known: Mapping[str, Scheduler] = registry()
     found: dict[tuple[str, str], JobState] = {}
     for name in dict.fromkeys(record.scheduler for record in records):

@@ -39,7 +39,7 @@ class JobAttempt:
         return self.last_step is not None and self.last_step > self.first_step
 
     def to_json(self) -> dict[str, JsonValue]:
-        """With the format number; `from_json` reads it."""
+        """The attempt as JSON with the format number; `from_json` reads it."""
         return {
             "format": FORMAT,
             "job": self.job,
@@ -85,7 +85,7 @@ class Attempts:
         return self.home / FOLDER / FILE
 
     def read(self) -> list[JobAttempt]:
-        """All of them; empty if no job of this home has started."""
+        """Returns all attempts; empty if no job of this home has started."""
         try:
             entries = json.loads(self._path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -93,7 +93,7 @@ class Attempts:
         return [JobAttempt.from_json(entry) for entry in entries]
 
     def of(self, job: str) -> list[JobAttempt]:
-        """Those of the job with that id; those without an id may be its own as well."""
+        """Returns the attempts of the job with that id, and those without an id, which may belong to it."""
         return [attempt for attempt in self.read() if attempt.job in (None, job)]
 
     def begin(self, step: int, max_requeues: int, *, job: str | None = None, restart: int = 0) -> None:

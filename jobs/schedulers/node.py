@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from jobs.schedulers import NodeEnv, Scheduler
     from jobs.schedulers.submission import Job, WorkerNeeds
 
-POLL_S = 1.0  # between two looks at Ray's head and nodes
-LOST_POLLS = 35  # in a row that find head or nodes lost, after which the verb is given up
+POLL_S = 1.0  # interval between checks of Ray's head and nodes
+LOST_POLLS = 35  # consecutive failed checks after which the verb is abandoned
 
 
 class JobEnded(AdaptNetError):
@@ -226,7 +226,7 @@ def head_lost(member: JoinedNode) -> Callable[[], str]:
 
 
 def room_lost(needs: WorkerNeeds, room: Callable[[dict[str, float]], int | None] = cluster.room) -> Callable[[], str]:
-    """A function that returns what is lost if the living nodes no longer have room for the workers, else "".
+    """A function that returns what is lost if the remaining nodes no longer have room for the workers, else "".
 
     room({"CPU", "GPU"}) is the number of such workers that the nodes hold, None if no cluster is connected. Nothing is
     lost before there was room once.
@@ -245,7 +245,7 @@ def room_lost(needs: WorkerNeeds, room: Callable[[dict[str, float]], int | None]
 
 
 def run_verb(verb: str, arguments: Sequence[str], app: Callable[..., object] | None = None) -> bool:
-    """Runs a verb in this process; returns whether it came to its end (False: it saved and stopped when asked to).
+    """Runs a verb in this process; returns whether it finished (False: it saved and stopped on request).
 
     Raises JobEnded if it gave up with an exit code, or ran out of memory. app is the command, by default `adaptnet`.
     """

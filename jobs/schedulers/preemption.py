@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from jobs.schedulers import Scheduler
     from jobs.schedulers.submission import Job
 
-LATE_AFTER = 0.75  # of the time from the warning to the end, after which a verb that has not stopped is given up
-POLL_S = 1.0  # between two SIGTERMs: the verb may not have installed its handler yet
+LATE_AFTER = 0.75  # share of the warning time after which a verb that has not stopped is abandoned
+POLL_S = 1.0  # interval between SIGTERMs: the verb may not have installed its handler yet
 
 
 class Preemption:

@@ -37,7 +37,7 @@ class SiteProfile(Config):
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     cpus_per_task: Annotated[int, Field(ge=1)] = 1
     memory_gb: Annotated[float, Field(gt=0)] | None = None
-    modules: tuple[Text, ...] = ()  # for `module load`
+    modules: tuple[Text, ...] = ()  # loaded by `module load`
     setup: tuple[Text, ...] = ()  # shell lines, after the modules
     environment: Mapping[VariableName, str] = Field(default_factory=dict)
     container: ContainerImage | None = None
@@ -47,7 +47,7 @@ class SiteProfile(Config):
     exclude: Text | None = None
     comment: Text | None = None
     signal_delay_s: Annotated[int, Field(ge=10)] = 90  # how long before its end a job is warned to save
-    patience_s: Annotated[float, Field(gt=0)] = 120.0  # for the Ray of all nodes to come up
+    patience_s: Annotated[float, Field(gt=0)] = 120.0  # how long to wait until Ray has started on all nodes
     max_requeues: Annotated[int, Field(ge=0)] = 100
     extra: Mapping[str, str] = Field(default_factory=dict)  # any other option of sbatch: {"licenses": "foo"}
 

@@ -20,7 +20,7 @@ from pipeline.runs.records import read_status
 
 FILE = "jobs.json"
 FORMAT = 2
-ELSEWHERE = Path("jobs") / "elsewhere.json"  # in the folder of runs: homes that are not below it
+ELSEWHERE = Path("jobs") / "elsewhere.json"  # file in the folder of runs that lists homes outside it
 USING_RAY = ("train", "sweep")
 RUNS = Path("runs")
 
@@ -246,7 +246,7 @@ def _lines(path: Path) -> list[str]:
 def follow(record: JobRecord, *, every_s: float = 5.0) -> Iterator[str]:
     """The log's text as it grows, until the job has ended; waits for the log to appear.
 
-    every_s is how often the scheduler is asked whether the job lives.
+    every_s is how often the scheduler is queried for the job's state.
     """
     from jobs import schedulers
 

@@ -1,4 +1,4 @@
-"""A copy of our code, kept beside a job: edits to the checkout after submission do not change the job."""
+"""Snapshots of our code, stored beside a job: later edits to the checkout do not affect the job."""
 
 from __future__ import annotations
 

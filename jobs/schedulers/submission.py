@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
-FOLDER = "slurm"  # in a job's home, whichever scheduler runs it: records, logs, pickles, code
+FOLDER = "slurm"  # folder in a job's home for records, logs, pickles and code, whichever scheduler runs it
 START_UP_S = 60  # imports, Ray, workers: nothing is saved before these are done
 WARNED_EARLY_S = 60  # SLURM's warning may come this much before its time
 
@@ -80,12 +80,12 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where its record, logs and code are."""
+        """The folder of the job's record, logs and code."""
         return Path(self.home) / FOLDER
 
     @property
     def stopping(self) -> bool:
-        """Whether the verb was asked to stop and has reacted."""
+        """Whether the verb has reacted to a request to stop."""
         return self.run_dir is not None and (Path(self.run_dir) / "stop").exists()
 
     def saved_steps(self) -> int:
@@ -118,7 +118,7 @@ class Submission:
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """Those that are queued, one for each run."""
+        """The jobs to queue, one for each run."""
         return self.array or (self.job,)
 
     @property
@@ -128,7 +128,7 @@ class Submission:
 
     @property
     def snapshot(self) -> Path:
-        """Where a copy of this code is kept for the jobs; named by its content, so equal code is kept once."""
+        """The folder of the jobs' code snapshot; it is named by its content, so equal code is stored once."""
         return self.folder / snapshot.name()
 
 

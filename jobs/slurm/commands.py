@@ -1,4 +1,4 @@
-"""SLURM's commands: run for their output, or as orders."""
+"""Runs SLURM's commands, either to read their output or to change a job."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def query(*command: str, timeout_s: float = TIMEOUT_S) -> list[str]:
 
 
 def run_slurm(*command: str) -> None:
-    """Gives SLURM an order. Raises ResourceError with SLURM's message if it is refused."""
+    """Runs a command that changes a job. Raises ResourceError with SLURM's message if it is refused."""
     line = " ".join(command)
     if shutil.which(command[0]) is None:
         raise ResourceError(

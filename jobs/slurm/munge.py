@@ -11,15 +11,15 @@ from pathlib import Path
 
 CONFIGS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf", "/etc/slurm-llnl/slurm.conf")
 SOCKET = "/run/munge/munge.socket.2"  # libmunge's default
-ANSWER_S = 10.0  # within which SLURM must answer if munged seems to be absent
+ANSWER_S = 10.0  # how long to wait for SLURM's answer if munged seems to be absent
 CACHED_S = 30.0  # how long a verdict against munged is cached: each costs those 10 s
 
 
 def absent(default_socket: str = SOCKET) -> str:
     """A sentence if munged should run on this machine and does not; "" if all is well.
 
-    SLURM's configuration names munged's socket. The configuration may be where we do not look, so SLURM itself is asked
-    before a silent socket counts.
+    SLURM's configuration names munged's socket. We may have missed the configuration file, so SLURM itself is queried
+    before a missing socket counts as a fault.
     """
     path = _socket(default_socket)
     if path is None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from jobs.schedulers import NodeEnv, NodeShare
 
-NO_GPU = ("", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES
+NO_GPU = ("", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES without a GPU
 
 
 def in_slurm() -> bool:

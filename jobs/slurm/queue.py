@@ -45,7 +45,7 @@ def states_of(ids: Sequence[str], run: Query = query) -> dict[str, JobState]:
     """
     queued = _from_squeue(ids, run)
     ended = _from_sacct([job for job in ids if job not in queued or not queued[job].alive], run)
-    # the accounting may lag behind the queue: it does not bring a job back to life
+    # the accounting may lag behind the queue: it must not mark an ended job as running
     return queued | {job: state for job, state in ended.items() if job not in queued or not state.alive}
 
 

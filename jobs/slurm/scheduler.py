@@ -25,23 +25,23 @@ from jobs.slurm.node import in_slurm, job_id, node_env
 from jobs.slurm.script import parameters, python, requeue_mark, script
 from pipeline.errors import ResourceError
 
-TIMEOUT_S = 10.0  # for SLURM to answer within a job whose time is running out
+TIMEOUT_S = 10.0  # how long to wait for SLURM's answer in a job whose time is running out
 CONFIG_VARIABLE = "SLURM_CONF"  # submitit hides it with the other variables, but sbatch needs it
 
 
 class Slurm(Scheduler):
-    """SLURM's queue. States are SLURM's own; once it has forgotten a job, the job's files are read instead."""
+    """SLURM's queue. States are SLURM's own; once SLURM no longer knows a job, the job's files are read instead."""
 
     name = "slurm"
     can_requeue = True
 
     def preview(self, submission: Submission) -> str:
-        """The batch script. SLURM has no address."""
+        """Returns the batch script. Refuses --address, which SLURM does not have."""
         refuse_options(submission, "address")
         return script(submission)
 
     def submit(self, submission: Submission) -> list[JobRecord]:
-        """By sbatch; several jobs become an array."""
+        """Submits the jobs with sbatch; several jobs become an array."""
         text = self.preview(submission)
         check_slurm()
         submission.folder.mkdir(parents=True, exist_ok=True)
@@ -53,12 +53,12 @@ class Slurm(Scheduler):
         return made
 
     def states(self, records: Sequence[JobRecord]) -> dict[str, JobState]:
-        """From squeue, then sacct, then the jobs' files."""
+        """Reads squeue, then sacct, then the jobs' files."""
         known = queue.states_of([record.id for record in records])
         return {record.id: self._state(record, known.get(record.id)) for record in records}
 
     def _state(self, record: JobRecord, known: JobState | None) -> JobState:
-        """known is None if SLURM has forgotten the job."""
+        """The job's state; `known` is None if SLURM no longer knows the job."""
         state = known or records.state_from_files(record, self.logs(record)) or _forgotten(record)
         if state.name == "COMPLETED" and record.run_dir is not None and not record.finished:
             return replace(state, reason="it was stopped; `adaptnet jobs resubmit` resumes it")
@@ -73,14 +73,14 @@ class Slurm(Scheduler):
         run_slurm("scontrol", "requeue", record.id)
 
     def logs(self, record: JobRecord) -> Sequence[Path]:
-        """One file for each node."""
+        """Returns one file for each node."""
         from pipeline.compat.submitit import task_logs
 
         first = Path(record.log)
         return [*(path for path in task_logs(record.folder, record.id) if path != first), first]
 
     def node(self) -> NodeEnv | None:
-        """From SLURM's environment variables."""
+        """Reads SLURM's environment variables."""
         return node_env()
 
     def on_preemption(self, callback: Callable[[], None] | None) -> bool:

@@ -1,4 +1,4 @@
-"""`adaptnet doctor`: checks what this machine offers, and says how to fix what is broken."""
+"""`adaptnet doctor`: checks what this machine offers, and how to fix what is broken."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.errors import AdaptNetError
 
 MOST_SKEW_S = 5.0  # largest clock difference: leases and MLflow compare times of different machines
 LEAST_FREE_GB = 10.0  # free disk space below which storage is a fault
-TIMEOUT_S = 10.0  # of each command and connection
+TIMEOUT_S = 10.0  # timeout of each command and connection
 MARKS = {"ok": "ok   ", "without": "  -  ", "fault": "FAULT"}
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)

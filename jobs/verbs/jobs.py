@@ -1,4 +1,4 @@
-"""`adaptnet jobs`: the state of submitted jobs, their logs, and orders to them."""
+"""`adaptnet jobs`: the state of submitted jobs, their logs, and commands that change them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jobs.schedulers.attempts import JobAttempt
     from jobs.schedulers.records import JobRecord
 
-HELP = """Lists jobs, shows them, and gives them orders. A job is named by its id, or by the name or folder of its run.
+HELP = """Lists, shows, cancels, requeues and resubmits jobs. A job is named by its id, or by its run's name or folder.
 
 Examples:
 
@@ -88,7 +88,7 @@ def show(job: Wanted, runs: Runs = RUNS) -> None:
 
 
 def _run_facts(record: JobRecord) -> dict[str, object]:
-    """Of the run or sweep that the job works on; none for another verb."""
+    """Facts about the run or sweep that the job works on; none for another verb."""
     if record.run_dir is None:
         return {}
     from pipeline.registry.resolve import newest_step

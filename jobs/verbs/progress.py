@@ -106,7 +106,7 @@ class View:
         return "  ".join([*parts, f"time left {self._time_left()}"])
 
     def _time_left(self) -> str:
-        """Extrapolated from the time per step in the last log interval."""
+        """The remaining time, extrapolated from the last log interval."""
         if not self._total:
             return "?"
         per_step = self._values["time/interval_s"] / self._values["time/interval_steps"]

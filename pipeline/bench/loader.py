@@ -28,7 +28,7 @@ from pipeline.data.index import ImageIndex, open_index
 from pipeline.data.stream import Stream
 
 BATCH, SIDE = 64, 224
-MOST_IMAGES = 2048  # of the set, copied to single files for the two peers
+MOST_IMAGES = 2048  # images of the set that are copied to single files for the two peers
 WARM = 12  # batches at the start of a turn that are not timed: more than any loader prefetches
 OURS, WITHOUT_LATENCY = "ours", "ours without latency"
 NATIVE, TORCHVISION = "DALI file reader", "torchvision DataLoader"

@@ -37,9 +37,9 @@ from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainState
 from pipeline.training.step import Meter, MicroBatch, train_step
 
-INDEX_BYTES = 4 * 4 + 2 * 8 + 8  # of one image: shard, label, height, width; offset, length; name's hash
+INDEX_BYTES = 4 * 4 + 2 * 8 + 8  # bytes of one image: shard, label, height, width; offset, length; name's hash
 WARM, TIMED = 2, 5  # steps
-OTHER_METRICS = 10  # of a log point besides the step's own: rates, shares of time, lr, epoch, bad images
+OTHER_METRICS = 10  # values of a log point besides the step's own: rates, shares of time, lr, epoch, bad images
 DECODED = 512  # images over which decoding is measured
 
 
@@ -60,8 +60,8 @@ class MachineProfile:
     state_bytes: int  # parameters, gradients, moments and moving average in memory
     checkpoint_bytes: int
     activation_bytes: float  # saved for the backward pass, per image
-    images_per_s: float | None = None  # of one worker
-    decoded_per_s: float | None = None  # by one core
+    images_per_s: float | None = None  # rate of one worker
+    decoded_per_s: float | None = None  # rate of one core
     device: str = "here"  # where it was measured, for people
     metrics: int = 0  # values of a log point
 
@@ -72,9 +72,9 @@ class ResourcePlan:
 
     workers: int
     rows: int  # images of one worker in a step
-    micro_rows: int  # of these, images in memory at once
+    micro_rows: int  # images of one worker in memory at once
     steps: int
-    memory_bytes: float  # of a worker: state and activations, without the libraries' own
+    memory_bytes: float  # memory of a worker for state and activations, without the libraries' own
     gradient_bytes: float  # sent and received by a worker in a step
     checkpoint_bytes: int
     index_bytes: int

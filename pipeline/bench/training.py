@@ -45,7 +45,7 @@ class StepTiming:
     """A measured training step: forward MACs per image, ms per image, and each kind of operator's share of the time."""
 
     name: str
-    depth: int | None  # of a plain net only
+    depth: int | None  # set for a plain net only
     mmacs: float
     ms: float
     shares: Mapping[str, float]

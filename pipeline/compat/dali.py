@@ -1,4 +1,4 @@
-"""What DALI reports only in words: which of its errors are about the data that an operator was given.
+"""What DALI reports only in its messages: which of its errors are about the data that an operator was given.
 
 DALI raises RuntimeError for everything. Its message names the operator, and after "encountered:" what went wrong. The
 methods that are checked here are public; the order in which `Decoder` calls them is that of DALI's own iterators.

@@ -35,7 +35,7 @@ def is_serving() -> bool:
 class RequestRefused(mlflow.exceptions.MlflowException):  # type: ignore[misc]
     """Becomes a 400 of MLflow's scoring server with this message.
 
-    The server puts the whole request in front of the message of an error, by assignment: here the first one stays.
+    The server puts the whole request in front of an error's message, by assignment; this class keeps the first message.
     """
 
     def __init__(self, message: str, **fields: str) -> None:

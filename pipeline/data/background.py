@@ -113,7 +113,7 @@ class Background:
                 while not self._closing.is_set() and (batch := next(batches, None)) is not None:
                     self._hand_over(batch)
             self._hand_over(None)
-        except BaseException as error:  # whatever it is, the caller must not wait forever
+        except BaseException as error:  # whatever the error is, the caller must not wait forever
             self._hand_over(LoaderFailure(error, tuple(in_decoder) if isinstance(error, DecodeError) else ()))
 
     def _hand_over(self, item: DecodedBatch | LoaderFailure | None) -> None:

@@ -26,7 +26,7 @@ CHECKED_PER_TASK = 256
 class CheckReport:
     """The result of `check`."""
 
-    images: int  # that were checked
+    images: int  # number of images checked
     bad: tuple[tuple[str, str], ...]  # (file, reason)
     checksums: bool  # whether the bytes were compared with the CRC-32s of packing
     ignored: int  # files without an image's extension, images outside class folders
@@ -37,7 +37,7 @@ class CheckReport:
 class StoredImage:
     """Where an encoded image is stored."""
 
-    name: str  # for messages
+    name: str  # shown in messages
     path: str
     offset: int
     length: int

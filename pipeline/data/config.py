@@ -35,7 +35,7 @@ class DataConfig(Config):
         None  # shorter side before the centre crop; null: side x 256/224
     )
     augment: AugmentConfig = AugmentConfig()
-    mean: tuple[float, float, float] = IMAGENET_MEAN  # by channel, of pixels in 0..1
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # mean of each channel, for pixels in 0..1
     std: tuple[float, float, float] = IMAGENET_STD
     shuffle: Literal["full", "block"] = "full"  # block: lanes read whole shards, for cold or networked storage
     lanes: Annotated[int, Field(ge=1)] = (
@@ -46,7 +46,7 @@ class DataConfig(Config):
     decode_threads: Annotated[int, Field(ge=1)] | None = None  # per worker; null: the worker's CPUs
     io_threads: Annotated[int, Field(ge=1)] = 8  # concurrent reads, per worker
     read_ahead: Annotated[int, Field(ge=1)] = 4  # batches that are read before they are needed
-    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the images in the index; a larger share ends the run
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the images; above it the run fails
 
     @field_validator("side_schedule")
     @classmethod

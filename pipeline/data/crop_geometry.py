@@ -32,7 +32,7 @@ class CropGeometry:
         return len(self.windows)
 
     def only(self, position: int) -> CropGeometry:
-        """That of one image."""
+        """The geometry of one image."""
         at = slice(position, position + 1)
         return CropGeometry(self.windows[at], self.sizes[at], self.origins[at], self.side_px)
 

@@ -59,7 +59,7 @@ class TrainBatch:
     epoch: int
     images: Tensor  # uint8 [b, S, S, 3] on the device
     labels: Tensor  # [b] i64 on the device
-    draws: Mapping[str, Tensor]  # on the device, by operation of data.augment: what it has to do to each image
+    draws: Mapping[str, Tensor]  # on the device: draws of each operation of data.augment
     rows: Ints  # [b]
     positions: Ints  # [b], in the endless stream
 

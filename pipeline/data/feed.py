@@ -29,7 +29,7 @@ class Request:
     encoded: Sequence[bytes]
     geometry: CropGeometry
     unreadable: Sequence[tuple[int, str]] = ()  # (row, reason) of images whose bytes cannot be decoded
-    plan: BatchPlan | None = None  # of a training step
+    plan: BatchPlan | None = None  # set for a training step only
 
 
 class Source(Protocol[B]):

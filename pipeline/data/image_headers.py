@@ -9,7 +9,7 @@ import io
 import struct
 from collections.abc import Iterator
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})  # in lower case; any case is read
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})  # lower case; matched in any case
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a larger image is a mistake or an attack
 HEAD_BYTES = 1 << 14  # enough for the size of nearly every image
 _NO_PAYLOAD = frozenset({0x00, 0x01, 0xFF, *range(0xD0, 0xD9)})

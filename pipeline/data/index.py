@@ -24,7 +24,7 @@ from pipeline.data.sources import default_destination, find, folders_unchanged
 from pipeline.data.store import FORMAT, Progress, read_sizes, write
 from pipeline.errors import DataError
 
-COMPLETE = "COMPLETE.json"  # of a packed set: {"shards": {name: bytes}, "index": folder}; written last
+COMPLETE = "COMPLETE.json"  # file of a packed set, written last: {"shards": {name: bytes}, "index": folder}
 PACKING = ".packing"  # folder of intermediate files in a set that is being packed
 LARGEST_SHARD = 256 << 20  # bytes
 MANY_FILES = 100_000  # loose files; of a larger set only the folders' modification times are checked
@@ -256,7 +256,7 @@ def _cached(places: Sequence[Path]) -> Iterator[_CachedIndex]:
             try:
                 yield _CachedIndex(path.parent, read_meta(path.parent))
             except DataError:
-                continue  # of another version: a new one gets another name
+                continue  # written by another version; a new index gets another name
 
 
 def _places(root: Path) -> list[Path]:

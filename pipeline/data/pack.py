@@ -1,4 +1,4 @@
-"""Packs a set of images into tar shards with an index; decodes every image and sets bad ones aside in a report.
+"""Packs a set of images into tar shards with an index; decodes every image; lists bad ones in a report.
 
 Source: class folders, tar shards (.tar, .tar.gz), or a tar of class folders. Destination: train-000000.tar … and
 val-000000.tar … of KEY.jpg|png with KEY.cls, classes.txt, index/, report.json and, last, COMPLETE.json. The bytes
@@ -42,8 +42,8 @@ from pipeline.runs.files import move_file, write_json
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-QUALITY = 92  # of JPEGs that `side` re-encodes
-MIX_SEED = 20_220  # of the order of train; part of the format, so it never changes
+QUALITY = 92  # JPEG quality of images that `side` shrinks
+MIX_SEED = 20_220  # seed of the order of train; part of the format, so it never changes
 SHARDS_AIMED_AT = 64
 SMALLEST_SHARD = 4 << 20  # bytes
 _SUFFIX = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "bmp": ".bmp", "tiff": ".tif"}
@@ -72,10 +72,10 @@ class PackReport:
     """What a pack contains and what was left out."""
 
     destination: Path
-    images: dict[str, int]  # by split
+    images: dict[str, int]  # number of images by split
     num_classes: int
     shards: int
-    kept_shards: int  # of these, finished by an earlier call
+    kept_shards: int  # shards that an earlier call finished
     bytes: int
     set_aside: tuple[tuple[str, str], ...]  # (file, reason)
     ignored: int  # files without an image's extension, images outside class folders

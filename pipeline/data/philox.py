@@ -21,7 +21,7 @@ Words: TypeAlias = NDArray[np.uint64]
 class Purpose(IntEnum):
     """What numbers are for: the last word of Philox's counter, so that no two purposes share a number.
 
-    An augmentation that is added later declares a number of its own, from 6.
+    A new augmentation declares its own number, 6 or above.
     """
 
     ORDER = 0

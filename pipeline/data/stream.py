@@ -33,13 +33,13 @@ class BatchPlan:
     """
 
     step: int
-    epoch: int  # of the batch's first position, which sets side_px
+    epoch: int  # epoch of the batch's first sample, which determines side_px
     side_px: int
     rows: Ints  # [b]
     positions: Ints  # [b]
     epochs: Ints  # [b], of each sample
     windows: NDArray[np.int32]
-    draws: Mapping[str, NDArray[np.generic]]  # by operation of data.augment: what it does to each image, [b, ...]
+    draws: Mapping[str, NDArray[np.generic]]  # draws of each operation of data.augment, [b, ...]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pipeline.errors import DataError
 
 
 def from_shards(root: Path, tars: Sequence[tuple[str | None, Path]], classes: tuple[str, ...]) -> Listing:
-    """The images of `tars`, each (split, path); those with a wrong label or key are set aside.
+    """The images of `tars`, each (split, path); those with a wrong label or key are left out.
 
     Raises DataError for a damaged tar, without classes, and without any labelled image.
     """

@@ -38,7 +38,7 @@ FACTS, KEY = "adaptnet.json", "adaptnet"  # where the facts are in a .pt2 and in
 NEEDED = ("onnx", "onnxscript", "onnxruntime")  # the extra `onnx`
 TOLERANCE = 1e-4  # largest difference between a file's logits and the net's, as a share of the largest logit
 WASTE = 0.01  # share of the weights that a file may hold although the graph does not read them
-MOST_IMAGES = 65536  # in a batch of dynamic size
+MOST_IMAGES = 65536  # upper bound of a dynamic batch size
 GRAINS = (1, 2, 4, 8, 16)  # squares across a random picture; a picture of single pixels comes in addition
 CHECKED = 20  # pictures on which a file is checked, or two batches if that is more
 Batch = int | Literal["dynamic"]
@@ -300,7 +300,7 @@ def _difference(module: nn.Module, run: RunFile, given: Input) -> tuple[float, i
     for images in given.batches():
         expected, actual = module(images), run(images)
         distance = float((actual - expected).abs().max()) if actual.shape == expected.shape else math.inf
-        furthest = distance if not distance <= furthest else furthest  # NaN stays
+        furthest = distance if not distance <= furthest else furthest  # keeps NaN
         largest, count = max(largest, float(expected.abs().max())), count + len(images)
     return furthest / max(largest, torch.finfo(torch.float32).tiny), count
 

@@ -33,7 +33,7 @@ from pipeline.training.state import TrainState
 
 @dataclass(frozen=True)
 class Imported:
-    """A run made from foreign weights. missing: the net's values that the file lacks; they are initial ones."""
+    """A run made from external weights. missing: values that are not in the file and keep their initial value."""
 
     result: Result
     num_tensors: int
@@ -41,11 +41,12 @@ class Imported:
 
 
 def import_weights(config: RunConfig, file: Path, run_dir: Path, *, classes: Sequence[str] | None = None) -> Imported:
-    """Makes a finished run of step 0 from foreign weights: the released code's, torchvision's or ours, by name.
+    """Makes a finished run of step 0 from external weights: the released code's, torchvision's or ours, by name.
 
-    The net is evaluated on the recipe's val split, and registered if `tracking.register` names it. `classes`, the names
-    by label, replace data that are not here; then nothing is evaluated. Raises ConfigError if a tensor fits nowhere or
-    the folder holds a run, CheckpointError if the file cannot be read (it is loaded with weights_only).
+    The net is evaluated on the recipe's val split, and registered if `tracking.register` names it. If the
+    data are not available here, `classes` gives the names by label, and nothing is evaluated. Raises ConfigError if a
+    tensor fits nowhere or the folder holds a run, CheckpointError if the file cannot be read (it is loaded with
+    weights_only).
     """
     config, new, run_dir = launch.absolute(config), not run_dir.exists(), launch.make_folder(run_dir)
     if (run_dir / "config.yaml").exists():

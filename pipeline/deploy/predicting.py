@@ -28,7 +28,7 @@ from pipeline.training.loop import device_of
 
 READ_AT_ONCE = 256  # images held in memory
 SAMPLE, REPEATS = 8, 7  # images and rounds for measuring a policy's time
-TOLERANCE = 0.02  # by which the images' mean cost may exceed a budget without a warning
+TOLERANCE = 0.02  # no warning if the images' mean cost exceeds the budget by at most this share
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Predictor:
 
     @cached_property
     def policies(self) -> dict[str, Policy]:
-        """By name; those that must be calibrated have their stored calibration, if there is one."""
+        """The policies by name, with their stored calibration if there is one."""
         policies = restored(self.model.policies, [report.to_json() for report in self.reports])
         return {policy.name: policy for policy in policies}
 
@@ -139,7 +139,7 @@ class Predictor:
     # ---- time on this device
 
     def _milliseconds(self, sample: Sequence[Path]) -> list[float]:
-        """Of one image with each policy: measured here before, or now."""
+        """The time of one image under each policy, from the cache or measured now."""
         path = self.cache / f"{self._key}.json"
         if path.is_file():
             stored: Mapping[str, float] = json.loads(path.read_text(encoding="utf-8"))["milliseconds"]
@@ -253,7 +253,7 @@ def full_macs(reports: Sequence[Report]) -> float:
 
 
 def as_mapping(answer: Classified | Unreadable) -> dict[str, JsonValue]:
-    """For JSON: {"file", "top": [{"label", "probability"}], "macs"} or {"file", "reason"}."""
+    """The answer as a JSON object: {"file", "top": [{"label", "probability"}], "macs"} or {"file", "reason"}."""
     if isinstance(answer, Unreadable):
         return {"file": answer.file, "reason": answer.reason}
     pairs = zip(answer.labels, answer.probabilities, strict=True)

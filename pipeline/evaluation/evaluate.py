@@ -29,7 +29,7 @@ from pipeline.family import Fitted, Latency, Policy, Prediction, Report
 from pipeline.runs.files import whole_file, write_json
 from pipeline.training.memory import keep_freed_memory
 
-BINS = 15  # of the calibration error
+BINS = 15  # bins of the calibration error
 Arrays = dict[str, NDArray[Any]]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import ConfigError
 
-if TYPE_CHECKING:  # the seam imports torch, which takes seconds
+if TYPE_CHECKING:  # pipeline.family imports torch, which takes seconds
     from pipeline.family import Report
 
 Unit = Literal["macs", "ms", "share"]

@@ -36,11 +36,11 @@ POLL_S = 0.5
 MISSES = 3  # failed polls in a row after which the head counts as gone
 ENDS_WITHIN_S = 10.0
 OBJECT_STORE_BYTES = 256 << 20  # training passes nothing through it
-ATTEMPTS = 3  # to start a head
+ATTEMPTS = 3  # attempts to start a head
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a forked child must not load libraries
 SCRATCH = Path("/tmp")  # sockets need a short path
-HELD = "held"  # a file in each scratch folder, locked while its task lives
+HELD = "held"  # lock file in each scratch folder, held while its task runs
 # Runs `ray start` with the job's warning signals ignored, which by default would end Ray. On SIGTERM it stops Ray and,
 # 5 s later, kills the rest of its process group: `ray start` can miss a SIGTERM during start-up.
 SUPERVISED = """
@@ -219,7 +219,7 @@ def scratch(node: Node, root: Path = SCRATCH) -> Iterator[Path]:
     descriptor = os.open(folder / f".{HELD}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        move_file(folder / f".{HELD}", folder / HELD)  # nobody sees it unlocked
+        move_file(folder / f".{HELD}", folder / HELD)  # no other process can see it unlocked
         try:
             yield folder
         finally:
@@ -227,7 +227,7 @@ def scratch(node: Node, root: Path = SCRATCH) -> Iterator[Path]:
 
 
 def _remove_abandoned(held: Path) -> None:
-    """Removes the folder of a task that has ended; a living task holds the lock."""
+    """Removes the folder of a task that has ended; a running task holds the lock."""
     with suppress(OSError):
         descriptor = os.open(held, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:

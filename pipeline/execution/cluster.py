@@ -151,7 +151,7 @@ def _check_resources(compute: ComputeConfig) -> None:
 
 
 def room(each: Mapping[str, float]) -> int | None:
-    """The number of workers of `each`, e.g. {"CPU": 2.0, "GPU": 1.0}, that fit on the cluster's living nodes.
+    """The number of workers of `each`, e.g. {"CPU": 2.0, "GPU": 1.0}, that fit on the cluster's remaining nodes.
 
     None if this process is not connected to a cluster or the connection fails.
     """

@@ -45,8 +45,8 @@ class Result:
     step: int
     reports: Sequence[Report]
     checkpoint: str | None
-    run_id: str | None  # of the run in the tracker
-    tracking_uri: str  # of that run, without secrets
+    run_id: str | None  # id of the run in the tracker
+    tracking_uri: str  # URI of that tracker, without secrets
     version: str | None  # `models:/NAME/VERSION` if `tracking.register` is set
 
 

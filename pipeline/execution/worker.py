@@ -1,7 +1,7 @@
 """The work of one rank: prepare, restore, train, finish. The only user of ray.train's report.
 
 Rank 0 writes the journal, the checkpoints and the results (`Rank0`). The other ranks write nothing (`NoWriter`) and
-take part in every collective. `open_writer` is the only place that tells them apart.
+take part in every collective. `open_writer` is the only place that distinguishes them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class WorkerConfig:
 def work(worker: WorkerConfig) -> None:
     """Trains the run in `worker.run_dir` from its newest complete checkpoint, or from step 0, and evaluates it.
 
-    Returns when the run is finished or was asked to stop; `status.json` records which. An AdaptNetError is written to
+    Returns when the run is finished or has stopped on request; `status.json` records which. An AdaptNetError goes to
     error-<rank>.json for the driver and raised. Running out of memory counts too: ResourceError if more workers would
     help, else ConfigError, because another try would run out again. Collective.
     """
@@ -398,7 +398,7 @@ def _fresh(context: RunContext, events: RunEvents, *, pretrained: bool) -> Train
 
 
 def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
-    """Trains to the end of the plan or until asked to stop; True at the end. Collective."""
+    """Trains until the end of the plan or a request to stop; True at the end. Collective."""
     config = context.config
     plan, warnings = _plan(context, current)
     for text in (*warnings, *context.family.warnings(config.family, config.data.largest_side_px)):
@@ -411,7 +411,7 @@ def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
 
 
 def _plan(context: RunContext, current: TrainState) -> tuple[TrainingPlan, Sequence[str]]:
-    """The plan, and a warning for each thing that the recipe asks for and that is not available here. Collective."""
+    """The plan, and a warning for each requested feature that is not available here. Collective."""
     config, training = context.config, context.config.training
     outside_ddp = optim.parameters_outside_ddp(current.optimizers)
     forward, warnings = step.wrap(current.net, training, context.device, outside_ddp)

@@ -77,7 +77,7 @@ def write_model_folder(
 
 
 def weights_of(folder: Path) -> Path:
-    """The weights of a checkpoint that are used: the moving average if training kept one."""
+    """The weights of a checkpoint that are used: the moving average if training maintained one."""
     ema = folder / "ema.safetensors"
     return ema if ema.exists() else folder / WEIGHTS
 

@@ -31,9 +31,9 @@ from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.mlflow import TAG_CHARS
 from pipeline.training import checkpoint
 
-FINAL = Path("evaluations") / "final"  # of a run's folder: the reports that go with the published net
+FINAL = Path("evaluations") / "final"  # folder, within a run, of the reports that are published with the net
 CANDIDATE = "candidate"
-LONGEST_PAUSE_S = 15.0  # between two attempts while the server is unreachable
+LONGEST_PAUSE_S = 15.0  # longest pause between retries while the server is unreachable
 REQUIREMENTS = (
     *("mlflow", "torch", "torchvision", "numpy", "pydantic", "PyYAML", "safetensors", "pillow", "psutil"),
     *("torchmetrics", "pandas"),

@@ -61,7 +61,7 @@ class PyfuncModel(PythonModel):  # type: ignore[misc]
 
     def _table(self, answers: Answers, policy: str, top_k: int) -> pandas.DataFrame:
         rows = [tuple(row.values()) for row in named(answers, self._model.classes, policy, top_k)]
-        # of objects, and all at once: column by column it takes pandas three times as long
+        # an object array, built at once: column by column, pandas takes three times as long
         return pandas.DataFrame(rows, columns=ANSWER_KEYS, dtype=object)
 
 

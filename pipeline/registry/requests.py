@@ -174,7 +174,7 @@ class ServedRequest:
     top_k: int
 
 
-Answer = list[ImageAnswer] | AdaptNetError  # to one request
+Answer = list[ImageAnswer] | AdaptNetError  # the answer to one request
 
 
 def parse_request(model: LoadedModel, body: JsonValue) -> ServedRequest:

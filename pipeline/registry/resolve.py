@@ -23,7 +23,7 @@ from pipeline.tracking.ledger import Ledger
 from pipeline.training import checkpoint
 from pipeline.training.config import CheckpointConfig
 
-ORIGIN = "origin.json"  # of a pulled folder: which version it is
+ORIGIN = "origin.json"  # file in a pulled folder that records its version
 
 
 def run_folder(version: Version, uri: str) -> Path | None:

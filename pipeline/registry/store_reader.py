@@ -51,7 +51,7 @@ class TrackedRun:
 
 
 class ModelStore(Protocol):
-    """What the registry is read through. Methods raise ResourceError if the registry does not answer."""
+    """The interface through which the registry is read. Methods raise ResourceError if the registry does not answer."""
 
     def models(self) -> list[RegisteredModel]:
         """Every registered model, by name."""

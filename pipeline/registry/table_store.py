@@ -12,11 +12,11 @@ from pipeline.registry.store_reader import HOME, RegisteredModel, TrackedRun, Un
 from pipeline.tracking.address import database_file
 from pipeline.tracking.client import reason_of
 
-REVISIONS = frozenset({"dc11669786a5"})  # of MLflow 3.17's tables
+REVISIONS = frozenset({"dc11669786a5"})  # schema revisions of MLflow 3.17
 TIMEOUT_S = 30.0
 HERE = f"WHERE workspace = '{HOME}'"
 PROMPT = "mlflow.prompt.is_prompt"  # a tag: MLflow stores prompts among the models but does not list them there
-SqlRow = Sequence[Any]  # of columns that the query names
+SqlRow = Sequence[Any]  # the columns that the query selects
 
 
 class TableStore:

@@ -19,7 +19,7 @@ HEADING = 0.25  # height of a heading, in rows
 
 
 def contact_sheet(figure: Gallery, images: Mapping[int, Thumbnail]) -> bytes:
-    """The gallery as PNG; the name of its file stands for an image that is not available."""
+    """The gallery as PNG; an image that is not available is replaced by its file name."""
     across = max(1, min(ACROSS, max((len(group) for group in figure.groups.values()), default=1)))
     heights = [h for group in figure.groups.values() for h in (HEADING, *[1.0] * ceil(len(group) / across))] or [1.0]
     with style():

@@ -297,7 +297,7 @@ def _box(patch: Patch, axes: Axes) -> Box:
 @draw.register
 def _(figure: HeatMap) -> Drawing:
     rows, columns = [short(row) for row in figure.rows], [short(column, 44) for column in figure.columns]
-    step = max(1, ceil(len(rows) / 110))  # of very many rows only some have a label
+    step = max(1, ceil(len(rows) / 110))  # with very many rows, only some get a label
     cell_height = 20 if len(rows) <= 110 else 1800 / len(rows)
     cell_width = max(20, min(60, 480 / max(1, len(columns))))
     flat = max(map(len, columns), default=0) * LETTER < cell_width

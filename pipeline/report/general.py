@@ -15,7 +15,7 @@ from pipeline.family import Evaluated, Latency, Report
 from pipeline.figures import Cell, Figure, HeatMap, Lines, Series, Table, marks
 from pipeline.report.cells import NO, YES
 
-MOST_CLASSES = 60  # in the heat map; of more classes, the worst and the best
+MOST_CLASSES = 60  # rows of the heat map; with more classes it shows the worst and the best
 WIDE = 8  # ratio of the highest to the lowest cost above which the axis is logarithmic
 MAX_WAITED = 0.1  # share of time spent waiting for a core above which a latency is doubtful
 TOP1 = "top-1 (%)"

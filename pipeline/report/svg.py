@@ -33,7 +33,7 @@ class Drawing:
     """A canvas of 72 units an inch, the groups of its series, and its spots."""
 
     canvas: Canvas
-    groups: Sequence[str] = ()  # of series 0, 1, ...
+    groups: Sequence[str] = ()  # group of each series
     spots: list[Spot] = field(default_factory=list)
 
 

@@ -258,7 +258,7 @@ def _gpu_load() -> dict[str, float]:
 
 
 def gpu_values(lines: str) -> dict[str, float]:
-    """Metrics from the lines that nvidia-smi prints for GPU_QUERY (memory in MiB); words are skipped."""
+    """Metrics from the lines that nvidia-smi prints for GPU_QUERY (memory in MiB); other text is skipped."""
     values: dict[str, float] = {}
     for line in lines.splitlines():
         index, *rest = (word.strip() for word in line.split(","))

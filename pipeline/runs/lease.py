@@ -25,17 +25,17 @@ from pipeline.errors import ResourceError
 from pipeline.runs.files import write_text
 from pipeline.runs.provenance import without_secrets
 
-SILENT_S = 60.0  # without a heartbeat, after which the lease may be taken over
-BEAT_S = 10.0  # between two heartbeats
+SILENT_S = 60.0  # the lease may be taken over after this long without a heartbeat
+BEAT_S = 10.0  # interval between heartbeats
 
 
 class LeaseEntry(TypedDict, total=False):
-    """The content of lease.json: who holds the lease, and since when nothing was heard."""
+    """The content of lease.json: who holds the lease, and the time of the last heartbeat."""
 
     fence: int
     host: str
     pid: int
-    started: float  # of the process, in seconds since 1970
+    started: float  # start of the process, in seconds since 1970
     command: str
     heartbeat: float  # in seconds since 1970
     released: bool

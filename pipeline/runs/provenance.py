@@ -22,7 +22,7 @@ from typing import TypedDict
 from pipeline.runs.files import write_text
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "nvidia-dali-cuda130", "numpy", "safetensors")
-KEPT = "git.json"  # in a copy of a checkout: the state of the original
+KEPT = "git.json"  # file in a copy of a checkout that records the state of the original
 MAX_DIFF_CHARS = 5_000_000
 _USERINFO = re.compile(r"\b([a-z][a-z0-9+.-]*)://([^/\s'\"]*)@", re.IGNORECASE)
 _SECRET_QUERY = re.compile(
@@ -62,7 +62,7 @@ def without_secrets(text: str) -> str:
 
 def _without_password(match: re.Match[str]) -> str:
     scheme, user = match[1], match[2].partition(":")[0]
-    web = scheme.lower() in ("http", "https")  # in these the user may be a token
+    web = scheme.lower() in ("http", "https")  # in http URIs the user name may be a token
     return f"{scheme}://" if web or not user else f"{scheme}://{user}@"
 
 

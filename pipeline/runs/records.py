@@ -64,7 +64,7 @@ class Record:
 class Status(Record):
     """status.json: the state of a run or a sweep when it last ended by itself.
 
-    finished: whether it reached its end; False if it was asked to stop.
+    finished: whether it ran to completion; False if it stopped on request.
     best, last: names of checkpoints. fingerprint: the run's, as of `run_config.fingerprint`.
     trials: a sweep's trials counted by state, for people. best_trial: the name of a sweep's best trial.
     """
@@ -148,7 +148,7 @@ class About(Record):
 
 @dataclass(frozen=True)
 class Meta(Record):
-    """meta.json of a checkpoint: how far the run was, of which recipe it is, how good it is.
+    """meta.json of a checkpoint: the run's progress, recipe and metrics.
 
     epoch: images seen over images of an epoch. fence: the number of the driver that saved it.
     workers: how many ranks trained it; None in a checkpoint that no training made.

@@ -182,7 +182,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 def reason_of(error: BaseException) -> str:
     """The class and first line of an error, without secrets."""
-    status = getattr(error, "get_http_status_code", None)  # of MlflowException
+    status = getattr(error, "get_http_status_code", None)  # a method of MlflowException
     if callable(status) and status() in (401, 403):
         return refusal(status())
     lines = without_secrets(str(error)).strip().splitlines()

@@ -45,7 +45,7 @@ class MlflowTracker:
 
     @property
     def run_id(self) -> str | None:
-        """Of the MLflow run; None until the server has answered once."""
+        """The id of the MLflow run; None until the server has answered once."""
         return self._ledger.run_id if self._ledger else None
 
     def open(self, run_dir: Path, recipe: Mapping[str, JsonValue]) -> Ledger:
@@ -70,7 +70,7 @@ class MlflowTracker:
         return ledger
 
     def log(self, points: Sequence[MetricPoint]) -> None:
-        """At most 1000 values."""
+        """Logs at most 1000 values."""
         from mlflow.entities import Metric
 
         metrics = [Metric(_key(p.key), p.value, _milliseconds(p.time), p.step) for p in points]

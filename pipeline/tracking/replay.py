@@ -22,7 +22,7 @@ from pipeline.tracking.address import TrackingConfig
 from pipeline.tracking.tracker import Ending, MetricPoint, Progress, Tracker
 
 POINTS_PER_CALL = 1000  # as many as MLflow accepts
-STATUS_EVENTS = ("driver-started", "driver-ended")  # of the journal `driver`
+STATUS_EVENTS = ("driver-started", "driver-ended")  # events of the journal `driver`
 
 
 class Composite:

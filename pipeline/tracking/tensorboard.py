@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FOLDER = "tensorboard"
-SUMMARY, SUFFIX = "summary/", "/text_summary"  # of the tags that hold facts; torch adds the suffix to every text
+SUMMARY, SUFFIX = "summary/", "/text_summary"  # prefix and suffix of facts' tags; torch adds the suffix to texts
 
 
 class TensorBoardTracker:
@@ -95,7 +95,7 @@ class TensorBoardTracker:
         return self._writer
 
     def _start_over(self) -> None:
-        """After an error only the files tell what was written; the next call continues in a new one."""
+        """After an error only the files show what was written; the next call continues in a new one."""
         self._writer = None
         self._written = _read_back(self._folder)
 

@@ -24,9 +24,9 @@ from pipeline.tracking.tracker import RunStatus, Tracker
 
 MLFLOW = "mlflow"  # the tracker that gives a run its id
 LOCK = "tracking.lock"  # one process at a time sends a run
-PAUSE_S = 2.0  # between two passes over the journals
+PAUSE_S = 2.0  # pause between two passes over the journals
 LONGEST_PAUSE_S = 60.0  # while a tracker is unreachable
-LAST_TRY_S = 10.0  # at the end of a run, for a server that is already unreachable
+LAST_TRY_S = 10.0  # how long the end of a run waits for a server that is already unreachable
 
 
 class Uploader:

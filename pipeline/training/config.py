@@ -25,7 +25,7 @@ class TrainingConfig(Config):
     batch_size: Count = 256  # global: over all workers and accumulation steps
     epochs: Positive = 90.0
     optimizer: AnyOptimizer = SgdConfig()
-    other_optimizers: dict[str, AnyOptimizer] = Field(default_factory=dict)  # of a family that has several, by name
+    other_optimizers: dict[str, AnyOptimizer] = Field(default_factory=dict)  # the other optimizers of a family, by name
     schedule: AnySchedule = CosineConfig()
     loss: AnyLoss = CrossEntropyConfig()
     decay_norms_and_biases: bool = False  # weight decay for them too, as in the papers of the four families

@@ -52,7 +52,7 @@ class TrainingEvents(Protocol):
 
 @dataclass
 class Clock:
-    """Seconds since the last log point, by what they were spent on."""
+    """Measures where the time since the last log point went, in seconds."""
 
     spent: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
@@ -161,7 +161,7 @@ class RankSync:
 
     def __init__(self, plan: TrainingPlan, step: int, every_s: float) -> None:
         self._plan, self._every_s = plan, every_s
-        self._step, self._next = step, step + 1  # of the last broadcast and of the next
+        self._step, self._next = step, step + 1  # steps of the last and the next broadcast
         self._time = self._logged = self._saved = self._evaluated = time.monotonic()
 
     def decide(self, step: int, events: TrainingEvents) -> StepDecisions:

@@ -13,7 +13,7 @@ SETTINGS = {
 IN_MAIN_THREAD = {M_MMAP_MAX: 0}  # never serve an allocation by mmap, which would be returned when it is freed
 IN_OTHERS = {M_MMAP_THRESHOLD: 32 << 20}  # mmap only above so many bytes, because a thread's heap ends at 64 MiB
 
-OUT_OF_MEMORY = (  # in RuntimeErrors of torch on a GPU and on a CPU, its libraries, the C++ library beneath DALI
+OUT_OF_MEMORY = (  # messages of torch on a GPU and on a CPU, of its libraries, and of the C++ library that DALI uses
     "out of memory",
     "can't allocate memory",
     "ALLOC_FAILED",

@@ -1,4 +1,4 @@
-"""What stays the same while a net is trained."""
+"""The constants of a training."""
 
 from __future__ import annotations
 

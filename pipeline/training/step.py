@@ -1,7 +1,7 @@
-"""One training step: for each optimizer due, forward, loss, backward, step, clear. B images of all ranks, K classes.
+"""One training step: forward, loss, backward and update for each optimizer that is due.
 
-The mean over the global batch is kept whatever the number of ranks W and micro-batches: each micro-batch's loss is
-multiplied by rows·W/B, and DDP averages the ranks' gradients.
+Letters: B images of all ranks, K classes. The mean over the global batch does not depend on the number of ranks W or of
+micro-batches: each micro-batch's loss is multiplied by rows·W/B, and DDP averages the ranks' gradients.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def _why_uncompiled(device: torch.device) -> str | None:
         return "no C++ compiler (g++ or clang++) here"
     try:
         torch.compile(_probe)(torch.ones(4, device=device))
-    except Exception as error:  # torch's back ends raise what they like
+    except Exception as error:  # torch's back ends raise errors of any class
         return f"it does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
     return None
 

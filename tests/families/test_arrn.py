@@ -292,7 +292,7 @@ def test_a_norm_that_is_folded_into_its_convolution_changes_nothing(kernel: int,
         assert not layer._folds(many), "somebody looks at the convolution"
         hook.remove()
         torch.testing.assert_close(layer(many, 64), layer.norm(layer.conv(many)), rtol=1e-12, atol=1e-12)
-        layer.norm.running_mean += 1  # as a later step of training does: nothing is kept from the call before
+        layer.norm.running_mean += 1  # as a later step of training does: nothing is cached from the previous call
         torch.testing.assert_close(layer(many, 64), layer.norm(layer.conv(many)), rtol=1e-12, atol=1e-12)
 
 

@@ -505,7 +505,7 @@ def test_a_wrong_setting_is_refused(keys: dict[str, object], key: str) -> None:
         validate(AigConfig, {"name": "convnet_aig", **keys}, "family")
 
 
-# ---- foreign weights
+# ---- external weights
 
 
 def released_names(net: Aig) -> dict[str, str]:

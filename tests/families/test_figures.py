@@ -147,7 +147,7 @@ def all_gates(odds: float) -> Callable[[nn.Module], None]:
 
 
 def told_apart(net: Evaluated) -> Evaluated:
-    """With a top-1 of its own for each policy, which nets that learned nothing do not have."""
+    """Each policy gets a distinct top-1, which untrained nets do not have."""
     return replace(net, reports=[replace(report, top1=0.1 + n**2 / 100) for n, report in enumerate(net.reports)])
 
 

@@ -343,7 +343,7 @@ def test_alpha_has_no_gradient_if_both_branches_are_equal() -> None:
     assert shape.alphas.grad.abs().max() < 1e-5
 
 
-# ---- where adaptors stand
+# ---- where adaptors are placed
 
 
 @pytest.mark.parametrize(
@@ -1036,7 +1036,7 @@ def test_a_net_rebuilt_from_its_state_has_the_same_sizes() -> None:
         assert torch.equal(again(images()).logits, model(images()).logits)
 
 
-# ---- foreign weights
+# ---- external weights
 
 
 def torchvisions(net: str) -> tuple[nn.Module, dict[str, Tensor]]:

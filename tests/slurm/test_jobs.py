@@ -63,7 +63,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def training(self, name: str, *words: str) -> Iterator[None]:
-        """A training by hand on this machine, asked to stop at the end."""
+        """A training started by hand on this machine, stopped at the end."""
         env = {**self.cluster.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(self.home)}
         line = [sys.executable, "-m", "jobs.cli", "train", "convnet_aig/toy", f"name={name}", *words]
         with open(self.home / f"{name}.log", "w") as log:
@@ -187,7 +187,7 @@ def test_slurm_restarts_a_job_whose_node_is_set_down(user: Workspace) -> None:
 
 
 def test_a_lost_head_node_is_replaced_once_its_lease_has_expired(user: Workspace) -> None:
-    """The job restarts on the other node within seconds, where it cannot check whether the former driver lives."""
+    """The job restarts on the other node within seconds, where it cannot check whether the former driver still runs."""
     job = user.train("moved", "training.epochs=30", "checkpoint.every=20 steps", nodes="1")
     user.until(lambda: bool(user.steps("moved")), "moved")
     node = user.cluster.show(job)["BatchHost"]

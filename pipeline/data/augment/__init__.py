@@ -25,7 +25,7 @@ from pipeline.data.philox import Ints, Purpose, SampleKeys, key_words
 from pipeline.errors import ContractError, JsonValue
 
 T = TypeVar("T", bound=Operation)
-RESERVED = (Purpose.ORDER, Purpose.SHARDS, Purpose.CROP, Purpose.MIX)  # of Philox's counter, not for one operation
+RESERVED = (Purpose.ORDER, Purpose.SHARDS, Purpose.CROP, Purpose.MIX)  # purposes that no single operation may use
 
 
 def registered() -> list[type[Operation]]:
@@ -66,7 +66,7 @@ class _AugmentConfig(Config):
         return kind(**{key: getattr(self, key) for key in kind.model_fields})
 
     def active(self) -> list[Operation]:
-        """The operations that the keys ask for, in their order."""
+        """The operations that the keys enable, in their order."""
         return [operation for each in OPERATIONS if (operation := self.operation(each)).active]
 
     @classmethod

@@ -22,7 +22,7 @@ class MixUp(MixOperation):
     name: ClassVar[str] = "mixup"
     order: ClassVar[int] = 30
 
-    mixup_alpha: Annotated[float, Field(ge=0)] = 0.0  # Beta(alpha, alpha) of the proportion; 0 is off
+    mixup_alpha: Annotated[float, Field(ge=0)] = 0.0  # Beta(alpha, alpha) draws the mixing proportion; 0: off
 
     @property
     def active(self) -> bool:
@@ -32,7 +32,7 @@ class MixUp(MixOperation):
     def mix(
         self, images: Tensor, labels: Tensor, num_classes: int, numbers: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Draws the proportion, and blends."""
+        """Blends the images in a random proportion."""
         return mixup(images, labels, num_classes, share=numbers.beta(self.mixup_alpha, self.mixup_alpha))
 
 

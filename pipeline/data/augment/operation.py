@@ -30,7 +30,7 @@ class Operation(Config, ABC):
 
     @property
     def active(self) -> bool:
-        """Whether the keys ask for the operation at all."""
+        """Whether the keys enable the operation."""
         return True
 
     @classmethod

@@ -10,7 +10,7 @@ from pydantic import AfterValidator
 from pipeline.data.augment.operation import Crop
 from pipeline.data.philox import Ints, Purpose, SampleKeys, below, between
 
-ATTEMPTS = 10  # at a window that fits the image, as in torchvision
+ATTEMPTS = 10  # attempts to draw a window that fits the image, as in torchvision
 
 
 def _rising_to_1(scale: tuple[float, float]) -> tuple[float, float]:

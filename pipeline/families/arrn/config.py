@@ -62,7 +62,7 @@ class ArrnConfig(FamilyConfig):
     size: Literal["T", "S", "S-steep", "M", "cifar", "tiny-imagenet", "stl10"] = "cifar"
     ladder_px: tuple[Side, ...] = ()  # R_0 > ... > R_N; empty: that of `size`; so for the next three
     widths: tuple[Width, ...] = ()  # channels at each resolution
-    inner: tuple[Layers, ...] = ()  # of each residual, e.g. F2x1
+    inner: tuple[Layers, ...] = ()  # layers of each residual, e.g. F2x1
     final: Layers | None = None
     head_width: Annotated[int, Field(ge=1)] = 1280
     finest_px: int | None = None  # omits the residuals above this resolution: the sub-network to grow from

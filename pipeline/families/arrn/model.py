@@ -26,7 +26,7 @@ from pipeline.families.arrn.config import ArrnConfig
 from pipeline.families.arrn.filters import FilterPair
 from pipeline.families.arrn.inner import Stack
 
-LEAST_ROWS = 2  # that each residual runs in training, so that every parameter has a gradient on every rank
+LEAST_ROWS = 2  # minimum rows of a residual in training, so that every parameter has a gradient on every rank
 
 
 @dataclass(frozen=True)

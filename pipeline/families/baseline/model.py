@@ -56,7 +56,7 @@ class BaselineConfig(FamilyConfig):
     name: Literal["baseline"] = "baseline"
     net: str = "resnet50"
     stem: Stem = "imagenet"  # cifar: a 3x3 convolution with stride 1 and no pooling
-    depth: Annotated[int, Field(ge=8)] = 110  # of the CIFAR ResNets
+    depth: Annotated[int, Field(ge=8)] = 110  # depth of the CIFAR ResNets
     stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = (
         0.0  # probability that the last block is dropped; CIFAR ResNets only
     )

@@ -196,7 +196,7 @@ def _attacked(net: Evaluated, report: Report) -> Lines | None:
 
 
 def _error_against_cost(mine: Sequence[Evaluated], others: Sequence[Evaluated]) -> Lines | None:
-    """Error against cost in two conventions: MACs really spent, and the papers' cost.
+    """Error against cost in two conventions: the measured MACs, and the papers' cost.
 
     The papers' cost is the whole net's MACs times the share of layers that ran. It ignores that stem, shortcuts, gates
     and head always run and that layers differ in MACs.

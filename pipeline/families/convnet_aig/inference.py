@@ -119,7 +119,8 @@ class ExpectedRate(MeasuresOnce):
         assert isinstance(net, Aig)
         generator = torch.Generator().manual_seed(SAMPLED_SEED + ranks.rank())
         device = net.fc.weight.device
-        total = torch.zeros(len(net.blocks) + 1, dtype=torch.float64, device=device)  # of each block, and of the images
+        # the sum of each block's probabilities, and the number of images
+        total = torch.zeros(len(net.blocks) + 1, dtype=torch.float64, device=device)
         for images, _ in batches:
             uniform = torch.rand(len(images), len(net.gates()), generator=generator)
             found = likelihoods(net, images, logistic(uniform).to(device)).double()

@@ -23,7 +23,7 @@ from pipeline.family import FamilyConfig
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-HIDDEN = 16  # of every gate
+HIDDEN = 16  # hidden units of every gate
 OPEN_BIAS = (0.1, 2.0)  # logits of skip and execute at the start: open with probability sigmoid(1.9) = 0.87
 
 
@@ -34,7 +34,7 @@ class AigConfig(FamilyConfig):
     depth: int = 110
     target_rate: Rate | tuple[Rate, ...] = 0.7  # share of images that open a block; a list: by stage or by block
     schedule: Literal["uniform", "published"] = "uniform"  # published: the README's rates for 50 and 101
-    rate_weight: Annotated[float, Field(ge=0)] = 2.0  # of the rate loss; the code uses 2 for CIFAR, 1 for ImageNet
+    rate_weight: Annotated[float, Field(ge=0)] = 2.0  # factor of the rate loss; the code: 2 for CIFAR, 1 for ImageNet
     rate_reduction: Literal["mean", "sum"] = "mean"  # over blocks; the paper sums, the code takes the mean
     gate_batchnorm: bool = True  # in the code, not in the published figure
     gate_lr_factor: Annotated[float, Field(gt=0)] = 1.0

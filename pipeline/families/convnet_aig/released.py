@@ -54,7 +54,7 @@ def _first_blocks(tensors: Mapping[str, Tensor]) -> list[int]:
 
 
 def our_name(name: str, first: Sequence[int]) -> str:
-    """Our name of a foreign tensor; any other name is returned unchanged. first: see `_first_blocks`."""
+    """Our name of an external tensor; any other name is returned unchanged. first: see `_first_blocks`."""
     match = re.fullmatch(r"layer(\d+)\.(\d+)\.(\w+)\.(.+)", name)
     if match is None:
         top, _, rest = name.partition(".")

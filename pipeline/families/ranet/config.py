@@ -33,17 +33,17 @@ class RanetConfig(FamilyConfig):
 
     name: Literal["ranet"] = "ranet"
     stem: Stem = "cifar"  # imagenet: reduces the side by 4, and classifiers are as wide as their input
-    scales: tuple[Count, ...] = (1, 2, 3)  # of each sub-network's base map; each scale doubles the side of the last
+    scales: tuple[Count, ...] = (1, 2, 3)  # of the base maps; each scale doubles the side of the previous one
     width_factors: tuple[Count, ...] = (4, 2, 1)  # per sub-network, of `channels` and of `growth`
     bottlenecks: tuple[Count, ...] | None = None  # inner width of a layer over its outputs; null: the width factors
     first_blocks: Count = 2  # blocks of sub-network 1
     more_blocks: Count = 2  # additional blocks of each sub-network over the previous one
-    layers: Count = 2  # of a block, see `depth`
+    layers: Count = 2  # layers of a block; see `depth`
     depth: Literal["even", "growing"] = "growing"  # even: every block has `layers`; growing: block b has b times that
-    channels: Count = 16  # of the finest base map, times its width factor
+    channels: Count = 16  # channels of the finest base map, times its width factor
     growth: Count = 6  # channels that a layer adds, times its width factor
     from_below: Annotated[float, Field(gt=0, lt=1)] = 0.25  # share of a fused layer's channels from the previous one
-    reduction: Annotated[float, Field(gt=0, le=1)] = 0.5  # of the channels at a transition
+    reduction: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of the channels that a transition keeps
     budgets: tuple[Annotated[float, Field(gt=0)], ...] = ()  # one policy each; above 1: MACs per image, else a share
 
     @classmethod
@@ -133,7 +133,7 @@ class BlockPlan:
     layers: int
     growth: int
     bottleneck: int
-    bottleneck_below: int  # of the convolutions on the previous sub-network
+    bottleneck_below: int  # bottleneck of the convolutions on the previous sub-network
     below: tuple[int, ...]  # channels of its tensors, [layers + 1]; empty in a normal block
     from_below: int
     merged: int

@@ -275,7 +275,7 @@ def early_exit(net: Ranet, images: Tensor, until: Thresholds, costs: ExitCosts) 
     taken = torch.zeros(len(images), dtype=torch.long, device=images.device)
     macs = torch.zeros(len(images), dtype=torch.float64, device=images.device)
     logits = torch.zeros(len(images), net.classifiers[-1].fc.out_features, device=images.device)  # type: ignore
-    walk, waiting = Walk(net, images), None  # of the running images, those without an answer, [n]; None: all
+    walk, waiting = Walk(net, images), None  # which running images have no answer yet, [n]; None: all
     for number, threshold in enumerate(until, 1):
         x = walk.to_next_exit()
         macs = _added(macs, walk.rows, costs.blocks[number - 1])

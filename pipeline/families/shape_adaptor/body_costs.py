@@ -17,7 +17,7 @@ from pipeline.compat.torch import without_dispatch_modes
 from pipeline.families.shape_adaptor.bodies import Adaptor, Body, BodyLayout, Cells, build_body
 from pipeline.families.shape_adaptor.shape import Size
 
-Sizes = tuple[Size, tuple[Size, ...]]  # of an image, and of the outputs of the adaptors, [N]
+Sizes = tuple[Size, tuple[Size, ...]]  # sizes of an image and of the adaptors' outputs, [N]
 
 
 @dataclass

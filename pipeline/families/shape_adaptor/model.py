@@ -50,7 +50,7 @@ class ShapeConfig(FamilyConfig):
     name: Literal["shape_adaptor"] = "shape_adaptor"
     net: Kind = "resnet50"
     mode: Mode = "sa"
-    side_px: Annotated[int, Field(ge=4)] = 224  # of the images; sets layout, number of adaptors and initial alphas
+    side_px: Annotated[int, Field(ge=4)] = 224  # image side; sets layout, number of adaptors and initial alphas
     width: Positive = 1.0  # multiplies all channels, rounded to 8; the paper varies only MobileNetV2's
     adaptors: Annotated[int, Field(ge=1)] | None = None  # null: as many as the paper uses at this side
     target_px: Side = 8  # sa: initial side after the last adaptor, before truncation

@@ -1,4 +1,4 @@
-"""Maps foreign weight names to ours: torchvision's, and those of AutoTL checkpoints of the released code."""
+"""Maps external weight names to ours: torchvision's, and those of AutoTL checkpoints of the released code."""
 
 from __future__ import annotations
 

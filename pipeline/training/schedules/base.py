@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config import Config, NotNegative
 
-FIRST_FACTOR = 1e-3  # of the first step of a warm-up, whose share would be 0
+FIRST_FACTOR = 1e-3  # factor at the first step of a warm-up, which would otherwise be 0
 
 
 class ScheduleConfig(Config):
