@@ -78,7 +78,7 @@ class VerbGroup(TyperGroup):
     def resolve_command(
         self, ctx: typer.Context, args: list[str]
     ) -> tuple[str | None, TyperCommand | TyperGroup | None, list[str]]:
-        """As in the base class, but an unknown verb raises a ConfigError that suggests the closest one."""
+        """Like the base class's method, but an unknown verb raises a ConfigError that suggests the closest one."""
         if args and args[0] not in VERBS and not args[0].startswith("-"):
             close = get_close_matches(args[0], VERBS, 1)
             hint = f"; did you mean {close[0]}?" if close else ""

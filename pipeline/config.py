@@ -383,7 +383,7 @@ class _Field:
 
 
 def _inert_within(field: _Field, value: object) -> dict[str, str]:
-    """As `inert_keys`, of a field's value: a section, or a list or mapping of sections."""
+    """Like `inert_keys`, for a field's value: a section, or a list or mapping of sections."""
     if get_origin(field.annotation) is Annotated:
         annotation, *metadata = get_args(field.annotation)
         return _inert_within(_Field(annotation, metadata), value)
@@ -441,7 +441,7 @@ def lay(model: type[BaseModel], base: Mapping[str, object], over: Mapping[str, o
 
 
 def without(mapping: Mapping[str, object], keys: Iterable[str]) -> dict[str, JsonValue]:
-    """A copy without these dotted keys; a section that they empty stays."""
+    """A copy without these dotted keys; a section that becomes empty remains."""
     copied = copy.deepcopy(_json(mapping))
     for key in keys:
         *path, last = key.split(".")
@@ -468,7 +468,7 @@ def _has(mapping: Mapping[str, object], key: str) -> bool:
 
 
 def flat(mapping: Mapping[str, object], prefix: str = "") -> dict[str, JsonValue]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists are not flattened."""
     pairs: dict[str, Any] = {}
     for key, value in mapping.items():
         name = f"{prefix}{key}"

@@ -16,7 +16,7 @@ _KINDS: dict[str, type[AdaptNetError]] = {}
 class AdaptNetError(Exception):
     """An error that the user must act on; the command prints it without a traceback and exits with 2.
 
-    key: what is to be changed: "training.epochs", "--nodes", "recipe", "data.root", "lease.json"; "" where nothing is.
+    key: what is to be changed: "training.epochs", "--nodes", "recipe", "data.root", "lease.json"; "" if there is none.
     subject: the value, path or name that was found there.
     keys: all keys where one error names several faults; `key` is the first.
     """

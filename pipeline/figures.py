@@ -31,7 +31,7 @@ GALLERY_IMAGES = 8  # images under one heading
 class Series:
     """Points that belong together: x and y of equal length, and the name of each point in `texts`.
 
-    faded: points that are shown but are no choice. group: series of one group (a family) share a colour and are shown
+    faded: points that are shown but not candidates. group: series of one group (a family) share a colour and are shown
     or hidden together. reference: the series is a line without markers with which others are compared; its `texts` are
     labels if there is room. neutral: the series, e.g. of a baseline, is drawn in ink instead of a colour.
     """

@@ -1,4 +1,4 @@
-"""The only user of torch.distributed: shards of a batch, sums and means over all ranks.
+"""The only module that uses torch.distributed: shards of a batch, sums and means over all ranks.
 
 Without a process group every function behaves as for one rank, so the same code runs on a laptop. Functions marked
 "Collective" must be called by every rank, in the same order, and never under a condition on the rank.

@@ -1,4 +1,4 @@
-"""Disks that are full."""
+"""Simulates full disks."""
 
 from __future__ import annotations
 

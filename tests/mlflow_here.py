@@ -142,7 +142,7 @@ class Server:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """It accepts connections and answers none; requests of that time are handled afterwards."""
+        """Makes the server accept connections without answering; requests of that time are handled afterwards."""
         os.killpg(self._process.pid, signal.SIGSTOP)
         try:
             yield

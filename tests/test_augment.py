@@ -1,4 +1,4 @@
-"""Laws of the augmentations: torchvision's mathematics and distributions, draws that depend on their keys alone."""
+"""Tests of the augmentations: torchvision's mathematics and distributions, draws that depend on their keys alone."""
 
 from __future__ import annotations
 

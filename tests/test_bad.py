@@ -1,4 +1,4 @@
-"""Laws of the bad images: what replaces them, whatever the order in which they are found, and how many are too many."""
+"""Tests of bad images: what replaces them, whatever the order in which they are found, and how many are too many."""
 
 from __future__ import annotations
 

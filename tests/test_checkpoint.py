@@ -1,4 +1,4 @@
-"""Laws of checkpoints: stored completely or not at all; the newest complete one counts; errors lose nothing stored."""
+"""Tests of checkpoints: stored completely or not at all; the newest complete one counts; errors lose nothing stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the recipe language: numbers, unknown keys, overrides, merging, names filled in, durations."""
+"""Tests of the recipe language: numbers, unknown keys, overrides, merging, names filled in, durations."""
 
 from __future__ import annotations
 

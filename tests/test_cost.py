@@ -1,4 +1,4 @@
-"""Laws of the measured cost: what counts, by which module, and that measuring leaves the net as it was."""
+"""Tests of the measured cost: what counts, by which module, and that measuring leaves the net as it was."""
 
 from __future__ import annotations
 

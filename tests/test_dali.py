@@ -1,4 +1,4 @@
-"""Laws of the loaders: pixels depend on seed and step, odd images are right, bad ones are replaced."""
+"""Tests of the loaders: pixels depend on seed and step, odd images are right, bad ones are replaced."""
 
 from __future__ import annotations
 

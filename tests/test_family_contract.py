@@ -1,4 +1,4 @@
-"""What every family must keep, by `pipeline.family`: one set of laws, parametrised by small configs of each."""
+"""The contract of `pipeline.family`: one set of tests, parametrised by small configs of each family."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ OLD, NEW = "old " * 50_000, "new " * 60_000
 
 
 class Crash(BaseException):
-    """Stands for a process that ends at this point."""
+    """Simulates a process that ends at this point."""
 
 
 @contextmanager

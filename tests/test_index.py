@@ -1,4 +1,4 @@
-"""Laws of the index: what is found, where it is stored, that it is built once, and how it is divided."""
+"""Tests of the index: what is found, where it is stored, that it is built once, and how it is divided."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the journal: every line is read exactly once, whichever process was killed."""
+"""Tests of the journal: every line is read exactly once, whichever process was killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of sections of several kinds and of keys that change nothing: refused where typed, dropped where stored."""
+"""Tests of sections of several kinds and of keys that change nothing: refused where typed, dropped where stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of a whole run under Ray: a kill costs the steps since the last checkpoint and changes nothing else.
+"""Tests of a whole run under Ray: a kill costs the steps since the last checkpoint and changes nothing else.
 
 The runs share the session's Ray cluster, except one that is stopped by Ctrl-C and starts Ray itself.
 """

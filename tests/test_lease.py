@@ -1,4 +1,4 @@
-"""Laws of the lease: one driver at a time, each with a higher number, and a dead driver does not block the next."""
+"""Tests of the lease: one driver at a time, each with a higher number, and a dead driver does not block the next."""
 
 from __future__ import annotations
 

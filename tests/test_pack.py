@@ -1,4 +1,4 @@
-"""Laws of packing and checking: bytes pass, bad images are named, and any interruption changes nothing in the end."""
+"""Tests of packing and checking: bytes pass, bad images are named, and any interruption changes nothing in the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of ranks: two processes agree with one, whatever their shares; without a group every function is one rank's."""
+"""Tests of ranks: two processes agree with one, whatever their shares; without a group every function is one rank's."""
 
 from __future__ import annotations
 

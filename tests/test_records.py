@@ -1,4 +1,4 @@
-"""Laws of the records of a run: what is written is read back, and files of before format numbers still read."""
+"""Tests of the records of a run: what is written is read back, and files from before format numbers are still read."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Case:
     home: Path
     address: str | None = None
     refuses: tuple[str, ...] = ()  # options of a submission
-    in_job: dict[str, str] = field(default_factory=dict)  # a task's environment; JOB stands for its job's id
+    in_job: dict[str, str] = field(default_factory=dict)  # a task's environment; JOB is replaced by the job's id
 
     @property
     def scheduler(self) -> Scheduler:

@@ -1,4 +1,4 @@
-"""Laws of the sample stream: every position once, and the same batches for every world size."""
+"""Tests of the sample stream: every position once, and the same batches for every world size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of a sweep without Ray: samples, early stopping, objectives, and a sweep that is killed and resumed."""
+"""Tests of a sweep without Ray: samples, early stopping, objectives, and a sweep that is killed and resumed."""
 
 from __future__ import annotations
 

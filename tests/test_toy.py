@@ -1,4 +1,4 @@
-"""Laws of the toy set: the same bytes for a seed, class folders as elsewhere, and something to learn."""
+"""Tests of the toy set: the same bytes for a seed, class folders as elsewhere, and something to learn."""
 
 from __future__ import annotations
 

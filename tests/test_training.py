@@ -1,4 +1,4 @@
-"""Laws of the training loop, on a net small enough to reason about."""
+"""Tests of the training loop, on a net small enough to reason about."""
 
 from __future__ import annotations
 

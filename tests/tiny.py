@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 class TinyConfig(FamilyConfig):
     name: Literal["tiny"] = "tiny"
     dropout: float = 0.0
-    shaped: bool = False  # two scalars apart, moved at every second step before the rest
+    shaped: bool = False  # two scalars in a group of their own, moved at every second step before the rest
 
 
 @dataclass

@@ -53,7 +53,7 @@ class Bounds(Config):
 
     max_gmacs: Positive | None = None  # bound on the full net's cost for one image of the evaluated size
     max_mparameters: Positive | None = None  # in millions
-    max_minutes: Positive | None = None  # of training; a longer trial is stopped and its results so far count
+    max_minutes: Positive | None = None  # a trial that trains longer is stopped; its results so far count
 
 
 class SweepConfig(Config):

@@ -38,7 +38,7 @@ def controller(sweep: Sweep, run_dir: Path, fence: int, watcher: Watcher) -> Ite
     folder.check_objectives()
     sign = metrics.sign_of(sweep.config, folder.num_classes)
     decisions = Decisions(sweep, sign=sign, epochs=folder.max_epochs())
-    folder.write_config()  # after everything that can refuse the sweep's file
+    folder.write_config()  # only after everything that may reject the sweep
     record = SweepRecord(run_dir, fence)
     try:
         decisions.replay(record.before, record.trials, run_dir)
@@ -145,7 +145,7 @@ class Controller:
             self.planner.draw()
 
     def _is_elsewhere(self, trial: Trial) -> bool:
-        """Whether another driver holds the trial's lease: a person's, or one that stopped beating only just now."""
+        """Whether another driver holds the trial's lease: a user's, or one whose heartbeat stopped only recently."""
         command = lease.held_elsewhere(self.folder.of(trial))
         if command is not None:
             self._reminder.said_again(f"{trial.name}: another driver trains it ({command}); waiting for its end")

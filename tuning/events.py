@@ -1,4 +1,4 @@
-"""The events of a sweep's record: what was drawn, measured, decided and reached, one line of the journal each.
+"""The events of a sweep's record: samples, measurements, decisions and results, one line of the journal each.
 
 In RUN/journal/sweep.jsonl an event is {"event": its name in NAMES, and its fields}; the fields are the format.
 """

@@ -69,7 +69,7 @@ def conclude(
 def register(outcome: Outcome, name: str, trial: str | None = None) -> Version:
     """Registers the best trial, or the one called `trial`, as a version of `name` with the alias candidate.
 
-    Raises ConfigError if there is no such trial, it was not trained to its end, or its run was never sent.
+    Raises ConfigError if there is no such trial, it was not trained to completion, or its run was never sent.
     """
     from pipeline.tracking.ledger import Ledger
 
@@ -92,7 +92,7 @@ def register(outcome: Outcome, name: str, trial: str | None = None) -> Version:
     version = publish_run(folder, name, run_id=run_id, uri=uri)
     if version is None:
         raise ConfigError(
-            f"--trial (={chosen}): this trial was not trained to its end; register one that was",
+            f"--trial (={chosen}): this trial was not trained to completion; register one that was",
             key="--trial",
             subject=chosen,
         )

@@ -82,7 +82,7 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """As in "family.depth=14, training.optimizer.lr=0.05"."""
+        """The sample as text, e.g. "family.depth=14, training.optimizer.lr=0.05"."""
         return ", ".join(f"{key}={written(value)}" for key, value in self.shown.items())
 
     @property
@@ -120,7 +120,7 @@ def sections(space: object) -> list[Values]:
 
 
 def flattened(section: Mapping[str, JsonValue], prefix: str = "") -> Values:
-    """{"family": {"depth": X}} as {"family.depth": X}; a mapping that describes allowed values stays whole."""
+    """{"family": {"depth": X}} as {"family.depth": X}; a mapping that describes allowed values is not flattened."""
     flat: Values = {}
     for key, value in section.items():
         name = f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""A running trial: its driver in a thread, its journal as it grows, and what an earlier driver left of it."""
+"""A running trial: its driver in a thread, its journal as it grows, and what an earlier driver left behind."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def saved_step(config: RunConfig, folder: Path) -> int:
 
 
 def send_rest(config: RunConfig, folder: Path) -> None:
-    """Sends to the trackers what a killed driver did not send of a trial that is over."""
+    """Sends to the trackers what a killed driver left unsent of a trial that has ended."""
     held = Lease(folder).acquire()
     try:
         with Uploader(folder, config.tracking, configs.as_mapping(config), command=sys.argv, fence=held.fence):

@@ -1,4 +1,4 @@
-"""The seam to whoever watches a sweep: lines for each event, and the trials for a table."""
+"""The interface for displaying a sweep: a line for each event, and the trials for a table."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class SilentWatcher:
 
 
 class Reminder:
-    """Reports what a sweep waits for at most every REMIND_EVERY_S, each matter for itself."""
+    """Reports what a sweep is waiting for, each reason at most every REMIND_EVERY_S."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say, self._times = say, dict[str, float]()
 
     def said_again(self, text: str) -> bool:
-        """Reports the matter if that is due; returns whether it was reported again, after an earlier time."""
+        """Reports the reason if it is due; returns whether it had been reported before."""
         before, now = self._times.get(text), time.monotonic()
         due = before is None or now - before > REMIND_EVERY_S
         if due:

@@ -89,7 +89,7 @@ class RayJobs(Scheduler):
     def requeue(self, record: JobRecord) -> None:
         """Always raises ResourceError: there is no queue."""
         raise ResourceError(
-            f"job {record.id} is in no queue; `adaptnet jobs cancel` and `resubmit` start it again",
+            f"job {record.id} is not in a queue; use `adaptnet jobs cancel`, then `resubmit`",
             key="job",
             subject=record.id,
         )

@@ -54,7 +54,7 @@ class Machine(Size):
 
 
 class Machines(Machine):
-    """From `min` to `max` workers of one machine type; the cluster grows and shrinks with its use."""
+    """The range of workers of one machine type; the cluster scales between `min` and `max`."""
 
     min: Count = 0
     max: Annotated[int, Field(ge=1)] = 1
@@ -75,7 +75,7 @@ class Pod(Config):
 
 
 class Pods(Pod):
-    """From `min` to `max` equal worker pods."""
+    """The range of equal worker pods, from `min` to `max`."""
 
     min: Count = 0
     max: Annotated[int, Field(ge=1)] = 1

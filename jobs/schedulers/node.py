@@ -193,7 +193,7 @@ class NodeTask:
         raise SystemExit(0)
 
     def give_up(self, reason: str, preemption: Preemption, *, needs_progress: bool = False) -> None:
-        """As `requeue`, from a thread of a process whose verb does not end. Prints why if the job is not requeued."""
+        """Like `requeue`, from a thread of a process whose verb does not end. Prints why if it fails."""
         self.attempts.end(self.job.saved_steps())
         if preemption.over:  # the verb has ended meanwhile
             return

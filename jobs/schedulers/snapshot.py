@@ -26,7 +26,7 @@ def name(root: Path = ROOT) -> str:
 
 
 def save(folder: Path, root: Path = ROOT) -> None:
-    """Copies the code of the checkout `root` to `folder`, whole or not at all; does nothing if it exists."""
+    """Copies the code of the checkout `root` to `folder`, completely or not at all; does nothing if it exists."""
     if folder.is_dir():
         return
     with suppress(FileExistsError):  # another submission was first

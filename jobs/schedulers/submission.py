@@ -104,7 +104,7 @@ class Submission:
 
     job is the only one, or, for an array, the one whose home holds the files that all share. address is a job
     server's; after is the id of a job that must have ended well before; dependency is a condition in the scheduler's
-    own words.
+    own syntax.
     """
 
     job: Job

@@ -119,7 +119,7 @@ def _mlflow(run_dir: Path) -> str:
 @app.command(short_help="Print a job's output.")
 def logs(
     job: Wanted,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="as it grows, until the job has ended")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="follow the output until the job has ended")] = False,
     runs: Runs = RUNS,
 ) -> None:
     """Prints a job's output.

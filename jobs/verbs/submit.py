@@ -80,22 +80,22 @@ def submit(
     gpus_per_node: Annotated[int | None, Option(min=0)] = None,
     cpus_per_task: Annotated[int | None, Option(min=1, help="CPUs of each node")] = None,
     memory_gb: Annotated[float | None, Option(min=0.1, help="GB of each node")] = None,
-    time_limit: Annotated[str | None, Option("--time", help="90m, 24h, 2d, 1-12:00:00")] = None,
+    time_limit: Annotated[str | None, Option("--time", help="time limit: 90m, 24h, 2d, 1-12:00:00")] = None,
     partition: Annotated[str | None, Option()] = None,
     account: Annotated[str | None, Option()] = None,
     qos: Annotated[str | None, Option()] = None,
     constraint: Annotated[str | None, Option()] = None,
     array: Annotated[str | None, Option(help="KEY=V,V,... : one job for each value, in a run of its own")] = None,
-    dependency: Annotated[str | None, Option(help="as sbatch takes it, e.g. afterok:123")] = None,
+    dependency: Annotated[str | None, Option(help="condition in sbatch's syntax, e.g. afterok:123")] = None,
     after: Annotated[str | None, Option(help="job id or run: starts when that has ended successfully")] = None,
-    name: Annotated[str | None, Option(help="of the job; default: the run's")] = None,
+    name: Annotated[str | None, Option(help="name of the job; default: the run's")] = None,
     site: Annotated[str | None, Option(help="profile in infra/slurm/sites, or a path ending in .yaml")] = None,
     signal_delay: Annotated[
         int | None, Option(min=10, help="how many seconds before its end a job is warned to save")
     ] = None,
     max_requeues: Annotated[int | None, Option(min=0, help="how often a job may be started again")] = None,
     where: Annotated[str, Option(help="slurm; ray; local: a process here; debug: this process")] = "slurm",
-    address: Annotated[str | None, Option(help="of --where ray: http://HOST:8265, a head's dashboard")] = None,
+    address: Annotated[str | None, Option(help="job server for --where ray: http://HOST:8265")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="print the script and the config; submit nothing")] = False,
 ) -> None:
     """Runs VERB (train, sweep, evaluate, report) with its own arguments as a job on SLURM: one task per node, and Ray
@@ -279,7 +279,7 @@ def _array_overrides(array: str | None) -> list[list[str]]:
         )
     if len(set(values)) < len(values):
         raise ConfigError(
-            f"--array (={array}): each value only once; each is a run with a folder of its own",
+            f"--array (={array}): a value is repeated; each value becomes a run with its own folder",
             key="--array",
             subject=array,
         )

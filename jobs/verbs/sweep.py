@@ -166,7 +166,7 @@ class LiveTable(LinePrinter):
 
 
 def _table(trials: Sequence[Trial], config: SweepConfig) -> Table:
-    """At most MOST_ROWS trials, those that run first, then the newest: the scheduler's metric and the accuracy."""
+    """A table of at most MOST_ROWS trials, running ones first, then the newest, with metric and accuracy."""
     table = Table(title=_tally(trials), title_justify="left", box=None)
     for heading in ("trial", "state", "step", f"newest {config.scheduler.metric}", config.accuracy_metric):
         table.add_column(heading, justify="left" if heading in ("trial", "state") else "right")

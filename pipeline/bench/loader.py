@@ -38,7 +38,7 @@ IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
 def loader(
     root: Path, *, read_latency_s: float = 0.0, seconds: float = 8.0, rounds: int = 5, threads: int = 2
 ) -> list[BenchRow]:
-    """Our loader against both peers on `threads` CPUs; with `read_latency_s` added to each read, against itself.
+    """Compares our loader with both peers on `threads` CPUs; with `read_latency_s` added to each read, against itself.
 
     `seconds` is the length of one turn.
     """

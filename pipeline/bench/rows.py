@@ -25,7 +25,7 @@ class BenchRow:
 
 
 def interleave(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """The rates of each run, measured in turns A B A B …, so that noise of the machine affects all runs alike."""
+    """The rates of each run, measured in turns A B A B …, so that load on the machine affects all runs alike."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():

@@ -59,14 +59,14 @@ class LoopSetup:
 
 
 def loops(config: RunConfig, *, num_classes: int = 10, steps: int = 60, rounds: int = 5) -> list[BenchRow]:
-    """Our loop against the bare one, in this process."""
+    """Compares our loop with the bare one, in this process."""
     setup = LoopSetup(config, num_classes, steps)
     rates = interleave({OURS: lambda: ours(setup), BARE: lambda: bare(setup)}, rounds)
     return compare(rates, OURS)
 
 
 def workers(config: RunConfig, *, num_classes: int = 10, steps: int = 60, rounds: int = 5) -> list[BenchRow]:
-    """Our loop in two workers of Ray Train against a bare DDP loop in two processes of torchrun."""
+    """Compares our loop in two workers of Ray Train with a bare DDP loop in two processes of torchrun."""
     setup = LoopSetup(config, num_classes, steps, WARM_WORKERS)
     with TemporaryDirectory(prefix="adaptnet-bench-") as folder, cluster.cluster(_compute(config)):
         runs = {

@@ -85,7 +85,7 @@ class BadImages:
         for row, reason in ((int(row), str(reason)) for row, reason in state["rows"]):
             if not 0 <= row < len(self.index):
                 raise DataError(
-                    f"bad image {row}: the index has only {len(self.index)} images, so the list is of another set",
+                    f"bad image {row}: the index has only {len(self.index)} images, so the list belongs to another set",
                     key="data.root",
                     subject=row,
                 )

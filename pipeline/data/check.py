@@ -134,7 +134,7 @@ def stored_images(listing: Listing) -> Iterator[StoredImage]:
 
 
 def _key(name: str, strip_split: bool) -> str:
-    """class/stem without dots, as webdataset needs it; a hash if it is too long for a tar header."""
+    """The key class/stem without dots, as webdataset requires; a hash if it is too long for a tar header."""
     top, _, below = name.partition("/")
     folder, _, base = (below if strip_split and top in SPLITS else name).rpartition("/")
     key = os.path.splitext(base)[0].replace(".", "_")

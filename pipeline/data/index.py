@@ -322,7 +322,7 @@ def read_meta(folder: Path) -> IndexMeta:
         raise DataError(f"{folder}: no readable index ({error})", key="data.index", subject=folder) from None
     if stored.pop("format") != FORMAT:
         raise DataError(
-            f"{folder}: an index of another format; delete it, and a new one is built", key="data.index", subject=folder
+            f"{folder}: an index of another format; delete it to build a new one", key="data.index", subject=folder
         )
     shards = stored.pop("shards")
     stored["set_aside"] = tuple((name, reason) for name, reason in stored["set_aside"])

@@ -19,7 +19,7 @@ SCAN_THREADS = 16
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a set; listing them decodes nothing.
+    """The images of a set, listed without decoding.
 
     `names` are paths under the root, or members of a tar; `shard offset length label` have an entry for each.
     `shards` are tars relative to the root, or None for loose files, of which `shard` is the number.

@@ -229,7 +229,7 @@ def _claim(destination: Path, made_from: PackOrigin) -> bool:
         if held != made_from:
             differing = ", ".join(key for key, value in made_from.items() if held.get(key) != value)
             raise DataError(
-                f"{destination}: contains a pack of another {differing}; give another folder or delete it",
+                f"{destination}: contains a pack with a different {differing}; give another folder or delete it",
                 key="destination",
                 subject=differing,
             )

@@ -224,7 +224,7 @@ def tiny_imagenet(context: ReaderContext) -> PublishedSet:
 
 
 def aircraft(context: ReaderContext) -> PublishedSet:
-    """FGVC-Aircraft by its 100 variants; train is the publisher's train and val. The 20-pixel copyright line remains."""
+    """FGVC-Aircraft by its 100 variants; train is the publisher's train and val. The copyright line remains."""
     archive = context.archive("archive")
     classes = tuple(archive.lines("data/variants.txt"))
     label = {variant: number for number, variant in enumerate(classes)}

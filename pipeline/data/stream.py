@@ -62,7 +62,7 @@ class Stream:
         """batch_size counts the images of all ranks. Raises ConfigError for an empty index."""
         if len(index) == 0:
             raise ConfigError(
-                f"data.root (={index.root}): no images to train on; validation and held-out images are all there are",
+                f"data.root (={index.root}): no images to train on; all of them are validation or held-out images",
                 key="data.root",
                 subject=index.root,
             )

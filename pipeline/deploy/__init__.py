@@ -1,1 +1,1 @@
-"""What is done with a trained net: evaluate, compare, export, predict, promote, import."""
+"""Uses of a trained net: evaluate, compare, export, predict, promote, import."""

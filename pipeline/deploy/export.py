@@ -210,7 +210,7 @@ def static(model: LoadedModel, policy: str, reports: Sequence[Report], given: In
 
 
 def write(module: nn.Module, given: Input, target: Path, form: str, facts: Mapping[str, JsonValue]) -> Exported:
-    """Writes a module for the input `given` to `target`, whole and checked or not at all.
+    """Writes a module for the input `given` to `target`, complete and checked or not at all.
 
     Raises ContractError if torch cannot trace it, or the file's logits differ from the module's.
     """

@@ -1,4 +1,4 @@
-"""From a run to the version in service: register, promote through a gate, roll back.
+"""Registers runs as versions, promotes versions through a gate, and rolls back.
 
 A version is promoted if it adds to what the present holder of the alias can do: both are evaluated on the same images,
 and at least one policy of the version must be undominated in accuracy and MACs.
@@ -75,7 +75,7 @@ def register(
     run_id = tracking.sync(net.run_dir, address).run_id
     if alias != NEWEST and promotion_log.history(address, name, alias):
         raise ConfigError(
-            f"--alias (={alias}): versions of {name} are promoted to it, through a gate; leave out --alias, then "
+            f"--alias (={alias}): versions of {name} reach this alias only by promotion; leave out --alias, then run "
             f"`adaptnet models promote {name} VERSION --alias {alias}`",
             key="--alias",
             subject=alias,

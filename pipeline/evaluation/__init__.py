@@ -1,1 +1,1 @@
-"""How good a trained net is and what it costs, policy by policy."""
+"""Measures the accuracy and the cost of a trained net, policy by policy."""

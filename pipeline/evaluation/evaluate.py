@@ -1,6 +1,6 @@
 """One evaluator for all families: every policy on every image of a split once, whatever the number of ranks.
 
-It uses nothing of a policy but its identity and its predictions. It averages a family's facts, and groups them by
+It uses only a policy's identity and its predictions. It averages a family's facts, and groups them by
 class, without knowing their meaning. Letters: N images, B of them in a batch, K classes, n a fact's own length.
 """
 

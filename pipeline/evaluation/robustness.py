@@ -60,7 +60,7 @@ class Attack:
 
     @property
     def name(self) -> str:
-        """As in `fgsm-eps0.0157-jpeg75`."""
+        """The name, e.g. `fgsm-eps0.0157-jpeg75`."""
         parts = [self.kind, f"eps{self.eps:.3g}"] if self.kind else []
         return "-".join([*parts, f"jpeg{self.jpeg}"] if self.jpeg is not None else parts)
 
@@ -168,7 +168,7 @@ class ResizedPolicy:
 
     @property
     def name(self) -> str:
-        """As in `native@112px-and-up`."""
+        """The name, e.g. `native@112px-and-up`."""
         return f"{self.policy.name}@{self.side_px}px{'-and-up' if self.up_again else ''}"
 
     @property
@@ -180,7 +180,7 @@ class ResizedPolicy:
         return {"policy": self.policy.name, "side_px": self.side_px, "up_again": self.up_again}
 
     def calibrated(self, net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> ResizedPolicy:
-        """Itself: it keeps the thresholds of the full resolution."""
+        """Returns the policy itself, which uses the thresholds of the full resolution."""
         return self
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
@@ -212,7 +212,7 @@ class ResolutionSweep:
 
     @property
     def name(self) -> str:
-        """As in `sides224+160+112-and-up`."""
+        """The name, e.g. `sides224+160+112-and-up`."""
         return f"sides{'+'.join(map(str, self.sides_px))}{'-and-up' if self.up_again else ''}"
 
     def of(self, policies: Sequence[Policy]) -> list[Policy]:
@@ -224,8 +224,8 @@ class ResolutionSweep:
         above = [side for side in self.sides_px if side > side_px]
         if above:
             raise ConfigError(
-                f"--sides {', '.join(map(str, above))}: above the images' {side_px} px, so pixels would be invented; "
-                f"data.eval_side_px={max(above)} makes larger images from the files",
+                f"--sides {', '.join(map(str, above))}: larger than the images ({side_px} px), which are not enlarged; "
+                f"data.eval_side_px={max(above)} evaluates larger images",
                 key="--sides",
                 subject=", ".join(map(str, above)),
             )

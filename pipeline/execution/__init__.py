@@ -1,1 +1,1 @@
-"""Where a run computes: Ray here or over a job's nodes, the driver, and the work of each rank."""
+"""Execution of a run: Ray on this machine or a job's nodes, the driver, and the work of each rank."""

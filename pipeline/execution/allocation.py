@@ -141,7 +141,7 @@ class JoinedNode:
                 ray.shutdown()
 
     def serve(self) -> None:
-        """Returns when the head is gone. Raises ResourceError if this node's Ray ends before."""
+        """Waits until the head is gone. Raises ResourceError if this node's Ray ends before."""
         misses = 0
         while misses < MISSES:
             time.sleep(POLL_S)

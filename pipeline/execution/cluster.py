@@ -143,7 +143,7 @@ def _check_resources(compute: ComputeConfig) -> None:
         if time.monotonic() >= deadline:
             raise ResourceError(
                 f"compute.workers (={compute.workers}) x cpus_per_worker (={compute.cpus_per_worker:g}) needs "
-                f"{'; '.join(lacking)}. Set one of them lower, or wait longer for nodes (compute.start_patience_s)",
+                f"{'; '.join(lacking)}. Lower one of them, or wait longer for nodes (compute.start_patience_s)",
                 key="compute.workers",
                 subject=compute.workers,
             )

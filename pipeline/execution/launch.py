@@ -1,4 +1,4 @@
-"""The driver of a training: `train(config, run_dir)`. It is idempotent: starting is resuming from nothing."""
+"""The driver of a training: `train(config, run_dir)`. It is idempotent: a start resumes from an empty folder."""
 
 from __future__ import annotations
 

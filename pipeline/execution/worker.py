@@ -1,4 +1,4 @@
-"""The work of one rank: prepare, restore, train, finish. The only user of ray.train's report.
+"""The work of one rank: prepare, restore, train, finish. Only this module uses ray.train's report.
 
 Rank 0 writes the journal, the checkpoints and the results (`Rank0`). The other ranks write nothing (`NoWriter`) and
 take part in every collective. `open_writer` is the only place that distinguishes them.
@@ -349,7 +349,7 @@ def open_writer(context: RunContext, stack: ExitStack) -> Writer:
 def restore(context: RunContext, events: RunEvents) -> TrainState:
     """The state of the newest checkpoint, the same on every rank; that of step 0 if there is none. Collective.
 
-    Raises CheckpointError if the checkpoint is of another recipe.
+    Raises CheckpointError if the checkpoint belongs to another recipe.
     """
     name = ranks.agree(events.writer.newest)
     current = _fresh(context, events, pretrained=name is None)

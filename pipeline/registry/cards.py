@@ -27,7 +27,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Difference:
-    """A fact that differs between two versions; "-" where one of them lacks it."""
+    """A fact that differs between two versions; "-" where one version does not have it."""
 
     what: str
     a: str

@@ -26,7 +26,7 @@ JOURNAL = "adaptnet.promotions_of"  # tag of the registered models that hold pro
 
 
 class StoredReport(TypedDict):
-    """What a version's tag holds of the evaluation of one policy; more figures may be there."""
+    """The evaluation of one policy in a version's tag, which may contain further figures."""
 
     policy: str
     num_images: int
@@ -47,7 +47,7 @@ class Version:
 
     @property
     def reference(self) -> str:
-        """As users write it: models:/NAME/VERSION."""
+        """The reference that users write: models:/NAME/VERSION."""
         return f"models:/{self.name}/{self.version}"
 
     @cached_property
@@ -105,7 +105,7 @@ def _models(uri: str, name: str | None) -> list[RegisteredModel]:
 
 
 def _versions(models: Sequence[RegisteredModel], rows: Sequence[VersionRow]) -> list[Version]:
-    """Newest first."""
+    """The versions, newest first."""
     names = {model.name for model in models}
     aliases: dict[tuple[str, int], tuple[str, ...]] = {}
     for model in models:

@@ -50,7 +50,7 @@ FIGURES = (
 def write_model_folder(
     source: Path, reports: Sequence[Report], destination: Path, *, evaluated_on: str | None = None
 ) -> Path:
-    """Writes the net of a checkpoint folder as a model folder, whole or not at all. Returns `destination`.
+    """Writes the net of a checkpoint folder as a model folder, completely or not at all. Returns `destination`.
 
     evaluated_on: identity of the images of the reports.
     Raises CheckpointError if the checkpoint is damaged, ResourceError if the folder cannot be written.

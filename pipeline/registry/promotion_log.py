@@ -121,8 +121,8 @@ def append(client: Client, uri: str, change: HolderChange) -> PromotionEntry:
     if mine is None:
         first = counted[-1]
         raise ResourceError(
-            f"{name}@{alias}: {first.who} was first: version {first.version} has held it since {first.when}. Nothing "
-            "was changed; look at that version, then give the same command again",
+            f"{name}@{alias}: {first.who} moved it to version {first.version} first, at {first.when}. Nothing "
+            "was changed here; look at that version, then run the same command again",
             key="--alias",
             subject=f"{name}@{alias}",
         )

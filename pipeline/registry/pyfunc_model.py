@@ -30,7 +30,7 @@ COLUMNS = ("image", 0, "0", "inputs")  # accepted names of the one column
 
 
 class PyfuncModel(PythonModel):  # type: ignore[misc]
-    """The net as MLflow calls it."""
+    """The interface through which MLflow calls the net."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Loads the net; called once by MLflow."""

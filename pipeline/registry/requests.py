@@ -142,7 +142,7 @@ def _decoded(text: bytes) -> bytes | None:
 
 
 def _as_png(value: object, position: int) -> bytes:
-    """A PNG of an array, so that it is resized and cropped like every other image."""
+    """The array as a PNG, so that it is resized and cropped like every other image."""
     try:
         array = np.asarray(value)
     except ValueError:

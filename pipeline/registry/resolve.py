@@ -88,7 +88,7 @@ def newest_step(run_dir: Path) -> int:
 
 
 def pull_version(reference: str, folder: Path, uri: str | None = None, *, cache: Path | None = None) -> Version:
-    """Copies the model folder of a version to `folder`, whole or not at all; it works there without MLflow.
+    """Copies the model folder of a version to `folder`, completely or not at all; it works there without MLflow.
 
     Raises ConfigError if `folder` exists, CheckpointError if the version's files are damaged.
     """
@@ -148,7 +148,7 @@ def _download(source: str, uri: str, version: Version, destination: Path | None 
 
 
 def _lost(version: Version, uri: str) -> str:
-    """What is known of the run whose artifacts the files of a version were."""
+    """What is known about the run that stored a version's files."""
     run = store_reader.run(uri, version.run_id) if version.run_id else None
     if run is None:
         return f"; the MLflow run {version.run_id} that held them no longer exists: register the net again"

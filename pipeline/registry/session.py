@@ -1,4 +1,4 @@
-"""Writing to MLflow's registry: a client whose errors become ours."""
+"""A client for writing to MLflow's registry that raises our errors."""
 
 from __future__ import annotations
 

@@ -104,17 +104,17 @@ def open_store(uri: str) -> ModelStore:
 
 
 def models(uri: str) -> list[RegisteredModel]:
-    """As `ModelStore.models`."""
+    """See `ModelStore.models`."""
     return open_store(uri).models()
 
 
 def rows(uri: str, name: str | None = None, number: int | None = None) -> list[VersionRow]:
-    """As `ModelStore.rows`."""
+    """See `ModelStore.rows`."""
     return open_store(uri).rows(name, number)
 
 
 def run(uri: str, run_id: str) -> TrackedRun | None:
-    """As `ModelStore.run`."""
+    """See `ModelStore.run`."""
     return open_store(uri).run(run_id)
 
 

@@ -57,7 +57,8 @@ def write(out: Path, data: Mapping[str, object], contents: Mapping[str, str | by
     listed = earlier(out).get("files")
     before = [str(name) for name in listed] if isinstance(listed, list) else []
     names = [DATA, *contents]
-    whole = {"format": FORMAT, "files": sorted({*names, *before}), **data}  # until the earlier files are removed
+    # lists the earlier files as well, until they are removed
+    whole = {"format": FORMAT, "files": sorted({*names, *before}), **data}
     try:
         write_text(out / DATA, _json(whole))
         for name, content in contents.items():

@@ -58,12 +58,12 @@ def frontier(points: Sequence[Point]) -> Frontier:
 
 
 def by_macs(nets: Sequence[Evaluated]) -> Frontier:
-    """Over all policies; the cost is in millions of MACs per image."""
+    """The frontier of all policies; the cost is in millions of MACs per image."""
     return frontier([Point(net, report, report.macs_mean / 1e6) for net in nets for report in net.reports])
 
 
 def by_latency(nets: Sequence[Evaluated], batch: int) -> Frontier:
-    """Over the policies that were measured at this batch size; the cost is in ms per batch."""
+    """The frontier of the policies measured at this batch size; the cost is in ms per batch."""
     return frontier(
         [Point(net, report, e.median_ms) for net in nets for report in net.reports for e in timed(report, batch)]
     )
@@ -113,7 +113,7 @@ def _drawn(points: Frontier, name: str, title: str, x_label: str, caption: str) 
 
 
 def _line(frontier: Frontier) -> Series:
-    """Through the undominated points, cheapest first."""
+    """The line through the undominated points, cheapest first."""
     best = sorted(_undominated(frontier), key=lambda point: point.cost)
     return Series(
         name="not dominated",

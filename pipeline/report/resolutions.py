@@ -28,7 +28,7 @@ class AccuracyBySide:
 
     @property
     def name(self) -> str:
-        """As in "resnet50 · native · up again"."""
+        """The name, e.g. "resnet50 · native · up again"."""
         return f"{self.net.name} · {self.policy}{' · up again' if self.up_again else ''}"
 
 
@@ -55,7 +55,7 @@ def resolutions(nets: Sequence[Evaluated]) -> list[Figure]:
 
 
 def _curves(net: Evaluated) -> Iterator[AccuracyBySide]:
-    """In the order of the net's policies; each has the images' own side beside the lower ones."""
+    """The curves in the order of the net's policies; each includes the images' own side and the lower ones."""
     own = {report.policy: report for report in net.reports}
     curves: dict[tuple[str, bool], AccuracyBySide] = {}
     for report in (report for reports in net.swept.values() for report in reports):

@@ -79,7 +79,7 @@ def move_folder(source: Path, path: Path, *, replace: bool = False) -> None:
     """Flushes a finished folder to disk and renames it to `path`, on the same file system.
 
     Raises FileExistsError if `path` is a folder with content, unless `replace`: then the old folder is renamed to a
-    hidden name first and deleted last, so that a crash in between leaves it there, whole.
+    hidden name first and deleted last, so that a crash in between leaves it intact.
     """
     _sync_tree(source)
     old = _beside(path)

@@ -73,7 +73,7 @@ class Journal:
         text = "".join(json.dumps(record, default=str) + "\n" for record in records)
         with self._lock:
             data = memoryview((("\n" if self._torn else "") + text).encode())
-            self._torn = True  # until everything is written
+            self._torn = True  # stays true if the write fails
             try:
                 while data:
                     data = data[os.write(self._file, data) :]
@@ -90,7 +90,7 @@ def _ends_torn(file: int) -> bool:
 def _unwritable(path: Path, error: OSError) -> ResourceError:
     return ResourceError(
         f"journal {path}: cannot be written ({error.strerror}). Free space or correct the folder's permissions, then "
-        "give the same command again: the run resumes from its newest checkpoint",
+        "run the same command again: the run resumes from its newest checkpoint",
         key="journal",
         subject=path,
     )

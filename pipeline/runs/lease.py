@@ -69,7 +69,7 @@ class Lease:
         return self
 
     def release(self) -> None:
-        """Gives the lease back, so that another driver may take it at once."""
+        """Releases the lease, so that another driver may take it at once."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()

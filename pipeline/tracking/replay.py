@@ -1,4 +1,4 @@
-"""Replays what a run folder holds into trackers: one idempotent pass after another.
+"""Sends the contents of a run folder to the trackers, in repeated idempotent passes.
 
 What is sent is a function of the run folder alone, so the process may be killed anywhere: the next pass completes it.
 """

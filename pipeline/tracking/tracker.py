@@ -51,7 +51,7 @@ class Progress(Protocol):
 
 @dataclass
 class NoProgress:
-    """For a tracker that finds out by itself what it has received: the journals are replayed from their beginning."""
+    """The base of trackers that find out what they have received: journals are replayed from the beginning."""
 
     offsets: dict[str, int] = field(default_factory=dict)
     files: dict[str, JsonValue] = field(default_factory=dict)

@@ -51,13 +51,13 @@ class Uploader:
         self.journal = Journal(run_dir / "journal", "driver", fence=fence)
         self._pauses: dict[str, float] = {}  # seconds, of the trackers that are unreachable
         self._due: dict[str, float] = {}  # when these are tried again, on the monotonic clock
-        self._closing, self._wake = threading.Event(), threading.Event()  # set for the thread
-        self._sent, self._done = threading.Event(), threading.Event()  # set by the thread
+        self._closing, self._wake = threading.Event(), threading.Event()  # signals to the thread
+        self._sent, self._done = threading.Event(), threading.Event()  # signals from the thread
         self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
 
     @property
     def run_id(self) -> str | None:
-        """Of the MLflow run; None until the server has answered once."""
+        """The id of the MLflow run; None until the server has answered once."""
         return Ledger.peek(self._run_dir).run_id
 
     @property
@@ -209,7 +209,7 @@ def _unsent(run_dir: Path, address: str, error: Exception) -> Exception:
         return error
     return ResourceError(
         f"{without_secrets(address)}: not everything of {run_dir} could be sent ({reason_of(error)}). Nothing is lost: "
-        "check that the server is running and give the same command again",
+        "check that the server is running, then run the same command again",
         key="tracking.uri",
         subject=without_secrets(address),
     )

@@ -560,7 +560,7 @@ def check_fingerprint(
     if refused:
         lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
         way_out = "Use a new run folder, the old values, or --allow-changed KEY for each key meant to change"
-        text = "\n".join([f"{where} is of another recipe:", *lines, way_out])
+        text = "\n".join([f"{where} belongs to another recipe:", *lines, way_out])
         raise CheckpointError(text, keys=tuple(refused), subject=where)
     return sorted(changed)
 

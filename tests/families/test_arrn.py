@@ -1,4 +1,4 @@
-"""Laws of ARRN: exact skipping and where it must fail, dropout equal to low resolution, sizes, growing, two ranks."""
+"""Tests of ARRN: exact skipping and where it must fail, dropout equal to low resolution, sizes, growing, two ranks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def small(**changes: object) -> ArrnConfig:
 
 
 def trained(config: ArrnConfig, seed: int = 0) -> Arrn:
-    """A net in fp64 and eval mode whose statistics, scales and biases are none of the initial ones."""
+    """A net in fp64 and eval mode whose statistics, scales and biases differ from the initial ones."""
     torch.manual_seed(seed)
     net = build(config, CLASSES).double().eval()
     with torch.no_grad():

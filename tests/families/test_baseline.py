@@ -1,4 +1,4 @@
-"""Laws of the fixed nets: each builds and runs, sizes are the published ones, and a policy's price is what it ran."""
+"""Tests of the fixed nets: each builds and runs, sizes are the published ones, and a policy's price is what it ran."""
 
 from __future__ import annotations
 

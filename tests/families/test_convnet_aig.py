@@ -1,4 +1,4 @@
-"""Laws of ConvNet-AIG: the published sizes, the gate's distribution and gradient, and skipping that equals masking."""
+"""Tests of ConvNet-AIG: the published sizes, the gate's distribution and gradient, and skipping that equals masking."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the families' own pictures: they hold what the reports hold, the extremes are extremes, nothing is empty."""
+"""Tests of the families' own pictures: they hold what the reports hold, the extremes are extremes, nothing is empty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of RANet: the published sizes and costs, the literal threshold rule, and leaving early that equals deciding."""
+"""Tests of RANet: the published sizes and costs, the literal threshold rule, and early exits that change no answer."""
 
 from __future__ import annotations
 
@@ -487,7 +487,7 @@ def every_list(net: Ranet, example: Tensor) -> int:
 
 
 class Counted:
-    """Held-out batches that know how often they were walked."""
+    """Held-out batches that count how often they were iterated."""
 
     def __init__(self, *batches: Tensor) -> None:
         self.batches, self.walks = batches, 0

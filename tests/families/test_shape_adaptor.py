@@ -1,4 +1,4 @@
-"""Laws of Shape Adaptor: published sizes, the plan as a pure function of alphas, their gradient, the frozen form."""
+"""Tests of Shape Adaptor: published sizes, the plan as a pure function of alphas, their gradient, the frozen form."""
 
 from __future__ import annotations
 

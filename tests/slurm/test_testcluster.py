@@ -1,4 +1,4 @@
-"""Laws of infra/slurm/testcluster: a SLURM as on a site, quick to requeue, and removed without a trace."""
+"""Tests of infra/slurm/testcluster: a SLURM as on a site, quick to requeue, and removed without a trace."""
 
 from __future__ import annotations
 

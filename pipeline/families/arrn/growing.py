@@ -30,8 +30,8 @@ def load_pretrained(config: ArrnConfig, net: nn.Module, tensors: Mapping[str, Te
     k = len(net.residuals) - count
     if k < 0:
         raise ConfigError(
-            f"these weights have {count} residuals, the net has {len(net.residuals)}: a net takes weights of its own "
-            "ladder or of a shorter one; give it the longer ladder (family.ladder_px, or omit finest_px)",
+            f"these weights have {count} residuals, the net has {len(net.residuals)}: a net can load weights of "
+            "its own ladder or of a shorter one; set the longer ladder (family.ladder_px, or omit finest_px)",
             key="weights",
             subject=count,
         )

@@ -120,8 +120,8 @@ def _branching(net: Aig, policy: Gates, others: Sequence[str], images: Tensor) -
     """Raises ConfigError for more than one image, because their gates may differ; names the policies for any batch."""
     if len(images) != 1:
         raise ConfigError(
-            f"policy {policy.name}: its gates open by image, and a graph takes one branch for a whole batch; export it "
-            f"for one image at a time (batch 1), or one of {', '.join(others)}, which run the same blocks for all",
+            f"policy {policy.name}: its gates differ between images, but a graph takes one branch for the whole batch; "
+            f"export it for one image (batch 1), or one of {', '.join(others)}, which run the same blocks for all",
             key="batch",
             subject=len(images),
         )

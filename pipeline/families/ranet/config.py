@@ -33,7 +33,7 @@ class RanetConfig(FamilyConfig):
 
     name: Literal["ranet"] = "ranet"
     stem: Stem = "cifar"  # imagenet: reduces the side by 4, and classifiers are as wide as their input
-    scales: tuple[Count, ...] = (1, 2, 3)  # of the base maps; each scale doubles the side of the previous one
+    scales: tuple[Count, ...] = (1, 2, 3)  # scales of the base maps; each doubles the side of the previous one
     width_factors: tuple[Count, ...] = (4, 2, 1)  # per sub-network, of `channels` and of `growth`
     bottlenecks: tuple[Count, ...] | None = None  # inner width of a layer over its outputs; null: the width factors
     first_blocks: Count = 2  # blocks of sub-network 1

@@ -75,7 +75,7 @@ class Live(FixedPolicy):
 
 @dataclass(frozen=True)
 class AtShape(FixedPolicy):
-    """The frozen form, made at the first batch of each size; later changes of the alphas have no effect on it."""
+    """The frozen form, created at the first batch of each size; later changes of the alphas do not affect it."""
 
     name: str = "frozen"
 

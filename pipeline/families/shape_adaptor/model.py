@@ -56,7 +56,7 @@ class ShapeConfig(FamilyConfig):
     target_px: Side = 8  # sa: initial side after the last adaptor, before truncation
     factors: tuple[Factor, ...] | None = None  # initial factors of the adaptors; null: equal ones
     rule: Rule | None = None  # how sides become integers; null: global for autosc, else local
-    limit_px: Side | None = None  # of the last side; the paper: 15 for ImageNet on 8 GPUs, 30 on one; none up to 64 px
+    limit_px: Side | None = None  # last side; the paper: 15 for ImageNet on 8 GPUs, 30 on one; none up to 64 px
     doubled: bool = True  # weights of a residual cell sum to 2, so that alpha = 0 gives the ordinary sum
     pool: Literal["floor", "ceil"] | None = None  # rounding of odd sides; null: ceil for autosc, else floor
     keep_residual: bool = False  # MobileNetV2: blocks with an adaptor add their input if shapes allow it

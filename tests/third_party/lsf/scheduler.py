@@ -1,4 +1,4 @@
-"""A scheduler as someone else would add it: this folder, copied into `jobs`, and no other file."""
+"""A third party's scheduler: this folder, copied into `jobs`, and no other file."""
 
 from __future__ import annotations
 
