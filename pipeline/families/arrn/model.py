@@ -222,8 +222,8 @@ class Arrn(nn.Module):
         side = min(images.shape[-2:])
         if side < self.ladder[-1]:
             raise ConfigError(
-                f"images of {images.shape[-1]} x {images.shape[-2]} px: the shorter side must be at least "
-                f"{self.ladder[-1]} px, where the ladder {list(self.ladder)} ends; use larger images or a longer ladder",
+                f"images of {images.shape[-1]} x {images.shape[-2]} px: the shorter side must have at least "
+                f"{self.ladder[-1]} px, the last of {list(self.ladder)}; use larger images or a longer ladder",
                 key="images",
                 subject=side,
             )
