@@ -31,7 +31,7 @@ def test_an_error_comes_back_equal_from_a_pickle_and_from_json(error: AdaptNetEr
         assert vars(again) == vars(error)
 
 
-def test_a_record_of_before_keys_were_kept_is_still_read() -> None:
+def test_a_record_from_before_errors_had_keys_is_still_read() -> None:
     old = {"kind": "DivergedError", "message": "loss is nan", "step": 3, "checkpoint": "step-2"}
     found = from_record(old)
     assert isinstance(found, DivergedError) and (found.step, found.checkpoint) == (3, "step-2")

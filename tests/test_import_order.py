@@ -68,7 +68,7 @@ def test_every_module_has_a_place() -> None:
     assert {part_of(module_of(path)) for path in SOURCES} - {"pipeline"} <= set(PLACE)
 
 
-def test_nothing_imports_what_stands_right_of_it() -> None:
+def test_nothing_imports_from_a_layer_to_its_right() -> None:
     end = len(PLACE)
     wrong = [
         f"{module} imports {found}"

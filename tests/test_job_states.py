@@ -223,7 +223,7 @@ def test_a_nodes_memory_is_read_per_node_or_per_cpu(variables: dict[str, str], g
 # --- this machine
 
 
-def test_a_run_whose_newest_job_lives_is_not_resubmitted_by_an_older_id(tmp_path: Path) -> None:
+def test_a_run_whose_newest_job_is_alive_is_not_resubmitted_by_an_older_id(tmp_path: Path) -> None:
     records.add(record(tmp_path / "runs" / "x", str(1 << 30), "local"))
     records.add(record(tmp_path / "runs" / "x", str(os.getpid()), "local"))
     from jobs.verbs.jobs import resubmit

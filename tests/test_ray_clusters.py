@@ -436,7 +436,7 @@ def test_a_cluster_of_another_machine_is_not_touched(tmp_path: Path) -> None:
     stranger = subprocess.Popen(["sleep", "300"])
     theirs = [stranger.pid, psutil.Process(stranger.pid).create_time()]
     (tmp_path / "cluster.json").write_text(json.dumps({"host": "elsewhere", "address": "a:1", "keepers": [theirs]}))
-    assert not local.lives
+    assert not local.is_running
     for order in (local.down, lambda: local.up(1, cpus=1, gpus=[], patience_s=1)):
         with fails(ResourceError, "--name", "elsewhere"):
             order()

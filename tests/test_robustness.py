@@ -80,7 +80,7 @@ def attacked(split: Split, net: nn.Module, attack: Attack, classes: int = CLASSE
 
 
 @pytest.fixture(scope="module")
-def learnt() -> nn.Module:
+def learned() -> nn.Module:
     """A small ResNet trained on the toy set."""
     torch.manual_seed(0)
     net = families.find("baseline").build(BaselineConfig(net="cifar_resnet", depth=8), 3)
@@ -126,29 +126,29 @@ def test_pixels_move_by_eps_up_the_loss_whatever_the_family(case: str) -> None: 
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_the_sign_is_that_of_the_losss_gradient(learnt: nn.Module) -> None:
+def test_the_sign_is_that_of_the_losss_gradient(learned: nn.Module) -> None:
     split = toys(5, seed=9)
-    (found,) = attacked(split, learnt, Attack("fgsm", EPS), 3)
-    learnt.eval()
+    (found,) = attacked(split, learned, Attack("fgsm", EPS), 3)
+    learned.eval()
     pixels = split.images.double().requires_grad_()
     data = how().data
     scaled = (pixels / 255 - torch.tensor(data.mean)) / torch.tensor(data.std)
-    F.cross_entropy(learnt.double()(scaled.permute(0, 3, 1, 2)).logits, split.labels).backward()
-    learnt.float()
+    F.cross_entropy(learned.double()(scaled.permute(0, 3, 1, 2)).logits, split.labels).backward()
+    learned.float()
     assert pixels.grad is not None
     expected = (split.images + 4 * pixels.grad.sign()).clamp(0, 255)
     assert (found.double() == expected).double().mean() > 0.999  # fp32 may round a gradient of nothing
 
 
-def test_an_attack_misleads_a_trained_net(learnt: nn.Module) -> None:
+def test_an_attack_misleads_a_trained_net(learned: nn.Module) -> None:
     split, attack = toys(60, seed=2), Attack("fgsm", 8 / 255)
-    policy = families.find("baseline").policies(BaselineConfig(net="cifar_resnet", depth=8), learnt)[0]
-    (clean,) = evaluate(learnt, [policy], split, how(3))
-    (worse,) = evaluate(learnt, [policy], Attacked(split, learnt, how(3), attack), how(3))
+    policy = families.find("baseline").policies(BaselineConfig(net="cifar_resnet", depth=8), learned)[0]
+    (clean,) = evaluate(learned, [policy], split, how(3))
+    (worse,) = evaluate(learned, [policy], Attacked(split, learned, how(3), attack), how(3))
     assert clean.top1 > 0.6 and worse.top1 < clean.top1 - 0.3, (clean.top1, worse.top1)
     assert clean.macs_mean == worse.macs_mean and worse.num_images == 60
-    for before, after in zip(split, Attacked(split, learnt, how(3), attack), strict=True):
-        losses = [F.cross_entropy(learnt(how().images(each)).logits, each.labels) for each in (before, after)]
+    for before, after in zip(split, Attacked(split, learned, how(3), attack), strict=True):
+        losses = [F.cross_entropy(learned(how().images(each)).logits, each.labels) for each in (before, after)]
         assert losses[1] > losses[0]
 
 
@@ -160,11 +160,11 @@ def test_jpeg_changes_little_at_100_and_more_at_lower_quality() -> None:
     assert compressed(images, 75).shape == images.shape and compressed(images, 75).dtype == torch.uint8
 
 
-def test_jpeg_comes_after_the_attack_and_alone(learnt: nn.Module) -> None:
+def test_jpeg_comes_after_the_attack_and_alone(learned: nn.Module) -> None:
     split = toys(5, seed=5)
-    (sharp,) = attacked(split, learnt, Attack("fgsm", EPS), 3)
-    (both,) = attacked(split, learnt, Attack("fgsm", EPS, 60), 3)
-    (alone,) = attacked(split, learnt, Attack(jpeg=60), 3)
+    (sharp,) = attacked(split, learned, Attack("fgsm", EPS), 3)
+    (both,) = attacked(split, learned, Attack("fgsm", EPS, 60), 3)
+    (alone,) = attacked(split, learned, Attack(jpeg=60), 3)
     assert torch.equal(both, compressed(sharp, 60)) and torch.equal(alone, compressed(split.images, 60))
 
 
@@ -203,13 +203,13 @@ def test_a_resized_policy_is_the_plain_policy_on_resized_images(case: str) -> No
     assert ResizedPolicy(policy, lower, True).name == f"{policy.name}@12px-and-up"
 
 
-def test_macs_are_those_of_the_smaller_images(learnt: nn.Module) -> None:
-    policy = families.find("baseline").policies(BaselineConfig(net="cifar_resnet", depth=8), learnt)[0]
+def test_macs_are_those_of_the_smaller_images(learned: nn.Module) -> None:
+    policy = families.find("baseline").policies(BaselineConfig(net="cifar_resnet", depth=8), learned)[0]
     split = toys(10, seed=6)
     at24, at12, back = evaluate(
-        learnt, [policy, ResizedPolicy(policy, 12), ResizedPolicy(policy, 12, True)], split, how(3)
+        learned, [policy, ResizedPolicy(policy, 12), ResizedPolicy(policy, 12, True)], split, how(3)
     )
-    assert at12.macs_mean == cost.measure(learnt, torch.zeros(1, 3, 12, 12)).macs < at24.macs_mean == back.macs_mean
+    assert at12.macs_mean == cost.measure(learned, torch.zeros(1, 3, 12, 12)).macs < at24.macs_mean == back.macs_mean
     assert at12.relative_macs == pytest.approx(at12.macs_mean / at24.macs_mean)
 
 
@@ -233,7 +233,7 @@ def test_a_side_that_the_net_does_not_accept_is_refused_by_the_net() -> None:
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory, learnt: nn.Module) -> Path:
+def run_dir(tmp_path_factory: pytest.TempPathFactory, learned: nn.Module) -> Path:
     """A run of the trained net with its evaluation on toy images."""
     home = tmp_path_factory.mktemp("robust")
     images = toy.make(home / "toy", num_classes=3, train=9, val=24, side_px=24)
@@ -246,7 +246,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, learnt: nn.Module) -> Path
     ]
     quiet = ["tracking.register=null", "evaluation.latency_repeats=0", "compute.workers=0", "data.eval_resize_px=24"]
     config = run_config.load("baseline/toy", [f"data.root={images}", *quiet, *net])
-    torch.save(learnt.state_dict(), home / "net.pt")
+    torch.save(learned.state_dict(), home / "net.pt")
     importing.import_weights(config, home / "net.pt", home / "runs" / "robust")
     return home / "runs" / "robust"
 

@@ -37,7 +37,7 @@ def drawn(trials: list[Trial], over: config.SweepConfig = OVER) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def test_on_a_terminal_the_table_says_how_each_trial_stands() -> None:
+def test_on_a_terminal_the_table_shows_the_state_of_each_trial() -> None:
     trials = [
         trial(0, "finished", step=20, total_steps=20, judged={5: 0.25, 10: 0.5}, metrics={"mean/top1": 0.75}),
         trial(1, "running", step=7, total_steps=20, judged={5: 0.375}),

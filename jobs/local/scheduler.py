@@ -62,7 +62,7 @@ class LocalProcess(Scheduler):
             return JobState("COMPLETED" if record.run_dir is None or record.finished else "FAILED")
         if record.host != socket.gethostname():
             return JobState("UNKNOWN", f"it was started on {record.host}; run `adaptnet jobs` there")
-        return JobState("RUNNING", alive=True) if _lives(record) else self._ended(record)
+        return JobState("RUNNING", alive=True) if _is_running(record) else self._ended(record)
 
     def _ended(self, record: JobRecord) -> JobState:
         return JobState("FAILED", "its process has ended without a result")
@@ -164,7 +164,7 @@ def _process_id(record: JobRecord) -> int:
     return record.pid if record.pid is not None else int(record.id)
 
 
-def _lives(record: JobRecord) -> bool:
+def _is_running(record: JobRecord) -> bool:
     """Whether the job's process still runs. A process that started later merely reuses its id."""
     try:
         process = psutil.Process(_process_id(record))

@@ -74,7 +74,7 @@ class Local:
         return self._node(0, 1, cpus=1, gpus=0, patience_s=1.0).token
 
     @property
-    def lives(self) -> bool:
+    def is_running(self) -> bool:
         """Whether any keeper process of this cluster runs on this machine."""
         record = self.read()
         return record is not None and record["host"] == socket.gethostname() and any(_alive(record["keepers"]))
@@ -123,7 +123,7 @@ class Local:
 
     def _refuse_second(self) -> None:
         record = self._mine()
-        if record is not None and self.lives:
+        if record is not None and self.is_running:
             raise ResourceError(
                 f"{self.folder}: a cluster runs at {record['address']}; `adaptnet cluster down` ends it",
                 key="--name",

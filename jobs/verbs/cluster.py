@@ -121,7 +121,7 @@ def status(
     if address is None:
         cluster = _local(folder, name)
         address = (cluster.read() or {}).get("address")
-        if address is None or not cluster.lives:
+        if address is None or not cluster.is_running:
             typer.echo(f"{cluster.folder}: no cluster runs here; `adaptnet cluster up --local N` starts one")
             raise typer.Exit(1)
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(cluster.token)

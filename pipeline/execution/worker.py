@@ -459,7 +459,7 @@ def _micro_batches(context: RunContext, plan: TrainingPlan, loader: TrainLoader)
 
 @dataclass
 class RunEvents:
-    """What the training loop calls. evaluated_at: the step of `latest`, the metrics of the newest evaluation."""
+    """The callbacks of the training loop. evaluated_at: the step of `latest`, the metrics of the newest evaluation."""
 
     context: RunContext
     writer: Writer

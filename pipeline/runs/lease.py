@@ -139,10 +139,10 @@ def held_elsewhere(run_dir: Path) -> str | None:
 
 
 def _refuses(held: LeaseEntry) -> bool:
-    return bool(held) and not held.get("released") and _lives(held)
+    return bool(held) and not held.get("released") and _is_running(held)
 
 
-def _lives(held: LeaseEntry) -> bool:
+def _is_running(held: LeaseEntry) -> bool:
     if held["host"] != socket.gethostname():
         return time.time() - float(held["heartbeat"]) < SILENT_S
     try:

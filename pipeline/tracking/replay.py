@@ -26,7 +26,7 @@ STATUS_EVENTS = ("driver-started", "driver-ended")  # events of the journal `dri
 
 
 class Composite:
-    """One run and all its trackers. An error of one tracker withholds nothing from the others."""
+    """One run and all its trackers. An error of one tracker does not affect the others."""
 
     def __init__(self, replays: Mapping[str, Replay]) -> None:
         self.replays = replays

@@ -14,7 +14,7 @@ from pipeline.tracking.uploader import is_live, last_status
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run: its status, its progress, and how much of its journal MLflow lacks."""
+    """One run: its status, its progress, and how much of its journal is not in MLflow yet."""
 
     run_dir: Path
     status: str  # RUNNING, FINISHED, FAILED or KILLED

@@ -36,7 +36,7 @@ class TensorBoardTracker:
         self._written = _Written()
 
     def open(self, run_dir: Path, recipe: Mapping[str, JsonValue]) -> NoProgress:
-        """Reads what the event files hold; a new one is created with the first value that they lack.
+        """Reads what the event files hold; a new one is created with the first new value.
 
         Raises ConfigError if TensorBoard is not installed.
         """

@@ -1,4 +1,4 @@
-"""What a tracker is: a service or a set of files to which a run's journal is replayed.
+"""The interface of a tracker: a service or a set of files to which a run's journal is replayed.
 
 A tracker receives the same values more than once: after an error, a kill or a resume. Every call is therefore
 idempotent, and a (key, step) that the tracker has already received changes nothing.
@@ -84,7 +84,7 @@ class Tracker(Protocol):
         """Stores a file in the folder `place` ("" is the top), or the content of a folder as the folder `place`."""
 
     def log_summary(self, facts: Mapping[str, str]) -> None:
-        """Sets facts about the run: a value replaces the previous one of its key, other keys stay.
+        """Sets facts about the run: a value replaces the previous one of its key; other keys are unchanged.
 
         Known keys: checkpoint, checkpoint.best, checkpoint.last (locations), note (Markdown), parent (a run folder).
         """

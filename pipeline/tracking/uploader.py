@@ -1,4 +1,4 @@
-"""When a run is sent to its trackers: by a thread in the driver while it trains, by `sync` afterwards."""
+"""Sends a run to its trackers: from a thread in the driver while it trains, by `sync` afterwards."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _composite(run_dir: Path, uri: str, config: TrackingConfig, recipe: Mapping[
 
 @dataclass(frozen=True)
 class Sync:
-    """What `sync` did: the MLflow run, and how many metrics were sent now."""
+    """The result of `sync`: the MLflow run, and the number of metrics sent."""
 
     run_id: str
     uri: str  # without secrets
@@ -175,7 +175,7 @@ class Sync:
 
 
 def sync(run_dir: Path, uri: str | None = None) -> Sync:
-    """Sends what the trackers lack of a run that is not training, or that only writes its journal.
+    """Sends what the trackers do not have yet of a run that is not training, or that only writes its journal.
 
     Idempotent. `uri` replaces the recipe's. Raises ConfigError if `run_dir` is not a run folder, ResourceError if the
     server does not answer or another process is sending this run.

@@ -27,7 +27,7 @@ SYNC_EVERY_S = 2.0  # how often rank 0 decides on stopping and on events in minu
 
 
 class TrainingEvents(Protocol):
-    """What the loop calls. All are collective except `wants_to_stop`, which only rank 0 calls."""
+    """The callbacks of the loop. All are collective except `wants_to_stop`, which only rank 0 calls."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Records metrics of the steps since the last call."""
@@ -46,7 +46,7 @@ class TrainingEvents(Protocol):
         ...
 
     def wants_to_stop(self) -> bool:
-        """Whether the training is to be saved and left at this step."""
+        """Whether to save the training and stop at this step."""
         ...
 
 
@@ -148,7 +148,7 @@ def _periods(step: int, per_step: float, every: float) -> int:
 
 @dataclass(frozen=True)
 class StepDecisions:
-    """What rank 0 has decided that all ranks do at this same step."""
+    """Rank 0's decisions, which all ranks carry out at the same step."""
 
     stop: bool = False
     log: bool = False

@@ -62,7 +62,7 @@ def fresh(
 ) -> TrainState:
     """The state before the first step; its weights depend only on `seed`, so they are equal on every rank and device.
 
-    `weights` given, the family adopts them. Raises ConfigError where they do not fit.
+    With `weights`, the family loads these. Raises ConfigError if they do not fit.
     """
     torch.manual_seed(seed_of(seed, "weights"))
     net = family.build(config, num_classes)
@@ -86,7 +86,7 @@ def _copy(net: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, net: nn.Module, decay: float, step: int) -> None:
-    """Moves `ema` towards `net` by 1 - min(decay, (1 + step)/(10 + step)); the ramp makes it forget the start."""
+    """Moves `ema` towards `net` by 1 - min(decay, (1 + step)/(10 + step)); the ramp discounts the first steps."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     theirs = dict(_tensors(net))
     for name, mine in _tensors(ema):

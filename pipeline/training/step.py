@@ -29,7 +29,7 @@ from pipeline.training.state import TrainState, seed_of, update_ema
 
 
 class LoaderBatch(Protocol):
-    """What the loader yields, on the device: images uint8 [b, S, S, 3], labels [b] i64, draws {name: [b, ...]}.
+    """A batch from the loader, on the device: images uint8 [b, S, S, 3], labels [b] i64, draws {name: [b, ...]}.
 
     draws holds, by operation of `data.augment`, what that operation has to do to each image.
     """

@@ -146,7 +146,7 @@ def all_gates(odds: float) -> Callable[[nn.Module], None]:
     return arrange
 
 
-def told_apart(net: Evaluated) -> Evaluated:
+def with_distinct_top1(net: Evaluated) -> Evaluated:
     """Each policy gets a distinct top-1, which untrained nets do not have."""
     return replace(net, reports=[replace(report, top1=0.1 + n**2 / 100) for n, report in enumerate(net.reports)])
 
@@ -169,7 +169,7 @@ def ranet(folder: Path) -> Evaluated:
 
 @pytest.fixture(scope="module")
 def arrn(folder: Path) -> Evaluated:
-    return told_apart(trained("arrn", folder, "arrn"))
+    return with_distinct_top1(trained("arrn", folder, "arrn"))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def shaped(folder: Path) -> Evaluated:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Evaluated:
-    return told_apart(trained("baseline", folder, "plain"))
+    return with_distinct_top1(trained("baseline", folder, "plain"))
 
 
 @pytest.fixture(params=["aig", "ranet", "arrn", "shaped"])
@@ -578,7 +578,7 @@ def test_times_of_different_machines_are_not_compared(arrn: Evaluated, plain: Ev
 
 
 def test_dropout_and_skipping_are_tabulated_for_nets_with_and_without_dropout(arrn: Evaluated, folder: Path) -> None:
-    without = told_apart(trained("arrn", folder, "without", latency=False, drop=0.0))
+    without = with_distinct_top1(trained("arrn", folder, "without", latency=False, drop=0.0))
     name = "arrn-dropout-and-skipping"
     assert name not in drawn(arrn) and name not in drawn(without, replace(without, name="again"))
     found = one(drawn(without, arrn), name, Table)

@@ -1,4 +1,4 @@
-"""The kinds of loss of the logits, one module each: to add one, add a module with a subclass of `LossConfig`."""
+"""The losses on the logits, one module each: to add one, add a module with a subclass of `LossConfig`."""
 
 from __future__ import annotations
 

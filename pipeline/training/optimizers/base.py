@@ -1,4 +1,4 @@
-"""What every kind of optimizer has in common."""
+"""The base of all optimizers' settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every kind of schedule has in common: a linear warm-up."""
+"""The base of all schedules, with a linear warm-up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The full rate throughout."""
+"""A constant learning rate."""
 
 from __future__ import annotations
 

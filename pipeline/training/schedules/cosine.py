@@ -1,4 +1,4 @@
-"""Half a cosine from the full rate down."""
+"""Cosine decay."""
 
 from __future__ import annotations
 

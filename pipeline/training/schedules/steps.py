@@ -1,4 +1,4 @@
-"""A factor at each of some epochs."""
+"""Step decay: a factor at each milestone."""
 
 from __future__ import annotations
 
