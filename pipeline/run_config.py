@@ -108,18 +108,22 @@ def _optimizers_of(section: Mapping[str, JsonValue]) -> Sequence[str] | None:
 
 
 def load(
-    source: str, overrides: Sequence[str] = (), *, drawn: Sequence[str] = (), data_home: str | None = None
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    below: Sequence[str] = (),
+    drawn: Sequence[str] = (),
+    data_home: str | None = None,
 ) -> RunConfig:
     """The recipe `family/recipe[:variant]`, or a YAML file's, with `a.b=c` overrides laid on top in order.
 
-    drawn: further overrides, which may make some of the others inert. `${data_home}` in a value is replaced by
-    `data_home`. Raises ConfigError naming each fault.
+    below, drawn: further overrides, laid before and after; later ones may make keys of earlier ones inert.
+    `${data_home}` in a value is replaced by `data_home`. Raises ConfigError naming each fault.
     """
     layers: list[Mapping[str, object]] = [
         {"name": recipes.run_name(source)},
         *map(_without_unused_defaults, recipes.layers(source)),
-        _together(overrides),
-        _together(drawn),
+        *map(_together, (below, overrides, drawn)),
     ]
     start: Mapping[str, object] = {}
     mapping = reduce(lay, layers, start)

@@ -466,6 +466,16 @@ def test_an_identity_of_an_earlier_version_is_that_of_the_same_sweep_today(image
     assert config.translated(old | {"recipe.training.epochs": 9.0}) != now
 
 
+def test_an_override_may_make_a_key_of_the_sweeps_file_inert(images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "recipe: convnet_aig/toy\noverrides: {data: {shuffle: block, lanes: 8}}\nspace: {seed: {grid: [1, 2]}}\n"
+    )
+    loaded = config.load(str(path), [f"data.root={images}", "data.shuffle=full"])
+    assert [loaded.recipe(sample).data.shuffle for sample in loaded.samples()] == ["full", "full"]
+    assert config.load(str(path), [f"data.root={images}"]).base.data.lanes == 8
+
+
 def test_a_refusal_names_the_bound() -> None:
     found = NetCost(macs=20_000_000, parameters=300_000)
     assert found.refusal(config.Bounds(max_gmacs=0.02, max_mparameters=0.3, max_minutes=1)) is None

@@ -111,7 +111,7 @@ class SweepConfig(Config):
 class Sweep:
     """A sweep that is ready to run.
 
-    overrides: those of the recipe, the file's before the command's. base: the recipe with them, without a sample.
+    overrides: those of the recipe by the command, laid over the file's. base: the recipe with them, without a sample.
     data_home: the folder of data sets, for ${data} in recipes.
     """
 
@@ -125,7 +125,11 @@ class Sweep:
         """The recipe of a sample. Raises ConfigError naming the sample and the keys of the recipe."""
         try:
             return run_config.load(
-                self.config.recipe, self.overrides, drawn=_texts(sample.overrides), data_home=self.data_home
+                self.config.recipe,
+                self.overrides,
+                below=_texts(configs.flat(self.config.overrides)),
+                drawn=_texts(sample.overrides),
+                data_home=self.data_home,
             )
         except ConfigError as error:
             raise ConfigError(
@@ -220,11 +224,11 @@ def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = 
             recipe_overrides.append(text)
     config = configs.validate(SweepConfig, mapping, f"sweep {source}")
     cases = space.parse(config.space)
-    texts = [*_texts(configs.flat(config.overrides)), *recipe_overrides]
     _check_overrides(recipe_overrides, cases)
     _check_kind(config, cases)
-    base = run_config.load(config.recipe, [*texts, f"name={config.name}"], data_home=data_home)
-    sweep = Sweep(config, cases, texts, base, data_home)
+    below = _texts(configs.flat(config.overrides))
+    base = run_config.load(config.recipe, [*recipe_overrides, f"name={config.name}"], below=below, data_home=data_home)
+    sweep = Sweep(config, cases, recipe_overrides, base, data_home)
     for sample in sweep.samples() or _first_of_each_key(cases, config.search.seed):
         sweep.recipe(sample)
     return sweep
