@@ -37,6 +37,7 @@ class LocalProcess(Scheduler):
         import submitit
         from submitit.helpers import clean_env
 
+        from jobs.schedulers.task import SubmittedTask
         from pipeline.compat.submitit import submit_all
 
         script = self.preview(submission)
@@ -46,7 +47,7 @@ class LocalProcess(Scheduler):
         made = []
         for job in submission.jobs:
             with clean_env(), _code_from(submission.snapshot):
-                (started,) = submit_all(executor, [job])
+                (started,) = submit_all(executor, [SubmittedTask(job)])
             made.append(record_of(submission, job, id=started.id, log=started.log, script=script))
             records.add(made[-1])
         return made
@@ -115,13 +116,14 @@ class ThisProcess(LocalProcess):
         import submitit
         from submitit.helpers import clean_env
 
+        from jobs.schedulers.task import SubmittedTask
         from pipeline.compat.submitit import submit_all
 
         script = self.preview(submission)
         _prepare(submission)
         executor = submitit.DebugExecutor(submission.folder)
         with clean_env():
-            started = [submit_all(executor, [job])[0] for job in submission.jobs]
+            started = [submit_all(executor, [SubmittedTask(job)])[0] for job in submission.jobs]
         made = []
         for job, one in zip(submission.jobs, started, strict=True):
             made.append(record_of(submission, job, id=one.id, log=one.log, pid=os.getpid(), script=script))

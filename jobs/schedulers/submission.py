@@ -6,14 +6,11 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jobs.schedulers import snapshot
 from jobs.schedulers.profile import SiteProfile
 from pipeline.errors import ConfigError
-
-if TYPE_CHECKING:
-    from submitit.helpers import DelayedSubmission
 
 FOLDER = "slurm"  # folder in a job's home for records, logs, pickles and code, whichever scheduler runs it
 START_UP_S = 60  # imports, Ray, workers: nothing is saved before these are done
@@ -64,19 +61,6 @@ class Job:
     uses_ray: bool = True
     saves_within_s: float = 90.0
     needs: WorkerNeeds | None = None
-
-    def __call__(self) -> str:
-        """Runs the part of the node that this process is on; see `NodeTask.run`."""
-        from jobs import schedulers
-        from jobs.schedulers.node import NodeTask
-
-        return NodeTask(self, schedulers.get(self.scheduler)).run()
-
-    def checkpoint(self) -> DelayedSubmission:
-        """What submitit runs next if a warning comes before `__call__` has begun: the same job again."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
 
     @property
     def folder(self) -> Path:

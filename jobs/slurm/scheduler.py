@@ -109,6 +109,7 @@ def _sbatch(submission: Submission) -> list[tuple[str, Path]]:
     import submitit
     from submitit.helpers import clean_env
 
+    from jobs.schedulers.task import SubmittedTask
     from pipeline.compat.submitit import submit_all
 
     config = {key: os.environ[key] for key in (CONFIG_VARIABLE,) if key in os.environ}
@@ -117,7 +118,9 @@ def _sbatch(submission: Submission) -> list[tuple[str, Path]]:
         try:
             executor = submitit.SlurmExecutor(submission.folder, max_num_timeout=10**6, python=python(submission))
             executor.update_parameters(**parameters(submission))
-            return [(each.id, each.log) for each in submit_all(executor, submission.jobs)]
+            return [
+                (each.id, each.log) for each in submit_all(executor, [SubmittedTask(job) for job in submission.jobs])
+            ]
         except Exception as error:  # sbatch's failure, and what submitit makes of its output
             raise refused(error) from None
 

@@ -17,7 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict, cast
 
-from pipeline.registry.store_reader import ModelStore, RegisteredModel, VersionRow, open_store
+from pipeline.registry.model_store import ModelStore, RegisteredModel, VersionRow
+from pipeline.registry.store_reader import open_store
 from pipeline.runs.files import write_text
 from pipeline.runs.provenance import without_secrets
 

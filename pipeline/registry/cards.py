@@ -12,7 +12,7 @@ from pipeline import config as configs
 from pipeline.errors import JsonValue
 from pipeline.registry import store_reader
 from pipeline.registry.catalogue import StoredReport, Version, lookup
-from pipeline.registry.store_reader import TrackedRun
+from pipeline.registry.model_store import TrackedRun
 
 NOT_FACTS = {"adaptnet.reports", "adaptnet.imported", "adaptnet.start_from"}  # shown in sentences of their own
 

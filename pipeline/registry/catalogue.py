@@ -16,7 +16,7 @@ from typing import TypedDict
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.frontier import Budget, dominated
 from pipeline.registry import cache, store_reader
-from pipeline.registry.store_reader import RegisteredModel, VersionRow
+from pipeline.registry.model_store import RegisteredModel, VersionRow
 from pipeline.tracking.address import database_file, resolve_uri
 
 RUNS = Path("runs")  # where runs and their database are by default

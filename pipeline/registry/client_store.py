@@ -8,7 +8,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from pipeline.errors import ResourceError
-from pipeline.registry.store_reader import RegisteredModel, TrackedRun, VersionRow, unanswered
+from pipeline.registry.model_store import RegisteredModel, TrackedRun, VersionRow, unanswered
 from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.client import (
     Client,

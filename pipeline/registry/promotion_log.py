@@ -16,7 +16,7 @@ from typing import Literal
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.registry import store_reader
 from pipeline.registry.catalogue import JOURNAL
-from pipeline.registry.store_reader import VersionRow
+from pipeline.registry.model_store import VersionRow
 from pipeline.tracking.client import Client
 
 Kind = Literal["promotion", "rollback"]

@@ -19,9 +19,9 @@ from pipeline.family import Report
 from pipeline.registry.catalogue import Version
 from pipeline.registry.client_store import search_versions, version_row
 from pipeline.registry.model import FIGURES, load_model, weights_of, write_model_folder
+from pipeline.registry.model_store import VersionRow
 from pipeline.registry.resolve import run_storage
 from pipeline.registry.session import session
-from pipeline.registry.store_reader import VersionRow
 from pipeline.runs import records
 from pipeline.runs.provenance import without_secrets
 from pipeline.runs.records import Meta

@@ -19,7 +19,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urlencode, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
-from pipeline.registry.store_reader import RegisteredModel, TrackedRun, VersionRow, unanswered
+from pipeline.registry.model_store import RegisteredModel, TrackedRun, VersionRow, unanswered
 from pipeline.tracking.client import reason_of, refusal
 
 TIMEOUT_S = 30.0

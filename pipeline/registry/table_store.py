@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.registry.store_reader import HOME, RegisteredModel, TrackedRun, UnknownRevision, VersionRow, unanswered
+from pipeline.registry.model_store import HOME, RegisteredModel, TrackedRun, UnknownRevision, VersionRow, unanswered
 from pipeline.tracking.address import database_file
 from pipeline.tracking.client import reason_of
 
