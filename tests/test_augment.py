@@ -325,7 +325,7 @@ import torch
 from pipeline import run_config
 from pipeline.data.dali import TrainLoader
 from pipeline.data.index import open_index
-from pipeline.training.step import prepare
+from pipeline.training import step
 
 def micro_batches(world, erase_px):
     overrides = [f"data.augment.erase_px={erase_px}", "data.side_px=16", "name=erased", f"data.root={sys.argv[1]}"]
@@ -335,7 +335,7 @@ def micro_batches(world, erase_px):
     for rank in range(world):
         with TrainLoader(open_index(Path(sys.argv[1])), config.data, seed=1, batch_size=8, rank=rank, world=world,
                          device=torch.device("cpu"), threads=1) as loader:
-            shares += [prepare(task, config.data, next(loader), 1)[0].images for _ in range(1)]
+            shares += [step.micro_batches(task, config.data, next(loader), 1)[0].images]
     return torch.cat(shares)
 
 one, two, without = micro_batches(1, 5), micro_batches(2, 5), micro_batches(1, 0)

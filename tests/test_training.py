@@ -265,7 +265,7 @@ def _evaluate_one(rank: int, folder: Path) -> None:
                 yield DecodedEvalBatch(images, torch.tensor([2]), np.array([0]))
 
     class Whole:
-        name = "whole"
+        name, kind, settings = "whole", "whole", dict[str, int]()
 
         def predict(self, net: nn.Module, images: Tensor) -> Prediction:
             return Prediction(net(images).logits, torch.ones(len(images), dtype=torch.float64))

@@ -50,7 +50,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "convnet_aig": {"depth": 14, "target_rate": [1.0, 0.5, 0.5, 0.6, 0.6, 0.6]},
     "ranet": RANET,
     "arrn": {**ARRN, "resolutions_px": [12, 8]},
-    "shape_adaptor": {**SHAPE, "target_px": 5},
+    "shape_adaptor": SHAPE,
     "baseline": {"net": "cifar_resnet", "depth": 8, "resolutions_px": [10, 8]},
 }
 F = TypeVar("F", Lines, Bars, HeatMap, Gallery, Table)
