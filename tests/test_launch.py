@@ -209,6 +209,7 @@ def test_a_killed_driver_is_succeeded_by_the_same_command_in_the_same_mlflow_run
     assert tracked(run_dir, first_id) == sent
 
 
+@pytest.mark.faults
 def test_two_workers_replace_a_truncated_jpeg_stop_at_ctrl_c_and_one_resumes(images: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "set"
     shutil.copytree(images, damaged)

@@ -55,6 +55,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the memory of a process this way")
 def test_running_out_of_memory_is_one_error_that_names_a_smaller_setting_that_works(tmp_path: Path) -> None:
     """A process that may have 2 GiB more than it begins with, and a step that needs more."""

@@ -855,6 +855,7 @@ def test_a_driver_that_has_lost_its_lease_ends(images: Path, tmp_path: Path) -> 
         wait_until(lambda folder=folder: json.loads((folder / "lease.json").read_text())["released"])
 
 
+@pytest.mark.faults
 def test_a_sweep_killed_twice_ends_like_an_uninterrupted_one(images: Path, whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "whole"
     shutil.copyfile(database().path, tmp_path / "mlflow.db")
