@@ -1,4 +1,4 @@
-"""`adaptnet jobs`: records of old and new formats, SLURM's states explained, and jobs unknown to their scheduler."""
+"""Tests of `adaptnet jobs`: old and new records, explanations of SLURM's states, jobs that SLURM no longer lists."""
 
 from __future__ import annotations
 

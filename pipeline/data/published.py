@@ -1,7 +1,7 @@
 """Readers of image sets in the form in which they are published: place of the bytes, label and split of each image.
 
-Nothing is extracted under a name from an archive. JPEGs are read in place, from uncompressed tars; arrays of pixels are
-written as PNG. The publisher's test split becomes `val`.
+No member of an archive is extracted to the path that it names. JPEGs are read in place, from uncompressed tars; arrays
+of pixels are written as PNG. The publisher's test split becomes `val`.
 """
 
 from __future__ import annotations

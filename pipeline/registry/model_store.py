@@ -66,7 +66,7 @@ def unanswered(uri: str, reason: str) -> ResourceError:
     """The error for a registry that does not answer."""
     shown = without_secrets(uri)
     return ResourceError(
-        f"registry {shown}: {reason}. Check that it is running and that this address is right, then give the same "
+        f"registry {shown}: {reason}. Check that it is running and that this address is right, then run the same "
         "command again",
         key="--uri",
         subject=shown,

@@ -44,7 +44,7 @@ def optimizers(config: ShapeConfig) -> Sequence[str]:
 
 
 def updates(config: ShapeConfig, step: int) -> Sequence[str]:
-    """The alphas first, then the weights in the new shape, on the same batch.
+    """Updates the alphas first, then the weights in the new shape, on the same batch.
 
     Source: the released code, which restarts the count of steps in each epoch, so that each epoch begins with an update
     of the alphas. We count over the whole run, because a family does not know the length of an epoch.
