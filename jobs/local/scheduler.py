@@ -82,11 +82,7 @@ class LocalProcess(Scheduler):
 
     def requeue(self, record: JobRecord) -> None:
         """Always raises ResourceError: there is no queue."""
-        raise ResourceError(
-            f"job {record.id} is not in a queue; use `adaptnet jobs cancel`, then `resubmit`",
-            key="job",
-            subject=record.id,
-        )
+        raise records.not_queued(record)
 
     def logs(self, record: JobRecord) -> Sequence[Path]:
         """Returns the only log of the process."""

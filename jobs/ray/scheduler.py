@@ -88,11 +88,7 @@ class RayJobs(Scheduler):
 
     def requeue(self, record: JobRecord) -> None:
         """Always raises ResourceError: there is no queue."""
-        raise ResourceError(
-            f"job {record.id} is not in a queue; use `adaptnet jobs cancel`, then `resubmit`",
-            key="job",
-            subject=record.id,
-        )
+        raise records.not_queued(record)
 
     def logs(self, record: JobRecord) -> Sequence[Path]:
         """Returns the copy of the log beside the run."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from jobs.schedulers import JobState
 from jobs.schedulers.profile import SiteProfile
 from jobs.schedulers.submission import FOLDER, Job, Resources, Submission, WorkerNeeds
-from pipeline.errors import ConfigError, JsonValue
+from pipeline.errors import ConfigError, JsonValue, ResourceError
 from pipeline.runs.files import write_json
 from pipeline.runs.records import read_status
 
@@ -211,6 +211,13 @@ def find(wanted: str, runs: Path = RUNS) -> JobRecord:
     known = ", ".join(f"{record.id} ({name})" for record, name in zip(newest[:10], names, strict=False)) or "none"
     raise ConfigError(
         f"{wanted}: no job has that id, run or folder; the newest jobs: {known}{hint}", key="job", subject=wanted
+    )
+
+
+def not_queued(record: JobRecord) -> ResourceError:
+    """The error for a requeue where no queue exists."""
+    return ResourceError(
+        f"job {record.id} is not in a queue; use `adaptnet jobs cancel`, then `resubmit`", key="job", subject=record.id
     )
 
 
