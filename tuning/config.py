@@ -209,19 +209,10 @@ def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = 
     """
     path = path_of(source)
     mapping: dict[str, JsonValue] = {"name": path.stem, "question": question_of(path), **configs.read_mapping(path)}
-    recipe_overrides: list[str] = []
+    recipe_overrides = [text for text in overrides if not _is_of_sweep(_key_of(text))]
     for text in overrides:
-        key, _, value = text.partition("=")
-        if key.strip().startswith("space."):
-            given = configs.parse_override(f"value={value}")["value"]
-            mapping["space"] = [*_with_key(mapping.get("space"), key.strip().removeprefix("space."), given)]
-        elif key.strip() in ("space", "objectives"):  # replaced, not merged
-            mapping[key.strip()] = configs.parse_override(f"value={value}")["value"]
-        elif key.strip().partition(".")[0] in SweepConfig.model_fields:
-            mapping = configs.merge(mapping, configs.parse_override(text))
-        else:
-            _check_section(key.strip())
-            recipe_overrides.append(text)
+        if _is_of_sweep(_key_of(text)):
+            mapping = _overridden(mapping, text)
     config = configs.validate(SweepConfig, mapping, f"sweep {source}")
     cases = space.parse(config.space)
     _check_overrides(recipe_overrides, cases)
@@ -232,6 +223,29 @@ def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = 
     for sample in sweep.samples() or _first_of_each_key(cases, config.search.seed):
         sweep.recipe(sample)
     return sweep
+
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
+def _is_of_sweep(key: str) -> bool:
+    """Whether a key is the sweep's. Raises ConfigError for a key that the recipe does not have either."""
+    if key.partition(".")[0] in SweepConfig.model_fields:
+        return True
+    _check_section(key)
+    return False
+
+
+def _overridden(mapping: dict[str, JsonValue], override: str) -> dict[str, JsonValue]:
+    """The sweep's keys with one override. `space`, `space.KEY` and `objectives` are replaced, other keys are merged."""
+    key, value = _key_of(override), override.partition("=")[2]
+    if key.startswith("space."):
+        given = configs.parse_override(f"value={value}")["value"]
+        return {**mapping, "space": [*_with_key(mapping.get("space"), key.removeprefix("space."), given)]}
+    if key in ("space", "objectives"):
+        return {**mapping, key: configs.parse_override(f"value={value}")["value"]}
+    return configs.merge(mapping, configs.parse_override(override))
 
 
 def _first_of_each_key(cases: Sequence[Case], seed: int) -> Iterator[Sample]:

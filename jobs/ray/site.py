@@ -53,16 +53,21 @@ class Machine(Size):
     extra: Mapping[str, JsonValue] = Field(default_factory=dict)  # merged into the rendered node_config
 
 
-class Machines(Machine):
-    """The range of workers of one machine type; the cluster scales between `min` and `max`."""
+class Range(Config):
+    """The range of workers of one kind; the cluster scales between `min` and `max`."""
 
     min: Count = 0
     max: Annotated[int, Field(ge=1)] = 1
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        _check_order(self.min, self.max)
+        if self.min > self.max:
+            raise ValueError(f"min (={self.min}) is above max (={self.max})")
         return self
+
+
+class Machines(Range, Machine):
+    """The range of workers of one machine type."""
 
 
 class Pod(Config):
@@ -74,21 +79,8 @@ class Pod(Config):
     node_selector: Mapping[str, str] = Field(default_factory=dict)
 
 
-class Pods(Pod):
-    """The range of equal worker pods, from `min` to `max`."""
-
-    min: Count = 0
-    max: Annotated[int, Field(ge=1)] = 1
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        _check_order(self.min, self.max)
-        return self
-
-
-def _check_order(fewest: int, most: int) -> None:
-    if fewest > most:
-        raise ValueError(f"min (={fewest}) is above max (={most})")
+class Pods(Range, Pod):
+    """The range of equal worker pods."""
 
 
 class _Site(Config):

@@ -233,17 +233,24 @@ class _Resize(nn.Module):
         return resized(x, cells.sizes[self.number])
 
 
+def _without_blends(net: nn.Module) -> nn.Module:
+    """A copy of the net with one resize in place of each adaptor."""
+    plain = copy.deepcopy(net)
+    adaptors = [name for name, module in plain.named_modules() if isinstance(module, Adaptor)]
+    for name in adaptors:
+        adaptor = plain.get_submodule(name)
+        assert isinstance(adaptor, Adaptor)
+        plain.set_submodule(name, _Resize(adaptor.number))
+    return plain
+
+
 def shape_pairs() -> Iterator[PolicyPair]:
     """Frozen Shape Adaptor nets against nets with one resize in place of each adaptor."""
     for kind, side, batch in (("vgg16_bn", 32, 64), ("mobilenet_v2", 224, 8), ("resnet50", 224, 8)):
         net = _net(shape_adaptor.FAMILY, name="shape_adaptor", net=kind, side_px=side)
         images = _images(batch, side)
         frozen = freeze(net, (side, side))
-        plain = copy.deepcopy(frozen)
-        for module in list(plain.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, Adaptor):
-                    setattr(module, name, _Resize(child.number))
+        plain = _without_blends(frozen)
         macs = cost.measure(frozen, images[:1]).macs / cost.measure(plain, images[:1]).macs
         yield PolicyPair(
             f"Shape Adaptor {kind}, frozen",

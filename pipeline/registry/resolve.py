@@ -121,17 +121,22 @@ def _fetch(version: Version, uri: str, cache: Path | None) -> Path:
         origin = hashlib.sha256(f"{without_secrets(uri)} {source}".encode()).hexdigest()  # registries may share names
         target = home / f"{version.name}-{version.version}-{sha256[:16]}-{origin[:8]}"
         if not target.is_dir():
-            aside = home / f".{target.name}.{uuid.uuid4().hex[:8]}"
-            try:
-                folder = _download(source, uri, version, aside)
-                _check(folder, version)
-                move_folder(folder, target)
-            except OSError:
-                if not target.is_dir():  # it is one if another process was faster
-                    raise
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+            _download_into(target, source, uri, version)
     return _model_in(target, version)
+
+
+def _download_into(target: Path, source: str, uri: str, version: Version) -> None:
+    """Downloads to a folder beside `target`, checks the files, and moves them; another process may be faster."""
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        folder = _download(source, uri, version, aside)
+        _check(folder, version)
+        move_folder(folder, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _download(source: str, uri: str, version: Version, destination: Path | None = None) -> Path:

@@ -22,7 +22,7 @@ from pipeline.deploy import evaluations
 from pipeline.deploy.evaluations import EvaluatedNet
 from pipeline.errors import ConfigError, ContractError
 from pipeline.family import Evaluated
-from pipeline.figures import Bars, Figure, Gallery, HeatMap, Lines, Table
+from pipeline.figures import Bars, Figure, Gallery, HeatMap, Lines, Series, Table
 from pipeline.report import cells, folder, general, resolutions
 from pipeline.report.contact_sheet import contact_sheet
 from pipeline.report.page import Section, Shown, drawn, page
@@ -188,30 +188,47 @@ def fault_of(figure: Figure) -> str | None:
     """The way in which a figure breaks the contract in `pipeline.figures`; None if it keeps it."""
     if not FIGURE_NAME.fullmatch(figure.name):
         return "its name may hold lower case, digits and hyphens"
+    fault = _fault_of_shape(figure)
+    if fault is None and not all(value is None or math.isfinite(value) for value in _numbers(figure)):
+        fault = "a value is not finite"
+    return fault
+
+
+def _fault_of_shape(figure: Figure) -> str | None:
     if isinstance(figure, Lines):
-        for series in figure.series:
-            sizes = {len(series.x), len(series.y), len(series.texts or series.x), len(series.faded or series.x)}
-            if len(sizes) > 1:
-                return f"series {series.name!r}: x, y, texts and faded differ in length"
-        numbers: list[float | None] = [value for series in figure.series for value in (*series.x, *series.y)]
+        uneven = [series.name for series in figure.series if _is_uneven(series)]
+        return f"series {uneven[0]!r}: x, y, texts and faded differ in length" if uneven else None
+    if isinstance(figure, Bars) and any(len(values) != len(figure.labels) for values in figure.series.values()):
+        return f"a series does not have as many values as there are labels ({len(figure.labels)})"
+    if isinstance(figure, HeatMap):
+        return _fault_of_grid(figure)
+    if isinstance(figure, Table) and any(len(row) != len(figure.columns) for row in figure.rows):
+        return f"a row does not have as many cells as there are columns ({len(figure.columns)})"
+    return None
+
+
+def _is_uneven(series: Series) -> bool:
+    return len({len(series.x), len(series.y), len(series.texts or series.x), len(series.faded or series.x)}) > 1
+
+
+def _fault_of_grid(figure: HeatMap) -> str | None:
+    shape = {len(row) for row in figure.values} | {len(figure.columns)}
+    if len(figure.values) != len(figure.rows) or len(shape) > 1:
+        return f"values are not {len(figure.rows)} rows of {len(figure.columns)}"
+    if figure.groups and sum(figure.groups.values()) != len(figure.rows):
+        return f"its groups hold {sum(figure.groups.values())} rows, there are {len(figure.rows)}"
+    return None
+
+
+def _numbers(figure: Figure) -> Iterator[float | None]:
+    if isinstance(figure, Lines):
+        yield from (value for series in figure.series for value in (*series.x, *series.y))
     elif isinstance(figure, Bars):
-        if any(len(values) != len(figure.labels) for values in figure.series.values()):
-            return f"a series does not have as many values as there are labels ({len(figure.labels)})"
-        numbers = [value for values in figure.series.values() for value in values]
+        yield from (value for values in figure.series.values() for value in values)
     elif isinstance(figure, HeatMap):
-        shape = {len(row) for row in figure.values} | {len(figure.columns)}
-        if len(figure.values) != len(figure.rows) or len(shape) > 1:
-            return f"values are not {len(figure.rows)} rows of {len(figure.columns)}"
-        if figure.groups and sum(figure.groups.values()) != len(figure.rows):
-            return f"its groups hold {sum(figure.groups.values())} rows, there are {len(figure.rows)}"
-        numbers = [value for row in figure.values for value in row]
+        yield from (value for row in figure.values for value in row)
     elif isinstance(figure, Table):
-        if any(len(row) != len(figure.columns) for row in figure.rows):
-            return f"a row does not have as many cells as there are columns ({len(figure.columns)})"
-        numbers = [value for row in figure.rows for value in row if not isinstance(value, str)]
-    else:
-        numbers = []
-    return None if all(value is None or math.isfinite(value) for value in numbers) else "a value is not finite"
+        yield from (value for row in figure.rows for value in row if not isinstance(value, str))
 
 
 def _shown(figure: Figure, images: ImageIndex | None) -> Shown:
