@@ -313,6 +313,10 @@ class Family(Generic[ConfigT, OutputT]):
     loss(config, output, targets, criterion)
                                   -> Loss; gets the output, never the net; targets [B] i64, or [B, K] f32 if mixed;
                                      criterion compares logits with targets, as `training.loss` says
+    mean_over_images(config)      -> False if the loss is not a mean over images of a term of each, as after a square of
+                                     a batch's rate. A step of several micro-batches then takes the loss of all of them
+                                     at once: the output must consist of tensors [B, ...], and no parameter may be
+                                     outside DDP
     groups(config, net)           -> optimizer name -> its Params; together they partition the trainable parameters
     optimizers(config)            -> the names that groups will have; "main" alone by default
     updates(config, step)         -> names of the optimizers that move at this step, in order
@@ -341,6 +345,7 @@ class Family(Generic[ConfigT, OutputT]):
     load_pretrained: Callable[[ConfigT, nn.Module, Mapping[str, Tensor]], Sequence[str]] = lambda _, net, tensors: load(
         net, tensors
     )
+    mean_over_images: Callable[[ConfigT], bool] = lambda _: True
     optimizers: Callable[[ConfigT], Sequence[str]] = lambda _: ("main",)
     warnings: Callable[[ConfigT, int], Sequence[str]] = lambda _, side_px: ()
     figures: Callable[[Sequence[Evaluated], Sequence[Evaluated]], Sequence[Figure]] = lambda mine, others: ()
@@ -386,8 +391,11 @@ def _some(entries: Sequence[str], most: int = 8) -> str:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy [] in fp32 of logits [B, K] against classes [B] or class probabilities [B, K]."""
-    return F.cross_entropy(logits.float(), targets)
+    """Mean cross-entropy [] of logits [B, K] against classes [B] or class probabilities [B, K].
+
+    In fp32, for logits in fp64 in fp64.
+    """
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
 
 def names() -> list[str]:

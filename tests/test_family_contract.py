@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import two_ranks
 from raised import fails
@@ -24,7 +23,7 @@ from pipeline.training import checkpoint, optim, state, step
 from pipeline.training.loop import train
 from pipeline.training.optimizers.sgd import SgdConfig
 from pipeline.training.state import TrainState
-from pipeline.training.step import MicroBatch
+from pipeline.training.step import Meter, MicroBatch, train_step
 
 ARRN = {"widths": [6, 8, 10], "final": "M2x1", "head_width": 12}
 RANET = {"scales": [1, 2, 3], "channels": 4, "growth": 4, "first_blocks": 1, "more_blocks": 1}
@@ -45,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 IMAGES, CLASSES, SIDE_PX = 8, 5, 16
 OFTEN = {"shape_adaptor": {"alpha_every": 2}}  # so that both phases come, before and after a cut
-SHARES = {"equal": 4, "unequal": 3}  # images of rank 0; rank 1 has the others
+STEPS = [(1, 4), (1, 3), (2, 3), (4, 4)]  # micro-batches of each rank, and the images of rank 0
 
 
 def opened(case: str) -> tuple[AnyFamily, FamilyConfig, nn.Module]:
@@ -162,54 +161,101 @@ def micros(start: int) -> Iterator[list[MicroBatch]]:
         start += 1
 
 
-# ---- two ranks equal one
+# ---- neither ranks nor micro-batches change a step
 
 
-def gradients(case: str, rows: slice) -> dict[str, Tensor]:
-    """Gradients of one rank's share as DDP would average them; BatchNorm in eval, everything in fp64."""
+class Noised(nn.Module):
+    """The net with the noise of one global draw: an image's row is the integer part of its first value."""
+
+    def __init__(self, net: nn.Module, noise: Tensor | None) -> None:
+        super().__init__()
+        self.net, self.noise = net, noise
+
+    def forward(self, images: Tensor) -> object:
+        rows = images[:, 0, 0, 0].long()
+        return self.net(images, None if self.noise is None else self.noise[rows])
+
+
+def stepped(case: str, rows: slice, parts: int, *, frozen: bool = True) -> dict[str, Tensor]:
+    """What `train_step` gives in fp64 over `parts` micro-batches of these rows: loss, gradients, and the net after it.
+
+    BatchNorm is frozen, unless told otherwise: in training it normalises by the micro-batch, by its nature.
+    """
     family, config, net = opened(case)
     images, labels, noise = batch(net)
-    net.double().eval()
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    output = net(images[rows], None if noise is None else noise[rows])
-    total = family.loss(config, output, labels[rows]).total
-    (total * (len(labels[rows]) * world / IMAGES)).backward()
-    found = {}
-    for name, parameter in net.named_parameters():
-        assert parameter.grad is not None
-        if world > 1:
-            dist.all_reduce(parameter.grad)
-        found[name] = parameter.grad / world
-    return found
+    images[:, 0, 0, 0] = torch.arange(IMAGES) + 0.5
+    net.double().train()
+    for module in net.modules():
+        if frozen and isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    training = tiny.training(batch_size=IMAGES, other_optimizers={"shape": SgdConfig(lr=0.3)})
+    optimizers = optim.build(family.groups(config, net), net, training)
+    found: dict[str, Tensor] = {}
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+
+    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        found.update({f"gradient of {names[id(each)]}": each.grad.clone() for each in parameters})
+
+    for optimizer in optimizers.values():
+        optimizer.register_step_pre_hook(keep)
+    forward, _ = step.wrap(Noised(net, noise), training, tiny.CPU, optim.parameters_outside_ddp(optimizers))
+    plan = tiny.plan(net, training)
+    plan = dataclasses.replace(plan, family=family, config=config, forward=forward, num_classes=CLASSES)
+    pieces = [(images[rows][some], labels[rows][some]) for some in step.split(len(labels[rows]), parts)]
+    meter = Meter()
+    train_step(plan, TrainState(net, None, optimizers), [MicroBatch(x, y, y) for x, y in pieces], meter)
+    found |= {name: torch.tensor(value) for name, value in meter.flush().items() if name != "grad_norm"}
+    return found | net.state_dict()
 
 
-def _one_of_two(rank: int, folder: Path) -> None:
+def _steps_of_two(rank: int, folder: Path) -> None:
     found = {}
     for case in CASES:
-        for shares, cut in SHARES.items():
-            found[case, shares] = gradients(case, slice(0, cut) if rank == 0 else slice(cut, IMAGES))
+        for parts, cut in STEPS:
+            found[case, parts, cut] = stepped(case, slice(0, cut) if rank == 0 else slice(cut, IMAGES), parts)
     if rank == 0:
-        torch.save(found, folder / "gradients.pt")
+        torch.save(found, folder / "steps.pt")
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Tensor]]:
+def steps_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], dict[str, Tensor]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    two_ranks.run(_one_of_two, folder)
-    found: dict[tuple[str, str], dict[str, Tensor]] = torch.load(folder / "gradients.pt")
+    two_ranks.run(_steps_of_two, folder)
+    found: dict[tuple[str, int, int], dict[str, Tensor]] = torch.load(folder / "steps.pt")
     return found
 
 
-@pytest.mark.parametrize("shares", SHARES)
-def test_two_ranks_have_the_gradients_of_one_rank_with_the_whole_batch(
-    case: str, shares: str, shared: dict[tuple[str, str], dict[str, Tensor]]
-) -> None:
-    whole = gradients(case, slice(None))
-    assert any(value.any() for value in whole.values())
-    for name, value in shared[case, shares].items():
+def _assert_same(found: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
+    assert set(found) == set(whole)
+    for name, value in found.items():
         torch.testing.assert_close(
-            value, whole[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            value, whole[name], rtol=1e-9, atol=1e-9, check_dtype=False, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_micro_batches_give_the_loss_and_gradients_of_the_whole_batch(case: str, parts: int) -> None:
+    whole = stepped(case, slice(None), 1)
+    assert sum(name.startswith("gradient") and bool(value.any()) for name, value in whole.items()) > 3
+    _assert_same(stepped(case, slice(None), parts), whole)
+
+
+@pytest.mark.parametrize(("parts", "cut"), STEPS)
+def test_micro_batches_of_two_ranks_give_those_of_one_rank_with_the_whole_batch(
+    case: str, parts: int, cut: int, steps_of_two: dict[tuple[str, int, int], dict[str, Tensor]]
+) -> None:
+    _assert_same(steps_of_two[case, parts, cut], stepped(case, slice(None), 1))
+
+
+def test_each_image_moves_the_running_statistics_once(case: str) -> None:
+    """Whatever passes a step makes. Only an update of the alphas, before that of the weights, moves them as well."""
+    family, config, _ = opened(case)
+    passes = len(family.updates(config, 0)) * 2
+    after = stepped(case, slice(None), 2, frozen=False)
+    counts = [value for name, value in after.items() if name.endswith("num_batches_tracked")]
+    assert set(map(int, counts)) <= {passes}
+    assert after["loss"].isfinite()
 
 
 # ---- policies

@@ -338,6 +338,29 @@ def test_every_world_size_of_an_elastic_run_is_checked_before_it_starts(images: 
         launch.train(recipe(images, *sizes), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "key", "names"),
+    [
+        (["compute.max_batch_per_worker=1"], "compute.max_batch_per_worker", "BatchNorm"),
+        (["training.batch_size=33", "compute.max_batch_per_worker=2"], "compute.max_batch_per_worker", "BatchNorm"),
+        (["training.batch_size=1"], "training.batch_size", "BatchNorm"),
+        (["training.batch_size=1", "data.augment.mixup_alpha=0.2"], "training.batch_size", "mixup and BatchNorm"),
+        (
+            ["training.batch_size=1", "family.gate_batchnorm=false", "data.augment.cutmix_alpha=1"],
+            "training.batch_size",
+            "cutmix",
+        ),
+    ],
+)
+def test_single_images_where_something_needs_several_are_refused_before_the_start(
+    images: Path, tmp_path: Path, overrides: list[str], key: str, names: str
+) -> None:
+    with fails(ConfigError, key) as caught:
+        launch.train(recipe(images, "compute.workers=0", *overrides), tmp_path / "refused")
+    assert names in str(caught.value)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_trainer_starts_no_process_for_ray_data(tmp_path: Path) -> None:
     trainer = ray_train.Trainer(lambda: None, run_config=RayRunConfig(storage_path=str(tmp_path)))
     names = {type(each).__name__ for each in trainer._create_default_callbacks()}

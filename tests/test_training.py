@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import math
@@ -24,6 +25,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.dali import DecodedEvalBatch
 from pipeline.errors import ConfigError, ContractError, DivergedError
 from pipeline.evaluation.evaluate import Evaluator, _waited_s, evaluate
+from pipeline.families.convnet_aig.model import AigOutput
 from pipeline.family import Params, Prediction, find
 from pipeline.training import checkpoint, optim, state
 from pipeline.training.loop import train
@@ -32,7 +34,7 @@ from pipeline.training.optimizers.sgd import SgdConfig
 from pipeline.training.schedules.cosine import CosineConfig
 from pipeline.training.schedules.steps import StepsConfig
 from pipeline.training.state import TrainState
-from pipeline.training.step import Meter, num_micros, smooth, train_step
+from pipeline.training.step import Meter, MicroBatch, num_micros, smooth, split, train_step
 
 OPTIMIZERS = {"sgd": SgdConfig, "adamw": AdamWConfig}
 
@@ -317,6 +319,41 @@ def test_micro_batches_fill_the_cap_and_impossible_ones_are_refused() -> None:
     assert num_micros((128, 128), 2, None) == 1
     with fails(ConfigError, "compute.max_batch_per_worker", 1):
         num_micros((1, 2), 2, 1)
+
+
+def test_a_squared_rate_of_micro_batches_is_that_of_their_outputs_together() -> None:
+    """With BatchNorm in training, which normalises each micro-batch, and moves its statistics once."""
+    family = find("convnet_aig")
+    config = family.config(depth=8, target_rate=0.4)
+    current = state.fresh(family, config, tiny.training(), num_classes=3, seed=3, device=tiny.CPU)
+    expected = copy.deepcopy(current.net).double().train()
+    current.net.double().train()
+    images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 3
+    parts = [MicroBatch(images[some], labels[some], labels[some]) for some in split(6, 2)]
+    outputs = []
+    for number, micro in enumerate(parts):
+        torch.manual_seed(state.seed_of(3, "noise", 0, number, 0))
+        outputs.append(expected(micro.images))
+    whole = AigOutput(torch.cat([each.logits for each in outputs]), torch.cat([each.gates for each in outputs]))
+    total = family.loss(config, whole, labels).total
+    total.backward()
+    found: dict[str, torch.Tensor] = {}
+    names = {id(parameter): name for name, parameter in current.net.named_parameters()}
+
+    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        found.update({names[id(p)]: p.grad.clone() for group in optimizer.param_groups for p in group["params"]})
+
+    current.optimizers["main"].register_step_pre_hook(keep)
+    meter = Meter()
+    plan = dataclasses.replace(
+        tiny.plan(current.net, tiny.training(batch_size=6)), family=family, config=config, batch_size=6
+    )
+    train_step(plan, current, parts, meter)
+    assert meter.flush()["loss"] == pytest.approx(total.item(), abs=1e-9)
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-9, msg=name)
+    for name, buffer in expected.named_buffers():
+        torch.testing.assert_close(current.net.get_buffer(name), buffer, rtol=1e-12, atol=1e-12, msg=name)
 
 
 def test_shards_partition_any_length() -> None:

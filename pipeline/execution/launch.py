@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import config as configs
+from pipeline import family as families
 from pipeline import run_config
+from pipeline.data.augment import mix_operations
 from pipeline.data.index import Splits, open_splits
 from pipeline.data.store import Progress
 from pipeline.data.stream import Stream
@@ -28,7 +30,7 @@ from pipeline.runs.lease import Lease
 from pipeline.runs.provenance import without_secrets
 from pipeline.tracking import Uploader
 from pipeline.training import checkpoint
-from pipeline.training.step import num_micros
+from pipeline.training.step import num_micros, single_images
 
 if TYPE_CHECKING:  # importing Ray takes seconds
     from ray.train import UserCallback
@@ -166,11 +168,28 @@ def check_device(compute: ComputeConfig) -> None:
 
 
 def _check_batches(config: RunConfig, splits: Splits) -> None:
-    """Raises ConfigError if at any world size that the run may have a worker gets no image, or an empty micro-batch."""
+    """Raises ConfigError if at any world size that the run may have some worker gets no image, or too few at a time."""
     compute, batch_size = config.compute, config.training.batch_size
     stream = Stream(splits.train, config.data, seed=config.seed, batch_size=batch_size)
     for world in range(max(1, compute.fewest_workers), max(1, compute.most_workers) + 1):
-        num_micros(stream.row_bounds(world), world, compute.max_batch_per_worker)
+        rows, cap = stream.row_bounds(world), compute.max_batch_per_worker
+        micros = num_micros(rows, world, cap)
+        if rows[0] // micros == 1 and (needs := _needs_several(config, world)):
+            raise single_images(needs, world, cap if micros > 1 else None)
+
+
+def _needs_several(config: RunConfig, world: int) -> list[str]:
+    """What of the recipe would be useless or impossible with micro-batches of one image, by name."""
+    import torch
+    from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+    mixing = [each.name for each in mix_operations(config.data.augment)]
+    if config.training.sync_batchnorm and world > 1:
+        return mixing
+    with torch.device("meta"):
+        net = families.find(config.family.name).build(config.family, 2)
+    normed = any(isinstance(module, BatchNorm1d | BatchNorm2d | BatchNorm3d) for module in net.modules())
+    return mixing + ["BatchNorm"] * normed
 
 
 def write_config(run_dir: Path, config: RunConfig, fingerprint: Mapping[str, object], allowed: Sequence[str]) -> None:

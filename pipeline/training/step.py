@@ -1,15 +1,16 @@
 """One training step: forward, loss, backward and update for each optimizer that is due.
 
 Letters: B images of all ranks, K classes. The mean over the global batch does not depend on the number of ranks W or of
-micro-batches: each micro-batch's loss is multiplied by rows·W/B, and DDP averages the ranks' gradients.
+micro-batches: each micro-batch's loss is multiplied by rows·W/B, and DDP averages the ranks' gradients. A loss that is
+not a mean over images is taken of all micro-batches at once, at the cost of a second forward pass: `_backward_at_once`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -113,34 +114,73 @@ def train_step(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatc
 def _gradients(plan: TrainingPlan, state: TrainState, name: str, micros: Sequence[MicroBatch], meter: Meter) -> None:
     """Puts the gradient of the global batch into `.grad` of all parameters but those outside DDP."""
     with _constant(optim.parameters_outside_ddp(state.optimizers)):
-        for number, micro in enumerate(micros):
-            with _synchronised(plan, last=number == len(micros) - 1):
-                loss = _forward(plan, state, micro, number, meter)
-                torch.autograd.backward(loss * _share(plan, micro))
+        at_once = len(micros) > 1 and not plan.family.mean_over_images(plan.config)
+        (_backward_at_once if at_once else _backward)(plan, state, micros, meter)
+
+
+def _backward(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch], meter: Meter) -> None:
+    for number, micro in enumerate(micros):
+        with _synchronised(plan, last=number == len(micros) - 1):
+            output = _output(plan, state, micro, number, plan.forward)
+            loss = _loss(plan, state, output, micro.targets, micro.labels, meter)
+            torch.autograd.backward(loss * _share(plan, len(micro.labels)))
+
+
+def _backward_at_once(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch], meter: Meter) -> None:
+    """`_backward` for a loss that is not a mean over images, of several micro-batches.
+
+    A first pass without gradients gives the outputs of all of them. The loss of these together gives its gradient by
+    each output, with which the second pass goes backward, one micro-batch at a time. Both passes draw the same noise,
+    and the first leaves the buffers as they were. It costs one forward pass more, and the memory of the outputs; a step
+    of one micro-batch costs nothing more.
+    """
+    whole = _detached_outputs(plan, state, micros)
+    leaves = [getattr(whole, field.name).requires_grad_() for field in fields(whole)]
+    labels = torch.cat([micro.labels for micro in micros])
+    loss = _loss(plan, state, whole, torch.cat([micro.targets for micro in micros]), labels, meter)
+    by_output = torch.autograd.grad(loss * _share(plan, len(labels)), leaves)
+    shares = zip(*(each.split([len(micro.labels) for micro in micros]) for each in by_output), strict=True)
+    for number, (micro, share) in enumerate(zip(micros, shares, strict=True)):
+        with _synchronised(plan, last=number == len(micros) - 1):
+            output = _output(plan, state, micro, number, plan.forward)
+            torch.autograd.backward([getattr(output, field.name) for field in fields(output)], share)
+
+
+@torch.no_grad()
+def _detached_outputs(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch]) -> Any:
+    """The output of all micro-batches as one; the net's buffers, as BatchNorm's, keep their values."""
+    forward = plan.forward.module if isinstance(plan.forward, DistributedDataParallel) else plan.forward
+    kept = [(buffer, buffer.clone()) for buffer in state.net.buffers()]
+    outputs = [_output(plan, state, micro, number, forward) for number, micro in enumerate(micros)]
+    for buffer, value in kept:
+        buffer.copy_(value)
+    names = [field.name for field in fields(outputs[0])]
+    return replace(outputs[0], **{name: torch.cat([getattr(each, name) for each in outputs]) for name in names})
 
 
 def _gradients_outside_ddp(
     plan: TrainingPlan, state: TrainState, name: str, micros: Sequence[MicroBatch], meter: Meter
 ) -> None:
-    """Puts the gradient of the global batch into `.grad` of this optimizer's parameters: bare net, fp32."""
+    """Puts the gradient of the global batch into `.grad` of this optimizer's parameters: bare net, fp32 or more."""
     parameters = optim.parameters_of(state.optimizers[name])
-    total = torch.zeros(sum(p.numel() for p in parameters), device=plan.device)
+    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+    total = torch.zeros(sum(p.numel() for p in parameters), device=plan.device, dtype=dtype)
     for number, micro in enumerate(micros):
         torch.manual_seed(seed_of(plan.seed, "noise", state.step, number, ranks.rank()))
         output: Any = state.net(micro.images)
         loss = plan.family.loss(plan.config, output, micro.targets, plan.training.loss.criterion).total
         meter.watch(loss, state.step)
-        gradients = torch.autograd.grad(loss * _share(plan, micro), parameters)
-        total += torch.cat([gradient.float().flatten() for gradient in gradients])
+        gradients = torch.autograd.grad(loss * _share(plan, len(micro.labels)), parameters)
+        total += torch.cat([gradient.to(dtype).flatten() for gradient in gradients])
     mean = ranks.rank_sum(total) / ranks.world()
     parts = torch.split(mean, [p.numel() for p in parameters])
     for parameter, gradient in zip(parameters, parts, strict=True):
         parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
 
 
-def _share(plan: TrainingPlan, micro: MicroBatch) -> float:
-    """The factor of a micro-batch's loss that makes DDP's average the mean over the global batch."""
-    return len(micro.labels) * ranks.world() / plan.batch_size
+def _share(plan: TrainingPlan, rows: int) -> float:
+    """The factor of the loss of some rows that makes DDP's average the mean over the global batch."""
+    return rows * ranks.world() / plan.batch_size
 
 
 @contextmanager
@@ -161,13 +201,20 @@ def _assert_equal(name: str, parameters: Sequence[nn.Parameter]) -> None:
         raise ContractError(f"optimizer {name}: its parameters differ between ranks", key="groups", subject=name)
 
 
-def _forward(plan: TrainingPlan, state: TrainState, micro: MicroBatch, number: int, meter: Meter) -> Tensor:
+def _output(
+    plan: TrainingPlan, state: TrainState, micro: MicroBatch, number: int, forward: Callable[..., object]
+) -> Any:
+    """The output of micro-batch `number`, with the noise of that step, micro-batch and rank."""
     torch.manual_seed(seed_of(plan.seed, "noise", state.step, number, ranks.rank()))
     with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.autocast):
-        output = plan.forward(micro.images)
-    loss = plan.family.loss(plan.config, output, micro.targets, plan.training.loss.criterion)
-    hits = output.logits.detach().argmax(1).eq(micro.labels)  # type: ignore[attr-defined]
-    meter.add({"loss": loss.total, "top1": hits.float().mean(), **loss.parts}, len(micro.labels))
+        return forward(micro.images)
+
+
+def _loss(plan: TrainingPlan, state: TrainState, output: Any, targets: Tensor, labels: Tensor, meter: Meter) -> Tensor:
+    """The loss of an output, [], which is metered."""
+    loss = plan.family.loss(plan.config, output, targets, plan.training.loss.criterion)
+    hits = output.logits.detach().argmax(1).eq(labels)
+    meter.add({"loss": loss.total, "top1": hits.float().mean(), **loss.parts}, len(labels))
     meter.watch(loss.total, state.step)
     return loss.total
 
@@ -232,6 +279,18 @@ def num_micros(rows: tuple[int, int], world: int, cap: int | None) -> int:
             subject=cap,
         )
     return micros
+
+
+def single_images(needs: Sequence[str], world: int, cap: int | None) -> ConfigError:
+    """The error where a micro-batch may hold one image and each of `needs`, e.g. BatchNorm, works on several."""
+    key = "training.batch_size" if cap is None else "compute.max_batch_per_worker"
+    what = key if cap is None else f"{key} (={cap})"
+    return ConfigError(
+        f"{what}: on {world} workers some micro-batches would hold a single image, but {' and '.join(needs)} works on "
+        "two or more at a time; raise it, or use fewer workers",
+        key=key,
+        subject=cap,
+    )
 
 
 def split(length: int, parts: int) -> Iterator[slice]:

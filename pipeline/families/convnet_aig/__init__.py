@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.families.convnet_aig.figures import figures
 from pipeline.families.convnet_aig.inference import policies
 from pipeline.families.convnet_aig.model import AigConfig, build
-from pipeline.families.convnet_aig.objective import groups, loss, updates
+from pipeline.families.convnet_aig.objective import groups, loss, mean_over_images, updates
 from pipeline.families.convnet_aig.released import load_pretrained
 from pipeline.families.convnet_aig.static import static
 from pipeline.family import Family
@@ -14,6 +14,7 @@ FAMILY = Family(
     config=AigConfig,
     build=build,
     loss=loss,
+    mean_over_images=mean_over_images,
     groups=groups,
     updates=updates,
     policies=policies,

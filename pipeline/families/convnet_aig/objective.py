@@ -19,7 +19,8 @@ def rate_loss(gates: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     gates [B, L] in {0, 1}; target [L], where 1 means always open and adds nothing. "mean" divides by L, which includes
     blocks without a gate; "sum" does not divide. Returns []. Collective: every rank calls it in every step.
     Source: Veit & Belongie, ECCV 2018 (arXiv 1711.11503), target rate loss. The released code takes the mean and
-    gathers the batch of all its GPUs before the loss; we reduce over all ranks.
+    gathers the batch of all its GPUs before the loss; we reduce over all ranks. As the rate is squared, a step of
+    several micro-batches needs the gates of all of them at once: see `mean_over_images`.
     """
     gated = target < 1
     distance = ((target - ranks.rank_mean(gates)) * gated).square().sum()
@@ -43,6 +44,11 @@ def loss(config: AigConfig, output: AigOutput, targets: Tensor, criterion: Crite
 def _targets(rates: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The targets [L] on the device, cached: a copy to the device in each step would make the host wait."""
     return torch.tensor(rates, dtype=dtype, device=device)
+
+
+def mean_over_images(config: AigConfig) -> bool:
+    """Whether the loss is the criterion alone: the rate loss has no weight, or no block has a gate."""
+    return config.rate_weight == 0 or min(config.targets) == 1
 
 
 def groups(config: AigConfig, net: nn.Module) -> Mapping[str, Sequence[Params]]:
