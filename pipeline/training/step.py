@@ -139,7 +139,7 @@ def _backward_at_once(plan: TrainingPlan, state: TrainState, micros: Sequence[Mi
     labels = torch.cat([micro.labels for micro in micros])
     loss = _loss(plan, state, whole, torch.cat([micro.targets for micro in micros]), labels, meter)
     by_output = torch.autograd.grad(loss * _share(plan, len(labels)), leaves)
-    shares = zip(*(each.split([len(micro.labels) for micro in micros]) for each in by_output), strict=True)
+    shares = zip(*(torch.split(each, [len(micro.labels) for micro in micros]) for each in by_output), strict=True)
     for number, (micro, share) in enumerate(zip(micros, shares, strict=True)):
         with _synchronised(plan, last=number == len(micros) - 1):
             output = _output(plan, state, micro, number, plan.forward)
