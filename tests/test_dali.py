@@ -23,7 +23,6 @@ from torchvision.transforms import v2
 
 from pipeline.compat.dali import operator_failure
 from pipeline.data import crop_geometry
-from pipeline.data.background import DecodeError
 from pipeline.data.bad import BadImages
 from pipeline.data.config import AugmentConfig, DataConfig
 from pipeline.data.dali import Decoder, DecoderConfig, EvalLoader, TrainBatch, TrainLoader, decode
@@ -32,6 +31,7 @@ from pipeline.data.index import ImageIndex, open_index
 from pipeline.data.pack import pack
 from pipeline.data.reader import Reader
 from pipeline.data.stream import Stream
+from pipeline.data.verdict import DecodeError
 from pipeline.errors import ConfigError, DataError, UndecodableError
 from tests import images
 

@@ -20,7 +20,7 @@ PLACE = {name: place for place, names in enumerate(ORDER.split("|")) for name in
 FAMILY_MAY = {"errors", "config", "ranks", "cost", "figures", "family", "blocks"}
 FAMILY_MAY_OUTSIDE = {"torch", "torchvision", "numpy", "pydantic", *sys.stdlib_module_names}
 DOORS = {  # what only these modules import; a benchmark also calls the peers that it measures
-    "nvidia": {"pipeline.compat.dali", "pipeline.data.dali", "pipeline.bench"},
+    "nvidia": {"pipeline.compat.dali", "pipeline.data.dali", "pipeline.data.verdict", "pipeline.bench"},
     "mlflow": {"pipeline.compat.mlflow", "pipeline.tracking", "pipeline.registry", "pipeline.bench"},
     "torch.distributed": {"pipeline.ranks", "pipeline.bench"},
     "ray": {

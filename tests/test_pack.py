@@ -114,7 +114,7 @@ def test_bad_images_are_set_aside_with_their_reasons_and_odd_ones_are_not(tmp_pa
     bad = {
         "empty.jpg": (images.EMPTY, "empty file"),
         "text.jpg": (images.TEXT, "not an image (unknown first bytes)"),
-        "gif.png": (images.GIF, "not an image (unknown first bytes)"),
+        "page.png": (b"<!DOCTYPE html><html>", "not a readable format: HTML"),
         "cut.JPEG": (images.truncated_jpeg(), "truncated JPEG (no end marker)"),
         "bomb.png": (images.bomb_png(), "absurd size: 30000 x 30000, above the limit of 178,956,970 pixels"),
     }
@@ -126,6 +126,7 @@ def test_bad_images_are_set_aside_with_their_reasons_and_odd_ones_are_not(tmp_pa
         "palette.png": images.palette_png(PHOTO),
         "turned.jpg": images.turned_jpeg(PHOTO, 6),
         "png.JPEG": images.png(),
+        "gif.png": images.GIF,
     }
     for name, (encoded, _) in bad.items():
         (source / "train/ant" / name).write_bytes(encoded)

@@ -15,13 +15,10 @@ from torch import Tensor
 from pipeline.data.crop_geometry import CropGeometry
 from pipeline.data.feed import Request
 from pipeline.data.reader import Reader
+from pipeline.data.verdict import DecodeError
 
 IN_DECODER = 2  # batches in the decoder besides the one that is taken out
 READY = 2  # decoded batches that wait for the training
-
-
-class DecodeError(RuntimeError):
-    """The decoder rejects the bytes of an image; the message is the reason."""
 
 
 class BatchDecoder(Protocol):

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import os
 import time
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from pipeline.data.image_headers import MAX_PIXELS, kind, looks_whole, upright_size
 from pipeline.data.index import COMPLETE, open_index
 from pipeline.data.listing import SPLITS, Listing
 from pipeline.data.parallel import in_processes, num_cpus
 from pipeline.data.sources import find
-from pipeline.data.store import Progress
+from pipeline.data.store import Progress, open_file
+from pipeline.data.verdict import DecodeError, Pixels, WholeDecoder
 
 CHECKED_PER_TASK = 256
 
@@ -45,16 +43,22 @@ class StoredImage:
     label: int = 0
     crc32: int | None = None
 
-    def read_whole(self) -> tuple[bytes, str | None]:
-        """(bytes, None) of a good image, (the bytes that exist, reason) of a bad one."""
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                encoded = os.pread(file.fileno(), self.length, self.offset)
-        except OSError as error:
-            return b"", f"cannot be read: {error.strerror}"
+    def read_whole(self, decoder: WholeDecoder) -> tuple[bytes, Pixels]:
+        """The bytes and the upright picture [H, W, 3]. Raises DecodeError with the reason if the image is bad."""
+        encoded = self._read()
         if self.crc32 is not None and zlib.crc32(encoded) != self.crc32:
-            return encoded, "damaged: the bytes are not those that were packed (CRC-32 differs)"
-        return encoded, fault(encoded)
+            raise DecodeError("damaged: the bytes are not those that were packed (CRC-32 differs)")
+        return encoded, decoder.picture(encoded)
+
+    def _read(self) -> bytes:
+        try:
+            descriptor = open_file(self.path)
+            try:
+                return os.pread(descriptor, self.length, self.offset)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise DecodeError(f"cannot be read: {error.strerror}") from None
 
 
 def check(root: Path, *, workers: int | None = None, progress: Progress | None = None) -> CheckReport:
@@ -92,30 +96,13 @@ def check(root: Path, *, workers: int | None = None, progress: Progress | None =
 
 def check_images(images: Sequence[StoredImage]) -> list[tuple[str, str]]:
     """(name, reason) of each bad image."""
-    reasons = ((image.name, image.read_whole()[1]) for image in images)
-    return [(name, reason) for name, reason in reasons if reason]
-
-
-def fault(encoded: bytes) -> str | None:
-    """Why these bytes cannot be used as an image, or None after decoding every pixel."""
-    from PIL import Image
-
-    reason = looks_whole(encoded)
-    if reason:
-        return reason
-    size = upright_size(encoded)
-    if size is None:
-        return f"not an image (its {kind(encoded)} header gives no size)"
-    if size[0] * size[1] > MAX_PIXELS:
-        return f"absurd size: {size[1]} x {size[0]}, above the limit of {MAX_PIXELS:,} pixels"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata and large pictures, which are not faults
-            with Image.open(io.BytesIO(encoded)) as image:
-                image.load()
-    except Exception as error:  # Pillow's plugins raise anything on damaged data
-        return f"does not decode: {error}"
-    return None
+    decoder, bad = WholeDecoder(), []
+    for image in images:
+        try:
+            image.read_whole(decoder)
+        except DecodeError as error:
+            bad.append((image.name, str(error)))
+    return bad
 
 
 def stored_images(listing: Listing) -> Iterator[StoredImage]:

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from threading import Lock
@@ -21,21 +20,21 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pipeline import ranks
-from pipeline.data.background import Background, BatchDecoder, DecodedBatch, DecodeError, LoaderFailure
+from pipeline.data.background import Background, BatchDecoder, DecodedBatch, LoaderFailure
 from pipeline.data.bad import NO_SIZE, BadImages
 from pipeline.data.config import DataConfig
 from pipeline.data.crop_geometry import CropGeometry
 from pipeline.data.feed import EvalSource, Request, TrainSource, read_ahead
-from pipeline.data.image_headers import MAX_PIXELS, looks_whole, upright_size
+from pipeline.data.image_headers import upright_size
 from pipeline.data.index import ImageIndex
 from pipeline.data.philox import Ints
 from pipeline.data.reader import Reader
 from pipeline.data.stream import Stream
+from pipeline.data.verdict import DecodeError, Pixels, decodable, decode_errors
 from pipeline.errors import ConfigError, UndecodableError
 
 if TYPE_CHECKING:
@@ -48,7 +47,6 @@ RESIZED_PER_TASK = 8  # images
 
 
 OnEvent: TypeAlias = Callable[..., None]  # (kind of event, **details)
-Pixels: TypeAlias = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -265,12 +263,16 @@ class Decoding:
 
     def __call__(self, encoded: Sequence[bytes]) -> Tensor:
         """Images uint8 [B, S, S, 3] on the device. Raises UndecodableError naming the positions that do not decode."""
-        reasons = {position: reason for position, each in enumerate(encoded) if (reason := _unusable(each))}
-        usable = [position for position in range(len(encoded)) if position not in reasons]
-        sizes = np.array([upright_size(encoded[position]) for position in usable], dtype=np.int32).reshape(-1, 2)
+        reasons, usable = dict[int, str](), dict[int, bytes]()
+        for position, each in enumerate(encoded):
+            try:
+                usable[position] = decodable(each)
+            except DecodeError as error:
+                reasons[position] = str(error)
+        sizes = np.array([upright_size(each) for each in usable.values()], dtype=np.int32).reshape(-1, 2)
         request = Request(
-            rows=np.array(usable, dtype=np.int64),
-            encoded=[encoded[position] for position in usable],
+            rows=np.array(list(usable), dtype=np.int64),
+            encoded=list(usable.values()),
             geometry=self._config.eval_geometry(sizes),
         )
         images = torch.empty(0, self._config.side_for_eval, self._config.side_for_eval, 3, dtype=torch.uint8)
@@ -340,7 +342,7 @@ class Decoder:
         self._geometries.append(geometry)
         if not len(geometry):
             return
-        with _decode_errors():
+        with decode_errors():
             feed = self._pipeline.feed_input
             feed("encoded", [np.frombuffer(each, dtype=np.uint8) for each in encoded])
             feed("start", np.ascontiguousarray(geometry.windows[:, :2]))
@@ -356,7 +358,7 @@ class Decoder:
         geometry = self._geometries.popleft()
         if not len(geometry):
             return torch.empty(0, geometry.side_px, geometry.side_px, 3, dtype=torch.uint8, device=self.config.device)
-        with _decode_errors():
+        with decode_errors():
             (pictures,) = self._pipeline.share_outputs()
             if self.config.gpu:
                 images = self._copied_on_gpu(pictures.as_tensor())
@@ -421,20 +423,6 @@ def _cut(picture: Pixels, origin: list[int], square: Pixels) -> None:
         square[top - y : bottom - y, left - x : right - x] = picture[top:bottom, left:right]
 
 
-@contextmanager
-def _decode_errors() -> Iterator[None]:
-    """Raises DecodeError in place of what a DALI operator reports of its data; other errors pass."""
-    from pipeline.compat.dali import operator_failure
-
-    try:
-        yield
-    except RuntimeError as error:
-        failure = operator_failure(error)
-        if failure is None:
-            raise
-        raise DecodeError(f"does not decode: {failure}" if failure else "does not decode") from error
-
-
 def _pipeline(config: DecoderConfig, in_dali: bool) -> Pipeline:
     from nvidia.dali import fn, pipeline_def, types
 
@@ -491,10 +479,3 @@ def _handed_over(images: Tensor, device: torch.device) -> Tensor:
 
 def _labels(index: ImageIndex, rows: Ints, device: torch.device) -> Tensor:
     return torch.from_numpy(index.label[rows].astype(np.int64)).to(device, non_blocking=True)
-
-
-def _unusable(encoded: bytes) -> str | None:
-    if reason := looks_whole(encoded):
-        return reason
-    size = upright_size(encoded)
-    return NO_SIZE if size is None or size[0] * size[1] > MAX_PIXELS else None

@@ -1,6 +1,7 @@
 """Reads an encoded image without decoding it: its format, its upright size and whether it is complete.
 
-Upright means after the EXIF orientation, which viewers and the decoder apply.
+Upright means after the EXIF orientation. Its only rules are those here: the decoder gets images without any other EXIF
+(verdict.py).
 """
 
 from __future__ import annotations
@@ -8,24 +9,71 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})  # lower case; matched in any case
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a larger image is a mistake or an attack
 HEAD_BYTES = 1 << 14  # enough for the size of nearly every image
+PILLOW = {  # our name of a format -> Pillow's
+    "avif": "AVIF",
+    "bmp": "BMP",
+    "gif": "GIF",
+    "jpeg": "JPEG",
+    "jpeg2000": "JPEG2000",
+    "pnm": "PPM",
+    "tiff": "TIFF",
+    "webp": "WEBP",
+}
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # with + offsets have 64 bits
+_JPEG2000 = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")
+_UNREAD = {  # formats that are named in messages, by their first bytes
+    b"%PDF": "PDF",
+    b"8BPS": "PSD",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\0\0\1\0": "ICO",
+    b"qoif": "QOI",
+    b"\x76\x2f\x31\x01": "OpenEXR",
+    b"#?RADIANCE": "Radiance HDR",
+    b"DDS ": "DDS",
+    b"<svg": "SVG",
+    b"<?xml": "XML",
+    b"<!DOCTYPE": "HTML",
+    b"<!doctype": "HTML",
+    b"<html": "HTML",
+    b"\x1f\x8b": "gzip",
+    b"PK\3\4": "zip",
+    b"\x1a\x45\xdf\xa3": "WebM or Matroska",
+    b"version https://git-lfs": "a Git LFS pointer",
+    b"\x93NUMPY": "npy",
+}
 _NO_PAYLOAD = frozenset({0x00, 0x01, 0xFF, *range(0xD0, 0xD9)})
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start-of-frame markers
+_INTEGERS = {1: "B", 3: "H", 4: "I"}  # EXIF types
 
 
 def kind(encoded: bytes) -> str | None:
-    """The format by the first bytes: "jpeg", "png", "webp", "bmp" or "tiff"; None for anything else."""
+    """The format by the first bytes: "png" or a key of PILLOW; None for anything else."""
     if encoded[:3] == b"\xff\xd8\xff":
         return "jpeg"
     if encoded[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
     if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
         return "webp"
-    if encoded[:4] in (b"II*\0", b"MM\0*"):
+    if encoded[:4] in _TIFF:
         return "tiff"
+    if encoded[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    if encoded[:4] == _JPEG2000[0] or encoded[:12] == _JPEG2000[1]:
+        return "jpeg2000"
+    if encoded[4:8] == b"ftyp" and encoded[8:12] in (b"avif", b"avis"):
+        return "avif"
+    if encoded[:1] == b"P" and encoded[1:2] in b"123456" and encoded[2:3].isspace():
+        return "pnm"
     return "bmp" if encoded[:2] == b"BM" else None
 
 
@@ -40,7 +88,7 @@ def looks_whole(encoded: bytes) -> str | None:
         return "empty file"
     form = kind(encoded)
     if form is None:
-        return "not an image (unknown first bytes)"
+        return _not_an_image(encoded)
     if form == "jpeg" and not _has_jpeg_end(encoded):
         return "truncated JPEG (no end marker)"
     if form == "png" and b"IEND" not in encoded[-64:] and b"IEND" not in encoded:
@@ -48,38 +96,85 @@ def looks_whole(encoded: bytes) -> str | None:
     return None
 
 
-def upright_size(encoded: bytes) -> tuple[int, int] | None:
+def _not_an_image(encoded: bytes) -> str:
+    start = encoded[:64].lstrip()
+    if start[4:8] == b"ftyp":
+        brand = start[8:12].decode("ascii", "replace")
+        return "not a readable format: HEIC" if brand in ("heic", "heix", "mif1", "msf1") else "a video, not an image"
+    name = next((name for first, name in _UNREAD.items() if start.startswith(first)), None)
+    return f"not a readable format: {name}" if name else "not an image (unknown first bytes)"
+
+
+def upright_size(encoded: bytes, *, partial: bool = False) -> tuple[int, int] | None:
     """(height, width) in pixels after the EXIF orientation, or None if the bytes do not contain it.
 
-    `encoded` may be the first part of a file; None then means that more is needed, or that it is not an image.
+    partial: `encoded` is the first part of a file; None then means that more is needed, or that it is not an image.
     """
     form = kind(encoded)
     if form == "jpeg":
-        size = _jpeg_size(encoded)
+        header = jpeg_header(encoded)
+        size, turn = header.size, header.orientation
     elif form == "png":
-        size = _png_size(encoded)
+        blocks = list(png_exif(encoded))
+        if partial and not blocks and b"IEND" not in encoded:
+            return None  # EXIF may follow the pixels
+        size, turn = _png_size(encoded), _exif_orientation(encoded[slice(*blocks[0])]) if blocks else 1
     else:
-        return None if form is None else _size_by_pillow(encoded)
-    return size[::-1] if size and orientation(encoded) >= 5 else size
+        return None if form is None else _size_by_pillow(encoded, PILLOW[form])
+    return size[::-1] if size and turn >= 5 else size
 
 
 def orientation(encoded: bytes) -> int:
-    """The EXIF orientation of a JPEG or PNG, 1 to 8; 1 if it has none."""
-    if kind(encoded) == "png":
-        chunks = _png_chunks(encoded)
-        return next((_exif_orientation(encoded[start:end]) for name, start, end in chunks if name == b"eXIf"), 1)
-    for marker, start, end in _jpeg_segments(encoded):
-        if marker == 0xE1 and encoded[start : start + 6] == b"Exif\0\0":
-            return _exif_orientation(encoded[start + 6 : end])
-    return 1
+    """The EXIF orientation of a JPEG or PNG, 1 to 8; 1 if it has none, and for other formats."""
+    form = kind(encoded)
+    if form == "jpeg":
+        return jpeg_header(encoded).orientation
+    blocks = png_exif(encoded) if form == "png" else ()
+    return next((_exif_orientation(encoded[start:end]) for start, end in blocks), 1)
 
 
-def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+def exif_of(orientation: int) -> bytes:
+    """The shortest EXIF block with an orientation."""
+    return b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1" + bytes([0, orientation]) + bytes(6)
+
+
+@dataclass(frozen=True)
+class JpegHeader:
+    """What a JPEG contains before the data of its first scan."""
+
+    size: tuple[int, int] | None  # height and width as stored
+    ordinary: bool  # 8 bits a sample, coded by Huffman, not lossless: what every decoder reads
+    orientation: int
+    kept: tuple[tuple[int, int], ...]  # (start, end) of the segments that are not EXIF, before the first scan
+    tidy: bool  # they are all, and nothing is between them
+    scan: int | None  # where the segment of the first scan begins
+
+
+def jpeg_header(encoded: bytes) -> JpegHeader:
+    """The header of a JPEG, as far as `encoded` contains it."""
+    size, ordinary, orientation, scan = None, False, 0, None
+    kept, after, tidy = [], 2, True
     for marker, start, end in _jpeg_segments(encoded):
-        if marker in _JPEG_FRAMES and end - start >= 5:
-            height, width = struct.unpack_from(">HH", encoded, start + 1)
-            return (height, width) if height and width else None
-    return None
+        exif = marker == 0xE1 and encoded[start : start + 4] == b"Exif"
+        tidy, after = tidy and not exif and start - 4 == after, end
+        if marker == 0xDA:
+            scan = start - 4
+            break
+        if exif:
+            orientation = orientation or _exif_orientation(encoded[start + 6 : end])
+            continue
+        kept.append((start - 4, end))
+        if marker in _JPEG_FRAMES and end - start >= 6 and size is None:
+            precision, height, width = struct.unpack_from(">BHH", encoded, start)
+            size = (height, width) if height and width else None
+            ordinary = precision == 8 and marker <= 0xC2
+    return JpegHeader(size, ordinary, orientation or 1, tuple(kept), tidy, scan)
+
+
+def not_applied(image: Image) -> int:
+    """The EXIF orientation of an image that Pillow has opened, 1 for TIFF, where Pillow applies it."""
+    exif = image.info.get("exif", b"")
+    return 1 if image.format == "TIFF" else _exif_orientation(exif.removeprefix(b"Exif\0\0"))
 
 
 def _jpeg_segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
@@ -108,7 +203,7 @@ def _has_jpeg_end(encoded: bytes) -> bool:
 
 
 def _exif_orientation(tiff: bytes) -> int:
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None or len(tiff) < 8:
         return 1
     (at,) = struct.unpack_from(order + "I", tiff, 4)
@@ -116,8 +211,9 @@ def _exif_orientation(tiff: bytes) -> int:
         return 1
     (count,) = struct.unpack_from(order + "H", tiff, at)
     for entry in range(at + 2, min(at + 2 + 12 * count, len(tiff) - 11), 12):
-        tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, entry)
+        tag, form = struct.unpack_from(order + "HH", tiff, entry)
         if tag == 0x0112:
+            value = struct.unpack_from(order + _INTEGERS[form], tiff, entry + 8)[0] if form in _INTEGERS else 1
             return value if 1 <= value <= 8 else 1
     return 1
 
@@ -127,6 +223,12 @@ def _png_size(encoded: bytes) -> tuple[int, int] | None:
         return None
     width, height = struct.unpack_from(">II", encoded, 16)
     return (height, width) if height and width else None
+
+
+def png_exif(encoded: bytes) -> Iterator[tuple[int, int]]:
+    """(start, end) of the content of each complete eXIf chunk; the first one counts."""
+    if b"eXIf" in encoded:
+        yield from ((start, end) for name, start, end in _png_chunks(encoded) if name == b"eXIf")
 
 
 def _png_chunks(encoded: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -140,12 +242,11 @@ def _png_chunks(encoded: bytes) -> Iterator[tuple[bytes, int, int]]:
         at += 12 + length
 
 
-def _size_by_pillow(encoded: bytes) -> tuple[int, int] | None:
+def _size_by_pillow(encoded: bytes, form: str) -> tuple[int, int] | None:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            turned = image.format == "WEBP" and image.getexif().get(0x0112, 1) >= 5  # Pillow itself applies it to TIFF
-            return (image.width, image.height) if turned else (image.height, image.width)
+        with Image.open(io.BytesIO(encoded), formats=[form]) as image:
+            return (image.width, image.height) if not_applied(image) >= 5 else (image.height, image.width)
     except Exception:  # on damaged headers Pillow's plugins raise anything, such as struct.error
         return None

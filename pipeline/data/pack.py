@@ -15,14 +15,13 @@ import os
 import shutil
 import tarfile
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypedDict
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,17 +35,16 @@ from pipeline.data.listing import Listing
 from pipeline.data.parallel import in_processes, num_cpus
 from pipeline.data.sources import layout
 from pipeline.data.store import Progress, write
+from pipeline.data.verdict import DecodeError, Pixels, WholeDecoder
 from pipeline.errors import DataError, ResourceError
 from pipeline.runs.files import move_file, write_json
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 QUALITY = 92  # JPEG quality of images that `side` shrinks
 MIX_SEED = 20_220  # seed of the order of train; part of the format, so it never changes
 SHARDS_AIMED_AT = 64
 SMALLEST_SHARD = 4 << 20  # bytes
-_SUFFIX = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "bmp": ".bmp", "tiff": ".tif"}
+LONGEST_JPEG = 65_500  # pixels that the encoder takes
+_SUFFIX = {"png": ".png", "webp": ".webp", "bmp": ".bmp", "tiff": ".tif"}  # .jpg for JPEG, and for what is named as it
 
 
 class PackOrigin(TypedDict):
@@ -164,35 +162,21 @@ def _pack_shards(due: Sequence[ShardTask], workers: int, total: int, progress: P
             progress("packing", done, total)
 
 
-def shrink(encoded: bytes, side: int, quality: int) -> bytes:
-    """An upright JPEG with a shorter side of `side` pixels; `encoded` itself if it is upright and not larger.
+def shrink(encoded: bytes, picture: Pixels, side: int, quality: int) -> bytes:
+    """The upright picture [H, W, 3] of `encoded` with a shorter side of `side` pixels; `encoded` if it is not larger.
 
-    Colours are those of the decoder: RGB without alpha, and the high byte of 16 bits.
+    As JPEG, or as PNG where it is too long for JPEG. A JPEG or PNG that EXIF turns is always written anew.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    size = upright_size(encoded)
-    assert size is not None
-    if min(size) <= side and orientation(encoded) == 1:
+    height, width = picture.shape[:2]
+    if min(height, width) <= side and orientation(encoded) == 1:
         return encoded
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(encoded)) as stored:
-            image = _rgb(ImageOps.exif_transpose(stored))
-    scale = min(1.0, side / min(image.size))
-    shape = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    buffer = io.BytesIO()
-    image.resize(shape, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
+    scale = min(1.0, side / min(height, width))
+    shape = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small, buffer = Image.fromarray(picture).resize(shape, Image.Resampling.LANCZOS), io.BytesIO()
+    small.save(buffer, "JPEG" if max(shape) <= LONGEST_JPEG else "PNG", quality=quality)
     return buffer.getvalue()
-
-
-def _rgb(image: Image) -> Image:
-    """The image as RGB. Of 16-bit grey the high byte is used, where Pillow's conversion would clip at 255."""
-    from PIL.Image import fromarray
-
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -286,16 +270,17 @@ def pack_shard(task: ShardTask) -> None:
     """Writes one shard to a temporary file, renames it, then writes its record."""
     rows: list[tuple[str, int, int, int, int, int, int]] = []
     bad: list[tuple[str, str]] = []
-    aside = task.destination / PACKING / f"{task.name}.part"
+    aside, decoder = task.destination / PACKING / f"{task.name}.part", WholeDecoder()
     with open(aside, "wb") as tar:
         for image in task.images:
-            encoded, reason = image.read_whole()
-            if reason:
-                bad.append((image.name, reason))
+            try:
+                encoded, picture = image.read_whole(decoder)
+            except DecodeError as error:
+                bad.append((image.name, str(error)))
                 continue
             if task.side is not None:
-                encoded = shrink(encoded, task.side, task.quality)
-            name = image.key + _SUFFIX[kind(encoded) or "jpeg"]
+                encoded = shrink(encoded, picture, task.side, task.quality)
+            name = image.key + _SUFFIX.get(kind(encoded) or "", ".jpg")
             offset = _add(tar, name, encoded)
             _add(tar, f"{image.key}.cls", str(image.label).encode())
             size = upright_size(encoded)

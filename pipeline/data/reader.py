@@ -15,8 +15,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.image_headers import looks_whole
 from pipeline.data.index import ImageIndex
+from pipeline.data.store import open_file
+from pipeline.data.verdict import DecodeError, decodable
 
 READS_PER_TASK = 4
 RETRIED_AFTER_S = (0.1, 1.0, 5.0)
@@ -26,7 +27,7 @@ GAP = 1 << 16  # bytes; two images with a smaller gap are fetched together
 
 @dataclass(frozen=True)
 class Read:
-    """The bytes of an image, and the reason if they cannot be decoded."""
+    """The bytes of an image for the decoder, and the reason if they cannot be decoded."""
 
     encoded: bytes
     reason: str | None = None
@@ -64,7 +65,9 @@ class Reader:
         for pause_s in (*RETRIED_AFTER_S, None):
             try:
                 encoded = self._bytes(row)
-                return Read(encoded, looks_whole(encoded))
+                return Read(decodable(encoded))
+            except DecodeError as error:
+                return Read(encoded, str(error))
             except OSError as error:
                 if pause_s is None or isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
                     return Read(b"", f"cannot be read: {error.strerror}")
@@ -127,7 +130,7 @@ class _Descriptor:
     """An open file that is closed when its last user drops it."""
 
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number = open_file(path)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):

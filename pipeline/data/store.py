@@ -64,14 +64,19 @@ def _sizes_of(listing: Listing, rows: range) -> list[tuple[int, int]]:
 def _size_of(path: str, opened: dict[str, int], offset: int, length: int) -> tuple[int, int]:
     try:
         if path not in opened:
-            opened[path] = os.open(path, os.O_RDONLY)
+            opened[path] = open_file(path)
         head = os.pread(opened[path], min(length, HEAD_BYTES), offset)
-        size = upright_size(head)
+        size = upright_size(head, partial=length > HEAD_BYTES)
         if size is None and length > HEAD_BYTES:
             size = upright_size(os.pread(opened[path], length, offset))
     except OSError:
         return 0, 0
     return size if size and size[0] * size[1] <= MAX_PIXELS else (0, 0)
+
+
+def open_file(path: str) -> int:
+    """A descriptor for `os.pread`. Never waits, as for the writer of a FIFO, of which reading then fails."""
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def write(

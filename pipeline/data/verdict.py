@@ -1,0 +1,186 @@
+"""Whether an image can be used, decided in one way for checking, packing, training, evaluating and predicting.
+
+`decodable` gives the decoder (DALI) only what it reads in one way, whole or in part, on a CPU or a GPU: PNG, simple
+WebP and ordinary JPEG without EXIF but the orientation. Every other format is decoded by Pillow and passed on as BMP.
+H, W are a picture's height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.image_headers import (
+    MAX_PIXELS,
+    PILLOW,
+    JpegHeader,
+    exif_of,
+    jpeg_header,
+    kind,
+    looks_whole,
+    not_applied,
+    orientation,
+    png_exif,
+    upright_size,
+)
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+    from nvidia.dali.data_node import DataNode
+    from PIL.Image import Image
+
+Pixels: TypeAlias = NDArray[np.uint8]
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Pillow's Transpose that makes it upright
+
+
+class DecodeError(RuntimeError):
+    """The bytes are no image that can be used; the message is the reason."""
+
+
+class WholeDecoder:
+    """Decodes whole images, one at a time, to the picture from which the loaders cut their windows. Not for threads."""
+
+    def __init__(self) -> None:
+        self._pipeline: Pipeline | None = None
+
+    def fault(self, encoded: bytes) -> str | None:
+        """Why these bytes cannot be used as an image, or None after decoding every pixel."""
+        try:
+            self.picture(encoded)
+        except DecodeError as error:
+            return str(error)
+        return None
+
+    def picture(self, encoded: bytes) -> Pixels:
+        """The upright picture [H, W, 3]. Raises DecodeError."""
+        return self._decode(decodable(encoded))
+
+    def _decode(self, encoded: bytes) -> Pixels:
+        pipeline = self._pipeline or _whole_pipeline()
+        self._pipeline = None  # an error leaves it unusable
+        with decode_errors():
+            pipeline.feed_input("encoded", [np.frombuffer(encoded, dtype=np.uint8)])
+            pipeline.schedule_run()
+            (pictures,) = pipeline.share_outputs()
+            picture = np.array(pictures[0])
+            pipeline.release_outputs()
+        self._pipeline = pipeline
+        return picture
+
+
+def decodable(encoded: bytes) -> bytes:
+    """The picture in bytes that the decoder reads in one way; an ordinary image as it is.
+
+    Raises DecodeError for bytes that are not a complete image of a known format and of a possible size.
+    """
+    reason = looks_whole(encoded) or _size_fault(encoded)
+    if reason:
+        raise DecodeError(reason)
+    form = kind(encoded)
+    if form == "jpeg":
+        header = jpeg_header(encoded)
+        return _tidied_jpeg(encoded, header) if header.ordinary else _as_bmp(encoded, form)
+    if form == "png":
+        return _tidied_png(encoded)
+    return encoded if form == "webp" and _is_simple_webp(encoded) else _as_bmp(encoded, str(form))
+
+
+def _size_fault(encoded: bytes) -> str | None:
+    size = upright_size(encoded)
+    if size is None:
+        return f"not an image (its {kind(encoded)} header gives no size)"
+    if size[0] * size[1] > MAX_PIXELS:
+        return f"absurd size: {size[1]} x {size[0]}, above the limit of {MAX_PIXELS:,} pixels"
+    return None
+
+
+def _tidied_jpeg(encoded: bytes, header: JpegHeader) -> bytes:
+    if header.tidy or header.scan is None:
+        return encoded
+    exif = b"Exif\0\0" + exif_of(header.orientation)
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif if header.orientation > 1 else b""
+    kept = [encoded[start:end] for start, end in header.kept]
+    return b"".join([b"\xff\xd8", segment, *kept, encoded[header.scan :]])
+
+
+def _tidied_png(encoded: bytes) -> bytes:
+    blocks = list(png_exif(encoded))
+    if not blocks:
+        return encoded
+    turn, parts, at = orientation(encoded), list[bytes](), 33  # the header chunk ends there
+    for start, end in blocks:
+        parts.append(encoded[at : start - 8])
+        at = end + 4
+    exif = b"eXIf" + exif_of(turn)
+    chunk = (len(exif) - 4).to_bytes(4, "big") + exif + zlib.crc32(exif).to_bytes(4, "big") if turn > 1 else b""
+    return b"".join([encoded[:33], chunk, *parts, encoded[at:]])
+
+
+def _is_simple_webp(encoded: bytes) -> bool:
+    """Whether the file consists of one complete picture without metadata."""
+    return encoded[12:16] in (b"VP8 ", b"VP8L") and 20 + int.from_bytes(encoded[16:20], "little") in (
+        len(encoded),
+        len(encoded) - 1,
+    )
+
+
+def _as_bmp(encoded: bytes, form: str) -> bytes:
+    """The first picture of an image as Pillow reads it, upright, in 24 bits a pixel."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(encoded), formats=[PILLOW[form]]) as image:
+            image.load()
+            turn = _TURNS.get(not_applied(image))
+            picture = _rgb(image) if turn is None else _rgb(image).transpose(Image.Transpose(turn))
+        picture.save(buffer, "BMP")
+    except Exception as error:  # on damaged data Pillow's plugins raise anything
+        raise DecodeError(f"does not decode as {PILLOW[form]}: {error}") from error
+    return buffer.getvalue()
+
+
+def _rgb(image: Image) -> Image:
+    """The image in 8-bit RGB without alpha. Of 16 bits the high byte is used; fractions are between 0 and 1."""
+    from PIL.Image import fromarray
+
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+        image = fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        image = fromarray((np.nan_to_num(np.asarray(image)).clip(0, 1) * 255).round().astype(np.uint8))
+    elif image.mode == "I":
+        raise ValueError("32-bit or signed integers, of which no range is known; convert it to 8 or 16 bits")
+    return image.convert("RGB")
+
+
+@contextmanager
+def decode_errors() -> Iterator[None]:
+    """Raises DecodeError in place of what a DALI operator reports of its data; other errors pass."""
+    from pipeline.compat.dali import operator_failure
+
+    try:
+        yield
+    except RuntimeError as error:
+        failure = operator_failure(error)
+        if failure is None:
+            raise
+        raise DecodeError(f"does not decode: {failure}" if failure else "does not decode") from error
+
+
+def _whole_pipeline() -> Pipeline:
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)  # type: ignore[untyped-decorator]
+    def pipeline() -> DataNode:
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        return fn.decoders.image(encoded, device="cpu", jpeg_fancy_upsampling=True)  # as in dali.py
+
+    built = pipeline()
+    built.build()
+    return built
