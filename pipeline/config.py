@@ -18,14 +18,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainSerializer, Tag, ValidationError
 from pydantic import BeforeValidator as Before
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
+from pipeline.compat.yaml import MAX_DEPTH
+from pipeline.compat.yaml import dump_yaml as dump_yaml
+from pipeline.compat.yaml import parse_yaml as parse_yaml
 from pipeline.errors import ConfigError, JsonValue
 
+MAX_SHOWN = 200  # characters of a value in a message
 M = TypeVar("M", bound=BaseModel)
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -72,50 +75,6 @@ def _parse_duration(value: object) -> Any:
 Span = Annotated[Duration, Before(_parse_duration), PlainSerializer(str, return_type=str)]  # a Duration in a config
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a float (YAML 1.2's rule; PyYAML requires 3.0e-4) and duplicate keys are errors."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} occurs twice")
-        return super().construct_mapping(node, deep)
-
-
-_FLOAT_WITH_EXPONENT = (
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
-_Loader.add_implicit_resolver(*_FLOAT_WITH_EXPONENT)
-
-
-def parse_yaml(text: str, where: str) -> object:
-    """The value of a YAML text; `where` names the text in errors. Raises ConfigError."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {error}", key="yaml", subject=where) from None
-
-
-def dump_yaml(mapping: Mapping[str, object]) -> str:
-    """`mapping` as YAML text that `parse_yaml` reads back equal."""
-    text: str = yaml.dump(json.loads(json.dumps(mapping)), Dumper=_Dumper, sort_keys=False, width=120)
-    return text
-
-
-class _Dumper(yaml.SafeDumper):
-    """Short lists of numbers stay on one line."""
-
-    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
-        flat = all(not isinstance(item, dict | list) for item in sequence)
-        return super().represent_sequence(tag, sequence, flow_style=flat)
-
-
-_Dumper.add_implicit_resolver(*_FLOAT_WITH_EXPONENT)  # so that the text "3e-4" is quoted
-
-
 def read_mapping(path: Path) -> dict[str, JsonValue]:
     """The mapping in a YAML file. Raises ConfigError if the file cannot be read or has no mapping at its top."""
     try:
@@ -151,13 +110,22 @@ def parse_override(text: str) -> dict[str, JsonValue]:
     path, equals, value = text.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        message = f"override {text!r}: write it as section.key=value, e.g. training.epochs=3"
+        message = f"override {shortened(text)}: write it as section.key=value, e.g. training.epochs=3"
         raise ConfigError(message, key="override", subject=text)
-    nested: object = parse_yaml(value, f"override {text!r}")
+    if len(keys) > MAX_DEPTH:
+        message = f"override {shortened(text)}: a key has at most {MAX_DEPTH} parts"
+        raise ConfigError(message, key="override", subject=text)
+    nested: object = parse_yaml(value, f"override {shortened(text)}")
     for key in reversed(keys):
         nested = {key: nested}
     assert isinstance(nested, dict)
     return nested
+
+
+def shortened(value: object) -> str:
+    """A value as in JSON, cut to MAX_SHOWN characters, for messages."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text):,} characters)"
 
 
 def interpolate(mapping: Mapping[str, object], known: Mapping[str, str | None]) -> dict[str, object]:
@@ -218,7 +186,7 @@ class _Fault:
 
 def _inert_fault(mapping: Mapping[str, object], key: str, why: str) -> _Fault:
     value = at(mapping, key)
-    return _Fault(key, value, f"{key} (={json.dumps(value)}): changes nothing: {why}")
+    return _Fault(key, value, f"{key} (={shortened(value)}): changes nothing: {why}")
 
 
 def _relevant(mapping: Mapping[str, object], error: ValidationError) -> list[dict[str, Any]]:
@@ -247,7 +215,9 @@ def _line(model: type[BaseModel], path: list[str], value: object, fault: dict[st
     if fault["type"] == "missing":
         return f"{key}: this key is required"
     rule = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return f"{key}: {rule}" if isinstance(value, dict) else f"{key} (={json.dumps(value)}): {rule}"
+    if fault["type"] == "string_type" and isinstance(value, bool | int | float):
+        rule = f"in YAML this is a {'truth value' if isinstance(value, bool) else 'number'}; quote it to give a text"
+    return f"{key}: {rule}" if isinstance(value, dict) else f"{key} (={shortened(value)}): {rule}"
 
 
 def _place(mapping: Mapping[str, object], fault: dict[str, Any]) -> tuple[list[str], Any]:

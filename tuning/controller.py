@@ -55,6 +55,7 @@ class Controller:
         self.planner = Planner(folder, record, decisions, watcher.say)
         self._config, self._compute = folder.sweep.config, folder.sweep.base.compute
         self._running: dict[int, Runner] = {}
+        self._watches: dict[int, lease.Watch] = {}  # of trials whose lease another driver has
         self._reminder, self._cluster = Reminder(watcher.say), ClusterWatch(self._compute)
         self._uploader: Uploader | None = None
 
@@ -145,11 +146,14 @@ class Controller:
             self.planner.draw()
 
     def _is_elsewhere(self, trial: Trial) -> bool:
-        """Whether another driver holds the trial's lease: a user's, or one whose heartbeat stopped only recently."""
-        command = lease.held_elsewhere(self.folder.of(trial))
-        if command is not None:
-            self._reminder.said_again(f"{trial.name}: another driver trains it ({command}); waiting for its end")
-        return command is not None
+        """Whether another driver holds the trial's lease, or may hold it: a user's, or one that was killed."""
+        folder = self.folder.of(trial)
+        watch = self._watches.setdefault(trial.number, lease.Watch(folder / lease.FILE))
+        if not lease.is_of_another(folder) or watch.expire():
+            return False
+        command = lease.command_of(folder)
+        self._reminder.said_again(f"{trial.name}: another driver trains it ({command}); waiting for its end")
+        return True
 
     def _start(self, trial: Trial) -> bool:
         """Starts or resumes a trial; False if a killed driver had finished its training already."""

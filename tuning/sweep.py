@@ -34,10 +34,11 @@ def run(sweep: Sweep, run_dir: Path, *, retry_failed: bool = False, watcher: Wat
     check_place(run_dir)
     new = not run_dir.exists()
     run_dir = launch.make_folder(run_dir)
-    lease = Lease(run_dir).acquire()
+    watcher = watcher or SilentWatcher()
+    lease = Lease(run_dir).acquire(waiting=watcher.say)
     try:
         (run_dir / "stop").unlink(missing_ok=True)
-        with controller(sweep, run_dir, lease.fence, watcher or SilentWatcher()) as driver:
+        with controller(sweep, run_dir, lease.fence, watcher) as driver:
             return driver.run(retry_failed=retry_failed)
     finally:
         if new and not (run_dir / "config.yaml").exists():

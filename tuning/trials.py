@@ -103,7 +103,7 @@ class Runner:
         if "key" in record:
             self.trial.step = record["step"]
             self.newest = max(self.newest, record["step"])
-            if record["attempt"] > self._earlier_attempts:
+            if record.get("attempt", 0) > self._earlier_attempts:
                 self.reached = max(self.reached, record["step"])
 
 

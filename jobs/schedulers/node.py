@@ -207,17 +207,19 @@ class NodeTask:
             self._exit(0)
 
     def _await_lease(self, preemption: Preemption) -> None:
-        """After a lost node, waits for the lease of the former driver, which is dead, to expire."""
+        """After a lost node, waits for the leases of the former driver and its trials to expire, and ends them."""
         from pipeline.runs import lease
 
         if self.job.run_dir is None or self._env is None or self._env.restart == 0:
             return
         folder, deadline = Path(self.job.run_dir), time.monotonic() + lease.SILENT_S + 2 * lease.BEAT_S
-        leases = [folder / "lease.json", *folder.glob("trials/*/lease.json")]
-        if any(map(lease.refuses, leases)):
+        held = [lease.Watch(path) for path in (folder / lease.FILE, *folder.glob(f"trials/*/{lease.FILE}"))]
+        held = [watch for watch in held if not watch.expire()]
+        if held:
             print("waiting until the lease of this run's former driver expires", flush=True)
-        while any(map(lease.refuses, leases)) and not preemption.warned and time.monotonic() < deadline:
+        while held and not preemption.warned and time.monotonic() < deadline:
             time.sleep(1)
+            held = [watch for watch in held if not watch.expire()]
 
 
 def head_lost(member: JoinedNode) -> Callable[[], str]:

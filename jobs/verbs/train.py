@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.cli import INTERRUPTED, STOPPED, data_home
+from pipeline.runs import lease
 
 if TYPE_CHECKING:
     from pipeline.execution.launch import Result
@@ -89,8 +90,8 @@ def stop_on_signals(run_dir: Path) -> Iterator[set[int]]:
         return
 
     def stop(number: int, _: FrameType | None) -> None:
-        if not run_dir.is_dir() or (number == signal.SIGINT and number in received):
-            raise KeyboardInterrupt
+        if not run_dir.is_dir() or lease.is_of_another(run_dir) or (number == signal.SIGINT and number in received):
+            raise KeyboardInterrupt  # also while this driver waits for the lease of another one
         (run_dir / "stop").touch()
         received.add(number)
         if number == signal.SIGINT:  # rich prints this above a live table

@@ -71,7 +71,7 @@ def train(
     _check_place(run_dir)
     new = not run_dir.exists()
     run_dir = make_folder(run_dir)
-    lease = Lease(run_dir).acquire()
+    lease = Lease(run_dir).acquire(waiting=progress and (lambda text: progress(text, 0, 0)))
     try:
         (run_dir / "stop").unlink(missing_ok=True)
         for error in run_dir.glob("error-*.json"):

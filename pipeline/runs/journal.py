@@ -98,14 +98,16 @@ def _unwritable(path: Path, error: OSError) -> ResourceError:
 
 def paths(folder: Path) -> list[Path]:
     """The journals in a folder, by name."""
-    return sorted(folder.glob(f"*{SUFFIX}"))
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if path.is_file())
 
 
 def read(path: Path, offset: int = 0) -> tuple[list[Record], int]:
     """The records in about CHUNK_BYTES of complete lines from byte `offset` on, and the offset after them.
 
-    At the end of the file the offset stays the same. Lines that are not records are skipped.
+    At the end of the file the offset stays the same. Lines that are not records are skipped (`unreadable` counts them).
     """
+    if not path.is_file():
+        return [], offset
     with open(path, "rb") as file:
         file.seek(offset)
         data = file.read(CHUNK_BYTES)
@@ -119,9 +121,36 @@ def read(path: Path, offset: int = 0) -> tuple[list[Record], int]:
 def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and ("event" in record or "key" in record) else None
+    return record if isinstance(record, dict) and (_is_event(record) or _is_metric(record)) else None
+
+
+def _is_event(record: Record) -> bool:
+    fence, step = record.get("fence", 0), record.get("step")
+    return isinstance(record.get("event"), str) and _is_count(fence) and (step is None or _is_count(step))
+
+
+def _is_metric(record: Record) -> bool:
+    counts = (record.get("step"), record.get("attempt", 0), record.get("fence", 0))
+    numbers = (record.get("value"), record.get("time", 0.0))
+    of_types = all(map(_is_count, counts)) and all(type(each) in (int, float) for each in numbers)
+    return "event" not in record and isinstance(record.get("key"), str) and of_types
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def unreadable(path: Path) -> int:
+    """How many complete lines of a journal are no records, and are skipped by all readers."""
+    with open(path, "rb") as file:
+        return sum(1 for line in file if line.endswith(b"\n") and line.strip() and _parse(line) is None)
+
+
+def last_records(path: Path) -> list[Record]:
+    """The records in about the last CHUNK_BYTES of a journal."""
+    return read(path, max(0, path.stat().st_size - CHUNK_BYTES))[0]
 
 
 def read_all(path: Path) -> Iterator[Record]:

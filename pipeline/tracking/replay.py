@@ -97,7 +97,7 @@ class Replay:
         metrics = [record for record in records if first.take(record)]
         self._events += [record for record in records if "event" in record]
         if after > progress.offsets.get(path.name, 0):
-            self._pending = [MetricPoint(r["key"], r["step"], r["value"], r["time"]) for r in metrics]
+            self._pending = [MetricPoint(r["key"], r["step"], r["value"], r.get("time", 0.0)) for r in metrics]
         self._read[path.name] = after
         return True
 

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.runs import journal
+from pipeline.runs import journal, lease
 from pipeline.runs.records import read_status
 from pipeline.tracking.ledger import Ledger
-from pipeline.tracking.uploader import is_live, last_status
+from pipeline.tracking.uploader import last_status
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def _summary(run_dir: Path) -> RunSummary:
     ended = (last_status(run_dir) or {}).get("status", otherwise)
     return RunSummary(
         run_dir=run_dir,
-        status="RUNNING" if is_live(run_dir) else ended,
+        status="RUNNING" if lease.is_live(run_dir) else ended,
         step=max([r["step"] for r in metrics] + [read_status(run_dir).step]),
         top1=max(tops, default=None),
         run_id=sent.run_id,

@@ -195,7 +195,7 @@ def sync(run_dir: Path, uri: str | None = None) -> Sync:
             )
         _end_if_dead(run_dir)
         trackers = _composite(run_dir, address, config, recipe)
-        errors = trackers.send(final=not is_live(run_dir))
+        errors = trackers.send(final=not lease.is_live(run_dir))
     for error in errors.values():
         raise _unsent(run_dir, address, error) from None  # a traceback would show the address with its password
     replay = trackers.replays[MLFLOW]
@@ -231,12 +231,6 @@ def tracking_config(run_dir: Path, recipe: Mapping[str, JsonValue] | None = None
     return configs.validate_stored(TrackingConfig, section, f"{run_dir}: recipe.tracking")
 
 
-def is_live(run_dir: Path) -> bool:
-    """Whether a driver holds the lease of the run folder and has written its heartbeat recently."""
-    held = lease.read(run_dir / "lease.json")
-    return bool(held) and not held.get("released") and time.time() - float(held["heartbeat"]) < lease.SILENT_S
-
-
 def last_status(run_dir: Path) -> journal.Record | None:
     """The newest event of a driver's start or end in the journal; None if there is none."""
     path = run_dir / "journal" / f"driver{journal.SUFFIX}"
@@ -247,7 +241,7 @@ def last_status(run_dir: Path) -> journal.Record | None:
 def _end_if_dead(run_dir: Path) -> None:
     """Writes the end of a driver that could not write it itself."""
     last = last_status(run_dir)
-    if last is not None and last["event"] == "driver-started" and not is_live(run_dir):
+    if last is not None and last["event"] == "driver-started" and not lease.is_live(run_dir):
         writer = Journal(run_dir / "journal", "driver", fence=last.get("fence", 0))
         writer.event("driver-ended", status="KILLED", error="the driver ended without a message")
         writer.close()
