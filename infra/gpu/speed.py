@@ -1,0 +1,162 @@
+"""Training speed: our loop against a bare one, compiled and graphed; launches, idle share and memory of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from infra.gpu.environment import wait
+from infra.gpu.run import Run
+from pipeline import run_config
+from pipeline.bench.step import LoopSetup, bare, batches, fresh, micros, ours, plan_of
+from pipeline.data.config import DataConfig
+from pipeline.data.dali import TrainBatch
+from pipeline.training.config import TrainingConfig
+from pipeline.training.step import Meter, MicroBatch, micro_batches, train_step
+
+RESNET = "baseline/imagenet_resnet50"
+BATCHES, SMALL_BATCHES = (256, 32, 128), (4, 2)
+PROFILED = {  # name: recipe, batch, keys
+    "ResNet-50": (RESNET, 32, ()),
+    "AIG-50": ("convnet_aig/imagenet_50", 32, ()),
+    "ARRN-T": ("arrn/imagenet:t", 32, ()),
+    "RANet-32": ("ranet/imagenet_32", 32, ()),
+    "Shape Adaptor ResNet-50": ("shape_adaptor/imagenet_resnet50", 32, ()),
+    "AIG-110": ("convnet_aig/cifar10_110", 128, ()),
+    "ResNet-50, batch 256": (RESNET, 256, ()),
+}
+Step = Callable[[Sequence[MicroBatch]], object]
+
+
+def setup_of(
+    run: Run, recipe: str, batch: int, small: bool, *keys: str, classes: int = 1000, steps: int = 20
+) -> LoopSetup:
+    """A recipe's net and optimizer at this batch size, on this run's device; small: with tiny images."""
+    tiny = ("data.side_px=64",) if small and "imagenet" in recipe and "ranet" not in recipe else ()
+    common = ("data.root=unused", f"training.batch_size={batch}", f"compute.device={run.device.type}")
+    config = run_config.load(recipe, [*common, *tiny, *keys], data_home="unused")
+    return LoopSetup(config, classes, 10 if small else steps)
+
+
+def speed(run: Run) -> None:
+    """ResNet-50, eager: images/s of our loop and of the loop of PyTorch's tutorials, in turns."""
+    for batch in SMALL_BATCHES if run.small else BATCHES:
+        run.case(f"ours over bare, batch {batch}", partial(_against_bare, run, batch))
+
+
+def _eager(run: Run) -> tuple[str, ...]:
+    """`compile` off, however the config spells its choices."""
+    return ("training.compile=false",)
+
+
+def _against_bare(run: Run, batch: int) -> None:
+    setup = setup_of(run, RESNET, batch, run.small, *_eager(run), steps=40 if batch < 100 else 20)
+    rounds = 1 if run.small else 2
+    pairs = [(ours(setup), bare(setup)) for _ in range(rounds)]
+    run.row(f"ours, batch {batch}", median(mine for mine, _ in pairs), "images/s", "eager")
+    run.row(f"bare, batch {batch}", median(other for _, other in pairs), "images/s", "eager")
+    run.row(f"ours over bare, batch {batch}", max(mine / other for mine, other in pairs), "", _each(pairs))
+
+
+def _each(pairs: Sequence[tuple[float, float]]) -> str:
+    return "; ".join(f"{mine:.0f} / {other:.0f}" for mine, other in pairs)
+
+
+def compiled(run: Run) -> None:
+    """The same with torch.compile, and with CUDA graphs where the recipe has a key for them."""
+    for batch in SMALL_BATCHES[:1] if run.small else (256, 32, 128):
+        run.case(f"over eager, batch {batch}", partial(_compiled, run, batch, "compiled", "training.compile=true"))
+    graphs = [name for name in TrainingConfig.model_fields if "graph" in name]
+    if not graphs:
+        run.row("CUDA graphs", "not built", detail="no key of training: is about graphs")
+    for key in graphs:
+        for batch in (32, 256):
+            name = f"graphed ({key}), batch {batch}"
+            run.case(name, partial(_compiled, run, batch, f"graphed ({key})", f"training.{key}=true"))
+
+
+def _compiled(run: Run, batch: int, name: str, *keys: str) -> None:
+    torch._dynamo.reset()
+    start = time.perf_counter()
+    setup = setup_of(run, RESNET, batch, run.small, *keys, steps=40 if batch < 100 else 20)
+    rate = ours(setup)
+    eager = ours(setup_of(run, RESNET, batch, run.small, *_eager(run), steps=20))
+    detail = f"{time.perf_counter() - start:.0f} s with compilation"
+    run.row(f"{name}, batch {batch}", rate, "images/s", detail)
+    over = "over eager" if name == "compiled" else f"{name} over eager"
+    run.row(f"{over}, batch {batch}", rate / eager, "", f"eager: {eager:.0f} images/s")
+
+
+# --- one step, looked at closely -----------------------------------------------------------------------------------
+
+
+def stepper(setup: LoopSetup) -> Callable[[], object]:
+    """A function that runs one training step on images that are there."""
+    device, current = fresh(setup)
+    plan, meter, source = plan_of(setup, current, device), Meter(), micros(batches(setup, device))
+    current.net.train()
+    return lambda: train_step(plan, current, next(source), meter)
+
+
+def loaded_stepper(setup: LoopSetup, data: DataConfig) -> tuple[Callable[[TrainBatch], Sequence[MicroBatch]], Step]:
+    """(from a loader's batch to micro-batches, one training step on these)."""
+    device, current = fresh(setup)
+    plan, meter = plan_of(setup, current, device), Meter()
+    current.net.train()
+    return lambda batch: micro_batches(plan, data, batch, 1), lambda parts: train_step(plan, current, parts, meter)
+
+
+def profiles(run: Run) -> None:
+    """Each family's step: images/s, launches, the share of the time in which the GPU has nothing to do, memory."""
+    for name, (recipe, batch, keys) in PROFILED.items():
+        size = 2 if run.small else batch
+        run.case(name, partial(_profiled, run, name, setup_of(run, recipe, size, run.small, *keys)))
+
+
+def _profiled(run: Run, name: str, setup: LoopSetup) -> None:
+    step, counted = stepper(setup), 1 if run.small else 3
+    if not run.small:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(1 if run.small else 4):
+        step()
+    seconds = _seconds(step, 1 if run.small else 10)
+    size = setup.batch_size
+    run.row(f"{name}, images/s", size / seconds, "images/s", f"batch {size}, {1e3 * seconds:.1f} ms a step")
+    if run.small:
+        return
+    run.row(f"{name}, peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(counted):
+            step()
+        wait()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in found.events()
+        if str(event.device_type).endswith("CUDA")
+    )
+    run.row(f"{name}, launches a step", float(round(len(spans) / counted)))
+    busy_s = covered(spans) / 1e6 / counted
+    run.row(f"{name}, idle share", max(0.0, 1 - busy_s / seconds), "", f"busy {1e3 * busy_s:.1f} ms a step")
+
+
+def _seconds(step: Callable[[], object], steps: int) -> float:
+    wait()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait()
+    return (time.perf_counter() - start) / steps
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """The length of the union of spans that are sorted by their start."""
+    total, reached = 0.0, float("-inf")
+    for start, end in spans:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
