@@ -103,7 +103,8 @@ def _index(run: Run, root: Path | None = None) -> ImageIndex:
 
 
 def _config(run: Run, root: Path | None = None, **keys: object) -> DataConfig:
-    return DataConfig(root=root or run.data, index=run.work / "index", **keys)  # type: ignore[arg-type]
+    side_px = 64 if run.small else 224
+    return DataConfig(root=root or run.data, index=run.work / "index", side_px=side_px, **keys)  # type: ignore[arg-type]
 
 
 def _batch(run: Run) -> int:
@@ -199,10 +200,10 @@ def feed(run: Run) -> None:
 
 
 def _feed(run: Run) -> None:
-    from infra.gpu.speed import loaded_stepper, setup_of
+    from infra.gpu.speed import EAGER, MILD, loaded_stepper, setup_of
 
     batch = 8 if run.small else 256
-    setup = setup_of(run, "baseline/imagenet_resnet50", batch, run.small)
+    setup = setup_of(run, "baseline/imagenet_resnet50", batch, run.small, EAGER, MILD)
     take, step = loaded_stepper(setup, _config(run))
     steps = 2 if run.small else 24
     with loader(run, batch, _threads(run)) as batches:

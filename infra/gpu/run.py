@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -58,7 +59,8 @@ class Run:
         """A row of the table; a number is compared with what is expected."""
         wanted = expected.EXPECTED.get(f"{self.part}: {what}")
         verdict = "measured" if wanted is None or isinstance(value, str) else "ok" if wanted.holds(value) else "differs"
-        words = {"what": what, "value": value, "unit": unit, "detail": detail, "verdict": verdict}
+        shown = value if isinstance(value, str) or math.isfinite(value) else str(value)  # JSON has no NaN
+        words = {"what": what, "value": shown, "unit": unit, "detail": detail, "verdict": verdict}
         self._write({**words, "expected": "" if wanted is None else str(wanted)})
 
     def _write(self, line: Mapping[str, object]) -> None:
