@@ -15,13 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infra.gpu.parts import PARTS, Part
+from infra.gpu.parts import BROKEN_GPU, PARTS, Part
 from infra.gpu.photographs import jpegs_in
 
 Row = dict[str, object]
 WIDTHS = {"part": 12, "what": 52, "value": 30, "expected": 24, "verdict": 12}
 LEAST_S = 12.0  # a part that has less than this is left out
 PER_PART_RESTARTS = 12
+AGAIN = "again"  # the error is a row already
 
 
 @dataclass
@@ -101,7 +102,8 @@ class Conductor:
             died = attempt.watch(ends)
             if not died:
                 return
-            self.table.add(part.name, {"what": attempt.case or part.about, "value": died, "verdict": "failed"})
+            if died != AGAIN:
+                self.table.add(part.name, {"what": attempt.case or part.about, "value": died, "verdict": "failed"})
             print(attempt.last_words(), flush=True)
             if attempt.case is None or time.monotonic() > ends - LEAST_S:
                 return
@@ -179,6 +181,8 @@ class Attempt:
 
 def death(code: int, case: str | None) -> str:
     """How a process ended: "" if well."""
+    if code == BROKEN_GPU:
+        return AGAIN
     if code < 0:
         return f"died: {signal.Signals(-code).name}"
     if code == 0:

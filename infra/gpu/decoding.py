@@ -88,6 +88,7 @@ class Turn:
             (pictures,) = self.pipeline.share_outputs()
             yield pictures
             self.pipeline.release_outputs()
+        wait()
 
     def _put(self, batch: list[Any]) -> None:
         self.pipeline.feed_input("encoded", batch)
@@ -312,8 +313,8 @@ def _pixels(run: Run, name: str, way: Way, encoded: list[Any]) -> None:
 
 
 def _decoded(turn: Turn, encoded: list[Any]) -> list[Any]:
-    (pictures,) = (batch.as_cpu() if hasattr(batch, "as_cpu") else batch for batch in turn.over(encoded))
-    return [np.array(picture) for picture in pictures]
+    on_cpu = (batch.as_cpu() if hasattr(batch, "as_cpu") else batch for batch in turn.over(encoded))
+    return [np.array(picture) for batch in on_cpu for picture in batch]
 
 
 def differences(run: Run, name: str, found: list[Any]) -> None:

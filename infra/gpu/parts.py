@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BROKEN_GPU = 3  # exit code of a part whose GPU is unusable after an error; the rest of its cases need a new process
+
 
 @dataclass(frozen=True)
 class Part:

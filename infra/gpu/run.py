@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from infra.gpu import expected
-
-BROKEN_GPU = 3  # exit code of a part whose GPU is unusable after an error; the rest of its cases need a new process
+from infra.gpu.parts import BROKEN_GPU
 
 
 @dataclass

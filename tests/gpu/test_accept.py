@@ -31,8 +31,14 @@ def dies(run: Run) -> None:
     run.case("after", lambda: run.row("after", 2.0))
 
 
-def _raise() -> None:
-    raise ValueError("no such luck")
+def _raise(text: str = "no such luck") -> None:
+    raise ValueError(text)
+
+
+def breaks_the_gpu(run: Run) -> None:
+    """A part whose first case leaves the GPU unusable for its process."""
+    run.case("breaks", lambda: _raise("CUDA error: an illegal memory access was encountered"))
+    run.case("after", lambda: run.row("after", 2.0))
 
 
 def hangs(run: Run) -> None:
@@ -62,6 +68,14 @@ def test_a_part_that_dies_by_a_signal_is_a_row_and_its_other_cases_still_run(con
     ]
     assert conductor.table.path is not None
     assert json.loads(conductor.table.path.read_text())["rows"] == conductor.table.rows
+
+
+def test_after_an_error_of_the_gpu_the_other_cases_run_in_a_new_process(conductor: Conductor) -> None:
+    conductor.run(here("breaks_the_gpu"))
+    assert [(row["what"], row["verdict"]) for row in conductor.table.rows] == [
+        ("breaks", "failed"),
+        ("after", "measured"),
+    ]
 
 
 def test_a_part_that_hangs_is_a_row(conductor: Conductor) -> None:
