@@ -6,6 +6,7 @@ Each verb is a module of `jobs.verbs`: it parses its arguments, calls one functi
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -135,6 +136,9 @@ def data_home() -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a verb. User errors and out-of-memory errors are printed without a traceback and exit with status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
     try:
         app(args=arguments, prog_name="adaptnet")
     except AdaptNetError as error:

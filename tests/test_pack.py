@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from raised import fails
 
-from pipeline.data.check import check
+from pipeline.data.check import CheckReport, check
 from pipeline.data.config import DataConfig
 from pipeline.data.index import ImageIndex, open_index, open_splits
 from pipeline.data.pack import PackReport, pack
@@ -44,6 +44,10 @@ def folder_bytes(root: Path) -> dict[str, bytes]:
 
 def packed(source: Path, destination: Path, **options: object) -> PackReport:
     return pack(source, destination, **{"workers": 1} | options)  # type: ignore[arg-type]
+
+
+def not_used(report: PackReport | CheckReport) -> int:
+    return sum(each.count for each in report.left_out)
 
 
 def reasons(report: PackReport) -> dict[str, str]:
@@ -136,10 +140,10 @@ def test_bad_images_are_set_aside_with_their_reasons_and_odd_ones_are_not(tmp_pa
     (source / "train/lost.jpg").write_bytes(images.jpeg())
     report = packed(source, tmp_path / "out")
     assert reasons(report) == {name: reason for name, (_, reason) in bad.items()}
-    assert report.images["train"] == 12 + len(odd) and report.ignored == 2
+    assert report.images["train"] == 12 + len(odd) and not_used(report) == 2
     assert set(odd.values()) <= {encoded for encoded, _ in content(open_index(tmp_path / "out"))}
     in_place = check(source, workers=1)
-    assert in_place.bad == report.set_aside and in_place.ignored == 2
+    assert in_place.bad == report.set_aside and not_used(in_place) == 2
     stored = json.loads((tmp_path / "out/report.json").read_text())
     assert [(each["file"], each["reason"]) for each in stored["set_aside"]] == list(report.set_aside)
 
@@ -150,8 +154,8 @@ def test_images_with_wrong_labels_or_repeated_keys_are_set_aside(tmp_path: Path)
     source = shards(tmp_path / "source", {"train-0.tar": tar})
     report = packed(source, tmp_path / "out")
     assert reasons(report) == {
-        "a.png": "duplicate key: first in train-0.tar",
-        "b.jpg": "wrong label: 'x' is not an integer from 0",
+        "a.png": "duplicate key: twice in train-0.tar",
+        "b.jpg": "wrong label: 'x' is neither an integer nor a class",
         "c.jpg": "wrong label: 7, of 2 classes",
     }
     assert check(source, workers=1).bad == report.set_aside

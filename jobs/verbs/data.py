@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from pipeline.data.account import LeftOut
     from pipeline.data.index import ImageIndex
     from pipeline.data.pack import PackReport
 
@@ -120,7 +121,7 @@ def _print_pack(report: PackReport, destination: Path, show_all: bool) -> None:
     }
     typer.echo(tables.of_pairs(facts))
     _print_bad(report.set_aside, show_all)
-    _print_ignored(report.ignored)
+    _print_left_out(report.left_out)
     typer.echo(f"Next: adaptnet train RECIPE data.root={destination}")
 
 
@@ -184,7 +185,7 @@ def check(
     checked = "decoded and compared with the packed bytes" if report.checksums else "decoded"
     typer.echo(f"{root}: {report.images:,} images {checked} in {report.seconds:.1f} s; {len(report.bad):,} bad")
     _print_bad(report.bad, show_all)
-    _print_ignored(report.ignored)
+    _print_left_out(report.left_out)
     if report.bad:
         typer.echo("Training replaces bad images by good ones; `adaptnet data pack` leaves them out of the packed set.")
         raise typer.Exit(1)
@@ -210,11 +211,12 @@ def info(
     from jobs import tables
     from pipeline.config import validate
     from pipeline.data.config import DataConfig
-    from pipeline.data.index import open_splits
+    from pipeline.data.index import account_of, open_splits
 
-    given = {"root": str(root), "index": index and str(index), "validation_share": validation_share}
+    given = {"root": str(root), "index": index and str(index), "validation_share": validation_share, "max_bad_share": 1}
+    config = validate(DataConfig, given, "data")
     with _progress() as progress:
-        splits = open_splits(validate(DataConfig, given, "data"), seed, progress)
+        splits = open_splits(config, seed, lambda what, done, total: progress(what, done, total) if total else None)
     whole = splits.train.whole
     drawn = "" if whole.meta.has_splits else f" (val drawn with seed {seed})"
     facts = {
@@ -225,15 +227,16 @@ def info(
         "classes": _classes(splits.train),
         "bytes": tables.byte_size(int(whole.length.sum())) + _storage(whole),
         "median size": _median_size(whole),
-        "left out": f"{len(whole.meta.set_aside):,} with a wrong label or key",
         "unreadable": f"{int((whole.height == 0).sum()):,} headers; `adaptnet data check {root}` decodes every image",
         "shuffle": _shuffle_advice(whole, root),
     }
     typer.echo(tables.of_pairs(facts))
+    typer.echo()
+    for line in account_of(splits, config, seed).lines():
+        typer.echo(line)
     typer.echo("\nshorter side, pixels")
     typer.echo(_histogram(whole))
     _print_bad(whole.meta.set_aside, show_all=False)
-    _print_ignored(whole.meta.ignored)
 
 
 def _classes(index: ImageIndex) -> str:
@@ -277,15 +280,17 @@ def _histogram(index: ImageIndex) -> str:
 
 
 def _print_bad(bad: Sequence[tuple[str, str]], show_all: bool) -> None:
+    from pipeline.data.naming import shown
+
     for name, reason in bad if show_all else bad[:SHOWN]:
-        typer.echo(f"  {name}: {reason}")
+        typer.echo(f"  {shown(name)}: {reason}")
     if len(bad) > SHOWN and not show_all:
         typer.echo(f"  and {len(bad) - SHOWN:,} more (--all prints them)")
 
 
-def _print_ignored(ignored: int) -> None:
-    if ignored:
-        typer.echo(f"{ignored:,} files were skipped: not an image by extension, or not in a class folder")
+def _print_left_out(left_out: Sequence[LeftOut]) -> None:
+    for each in left_out:
+        typer.echo(f"  {'left out' if each.lost else 'not used'}{f' of {each.split}' if each.split else ''}: {each}")
 
 
 @contextmanager
@@ -296,7 +301,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
     console = Console(file=sys.stderr, soft_wrap=True, highlight=False, markup=False)
     if not console.is_terminal:
-        yield _line_printer(console.print)
+        yield line_printer(console.print)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
@@ -313,7 +318,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def _line_printer(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+def line_printer(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """show(what, done, total) for a place without a bar: a line every few seconds; total 0 is a message."""
     last = time.monotonic()
 
     def show(what: str, done: int, total: int) -> None:

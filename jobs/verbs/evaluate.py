@@ -45,8 +45,9 @@ def evaluate(
     """Evaluates SOURCE on the val split under each of its policies: accuracy, multiply-accumulates per image, share of
     the full net's MACs, latency on this device, and the family's own facts by class.
 
-    SOURCE is a run's folder (its best checkpoint), a checkpoint's folder, or a registry version. --attack first moves
-    every pixel by eps so as to raise the net's loss (fgsm: along the sign of the gradient); --jpeg first compresses the
+    SOURCE is a run's folder (its best checkpoint), a checkpoint's folder, or a registry version. With data.root=FOLDER
+    the images are those of another set: of its val split, or all of them if it has none. --attack first moves every
+    pixel by eps so as to raise the net's loss (fgsm: along the sign of the gradient); --jpeg first compresses the
     images; --sides runs each policy on images reduced to each side. Their results are stored separately from those of
     the original images.
 
@@ -63,6 +64,7 @@ def evaluate(
       adaptnet evaluate runs/convnet_aig-toy --sides 32,24,16 --down-and-up
     """
     from jobs import tables
+    from jobs.verbs.data import line_printer
     from pipeline.deploy import evaluations
 
     done = evaluations.evaluate(
@@ -74,6 +76,7 @@ def evaluate(
         uri=uri,
         attack=_attack(attack, eps, jpeg),
         sweep=_sweep(sides, down_and_up),
+        progress=line_printer(typer.echo),
     )
     typer.echo(f"{done.what} on {done.root} (step {done.step})")
     typer.echo(tables.of_reports(done.reports))

@@ -50,7 +50,8 @@ class View:
         now = time.monotonic()
         if total == 0 or done == total or now - self._printed > LINE_EVERY_S:
             self._printed = now
-            self._console.print(what if total == 0 else f"{what}: {done:,} of {total:,}", highlight=False)
+            line = what if total == 0 else f"{what}: {done:,} of {total:,}"
+            self._console.print(line, highlight=False, markup=False)
 
     def _follow(self) -> None:
         if self._console.is_terminal:

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
-from pipeline.data.listing import Listing, read_classes
-from pipeline.data.sources import TAR, SourceLayout
+from pipeline.data.class_names import read_classes
+from pipeline.data.listing import TAR, Listing
+from pipeline.data.sources import SourceLayout, check_not_imagenet_archive, count_beside_tars
 from pipeline.data.store import Progress
-from pipeline.data.tars import from_shards, from_tree_tar
+from pipeline.data.tars import are_trees, from_shards, from_tree_tars, scan_shard
 from pipeline.errors import DataError
 from pipeline.runs.files import whole_file
 
@@ -27,21 +28,22 @@ def key_of_tars(layout: SourceLayout) -> str:
 def listing_of_tars(layout: SourceLayout, scratch: Path, workers: int, progress: Progress | None) -> Listing:
     """The images in the tars of a source; compressed tars are unpacked into `scratch`.
 
-    Raises DataError for a damaged archive, and for several tars of which none is train or val by its name.
+    Raises DataError for a damaged archive, for ImageNet's own, and for several tars of which none is train or val by
+    its name.
     """
+    check_not_imagenet_archive(layout.tars)
     tars = _uncompressed(layout.tars, scratch, workers, progress)
-    classes = read_classes(layout.root)
-    if all(split is not None for split, _ in tars):
-        unpacked = all(scratch in path.parents for _, path in tars)
-        return from_shards(scratch if unpacked else layout.root, tars, classes)
-    if len(tars) > 1:
+    root = scratch if all(scratch in path.parents for _, path in tars) else layout.root
+    if all(split is not None for split, _ in tars) and not are_trees([scan_shard(tars[0][1])]):
+        return from_shards(root, tars, count_beside_tars(layout), classes_at=layout.root)
+    if len(tars) > 1 and any(split is None for split, _ in tars):
         names = ", ".join(path.name for _, path in layout.tars[:3])
         raise DataError(
             f"{layout.root}: several tars ({names}), none of them named train or val; pack one at a time",
             key="source",
             subject=layout.root,
         )
-    return from_tree_tar(tars[0][1], classes)
+    return from_tree_tars(root, tars, classes_at=layout.root)
 
 
 def _uncompressed(

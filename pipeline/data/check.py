@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from pipeline.data.account import LeftOut
 from pipeline.data.index import COMPLETE, open_index
-from pipeline.data.listing import SPLITS, Listing
+from pipeline.data.listing import Listing
+from pipeline.data.naming import split_of
 from pipeline.data.parallel import in_processes, num_cpus
 from pipeline.data.sources import find
 from pipeline.data.store import Progress, open_file
@@ -27,7 +29,7 @@ class CheckReport:
     images: int  # number of images checked
     bad: tuple[tuple[str, str], ...]  # (file, reason)
     checksums: bool  # whether the bytes were compared with the CRC-32s of packing
-    ignored: int  # files without an image's extension, images outside class folders
+    left_out: tuple[LeftOut, ...]  # all that is not used, by reason
     seconds: float
 
 
@@ -70,13 +72,14 @@ def check(root: Path, *, workers: int | None = None, progress: Progress | None =
     root = root.expanduser().absolute()
     wrong: list[tuple[str, str]] = []
     if (root / COMPLETE).exists():
-        index, ignored = open_index(root), 0
+        index = open_index(root)
+        left_out = index.meta.left_out
         crc32 = index.crc32
         assert crc32 is not None
         images = [StoredImage(index.file(n), *index.location(n), crc32=int(crc32[n])) for n in range(len(index))]
     else:
         listing = find(root)
-        images, ignored = list(stored_images(listing)), listing.ignored
+        images, left_out = list(stored_images(listing)), listing.left_out
         wrong = list(listing.set_aside)
     tasks = [images[start : start + CHECKED_PER_TASK] for start in range(0, len(images), CHECKED_PER_TASK)]
     bad, done = list(wrong), 0
@@ -89,7 +92,7 @@ def check(root: Path, *, workers: int | None = None, progress: Progress | None =
         images=len(images) + len(wrong),
         bad=tuple(sorted(bad)),
         checksums=any(image.crc32 is not None for image in images),
-        ignored=ignored,
+        left_out=left_out,
         seconds=time.monotonic() - started,
     )
 
@@ -123,7 +126,7 @@ def stored_images(listing: Listing) -> Iterator[StoredImage]:
 def _key(name: str, strip_split: bool) -> str:
     """The key class/stem without dots, as webdataset requires; a hash if it is too long for a tar header."""
     top, _, below = name.partition("/")
-    folder, _, base = (below if strip_split and top in SPLITS else name).rpartition("/")
+    folder, _, base = (below if strip_split and split_of(top) and below.count("/") else name).rpartition("/")
     key = os.path.splitext(base)[0].replace(".", "_")
     key = f"{folder}/{key}" if folder else key
     return key if len(os.fsencode(key)) <= 80 else f"long/{sha256(os.fsencode(key)).hexdigest()[:40]}"

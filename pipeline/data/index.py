@@ -18,15 +18,18 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.account import EXAMPLES, Account, LeftOut, SplitCount
 from pipeline.data.config import DataConfig
-from pipeline.data.listing import Listing
-from pipeline.data.sources import default_destination, find, folders_unchanged
+from pipeline.data.listing import Listing, packing_command
+from pipeline.data.naming import shown
+from pipeline.data.sources import find, folders_unchanged
 from pipeline.data.store import FORMAT, Progress, read_sizes, write
 from pipeline.errors import DataError
 
 COMPLETE = "COMPLETE.json"  # file of a packed set, written last: {"shards": {name: bytes}, "index": folder}
 PACKING = ".packing"  # folder of intermediate files in a set that is being packed
 LARGEST_SHARD = 256 << 20  # bytes
+NAMED = 5  # classes that a note names
 MANY_FILES = 100_000  # loose files; of a larger set only the folders' modification times are checked
 Rows: TypeAlias = "slice | NDArray[np.int64]"
 
@@ -179,15 +182,21 @@ class IndexMeta:
     classes: tuple[str, ...]
     shards: tuple[str, ...] | None
     identity: str
-    ignored: int  # files without an image's extension, images outside class folders
+    ignored: int  # files that are not used and are no part of set_aside
     set_aside: tuple[tuple[str, str], ...]  # (name, reason) of images with a wrong label or key, which are not rows
+    left_out: tuple[LeftOut, ...] = ()  # all that is not used, by reason; of an earlier version none but `ignored`
+    notes: tuple[str, ...] = ()  # facts about the splits
 
 
-def open_splits(config: DataConfig, seed: int, progress: Progress | None = None) -> Splits:
+def open_splits(
+    config: DataConfig, seed: int, progress: Progress | None = None, *, trained_on: str | None = None
+) -> Splits:
     """The train, held-out and validation images under `config.root`; builds the index if none exists.
 
     From a root without a val split, `validation_share` of the images are drawn, the same for the same seed and names
-    whatever the root; `held_out` is drawn from the rest in the same way. Raises DataError if there are no images.
+    whatever the root; `held_out` is drawn from the rest in the same way. With `trained_on`, the identity of the images
+    that a net has seen, all images of another set without a val split are val. `progress` gets the account of the root.
+    Raises DataError if there are no images, or more than `config.max_bad_share` of them are not used.
     """
     index = open_index(config.root, config.index, progress)
     meta = index.meta
@@ -196,7 +205,54 @@ def open_splits(config: DataConfig, seed: int, progress: Progress | None = None)
     else:
         val, train = _divide(index, config.validation_share, seed, "validation")
     held_out, rest = _divide(train, config.held_out, seed, "held out")
-    return Splits(rest, held_out, val)
+    splits = Splits(rest, held_out, val)
+    if trained_on is not None and not meta.has_splits and rest.identity != trained_on:
+        nothing = index.subset(slice(0, 0))
+        splits = Splits(nothing, nothing, index)
+    stated = account_of(splits, config, seed)
+    if progress:
+        progress("\n".join(stated.lines()), 0, 0)
+    stated.check(config.max_bad_share)
+    return splits
+
+
+def account_of(splits: Splits, config: DataConfig, seed: int) -> Account:
+    """How many images of the root are used, by split, and what is left out."""
+    meta = splits.val.whole.meta
+    parts = {"train": splits.train, "held-out": splits.held_out, "val": splits.val}
+    counts = tuple(_count(name, part) for name, part in parts.items() if len(part) or name != "held-out")
+    return Account(str(splits.val.root), counts, meta.left_out, (*meta.notes, *_notes(splits, config, seed)))
+
+
+def _count(name: str, part: ImageIndex) -> SplitCount:
+    unread = np.flatnonzero(part.height == 0)
+    return SplitCount(name, len(part), len(unread), part.file(int(unread[0])) if len(unread) else "")
+
+
+def _notes(splits: Splits, config: DataConfig, seed: int) -> Iterator[str]:
+    classes, meta = splits.val.classes, splits.val.whole.meta
+    if not meta.has_splits and len(splits.val) == meta.images:
+        yield "the root has no val split and is not the set that the net was trained on: all images are val"
+    elif not meta.has_splits:
+        drawn = f"data.validation_share={config.validation_share:g}, seed {seed}"
+        yield f"the root has no val split: val is a share of the images that is drawn ({drawn})"
+    for name, part in (("train", splits.train), ("val", splits.val)):
+        missing = np.flatnonzero(np.bincount(part.label, minlength=len(classes)) == 0)
+        if len(missing) and len(part):
+            listed = ", ".join(shown(classes[label]) for label in missing[:NAMED])
+            yield (
+                f"{name} has no image of {len(missing):,} of {len(classes):,} classes: {listed}"
+                f"{', …' if len(missing) > NAMED else ''}"
+            )
+    if same := _same_but_for_case(classes):
+        yield f"different classes that differ only by case: {', '.join(map(shown, same[:NAMED]))}"
+
+
+def _same_but_for_case(classes: Sequence[str]) -> list[str]:
+    folded = [name.casefold() for name in classes]
+    if len(set(folded)) == len(folded):
+        return []
+    return [name for name, same in zip(classes, folded, strict=True) if folded.count(same) > 1]
 
 
 def open_index(root: Path, folder: Path | None = None, progress: Progress | None = None) -> ImageIndex:
@@ -222,7 +278,7 @@ def open_index(root: Path, folder: Path | None = None, progress: Progress | None
     listing = find(root)
     if listing.shards is None and len(listing.names) > MANY_FILES and progress:
         many = f"{len(listing.names):,} loose files; packing makes reading faster and listing unnecessary:"
-        progress(f"{many}\n  adaptnet data pack {root} {default_destination(root)}", 0, 0)
+        progress(f"{many}\n  {packing_command(root)}", 0, 0)
     for place in places:
         if (place / listing.key / "meta.json").exists():
             return ImageIndex(place / listing.key, root, slice(0, len(listing.names)))
@@ -287,9 +343,10 @@ def _open_packed(root: Path, packed: Path) -> ImageIndex:
 
 
 def _divide(index: ImageIndex, share: float, seed: int, purpose: str) -> tuple[ImageIndex, ImageIndex]:
-    """(round(share N) of the images, the others); of every class the share to within one image.
+    """(round(share N) of the images, the others); of every class the share to within one image, but never its last.
 
-    The images are sorted by class and, within it, by a random order of their names; every 1/share-th is taken.
+    The images are sorted by class and, within it, by a random order of their names; every 1/share-th is taken. What
+    would be all of a class leaves one image to the others, so that fewer are taken.
     """
     count = round(share * len(index))
     if count == 0:
@@ -299,6 +356,9 @@ def _divide(index: ImageIndex, share: float, seed: int, purpose: str) -> tuple[I
     order = np.lexsort(((index.name_hash ^ salt) * (factor | np.uint64(1)), index.label))
     taken = np.zeros(len(index), dtype=bool)
     taken[order[((np.arange(count) + phase / 2**64) * len(index) / count).astype(np.int64)]] = True
+    left = np.bincount(index.label[~taken], minlength=len(index.classes))
+    last = order[np.flatnonzero(np.diff(index.label[order], append=-1))]  # the last image of each class in the order
+    taken[last[left[index.label[last]] == 0]] = False
     return index.subset(np.flatnonzero(taken)), index.subset(np.flatnonzero(~taken))
 
 
@@ -326,9 +386,19 @@ def read_meta(folder: Path) -> IndexMeta:
         )
     shards = stored.pop("shards")
     stored["set_aside"] = tuple((name, reason) for name, reason in stored["set_aside"])
+    stored["left_out"] = tuple(map(LeftOut.from_json, stored.pop("left_out", _left_out_before(stored))))
+    stored["notes"] = tuple(stored.pop("notes", ()))
     return IndexMeta(
         **stored | {"classes": tuple(stored["classes"]), "shards": None if shards is None else tuple(shards)}
     )
+
+
+def _left_out_before(stored: dict[str, Any]) -> list[list[object]]:
+    """What an index of an earlier version tells of files that are not used."""
+    names = [name for name, _ in stored["set_aside"]]
+    aside = [["wrong label or duplicate key", None, len(names), True, names[:EXAMPLES]]] if names else []
+    other = ["no image by its name, or in no class folder", None, stored["ignored"], False, []]
+    return [*aside, *([other] if stored["ignored"] else [])]
 
 
 def synthetic(images: int, classes: int, folder: Path) -> ImageIndex:

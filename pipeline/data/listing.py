@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError
+from pipeline.data.account import LeftOut
 
-SPLITS = {"train": "train", "val": "val", "validation": "val"}  # folder or part of a tar's name -> split
 SCAN_THREADS = 16
 
 
@@ -38,7 +37,8 @@ class Listing:
     times: NDArray[np.int64]  # modification times in ns of each loose file, or of each tar
     folders: dict[str, int] = field(default_factory=dict)  # times in ns of all class folders and their subfolders
     set_aside: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of images with a wrong label or key
-    ignored: int = 0  # files without an image's extension, images outside class folders
+    left_out: tuple[LeftOut, ...] = ()  # all that is not used, by reason and split; what is set aside is part of it
+    notes: tuple[str, ...] = ()  # facts about the splits, each a sentence
 
     def held_by(self, row: int) -> str:
         """The file with the image, relative to the root."""
@@ -46,8 +46,9 @@ class Listing:
 
     @cached_property
     def key(self) -> str:
-        """16 hex digits that change when a name, size or modification time changes."""
-        return hashlib.sha256(self.identity.encode() + self.times.tobytes()).hexdigest()[:16]
+        """16 hex digits that change when a name, size, modification time or the account of what is left out changes."""
+        account = repr((self.left_out, self.notes)).encode() if self.left_out or self.notes else b""
+        return hashlib.sha256(self.identity.encode() + self.times.tobytes() + account).hexdigest()[:16]
 
     @cached_property
     def identity(self) -> str:
@@ -59,14 +60,9 @@ class Listing:
         return digest.hexdigest()[:16]
 
 
-def read_classes(root: Path) -> tuple[str, ...]:
-    """The lines of classes.txt; empty without the file. Raises DataError if it is empty or contains a class twice."""
-    path = root / "classes.txt"
-    if not path.exists():
-        return ()
-    classes = tuple(line.strip() for line in os.fsdecode(path.read_bytes()).splitlines() if line.strip())
-    twice = sorted({name for name in classes if classes.count(name) > 1}) if len(set(classes)) < len(classes) else []
-    if twice or not classes:
-        fault = f"contains twice: {', '.join(twice[:5])}" if twice else "empty"
-        raise DataError(f"{path}: {fault}; write one class per line", key="classes.txt", subject=", ".join(twice[:5]))
-    return classes
+TAR = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
+
+
+def packing_command(root: Path) -> str:
+    """The command that messages suggest for packing `root`."""
+    return f"adaptnet data pack {root} {Path('packed') / TAR.sub('', root.resolve().name)}"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import io
 import json
-import os
 import shutil
 import tarfile
 import time
@@ -26,8 +25,10 @@ from typing import BinaryIO, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.account import LeftOut
 from pipeline.data.archives import key_of_tars, listing_of_tars
 from pipeline.data.check import StoredImage, stored_images
+from pipeline.data.class_names import write_classes
 from pipeline.data.folders import from_folders
 from pipeline.data.image_headers import kind, orientation, upright_size
 from pipeline.data.index import COMPLETE, LARGEST_SHARD, PACKING
@@ -76,7 +77,7 @@ class PackReport:
     kept_shards: int  # shards that an earlier call finished
     bytes: int
     set_aside: tuple[tuple[str, str], ...]  # (file, reason)
-    ignored: int  # files without an image's extension, images outside class folders
+    left_out: tuple[LeftOut, ...]  # all that is not used of the source, by reason
     seconds: float
 
 
@@ -105,7 +106,7 @@ def pack(
         )
     workers = workers or num_cpus()
     laid_out = layout(source)
-    listing = None if laid_out.tars else from_folders(source, laid_out.folders)
+    listing = from_folders(source, laid_out.folders) if laid_out.folders is not None else None
     return pack_listing(
         listing.key if listing else key_of_tars(laid_out),
         lambda scratch: listing or listing_of_tars(laid_out, scratch, workers, progress),
@@ -330,14 +331,14 @@ def _finish(listing: Listing, destination: Path, tasks: Sequence[ShardTask], mad
         times=np.zeros(len(shards), dtype=np.int64),
     )
     folder = write(packed, columns[:, 3:5].astype(np.int32), [destination / "index"], columns[:, 5].astype(np.uint32))
-    (destination / "classes.txt").write_bytes(os.fsencode("".join(f"{name}\n" for name in listing.classes)))
+    write_classes(destination, listing.classes)
     bad = [*listing.set_aside, *(pair for record in records if record for pair in record["bad"])]
     report = {
         "images": {"train": num_train, "val": len(rows) - num_train},
         "num_classes": len(listing.classes),
         "bytes": sum(shards.values()),
         "set_aside": [{"file": name, "reason": reason} for name, reason in sorted(map(tuple, bad))],
-        "ignored": listing.ignored,
+        "left_out": [each.to_json() for each in listing.left_out],
     }
     write_json(destination / "report.json", report, indent=None)
     index = folder.relative_to(destination).as_posix()
@@ -356,6 +357,6 @@ def _report_of(destination: Path, seconds: float, kept: int | None) -> PackRepor
         kept_shards=len(complete["shards"]) if kept is None else kept,
         bytes=report["bytes"],
         set_aside=tuple((each["file"], each["reason"]) for each in report["set_aside"]),
-        ignored=report["ignored"],
+        left_out=tuple(map(LeftOut.from_json, report.get("left_out", []))),  # packs of earlier versions have none
         seconds=seconds,
     )

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.archives import unpack
 from pipeline.data.image_headers import EXTENSIONS
-from pipeline.data.listing import SCAN_THREADS
-from pipeline.data.sources import TAR
+from pipeline.data.listing import SCAN_THREADS, TAR
 from pipeline.data.store import Progress
 from pipeline.data.tars import tar_members
 from pipeline.errors import DataError

@@ -108,9 +108,11 @@ def write(
         "classes": listing.classes,
         "shards": listing.shards,
         "identity": listing.identity,
-        "ignored": listing.ignored,
+        "ignored": sum(each.count for each in listing.left_out) - len(listing.set_aside),
         "set_aside": listing.set_aside,
     }
+    meta |= {"left_out": [each.to_json() for each in listing.left_out]} if listing.left_out else {}
+    meta |= {"notes": listing.notes} if listing.notes else {}
     refused = []
     for place in places:
         try:

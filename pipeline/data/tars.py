@@ -1,105 +1,288 @@
-"""Lists the images of tars: shards of KEY.jpg|jpeg|png with KEY.cls, or one tar of class folders."""
+"""Lists the images of tars: shards of KEY.jpg|jpeg|png with KEY.cls, KEY.json or KEY.txt, or tars of class folders."""
 
 from __future__ import annotations
 
+import itertools
 import os
-import re
+import posixpath
 import tarfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pipeline.data.image_headers import EXTENSIONS
-from pipeline.data.listing import SCAN_THREADS, SPLITS, Listing
+from pipeline.data.account import Tally
+from pipeline.data.class_names import CLASSES, JSONS, read_classes, read_classes_json
+from pipeline.data.image_headers import EXTENSIONS, kind
+from pipeline.data.labels import MOST_BYTES, NO_LABEL, SIDECARS, LabelReader, check_from_zero
+from pipeline.data.listing import SCAN_THREADS, Listing, packing_command
+from pipeline.data.naming import is_visible, of_imagenet, shown, why_no_image
+from pipeline.data.tree import ClassFolders, NameTree, find_class_folders
 from pipeline.errors import DataError
 
+MOST_LINKS = 16  # links from one to the next before a file
+MAGIC_BYTES = 16
+SPLITS_FIRST = ("train", None, "val")  # the order of rows
+Tars = Sequence[tuple[str | None, Path]]  # (split, path)
 
-def from_shards(root: Path, tars: Sequence[tuple[str | None, Path]], classes: tuple[str, ...]) -> Listing:
+
+# ---- shards
+
+
+def from_shards(root: Path, tars: Tars, tally: Tally | None = None, *, classes_at: Path | None = None) -> Listing:
     """The images of `tars`, each (split, path); those with a wrong label or key are left out.
 
-    Raises DataError for a damaged tar, without classes, and without any labelled image.
+    Images of equal keys in different tars are different images. tally: what is left out beside the tars. classes_at:
+    the folder of classes.txt, if it is not `root`. Raises DataError for a damaged tar, without classes, without any
+    labelled image, and for labels that count from 1.
     """
-    if not classes:
-        raise DataError(
-            f"{root}: no classes.txt beside the shards; KEY.cls contains a 0-based line of it",
-            key="classes.txt",
-            subject=root,
-        )
     tars = sorted(tars, key=lambda each: (each[0] != "train", each[1].name))
     with ThreadPoolExecutor(SCAN_THREADS) as threads:
         scans = list(threads.map(lambda item: scan_shard(item[1]), tars))
-    rows: list[tuple[str, int, int, int, int]] = []  # name, shard, offset, length, label
-    set_aside: list[tuple[str, str]] = []
-    seen: dict[tuple[str | None, str], str] = {}
-    num_train = 0
-    for number, ((split, path), members) in enumerate(zip(tars, scans, strict=True)):
-        for member in members:
-            reason = _label_fault(member, len(classes)) or _repeated(seen, (split, member.key), path.name)
-            if reason:
-                set_aside.append((f"{os.path.relpath(path, root)}/{member.name}", reason))
-                continue
-            rows.append((member.name, number, member.offset, member.length, int(member.label or 0)))
-        num_train = len(rows) if split == "train" else num_train
-    if not rows:
+    check_labelled(classes_at or root, tars, scans)
+    classes = _classes_of_shards(classes_at or root)
+    reader, rows = LabelReader(classes), _ShardRows(len(classes), tally or Tally())
+    for number, ((split, path), scan) in enumerate(zip(tars, scans, strict=True)):
+        rows.add(number, split, os.path.relpath(path, root), scan, reader)
+    for split, counts in rows.labels.items():
+        check_from_zero(split or "the shards", counts, classes)
+    if not rows.names:
+        reason = next(iter(rows.set_aside), ("", "no image"))[1]
         raise DataError(
-            f"{root}: no image with a label in {len(tars)} tars; each needs KEY.jpg|png and KEY.cls",
+            f"{root}: no image with a label in {len(tars)} tars ({reason}); each needs KEY.jpg|png and KEY.cls",
             key="data.root",
             subject=root,
         )
     return Listing(
         root=root,
         classes=classes,
-        names=[row[0] for row in rows],
+        names=rows.names,
         shards=tuple(os.path.relpath(path, root) for _, path in tars),
-        shard=np.array([row[1] for row in rows], dtype=np.int32),
-        offset=np.array([row[2] for row in rows], dtype=np.int64),
-        length=np.array([row[3] for row in rows], dtype=np.int64),
-        label=np.array([row[4] for row in rows], dtype=np.int32),
-        num_train=num_train,
+        shard=np.array(rows.shard, dtype=np.int32),
+        offset=np.array(rows.offset, dtype=np.int64),
+        length=np.array(rows.length, dtype=np.int64),
+        label=np.array(rows.label, dtype=np.int32),
+        num_train=rows.num_train,
         has_splits=any(split == "val" for split, _ in tars),
         times=np.array([path.stat().st_mtime_ns for _, path in tars], dtype=np.int64),
-        set_aside=set_aside,
+        set_aside=rows.set_aside,
+        left_out=rows.tally.left_out(),
     )
 
 
-@dataclass(frozen=True)
-class ShardMember:
-    """An image in a tar; `label` is the text of its KEY.cls, or None if there is none."""
+@dataclass
+class _ShardRows:
+    """The images of all shards so far, as columns, and what was left out."""
+
+    num_classes: int
+    tally: Tally
+    names: list[str] = field(default_factory=list)
+    shard: list[int] = field(default_factory=list)
+    offset: list[int] = field(default_factory=list)
+    length: list[int] = field(default_factory=list)
+    label: list[int] = field(default_factory=list)
+    set_aside: list[tuple[str, str]] = field(default_factory=list)
+    labels: dict[str | None, Counter[int]] = field(default_factory=dict)  # by split, also those out of range
+    num_train: int = 0
+
+    def add(self, number: int, split: str | None, path: str, scan: ShardScan, reader: LabelReader) -> None:
+        """Adds the images of the shard with this number."""
+        counts, seen = self.labels.setdefault(split, Counter()), set[str]()
+        for image, read in scan.labelled(reader):
+            if isinstance(read, int):
+                counts[read] += 1
+            reason = self._fault(read) or (f"duplicate key: twice in {path}" if image.key in seen else None)
+            seen.add(image.key)
+            if reason:
+                self.set_aside.append((f"{path}/{image.name}", reason))
+                kind, _, detail = reason.partition(": ")
+                self.tally.add(kind, f"{path}/{image.name}: {detail}", split=split)
+                continue
+            self.names.append(image.name)
+            self.shard.append(number)
+            self.offset.append(image.offset)
+            self.length.append(image.length)
+            self.label.append(int(read))
+        for reason, name, lost in scan.left_out:
+            self.tally.add(reason, f"{path}/{name}", split=split, lost=lost)
+        self.num_train = len(self.names) if split == "train" else self.num_train
+
+    def _fault(self, read: int | str) -> str | None:
+        if isinstance(read, str):
+            return read
+        return None if 0 <= read < self.num_classes else f"wrong label: {read}, of {self.num_classes} classes"
+
+
+def _classes_of_shards(root: Path) -> tuple[str, ...]:
+    classes = read_classes(root) or read_classes_json(root)
+    if not classes:
+        raise DataError(
+            f"{root}: no {CLASSES} beside the shards (nor {JSONS[0]}); write one class per line: an integer in KEY.cls "
+            "is a 0-based line of it",
+            key=CLASSES,
+            subject=root,
+        )
+    return classes
+
+
+@dataclass(frozen=True, slots=True)
+class ShardImage:
+    """An image in a shard. key: its name without the extension."""
 
     name: str
     key: str
     offset: int
     length: int
-    label: str | None
 
 
-def scan_shard(path: Path) -> list[ShardMember]:
-    """The images of one tar in their order. Raises DataError if the tar is damaged."""
-    images: list[tuple[str, str, int, int]] = []
-    labels: dict[str, str] = {}
+@dataclass
+class ShardScan:
+    """What a shard holds: images, the places of the texts beside them, and (reason, name, lost) of the rest."""
+
+    path: Path
+    images: list[ShardImage] = field(default_factory=list)
+    texts: dict[str, dict[str, list[tuple[int, int]]]] = field(default_factory=dict)  # extension -> key -> places
+    left_out: list[tuple[str, str, bool]] = field(default_factory=list)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any image may have a label."""
+        return any(self.texts.values())
+
+    def labelled(self, reader: LabelReader) -> Iterator[tuple[ShardImage, int | str]]:
+        """Each image with its label or the reason why it has none."""
+        with open(self.path, "rb") as file:
+            for image in self.images:
+                yield image, self._label(image.key, reader, file.fileno())
+
+    def _label(self, key: str, reader: LabelReader, descriptor: int) -> int | str:
+        reason = "wrong label: no KEY.cls beside it"
+        for extension in SIDECARS:
+            for at in dict.fromkeys((key, _wds_key(key))):
+                places = self.texts[extension].get(at)
+                if places is None:
+                    continue
+                read = {reader.read(os.pread(descriptor, min(size, MOST_BYTES), place)) for place, size in places}
+                if len(read) > 1:
+                    return f"wrong label: several {extension[1:]} with different texts"
+                label = read.pop()
+                if label != NO_LABEL:
+                    return label
+                reason = NO_LABEL
+        return reason
+
+
+def _wds_key(key: str) -> str:
+    """The key as WebDataset reads it: up to the first dot of the file's name."""
+    folder, slash, base = key.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def scan_shard(path: Path) -> ShardScan:
+    """What one tar holds, its images in their order. Raises DataError if the tar is damaged."""
+    scan = ShardScan(path, texts={extension: {} for extension in SIDECARS})
     with open(path, "rb") as file:
-        for name, offset, length in tar_members(path):
+        for name, offset, length in tar_members(path, scan.left_out):
             key, extension = os.path.splitext(name)
-            if extension.lower() in EXTENSIONS:
-                images.append((name, key, offset, length))
-            elif extension.lower() == ".cls":
-                labels[key] = os.pread(file.fileno(), min(length, 32), offset).decode("ascii", "replace").strip()
-    return [ShardMember(name, key, offset, length, labels.get(key)) for name, key, offset, length in images]
+            extension = extension.lower()
+            if extension in EXTENSIONS and not _is_hidden(name):
+                scan.images.append(ShardImage(name, key, offset, length))
+            elif extension in scan.texts:
+                scan.texts[extension].setdefault(key, []).append((offset, length))
+            else:
+                reason, lost = _why_left_out(name, file.fileno(), offset)
+                scan.left_out.append((reason, name, lost))
+    _leave_out_parts(scan)
+    return scan
 
 
-def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset of its bytes, length) of each regular file of an uncompressed tar. Raises DataError if damaged."""
-    size = path.stat().st_size
+def _leave_out_parts(scan: ShardScan) -> None:
+    """Leaves out images like KEY.mask.png beside KEY.jpg: further parts of a sample, as in WebDataset."""
+    dotted = [image for image in scan.images if _wds_key(image.key) != image.key]
+    if not dotted:
+        return
+    own = {image.key for image in scan.images if any(image.key in keys for keys in scan.texts.values())}
+    whole = {image.key for image in scan.images if _wds_key(image.key) == image.key}
+    parts = {image.name for image in dotted if image.key not in own and _wds_key(image.key) in whole}
+    scan.images = [image for image in scan.images if image.name not in parts]
+    scan.left_out += [("further part of a sample", name, False) for name in sorted(parts)]
+
+
+def _is_hidden(name: str) -> bool:
+    return not all(is_visible(part) for part in name.split("/") if part != ".")
+
+
+def _why_left_out(name: str, descriptor: int, offset: int) -> tuple[str, bool]:
+    if _is_hidden(posixpath.dirname(name)):
+        return "in a hidden folder or one of the operating system", False
+    reason, lost = why_no_image(posixpath.basename(name)) or ("image outside class folders", True)
+    return reason, kind(os.pread(descriptor, MAGIC_BYTES, offset)) is not None if lost is None else lost
+
+
+def check_labelled(root: Path, tars: Tars, scans: Sequence[ShardScan]) -> None:
+    """Raises DataError if no image of these tars has a label: they are tars of class folders, or ImageNet's own."""
+    if any(scan.has_labels for scan in scans):
+        return
+    if are_trees(scans):
+        raise DataError(
+            f"{root}: contains tars of class folders, not of KEY.jpg with KEY.cls. Pack them once and train on the "
+            f"result:\n  {packing_command(root)}",
+            key="data.root",
+            subject=root,
+        )
+    names = [each.name for scan in scans for each in scan.images[:3]]
+    check_not_imagenet(root, [*names, *(name for scan in scans for _, name, _ in scan.left_out[:3])])
+
+
+def are_trees(scans: Sequence[ShardScan]) -> bool:
+    """Whether the tars hold images in folders, and no texts that may be labels."""
+    images = [image for scan in scans for image in scan.images]
+    return bool(images) and not any(scan.has_labels for scan in scans) and all("/" in _plain(i.name) for i in images)
+
+
+def check_not_imagenet(root: Path, names: Sequence[str]) -> None:
+    """Raises DataError if files are named as ImageNet's, which have no class folders."""
+    if of_imagenet(names):
+        raise DataError(
+            f"{root}: these are ImageNet's own files or a mirror's ({shown(names[0])}, …), which have neither class "
+            "folders nor labels beside the images; import them with their publisher's names:\n  adaptnet data import "
+            "imagenet ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar ILSVRC2012_devkit_t12.tar.gz --out "
+            "packed/imagenet",
+            key="data.root",
+            subject=root,
+        )
+
+
+# ---- members
+
+
+def tar_members(path: Path, left_out: list[tuple[str, str, bool]] | None = None) -> Iterator[tuple[str, int, int]]:
+    """(name, offset of its bytes, length) of each file of an uncompressed tar; links have those of their target.
+
+    (reason, name, lost) of what has no bytes of its own is added to `left_out`: links that lead nowhere, files with
+    holes, devices. Raises DataError if the tar is damaged.
+    """
+    size, links = path.stat().st_size, list[tarfile.TarInfo]()
+    left_out = [] if left_out is None else left_out
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 if member.isreg():
-                    if member.offset_data + member.size > size:
+                    if member.offset_data + member.size > size and not member.issparse():
                         raise tarfile.ReadError("it ends inside a member")
-                    yield member.name, member.offset_data, member.size
+                    if member.issparse() and not _without_holes(member):
+                        left_out.append(("file with holes (sparse)", member.name, True))
+                    else:
+                        yield member.name, member.offset_data, member.size
+                elif member.islnk() or member.issym():
+                    links.append(member)
+                elif not member.isdir():
+                    left_out.append(("device or pipe", member.name, False))
                 tar.members.clear()  # type: ignore[attr-defined]  # else tarfile stores every header
             if not _is_end(path, tar.offset):
                 raise tarfile.ReadError(f"no end marker at byte {tar.offset}")
@@ -107,20 +290,14 @@ def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
         raise DataError(
             f"{path}: not a complete tar ({error}); copy it again or remove it", key="data.root", subject=path
         ) from None
+    if links:
+        yield from _followed(path, links, left_out)
 
 
-def _label_fault(member: ShardMember, num_classes: int) -> str | None:
-    if member.label is None:
-        return "wrong label: no KEY.cls beside it"
-    if not re.fullmatch(r"\d{1,9}", member.label):
-        return f"wrong label: {member.label!r} is not an integer from 0"
-    return None if int(member.label) < num_classes else f"wrong label: {member.label}, of {num_classes} classes"
-
-
-def _repeated(seen: dict[tuple[str | None, str], str], key: tuple[str | None, str], tar: str) -> str | None:
-    first = seen.get(key)
-    seen.setdefault(key, tar)
-    return None if first is None else f"duplicate key: first in {first}"
+def _without_holes(member: tarfile.TarInfo) -> bool:
+    """Whether the bytes of a sparse member are stored in one piece."""
+    pieces: Any = member.sparse  # [(offset, bytes)]; types of tarfile say otherwise
+    return [piece for piece in pieces if piece[1]] == ([(0, member.size)] if member.size else [])
 
 
 def _is_end(path: Path, offset: int) -> bool:
@@ -128,49 +305,145 @@ def _is_end(path: Path, offset: int) -> bool:
         return os.pread(file.fileno(), tarfile.BLOCKSIZE, offset) == bytes(tarfile.BLOCKSIZE)
 
 
-def from_tree_tar(path: Path, classes: tuple[str, ...] = ()) -> Listing:
-    """The images in an uncompressed tar of class folders, with or without train/ and val/ and a common top folder.
+def _followed(
+    path: Path, links: Sequence[tarfile.TarInfo], left_out: list[tuple[str, str, bool]]
+) -> Iterator[tuple[str, int, int]]:
+    """The files to which links lead, under the names of the links; of a link to a folder, all files in it."""
+    with tarfile.open(path, "r:") as tar:
+        files = {_plain(m.name): (m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()}
+    targets = {_plain(link.name): _target(link) for link in links}
+    for link in links:
+        name, target = _plain(link.name), targets[_plain(link.name)]
+        for _ in range(MOST_LINKS):
+            target = targets.get(target, target)
+        inside = (
+            [] if f"{name}/".startswith(f"{target}/") else [each for each in files if each.startswith(f"{target}/")]
+        )
+        if target in files:
+            yield name, *files[target]
+        elif inside:
+            yield from ((name + each[len(target) :], *files[each]) for each in inside)
+        else:
+            left_out.append(("link that leads nowhere", link.name, why_no_image(posixpath.basename(name)) is None))
 
-    Raises DataError if there are none, and for a class of val that train lacks.
+
+def _target(link: tarfile.TarInfo) -> str:
+    return _plain(link.linkname if link.islnk() else posixpath.join(posixpath.dirname(link.name), link.linkname))
+
+
+def _plain(name: str) -> str:
+    """A member's path without `./`, `..` within it, and a leading slash."""
+    return posixpath.normpath(name).lstrip("/")
+
+
+# ---- tars of class folders
+
+
+def from_tree_tars(root: Path, tars: Tars, classes_at: Path | None = None) -> Listing:
+    """The images in uncompressed tars of class folders, with or without train/ and val/ and a common top folder.
+
+    A tar whose split is known contains that split alone. Raises DataError if there are no images in class folders, and
+    for a class of val that train lacks.
     """
-    members = [(name, offset, length) for name, offset, length in tar_members(path) if _is_image(name)]
-    parts = _without_common_top([[p for p in PurePosixPath(name).parts if p != "."] for name, _, _ in members])
-    splits = bool(parts) and all(each[0] in SPLITS for each in parts)
-    places = [(SPLITS[each[0]], each[1:]) if splits else (None, each) for each in parts]
-    flat = next((members[n][0] for n, (_, inner) in enumerate(places) if len(inner) < 2), None)
-    if not members or flat:
-        fault = f"{flat} is in no class folder" if flat else "no file has an image's extension"
-        expected = "<class>/*.jpg or train/<class>/*.jpg"
-        raise DataError(f"{path}: {fault}; expected {expected} in it", key="data.root", subject=path)
-    if not classes:
-        train = {inner[0] for split, inner in places if split != "val"} or {inner[0] for _, inner in places}
-        classes = tuple(sorted(train))
-    unknown = next((inner[0] for _, inner in places if inner[0] not in set(classes)), None)
-    if unknown:
-        raise DataError(f"{path}: class {unknown!r} is not in classes.txt or train", key="data.root", subject=unknown)
+    listed, tally = read_classes(classes_at or root), Tally()
+    rows = [
+        row for number, (split, path) in enumerate(tars) for row in _rows_of_tree(number, split, path, listed, tally)
+    ]
+    classes = listed or tuple(sorted({row.name for row in rows if row.split != "val"} or {row.name for row in rows}))
+    known = set(classes)
+    if unknown := next((row.name for row in rows if row.name not in known), None):
+        raise DataError(
+            f"{root}: class {shown(unknown)} is not in {CLASSES if listed else 'train'}",
+            key="data.root",
+            subject=unknown,
+        )
     position = {name: label for label, name in enumerate(classes)}
-    order = sorted(range(len(members)), key=lambda n: (places[n][0] == "val", places[n][1]))
+    rows.sort(key=lambda row: (SPLITS_FIRST.index(row.split), row.path.split("/")))
     return Listing(
-        root=path.parent,
+        root=root,
         classes=classes,
-        names=["/".join(places[n][1]) for n in order],
-        shards=(path.name,),
-        shard=np.zeros(len(order), dtype=np.int32),
-        offset=np.array([members[n][1] for n in order], dtype=np.int64),
-        length=np.array([members[n][2] for n in order], dtype=np.int64),
-        label=np.array([position[places[n][1][0]] for n in order], dtype=np.int32),
-        num_train=sum(split != "val" for split, _ in places),
-        has_splits=any(split == "val" for split, _ in places),
-        times=np.array([path.stat().st_mtime_ns], dtype=np.int64),
+        names=[row.path for row in rows],
+        shards=tuple(os.path.relpath(path, root) for _, path in tars),
+        shard=np.array([row.tar for row in rows], dtype=np.int32),
+        offset=np.array([row.offset for row in rows], dtype=np.int64),
+        length=np.array([row.length for row in rows], dtype=np.int64),
+        label=np.array([position[row.name] for row in rows], dtype=np.int32),
+        num_train=sum(row.split != "val" for row in rows),
+        has_splits=any(row.split == "val" for row in rows),
+        times=np.array([path.stat().st_mtime_ns for _, path in tars], dtype=np.int64),
+        left_out=tally.left_out(),
     )
 
 
-def _without_common_top(parts: list[list[str]]) -> list[list[str]]:
-    while parts and parts[0][0] not in SPLITS and all(len(p) > 2 and p[0] == parts[0][0] for p in parts):
-        parts = [p[1:] for p in parts]
-    return parts
+@dataclass(frozen=True, slots=True)
+class _TreeRow:
+    """An image in a tar of class folders. name: its class; path: below the folder of class folders."""
+
+    split: str | None
+    name: str
+    path: str
+    tar: int
+    offset: int
+    length: int
 
 
-def _is_image(name: str) -> bool:
-    base = os.path.basename(name)
-    return not base.startswith(".") and os.path.splitext(base)[1].lower() in EXTENSIONS
+def _rows_of_tree(number: int, of_tar: str | None, path: Path, classes: Sequence[str], tally: Tally) -> list[_TreeRow]:
+    members, left_out = _members_of_tree(path)
+    found = _found_in_tree(path, list(members), [name for _, name, _ in left_out], classes)
+    rows = []
+    for name, (offset, length) in members.items():
+        split, inner = _below(name, found)
+        if "/" in inner:
+            rows.append(_TreeRow(split or of_tar, inner.partition("/")[0], inner, number, offset, length))
+        else:
+            reason, lost = _why_unused(name, found)
+            tally.add(reason, name, split=split or of_tar, lost=lost)
+    for reason, name, lost in left_out:
+        tally.add(reason, name, split=of_tar, lost=lost)
+    return rows
+
+
+def _below(name: str, found: ClassFolders) -> tuple[str | None, str]:
+    """(split, path below the split's folder) of a member; ("", None) outside the splits."""
+    inside = ((split, name[len(at) :].lstrip("/")) for split, at in found.splits if not at or name.startswith(f"{at}/"))
+    return next(inside, (None, ""))
+
+
+def _members_of_tree(path: Path) -> tuple[dict[str, tuple[int, int]], list[tuple[str, str, bool]]]:
+    """(offset, length) of the images by path, the last of equal ones as unpacking leaves it; what is left out."""
+    members, left_out = dict[str, tuple[int, int]](), list[tuple[str, str, bool]]()
+    with open(path, "rb") as file:
+        for name, offset, length in tar_members(path, left_out):
+            plain = _plain(name)
+            if _is_hidden(plain) or plain.startswith("../") or why_no_image(posixpath.basename(plain)) is not None:
+                reason, lost = _why_left_out(plain, file.fileno(), offset)
+                left_out.append((reason, name, lost))
+            else:
+                members[plain] = (offset, length)
+    return members, left_out
+
+
+def _found_in_tree(path: Path, images: Sequence[str], others: Sequence[str], classes: Sequence[str]) -> ClassFolders:
+    found = find_class_folders(NameTree(str(path), images), classes) if images else None
+    if found is None:
+        check_not_imagenet(path, [*images[:3], *others[:3]])
+        fault = f"{shown(images[0])} is in no class folder" if images else "no file has an image's extension"
+        raise DataError(
+            f"{path}: {fault}; expected <class>/*.jpg or train/<class>/*.jpg in it", key="data.root", subject=path
+        )
+    return found
+
+
+def _why_unused(name: str, found: ClassFolders) -> tuple[str, bool]:
+    inside = ((reason, lost) for at, reason, lost in found.unused if name.startswith(f"{at}/"))
+    reason, lost = next(inside, ("outside class folders", True))
+    return f"image {reason}", lost
+
+
+def first_names(path: Path, count: int = 4) -> list[str]:
+    """The names of the first members of a tar, compressed or not; empty if it cannot be read."""
+    try:
+        with tarfile.open(path, "r:*") as tar:
+            return [member.name for member in itertools.islice(tar, count)]
+    except (tarfile.TarError, OSError, EOFError, zlib.error):
+        return []

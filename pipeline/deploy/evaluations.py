@@ -23,6 +23,7 @@ from pipeline import family as families
 from pipeline import run_config
 from pipeline.data.config import DataConfig
 from pipeline.data.index import ImageIndex, Splits, open_splits
+from pipeline.data.store import Progress
 from pipeline.errors import ConfigError, DataError, JsonValue
 from pipeline.evaluation import from_weights, reports_v1
 from pipeline.evaluation.evaluate import load_reports
@@ -73,20 +74,22 @@ def evaluate(
     uri: str | None = None,
     attack: Attack | None = None,
     sweep: ResolutionSweep | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Runs the trained net `source` on the val split with its policies, in this process, and stores the reports.
 
     source is the folder of a run or of a checkpoint, or `models:/NAME@ALIAS`; overrides change its recipe, e.g.
-    data.root. With an attack the images are perturbed first, with a sweep each policy runs at each of its sides; both
-    are stored separately. Raises ConfigError if the images have other classes than the net, an override has no effect
-    here, or the folder `out` holds an evaluation of another kind.
+    data.root: of another set without a val split all images are used. With an attack the images are perturbed first,
+    with a sweep each policy runs at each of its sides; both are stored separately. `progress` gets the account of the
+    images. Raises ConfigError if the images have other classes than the net, an override has no effect here, or the
+    folder `out` holds an evaluation of another kind.
     """
     for override in overrides:
         _check_used(override)
     model = describe(resolve(source, uri))
     config = _config(model, source, overrides, data_home)
     check_device(config.compute)
-    splits = open_splits(config.data, config.seed)
+    splits = open_splits(config.data, config.seed, progress, trained_on=_trained_on(model, config, overrides))
     _check_images(config.data.root, splits, model)
     if policies is None and any(override.startswith("evaluation.policies") for override in overrides):
         policies = config.evaluation.policies
@@ -114,6 +117,13 @@ def evaluate(
 def _config(model: Trained, source: str, overrides: Sequence[str], data_home: str | None) -> RunConfig:
     """The recipe of the net with the overrides, paths made absolute."""
     return absolute(run_config.from_stored(model.recipe, f"recipe of {source}", overrides, data_home=data_home))
+
+
+def _trained_on(model: Trained, config: RunConfig, overrides: Sequence[str]) -> str | None:
+    """Identity of the net's training images if `overrides` name another root than its own, else None."""
+    own = str(model.section("data").get("root"))
+    named = any(override.startswith("data.root=") for override in overrides)
+    return model.trained_on if named and config.data.root != Path(own).absolute() else None
 
 
 def _check_images(root: Path, splits: Splits, model: Trained) -> None:
@@ -366,12 +376,13 @@ def images(nets: Sequence[EvaluatedNet], data: str) -> ImageIndex | None:
         root = stored.about.root if stored else None
         if root is None or not Path(root).is_dir():
             continue
-        section = {**net.model.section("data"), "root": root}
+        section = {**net.model.section("data"), "root": root, "max_bad_share": 1.0}
         config = configs.validate_stored(DataConfig, section, f"{net.source}: recipe.data")
         with suppress(DataError, OSError):
             split = open_splits(config, int(str(net.model.recipe.get("seed", 0)))).val
-            if split.identity == data:
-                return split
+            for part in (split, split.whole):  # of another set than the net's own all images were evaluated
+                if part.identity == data:
+                    return part
     return None
 
 

@@ -16,7 +16,7 @@ from pipeline.data.augment import mix_operations
 from pipeline.data.index import Splits, open_splits
 from pipeline.data.store import Progress
 from pipeline.data.stream import Stream
-from pipeline.errors import AdaptNetError, ConfigError, ResourceError
+from pipeline.errors import AdaptNetError, ConfigError, DataError, ResourceError
 from pipeline.evaluation import from_weights
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.execution import cluster, worker
@@ -80,6 +80,7 @@ def train(
             on_start()
         _check(config)
         splits = open_splits(config.data, config.seed, progress)
+        _check_train(config.data.root, splits)
         _check_batches(config, splits)
         from_weights.check_policies(config, splits)
         storage = checkpoint.open_storage(config.checkpoint, run_dir)
@@ -164,6 +165,17 @@ def check_device(compute: ComputeConfig) -> None:
             "compute.device (=cuda): torch finds no GPU here; set compute.device=cpu, or install a GPU build of torch",
             key="compute.device",
             subject="cuda",
+        )
+
+
+def _check_train(root: Path, splits: Splits) -> None:
+    """Raises DataError without training images."""
+    if not len(splits.train):
+        raise DataError(
+            f"{root}: no training images, only a val split; give a root with train/<class>/ or train-*.tar, or one "
+            "without splits",
+            key="data.root",
+            subject=root,
         )
 
 

@@ -107,6 +107,7 @@ class Trained:
     classes: tuple[str, ...]
     step: int
     card: Mapping[str, JsonValue] = field(default_factory=dict)
+    trained_on: str | None = None  # identity of its training images
 
     def section(self, name: str) -> dict[str, JsonValue]:
         """A section of the recipe."""
@@ -138,7 +139,9 @@ def describe(folder: Path) -> Trained:
         return _describe_model(folder)
     checkpoint.verify(folder)
     meta = checkpoint.read_meta(folder)
-    return Trained(folder, weights_of(folder), meta.recipe, tuple(meta.classes), meta.step)
+    return Trained(
+        folder, weights_of(folder), meta.recipe, tuple(meta.classes), meta.step, trained_on=meta.data_identity
+    )
 
 
 def _describe_model(folder: Path) -> Trained:
@@ -158,7 +161,7 @@ def _describe_model(folder: Path) -> Trained:
     recipe = configs.read_mapping(folder / RECIPE)
     if recipe_sha256 not in (None, checkpoint.sha256(folder / RECIPE)):
         raise _damaged(folder / RECIPE, f"not the recipe that {CARD} was written for: damaged or exchanged")
-    return Trained(folder, file, recipe, classes, step, card)
+    return Trained(folder, file, recipe, classes, step, card, card.get("data"))
 
 
 def _damaged(file: Path, why: str) -> CheckpointError:
