@@ -21,6 +21,7 @@ from infra.gpu.run import Run
 from pipeline.data.config import DataConfig
 from pipeline.data.dali import EvalLoader, TrainLoader, decode
 from pipeline.data.index import ImageIndex, open_index
+from pipeline.errors import UndecodableError
 
 BATCH = 64
 
@@ -241,6 +242,7 @@ def broken(run: Run) -> None:
     run.case("CPU", lambda: _named(run, root, "CPU", torch.device("cpu")))
     run.case("GPU", lambda: _named(run, root, "GPU", run.device))
     run.case("GPU, evaluation", lambda: _named_in_evaluation(run, root))
+    run.case("noise in the codes", lambda: _scan(run))
 
 
 def _break(run: Run, root: Path) -> None:
@@ -251,10 +253,34 @@ def _break(run: Run, root: Path) -> None:
         content = good[at % len(good)]
         if at == 9:
             content = content[: len(content) // 3]
-        if at == 20:  # a whole header and end, with noise between them
-            noise = np.random.default_rng(0).integers(0, 256, len(content), dtype=np.uint8).tobytes()
-            content = content[:700] + noise[:-702] + content[-2:]
+        if at == 20:
+            content = huffman_damaged(content)
         place.write_bytes(content)
+
+
+def huffman_damaged(jpeg: bytes) -> bytes:
+    """A JPEG with start, size and end, but a damaged Huffman table: only decoding shows it."""
+    at = jpeg.find(b"\xff\xc4") + 5
+    return jpeg[:at] + b"\xc8" + jpeg[at + 1 :]
+
+
+def scan_damaged(jpeg: bytes) -> bytes:
+    """A JPEG with noise in the second half of its pixels' codes."""
+    half = len(jpeg) // 2
+    noise = np.random.default_rng(0).integers(0, 255, len(jpeg) - half - 2, dtype=np.uint8).tobytes()
+    return jpeg[:half] + noise + jpeg[-2:]
+
+
+def _scan(run: Run) -> None:
+    """What the two decoders say of noise; libjpeg-turbo only warns of it."""
+    jpeg = scan_damaged(photographs.encoded(run.data)[0])
+    for name, device in (("CPU", torch.device("cpu")), ("GPU", run.device)):
+        try:
+            decode([jpeg], _config(run), device)
+            said = "decoded"
+        except UndecodableError as error:
+            said = str(error)
+        run.row(f"noise in the codes, {name}", said)
 
 
 def _named(run: Run, root: Path, name: str, device: torch.device) -> None:

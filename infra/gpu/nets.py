@@ -211,7 +211,7 @@ def waiting(run: Run) -> Iterator[Counter[str]]:
     lines = Counter[str]()
 
     def note(message: Warning | str, *_: object, **__: object) -> None:
-        if "synchroniz" in str(message):
+        if "called a synchronizing" in str(message):  # and not that this mode is a prototype
             lines[_place()] += 1
 
     if run.small:

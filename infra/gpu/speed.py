@@ -17,7 +17,7 @@ from pipeline.bench.step import LoopSetup, bare, batches, fresh, micros, ours, p
 from pipeline.data.config import DataConfig
 from pipeline.data.dali import TrainBatch
 from pipeline.training.config import TrainingConfig
-from pipeline.training.step import Meter, MicroBatch, micro_batches, train_step
+from pipeline.training.step import Meter, MicroBatch, micro_batches, train_step, wrap
 
 RESNET = "baseline/imagenet_resnet50"
 BATCHES, SMALL_BATCHES = (256, 32, 128), (4, 2)
@@ -32,6 +32,7 @@ PROFILED = {  # name: recipe, batch, keys
 }
 EAGER = "training.compile=false"
 MILD = "training.optimizer.lr=0.01"  # on noise, the recipe's rate might diverge; speed does not depend on it
+ANNOTATIONS = ("Optimizer.", "ProfilerStep", "DistributedDataParallel")  # spans of the host that are shown on the GPU
 Step = Callable[[Sequence[MicroBatch]], object]
 
 
@@ -67,6 +68,7 @@ def _each(pairs: Sequence[tuple[float, float]]) -> str:
 
 def compiled(run: Run) -> None:
     """The same with torch.compile, and with CUDA graphs where the recipe has a key for them."""
+    run.case("torch.compile works here", lambda: _compiles(run))
     for batch in SMALL_BATCHES[:1] if run.small else (256, 32, 128):
         run.case(f"over eager, batch {batch}", partial(_compiled, run, batch, "compiled", "training.compile=true"))
     graphs = [name for name in TrainingConfig.model_fields if "graph" in name]
@@ -76,6 +78,12 @@ def compiled(run: Run) -> None:
         for batch in (32, 256):
             name = f"graphed ({key}), batch {batch}"
             run.case(name, partial(_compiled, run, batch, f"graphed ({key})", f"training.{key}=true"))
+
+
+def _compiles(run: Run) -> None:
+    training = setup_of(run, RESNET, 2, run.small, "training.compile=true").config.training
+    _, warnings = wrap(torch.nn.Identity(), training, run.device)
+    run.row("torch.compile works here", "; ".join(warnings) or "yes")
 
 
 def _compiled(run: Run, batch: int, name: str, *keys: str) -> None:
@@ -135,7 +143,7 @@ def _profiled(run: Run, name: str, setup: LoopSetup) -> None:
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in found.events()
-        if str(event.device_type).endswith("CUDA")
+        if str(event.device_type).endswith("CUDA") and not event.name.startswith(ANNOTATIONS)
     )
     run.row(f"{name}, launches a step", float(round(len(spans) / counted)))
     busy_s = covered(spans) / 1e6 / counted
