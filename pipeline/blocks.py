@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -37,6 +38,13 @@ def he_fan_out(net: nn.Module) -> None:
 def per_image(macs: float, images: Tensor) -> Tensor:
     """The same MACs for each of the images [B, ...]: [B] f64."""
     return torch.full((len(images),), macs, dtype=torch.float64, device=images.device)
+
+
+@cache
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values on the device, [n], cached: each copy to a GPU makes the host wait."""
+    with torch.inference_mode(False):  # it may be used in a later training step
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def is_channels_last(x: Tensor) -> bool:

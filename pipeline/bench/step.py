@@ -148,6 +148,7 @@ def fresh(setup: LoopSetup) -> tuple[torch.device, TrainState]:
     device = device_of(config.compute.device)
     if device.type == "cuda":
         device = torch.device("cuda", ranks.rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     training = config.training.model_copy(update={"ema_decay": None, "clip_norm": None, "label_smoothing": 0.0})
     current = state.fresh(
         family.find(config.family.name),

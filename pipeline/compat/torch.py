@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,20 @@ TRIED = "2.14"
 _python_dispatch = import_module("torch.utils._python_dispatch")
 require("torch", torch, ("Tensor._version",), tried=TRIED)
 require("torch", nn.Module(), ("_forward_hooks", "_apply"), tried=TRIED)  # Shape overrides _apply
-require("torch", _python_dispatch, ("_disable_current_modes",), tried=TRIED)
+require("torch", _python_dispatch, ("_disable_current_modes", "TorchDispatchMode"), tried=TRIED)
 require("torch", DistributedDataParallel, ("_set_params_and_buffers_to_ignore_for_model",), tried=TRIED)
+
+
+class SeenOperations(_python_dispatch.TorchDispatchMode):  # type: ignore[misc, name-defined]
+    """A context in which `seen` gets each operation and its arguments, below autograd and autocast, before it runs."""
+
+    def __init__(self, seen: Callable[[object, tuple[object, ...], Mapping[str, object]], None]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._seen(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 def ignore_in_ddp(net: nn.Module, parameters: Sequence[nn.Parameter]) -> None:

@@ -10,6 +10,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from pipeline.data.crop_geometry import CropGeometry
@@ -83,11 +84,14 @@ def _undecodable(request: Request, new_decoder: Callable[[], BatchDecoder]) -> I
 class Background:
     """A thread that reads and decodes `requests` and keeps READY batches ready.
 
-    It creates the decoder by `decoder` and owns it and the reader; `close` ends all three.
+    It creates the decoder by `decoder` and owns it and the reader; `close` ends all three. `device` is where batches
+    go: a thread starts on the first GPU, and would make a context there.
     """
 
-    def __init__(self, requests: Iterator[Request], reader: Reader, decoder: Callable[[], BatchDecoder]) -> None:
-        self._requests, self._reader, self._decoder = requests, reader, decoder
+    def __init__(
+        self, requests: Iterator[Request], reader: Reader, decoder: Callable[[], BatchDecoder], device: torch.device
+    ) -> None:
+        self._requests, self._reader, self._decoder, self._device = requests, reader, decoder, device
         self._ready: queue.Queue[DecodedBatch | LoaderFailure | None] = queue.Queue(READY)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="adaptnet-loader", daemon=True)
@@ -106,6 +110,8 @@ class Background:
     def _run(self) -> None:
         in_decoder: deque[Request] = deque()
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
             with closing(self._decode(in_decoder)) as batches:
                 while not self._closing.is_set() and (batch := next(batches, None)) is not None:
                     self._hand_over(batch)

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from threading import Lock
@@ -168,7 +169,7 @@ class TrainLoader:
             known.merge(self.bad.state())
             source = TrainSource(self.stream, reader, known, self._rank, self._world)
             requests = read_ahead(source, count(self._step), self.config.read_ahead)
-            self._thread = Background(requests, reader, lambda: self._new_decoder(self._decoder_config))
+            self._thread = Background(requests, reader, lambda: self._new_decoder(self._decoder_config), self.device)
         return self._thread
 
     def _report(self, rows: Ints, pause_s: float) -> None:
@@ -233,7 +234,7 @@ class EvalLoader:
         reader = Reader(self.index, self.config.io_threads)
         source = EvalSource(self.index, self.config, reader, self.rows, self.batch_size, dict(self._lost))
         requests = read_ahead(source, range(number, len(self)), self.config.read_ahead)
-        return Background(requests, reader, lambda: Decoder(self._decoder_config))
+        return Background(requests, reader, lambda: Decoder(self._decoder_config), self.device)
 
     def _batch(self, decoded: DecodedBatch) -> DecodedEvalBatch:
         rows = decoded.request.rows
@@ -288,10 +289,11 @@ class Decoding:
         return _handed_over(images, self._device)
 
     def _take(self, request: Request) -> Tensor:
-        if self._decoder is None:
-            self._decoder = Decoder(self._decoder_config)
-        self._decoder.put(request.encoded, request.geometry)
-        return self._decoder.take()
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            if self._decoder is None:
+                self._decoder = Decoder(self._decoder_config)
+            self._decoder.put(request.encoded, request.geometry)
+            return self._decoder.take()
 
     def close(self) -> None:
         """Frees the decoder; the next call makes another."""

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from pipeline.training.memory import keep_freed_memory
 
 BINS = 15  # bins of the calibration error
 Arrays = dict[str, NDArray[Any]]
+K = TypeVar("K")
 
 
 class LabelledBatch(Protocol):
@@ -178,16 +179,26 @@ def _run_all(
     for batch in batches:
         images = evaluator.images(batch)
         sample = images if sample is None else sample
-        for policy in policies:
-            parts[policy.name].append(_per_image(evaluator.predict(policy, net, images), batch))
+        predictions = {policy.name: evaluator.predict(policy, net, images) for policy in policies}
+        for name, arrays in _per_image(predictions, batch).items():
+            parts[name].append(arrays)
     return {name: _merge(arrays) for name, arrays in parts.items()}, sample
 
 
-def _per_image(prediction: Prediction, batch: LabelledBatch) -> Arrays:
+def _per_image(predictions: Mapping[str, Prediction], batch: LabelledBatch) -> dict[str, Arrays]:
+    """The arrays of each policy's predictions for a batch; all are copied from the device at once."""
+    tensors = {(name, key): value for name in predictions for key, value in _results(predictions[name], batch).items()}
+    arrays: dict[str, Arrays] = {name: {"rows": batch.rows} for name in predictions}
+    for (name, key), array in _on_host(tensors).items():
+        arrays[name][key] = array
+    return arrays
+
+
+def _results(prediction: Prediction, batch: LabelledBatch) -> dict[str, Tensor]:
     probabilities = prediction.logits.float().softmax(1)
     confidence, predicted = probabilities.max(1)
     rank_of_truth = (prediction.logits > prediction.logits.gather(1, batch.labels[:, None])).sum(1)
-    arrays = {
+    return {
         "labels": batch.labels,
         "predicted": predicted,
         "rank_of_truth": rank_of_truth,
@@ -195,7 +206,15 @@ def _per_image(prediction: Prediction, batch: LabelledBatch) -> Arrays:
         "macs": prediction.macs.double(),
         **{f"facts/{name}": fact.float() for name, fact in prediction.facts.items()},
     }
-    return {"rows": batch.rows, **{name: value.cpu().numpy() for name, value in arrays.items()}}
+
+
+def _on_host(tensors: Mapping[K, Tensor]) -> dict[K, NDArray[Any]]:
+    """The tensors [B, ...] as arrays of the same types, by one copy: f64 holds each of their values exactly."""
+    columns = [tensor.double().reshape(len(tensor), -1) for tensor in tensors.values()]
+    whole = torch.cat(columns, dim=1).cpu()
+    parts = torch.split(whole, [each.shape[1] for each in columns], dim=1)
+    pairs = zip(tensors.items(), parts, strict=True)
+    return {key: part.reshape(tensor.shape).to(tensor.dtype).numpy() for (key, tensor), part in pairs}
 
 
 def _merge(parts: Iterable[Arrays]) -> Arrays:

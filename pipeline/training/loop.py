@@ -206,15 +206,14 @@ def _log(
 
 def _finite(state: TrainState) -> Tensor:
     """0 where every weight and statistic of the net is finite, NaN where one is not: []."""
-    floats = [value for value in state.net.state_dict().values() if value.is_floating_point()]
-    whole = torch.stack([value.isfinite().all() for value in floats]).all()
-    return torch.where(whole, 0.0, math.nan)
+    tensors = (value for value in state.net.state_dict().values() if value.is_floating_point() and value.numel())
+    largest = torch._foreach_norm(list(tensors), math.inf)
+    return (torch.stack(largest) * 0).sum()
 
 
 def _check_finite(meter: Meter, lr: float, events: TrainingEvents) -> None:
     """Raises DivergedError, on every rank, if a watched value of any rank was not finite. Collective."""
-    first = math.inf if meter.first_bad is None else float(meter.first_bad)
-    everyone = ranks.gather(first)
+    everyone = ranks.gather(meter.first_bad_step())
     step = min(everyone)
     if math.isinf(step):
         return

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from pipeline.config import Duration
 from pipeline.family import AnyFamily, FamilyConfig
+from pipeline.training.casts import WeightCasts
 from pipeline.training.config import TrainingConfig
+from pipeline.training.norms import BatchNorm, with_counter
 
 NEVER = Duration(value=1e9, unit="steps")
 
@@ -36,6 +39,18 @@ class TrainingPlan:
     log_every: Duration = NEVER
     save_every: Duration = NEVER
     evaluate_every: Duration = NEVER
+
+    @cached_property
+    def batchnorms(self) -> tuple[BatchNorm, ...]:
+        """The BatchNorms of the net whose batches are counted together; none in a compiled net."""
+        return with_counter(self.forward) if isinstance(self.forward, nn.Module) else ()
+
+    @cached_property
+    def casts(self) -> WeightCasts | None:
+        """The weights that are cast together: on a GPU under autocast, where each kernel takes the host's time."""
+        if not self.autocast or self.device.type != "cuda" or not isinstance(self.forward, nn.Module):
+            return None
+        return WeightCasts(self.forward, torch.bfloat16)
 
     @cached_property
     def autocast(self) -> bool:

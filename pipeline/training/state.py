@@ -7,7 +7,7 @@ import hashlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -89,11 +89,12 @@ def update_ema(ema: nn.Module, net: nn.Module, decay: float, step: int) -> None:
     """Moves `ema` towards `net` by 1 - min(decay, (1 + step)/(10 + step)); the ramp discounts the first steps."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     theirs = dict(_tensors(net))
-    for name, mine in _tensors(ema):
-        if mine.is_floating_point():
-            mine.lerp_(theirs[name].to(mine.dtype), weight)
-        else:
-            mine.copy_(theirs[name])
+    pairs = [(mine, theirs[name].to(mine.dtype)) for name, mine in _tensors(ema)]
+    averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+    copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+    torch._foreach_lerp_([mine for mine, _ in averaged], [other for _, other in averaged], weight)
+    if copied:
+        torch._foreach_copy_([mine for mine, _ in copied], [other for _, other in copied])
 
 
 def _tensors(net: nn.Module) -> list[tuple[str, Tensor]]:
@@ -126,6 +127,13 @@ def _laid_out(value: object, parameter: Tensor) -> object:
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
+def _with_settings_of(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved state_dict with the settings of `optimizer`, by which torch decides where its counts of steps go."""
+    ours = ({k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups)
+    groups = zip(saved["param_groups"], ours, strict=True)
+    return {**saved, "param_groups": [{**theirs, **settings} for theirs, settings in groups]}
+
+
 def restore(state: TrainState, mapping: SavedState) -> None:
     """Loads the mapping of `to_mapping` into `state`, in place and strictly.
 
@@ -135,10 +143,7 @@ def restore(state: TrainState, mapping: SavedState) -> None:
     if state.ema is not None:
         state.ema.load_state_dict(mapping.get("ema", mapping["net"]))
     for name, optimizer in state.optimizers.items():
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(mapping["optimizers"][name])
-        for group, ours in zip(optimizer.param_groups, settings, strict=True):
-            group.update(ours)
+        optimizer.load_state_dict(_with_settings_of(optimizer, mapping["optimizers"][name]))
         for parameter, moments in optimizer.state.items():
             optimizer.state[parameter] = {key: _laid_out(value, parameter) for key, value in moments.items()}
     state.step, state.images_seen = mapping["step"], mapping["images_seen"]

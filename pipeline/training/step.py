@@ -7,6 +7,7 @@ not a mean over images is taken of all micro-batches at once, at the cost of a s
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,8 +26,11 @@ from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError, ContractError
 from pipeline.training import optim
 from pipeline.training.config import TrainingConfig
+from pipeline.training.norms import count_batches_together
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainState, seed_of, update_ema
+
+WATCHED = 1000  # values that are watched before the host looks at them, also between log points
 
 
 class LoaderBatch(Protocol):
@@ -59,34 +63,52 @@ class MicroBatch:
 
 @dataclass
 class Meter:
-    """Weighted sums since the last log point. They stay on the device, so that only `flush` synchronises."""
+    """Weighted sums since the last log point, and watched values. All stay on the device until they are asked for.
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-    first_bad: Tensor | None = None  # step of the first non-finite value, [] f64; inf while there is none
+    sums and weights: by the names of values that are added together, a vector [n] f64 and the sum of its weights.
+    """
+
+    sums: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+    weights: dict[tuple[str, ...], float] = field(default_factory=dict)
+    watched: list[tuple[int, Tensor]] = field(default_factory=list)  # (step, value []), not yet looked at
+    first_bad: float = math.inf  # the first step with a value that is not finite, among those looked at
 
     def add(self, values: Mapping[str, Tensor], weight: float) -> None:
         """Adds values [] to their means with `weight`, usually the number of images that they are a mean over."""
-        for name, value in values.items():
-            amount = value.detach().double() * weight
-            self.sums[name] = self.sums[name] + amount if name in self.sums else amount
-            self.weights[name] = self.weights.get(name, 0.0) + weight
+        names = tuple(values)
+        amounts = torch.stack([value.detach() for value in values.values()]).double() * weight
+        self.sums[names] = self.sums[names] + amounts if names in self.sums else amounts
+        self.weights[names] = self.weights.get(names, 0.0) + weight
 
     def watch(self, value: Tensor, step: int) -> None:
-        """Notes `step` if the value is the first that is not finite."""
-        bad = torch.where(torch.isfinite(value.detach()), torch.inf, float(step)).double()
-        self.first_bad = bad if self.first_bad is None else torch.minimum(self.first_bad, bad)
+        """Remembers a value [] of this step for `first_bad_step`."""
+        self.watched.append((step, value.detach()))
+        if len(self.watched) == WATCHED:
+            self.first_bad_step()
+
+    def first_bad_step(self) -> float:
+        """The first watched step whose value is not finite; inf if there is none. Waits for the device."""
+        if self.watched:
+            finite = torch.stack([value for _, value in self.watched]).isfinite().tolist()
+            bad = [step for (step, _), fine in zip(self.watched, finite, strict=True) if not fine]
+            self.first_bad, self.watched = min([self.first_bad, *bad]), []
+        return self.first_bad
 
     def flush(self) -> dict[str, float]:
         """Weighted means over all ranks since the last flush; empties the meter. Collective."""
-        names = sorted(self.sums)
-        if not names:
+        groups = sorted(self.sums)
+        if not groups:
             return {}
-        weights = torch.tensor([self.weights[name] for name in names], dtype=torch.float64)
-        sums = torch.stack([self.sums[name] for name in names])
-        totals, counts = ranks.rank_sum(torch.stack([sums, weights.to(sums.device)])).tolist()
+        names = [name for group in groups for name in group]
+        weights = torch.tensor([self.weights[group] for group in groups for _ in group], dtype=torch.float64)
+        sums = torch.cat([self.sums[group] for group in groups])
+        totals = ranks.rank_sum(torch.stack([sums, weights.to(sums.device, non_blocking=True)])).tolist()
         self.sums, self.weights = {}, {}
-        return {name: total / count for name, total, count in zip(names, totals, counts, strict=True)}
+        whole: dict[str, list[float]] = {}
+        for name, total, count in zip(names, *totals, strict=True):
+            before = whole.get(name, [0.0, 0.0])
+            whole[name] = [before[0] + total, before[1] + count]
+        return {name: total / count for name, (total, count) in sorted(whole.items())}
 
 
 def train_step(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch], meter: Meter) -> float:
@@ -123,7 +145,7 @@ def _backward(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch
         with _synchronised(plan, last=number == len(micros) - 1):
             output = _output(plan, state, micro, number, plan.forward)
             loss = _loss(plan, state, output, micro.targets, micro.labels, meter)
-            torch.autograd.backward(loss * _share(plan, len(micro.labels)))
+            torch.autograd.backward(loss, torch.full_like(loss, _share(plan, len(micro.labels))))
 
 
 def _backward_at_once(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch], meter: Meter) -> None:
@@ -138,7 +160,7 @@ def _backward_at_once(plan: TrainingPlan, state: TrainState, micros: Sequence[Mi
     leaves = [getattr(whole, field.name).requires_grad_() for field in fields(whole)]
     labels = torch.cat([micro.labels for micro in micros])
     loss = _loss(plan, state, whole, torch.cat([micro.targets for micro in micros]), labels, meter)
-    by_output = torch.autograd.grad(loss * _share(plan, len(labels)), leaves)
+    by_output = torch.autograd.grad(loss, leaves, torch.full_like(loss, _share(plan, len(labels))))
     shares = zip(*(torch.split(each, [len(micro.labels) for micro in micros]) for each in by_output), strict=True)
     for number, (micro, share) in enumerate(zip(micros, shares, strict=True)):
         with _synchronised(plan, last=number == len(micros) - 1):
@@ -167,10 +189,11 @@ def _gradients_outside_ddp(
     total = torch.zeros(sum(p.numel() for p in parameters), device=plan.device, dtype=dtype)
     for number, micro in enumerate(micros):
         torch.manual_seed(seed_of(plan.seed, "noise", state.step, number, ranks.rank()))
-        output: Any = state.net(micro.images)
+        with count_batches_together(plan.batchnorms):
+            output: Any = state.net(micro.images)
         loss = plan.family.loss(plan.config, output, micro.targets, plan.training.loss.criterion).total
         meter.watch(loss, state.step)
-        gradients = torch.autograd.grad(loss * _share(plan, len(micro.labels)), parameters)
+        gradients = torch.autograd.grad(loss, parameters, torch.full_like(loss, _share(plan, len(micro.labels))))
         total += torch.cat([gradient.to(dtype).flatten() for gradient in gradients])
     mean = ranks.rank_sum(total) / ranks.world()
     parts = torch.split(mean, [p.numel() for p in parameters])
@@ -206,7 +229,9 @@ def _output(
 ) -> Any:
     """The output of micro-batch `number`, with the noise of that step, micro-batch and rank."""
     torch.manual_seed(seed_of(plan.seed, "noise", state.step, number, ranks.rank()))
-    with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.autocast):
+    autocast = torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.autocast)
+    casts = nullcontext() if plan.casts is None else plan.casts.used()
+    with autocast, casts, count_batches_together(plan.batchnorms):
         return forward(micro.images)
 
 
@@ -214,7 +239,7 @@ def _loss(plan: TrainingPlan, state: TrainState, output: Any, targets: Tensor, l
     """The loss of an output, [], which is metered."""
     loss = plan.family.loss(plan.config, output, targets, plan.training.loss.criterion)
     hits = output.logits.detach().argmax(1).eq(labels)
-    meter.add({"loss": loss.total, "top1": hits.float().mean(), **loss.parts}, len(labels))
+    meter.add({"loss": loss.total, "top1": hits.mean(dtype=torch.float32), **loss.parts}, len(labels))
     meter.watch(loss.total, state.step)
     return loss.total
 

@@ -15,10 +15,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.blocks import is_channels_last
 from pipeline.compat.torch import has_forward_hooks
 
 LAYERS = re.compile(r"([FM])([1-9]\d*)x([1-9]\d*)")  # kind, expansion, depth
 Border = Literal["replicate", "zeros"]
+
+
+class BorderConv(nn.Conv2d):
+    """A convolution that repeats the border; on a GPU it keeps channels_last, which torch's own padding loses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C', H, W]."""
+        if not (x.is_cuda and is_channels_last(x)):
+            return super().forward(x)
+        return F.conv2d(_bordered(x, self.kernel_size[0] // 2), self.weight, groups=self.groups)
+
+
+def _bordered(x: Tensor, reach: int) -> Tensor:
+    """x [B, C, H, W] with its border repeated `reach` times, in its memory format."""
+    if not (x.is_cuda and is_channels_last(x)):
+        return F.pad(x, (reach,) * 4, "replicate")
+    volume = x.permute(0, 2, 3, 1).unsqueeze(1)  # [B, 1, H, W, C]
+    return F.pad(volume, (0, 0, *(reach,) * 4), "replicate").squeeze(1).permute(0, 3, 1, 2)
 
 
 class ConvNorm(nn.Module):
@@ -32,9 +51,8 @@ class ConvNorm(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int, border: Border, groups: int = 1) -> None:
         super().__init__()
         mode = border if kernel > 1 else "zeros"
-        self.conv = nn.Conv2d(
-            inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False, padding_mode=mode
-        )
+        kind = nn.Conv2d if mode == "zeros" else BorderConv
+        self.conv = kind(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False, padding_mode=mode)
         self.norm = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor, counted: int) -> Tensor:
@@ -65,7 +83,7 @@ class ConvNorm(nn.Module):
         weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
         if conv.padding_mode == "zeros":
             return F.conv2d(x, weight, bias, padding=conv.padding, groups=conv.groups)
-        return F.conv2d(F.pad(x, (conv.kernel_size[0] // 2,) * 4, conv.padding_mode), weight, bias, groups=conv.groups)
+        return F.conv2d(_bordered(x, conv.kernel_size[0] // 2), weight, bias, groups=conv.groups)
 
 
 class Fused(nn.Module):

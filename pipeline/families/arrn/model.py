@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.blocks import take
 from pipeline.errors import ConfigError
 from pipeline.families.arrn.config import ArrnConfig
 from pipeline.families.arrn.filters import FilterPair
@@ -149,11 +150,11 @@ class Arrn(nn.Module):
             r, idle = self._chain(x, first, counts)
         else:
             order = torch.tensor(levels).argsort(stable=True)
-            r, idle = self._chain(x[order.to(x.device)], first, counts)
-            r = r[order.argsort().to(r.device)]
+            r, idle = self._chain(take(x, sent(order, x.device)), first, counts)
+            r = take(r, sent(order.argsort(), r.device))
         logits = self.answer(r)
         logits = logits if idle is None else logits + idle.to(logits.dtype)
-        return ArrnOutput(logits, torch.tensor(levels, device=images.device))
+        return ArrnOutput(logits, sent(torch.tensor(levels), images.device))
 
     def answer(self, r: Tensor) -> Tensor:
         """Logits [B, K] from the last residual's output [B, C_N, ...] at R_N."""
@@ -239,6 +240,11 @@ class Arrn(nn.Module):
             finer = max((n for n, rung in enumerate(self.ladder) if rung >= max(side, target)), default=0)
             images = self.pairs[min(finer, len(self.pairs) - 1)].resize(images, scaled(images, target))
         return images
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """A few numbers of the host on the device, without waiting for it."""
+    return numbers.to(device, non_blocking=True)
 
 
 def scaled(x: Tensor, side_px: int) -> tuple[int, int]:

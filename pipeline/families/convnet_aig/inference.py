@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import cost, ranks
-from pipeline.blocks import per_image
+from pipeline.blocks import constant, per_image
 from pipeline.errors import ContractError, JsonValue
 from pipeline.families.convnet_aig.model import Aig, AigConfig, GatedBlock, logistic
 from pipeline.family import FixedPolicy, MeasuresOnce, Policy, Prediction, Settings
@@ -67,7 +67,7 @@ class Gates(FixedPolicy):
             x = block.skipping(x, gate.nonzero().flatten())
             opened.append(gate)
         gates = torch.stack(opened, dim=1)  # [B, L]
-        macs = costs.fixed + gates.double() @ torch.tensor(costs.residuals, dtype=torch.float64, device=gates.device)
+        macs = costs.fixed + gates.double() @ constant(costs.residuals, torch.float64, gates.device)
         facts = {"gates": gates, "layers": gates.sum(1)}
         return Prediction(net.fc(x.mean(dim=(2, 3))).float(), macs, facts)
 
@@ -76,7 +76,7 @@ class Gates(FixedPolicy):
             return iter([0.0] * len(net.blocks))
         generator = torch.Generator().manual_seed(SAMPLED_SEED)
         uniform = torch.rand(len(images), len(net.gates()), generator=generator)
-        return iter(logistic(uniform).to(images.device).unbind(1))
+        return iter(logistic(uniform).to(images.device, non_blocking=True).unbind(1))
 
 
 def _gate_costs(net: Aig, images: Tensor) -> GateCosts:

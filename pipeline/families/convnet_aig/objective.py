@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 
-import torch
 from torch import Tensor, nn
 
 from pipeline import ranks
+from pipeline.blocks import constant
 from pipeline.families.convnet_aig.model import Aig, AigConfig, AigOutput
 from pipeline.family import Criterion, Loss, Params, cross_entropy
 
@@ -33,17 +32,11 @@ def loss(config: AigConfig, output: AigOutput, targets: Tensor, criterion: Crite
     The parts are both, the open rate, and the rate of each block.
     """
     ce = criterion(output.logits, targets)
-    target = _targets(config.targets, output.gates.dtype, output.gates.device)
+    target = constant(config.targets, output.gates.dtype, output.gates.device)
     rate = rate_loss(output.gates, target, config.rate_reduction)
     by_block = {f"rate/{number:02d}": value for number, value in enumerate(output.gates.detach().mean(0))}
     parts = {"ce": ce.detach(), "rate_loss": rate.detach(), "open_rate": output.gates.detach().mean(), **by_block}
     return Loss(ce + config.rate_weight * rate, parts)
-
-
-@cache
-def _targets(rates: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The targets [L] on the device, cached: a copy to the device in each step would make the host wait."""
-    return torch.tensor(rates, dtype=dtype, device=device)
 
 
 def mean_over_images(config: AigConfig) -> bool:

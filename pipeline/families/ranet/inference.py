@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import cost, ranks
-from pipeline.blocks import per_image
+from pipeline.blocks import constant, per_image
 from pipeline.compat.torch import version_of
 from pipeline.errors import ConfigError, JsonValue
 from pipeline.families.ranet.budget import lowered, shares, solve, thresholds
@@ -170,7 +170,7 @@ class Anytime(FixedPolicy):
 
     def predict(self, net: nn.Module, images: Tensor) -> Prediction:
         assert isinstance(net, Ranet)
-        costs = torch.tensor(self.shared.cost(net, images).cumulative, dtype=torch.float64, device=images.device)
+        costs = constant(tuple(self.shared.cost(net, images).cumulative), torch.float64, images.device)
         exits = net(images).exits.float()  # [B, E, K]
         answers = exits.argmax(2)
         taken = torch.full((len(images),), exits.shape[1], device=images.device)
@@ -326,7 +326,7 @@ def _added(macs: Tensor, rows: Tensor | None, cost: int) -> Tensor:
 
 def _facts(net: Ranet, taken: Tensor) -> dict[str, Tensor]:
     """The facts of every policy; taken [B]: the exit of each image, counted from 1."""
-    owner = torch.tensor(net.config.subnetwork_of_exit, device=taken.device)
+    owner = constant(net.config.subnetwork_of_exit, torch.long, taken.device)
     exits = F.one_hot(taken - 1, len(owner))
     return {"exit": taken, "exits": exits, "subnetworks": F.one_hot(owner[taken - 1], len(net.subnetworks))}
 

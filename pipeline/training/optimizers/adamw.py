@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from pipeline.config import Share
-from pipeline.training.optimizers.base import OptimizerConfig, ParamGroup
+from pipeline.training.optimizers.base import OptimizerConfig, ParamGroup, fused
 
 
 class AdamWConfig(OptimizerConfig):
@@ -19,4 +19,4 @@ class AdamWConfig(OptimizerConfig):
     betas: tuple[Share, Share] = (0.9, 0.999)
 
     def build(self, groups: Sequence[ParamGroup]) -> Optimizer:
-        return torch.optim.AdamW([{**group} for group in groups], lr=self.lr, betas=self.betas)
+        return torch.optim.AdamW([{**group} for group in groups], lr=self.lr, betas=self.betas, fused=fused(groups))

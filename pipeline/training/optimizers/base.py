@@ -24,6 +24,17 @@ class ParamGroup(TypedDict):
     outside_ddp: bool
 
 
+def fused(groups: Sequence[ParamGroup]) -> bool | None:
+    """torch's argument of this name: one kernel for many parameters on a GPU, torch's default elsewhere.
+
+    Never for parameters outside DDP: fused optimizers do not raise the version of what they change, by which a net
+    notices that it has another shape.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    apart = any(group["outside_ddp"] for group in groups)
+    return True if all(p.is_cuda and p.is_floating_point() for p in parameters) and not apart else None
+
+
 class OptimizerConfig(Config):
     """One optimizer; the learning rate belongs to the global batch and never changes with the number of workers.
 

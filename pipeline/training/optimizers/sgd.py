@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from pipeline.config import Share
 from pipeline.errors import JsonValue
-from pipeline.training.optimizers.base import OptimizerConfig, ParamGroup
+from pipeline.training.optimizers.base import OptimizerConfig, ParamGroup, fused
 
 
 class SgdConfig(OptimizerConfig):
@@ -27,4 +27,10 @@ class SgdConfig(OptimizerConfig):
 
     def build(self, groups: Sequence[ParamGroup]) -> Optimizer:
         nesterov = self.nesterov and self.momentum > 0
-        return torch.optim.SGD([{**group} for group in groups], lr=self.lr, momentum=self.momentum, nesterov=nesterov)
+        return torch.optim.SGD(
+            [{**group} for group in groups],
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=nesterov,
+            fused=fused(groups),
+        )
