@@ -13,18 +13,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.account import EXAMPLES, Account, LeftOut, SplitCount
-from pipeline.data.config import DataConfig
 from pipeline.data.listing import Listing, packing_command
 from pipeline.data.naming import shown
 from pipeline.data.sources import find, folders_unchanged
 from pipeline.data.store import FORMAT, Progress, read_sizes, write
 from pipeline.errors import DataError
+
+if TYPE_CHECKING:  # it imports torch, which the processes that pack and check do without
+    from pipeline.data.config import DataConfig
 
 COMPLETE = "COMPLETE.json"  # file of a packed set, written last: {"shards": {name: bytes}, "index": folder}
 PACKING = ".packing"  # folder of intermediate files in a set that is being packed
