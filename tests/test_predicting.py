@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,15 +118,31 @@ def test_good_images_are_classified_and_bad_ones_listed(
     bad = {"empty.jpg": b"", "text.jpg": b"no image", "cut.jpg": pictures[0].read_bytes()[:200]}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-    mixed = [tmp_path / "gone.jpg", *pictures[:2], *(tmp_path / name for name in bad), pictures[2]]
+    os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for a writer
+    (tmp_path / "huge.jpg").touch()
+    os.truncate(tmp_path / "huge.jpg", 1 << 36)
+    odd = ("pipe.jpg", "huge.jpg", *bad)
+    mixed = [tmp_path / "gone.jpg", *pictures[:2], *(tmp_path / name for name in odd), pictures[2]]
     found = list(exits.answers(mixed, "exit-1", batch_size=2))
     assert [each.file for each in found] == [str(path) for path in mixed]
-    assert [isinstance(each, Unreadable) for each in found] == [True, False, False, True, True, True, False]
+    assert [isinstance(each, Unreadable) for each in found] == [True, False, False, *[True] * 5, False]
     good = [each for each in found if isinstance(each, Classified)]
     alone = [each for each in exits.answers(pictures[:3], "exit-1") if isinstance(each, Classified)]
     assert [(each.file, each.labels, each.macs) for each in good] == [(a.file, a.labels, a.macs) for a in alone]
     for one, other in zip(good, alone, strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, rel=1e-4)
+
+
+def test_a_broken_image_among_others_ends_with_1_and_alone_with_2(
+    finished: dict[str, Path], pictures: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(pictures[0].read_bytes()[:200])
+    for given, status in (([broken, pictures[0]], 1), ([broken], 2)):
+        assert run("predict", finished["ranet"], *given, "--policy", "exit-1") == status
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1 and str(broken) in printed.err
+        assert (str(pictures[0]) in printed.out) == (status == 1)
 
 
 def test_images_are_given_as_files_folders_patterns_or_by_standard_input(

@@ -6,8 +6,10 @@ import io
 import json
 import pickle
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -316,8 +318,65 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
 
     content = tar_of({"cifar-10-batches-py/data_batch_1": pickle.dumps({b"data": Evil()}, 2)})
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(content)
-    with fails(DataError, "files", subject=".print"):
+    with fails(DataError, "files", subject="data_batch_1"):
         import_set("cifar10", [tmp_path / "cifar-10-python.tar.gz"], tmp_path / "packed", checksums=False, workers=1)
+
+
+ROWS = np.zeros((2, 3072), np.uint8)
+WRONG = {
+    "no dictionary": pickle.dumps([1], 2),
+    "no data": pickle.dumps({b"labels": [0, 1]}, 2),
+    "no labels": pickle.dumps({b"data": ROWS}, 2),
+    "fewer labels": pickle.dumps({b"data": ROWS, b"labels": [0]}, 2),
+    "a label out of range": pickle.dumps({b"data": ROWS, b"labels": [0, 3]}, 2),
+    "a negative label": pickle.dumps({b"data": ROWS, b"labels": [0, -1]}, 2),
+    "labels in words": pickle.dumps({b"data": ROWS, b"labels": ["a", "b"]}, 2),
+    "fractions": pickle.dumps({b"data": ROWS / 2, b"labels": [0, 1]}, 2),
+    "shorter rows": pickle.dumps({b"data": ROWS[:, :100], b"labels": [0, 1]}, 2),
+    "objects": pickle.dumps({b"data": ROWS.astype(object), b"labels": [0, 1]}, 2),
+    "a key that is a tuple": pickle.dumps({(1, 2): 3}, 2),
+    "tuples that overflow the stack": b"\x80\x02})" + b"\x85" * 300_000 + b"K\1s.",
+    "a memo of 64 GiB": b"\x80\x02}r\xff\xff\xff\xff.",
+    "a string of 1 TiB": b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"abc.",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_batch_of_cifar_is_refused(what: str, tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+    with fails(DataError, "files"):
+        import_damaged(tmp_path, "data_batch_2", WRONG[what])
+
+
+def test_a_damaged_batch_of_cifar_is_read_or_refused(tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+    whole = read_members(tmp_path)["data_batch_2"]
+    draw = np.random.default_rng(0)
+    for number in range(40):
+        broken, at = bytearray(whole), int(draw.choice([draw.integers(200), draw.integers(len(whole))]))
+        if number % 3 == 0:
+            broken[at] ^= 1 << int(draw.integers(8))
+        elif number % 3 == 1:
+            del broken[at:]
+        else:
+            broken[at:at] = draw.bytes(3)
+        with suppress(DataError):
+            import_damaged(tmp_path, "data_batch_2", bytes(broken))
+
+
+def read_members(home: Path) -> dict[str, bytes]:
+    with tarfile.open(home / "cifar-10-python.tar.gz") as tar:
+        return {Path(m.name).name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+
+
+def import_damaged(home: Path, member: str, content: bytes) -> None:
+    """Imports a copy of the set in which one member is another."""
+    with tempfile.TemporaryDirectory(dir=home) as folder:
+        copy = Path(folder) / "cifar-10-python.tar.gz"
+        members = read_members(home) | {member: content}
+        copy.write_bytes(tar_of({f"cifar-10-batches-py/{name}": each for name, each in members.items()}, "w:gz"))
+        import_set("cifar10", [copy], Path(folder) / "packed", checksums=False, workers=1)
 
 
 def test_files_of_another_set_and_damaged_files_are_refused(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def predict(
     """Classifies each IMAGE under the most accurate policy within the budget and prints the most probable classes and
     the MACs used. MODEL is a registry version, a run's folder or a checkpoint's folder. IMAGE is a file, a folder, a
     pattern, or - for a list of paths on standard input. Images that cannot be read are listed at the end; the exit
-    status is then 1.
+    status is then 1, or 2 if no image can be read.
 
     Examples:
 
@@ -59,9 +59,9 @@ def predict(
     predictor = predicting.load(model, uri, device=device)
     choice = predictor.choose(wanted, policy, files)
     answers = predictor.answers(files, choice.policy, top=top, batch_size=batch_size)
-    unreadable = (_print_json if as_json else _print_lines)(predictor, choice, answers, files)
-    if unreadable:
-        raise typer.Exit(1)
+    answered = (_print_json if as_json else _print_lines)(predictor, choice, answers, files)
+    if answered < len(files):
+        raise typer.Exit(1 if answered else 2)
 
 
 def _files(images: Sequence[str]) -> Iterator[Path]:
@@ -93,7 +93,8 @@ def _of(argument: str) -> list[Path]:
 
 def _print_lines(
     predictor: Predictor, choice: Choice, answers: Iterator[Classified | Unreadable], files: Sequence[Path]
-) -> bool:
+) -> int:
+    """Prints the answers and returns how many there are."""
     from pipeline.deploy.predicting import Unreadable, exceeded, full_macs
     from pipeline.evaluation.frontier import macs_text
 
@@ -113,12 +114,13 @@ def _print_lines(
         typer.echo(f"adaptnet: {warning}", err=True)
     for each in bad:
         typer.echo(f"adaptnet: {each.file}: no answer: {each.reason}", err=True)
-    return bool(bad)
+    return len(answered)
 
 
 def _print_json(
     predictor: Predictor, choice: Choice, answers: Iterator[Classified | Unreadable], files: Sequence[Path]
-) -> bool:
+) -> int:
+    """Prints the answers as one document and returns how many there are."""
     from pipeline.deploy.predicting import Classified, as_mapping, exceeded, full_macs
 
     every = list(answers)
@@ -133,4 +135,4 @@ def _print_json(
         "budget_exceeded": exceeded(choice, answered, full_macs(predictor.reports)) or predictor.late(choice, files),
     }
     typer.echo(json.dumps(document, indent=1))
-    return len(answered) < len(every)
+    return len(answered)

@@ -16,8 +16,8 @@ from pipeline.data.listing import Listing
 from pipeline.data.naming import split_of
 from pipeline.data.parallel import in_processes, num_cpus
 from pipeline.data.sources import find
-from pipeline.data.store import Progress, open_file
-from pipeline.data.verdict import DecodeError, Pixels, WholeDecoder
+from pipeline.data.store import Progress
+from pipeline.data.verdict import DecodeError, Pixels, WholeDecoder, read_image
 
 CHECKED_PER_TASK = 256
 
@@ -47,20 +47,10 @@ class StoredImage:
 
     def read_whole(self, decoder: WholeDecoder) -> tuple[bytes, Pixels]:
         """The bytes and the upright picture [H, W, 3]. Raises DecodeError with the reason if the image is bad."""
-        encoded = self._read()
+        encoded = read_image(self.path, self.offset, self.length)
         if self.crc32 is not None and zlib.crc32(encoded) != self.crc32:
             raise DecodeError("damaged: the bytes are not those that were packed (CRC-32 differs)")
         return encoded, decoder.picture(encoded)
-
-    def _read(self) -> bytes:
-        try:
-            descriptor = open_file(self.path)
-            try:
-                return os.pread(descriptor, self.length, self.offset)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise DecodeError(f"cannot be read: {error.strerror}") from None
 
 
 def check(root: Path, *, workers: int | None = None, progress: Progress | None = None) -> CheckReport:

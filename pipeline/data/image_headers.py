@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})  # lower case; matched in any case
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; a larger image is a mistake or an attack
+MAX_BYTES = 1 << 30  # of an encoded image: more than any of MAX_PIXELS needs
 HEAD_BYTES = 1 << 14  # enough for the size of nearly every image
 PILLOW = {  # our name of a format -> Pillow's
     "avif": "AVIF",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import pickle
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,19 +22,13 @@ from numpy.typing import NDArray
 from pipeline.data.archives import unpack
 from pipeline.data.image_headers import EXTENSIONS
 from pipeline.data.listing import SCAN_THREADS, TAR
+from pipeline.data.pickled import unpickle
 from pipeline.data.store import Progress
 from pipeline.data.tars import tar_members
 from pipeline.errors import DataError
 from pipeline.runs.files import whole_file
 
 Pixels: TypeAlias = NDArray[np.uint8]
-PICKLED = {  # the only names that a batch of CIFAR needs: for arrays and bytes
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
 
 
 @dataclass(frozen=True)
@@ -153,33 +146,19 @@ def _cifar(context: ReaderContext, train: Sequence[str], test: str, meta: str, n
     archive = context.archive("archive")
     entries: list[PublishedImage] = []
     for split, members in (("train", train), ("val", [test])):
-        batches = [_unpickle(archive.read(member), f"{archive.path.name}: {member}") for member in members]
-        data = np.concatenate([np.asarray(batch["data"], dtype=np.uint8) for batch in batches])
-        images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        entries += context.pngs(split, np.ascontiguousarray(images), [int(n) for b in batches for n in b[labels]])
-    return PublishedSet(tuple(map(_text, _unpickle(archive.read(meta), meta)[names])), entries)
-
-
-def _unpickle(content: bytes, where: str) -> dict[str, Any]:
-    """A batch of CIFAR, which is a pickle of arrays and plain values. Raises DataError if it contains anything else."""
-
-    class Arrays(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if (module, name) not in PICKLED:
-                raise DataError(
-                    f"{where}: its pickle needs {module}.{name}, which is not part of a CIFAR batch",
-                    key="files",
-                    subject=f"{module}.{name}",
-                )
-            return super().find_class(module, name)
-
-    try:
-        batch = Arrays(io.BytesIO(content), encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, ImportError) as error:
-        raise DataError(
-            f"{where}: not a batch of CIFAR ({error}); download it again", key="files", subject=where
-        ) from None
-    return {_text(key): value for key, value in batch.items()}
+        for member in members:
+            batch = unpickle(archive.read(member), f"{archive.path.name}: {member}")
+            images, numbers = np.asarray(batch["data"]), batch[labels]
+            if images.dtype != np.uint8 or images.shape[1:] != (3 * 32 * 32,):
+                raise ValueError(f"{member}: data of {images.dtype} and shape {images.shape}, not rows of 3,072 bytes")
+            if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+                raise ValueError(f"{member}: its {labels} are not a list of integers")
+            pixels = np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            entries += context.pngs(split, pixels, numbers)
+    classes = unpickle(archive.read(meta), f"{archive.path.name}: {meta}")[names]
+    if not isinstance(classes, list):
+        raise ValueError(f"{meta}: its {names} are not a list")
+    return PublishedSet(tuple(map(_text, classes)), entries)
 
 
 def svhn(context: ReaderContext) -> PublishedSet:

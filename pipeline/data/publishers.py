@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.data.listing import Listing
 from pipeline.data.pack import QUALITY, PackReport, pack_listing
-from pipeline.data.published import READERS, PublishedImage, ReaderContext
+from pipeline.data.published import READERS, PublishedImage, PublishedSet, ReaderContext
 from pipeline.data.store import Progress
 from pipeline.errors import ConfigError, DataError
 from pipeline.runs.files import write_json
@@ -96,7 +96,7 @@ def import_set(
         context = ReaderContext({file.role: path for file, path in given}, scratch, progress)
         for left in scratch.glob("*.pngs"):
             left.unlink()  # written by an interrupted call
-        published = READERS[name](context)
+        published = _read(name, context)
         listing = _listing(published.entries, published.classes, destination)
         source = {"set": name, "files": [{"name": n, "md5": md5} for n, md5 in sums.items()]}
         write_json(destination / "source.json", source)
@@ -112,6 +112,29 @@ def import_set(
         workers=workers,
         progress=progress,
     )
+
+
+def _read(name: str, context: ReaderContext) -> PublishedSet:
+    """The published set. Raises DataError if the files are not in its publisher's form."""
+    try:
+        published = READERS[name](context)
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise DataError(
+            f"{name}: the files are not in the publisher's form ({what}); download them again",
+            key="files",
+            subject=name,
+        ) from error
+    classes, labels = published.classes, {entry.label for entry in published.entries}
+    if len(set(classes)) < len(classes) or not all(name.strip() for name in classes):
+        raise DataError(f"{name}: a class has no name, or two have the same; download the files again", key="files")
+    if labels and not 0 <= min(labels) <= max(labels) < len(classes):
+        raise DataError(
+            f"{name}: labels from {min(labels)} to {max(labels)}, of {len(classes)} classes; download the files again",
+            key="files",
+            subject=max(labels),
+        )
+    return published
 
 
 def _roles(name: str, files: Sequence[Path]) -> list[tuple[File, Path]]:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.image_headers import HEAD_BYTES, MAX_PIXELS, upright_size
+from pipeline.data.image_headers import HEAD_BYTES, MAX_BYTES, MAX_PIXELS, upright_size
 from pipeline.data.listing import Listing
 from pipeline.errors import DataError
 from pipeline.runs.files import whole_folder
@@ -62,6 +62,8 @@ def _sizes_of(listing: Listing, rows: range) -> list[tuple[int, int]]:
 
 
 def _size_of(path: str, opened: dict[str, int], offset: int, length: int) -> tuple[int, int]:
+    if length > MAX_BYTES:
+        return 0, 0
     try:
         if path not in opened:
             opened[path] = open_file(path)

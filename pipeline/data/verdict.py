@@ -8,6 +8,8 @@ H, W are a picture's height and width in pixels.
 from __future__ import annotations
 
 import io
+import os
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.image_headers import (
+    MAX_BYTES,
     MAX_PIXELS,
     PILLOW,
     JpegHeader,
@@ -29,6 +32,7 @@ from pipeline.data.image_headers import (
     png_exif,
     upright_size,
 )
+from pipeline.data.store import open_file
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -72,6 +76,24 @@ class WholeDecoder:
             pipeline.release_outputs()
         self._pipeline = pipeline
         return picture
+
+
+def read_image(path: str, offset: int = 0, length: int | None = None) -> bytes:
+    """The bytes of an image, by default those of a whole file. Raises DecodeError if they cannot be read."""
+    try:
+        descriptor = open_file(path)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise DecodeError("cannot be read: a folder, pipe, socket or device, not a file")
+            length = status.st_size if length is None else length
+            if length > MAX_BYTES:
+                raise DecodeError(f"absurd size: {length:,} bytes, above the limit of {MAX_BYTES:,}")
+            return os.pread(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise DecodeError(f"cannot be read: {error.strerror}") from None
 
 
 def decodable(encoded: bytes) -> bytes:

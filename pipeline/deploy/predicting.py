@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data import dali, pixels
+from pipeline.data.verdict import DecodeError, read_image
 from pipeline.deploy import evaluations
 from pipeline.errors import ConfigError, JsonValue, UndecodableError
 from pipeline.evaluation.evaluate import Evaluator, choose, device_name, restored, seconds_of
@@ -240,10 +241,10 @@ def _read(files: Sequence[Path]) -> tuple[list[bytes], dict[int, str]]:
     encoded, bad = list[bytes](), dict[int, str]()
     for number, file in enumerate(files):
         try:
-            encoded.append(file.read_bytes())
-        except OSError as error:
+            encoded.append(read_image(str(file)))
+        except DecodeError as error:
             encoded.append(b"")
-            bad[number] = f"cannot be read: {error.strerror}"
+            bad[number] = str(error)
     return encoded, bad
 
 
