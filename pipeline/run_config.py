@@ -49,12 +49,14 @@ class ComputeConfig(Config):
     max_batch_per_worker: Count | None = None  # images in memory at once; more are accumulated
     start_patience_s: Annotated[float, Field(gt=0)] = 60.0  # how long to wait for the workers to start
     max_failures: Annotated[int, Field(ge=0)] = 3  # lost workers that a run survives
+    hang_after_s: Annotated[float, Field(gt=0)] = 60.0  # no progress for so long, and 20 median steps, is a hang
+    on_hang: Literal["restart", "report", "stop"] = "restart"  # within max_failures, from the newest checkpoint
     address: str | None = None  # HOST:PORT of a running Ray cluster; null: start Ray on this machine
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
         """Keys that change nothing under these values, each with the reason."""
-        of_ray = ("gpus_per_worker", "start_patience_s", "max_failures")
+        of_ray = ("gpus_per_worker", "start_patience_s", "max_failures", "on_hang")
         return dict.fromkeys(of_ray, "workers is 0, which does without Ray") if values["workers"] == 0 else {}
 
     @model_validator(mode="after")

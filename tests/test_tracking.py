@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from raised import fails
 
 from pipeline import config as configs
 from pipeline.errors import ConfigError, ResourceError
+from pipeline.registry.publishing import register_best
 from pipeline.runs.journal import Journal
 from pipeline.tracking import TrackingConfig, Uploader, address, connect, replay, resolve_uri, sync, uploader
 from pipeline.tracking.ledger import Ledger
@@ -225,6 +227,25 @@ def test_a_server_that_hangs_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert sole_run(client, tmp_path.name).info.run_id == run_id
     assert history(client, run_id) == [(step, 1000.0 + step) for step in range(100)]
     assert "plots" in {found.path for found in client.list_artifacts(run_id)}
+
+
+@pytest.mark.parametrize("name", [None, "aig"])
+def test_the_end_of_a_run_does_not_wait_for_a_server_that_never_answers(
+    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploader, "LAST_TRY_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # connections succeed, by the kernel's queue
+        uri = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        config = TrackingConfig(uri=uri, patience_s=900, register=name)
+        run_dir, recipe = run_folder(tmp_path / "a", **configs.as_mapping(config))
+        write_steps(run_dir, 0, 5)
+        with Uploader(run_dir, config, recipe) as uploading:
+            finish(run_dir, step=4)
+            start = time.monotonic()
+            assert register_best(run_dir, config, uploading) is None
+        assert time.monotonic() - start < 200  # MLflow's import and a busy machine included
+    assert tracking_events(run_dir)[-1] == "tracking-left"
+    assert [each["event"] for each in events(run_dir)].count("not-registered") == (0 if name is None else 1)
 
 
 def wait_for(fact: Callable[[], bool]) -> None:

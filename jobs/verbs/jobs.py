@@ -79,6 +79,7 @@ def show(job: Wanted, runs: Runs = RUNS) -> None:
         "starts": ", ".join(map(_steps, _attempts(record))) or "none yet",
         "log": record.log,
         **_run_facts(record),
+        **(_progress(record) if state.alive else {}),
     }
     typer.echo(tables.of_pairs(facts))
     if not state.alive and state.name != "COMPLETED":
@@ -96,6 +97,16 @@ def _run_facts(record: JobRecord) -> dict[str, object]:
     run_dir = Path(record.run_dir)
     saved = {} if record.verb == "sweep" else {"newest checkpoint": f"step {newest_step(run_dir)}"}
     return {record.verb.replace("train", "run"): run_dir, **saved, "MLflow run": _mlflow(run_dir)}
+
+
+def _progress(record: JobRecord) -> dict[str, object]:
+    """Where a living run is, or since when it makes no progress."""
+    from pipeline.runs import progress
+
+    found = progress.read(Path(record.run_dir)) if record.run_dir is not None else None
+    if found is None or found.written < record.submitted_at:
+        return {}
+    return {"progress": found.stall() or f"step {found.step}, {found.phase}, at {progress.clock(found.written)}"}
 
 
 def _attempts(record: JobRecord) -> list[JobAttempt]:

@@ -17,7 +17,7 @@ from pipeline.runs.journal import Tail
 
 LINE_EVERY_S = 5.0
 POLL_S = 0.5
-QUIET = ("checkpoint", "driver-started", "driver-ended")  # events that are not printed
+QUIET = ("checkpoint", "driver-started", "driver-ended", "hang")  # events that are not printed
 
 
 class View:
@@ -52,6 +52,10 @@ class View:
             self._printed = now
             line = what if total == 0 else f"{what}: {done:,} of {total:,}"
             self._console.print(line, highlight=False, markup=False)
+
+    def tell(self, text: str) -> None:
+        """Prints a message of the driver's watch."""
+        self._console.print(text, highlight=False, markup=False)
 
     def _follow(self) -> None:
         if self._console.is_terminal:

@@ -49,6 +49,9 @@ def list_runs(folder: Annotated[Path, typer.Argument(help="folder that contains 
         top1 = "-" if run.top1 is None else f"{100 * run.top1:.2f}"
         rows.append([str(run.run_dir), run.status, str(run.step), top1, run.run_id or "-", f"{run.unsent_bytes:,}"])
     typer.echo(tables.align(rows))
+    for run in runs:
+        if run.stall is not None:
+            typer.echo(f"{run.run_dir}: {run.stall}")
 
 
 @app.command(short_help="Send to MLflow what it does not have yet.")

@@ -70,7 +70,7 @@ def train(
     folder = run_dir or Path("runs") / config.name
     with progress.follow(folder) as view, stop_on_signals(folder) as received:
         result = launch.train(
-            config, folder, allow_changed=allow_changed or (), progress=view.index, on_start=view.start
+            config, folder, allow_changed=allow_changed or (), progress=view.index, on_start=view.start, tell=view.tell
         )
     _print_result(result)
     if not result.finished:  # a nonzero status, so that a script does not run its next line

@@ -1,4 +1,4 @@
-"""Private parts of Ray's core: token authentication of a process that is already running.
+"""Private parts of Ray's core: token authentication of a process that is already running, and what Ray prints.
 
 Ray reads RAY_AUTH_MODE once, when it is imported. No public function makes it read the variable again.
 """
@@ -25,6 +25,8 @@ require(
     tried="2.60",
 )
 require("ray", ray, ("exceptions.AuthenticationError",), tried="2.60")
+_worker = import_module("ray._private.worker")
+require("ray", _worker, ("print_to_stdstream", "listen_error_messages"), tried="2.60")
 
 
 def reload_authentication() -> None:
@@ -45,3 +47,8 @@ def asks_for_token(address: str, timeout_s: float) -> bool:
     except Exception:  # nothing answers; the connection that follows reports why
         return False
     return False
+
+
+def silence_messages() -> None:
+    """Keeps Ray's threads from printing what its nodes report, such as a worker's end, into this process's output."""
+    vars(_worker)["print_to_stdstream"] = lambda data, ignore_prefix: None

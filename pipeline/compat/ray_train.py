@@ -46,6 +46,27 @@ def process_lost(failure: Exception) -> bool:
     return isinstance(failure, PROCESS_LOSSES)
 
 
+def failure_texts(by_rank: Mapping[int, Exception]) -> list[str]:
+    """Why the workers of a start failed, lost processes first."""
+    order = sorted(by_rank.items(), key=lambda each: (not process_lost(each[1]), each[0]))
+    return [failure_text(rank, failure) for rank, failure in order]
+
+
+def failure_text(rank: int, failure: Exception) -> str:
+    """Why a worker failed, in a line: "rank 1 raised ValueError: no such label"."""
+    if isinstance(failure, exceptions.WorkerHealthCheckFailedError):
+        failure = failure.health_check_failure
+    cause = getattr(failure, "cause", None) or failure
+    if isinstance(failure, OutOfMemoryError):
+        return f"rank {rank}: Ray ended it because its node ran out of memory"
+    if isinstance(failure, NodeDiedError) or "node has died" in str(failure):
+        return f"rank {rank}: its node was lost"
+    if isinstance(failure, PROCESS_LOSSES):
+        return f"rank {rank}: its process was lost"
+    line = (str(cause).strip().splitlines() or [""])[-1][:500]
+    return f"rank {rank} raised {type(cause).__name__}: {line}"
+
+
 def peer_lost(failure: Exception) -> bool:
     """Whether a worker failed because another rank's connection closed."""
     return any(part in str(failure) for part in GLOO_PEER_LOST)

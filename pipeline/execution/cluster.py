@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.errors import ResourceError
 from pipeline.execution import ray_token
 from pipeline.execution.ray_token import own_sigterm
-from pipeline.execution.sockets import connection_error, host_and_port
+from pipeline.execution.sockets import HERE, connection_error, host_and_port
 from pipeline.run_config import ComputeConfig
 
 CODE = Path(__file__).parents[2]  # the folder of our packages
@@ -87,6 +87,9 @@ def _start(compute: ComputeConfig) -> None:
     """
     import ray
 
+    from pipeline.compat.ray import silence_messages
+
+    silence_messages()
     quiet = {"include_dashboard": False} if compute.address is None else {}
     try:
         with chdir(CODE):
@@ -117,6 +120,13 @@ def members(address: str, patience_s: float = 10.0) -> list[ClusterNode]:
         import ray
 
         return [ClusterNode(each["NodeManagerAddress"], each["Alive"], each["Resources"]) for each in ray.nodes()]
+
+
+def own_ip(compute: ComputeConfig) -> str:
+    """The address at which the cluster's nodes reach this one; the loopback where the cluster is this machine."""
+    import ray.util
+
+    return ray.util.get_node_ip_address() if compute.address else HERE
 
 
 def computes_on_gpu(compute: ComputeConfig) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +21,15 @@ from pipeline.errors import AdaptNetError, ConfigError, DataError, ResourceError
 from pipeline.evaluation import from_weights
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.execution import cluster, worker
+from pipeline.execution.guardians import report_failures
+from pipeline.execution.watch import RunWatch
+from pipeline.execution.watched import WatchAddress, watched
 from pipeline.execution.worker import WorkerConfig
 from pipeline.family import Report
 from pipeline.registry.publishing import register_best
 from pipeline.run_config import ComputeConfig, RunConfig
 from pipeline.runs import records
+from pipeline.runs.beats import LONG, UNWATCHED, Beats
 from pipeline.runs.files import write_text
 from pipeline.runs.lease import Lease
 from pipeline.runs.provenance import without_secrets
@@ -59,11 +64,13 @@ def train(
     allow_changed: Sequence[str] = (),
     progress: Progress | None = None,
     on_start: Callable[[], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Result:
     """Trains `config` in `run_dir`, tracks the run and registers its best checkpoint.
 
     Resumes from the newest complete checkpoint if there is one. `progress` is called while the index is built,
-    `on_start` once this driver holds the folder's lease. `allow_changed` are recipe keys that may differ from the
+    `on_start` once this driver holds the folder's lease, `tell` with what a person must know at once, such as a hang;
+    it is called from other threads. `allow_changed` are recipe keys that may differ from the
     checkpoint's fingerprint. Raises ResourceError if another driver holds the folder or workers were lost more often
     than `compute.max_failures`, and the AdaptNetError that a worker raised.
     """
@@ -78,27 +85,57 @@ def train(
             error.unlink()
         if on_start is not None:
             on_start()
-        _check(config)
-        splits = open_splits(config.data, config.seed, progress)
-        _check_train(config.data.root, splits)
-        _check_batches(config, splits)
-        from_weights.check_policies(config, splits)
-        storage = checkpoint.open_storage(config.checkpoint, run_dir)
-        checkpoint.claim_storage(storage, run_dir)
-        if config.training.start_from is not None and not storage.names():  # needed for the first step only
-            checkpoint.weights_file(config.training.start_from)
-        fingerprint = run_config.fingerprint(config, splits.train.identity)
-        write_config(run_dir, config, fingerprint, allow_changed)
-        recipe = configs.as_mapping(config)
-        with Uploader(run_dir, config.tracking, recipe, command=sys.argv, fence=lease.fence) as uploader:
-            if not _is_finished(run_dir, fingerprint):
-                _run(config, WorkerConfig(recipe, str(run_dir), lease.fence, tuple(allow_changed)))
-            return conclude(config, run_dir, uploader)
+        with RunWatch(run_dir, config.compute, tell) as watch:
+            with watched(watch.address(), None, config.compute.hang_after_s) as beats:
+                order = WorkerConfig(configs.as_mapping(config), str(run_dir), lease.fence, tuple(allow_changed))
+                return _train(config, order, Watched(watch, beats), progress)
     finally:
         if new and not (run_dir / "config.yaml").exists():
             lease.withdraw()
         else:
             lease.release()
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The watch of a run, and the driver's own signs of progress."""
+
+    watch: RunWatch
+    beats: Beats
+
+    def over(self, progress: Progress | None) -> Progress:
+        """`progress`, each call of which is a sign."""
+
+        def beat(what: str, done: int, total: int) -> None:
+            self.beats.count += 1
+            if progress is not None:
+                progress(what, done, total)
+
+        return beat
+
+
+def _train(config: RunConfig, order: WorkerConfig, seen: Watched, progress: Progress | None) -> Result:
+    """What follows once the lease is held."""
+    run_dir, beats = Path(order.run_dir), seen.beats
+    _check(config)
+    beats.enter("reading the index of the images", LONG)
+    splits = open_splits(config.data, config.seed, seen.over(progress))
+    _check_train(config.data.root, splits)
+    beats.enter("checking the recipe", LONG)
+    _check_batches(config, splits)
+    from_weights.check_policies(config, splits)
+    storage = checkpoint.open_storage(config.checkpoint, run_dir)
+    checkpoint.claim_storage(storage, run_dir)
+    if config.training.start_from is not None and not storage.names():  # needed for the first step only
+        checkpoint.weights_file(config.training.start_from)
+    fingerprint = run_config.fingerprint(config, splits.train.identity)
+    write_config(run_dir, config, fingerprint, order.allow_changed)
+    with Uploader(run_dir, config.tracking, order.recipe, command=sys.argv, fence=order.fence) as uploader:
+        with seen.watch.journal(uploader.journal):
+            if not _is_finished(run_dir, fingerprint):
+                _run(config, order, seen)
+            beats.enter("registering the net", LONG)
+            return conclude(config, run_dir, uploader)
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -219,24 +256,49 @@ def _is_finished(run_dir: Path, fingerprint: Mapping[str, object]) -> bool:
     return status.finished and run_config.translated(status.fingerprint) == fingerprint
 
 
-def _run(config: RunConfig, order: WorkerConfig) -> None:
-    run_dir = Path(order.run_dir)
+def _run(config: RunConfig, order: WorkerConfig, seen: Watched) -> None:
+    run_dir, watch = Path(order.run_dir), seen.watch
     if config.compute.workers == 0:
-        worker.work(WorkerConfig(**{**vars(order), "under_ray": False}))
+        worker.work(replace(order, under_ray=False), seen.beats)
         return
+    seen.beats.enter("starting Ray", UNWATCHED)
     with cluster.cluster(config.compute):
+        seen.beats.enter("waiting for the workers", UNWATCHED)
+        order = replace(order, watch=watch.address(cluster.own_ip(config.compute)))
         try:
-            _trainer(config.compute, order).fit()
+            _fit(_trainer(config.compute, order), watch)
         except Exception as error:  # Ray wraps a worker's error in classes of its own
             stored = records.error_left(run_dir)
             if stored is not None:
                 raise stored from error
+            if watch.end is not None:
+                raise watch.end from error
             if isinstance(error, AdaptNetError):
                 raise
-            raise _lost(config, run_dir, error) from error
+            raise _lost(config, run_dir, error, watch.reason) from error
 
 
-def _lost(config: RunConfig, run_dir: Path, error: Exception) -> ResourceError:
+def _fit(trainer: Trainer, watch: RunWatch) -> None:
+    """trainer.fit() in a thread, so that a Ray that does not answer can be given up. Raises what it raises."""
+    raised: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive() and watch.error is None:
+        thread.join(0.2)
+    if watch.error is not None:
+        raise watch.error
+    if raised:
+        raise raised[0]
+
+
+def _lost(config: RunConfig, run_dir: Path, error: Exception, reason: str | None) -> ResourceError:
     from pipeline.compat import ray_train
 
     compute, batch_size = config.compute, config.training.batch_size
@@ -248,7 +310,7 @@ def _lost(config: RunConfig, run_dir: Path, error: Exception) -> ResourceError:
     )
     return ResourceError(
         f"{run_dir}: the workers failed more often than compute.max_failures (={compute.max_failures}) or could not be "
-        f"started within compute.start_patience_s (={compute.start_patience_s:g}): {_last_line(failures[0])}."
+        f"started within compute.start_patience_s (={compute.start_patience_s:g}): {reason or _last_line(failures[0])}."
         f"{hint if killed else ''} The same command resumes from the newest checkpoint",
         key="compute.max_failures",
         subject=run_dir,
@@ -279,23 +341,31 @@ def _trainer(compute: ComputeConfig, order: WorkerConfig) -> Trainer:
             name=f"driver-{order.fence}",
             storage_path=str(Path(order.run_dir) / "ray"),
             failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=1),
-            callbacks=[_no_retry_of_user_errors()],
+            callbacks=[_on_failures(order.watch)],
         ),
     )
 
 
-def _no_retry_of_user_errors() -> UserCallback:
-    """A callback that ends the run if a worker raised an AdaptNetError, which a retry would raise again."""
+def _on_failures(address: WatchAddress | None) -> UserCallback:
+    """A callback that tells the driver why a start failed.
+
+    It ends the run if a worker raised an AdaptNetError, which a retry would raise again, or if the driver says so.
+    """
     from ray.train import UserCallback
 
-    class NoRetry(UserCallback):  # type: ignore[misc]
+    class OnFailures(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+            from pipeline.compat.ray_train import failure_texts
+
+            end = report_failures(address, failure_texts(worker_exceptions)) if address is not None else None
             for error in worker_exceptions.values():
                 cause = getattr(error, "cause", error)
                 if isinstance(cause, AdaptNetError):
                     raise cause
+            if end is not None:
+                raise ResourceError(end, key="compute.on_hang")
 
-    return NoRetry()
+    return OnFailures()
 
 
 def conclude(config: RunConfig, run_dir: Path, uploader: Uploader) -> Result:

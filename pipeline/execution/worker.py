@@ -20,14 +20,16 @@ from pipeline import config as configs
 from pipeline import family as families
 from pipeline import ranks, run_config
 from pipeline.data.bad import BadImages
-from pipeline.data.dali import EvalLoader, TrainLoader
+from pipeline.data.dali import DecodedEvalBatch, EvalLoader, TrainLoader
 from pipeline.data.index import ImageIndex, Splits, open_splits
 from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, JsonValue, ResourceError
 from pipeline.evaluation.evaluate import Evaluator, calibrate, choose, evaluate
 from pipeline.evaluation.from_weights import FINAL, eval_loader, evaluator, metrics_of, placed
+from pipeline.execution.watched import WatchAddress, watched
 from pipeline.family import AnyFamily
 from pipeline.run_config import RunConfig
 from pipeline.runs import lease, records
+from pipeline.runs.beats import LONG, Beats
 from pipeline.runs.files import write_json
 from pipeline.runs.journal import Journal, SystemSampler
 from pipeline.runs.records import About, Meta, Status
@@ -38,12 +40,15 @@ from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainState
 from pipeline.training.step import MicroBatch
 
+EVALUATING = 3.0  # what follows the last batch gives no sign
+
 
 @dataclass(frozen=True)
 class WorkerConfig:
     """What the driver sends to every rank, as plain values; recipe: a RunConfig with absolute paths.
 
     fence: the number of the driver. allow_changed: fingerprint keys that may differ from those of the checkpoint.
+    watch: where the driver hears this rank's guardian.
     """
 
     recipe: Mapping[str, JsonValue]
@@ -51,19 +56,21 @@ class WorkerConfig:
     fence: int
     allow_changed: tuple[str, ...] = ()
     under_ray: bool = True
+    watch: WatchAddress | None = None
 
 
-def work(worker: WorkerConfig) -> None:
+def work(worker: WorkerConfig, beats: Beats | None = None) -> None:
     """Trains the run in `worker.run_dir` from its newest complete checkpoint, or from step 0, and evaluates it.
 
     Returns when the run is finished or has stopped on request; `status.json` records which. An AdaptNetError goes to
     error-<rank>.json for the driver and raised. Running out of memory counts too: ResourceError if more workers would
-    help, else ConfigError, because another try would run out again. Collective.
+    help, else ConfigError, because another try would run out again. beats: the driver's, if it does this work itself.
+    Collective.
     """
     run_dir = Path(worker.run_dir)
     try:
         with ExitStack() as stack:
-            _run(worker, stack)
+            _run(worker, beats or _guarded(worker, stack), stack)
     except AdaptNetError as error:
         records.leave_error(error, run_dir, ranks.rank())
         raise
@@ -93,14 +100,26 @@ def out_of_memory(config: RunConfig, message: str) -> AdaptNetError:
     )
 
 
-def _run(worker: WorkerConfig, stack: ExitStack) -> None:
+def _guarded(worker: WorkerConfig, stack: ExitStack) -> Beats:
+    """This rank's signs of progress, read by a guardian if the driver listens."""
+    if worker.watch is None:
+        return Beats()
+    config = run_config.from_mapping(worker.recipe, "the driver's recipe")
+    return stack.enter_context(watched(worker.watch, ranks.rank(), config.compute.hang_after_s))
+
+
+def _run(worker: WorkerConfig, beats: Beats, stack: ExitStack) -> None:
     """One rank's part of a run, from the recipe to the final reports. Collective."""
+    beats.enter("opening the images", LONG)
     context = prepare(worker)
+    beats.enter("opening the checkpoints", LONG)
     writer = open_writer(context, stack)
     _sample_system(context, ranks.agree(writer.attempt), stack)
-    events = RunEvents(context, writer, BadImages(context.splits.train, context.config.data.max_bad_share))
+    events = RunEvents(context, writer, BadImages(context.splits.train, context.config.data.max_bad_share), beats)
+    beats.enter("restoring", LONG)
     current = restore(context, events)
     finished = train(context, current, events)
+    beats.enter("the final evaluation", LONG)
     finish(context, current, events, finished=finished)
     ranks.barrier()
 
@@ -405,7 +424,8 @@ def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
         events.writer.event("warning", text=text)
     events.writer.event("started", step=current.step, total_steps=plan.total_steps, workers=ranks.world())
     with _train_loader(context, current.step, events) as loader:
-        finished = loop.train(plan, current, _micro_batches(context, plan, loader), events)
+        finished = loop.train(plan, current, _micro_batches(context, plan, loader), events, beats=events.beats)
+    events.beats.enter("saving", LONG)
     events.writer.flush()
     return finished
 
@@ -457,6 +477,21 @@ def _micro_batches(context: RunContext, plan: TrainingPlan, loader: TrainLoader)
         yield step.micro_batches(plan, context.config.data, batch, parts)
 
 
+@dataclass(frozen=True)
+class BeatingLoader:
+    """A split's batches, each of which is a sign of progress."""
+
+    loader: EvalLoader
+    beats: Beats
+
+    @property
+    def unreadable(self) -> Sequence[str]:
+        return self.loader.unreadable
+
+    def __iter__(self) -> Iterator[DecodedEvalBatch]:
+        return self.beats.over(self.loader)
+
+
 @dataclass
 class RunEvents:
     """The callbacks of the training loop. evaluated_at: the step of `latest`, the metrics of the newest evaluation."""
@@ -464,6 +499,7 @@ class RunEvents:
     context: RunContext
     writer: Writer
     bad: BadImages
+    beats: Beats
     latest: dict[str, float] = field(default_factory=dict)
     evaluated_at: int = -1
     remembered: list[tuple[str, int | None, dict[str, object]]] = field(
@@ -491,18 +527,25 @@ class RunEvents:
             return
         ranks.take_from_rank_0(net.buffers())  # BatchNorm's statistics, which DDP shares at the next step
         policies = context.family.policies(context.config.family, net)[:1]
-        reports = evaluate(net, policies, context.eval_loader(context.splits.val), context.evaluator(latency=False))
+        with self.beats.during("an evaluation", EVALUATING):
+            reports = evaluate(net, policies, self.eval_loader(context.splits.val), context.evaluator(latency=False))
         current.net.train()
         self.latest, self.evaluated_at = metrics_of(reports), current.step
         self.writer.metrics(current.step, self.latest)
 
     def save(self, current: TrainState, *, wait: bool) -> None:
         """Saves the state, in a thread unless `wait`, and reports to Ray. Collective."""
-        self.writer.save(current, self._meta(current), {"bad": self.bad.state()}, wait=wait)
+        with self.beats.during("saving", LONG):
+            self.writer.save(current, self._meta(current), {"bad": self.bad.state()}, wait=wait)
         if self.context.worker.under_ray:
             import ray.train
 
-            ray.train.report({"step": current.step, **self.latest})
+            with self.beats.during("reporting to Ray"):
+                ray.train.report({"step": current.step, **self.latest})
+
+    def eval_loader(self, split: ImageIndex) -> BeatingLoader:
+        """The loader of a split, each of whose batches is a sign of progress."""
+        return BeatingLoader(self.context.eval_loader(split), self.beats)
 
     def last_good(self) -> str | None:
         names = self.context.storage.names()
@@ -535,13 +578,13 @@ class RunEvents:
 def finish(context: RunContext, current: TrainState, events: RunEvents, *, finished: bool) -> None:
     """Evaluates the best checkpoint if the run is finished, and writes its status. Collective."""
     if finished:
-        _evaluate_best(context, current, events.writer)
+        _evaluate_best(context, current, events)
     events.writer.status(current, finished=finished)
 
 
-def _evaluate_best(context: RunContext, current: TrainState, writer: Writer) -> None:
+def _evaluate_best(context: RunContext, current: TrainState, events: RunEvents) -> None:
     """Runs every policy of the best checkpoint's net on the val split. Collective."""
-    splits, storage = context.splits, context.storage
+    splits, storage, writer = context.splits, context.storage, events.writer
     best = ranks.agree(writer.best())
     if best is None:  # the loop saves at its end
         where = storage.where("")
@@ -553,10 +596,10 @@ def _evaluate_best(context: RunContext, current: TrainState, writer: Writer) -> 
     net = placed(net, context.device, context.config.training.channels_last)
     how = context.evaluator(latency=True)
     policies = choose(family.policies(config, net), context.config.evaluation.policies)
-    held_out = context.eval_loader(splits.held_out) if len(splits.held_out) else None
+    held_out = events.eval_loader(splits.held_out) if len(splits.held_out) else None
     policies = calibrate(policies, net, held_out, how)
     folder = context.run_dir / "evaluations" / FINAL
-    reports = evaluate(net, policies, context.eval_loader(splits.val), how, store=folder)
+    reports = evaluate(net, policies, events.eval_loader(splits.val), how, store=folder)
     root, where = str(context.config.data.root), storage.where(best)
     writer.about(folder, About(checkpoint=where, step=meta.step, data=splits.val.identity, root=root))
     final = {key.replace("eval/", "final/", 1): value for key, value in metrics_of(reports).items()}

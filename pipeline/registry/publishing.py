@@ -237,8 +237,8 @@ def register_late(run_dir: Path, uri: str | None = None) -> Version | None:
 def register_best(run_dir: Path, config: TrackingConfig, uploader: Uploader) -> Version | None:
     """Registers the best checkpoint of a finished run if `tracking.register` names it, before the uploader ends.
 
-    Waits for an unreachable server for at most `tracking.patience_s`; then an event in the journal says how to register
-    later, and None is returned, as it is if there is nothing to register.
+    Waits for an unreachable server for at most `tracking.patience_s`, for a silent one a few seconds; then an event in
+    the journal says how to register later, and None is returned, as it is if there is nothing to register.
     """
     if config.register is None or not records.read_status(run_dir).finished:
         return None
@@ -250,7 +250,7 @@ def register_best(run_dir: Path, config: TrackingConfig, uploader: Uploader) -> 
                 raise ResourceError("the tracking server has not answered", key="tracking.uri")
             return publish_run(run_dir, name, run_id=run_id, uri=uploader.uri)
         except ResourceError as error:
-            if not uploader.sends or time.monotonic() + pause > deadline:
+            if not uploader.sends or uploader.silent or time.monotonic() + pause > deadline:
                 hint = f"adaptnet runs sync {run_dir}"
                 uploader.journal.event("not-registered", name=name, reason=without_secrets(str(error)), hint=hint)
                 return None

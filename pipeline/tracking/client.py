@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
@@ -125,6 +126,47 @@ class Client(Protocol):
     def search_model_versions(
         self, filter_string: str | None, *, max_results: int, page_token: str | None
     ) -> EntityPage[VersionEntity]: ...
+
+
+class OwedAnswers:
+    """Notes how long a server has owed an answer. `of` gives a client whose calls are noted.
+
+    Uploads of files are not: they take as long as the files are large, and end by themselves if the server is silent.
+    """
+
+    def __init__(self) -> None:
+        self._asked: float | None = None
+
+    def owed_s(self) -> float:
+        """Seconds that the newest call has waited; 0 between calls."""
+        asked = self._asked
+        return 0.0 if asked is None else time.monotonic() - asked
+
+    def of(self, client: Client) -> Client:
+        return cast(Client, NotedClient(client, self))
+
+    def noted(self, call: Callable[..., object]) -> Callable[..., object]:
+        """`call`, noted while it runs."""
+
+        def asked(*args: object, **options: object) -> object:
+            self._asked = time.monotonic()
+            try:
+                return call(*args, **options)
+            finally:
+                self._asked = None
+
+        return asked
+
+
+class NotedClient:
+    """A client whose calls are noted by an `OwedAnswers`."""
+
+    def __init__(self, client: Client, answers: OwedAnswers) -> None:
+        self._client, self._answers = client, answers
+
+    def __getattr__(self, name: str) -> object:
+        call = getattr(self._client, name)
+        return call if name.startswith("log_artifact") else self._answers.noted(call)
 
 
 def connect(uri: str) -> Client:

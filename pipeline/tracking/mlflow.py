@@ -17,7 +17,7 @@ from pipeline.errors import JsonValue, ResourceError
 from pipeline.runs import provenance
 from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.address import database_file
-from pipeline.tracking.client import Client, RunEntity, connect
+from pipeline.tracking.client import Client, OwedAnswers, RunEntity, connect
 from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.replay import as_text
 from pipeline.tracking.tracker import Ending, MetricPoint
@@ -42,6 +42,7 @@ class MlflowTracker:
         self._client: Client | None = None
         self._ledger: Ledger | None = None
         self._tags: dict[str, str] = {}  # set by this object
+        self.answers = OwedAnswers()
 
     @property
     def run_id(self) -> str | None:
@@ -50,7 +51,7 @@ class MlflowTracker:
 
     def open(self, run_dir: Path, recipe: Mapping[str, JsonValue]) -> Ledger:
         """Finds or creates the MLflow run of the folder. Raises ResourceError if it was deleted in MLflow."""
-        client = self._connect(self.uri)
+        client = self.answers.of(self._connect(self.uri))
         ledger = Ledger.open(run_dir)
         ledger.aim(self.uri, self._experiment)
         run = _find_run(client, ledger)

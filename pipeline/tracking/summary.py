@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.runs import journal, lease
+from pipeline.runs.progress import read as read_progress
 from pipeline.runs.records import read_status
 from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.uploader import last_status
@@ -17,11 +18,12 @@ class RunSummary:
     """One run: its status, its progress, and how much of its journal is not in MLflow yet."""
 
     run_dir: Path
-    status: str  # RUNNING, FINISHED, FAILED or KILLED
+    status: str  # RUNNING, HANGING, FINISHED, FAILED or KILLED
     step: int
     top1: float | None  # the best `eval/<policy>/top1` of any evaluation while training
     run_id: str | None
     unsent_bytes: int
+    stall: str | None  # since when a HANGING run makes no progress, and why
 
 
 def summaries(folder: Path) -> list[RunSummary]:
@@ -37,11 +39,15 @@ def _summary(run_dir: Path) -> RunSummary:
     sent = Ledger.peek(run_dir)
     otherwise = "FINISHED" if read_status(run_dir).finished else "KILLED"
     ended = (last_status(run_dir) or {}).get("status", otherwise)
+    running = lease.is_live(run_dir)
+    progress = read_progress(run_dir) if running else None
+    stall = progress.stall() if progress is not None else None
     return RunSummary(
         run_dir=run_dir,
-        status="RUNNING" if lease.is_live(run_dir) else ended,
+        status=("HANGING" if stall else "RUNNING") if running else ended,
         step=max([r["step"] for r in metrics] + [read_status(run_dir).step]),
         top1=max(tops, default=None),
         run_id=sent.run_id,
         unsent_bytes=sum(p.stat().st_size - sent.offsets.get(p.name, 0) for p in journal.paths(run_dir / "journal")),
+        stall=stall,
     )

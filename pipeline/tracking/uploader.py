@@ -32,8 +32,9 @@ LAST_TRY_S = 10.0  # how long the end of a run waits for a server that is alread
 class Uploader:
     """A thread in the driver that sends the run's record to its trackers while it trains, between `with` and its end.
 
-    Training never waits for it. Its messages (a tracker is unreachable, is reachable again) are events of the journal
-    `driver`. Raises ConfigError before anything is started if a tracker cannot be used as configured.
+    Training never waits for it, and its end not for a server that accepts requests and does not answer. Its messages
+    (a tracker is unreachable, is reachable again) are events of the journal `driver`. Raises ConfigError before
+    anything is started if a tracker cannot be used as configured.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Uploader:
         self._pauses: dict[str, float] = {}  # seconds, of the trackers that are unreachable
         self._due: dict[str, float] = {}  # when these are tried again, on the monotonic clock
         self._closing, self._wake = threading.Event(), threading.Event()  # signals to the thread
-        self._sent, self._done = threading.Event(), threading.Event()  # signals from the thread
+        self._sent, self._done, self._ended = (threading.Event() for _ in range(3))  # signals from the thread
         self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
 
     @property
@@ -64,6 +65,13 @@ class Uploader:
     def sends(self) -> bool:
         """Whether the run is sent to MLflow now; if not, it can be sent later from its journal."""
         return self._thread.ident is not None and MLFLOW in self._trackers.replays
+
+    @property
+    def silent(self) -> bool:
+        """Whether MLflow's server has accepted a request and does not answer it."""
+        replay = self._trackers.replays.get(MLFLOW)
+        tracker = replay.tracker if replay is not None else None
+        return isinstance(tracker, MlflowTracker) and tracker.answers.owed_s() > LAST_TRY_S
 
     def __enter__(self) -> Uploader:
         with suppress(OSError):
@@ -84,17 +92,20 @@ class Uploader:
         self.close(status, error=reason_of(error) if error else None)
 
     def close(self, status: RunStatus, error: str | None = None) -> bool:
-        """Sends the rest, for at most `tracking.patience_s`. Returns whether every tracker has everything."""
+        """Sends the rest, for at most `tracking.patience_s`, or LAST_TRY_S if the server does not answer.
+
+        Returns whether every tracker has everything.
+        """
         self.journal.event("driver-ended", status=status, error=error)
         self._closing.set()
         self._wake.set()
         if self._thread.ident is not None:
             patience = self._config.patience_s
-            self._thread.join(min(patience, LAST_TRY_S) if self._pauses else patience)
+            self._wait(self._ended, min(patience, LAST_TRY_S) if self._pauses else patience)
             if not self._done.is_set():
                 reason, hint = "not everything was sent; nothing is lost", f"adaptnet runs sync {self._run_dir}"
                 self.journal.event("tracking-left", reason=reason, hint=hint)
-        if not self._thread.is_alive():
+        if self._thread.ident is None or self._ended.is_set():  # nothing else writes to it
             self.journal.close()
         return self._done.is_set()
 
@@ -103,7 +114,15 @@ class Uploader:
         self._sent.clear()
         self._due.clear()
         self._wake.set()
-        return self.run_id if self.sends and self._sent.wait(timeout_s) else None
+        return self.run_id if self.sends and self._wait(self._sent, timeout_s) else None
+
+    def _wait(self, event: threading.Event, timeout_s: float) -> bool:
+        """Waits for an event of the thread; gives up early if the server is silent."""
+        deadline = time.monotonic() + timeout_s
+        while not event.wait(min(0.2, max(0.0, deadline - time.monotonic()))):
+            if self.silent or time.monotonic() >= deadline:
+                return event.is_set()
+        return True
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -112,6 +131,7 @@ class Uploader:
             self._wake.clear()
         if self._attempt(final=True) or self._attempt(final=True):
             self._done.set()
+        self._ended.set()
 
     def _attempt(self, *, final: bool) -> bool:
         """One pass for every tracker that is due, at the end for all. Returns whether none of them failed."""

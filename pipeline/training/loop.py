@@ -18,11 +18,13 @@ from torch import Tensor
 from pipeline import ranks
 from pipeline.config import Duration
 from pipeline.errors import DivergedError
+from pipeline.runs.beats import COMPILING, LONG, Beats
 from pipeline.training.memory import keep_freed_memory
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainState
 from pipeline.training.step import Meter, MicroBatch, train_step
 
+DATA, STEP = b"waiting for data", b"a step"  # phases, for a report of a hang
 SYNC_EVERY_S = 2.0  # how often rank 0 decides on stopping and on events in minutes
 
 
@@ -84,22 +86,27 @@ def train(
     events: TrainingEvents,
     *,
     sync_every_s: float = SYNC_EVERY_S,
+    beats: Beats | None = None,
 ) -> bool:
     """Trains `state` until `plan.total_steps`, or until rank 0 wants to stop; True if it reached the end.
 
     batches[i] is this rank's share of the batch of step `state.step + i`. The state is on disk when the function
-    returns. Each evaluation is followed by a save, so that the best state is among the checkpoints. Collective.
+    returns. Each evaluation is followed by a save, so that the best state is among the checkpoints. `beats` gets a sign
+    of progress at each batch and each step. Collective.
     Raises DivergedError at a loss or gradient norm that is not finite; nothing is saved after that step.
     """
     if plan.device.type == "cpu":
         keep_freed_memory()
-    meter, clock, sync = Meter(), Clock(), RankSync(plan, state.step, sync_every_s)
+    meter, clock, sync, beats = Meter(), Clock(), RankSync(plan, state.step, sync_every_s), beats or Beats()
     logged_at = state.step
     if state.step >= plan.total_steps:
         return True
-    for micros in _waiting(batches, clock):
+    beats.step, patience = state.step, LONG if plan.training.compile else 1.0  # other sides are compiled later
+    beats.enter(DATA.decode(), COMPILING if plan.training.compile else LONG)
+    for micros in _waiting(batches, clock, beats):
         before = state.step
         lr = train_step(plan, state, micros, meter)
+        beats.step, beats.patience = state.step, patience
         ended = state.step >= plan.total_steps
         decided = sync.decide(state.step, events)
         if ended or decided.stop or decided.log or _due(plan.log_every, plan, before):
@@ -119,12 +126,14 @@ def train(
     raise AssertionError("the stream of batches is endless")
 
 
-def _waiting(batches: Iterable[Sequence[MicroBatch]], clock: Clock) -> Iterator[Sequence[MicroBatch]]:
+def _waiting(batches: Iterable[Sequence[MicroBatch]], clock: Clock, beats: Beats) -> Iterator[Sequence[MicroBatch]]:
     """The batches; the time to wait for each is added to the clock."""
     source = iter(batches)
     while True:
         start = time.perf_counter()
+        beats.phase = DATA
         batch = next(source, None)
+        beats.phase = STEP
         clock.add("data", time.perf_counter() - start)
         if batch is None:
             return

@@ -1,0 +1,218 @@
+"""The driver's watch: says when the run makes no progress, and ends a start that does not.
+
+Progress is judged, not speed. A run hangs if no rank gives a sign of progress within the limit of its phase, if a
+process is stopped, or if a guardian falls silent. The watch tells it, writes hang-<n>.txt and the journal, and with
+`compute.on_hang: restart` has the guardians kill the ranks, which Ray Train then starts again. It needs neither Ray nor
+the run folder for that: guardians speak over TCP, and a thread of its own writes files.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from pipeline.errors import AdaptNetError, ResourceError
+from pipeline.execution import hang_report
+from pipeline.execution.folder_thread import FolderThread
+from pipeline.execution.guardian import STATES
+from pipeline.execution.guardians import Guardians
+from pipeline.execution.hang_report import Sight, clock
+from pipeline.execution.ray_processes import RayState
+from pipeline.execution.sockets import HERE
+from pipeline.execution.watched import WatchAddress
+from pipeline.run_config import ComputeConfig
+from pipeline.runs.journal import Journal
+from pipeline.runs.progress import RunProgress
+
+POLL_S = 0.25
+STACKS_WITHIN_S = 5.0
+STOPS_WITHIN_S = 10.0  # after a request to stop, a longer step hangs unless five median ones are longer still
+SAYS_WITHIN_S = 3.0  # a run that has not stopped by then says what it waits for
+ENDS_WITHIN_S = 5.0  # how long the other ranks of a failed start may run on
+LEFT = "the run is left as it is"
+Tell = Callable[[str], None]
+
+
+class RunWatch:
+    """Listens from `with` to its end.
+
+    error is set when the run must be given up although Ray has not ended it; reason: why the newest start failed.
+    """
+
+    def __init__(self, run_dir: Path, compute: ComputeConfig, tell: Tell | None = None) -> None:
+        self.error: AdaptNetError | None = None
+        self.reason: str | None = None
+        self._run_dir, self._compute, self._tell = run_dir, compute, tell or (lambda text: None)
+        self._guardians = Guardians(self._failed, other_machines=compute.address is not None)
+        self._ray = RayState(compute.address, compute.hang_after_s)
+        self._folder = FolderThread(run_dir)
+        self._stop_at: float | None = None  # when a request to stop was seen
+        self._stop_told = False
+        self._hang: str | None = None  # what was told and is not over
+        self._killed_for: str | None = None  # the hang for which the ranks of this start were killed
+        self._end: str | None = None  # why there is no other start
+        self._failures = self._hangs = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def address(self, host: str = HERE) -> WatchAddress:
+        """Where the guardians connect; host: this machine as the nodes of the cluster know it."""
+        return self._guardians.address(host)
+
+    def journal(self, journal: Journal) -> AbstractContextManager[None]:
+        """Writes the watch's events to `journal` in the block."""
+        return self._folder.journal(journal)
+
+    @property
+    def end(self) -> AdaptNetError | None:
+        """What the run ends with, if the watch has ended it."""
+        return ResourceError(self._end, key="compute.on_hang", subject=self._run_dir) if self._end else None
+
+    def __enter__(self) -> RunWatch:
+        self._folder.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._folder.stop()
+        self._guardians.close()
+
+    def _run(self) -> None:
+        looked = time.monotonic()
+        while not self._over.is_set():
+            self._guardians.receive(POLL_S)
+            if time.monotonic() - looked > 5 * POLL_S + 1:  # this process was stopped, or had no turn
+                self._guardians.forgive()
+            looked = time.monotonic()
+            self._guardians.kill_retired()
+            self._look(looked)
+
+    def _look(self, now: float) -> None:
+        if self._stop_at is None and self._folder.stop_requested:
+            self._stop_at = now
+        cause = self._frozen_ray() or self._frozen_rank(now)
+        cause, helps = (cause, True) if cause is not None else (self._frozen_driver(now), False)
+        if cause is None and self._hang is not None:
+            if not self._ends_start():  # else its ranks were ended
+                self._folder.event("progress-again")
+            self._hang = None
+        elif cause is not None and self._hang is None:
+            self._hang = cause
+            self._act(cause, end=helps and self._ends_start())
+        self._folder.progress = self._progress(now)
+        self._say_what_a_stop_waits_for(now)
+
+    # --- judging
+
+    def _ranks(self) -> list[Sight]:
+        """The processes that train: the driver itself where there are no workers."""
+        return [sight for sight in self._guardians.sights() if sight.rank is not None or self._compute.workers == 0]
+
+    def _frozen_ray(self) -> str | None:
+        return self._ray.stopped() if self._compute.workers != 0 else None
+
+    def _frozen_rank(self, now: float) -> str | None:
+        """Which rank hangs, and since when; None if none does."""
+        ranks, hang_after_s = self._ranks(), self._compute.hang_after_s
+        for sight in ranks:
+            if sight.stopped_for(now) >= hang_after_s:
+                return (
+                    f"{sight.name} is {STATES[sight.state]} (state {sight.state}) since {clock(sight.stopped_for(now))}"
+                )
+            if now - sight.heard >= max(hang_after_s, STOPS_WITHIN_S):
+                return f"nothing was heard of {sight.name} since {clock(now - sight.heard)}; is its node lost?"
+        if ranks and all(sight.age(now) >= self._limit(sight) for sight in ranks):
+            return _stands_still(max(ranks, key=lambda sight: sight.age(now)), now)
+        return None
+
+    def _frozen_driver(self, now: float) -> str | None:
+        late = (each for each in self._guardians.sights() if each.rank is None and each.age(now) >= each.limit_s)
+        return next((_stands_still(each, now) for each in late), None)
+
+    def _limit(self, sight: Sight) -> float:
+        """Seconds that a rank may be without a sign; fewer once the run was asked to stop."""
+        if self._stop_at is None:
+            return sight.limit_s
+        return min(sight.limit_s, max(STOPS_WITHIN_S, 5 * sight.step_s) * sight.patience)
+
+    # --- acting
+
+    def _act(self, cause: str, *, end: bool) -> None:
+        """Tells the hang and writes it; ends this start if `end`."""
+        self._guardians.ask_for_stacks(STACKS_WITHIN_S)
+        self._hangs += 1
+        name = f"hang-{self._hangs}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        text = self._text(cause)
+        self._tell(f"{text}\n\nwritten to {self._run_dir / name}; {self._next_step() if end else LEFT}")
+        everything = hang_report.all_lines(self._guardians.sights())
+        self._folder.report(name, f"{text}\n\n{everything}\n")
+        self._folder.event("hang", reason=cause, report=name)
+        if end:
+            self._end_start(cause)
+
+    def _ends_start(self) -> bool:
+        return self._compute.workers != 0 and (self._compute.on_hang != "report" or self._stop_at is not None)
+
+    def _next_step(self) -> str:
+        if self._compute.on_hang == "stop" or self._stop_at is not None or self._ray.stopped():
+            return "the run ends; the same command resumes it from its newest checkpoint"
+        return "the ranks are ended, and start again from the newest checkpoint"
+
+    def _end_start(self, cause: str) -> None:
+        resume = f"Nothing was saved since the newest checkpoint, from which the same command resumes {self._run_dir}"
+        self._killed_for = f"hang: {cause}"
+        if self._stop_at is not None:
+            self._end = f"{self._run_dir}: the run was asked to stop, and makes no progress: {cause}. {resume}"
+        elif self._compute.on_hang == "stop":
+            self._end = f"{self._run_dir}: {cause} (compute.on_hang is stop). {resume}"
+        self._guardians.kill_ranks()
+        if self._ray.stopped():
+            end = self._end or f"{self._run_dir}: {cause}. {resume}"
+            self.error = ResourceError(end, key="compute.address", subject=self._run_dir)
+
+    def _text(self, cause: str) -> str:
+        remarks = []
+        if self._folder.silent_s() > STOPS_WITHIN_S:
+            remarks.append(f"the run folder {self._run_dir} has not answered since {clock(self._folder.silent_s())}")
+        concerned = self._ranks() or self._guardians.sights()
+        return hang_report.text(cause, concerned, self._folder.last_event, remarks)
+
+    def _say_what_a_stop_waits_for(self, now: float) -> None:
+        if self._stop_at is None or self._stop_told or now - self._stop_at < SAYS_WITHIN_S:
+            return
+        self._stop_told = True
+        ranks = self._ranks()
+        what = "; ".join(f"{each.name}: {each.phase} since {each.since(now)}" for each in ranks[:8])
+        self._tell(f"the run was asked to stop, and waits for: {what or 'the workers, which have not started'}")
+
+    # --- failures of a start
+
+    def _failed(self, failures: Sequence[str]) -> str | None:
+        """Notes why a start failed: a hang, else how its processes died, else what Ray Train says."""
+        self._failures += 1
+        deaths = self._guardians.deaths()
+        self.reason = self._killed_for or "; ".join(deaths or dict.fromkeys(failures))
+        kind = "restart" if self._failures <= self._compute.max_failures and self._end is None else "failed"
+        of = f"{self._failures} of {self._compute.max_failures} (compute.max_failures)"
+        self._folder.event(kind, reason=self.reason, failure=of)
+        self._guardians.retire(ENDS_WITHIN_S)
+        self._killed_for = None
+        return self._end
+
+    def _progress(self, now: float) -> RunProgress:
+        ranks = self._ranks() or self._guardians.sights()
+        wall = time.time()
+        if not ranks:
+            return RunProgress(phase="starting", moved=wall, written=wall, hang=self._hang)
+        last = max(ranks, key=lambda sight: sight.age(now))
+        step = max(sight.step for sight in ranks)
+        return RunProgress(step=step, phase=last.phase, moved=wall - last.age(now), written=wall, hang=self._hang)
+
+
+def _stands_still(sight: Sight, now: float) -> str:
+    return f"{sight.name} stands still since {sight.since(now)} in {sight.phase}, step {sight.step}"

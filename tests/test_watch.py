@@ -1,0 +1,218 @@
+"""The driver's watch and the guardians, on small processes that stand for ranks and drivers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.errors import ResourceError
+from pipeline.execution.guardians import report_failures
+from pipeline.execution.watch import RunWatch
+from pipeline.execution.watched import WatchAddress
+from pipeline.run_config import ComputeConfig
+from pipeline.runs import journal, progress
+from pipeline.runs.beats import Beats
+from pipeline.runs.journal import Journal
+
+ROOT = Path(__file__).parents[1]
+HANG_AFTER_S = 1.5
+RANK = """
+import ctypes, os, signal, sys, threading, time
+sys.path.insert(0, {root!r})
+from pipeline.execution.watched import WatchAddress, watched
+
+def wait_for_the_others():
+    threading.Event().wait()
+
+def read_the_batch():
+    open({fifo!r}).read()
+
+with watched(WatchAddress(*{address!r}), {rank!r}, {hang_after_s!r}) as beats:
+    beats.enter("a step")
+    beats.step = 7
+    print("ready", flush=True)
+    {body}
+"""
+
+
+@contextmanager
+def process(tmp_path: Path, watch: RunWatch | None, rank: int | None, body: str) -> Iterator[psutil.Popen]:
+    """A process with a guardian that runs `body`, which may use beats, wait_for_the_others() and read_the_batch()."""
+    fifo = tmp_path / "fifo"
+    if not fifo.exists():
+        os.mkfifo(fifo)
+    place = watch.address() if watch is not None else WatchAddress("127.0.0.1", 9, "nobody listens")
+    code = RANK.format(
+        root=str(ROOT),
+        fifo=str(fifo),
+        address=(place.host, place.port, place.token),
+        rank=rank,
+        hang_after_s=HANG_AFTER_S,
+        body=textwrap.indent(textwrap.dedent(body), "    ").lstrip(),
+    )
+    started = psutil.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert started.stdout.readline() == b"ready\n"
+        yield started
+    finally:
+        if started.poll() is None:
+            started.kill()
+        started.wait()
+        started.stdout.close()
+
+
+class Told(list[str]):
+    """What a watch has told, and its journal."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self.run_dir = run_dir
+
+    def events(self, kind: str) -> list[journal.Record]:
+        written = self.run_dir / "journal" / "driver.jsonl"
+        return [record for record in journal.read_all(written) if record.get("event") == kind]
+
+
+@contextmanager
+def watching(run_dir: Path, **compute: object) -> Iterator[tuple[RunWatch, Told]]:
+    told = Told(run_dir)
+    written = Journal(run_dir / "journal", "driver")
+    with RunWatch(run_dir, ComputeConfig(hang_after_s=HANG_AFTER_S, **compute), told.append) as watch:
+        with watch.journal(written):
+            yield watch, told
+
+
+def wait_for(fact: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def stall(run_dir: Path) -> str:
+    found = progress.read(run_dir)
+    return (found.stall() or "") if found is not None else ""
+
+
+def test_a_rank_that_blocks_in_a_read_is_told_with_its_line_and_those_of_the_others(tmp_path: Path) -> None:
+    with watching(tmp_path, on_hang="report") as (watch, told):
+        with process(tmp_path, watch, 0, "beats.count += 1\nwait_for_the_others()") as first:
+            Journal(tmp_path / "journal").event("checkpoint", step=5, where="there")
+            with process(tmp_path, watch, 1, "read_the_batch()") as second:
+                wait_for(lambda: bool(told.events("hang")))
+                assert first.is_running() and second.is_running()
+                wait_for(lambda: "stands still" in stall(tmp_path))
+    (text,) = told
+    here = socket.gethostname()
+    assert all(word in text for word in (f"rank 0 on {here}", f"rank 1 on {here}", "in read_the_batch", "step 7"))
+    assert "in wait_for_the_others" in text and "checkpoint at step 5" in text
+    (event,) = told.events("hang")
+    assert (tmp_path / event["report"]).read_text().startswith(text.partition("\n\nwritten to ")[0])
+
+
+def test_a_stopped_rank_is_told_and_all_ranks_are_ended(tmp_path: Path) -> None:
+    with watching(tmp_path) as (watch, told):
+        with process(tmp_path, watch, 0, "wait_for_the_others()") as first:
+            with process(tmp_path, watch, 1, "while True: beats.count += 1; time.sleep(0.01)") as second:
+                second.send_signal(signal.SIGSTOP)
+                assert first.wait(60) == second.wait(60) == -signal.SIGKILL
+                assert report_failures(watch.address(), ["rank 0: lost", "rank 1: lost"]) is None
+    (event,), (restart,) = told.events("hang"), told.events("restart")
+    assert "rank 1" in event["reason"] and "state T" in event["reason"]
+    assert event["reason"] in restart["reason"] and restart["reason"].startswith("hang")
+    assert "in wait_for_the_others" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "how"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "signal 9"),
+        ("ctypes.string_at(0)", "in string_at"),
+        ("os._exit(3)", "exit code 3"),
+    ],
+)
+def test_how_a_rank_died_is_what_the_restart_was_for(body: str, how: str, tmp_path: Path) -> None:
+    with watching(tmp_path) as (watch, told):
+        with process(tmp_path, watch, 1, body) as rank:
+            rank.wait(60)
+            wait_for(lambda: bool(watch._guardians.deaths()))
+        report_failures(watch.address(), ["rank 1: its process was lost"])
+    (restart,) = told.events("restart")
+    assert "rank 1" in restart["reason"]
+    assert how in restart["reason"] or (how == "exit code 3" and "without an error" in restart["reason"])
+
+
+def test_why_ray_lost_a_start_is_told_where_no_process_died(tmp_path: Path) -> None:
+    with watching(tmp_path, max_failures=1) as (watch, told):
+        for _ in range(2):
+            report_failures(watch.address(), ["rank 3 raised ValueError: no such label"])
+        assert report_failures(WatchAddress("127.0.0.1", watch.address().port, "wrong"), ["forged"]) is None
+    assert [event["reason"] for event in told.events("restart")] == ["rank 3 raised ValueError: no such label"]
+    assert len(told.events("failed")) == 1
+
+
+def test_a_request_to_stop_ends_a_hang_before_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.execution.watch.STOPS_WITHIN_S", 1.0)
+    with RunWatch(tmp_path, ComputeConfig(hang_after_s=500)) as watch:
+        with process(tmp_path, watch, 0, "beats.patience = 1; read_the_batch()") as rank:
+            (tmp_path / "stop").touch()
+            assert rank.wait(60) == -signal.SIGKILL
+        assert report_failures(watch.address(), ["rank 0: lost"]) is not None
+        assert isinstance(watch.end, ResourceError)
+
+
+def test_a_long_phase_and_a_slow_step_are_no_hang(tmp_path: Path) -> None:
+    body = """
+    beats.enter("compiling", 100.0)
+    time.sleep(3)
+    beats.enter("a step")
+    for beats.step in range(12):
+        time.sleep(0.25)
+    """
+    with watching(tmp_path) as (watch, told):
+        with process(tmp_path, watch, 0, body) as rank:
+            assert rank.wait(60) == 0
+    assert not told
+
+
+def test_a_rank_ends_with_its_driver_even_if_it_is_stopped(tmp_path: Path) -> None:
+    with RunWatch(tmp_path, ComputeConfig()) as watch:
+        entered = process(tmp_path, watch, 0, "wait_for_the_others()")
+        rank = entered.__enter__()
+        rank.send_signal(signal.SIGSTOP)
+        time.sleep(1)
+    assert rank.wait(10) == -signal.SIGKILL
+    entered.__exit__(None, None, None)
+
+
+def test_what_a_killed_driver_has_started_ends_within_ten_seconds(tmp_path: Path) -> None:
+    body = (
+        "import subprocess; below = subprocess.Popen(['sleep', '600']); print(below.pid, flush=True); time.sleep(600)"
+    )
+    with RunWatch(tmp_path, ComputeConfig()) as watch:
+        with process(tmp_path, watch, None, body) as driver:
+            below = psutil.Process(int(driver.stdout.readline()))
+            time.sleep(2)
+            below.suspend()
+            driver.kill()
+            driver.wait()
+            below.wait(10)
+
+
+def test_private_beats_can_be_written() -> None:
+    beats = Beats()
+    with beats.during("an evaluation", 3.0):
+        assert list(beats.over("ab")) == ["a", "b"]
+        assert beats.phase == b"an evaluation"
+    assert beats.phase == b""
