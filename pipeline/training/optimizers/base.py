@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
+from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from pipeline.config import Config, NotNegative, Positive
+from pipeline.config import Config
 
 
 class ParamGroup(TypedDict):
@@ -42,8 +43,8 @@ class OptimizerConfig(Config):
     """
 
     kind: str
-    lr: Positive = 0.1
-    weight_decay: NotNegative = 1e-4
+    lr: Annotated[float, Field(gt=0, le=100)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 1e-4
 
     def build(self, groups: Sequence[ParamGroup]) -> Optimizer:
         """The optimizer of torch over these groups, each with its own rate and weight decay."""
