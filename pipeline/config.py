@@ -42,6 +42,7 @@ LONGEST = 1_000_000_000  # a duration's number
 RULE = "rule"  # the type of pydantic's error that `fault` makes
 MAX_SHOWN = 200  # characters of a value in a message
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 Positive = Annotated[float, Field(gt=0, le=1e6)]  # upper bounds keep a slip from hanging the build of a net or a run
 NotNegative = Annotated[float, Field(ge=0, le=1e6)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -73,13 +74,13 @@ def is_stored(info: ValidationInfo) -> bool:
     return bool((info.context or {}).get(STORED))
 
 
-def meant(rule: Callable[[Any], str | None]) -> AfterValidator:
+def meant(rule: Callable[[T], str | None]) -> AfterValidator:
     """For annotations: refuses a valid value that cannot be meant, with the reason that `rule` returns.
 
     Values of stored recipes are accepted.
     """
 
-    def check(value: Any, info: ValidationInfo) -> Any:
+    def check(value: T, info: ValidationInfo) -> T:
         reason = None if is_stored(info) else rule(value)
         if reason is not None:
             raise ValueError(reason)

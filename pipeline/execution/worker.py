@@ -74,6 +74,14 @@ def work(worker: WorkerConfig, beats: Beats | None = None) -> None:
     except AdaptNetError as error:
         records.leave_error(error, run_dir, ranks.rank())
         raise
+    except (IsADirectoryError, NotADirectoryError) as error:
+        misplaced = ResourceError(
+            f"{error.filename2 or error.filename}: {error.strerror}, where a file of the run belongs; remove it",
+            key="run folder",
+            subject=error.filename2 or error.filename,
+        )
+        records.leave_error(misplaced, run_dir, ranks.rank())
+        raise misplaced from error
     except (MemoryError, RuntimeError) as error:
         message = memory.oom_message(error)
         if message is None:
