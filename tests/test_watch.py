@@ -16,6 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from jobs.schedulers.profile import SiteProfile
+from jobs.schedulers.records import JobRecord
+from jobs.schedulers.submission import Resources
+from jobs.verbs import jobs
 from pipeline.errors import ResourceError
 from pipeline.execution.guardians import report_failures
 from pipeline.execution.watch import RunWatch
@@ -24,6 +28,8 @@ from pipeline.run_config import ComputeConfig
 from pipeline.runs import journal, progress
 from pipeline.runs.beats import Beats
 from pipeline.runs.journal import Journal
+from pipeline.runs.lease import Lease
+from pipeline.tracking.summary import summaries
 
 ROOT = Path(__file__).parents[1]
 HANG_AFTER_S = 1.5
@@ -162,10 +168,17 @@ def test_why_ray_lost_a_start_is_told_where_no_process_died(tmp_path: Path) -> N
     assert len(told.events("failed")) == 1
 
 
-def test_a_request_to_stop_ends_a_hang_before_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("hang_after_s", "on_hang"), [(500, "restart"), (1, "report")])
+def test_a_request_to_stop_ends_a_hang(
+    hang_after_s: float, on_hang: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.execution.watch.STOPS_WITHIN_S", 1.0)
-    with RunWatch(tmp_path, ComputeConfig(hang_after_s=500)) as watch:
+    told: list[str] = []
+    with RunWatch(tmp_path, ComputeConfig(hang_after_s=hang_after_s, on_hang=on_hang), told.append) as watch:
         with process(tmp_path, watch, 0, "beats.patience = 1; read_the_batch()") as rank:
+            if on_hang == "report":
+                wait_for(lambda: bool(told))
+                assert rank.is_running()
             (tmp_path / "stop").touch()
             assert rank.wait(60) == -signal.SIGKILL
         assert report_failures(watch.address(), ["rank 0: lost"]) is not None
@@ -208,6 +221,41 @@ def test_what_a_killed_driver_has_started_ends_within_ten_seconds(tmp_path: Path
             driver.kill()
             driver.wait()
             below.wait(10)
+
+
+def test_a_hanging_run_is_listed_as_such_and_its_job_says_since_when(tmp_path: Path) -> None:
+    run_dir, now = tmp_path / "run", time.time()
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("recipe: {}")
+    record = JobRecord(
+        "7",
+        "slurm",
+        "run",
+        "train",
+        (),
+        "",
+        str(run_dir),
+        "",
+        Resources((1, 1), 0, 1, 9),
+        SiteProfile(),
+        now - 9,
+        "here",
+    )
+    assert jobs._progress(record) == {} and jobs._stall(record) == ""
+    lease = Lease(run_dir).acquire()
+    for hang, silent_s, status in (
+        (None, 0, "RUNNING"),
+        ("rank 1 is stopped", 0, "HANGING"),
+        (None, 3600, "HANGING"),
+    ):
+        written = progress.RunProgress(12, "a step", now - 500, now - silent_s, hang)
+        progress.write(run_dir, written)
+        (shown,) = summaries(tmp_path)
+        assert shown.status == status and (shown.stall is None) == (status == "RUNNING")
+        assert silent_s or jobs._progress(record) == {"progress": written.sentence()}
+        assert (hang or "") in jobs._stall(record)
+    lease.release()
+    assert summaries(tmp_path)[0].status == "KILLED"
 
 
 def test_private_beats_can_be_written() -> None:

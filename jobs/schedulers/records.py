@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import cast
 
 from jobs.schedulers import JobState
 from jobs.schedulers.profile import SiteProfile
 from jobs.schedulers.submission import FOLDER, Job, Resources, Submission, WorkerNeeds
 from pipeline.errors import ConfigError, JsonValue, ResourceError
-from pipeline.runs.files import read_json, remark, write_json
+from pipeline.runs.files import write_json
 from pipeline.runs.records import read_status
 
 FILE = "jobs.json"
@@ -177,16 +176,7 @@ def add(record: JobRecord) -> None:
 
 def of_home(home: Path) -> list[JobRecord]:
     """The jobs of a run's folder, the newest last; empty if there are none."""
-    return [record for entry in _entries(home) if (record := _record(entry, home)) is not None]
-
-
-def _record(entry: JsonValue, home: Path) -> JobRecord | None:
-    """The record of an entry; None, with a remark, if it is damaged. Raises ConfigError for a newer format."""
-    try:
-        return JobRecord.from_json(cast("dict[str, JsonValue]", entry), home)
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError):
-        remark(home / FOLDER / FILE, "a job that it should describe is left out")
-        return None
+    return [JobRecord.from_json(entry, home) for entry in _entries(home)]
 
 
 def list_jobs(runs: Path = RUNS) -> list[JobRecord]:
@@ -194,8 +184,7 @@ def list_jobs(runs: Path = RUNS) -> list[JobRecord]:
     patterns = (f"*/{FOLDER}/{FILE}", f"jobs/*/{FOLDER}/{FILE}")
     homes = [path.parents[1] for pattern in patterns for path in runs.glob(pattern)]
     homes += [home for home in map(Path, _elsewhere(runs)) if (home / FOLDER / FILE).is_file()]
-    newest = [jobs[-1] for home in homes if (jobs := of_home(home))]
-    return sorted(newest, key=lambda record: -record.submitted_at)
+    return sorted((of_home(home)[-1] for home in homes), key=lambda record: -record.submitted_at)
 
 
 def remember_home(home: Path, runs: Path = RUNS) -> None:
@@ -283,17 +272,10 @@ def follow(record: JobRecord, *, every_s: float = 5.0) -> Iterator[str]:
             time.sleep(1)
 
 
-def _entries(home: Path) -> list[JsonValue]:
+def _entries(home: Path) -> list[dict[str, JsonValue]]:
     path = home / FOLDER / FILE
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, list):
-        remark(path, "the jobs that were submitted from this folder are left out")
-    return content if isinstance(content, list) else []
+    entries: list[dict[str, JsonValue]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return entries
 
 
 def _elsewhere(runs: Path) -> list[str]:
@@ -332,6 +314,7 @@ def _text(value: JsonValue) -> str | None:
 def _read(path: Path) -> JsonValue:
     """The JSON in a file; None if it is missing or unreadable."""
     try:
-        return read_json(path)
+        content: JsonValue = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return content

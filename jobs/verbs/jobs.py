@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from jobs.schedulers.attempts import JobAttempt
     from jobs.schedulers.records import JobRecord
+    from pipeline.runs.progress import RunProgress
 
 HELP = """Lists, shows, cancels, requeues and resubmits jobs. A job is named by its id, or by its run's name or folder.
 
@@ -52,7 +53,8 @@ def list_jobs(runs: Runs = RUNS) -> None:
     for record, state in zip(newest, schedulers.states(newest), strict=True):
         when = time.strftime("%m-%d %H:%M", time.localtime(record.submitted_at))
         starts = str(len(_attempts(record)))
-        facts = [state.name, starts, state.nodes or "-", state.elapsed or "-", when, state.reason]
+        why = state.reason or (_stall(record) if state.alive else "")
+        facts = [state.name, starts, state.nodes or "-", state.elapsed or "-", when, why]
         rows.append([Path(record.home).name, record.id, *facts])
     typer.echo(tables.align(rows))
 
@@ -101,12 +103,21 @@ def _run_facts(record: JobRecord) -> dict[str, object]:
 
 def _progress(record: JobRecord) -> dict[str, object]:
     """Where a living run is, or since when it makes no progress."""
+    found = _newest(record)
+    return {} if found is None else {"progress": found.sentence()}
+
+
+def _newest(record: JobRecord) -> RunProgress | None:
+    """The progress that the job's driver has written last; None if it has not begun."""
     from pipeline.runs import progress
 
     found = progress.read(Path(record.run_dir)) if record.run_dir is not None else None
-    if found is None or found.written < record.submitted_at:
-        return {}
-    return {"progress": found.stall() or f"step {found.step}, {found.phase}, at {progress.clock(found.written)}"}
+    return found if found is not None and found.written >= record.submitted_at else None
+
+
+def _stall(record: JobRecord) -> str:
+    found = _newest(record)
+    return (found.stall() or "") if found is not None else ""
 
 
 def _attempts(record: JobRecord) -> list[JobAttempt]:

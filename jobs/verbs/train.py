@@ -94,8 +94,8 @@ def stop_on_signals(run_dir: Path) -> Iterator[set[int]]:
             raise KeyboardInterrupt  # also while this driver waits for the lease of another one
         (run_dir / "stop").touch()
         received.add(number)
-        if number == signal.SIGINT:  # rich prints this above a live table
-            print("stopping at the next save; press Ctrl-C again to quit without saving", flush=True)
+        again = "; press Ctrl-C again to quit without saving" if number == signal.SIGINT else ""
+        print(f"stopping at the next save{again}", flush=True)  # rich prints this above a live table
 
     handled = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in handled}

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.image_headers import HEAD_BYTES, MAX_BYTES, MAX_PIXELS, upright_size
-from pipeline.data.integrity import damage, write_checksums
 from pipeline.data.listing import Listing
 from pipeline.errors import DataError
 from pipeline.runs.files import whole_folder
@@ -138,9 +137,8 @@ def _write_aside(
                 np.save(aside / f"{name}.npy", column)
             (aside / "folders.json").write_text(json.dumps(folders), encoding="utf-8")
             (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-            write_checksums(aside)
     except OSError:
-        if damage(place / key, len(columns["label"])) is not None:
+        if not (place / key / "meta.json").exists():
             raise
     return place / key
 

@@ -129,6 +129,13 @@ def own_ip(compute: ComputeConfig) -> str:
     return ray.util.get_node_ip_address() if compute.address else HERE
 
 
+def gcs_address(compute: ComputeConfig) -> str | None:
+    """HOST:PORT of the connected cluster's GCS as Ray names it; None for one that this process has started."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address) if compute.address else None
+
+
 def computes_on_gpu(compute: ComputeConfig) -> bool:
     """Whether the workers use GPUs; for device "auto", whether the connected cluster has any."""
     import ray

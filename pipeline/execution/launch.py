@@ -266,7 +266,8 @@ def _run(config: RunConfig, order: WorkerConfig, seen: Watched) -> None:
         seen.beats.enter("waiting for the workers", UNWATCHED)
         order = replace(order, watch=watch.address(cluster.own_ip(config.compute)))
         try:
-            _fit(_trainer(config.compute, order), watch)
+            with watch.over_ray(cluster.gcs_address(config.compute)):
+                _fit(_trainer(config.compute, order), watch)
         except Exception as error:  # Ray wraps a worker's error in classes of its own
             stored = records.error_left(run_dir)
             if stored is not None:

@@ -1,11 +1,10 @@
-"""Ray's own processes on this machine: which of those that serve this driver is stopped."""
+"""Ray's own processes on this machine: which of those that serve this driver has died or is stopped."""
 
 from __future__ import annotations
 
-import os
+import re
 import socket
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 
 import psutil
@@ -13,20 +12,20 @@ import psutil
 from pipeline.execution.hang_report import clock
 
 NAMES = ("raylet", "gcs_server")
+SESSION = re.compile(r"/session_[^/ ]+")
 
 
-def of_driver(address: str | None) -> Iterator[psutil.Process]:
-    """The raylet and the GCS of a cluster: children of this process, or those of the head at `address`."""
-    if address is None:
+def of_driver(gcs: str | None) -> list[psutil.Process]:
+    """The raylet and the GCS that serve this process: its children, or this machine's of the cluster at `gcs`."""
+    if gcs is None:
         with suppress(psutil.Error):
-            yield from (each for each in psutil.Process().children(recursive=True) if _name(each) in NAMES)
-        return
-    port = address.rpartition(":")[2]
-    for process in psutil.process_iter(["name", "uids"]):
-        if process.info["name"] in NAMES and process.info["uids"] and process.info["uids"].real == os.getuid():
-            with suppress(psutil.Error):
-                if port in " ".join(process.cmdline()):
-                    yield process
+            return [each for each in psutil.Process().children(recursive=True) if _name(each) in NAMES]
+        return []
+    ours = [each for each in psutil.process_iter(["name", "cmdline"]) if each.info["name"] in NAMES]
+    words = {each: " ".join(each.info["cmdline"] or ()) for each in ours}
+    raylets = [line for line in words.values() if f"--gcs-address={gcs} " in f"{line} "]
+    sessions = {session[0] for line in raylets if (session := SESSION.search(line))}
+    return [each for each, line in words.items() if (found := SESSION.search(line)) and found[0] in sessions]
 
 
 def _name(process: psutil.Process) -> str:
@@ -39,14 +38,15 @@ def _name(process: psutil.Process) -> str:
 class RayState:
     """Looks at Ray's processes every now and then, and remembers since when one is stopped."""
 
-    def __init__(self, address: str | None, hang_after_s: float) -> None:
-        self._address, self._hang_after_s = address, hang_after_s
-        self._since: dict[int, float] = {}
+    def __init__(self, gcs: str | None, hang_after_s: float) -> None:
+        self._gcs, self._hang_after_s = gcs, hang_after_s
+        self._since: dict[int, float] = {}  # when a process was first seen stopped
+        self._names: dict[int, str] = {}  # of the processes that were seen
         self._looked = 0.0
         self._found: str | None = None
 
-    def stopped(self) -> str | None:
-        """Which process has been stopped for too long; None if none has."""
+    def frozen(self) -> str | None:
+        """Which process has died, or has been stopped for too long; None if all run."""
         now = time.monotonic()
         if now - self._looked >= max(1.0, min(10.0, self._hang_after_s / 5)):
             self._looked = now
@@ -54,19 +54,17 @@ class RayState:
         return self._found
 
     def _look(self, now: float) -> str | None:
-        for process in of_driver(self._address):
+        states: dict[int, str] = {}
+        for process in of_driver(self._gcs):
             with suppress(psutil.Error):
-                if process.status() != psutil.STATUS_STOPPED:
-                    self._since.pop(process.pid, None)
-                    continue
-                since = self._since.setdefault(process.pid, now)
-                if now - since >= self._hang_after_s:
-                    place = f"process {process.pid} on {socket.gethostname()}"
-                    return f"Ray's {process.name()} ({place}) is stopped (state T) since {clock(now - since)}"
+                self._names[process.pid], states[process.pid] = process.name(), process.status()
+        for pid, name in self._names.items():
+            what = f"Ray's {name} (process {pid} on {socket.gethostname()})"
+            if states.get(pid, psutil.STATUS_ZOMBIE) == psutil.STATUS_ZOMBIE:
+                return f"{what} has died"
+            since = self._since.setdefault(pid, now)
+            if states[pid] != psutil.STATUS_STOPPED:
+                del self._since[pid]
+            elif now - since >= self._hang_after_s:
+                return f"{what} is stopped (state T) since {clock(now - since)}"
         return None
-
-    def kill(self) -> None:
-        """Kills Ray's processes on this machine: they belong to nobody else if the cluster was started here."""
-        for process in of_driver(self._address):
-            with suppress(psutil.Error):
-                process.kill()

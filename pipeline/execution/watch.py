@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from pipeline.errors import AdaptNetError, ResourceError
@@ -47,12 +47,13 @@ class RunWatch:
         self.reason: str | None = None
         self._run_dir, self._compute, self._tell = run_dir, compute, tell or (lambda text: None)
         self._guardians = Guardians(self._failed, other_machines=compute.address is not None)
-        self._ray = RayState(compute.address, compute.hang_after_s)
+        self._ray: RayState | None = None
         self._folder = FolderThread(run_dir)
         self._stop_at: float | None = None  # when a request to stop was seen
         self._stop_told = False
         self._hang: str | None = None  # what was told and is not over
         self._killed_for: str | None = None  # the hang for which the ranks of this start were killed
+        self._ending = False  # whether the ranks of this start were killed
         self._end: str | None = None  # why there is no other start
         self._failures = self._hangs = 0
         self._over = threading.Event()
@@ -65,6 +66,15 @@ class RunWatch:
     def journal(self, journal: Journal) -> AbstractContextManager[None]:
         """Writes the watch's events to `journal` in the block."""
         return self._folder.journal(journal)
+
+    @contextmanager
+    def over_ray(self, gcs: str | None) -> Iterator[None]:
+        """Watches Ray's own processes in the block: this process's, or this machine's of the cluster at `gcs`."""
+        self._ray = RayState(gcs, self._compute.hang_after_s)
+        try:
+            yield
+        finally:
+            self._ray = None
 
     @property
     def end(self) -> AdaptNetError | None:
@@ -101,9 +111,10 @@ class RunWatch:
             if not self._ends_start():  # else its ranks were ended
                 self._folder.event("progress-again")
             self._hang = None
-        elif cause is not None and self._hang is None:
+        end = helps and self._ends_start() and not self._ending
+        if cause is not None and (self._hang is None or end):
             self._hang = cause
-            self._act(cause, end=helps and self._ends_start())
+            self._act(cause, end=end)
         self._folder.progress = self._progress(now)
         self._say_what_a_stop_waits_for(now)
 
@@ -114,7 +125,8 @@ class RunWatch:
         return [sight for sight in self._guardians.sights() if sight.rank is not None or self._compute.workers == 0]
 
     def _frozen_ray(self) -> str | None:
-        return self._ray.stopped() if self._compute.workers != 0 else None
+        ray = self._ray
+        return ray.frozen() if ray is not None else None
 
     def _frozen_rank(self, now: float) -> str | None:
         """Which rank hangs, and since when; None if none does."""
@@ -159,19 +171,19 @@ class RunWatch:
         return self._compute.workers != 0 and (self._compute.on_hang != "report" or self._stop_at is not None)
 
     def _next_step(self) -> str:
-        if self._compute.on_hang == "stop" or self._stop_at is not None or self._ray.stopped():
+        if self._compute.on_hang == "stop" or self._stop_at is not None or self._frozen_ray():
             return "the run ends; the same command resumes it from its newest checkpoint"
         return "the ranks are ended, and start again from the newest checkpoint"
 
     def _end_start(self, cause: str) -> None:
         resume = f"Nothing was saved since the newest checkpoint, from which the same command resumes {self._run_dir}"
-        self._killed_for = f"hang: {cause}"
+        self._ending, self._killed_for = True, f"hang: {cause}"
         if self._stop_at is not None:
             self._end = f"{self._run_dir}: the run was asked to stop, and makes no progress: {cause}. {resume}"
         elif self._compute.on_hang == "stop":
             self._end = f"{self._run_dir}: {cause} (compute.on_hang is stop). {resume}"
         self._guardians.kill_ranks()
-        if self._ray.stopped():
+        if self._frozen_ray():
             end = self._end or f"{self._run_dir}: {cause}. {resume}"
             self.error = ResourceError(end, key="compute.address", subject=self._run_dir)
 
@@ -201,7 +213,7 @@ class RunWatch:
         of = f"{self._failures} of {self._compute.max_failures} (compute.max_failures)"
         self._folder.event(kind, reason=self.reason, failure=of)
         self._guardians.retire(ENDS_WITHIN_S)
-        self._killed_for = None
+        self._ending, self._killed_for = False, None
         return self._end
 
     def _progress(self, now: float) -> RunProgress:

@@ -40,6 +40,10 @@ class RunProgress(Record):
             hang=None if content.get("hang") is None else str(content["hang"]),
         )
 
+    def sentence(self) -> str:
+        """Where the run is, or since when it makes no progress."""
+        return self.stall() or f"step {self.step}, {self.phase}, at {clock(self.written)}"
+
     def stall(self) -> str | None:
         """What a reader must know of a run that is said to run: since when it makes no progress; None if it does."""
         if time.time() - self.written > SILENT_S:
