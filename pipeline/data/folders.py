@@ -45,11 +45,8 @@ def from_folders(root: Path, found: ClassFolders) -> Listing:
     _check_filled(work, scans)
     classes = _classes_of_folders(root, [(split, path.name) for split, path in work])
     position = {name: label for label, name in enumerate(classes)}
-    files = [
-        (name, size, time, position[path.name])
-        for (_, path), scan in zip(work, scans, strict=True)
-        for name, size, time in scan.files
-    ]
+    files = [file for scan in scans for file in scan.files]
+    labels, counts = [position[path.name] for _, path in work], [len(scan.files) for scan in scans]
     _count_beside(root, found, tally)
     for scan in scans:
         tally.merge(scan.tally.left_out())
@@ -61,8 +58,8 @@ def from_folders(root: Path, found: ClassFolders) -> Listing:
         shard=np.arange(len(files), dtype=np.int32),
         offset=np.zeros(len(files), dtype=np.int64),
         length=np.array([each[1] for each in files], dtype=np.int64),
-        label=np.array([each[3] for each in files], dtype=np.int32),
-        num_train=sum(len(scan.files) for (split, _), scan in zip(work, scans, strict=True) if split != "val"),
+        label=np.repeat(np.array(labels, dtype=np.int32), counts),
+        num_train=sum(count for (split, _), count in zip(work, counts, strict=True) if split != "val"),
         has_splits=any(split == "val" for split, _ in work),
         times=np.array([each[2] for each in files], dtype=np.int64),
         folders={name: time for scan in scans for name, time in scan.folders},
@@ -106,8 +103,13 @@ class _Scan:
     tally: Tally = field(default_factory=Tally)
     split_inside: str | None = None  # a folder with the name of a split directly in the class folder
 
-    def leave_out(self, reason: str, name: str, *, lost: bool) -> None:
+    def count(self, reason: str, name: str, *, lost: bool) -> None:
         self.tally.add(reason, name, split=self.split, lost=lost)
+
+    def leave_out(self, entry: os.DirEntry[str], start: int) -> None:
+        """Counts what is no image by its name."""
+        reason, lost = why_left_out(entry)
+        self.count(reason, entry.path[start:], lost=lost)
 
 
 def _parents(folder: Path) -> frozenset[_Identity]:
@@ -129,7 +131,7 @@ def _scan_class(folder: Path, root: Path, split: str | None, above: frozenset[_I
         try:
             status = os.stat(here)
             if (me := _identity(status)) in parents:
-                scan.leave_out("link to a folder that contains it", here[start:], lost=False)
+                scan.count("link to a folder that contains it", here[start:], lost=False)
                 continue
             scan.folders.append((here[start:], status.st_mtime_ns))
             waiting += [(path, parents | {me}) for path in _scan_folder(here, start, scan)]
@@ -142,33 +144,33 @@ def _scan_class(folder: Path, root: Path, split: str | None, above: frozenset[_I
 
 def _scan_folder(here: str, start: int, scan: _Scan) -> list[str]:
     """Adds what a folder holds to the scan; returns the folders in it."""
-    folders = []
+    folders: list[str] = []
     with os.scandir(here) as found:
         for entry in found:
             name = entry.name
-            if not name.startswith(".") and is_folder(entry):
-                if is_system(name):
-                    scan.leave_out("made by the operating system", entry.path[start:], lost=False)
+            try:
+                if name.startswith("."):
+                    scan.leave_out(entry, start)
+                elif entry.is_dir():
+                    _enter(entry, start, scan, folders)
+                elif os.path.splitext(name)[1].lower() in EXTENSIONS:
+                    status = entry.stat()
+                    if stat.S_ISREG(status.st_mode):
+                        scan.files.append((entry.path[start:], status.st_size, status.st_mtime_ns))
+                    else:
+                        scan.count("not a regular file", entry.path[start:], lost=True)
                 else:
-                    folders.append(entry.path)
-            elif os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
-                _add_image(entry, start, scan)
-            else:
-                reason, lost = why_left_out(entry)
-                scan.leave_out(reason, entry.path[start:], lost=lost)
+                    scan.leave_out(entry, start)
+            except OSError:
+                scan.count("link that leads nowhere", entry.path[start:], lost=True)
     return folders
 
 
-def _add_image(entry: os.DirEntry[str], start: int, scan: _Scan) -> None:
-    try:
-        status = entry.stat()
-    except OSError:
-        scan.leave_out("link that leads nowhere", entry.path[start:], lost=True)
-        return
-    if stat.S_ISREG(status.st_mode):
-        scan.files.append((entry.path[start:], status.st_size, status.st_mtime_ns))
+def _enter(entry: os.DirEntry[str], start: int, scan: _Scan, folders: list[str]) -> None:
+    if is_system(entry.name):
+        scan.count("made by the operating system", entry.path[start:], lost=False)
     else:
-        scan.leave_out("not a regular file", entry.path[start:], lost=True)
+        folders.append(entry.path)
 
 
 def why_left_out(entry: os.DirEntry[str]) -> tuple[str, bool]:

@@ -9,6 +9,7 @@ import codecs
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from pipeline.data.class_names import CLASSES
 from pipeline.data.naming import shown
@@ -78,17 +79,17 @@ def _text(content: bytes) -> str | None:
         return None
 
 
-def check_from_zero(split: str, counts: Mapping[int, int], classes: Sequence[str]) -> None:
+def check_from_zero(root: Path, split: str | None, counts: Mapping[int, int], classes: Sequence[str]) -> None:
     """Raises DataError if the labels of a split count from 1: none is 0, and most that are too large are the number of
     classes. counts: how many images have each label."""
     beyond = sum(count for label, count in counts.items() if not 0 <= label < len(classes))
     next_one = counts.get(len(classes), 0)
+    part = f" of {split}" if split else ""
     if not counts.get(0) and next_one > beyond - next_one:
         raise DataError(
-            f"the labels of {split} count from 1: none is 0 (class {shown(classes[0])}), and {next_one:,} are "
-            f"{len(classes)}, although the last of {len(classes)} classes is {len(classes) - 1}. A label is a 0-based "
-            f"line of {CLASSES}: subtract 1 from each label, or write a first line into {CLASSES} for a class 0 that "
-            "has no images",
+            f"{root}: the labels{part} count from 1: none is 0 (class {shown(classes[0])}), and {next_one:,} are "
+            f"{len(classes)}, although the last class is {len(classes) - 1}. A label is a 0-based line of {CLASSES}: "
+            f"subtract 1 from each label, or write a first line into {CLASSES} for a class 0 that has no images",
             key=CLASSES,
             subject=len(classes),
         )

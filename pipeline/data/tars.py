@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from pipeline.data.naming import is_visible, of_imagenet, shown, why_no_image
 from pipeline.data.tree import ClassFolders, NameTree, find_class_folders
 from pipeline.errors import DataError
 
-MOST_LINKS = 16  # links from one to the next before a file
 MAGIC_BYTES = 16
 SPLITS_FIRST = ("train", None, "val")  # the order of rows
 Tars = Sequence[tuple[str | None, Path]]  # (split, path)
@@ -50,7 +49,7 @@ def from_shards(root: Path, tars: Tars, tally: Tally | None = None, *, classes_a
     for number, ((split, path), scan) in enumerate(zip(tars, scans, strict=True)):
         rows.add(number, split, os.path.relpath(path, root), scan, reader)
     for split, counts in rows.labels.items():
-        check_from_zero(split or "the shards", counts, classes)
+        check_from_zero(root, split, counts, classes)
     if not rows.names:
         reason = next(iter(rows.set_aside), ("", "no image"))[1]
         raise DataError(
@@ -130,8 +129,7 @@ def _classes_of_shards(root: Path) -> tuple[str, ...]:
     return classes
 
 
-@dataclass(frozen=True, slots=True)
-class ShardImage:
+class ShardImage(NamedTuple):
     """An image in a shard. key: its name without the extension."""
 
     name: str
@@ -146,7 +144,8 @@ class ShardScan:
 
     path: Path
     images: list[ShardImage] = field(default_factory=list)
-    texts: dict[str, dict[str, list[tuple[int, int]]]] = field(default_factory=dict)  # extension -> key -> places
+    texts: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # extension -> key -> place
+    repeated: list[tuple[str, str, tuple[int, int]]] = field(default_factory=list)  # further texts of a key
     left_out: list[tuple[str, str, bool]] = field(default_factory=list)
 
     @property
@@ -157,24 +156,40 @@ class ShardScan:
     def labelled(self, reader: LabelReader) -> Iterator[tuple[ShardImage, int | str]]:
         """Each image with its label or the reason why it has none."""
         with open(self.path, "rb") as file:
+            descriptor, plain = file.fileno(), self.texts[".cls"]
+            doubtful = self._doubtful(reader, descriptor)
             for image in self.images:
-                yield image, self._label(image.key, reader, file.fileno())
+                if image.key in doubtful:
+                    yield image, f"wrong label: several {doubtful[image.key]} with different texts"
+                elif (place := plain.get(image.key)) is not None:
+                    yield image, reader.read(_text_at(descriptor, place))
+                else:
+                    yield image, self._other_label(image.key, reader, descriptor)
 
-    def _label(self, key: str, reader: LabelReader, descriptor: int) -> int | str:
+    def _doubtful(self, reader: LabelReader, descriptor: int) -> dict[str, str]:
+        """{key: extension} where a key has several texts that do not agree."""
+        return {
+            key: extension
+            for extension, key, place in self.repeated
+            if reader.read(_text_at(descriptor, place)) != reader.read(_text_at(descriptor, self.texts[extension][key]))
+        }
+
+    def _other_label(self, key: str, reader: LabelReader, descriptor: int) -> int | str:
+        """From KEY.json or KEY.txt, or from the texts of the key that WebDataset reads."""
         reason = "wrong label: no KEY.cls beside it"
-        for extension in SIDECARS:
+        for texts in self.texts.values():
             for at in dict.fromkeys((key, _wds_key(key))):
-                places = self.texts[extension].get(at)
-                if places is None:
+                if (place := texts.get(at)) is None:
                     continue
-                read = {reader.read(os.pread(descriptor, min(size, MOST_BYTES), place)) for place, size in places}
-                if len(read) > 1:
-                    return f"wrong label: several {extension[1:]} with different texts"
-                label = read.pop()
+                label = reader.read(_text_at(descriptor, place))
                 if label != NO_LABEL:
                     return label
                 reason = NO_LABEL
         return reason
+
+
+def _text_at(descriptor: int, place: tuple[int, int]) -> bytes:
+    return os.pread(descriptor, min(place[1], MOST_BYTES), place[0])
 
 
 def _wds_key(key: str) -> str:
@@ -193,7 +208,9 @@ def scan_shard(path: Path) -> ShardScan:
             if extension in EXTENSIONS and not _is_hidden(name):
                 scan.images.append(ShardImage(name, key, offset, length))
             elif extension in scan.texts:
-                scan.texts[extension].setdefault(key, []).append((offset, length))
+                first = scan.texts[extension].setdefault(key, (offset, length))
+                if first[0] != offset:
+                    scan.repeated.append((extension, key, (offset, length)))
             else:
                 reason, lost = _why_left_out(name, file.fileno(), offset)
                 scan.left_out.append((reason, name, lost))
@@ -311,20 +328,46 @@ def _followed(
     """The files to which links lead, under the names of the links; of a link to a folder, all files in it."""
     with tarfile.open(path, "r:") as tar:
         files = {_plain(m.name): (m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()}
-    targets = {_plain(link.name): _target(link) for link in links}
-    for link in links:
-        name, target = _plain(link.name), targets[_plain(link.name)]
-        for _ in range(MOST_LINKS):
-            target = targets.get(target, target)
-        inside = (
-            [] if f"{name}/".startswith(f"{target}/") else [each for each in files if each.startswith(f"{target}/")]
-        )
-        if target in files:
-            yield name, *files[target]
-        elif inside:
-            yield from ((name + each[len(target) :], *files[each]) for each in inside)
+    waiting = {_plain(link.name): _target(link) for link in links}
+    while found := _leading_to_files(waiting, files) or _leading_to_folders(waiting, files):
+        for name in found.keys() & waiting.keys():
+            del waiting[name]
+        new = {name: place for inside in found.values() for name, place in inside.items()}
+        files |= new
+        yield from ((name, *place) for name, place in new.items())
+    for name, target in waiting.items():
+        if _contains(target, name) and target != name:
+            left_out.append(("link to a folder that contains it", name, False))
         else:
-            left_out.append(("link that leads nowhere", link.name, why_no_image(posixpath.basename(name)) is None))
+            left_out.append(("link that leads nowhere", name, why_no_image(posixpath.basename(name)) is None))
+
+
+_Places = dict[str, tuple[int, int]]  # name -> (offset, length)
+
+
+def _leading_to_files(links: dict[str, str], files: _Places) -> dict[str, _Places]:
+    return {name: {name: files[target]} for name, target in links.items() if target in files}
+
+
+def _leading_to_folders(links: dict[str, str], files: _Places) -> dict[str, _Places]:
+    """Of each link to a folder that does not contain the link: the files in it, under the link's name."""
+    targets = {target for name, target in links.items() if not _contains(target, name)}
+    inside: dict[str, list[str]] = {}
+    for file in files if targets else ():
+        folder = posixpath.dirname(file)
+        while folder:
+            if folder in targets:
+                inside.setdefault(folder, []).append(file)
+            folder = posixpath.dirname(folder)
+    return {
+        name: {name + file[len(target) :]: files[file] for file in inside[target]}
+        for name, target in links.items()
+        if target in inside and not _contains(target, name)
+    }
+
+
+def _contains(folder: str, name: str) -> bool:
+    return folder == "." or f"{name}/".startswith(f"{folder}/")
 
 
 def _target(link: tarfile.TarInfo) -> str:
