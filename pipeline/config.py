@@ -12,28 +12,45 @@ import json
 import pkgutil
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainSerializer, Tag, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic import BeforeValidator as Before
 from pydantic.fields import FieldInfo
-from pydantic_core import to_jsonable_python
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from pipeline.compat.yaml import MAX_DEPTH
 from pipeline.compat.yaml import dump_yaml as dump_yaml
 from pipeline.compat.yaml import parse_yaml as parse_yaml
 from pipeline.errors import ConfigError, JsonValue
 
+LONGEST = 1_000_000_000  # a duration's number
+RULE = "rule"  # the type of pydantic's error that `fault` makes
 MAX_SHOWN = 200  # characters of a value in a message
 M = TypeVar("M", bound=BaseModel)
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+T = TypeVar("T")
+Positive = Annotated[float, Field(gt=0, le=1e6)]  # upper bounds keep a slip from hanging the build of a net or a run
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Side = Annotated[int, Field(ge=1, le=8192)]  # px
+STORED = "stored"  # in a validation's context: the values were in use before, so that they are not questioned
 
 
 class Config(BaseModel):
@@ -52,6 +69,52 @@ class Config(BaseModel):
         return {}
 
 
+def is_stored(info: ValidationInfo) -> bool:
+    """Whether a validation is of a recipe that this or an older version stored."""
+    return bool((info.context or {}).get(STORED))
+
+
+def meant(rule: Callable[[T], str | None]) -> AfterValidator:
+    """For annotations: refuses a valid value that cannot be meant, with the reason that `rule` returns.
+
+    Values of stored recipes are accepted.
+    """
+
+    def check(value: T, info: ValidationInfo) -> T:
+        reason = None if is_stored(info) else rule(value)
+        if reason is not None:
+            raise ValueError(reason)
+        return value
+
+    return AfterValidator(check)
+
+
+def each_once(values: tuple[object, ...]) -> str | None:
+    """A rule for `meant`: no value occurs twice."""
+    return None if len(set(values)) == len(values) else "each may occur once"
+
+
+def fault(key: str, reason: str) -> PydanticCustomError:
+    """An error about one key of a section, dotted below it, for validators of the whole section."""
+    return PydanticCustomError(RULE, "{reason}", {"reason": reason, "key": key})
+
+
+def _a_path(path: Path) -> str | None:
+    text = str(path)
+    if "\0" in text or len(text) > 4096 or any(len(part.encode(errors="replace")) > 255 for part in path.parts):
+        return "no path can have such a name: a part has at most 255 bytes, the whole 4,096"
+    return None
+
+
+def _not_empty(value: object) -> object:
+    if value == "":
+        raise ValueError("a path must not be empty")
+    return value
+
+
+FilePath = Annotated[Path, Before(_not_empty), meant(_a_path)]
+
+
 class Duration(BaseModel):
     """A span of training: "500 steps", "2 epochs" or "10 minutes"."""
 
@@ -67,8 +130,10 @@ def _parse_duration(value: object) -> Any:
     if isinstance(value, Duration | Mapping):
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(step|epoch|minute)s?\s*", str(value))
-    if not match or float(match[1]) <= 0:
-        raise ValueError('a duration is "N steps", "N epochs" or "N minutes" with N > 0')
+    if not match or not 0 < float(match[1]) <= LONGEST or (match[2] == "step" and not float(match[1]).is_integer()):
+        raise ValueError(
+            f'a duration is "N steps", "N epochs" or "N minutes" with N > 0, at most {LONGEST:,}; steps are whole'
+        )
     return Duration(value=float(match[1]), unit=match[2] + "s")  # type: ignore[arg-type]
 
 
@@ -156,8 +221,11 @@ def _lookup(name: str, known: Mapping[str, str | None]) -> str:
     return value
 
 
-def validate(model: type[M], mapping: Mapping[str, object], where: str) -> M:
-    """`mapping` as a frozen `model`. Raises ConfigError with all faults: dotted key, value, rule, nearest known key."""
+def validate(model: type[M], mapping: Mapping[str, object], where: str, *, stored: bool = False) -> M:
+    """`mapping` as a frozen `model`. Raises ConfigError with all faults: dotted key, value, rule, nearest known key.
+
+    stored: the values were in use before, so that those that cannot be meant (see `meant`) are accepted.
+    """
     inert = inert_keys(model, mapping)
     try:
         text = json.dumps(without(mapping, inert))
@@ -165,7 +233,7 @@ def validate(model: type[M], mapping: Mapping[str, object], where: str) -> M:
         raise ConfigError(f"{where}: {error}", key=where) from None
     faults = [_inert_fault(mapping, key, why) for key, why in inert.items()]
     try:
-        config = model.model_validate_json(text, strict=True)
+        config = model.model_validate_json(text, strict=True, context={STORED: stored})
     except ValidationError as error:
         faults += [_fault(model, mapping, fault) for fault in _relevant(mapping, error)]
     if faults:
@@ -200,6 +268,9 @@ def _fault(model: type[BaseModel], mapping: Mapping[str, object], fault: dict[st
     path, value = _place(mapping, fault)
     if fault["type"] == NO_SUCH_KIND:
         path, value = [*path, "kind"], value["kind"]
+    if fault["type"] == RULE:
+        path = [*path, *fault["ctx"]["key"].split(".")]
+        value = at(mapping, ".".join(path))
     return _Fault(".".join(path), value, _line(model, path, value, fault))
 
 
@@ -460,7 +531,7 @@ def nested(flat_mapping: Mapping[str, object]) -> dict[str, JsonValue]:
 
 def validate_stored(model: type[M], mapping: Mapping[str, object], where: str) -> M:
     """`validate` of a section that this or an older version stored, with keys that change nothing left out."""
-    return validate(model, live(model, mapping), where)
+    return validate(model, live(model, mapping), where, stored=True)
 
 
 def fingerprint(mapping: Mapping[str, object]) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from functools import cache, reduce
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, SerializeAsAny, create_model, model_validator
+from pydantic import AfterValidator, Field, SerializeAsAny, ValidationInfo, create_model, model_validator
 
 from pipeline import config as configs
 from pipeline import family as families
 from pipeline import recipes
-from pipeline.config import Config, Count
+from pipeline.config import Config, Count, fault, is_stored
 from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError, JsonValue
 from pipeline.family import FamilyConfig
@@ -39,19 +39,42 @@ def _plain_name(name: str) -> str:
 RunName = Annotated[str, AfterValidator(_plain_name)]
 
 
+MOST_WORKERS = 10_000
+Workers = Annotated[int, Field(ge=1, le=MOST_WORKERS)]
+
+
+def _whole_above_1(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError("above 1 it must be whole: a worker shares one GPU or has several of its own")
+    return gpus
+
+
+def _host_and_port(address: str) -> str:
+    match = re.fullmatch(r"(?:[\w.-]+|\[[\da-fA-F:]+\]):(\d{1,5})", address)
+    if not match or not 0 < int(match[1]) < 2**16:
+        raise ValueError("the address of a Ray cluster is HOST:PORT, e.g. head:6379")
+    return address
+
+
 class ComputeConfig(Config):
     """Where a run computes; no key here changes what is learned."""
 
-    workers: Annotated[int, Field(ge=0)] | tuple[Count, Count] = 1  # 0: in this process; [min, max]: elastic
+    workers: Annotated[int, Field(ge=0, le=MOST_WORKERS)] | tuple[Workers, Workers] = (
+        1  # 0: in this process; [min, max]: elastic
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
-    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None  # null: 1 where the device is a GPU
+    cpus_per_worker: Annotated[float, Field(gt=0, le=4096)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0, le=64), AfterValidator(_whole_above_1)] | None = (
+        None  # null: 1 where the device is a GPU
+    )
     max_batch_per_worker: Count | None = None  # images in memory at once; more are accumulated
-    start_patience_s: Annotated[float, Field(gt=0)] = 60.0  # how long to wait for the workers to start
-    max_failures: Annotated[int, Field(ge=0)] = 3  # lost workers that a run survives
-    hang_after_s: Annotated[float, Field(gt=0)] = 60.0  # no progress for so long, and 20 median steps, is a hang
+    start_patience_s: Annotated[float, Field(gt=0, le=1e6)] = 60.0  # how long to wait for the workers to start
+    max_failures: Annotated[int, Field(ge=0, le=1_000_000)] = 3  # lost workers that a run survives
+    # no progress for so long, and 20 median steps, is a hang
+    hang_after_s: Annotated[float, Field(gt=0, le=1e6)] = 60.0
     on_hang: Literal["restart", "report", "stop"] = "restart"  # within max_failures, from the newest checkpoint
-    address: str | None = None  # HOST:PORT of a running Ray cluster; null: start Ray on this machine
+    # HOST:PORT of a running Ray cluster; null: start Ray on this machine
+    address: Annotated[str, AfterValidator(_host_and_port)] | None = None
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
@@ -89,6 +112,14 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _meant(self, info: ValidationInfo) -> RunConfig:
+        late = [epoch for epoch, _ in self.data.side_schedule if epoch >= self.training.epochs]
+        if late and not is_stored(info):
+            epochs = f"training.epochs is {self.training.epochs:g}"
+            raise fault("data.side_schedule", f"epoch {', '.join(map(str, late))} never comes: {epochs}")
+        return self
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
@@ -147,14 +178,17 @@ def lay(base: Mapping[str, object], over: Mapping[str, object]) -> Mapping[str, 
     return configs.lay(_model_of(configs.merge(base, over)), base, over)
 
 
-def from_mapping(mapping: Mapping[str, object], where: str) -> RunConfig:
-    """A mapping as a RunConfig whose `family` is of the class that `family.name` selects."""
+def from_mapping(mapping: Mapping[str, object], where: str, *, stored: bool = False) -> RunConfig:
+    """A mapping as a RunConfig whose `family` is of the class that `family.name` selects.
+
+    stored: see `configs.validate`.
+    """
     section = mapping.get("family")
     if not isinstance(section, dict) or not isinstance(section.get("name"), str):
         message = f"{where}: family.name: this key is required; known: {', '.join(families.names())}"
         raise ConfigError(message, key="family.name")
     families.find(section["name"])
-    return configs.validate(_model_of(mapping), mapping, where)
+    return configs.validate(_model_of(mapping), mapping, where, stored=stored)
 
 
 def from_stored(
@@ -167,7 +201,17 @@ def from_stored(
     """
     base = configs.live(_model_of(mapping), mapping)
     nested = configs.interpolate(lay(base, _together(overrides)), {"data_home": data_home})
-    return from_mapping(nested, where)
+    faults = set(_faults(nested, data_home)) - set(_faults(base, data_home)) if overrides else ()
+    return from_mapping(nested, where, stored=not faults)
+
+
+def _faults(mapping: Mapping[str, object], data_home: str | None) -> tuple[str, ...]:
+    """The keys whose values a new recipe may not have."""
+    try:
+        from_mapping(configs.interpolate(mapping, {"data_home": data_home}), "")
+    except ConfigError as error:
+        return error.keys
+    return ()
 
 
 def _model_of(mapping: Mapping[str, object]) -> type[RunConfig]:

@@ -256,7 +256,12 @@ def test_a_driver_on_sigterm_has_its_workers_save_and_exits_with_75(
 
 
 def test_a_run_starts_from_the_weights_of_another(images: Path, alone: Path, tmp_path: Path) -> None:
-    here = ("compute.workers=0", "training.epochs=0.1", "training.optimizer.lr=1e-9")
+    here = (
+        "compute.workers=0",
+        "training.epochs=0.1",
+        "training.schedule.warmup_epochs=0",
+        "training.optimizer.lr=1e-9",
+    )
     launch.train(recipe(images, *here, f"training.start_from={alone}"), tmp_path / "run")  # its best is its last
     theirs = load_file(tmp_path / "run" / "checkpoints" / "step-00000001" / "net.safetensors")
     for name, value in load_file(alone / "checkpoints" / "step-00000040" / "net.safetensors").items():
@@ -298,8 +303,11 @@ def test_a_users_mistakes_are_errors_of_their_kind(images: Path, alone: Path, tm
     with fails(ConfigError, "--run-dir", alone.parent):  # it holds other runs
         launch.train(recipe(images, *here), alone.parent)
     with pytest.raises(DivergedError):
-        hot = ("training.optimizer.lr=1e30", "training.schedule.kind=constant", "training.schedule.warmup_epochs=0")
-        launch.train(recipe(images, *hot, *here), tmp_path / "hot")
+        flat = ("training.schedule.kind=constant", "training.schedule.warmup_epochs=0")
+        config = recipe(images, *flat, *here)
+        optimizer = config.training.optimizer.model_copy(update={"lr": 1e30})  # no recipe may say so
+        hot = config.training.model_copy(update={"optimizer": optimizer})
+        launch.train(config.model_copy(update={"training": hot}), tmp_path / "hot")
 
 
 def test_the_command_prints_user_errors_without_a_traceback_and_exits_2(tmp_path: Path) -> None:

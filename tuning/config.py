@@ -15,7 +15,7 @@ from pydantic import Field, JsonValue, field_validator
 
 from pipeline import config as configs
 from pipeline import run_config
-from pipeline.config import Config
+from pipeline.config import Config, Positive
 from pipeline.errors import ConfigError
 from pipeline.run_config import RunConfig, RunName
 from tuning import space
@@ -25,14 +25,15 @@ SWEEPS = Path(__file__).parent / "sweeps"
 OF_RECIPE = "recipe."  # begins the keys of the recipe in a sweep's identity
 JUDGED_EVERY = f"{OF_RECIPE}evaluation.every"
 CHECKED_SAMPLES = 64  # rounds of random samples checked in place of a study's, which are not known in advance
-Positive = Annotated[float, Field(gt=0)]
 
 
 class SearchConfig(Config):
     """How samples are drawn. Each round goes through the whole grid; `grid` requires a space without random keys."""
 
     kind: Literal["grid", "random", "optuna"] = "random"
-    samples: Annotated[int, Field(ge=1)] = 1  # rounds over the cases with random keys; optuna: trials in all
+    samples: Annotated[int, Field(ge=1, le=space.MOST_SAMPLES)] = (
+        1  # rounds over the cases with random keys; optuna: trials in all
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # seed of the samples; training uses the recipe's seed
 
 
@@ -44,7 +45,7 @@ class SchedulerConfig(Config):
 
     kind: Literal["none", "asha"] = "none"
     grace_epochs: Positive = 1.0  # no trial stops earlier
-    reduction: Annotated[float, Field(gt=1)] = 3.0
+    reduction: Annotated[float, Field(gt=1, le=1000)] = 3.0
     metric: str = "top1"  # metric of the first policy
 
 
@@ -68,7 +69,9 @@ class SweepConfig(Config):
     scheduler: SchedulerConfig = SchedulerConfig()
     bounds: Bounds = Bounds()
     objectives: dict[str, Literal["max", "min"]] = Field(default={"top1": "max", "gmacs": "min"}, min_length=1)
-    concurrency: Annotated[int, Field(ge=1)] | None = None  # trials at a time; null: as many as fit the cluster
+    concurrency: Annotated[int, Field(ge=1, le=10_000)] | None = (
+        None  # trials at a time; null: as many as fit the cluster
+    )
     curves: tuple[str, ...] = ()  # regular expressions of metrics; their curves of all trials are drawn in one picture
     memory: bool = False  # measure the memory of a training step per image, and draw accuracy against it
     profiles: bool = False  # draw the family's profile of the best and worst net and of those without random keys

@@ -118,4 +118,7 @@ def to_json(event: Event) -> dict[str, JsonValue]:
 def from_json(record: Record) -> Event:
     """The event of a line of the journal."""
     kind = KINDS[record["event"]]
-    return kind(**{each.name: record[each.name] for each in fields(kind)})
+    event = kind(**{each.name: record[each.name] for each in fields(kind)})
+    if type(event.number) is not int or event.number < 0:
+        raise TypeError("the number of a trial is no whole number")
+    return event

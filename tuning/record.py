@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.errors import ResourceError
 from pipeline.runs import journal
+from pipeline.runs.files import remark
 from pipeline.runs.journal import Journal
 from tuning.events import (
     NAMES,
@@ -69,8 +71,15 @@ class SweepRecord:
         self.num_ends = 0  # trials that ended, each retry counted again
         self._journal = Journal(run_dir / "journal", NAME, fence=fence)
         self.before = list(past_events(run_dir))
-        for event in self.before:
-            self._apply(event)
+        path = run_dir / "journal" / f"{NAME}{journal.SUFFIX}"
+        if path.is_file() and (lost := journal.unreadable(path)):
+            remark(path, f"{lost} of its lines cannot be read and are left out")
+        try:
+            for event in self.before:
+                self._apply(event)
+        except LookupError:
+            self.close()
+            raise _damaged(path, "the sample of a trial is missing") from None
 
     def close(self) -> None:
         self._journal.close()
@@ -122,4 +131,19 @@ def past_events(run_dir: Path) -> Iterator[Event]:
     for record in journal.read_all(path) if path.exists() else ():
         fence = max(fence, record.get("fence", 0))
         if "event" in record and record.get("fence", 0) == fence:
-            yield from_json(record)
+            yield _event(record, path)
+
+
+def _event(record: journal.Record, path: Path) -> Event:
+    try:
+        return from_json(record)
+    except (LookupError, TypeError) as error:
+        raise _damaged(path, f"an event {record['event']!r} has not its fields ({error})") from None
+
+
+def _damaged(path: Path, why: str) -> ResourceError:
+    return ResourceError(
+        f"{path}: {why}. What the sweep decided is in this file: restore a copy, or start the sweep in another folder",
+        key=path.name,
+        subject=path,
+    )

@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -28,6 +29,8 @@ from pipeline.errors import ConfigError, JsonValue
 RANDOM = ("choice", "uniform", "loguniform", "integer")
 KINDS = ("grid", *RANDOM, "list")
 NOT_LEARNED_FROM = ("name", "compute", "tracking", "checkpoint", "logging")  # sections that do not change training
+MOST_SAMPLES = 2000  # each is checked before the first is trained
+MOST_ITEMS = 10_000  # of a drawn list
 DIGITS = 6  # significant digits of a drawn float
 NAME_CHARS = 60  # most characters of a sample's values in its name
 Values = dict[str, JsonValue]
@@ -138,6 +141,9 @@ def _case(section: Mapping[str, JsonValue]) -> Case:
         _check_conditions(dimension, {earlier.key: earlier for earlier in dimensions})
         dimensions.append(dimension)
     _check_grids(dimensions)
+    if sum(1 for _ in islice(_grid(tuple(dimensions)), MOST_SAMPLES + 1)) > MOST_SAMPLES:
+        grids = ", ".join(each.key for each in dimensions if each.kind == "grid")
+        raise _error(grids, f"more than {MOST_SAMPLES:,} combinations; give fewer values, or draw some of the keys")
     return tuple(dimensions)
 
 
@@ -285,8 +291,9 @@ def _list(dimension: Dimension, values: Values) -> list[JsonValue]:
         times = 1
         if isinstance(item, dict):
             repeats = item.get("times")
-            if set(item) != {"value", "times"} or not isinstance(repeats, int) or repeats < 1:
-                raise _error(dimension.key, f"list: {item}: write {{value: VALUE, times: NUMBER}}", item)
+            if set(item) != {"value", "times"} or type(repeats) is not int or not 1 <= repeats <= MOST_ITEMS:
+                message = f"list: {item}: write {{value: VALUE, times: NUMBER}}, with a number of 1 to {MOST_ITEMS:,}"
+                raise _error(dimension.key, message, item)
             item, times = item["value"], repeats
         items += [_resolved(dimension, item, values)] * times
     return items

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypedDict
+from typing import NoReturn, TypedDict, cast
 
 import psutil
 
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.execution import allocation
 from pipeline.execution.allocation import JoinedNode, Node
-from pipeline.runs.files import write_text
+from pipeline.runs.files import read_json, write_text
 
 CLUSTERS = Path("runs") / "clusters"
 RECORD = "cluster.json"
@@ -58,10 +58,18 @@ class Local:
     def read(self) -> ClusterRecord | None:
         """The record; None if no cluster was started in this folder."""
         try:
-            record: ClusterRecord = json.loads(self._record.read_text(encoding="utf-8"))
+            record = read_json(self._record)
         except FileNotFoundError:
             return None
-        return record
+        except (OSError, ValueError):
+            record = None
+        if not isinstance(record, dict) or not set(ClusterRecord.__annotations__) <= set(record):
+            raise ResourceError(
+                f"{self._record}: damaged; end its processes with `ray stop`, then remove the file",
+                key=RECORD,
+                subject=self._record,
+            )
+        return cast(ClusterRecord, record)
 
     @property
     def key(self) -> str:

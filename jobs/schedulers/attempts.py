@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from jobs.schedulers.submission import FOLDER
 from pipeline.errors import ConfigError, JsonValue, ResourceError
-from pipeline.runs.files import write_json
+from pipeline.runs.files import read_json, remark, write_json
 
 FILE = "starts.json"
 FORMAT = 1
@@ -87,10 +87,14 @@ class Attempts:
     def read(self) -> list[JobAttempt]:
         """Returns all attempts; empty if no job of this home has started."""
         try:
-            entries = json.loads(self._path.read_text(encoding="utf-8"))
+            content = read_json(self._path)
+            entries = content if isinstance(content, list) else [content]
+            return [JobAttempt.from_json(cast("dict[str, JsonValue]", entry)) for entry in entries]
         except FileNotFoundError:
             return []
-        return [JobAttempt.from_json(entry) for entry in entries]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            remark(self._path, "the earlier starts of the job are not counted")
+            return []
 
     def of(self, job: str) -> list[JobAttempt]:
         """Returns the attempts of the job with that id, and those without an id, which may belong to it."""
@@ -112,13 +116,14 @@ class Attempts:
 
     def end(self, step: int) -> None:
         """Records the newest saved step at the end of the newest start."""
-        *before, last = self.read()
-        self._write([*before, replace(last, last_step=step)])
+        if attempts := self.read():
+            self._write([*attempts[:-1], replace(attempts[-1], last_step=step)])
 
     @property
     def progressed(self) -> bool:
         """Whether the newest start has saved a step."""
-        return self.read()[-1].progressed
+        attempts = self.read()
+        return not attempts or attempts[-1].progressed
 
     def check_progress(self, reason: str) -> None:
         """Raises ResourceError if the newest start has saved nothing: another would lose the same."""
@@ -131,7 +136,10 @@ class Attempts:
 
     def check(self, reason: str, max_requeues: int) -> None:
         """Raises ResourceError if another start is not worth it, or not allowed."""
-        last = self.read()[-1]
+        attempts = self.read()
+        if not attempts:
+            return
+        last = attempts[-1]
         self._check_progress(last.job, reason)
         if last.restart >= max_requeues:
             raise self._used_up(last.restart, max_requeues, reason)

@@ -34,9 +34,9 @@ class SiteProfile(Config):
     qos: Text | None = None
     constraint: Text | None = None
     time: Text = "24h"
-    gpus_per_node: Annotated[int, Field(ge=0)] = 0
-    cpus_per_task: Annotated[int, Field(ge=1)] = 1
-    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 0
+    cpus_per_task: Annotated[int, Field(ge=1, le=4096)] = 1
+    memory_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None
     modules: tuple[Text, ...] = ()  # loaded by `module load`
     setup: tuple[Text, ...] = ()  # shell lines, after the modules
     environment: Mapping[VariableName, str] = Field(default_factory=dict)
@@ -46,9 +46,9 @@ class SiteProfile(Config):
     mail_type: Text = "END,FAIL"
     exclude: Text | None = None
     comment: Text | None = None
-    signal_delay_s: Annotated[int, Field(ge=10)] = 90  # how long before its end a job is warned to save
-    patience_s: Annotated[float, Field(gt=0)] = 120.0  # how long to wait until Ray has started on all nodes
-    max_requeues: Annotated[int, Field(ge=0)] = 100
+    signal_delay_s: Annotated[int, Field(ge=10, le=65_535)] = 90  # how long before its end a job is warned to save
+    patience_s: Annotated[float, Field(gt=0, le=1e6)] = 120.0  # how long to wait until Ray has started on all nodes
+    max_requeues: Annotated[int, Field(ge=0, le=1_000_000)] = 100
     extra: Mapping[str, str] = Field(default_factory=dict)  # any other option of sbatch: {"licenses": "foo"}
 
 

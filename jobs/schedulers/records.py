@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import cast
 
 from jobs.schedulers import JobState
 from jobs.schedulers.profile import SiteProfile
 from jobs.schedulers.submission import FOLDER, Job, Resources, Submission, WorkerNeeds
 from pipeline.errors import ConfigError, JsonValue, ResourceError
-from pipeline.runs.files import write_json
+from pipeline.runs.files import read_json, remark, write_json
 from pipeline.runs.records import read_status
 
 FILE = "jobs.json"
@@ -176,7 +177,16 @@ def add(record: JobRecord) -> None:
 
 def of_home(home: Path) -> list[JobRecord]:
     """The jobs of a run's folder, the newest last; empty if there are none."""
-    return [JobRecord.from_json(entry, home) for entry in _entries(home)]
+    return [record for entry in _entries(home) if (record := _record(entry, home)) is not None]
+
+
+def _record(entry: JsonValue, home: Path) -> JobRecord | None:
+    """The record of an entry; None, with a remark, if it is damaged. Raises ConfigError for a newer format."""
+    try:
+        return JobRecord.from_json(cast("dict[str, JsonValue]", entry), home)
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError):
+        remark(home / FOLDER / FILE, "a job that it should describe is left out")
+        return None
 
 
 def list_jobs(runs: Path = RUNS) -> list[JobRecord]:
@@ -184,7 +194,8 @@ def list_jobs(runs: Path = RUNS) -> list[JobRecord]:
     patterns = (f"*/{FOLDER}/{FILE}", f"jobs/*/{FOLDER}/{FILE}")
     homes = [path.parents[1] for pattern in patterns for path in runs.glob(pattern)]
     homes += [home for home in map(Path, _elsewhere(runs)) if (home / FOLDER / FILE).is_file()]
-    return sorted((of_home(home)[-1] for home in homes), key=lambda record: -record.submitted_at)
+    newest = [jobs[-1] for home in homes if (jobs := of_home(home))]
+    return sorted(newest, key=lambda record: -record.submitted_at)
 
 
 def remember_home(home: Path, runs: Path = RUNS) -> None:
@@ -272,10 +283,17 @@ def follow(record: JobRecord, *, every_s: float = 5.0) -> Iterator[str]:
             time.sleep(1)
 
 
-def _entries(home: Path) -> list[dict[str, JsonValue]]:
+def _entries(home: Path) -> list[JsonValue]:
     path = home / FOLDER / FILE
-    entries: list[dict[str, JsonValue]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return entries
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, list):
+        remark(path, "the jobs that were submitted from this folder are left out")
+    return content if isinstance(content, list) else []
 
 
 def _elsewhere(runs: Path) -> list[str]:
@@ -314,7 +332,6 @@ def _text(value: JsonValue) -> str | None:
 def _read(path: Path) -> JsonValue:
     """The JSON in a file; None if it is missing or unreadable."""
     try:
-        content: JsonValue = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None
-    return content

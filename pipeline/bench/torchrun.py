@@ -18,7 +18,7 @@ def main(setup_file: str, path: str) -> None:
     """Runs the bare loop of `setup_file`; rank 0 writes the images/s of the global batch to `path`. Collective."""
     init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     plain = json.loads(Path(setup_file).read_text(encoding="utf-8"))
-    config = run_config.from_mapping(plain["recipe"], setup_file)
+    config = run_config.from_mapping(plain["recipe"], setup_file, stored=True)
     setup = step.LoopSetup(config, plain["num_classes"], plain["steps"], plain["warm"])
     rate = step.bare(setup)
     if ranks.rank() == 0:

@@ -3,50 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from pipeline.config import Config
+from pipeline.config import Config, FilePath, Share, Side, Threads, fault, is_stored, meant
 from pipeline.data.augment import AugmentConfig
 from pipeline.data.crop_geometry import CropGeometry, for_evaluation
 from pipeline.errors import JsonValue
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LEAST_STD = 0.01
+Epoch = Annotated[int, Field(ge=0, le=1_000_000)]
+StandardDeviation = Annotated[float, Field(gt=0)]
+
+
+def _of_pixels(means: tuple[float, float, float]) -> str | None:
+    if all(0 <= mean <= 1 for mean in means):
+        return None
+    return "each mean is that of pixels in 0..1; divide one of pixels in 0..255 by 255"
+
+
+def _spread(stds: tuple[float, float, float]) -> str | None:
+    if all(LEAST_STD <= std <= 1 for std in stds):
+        return None
+    return (
+        f"each standard deviation is that of pixels in 0..1, within {LEAST_STD}..1; divide one of pixels in 0..255 by "
+        "255, and give it itself, not what to multiply by"
+    )
 
 
 class DataConfig(Config):
     """Where the images are and how they become batches."""
 
-    root: Path  # class folders with train/ and val/, a plain class folder, or tar shards
-    index: Path | None = None  # folder of the index; null: beside the data if writable, else in the user's cache
+    root: FilePath  # class folders with train/ and val/, a plain class folder, or tar shards
+    index: FilePath | None = None  # folder of the index; null: beside the data if writable, else in the user's cache
     validation_share: Annotated[float, Field(gt=0, lt=1)] = (
         0.1  # share of the images, drawn by seed, for a root without a val split
     )
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the training images set aside for calibration
-    side_px: Annotated[int, Field(ge=1)] = 224  # side of a training image
-    side_schedule: tuple[tuple[int, int], ...] = ()  # progressive resizing: (from epoch, side_px), epochs rising
-    eval_side_px: Annotated[int, Field(ge=1)] | None = None  # side of an evaluated image; null: side_px
-    eval_resize_px: Annotated[int, Field(ge=1)] | None = (
-        None  # shorter side before the centre crop; null: side x 256/224
-    )
+    side_px: Side = 224  # side of a training image
+    side_schedule: tuple[
+        tuple[Annotated[int, Field(ge=0, le=1_000_000)], Side], ...
+    ] = ()  # progressive resizing: (from epoch, side_px), epochs rising
+    eval_side_px: Side | None = None  # side of an evaluated image; null: side_px
+    eval_resize_px: Side | None = None  # shorter side before the centre crop; null: side x 256/224
     augment: AugmentConfig = AugmentConfig()
-    mean: tuple[float, float, float] = IMAGENET_MEAN  # mean of each channel, for pixels in 0..1
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: Annotated[tuple[float, float, float], meant(_of_pixels)] = (
+        IMAGENET_MEAN  # mean of each channel, for pixels in 0..1
+    )
+    std: Annotated[tuple[StandardDeviation, StandardDeviation, StandardDeviation], meant(_spread)] = IMAGENET_STD
     shuffle: Literal["full", "block"] = "full"  # block: lanes read whole shards, for cold or networked storage
-    lanes: Annotated[int, Field(ge=1)] = (
+    lanes: Annotated[int, Field(ge=1, le=65_536)] = (
         64  # block: readers with their own shards and window, for any number of workers
     )
-    window: Annotated[int, Field(ge=1)] = 2048  # block: images among which one lane shuffles
+    window: Annotated[int, Field(ge=1, le=10_000_000)] = 2048  # block: images among which one lane shuffles
     decoder: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu if the run computes on a GPU
-    decode_threads: Annotated[int, Field(ge=1)] | None = None  # per worker; null: the worker's CPUs
-    io_threads: Annotated[int, Field(ge=1)] = 8  # concurrent reads, per worker
-    read_ahead: Annotated[int, Field(ge=1)] = 4  # batches that are read before they are needed
-    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the images; above it the run fails
+    decode_threads: Threads | None = None  # per worker; null: the worker's CPUs
+    io_threads: Threads = 8  # concurrent reads, per worker
+    read_ahead: Threads = 4  # batches that are read before they are needed
+    max_bad_share: Share = 0.01  # share of the images; above it the run fails
 
     @field_validator("side_schedule")
     @classmethod
@@ -55,6 +74,17 @@ class DataConfig(Config):
         if epochs != sorted(set(epochs)):
             raise ValueError("epochs must rise")
         return schedule
+
+    @model_validator(mode="after")
+    def _meant(self, info: ValidationInfo) -> DataConfig:
+        if is_stored(info):
+            return self
+        if self.eval_resize_px is not None and self.eval_resize_px < self.side_for_eval:
+            raise fault(
+                "eval_resize_px",
+                f"below the side of an evaluated image ({self.side_for_eval} px), which is cut from it",
+            )
+        return self
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:

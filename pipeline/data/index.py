@@ -7,9 +7,10 @@ changed gets a new index, and processes that build one at the same time build th
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.account import EXAMPLES, Account, LeftOut, SplitCount
+from pipeline.data.integrity import damage
 from pipeline.data.listing import Listing, packing_command
 from pipeline.data.naming import shown
 from pipeline.data.sources import find, folders_unchanged
 from pipeline.data.store import FORMAT, Progress, read_sizes, write
 from pipeline.errors import DataError
+from pipeline.runs.files import read_json, remark
 
 if TYPE_CHECKING:  # it imports torch, which the processes that pack and check do without
     from pipeline.data.config import DataConfig
@@ -275,14 +278,14 @@ def open_index(root: Path, folder: Path | None = None, progress: Progress | None
     places = [folder.expanduser().absolute()] if folder else _places(root)
     for cached in _cached(places):
         of_many_files = cached.meta.shards is None and cached.meta.images > MANY_FILES
-        if of_many_files and folders_unchanged(root, cached.class_folders):
+        if of_many_files and folders_unchanged(root, cached.class_folders) and _is_whole(cached.folder):
             return ImageIndex(cached.folder, root, slice(0, cached.meta.images))
     listing = find(root)
     if listing.shards is None and len(listing.names) > MANY_FILES and progress:
         many = f"{len(listing.names):,} loose files; packing makes reading faster and listing unnecessary:"
         progress(f"{many}\n  {packing_command(root)}", 0, 0)
     for place in places:
-        if (place / listing.key / "meta.json").exists():
+        if _is_whole(place / listing.key):
             return ImageIndex(place / listing.key, root, slice(0, len(listing.names)))
     return build(listing, places, progress)
 
@@ -304,8 +307,12 @@ class _CachedIndex:
 
     @property
     def class_folders(self) -> dict[str, int]:
-        times: dict[str, int] = json.loads((self.folder / "folders.json").read_text(encoding="utf-8"))
-        return times
+        """The times of the class folders; empty if they are damaged."""
+        try:
+            times = read_json(self.folder / "folders.json")
+        except (OSError, ValueError):
+            return {}
+        return {name: time for name, time in times.items() if type(time) is int} if isinstance(times, dict) else {}
 
 
 def _cached(places: Sequence[Path]) -> Iterator[_CachedIndex]:
@@ -315,6 +322,22 @@ def _cached(places: Sequence[Path]) -> Iterator[_CachedIndex]:
                 yield _CachedIndex(path.parent, read_meta(path.parent))
             except DataError:
                 continue  # written by another version; a new index gets another name
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether an index folder exists and is not damaged; a damaged one is removed, with a remark."""
+    if not folder.exists():
+        return False
+    try:
+        reason = damage(folder, read_meta(folder).images)
+    except DataError as error:
+        reason = str(error)
+    if reason is None:
+        return True
+    remark(folder, f"{reason}; it is built anew")
+    with suppress(OSError):  # read-only: it is built in another place
+        shutil.rmtree(folder)
+    return False
 
 
 def _places(root: Path) -> list[Path]:
@@ -328,10 +351,15 @@ def _places(root: Path) -> list[Path]:
 def _open_packed(root: Path, packed: Path) -> ImageIndex:
     """The index that `data pack` has written. Raises DataError if a shard is missing or has another size."""
     try:
-        complete = json.loads(packed.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{packed}: cannot be read ({error})", key="data.root", subject=packed) from None
-    for name, size in complete["shards"].items():
+        complete = read_json(packed)
+        shards, place = complete["shards"], complete["index"]  # type: ignore[index,call-overload]
+        sizes = {str(name): int(size) for name, size in shards.items()}  # type: ignore[union-attr,arg-type]
+        folder = root / str(place)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{packed}: damaged ({error}); copy it again, or pack the images again", key="data.root", subject=packed
+        ) from None
+    for name, size in sizes.items():
         present = (root / name).stat().st_size if (root / name).exists() else None
         if present != size:
             what = "is missing" if present is None else f"has {present:,} bytes"
@@ -340,8 +368,13 @@ def _open_packed(root: Path, packed: Path) -> ImageIndex:
                 key="data.root",
                 subject=root / name,
             )
-    folder = root / complete["index"]
-    return ImageIndex(folder, root, slice(0, read_meta(folder).images))
+    images = read_meta(folder).images
+    reason = damage(folder, images)
+    if reason is not None:
+        raise DataError(
+            f"{folder}: damaged ({reason}); copy it again, or pack the images again", key="data.root", subject=folder
+        )
+    return ImageIndex(folder, root, slice(0, images))
 
 
 def _divide(index: ImageIndex, share: float, seed: int, purpose: str) -> tuple[ImageIndex, ImageIndex]:
@@ -379,20 +412,37 @@ def _mapped(path: Path) -> NDArray[Any]:
 def read_meta(folder: Path) -> IndexMeta:
     """meta.json of an index folder. Raises DataError if there is none of this format."""
     try:
-        stored = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        stored = read_json(folder / "meta.json")
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: no readable index ({error})", key="data.index", subject=folder) from None
-    if stored.pop("format") != FORMAT:
+    if not isinstance(stored, dict) or stored.pop("format", None) != FORMAT:
         raise DataError(
             f"{folder}: an index of another format; delete it to build a new one", key="data.index", subject=folder
         )
+    try:
+        return _meta_of(stored)
+    except (LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{folder}: meta.json is damaged ({error})", key="data.index", subject=folder) from None
+
+
+def _meta_of(stored: dict[str, Any]) -> IndexMeta:
     shards = stored.pop("shards")
-    stored["set_aside"] = tuple((name, reason) for name, reason in stored["set_aside"])
-    stored["left_out"] = tuple(map(LeftOut.from_json, stored.pop("left_out", _left_out_before(stored))))
-    stored["notes"] = tuple(stored.pop("notes", ()))
-    return IndexMeta(
-        **stored | {"classes": tuple(stored["classes"]), "shards": None if shards is None else tuple(shards)}
+    left_out = tuple(map(LeftOut.from_json, stored.pop("left_out", _left_out_before(stored))))
+    set_aside = tuple((str(name), str(reason)) for name, reason in stored.pop("set_aside"))
+    classes, notes = (tuple(map(str, each)) for each in (stored.pop("classes"), stored.pop("notes", ())))
+    meta = IndexMeta(
+        **stored,
+        classes=classes,
+        shards=None if shards is None else tuple(map(str, shards)),
+        set_aside=set_aside,
+        left_out=left_out,
+        notes=notes,
     )
+    if not all(type(count) is int and count >= 0 for count in (meta.images, meta.num_train, meta.ignored)):
+        raise ValueError("a count is no whole number")
+    if not isinstance(meta.identity, str) or not isinstance(meta.has_splits, bool):
+        raise TypeError("a value of a wrong type")
+    return meta
 
 
 def _left_out_before(stored: dict[str, Any]) -> list[list[object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import threading
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.index import ImageIndex
 from pipeline.data.store import open_file
-from pipeline.data.verdict import DecodeError, decodable
+from pipeline.data.verdict import NO_FILE, DecodeError, decodable
 
 READS_PER_TASK = 4
 RETRIED_AFTER_S = (0.1, 1.0, 5.0)
@@ -69,6 +70,8 @@ class Reader:
             except DecodeError as error:
                 return Read(encoded, str(error))
             except OSError as error:
+                if error.errno == errno.ESPIPE:
+                    return Read(b"", NO_FILE)
                 if pause_s is None or isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
                     return Read(b"", f"cannot be read: {error.strerror}")
                 self._forget(self.index.location(row)[0])

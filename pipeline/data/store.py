@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.image_headers import HEAD_BYTES, MAX_BYTES, MAX_PIXELS, upright_size
+from pipeline.data.integrity import damage, write_checksums
 from pipeline.data.listing import Listing
 from pipeline.errors import DataError
 from pipeline.runs.files import whole_folder
@@ -137,8 +138,9 @@ def _write_aside(
                 np.save(aside / f"{name}.npy", column)
             (aside / "folders.json").write_text(json.dumps(folders), encoding="utf-8")
             (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+            write_checksums(aside)
     except OSError:
-        if not (place / key / "meta.json").exists():
+        if damage(place / key, len(columns["label"])) is not None:
             raise
     return place / key
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.runs.files import whole_folder
+from pipeline.runs.files import read_json, whole_folder
 
 Field = NDArray[np.float64]  # [H, W]
 Shape = Callable[[Field, Field], NDArray[np.bool_]]  # (x, y), the shape within -1..1 -> True inside
@@ -52,7 +52,7 @@ def make(
     folder = folder.expanduser().absolute()
     if folder.exists() and any(folder.iterdir()):
         note = folder / "toy.json"
-        if note.exists() and json.loads(note.read_text(encoding="utf-8")) == made_from:
+        if _made_from(note) == made_from:
             return folder
         raise DataError(
             f"{folder}: contains something other than this toy set; give a new folder or delete it",
@@ -95,6 +95,14 @@ def draw(label: int, num_classes: int, side_px: int, bits: np.random.Philox) -> 
     _paint(picture, rng, shape, hue, size=size, opacity=1 - 0.55 * difficulty)
     picture += rng.normal(0, 0.02 + 0.1 * difficulty, picture.shape)
     return _jpeg(picture)
+
+
+def _made_from(note: Path) -> object:
+    """The arguments that a set was made with; None if it does not say."""
+    try:
+        return read_json(note)
+    except (OSError, ValueError):
+        return None
 
 
 def _check(made_from: dict[str, int]) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
     from PIL.Image import Image
 
+NO_FILE = "cannot be read: a folder, pipe, socket or device, not a file"
 Pixels: TypeAlias = NDArray[np.uint8]
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Pillow's Transpose that makes it upright
 
@@ -85,7 +86,7 @@ def read_image(path: str, offset: int = 0, length: int | None = None) -> bytes:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise DecodeError("cannot be read: a folder, pipe, socket or device, not a file")
+                raise DecodeError(NO_FILE)
             length = status.st_size if length is None else length
             if length > MAX_BYTES:
                 raise DecodeError(f"absurd size: {length:,} bytes, above the limit of {MAX_BYTES:,}")

@@ -7,7 +7,9 @@ runs/evaluations/NAME-VERSION.
 
 from __future__ import annotations
 
-import json
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,7 +26,7 @@ from pipeline import run_config
 from pipeline.data.config import DataConfig
 from pipeline.data.index import ImageIndex, Splits, open_splits
 from pipeline.data.store import Progress
-from pipeline.errors import ConfigError, DataError, JsonValue
+from pipeline.errors import CheckpointError, ConfigError, DataError, JsonValue
 from pipeline.evaluation import from_weights, reports_v1
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.evaluation.robustness import Attack, ResolutionSweep
@@ -36,6 +38,7 @@ from pipeline.registry.model import CARD, Trained, describe
 from pipeline.registry.resolve import resolve, run_folder
 from pipeline.run_config import RunConfig
 from pipeline.runs import journal, records
+from pipeline.runs.files import DamagedFile, read_json, remark
 from pipeline.runs.records import ABOUT, About
 from pipeline.training import checkpoint
 
@@ -239,8 +242,12 @@ class Stored:
         path = self.folder / f"{policy}.npz" if self.folder else None
         if path is None or not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError, LookupError, zlib.error, zipfile.BadZipFile):
+            remark(path, "what was stored for each image is left out; evaluate again to have it")
+            return None
 
 
 @dataclass(frozen=True)
@@ -325,9 +332,13 @@ def _run_of(source: str, uri: str | None) -> Path | None:
 
 def _read_all(home: Path) -> Iterator[Stored]:
     for path in sorted(home.glob(f"*/{ABOUT}")):
-        reports = load_reports(path.parent)
+        try:
+            reports, about = load_reports(path.parent), records.read_about(path.parent)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; this evaluation is left out", DamagedFile, stacklevel=2)
+            continue
         if reports:
-            yield Stored(reports, path.parent, records.read_about(path.parent))
+            yield Stored(reports, path.parent, about)
 
 
 def _written(stored: Stored) -> float:
@@ -337,8 +348,13 @@ def _written(stored: Stored) -> float:
 def _reports_inside(folder: Path) -> list[dict[str, JsonValue]]:
     """The reports in a model folder; empty for a checkpoint."""
     path = folder / "reports" / "reports.json"
-    reports: list[dict[str, JsonValue]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return reports
+    try:
+        content = read_json(path) if path.is_file() else []
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, list):
+        remark(path, "the reports in the model's folder are left out")
+    return [each for each in content if isinstance(each, dict)] if isinstance(content, list) else []
 
 
 def together(nets: Sequence[EvaluatedNet]) -> list[Evaluated]:

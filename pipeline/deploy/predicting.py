@@ -24,7 +24,7 @@ from pipeline.evaluation.evaluate import Evaluator, choose, device_name, restore
 from pipeline.evaluation.frontier import Budget, best_within, macs_text
 from pipeline.family import Policy, Report
 from pipeline.registry.model import Answers, LoadedModel, load_model, predict
-from pipeline.runs.files import write_text
+from pipeline.runs.files import read_json, write_text
 from pipeline.training.loop import device_of
 
 READ_AT_ONCE = 256  # images held in memory
@@ -142,9 +142,8 @@ class Predictor:
     def _milliseconds(self, sample: Sequence[Path]) -> list[float]:
         """The time of one image under each policy, from the cache or measured now."""
         path = self.cache / f"{self._key}.json"
-        if path.is_file():
-            stored: Mapping[str, float] = json.loads(path.read_text(encoding="utf-8"))["milliseconds"]
-        else:
+        stored = _stored_times(path, [report.policy for report in self.reports])
+        if stored is None:
             stored = self._measured(self._pictures(sample), [report.policy for report in self.reports])
             about = {"source": self.source, "device": device_name(self.model.device), "batch": 1}
             with suppress(OSError):  # it is measured again if it cannot be stored
@@ -260,3 +259,15 @@ def as_mapping(answer: Classified | Unreadable) -> dict[str, JsonValue]:
     pairs = zip(answer.labels, answer.probabilities, strict=True)
     top: list[JsonValue] = [{"label": label, "probability": probability} for label, probability in pairs]
     return {"file": answer.file, "top": top, "macs": answer.macs}
+
+
+def _stored_times(path: Path, policies: Sequence[str]) -> Mapping[str, float] | None:
+    """The milliseconds in a file of the cache; None if there is none for each policy."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return None
+    times = content.get("milliseconds") if isinstance(content, dict) else None
+    found = times if isinstance(times, dict) else {}
+    known = {name: float(each) for name, each in found.items() if isinstance(each, int | float)}
+    return known if set(policies) <= set(known) else None

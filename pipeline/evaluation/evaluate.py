@@ -6,7 +6,6 @@ class, without knowing their meaning. Letters: N images, B of them in a batch, K
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,10 +22,10 @@ from torch import Tensor, nn
 from pipeline import cost, ranks
 from pipeline.data import pixels
 from pipeline.data.config import DataConfig
-from pipeline.errors import ConfigError, DataError, JsonValue
+from pipeline.errors import CheckpointError, ConfigError, DataError, JsonValue
 from pipeline.evaluation import reports_v1
 from pipeline.family import Fitted, Latency, Policy, Prediction, Report
-from pipeline.runs.files import whole_file, write_json
+from pipeline.runs.files import read_json, whole_file, write_json
 from pipeline.training.memory import keep_freed_memory
 
 BINS = 15  # bins of the calibration error
@@ -354,8 +353,13 @@ def _store(folder: Path, reports: Sequence[Report], merged: Mapping[str, Arrays]
 
 
 def load_reports(folder: Path) -> list[Report]:
-    """The reports in the folder of an evaluation; empty if there are none."""
+    """The reports in the folder of an evaluation; empty if there are none. Raises CheckpointError if damaged."""
     path = folder / "reports.json"
     if not path.exists():
         return []
-    return [reports_v1.read(record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    try:
+        return reports_v1.read_all(read_json(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error}); evaluate again, or remove the folder", key=path.name, subject=path
+        ) from None

@@ -12,7 +12,7 @@ from pipeline import family as families
 from pipeline import ranks
 from pipeline.data.dali import EvalLoader
 from pipeline.data.index import ImageIndex, Splits
-from pipeline.errors import JsonValue
+from pipeline.errors import ConfigError, JsonValue
 from pipeline.evaluation.evaluate import Batches, Evaluator, calibrate, choose, evaluate, restored
 from pipeline.evaluation.robustness import Attack, Attacked, ResolutionSweep
 from pipeline.family import Fitted, Report
@@ -30,16 +30,32 @@ def placed(net: nn.Module, device: torch.device, channels_last: bool) -> nn.Modu
 
 
 def check_policies(config: RunConfig, splits: Splits) -> None:
-    """Raises ConfigError if a requested policy is unknown, cannot work, or has no images to be fitted on."""
+    """Raises ConfigError if a requested policy is unknown, cannot work, or has no images to be fitted on.
+
+    Also if `checkpoint.best` is no metric of the evaluations during training.
+    """
     family, num_classes = families.find(config.family.name), len(splits.train.classes)
     net = family.build(config.family, num_classes).eval()
-    policies = choose(family.policies(config.family, net), config.evaluation.policies)
+    policies = family.policies(config.family, net)
+    _check_best(config.checkpoint.best, policies[0].name, num_classes)
+    policies = choose(policies, config.evaluation.policies)
     example = torch.zeros(1, 3, config.data.side_for_eval, config.data.side_for_eval)
     for policy in policies:
         if isinstance(policy, Fitted):
             policy.check(net, example)
     if len(splits.held_out) == 0:
         calibrate(policies, net, None, evaluator(config, torch.device("cpu"), num_classes, latency=False))
+
+
+def _check_best(best: str | None, policy: str, num_classes: int) -> None:
+    logged = [f"eval/{policy}/top1", *([f"eval/{policy}/top5"] if num_classes >= 5 else [])]
+    if best is not None and best not in logged:
+        raise ConfigError(
+            f"checkpoint.best (={best}): no evaluation during training gives it; they run the first policy and give "
+            f"{' and '.join(logged)}",
+            key="checkpoint.best",
+            subject=best,
+        )
 
 
 def evaluator(config: RunConfig, device: torch.device, num_classes: int, *, latency: bool) -> Evaluator:

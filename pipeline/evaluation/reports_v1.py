@@ -37,6 +37,20 @@ def read(record: Mapping[str, JsonValue]) -> Report:
     return Report.from_json({**record, "kind": kind, "settings": dict(settings)})
 
 
+def read_all(content: JsonValue) -> list[Report]:
+    """Stored reports of any format. Raises ValueError if there is none, or one is damaged."""
+    if not isinstance(content, list) or not content:
+        raise ValueError("it holds no reports")
+    try:
+        reports = [read(record) for record in content if isinstance(record, dict)]
+        sound = all(type(each.top1) in (int, float) and type(each.macs_mean) in (int, float) for each in reports)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    if len(reports) < len(content) or not sound:
+        raise ValueError("a report has values of wrong types")
+    return reports
+
+
 def identity(policy: str) -> tuple[str, Settings]:
     """Kind and settings of a policy of this name; "" and {} for a name that no family of ours gave."""
     if resized := SIDE.fullmatch(policy):

@@ -30,7 +30,7 @@ import psutil
 
 from pipeline.errors import ResourceError
 from pipeline.execution import ray_token, sockets
-from pipeline.runs.files import move_file, write_text
+from pipeline.runs.files import move_file, read_json, write_text
 
 POLL_S = 0.5
 MISSES = 3  # failed polls in a row after which the head counts as gone
@@ -429,7 +429,7 @@ def _free_port(ip: str) -> int:
 def _read(path: Path) -> dict[str, str]:
     """The file's entries; {} if it does not exist or is not yet complete."""
     try:
-        entries: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
     except (OSError, ValueError):
         return {}
-    return entries
+    return {key: str(value) for key, value in entries.items()} if isinstance(entries, dict) else {}

@@ -74,11 +74,19 @@ def work(worker: WorkerConfig, beats: Beats | None = None) -> None:
     except AdaptNetError as error:
         records.leave_error(error, run_dir, ranks.rank())
         raise
+    except (IsADirectoryError, NotADirectoryError) as error:
+        misplaced = ResourceError(
+            f"{error.filename2 or error.filename}: {error.strerror}, where a file of the run belongs; remove it",
+            key="run folder",
+            subject=error.filename2 or error.filename,
+        )
+        records.leave_error(misplaced, run_dir, ranks.rank())
+        raise misplaced from error
     except (MemoryError, RuntimeError) as error:
         message = memory.oom_message(error)
         if message is None:
             raise
-        config = run_config.from_mapping(worker.recipe, "the driver's recipe")
+        config = run_config.from_mapping(worker.recipe, "the driver's recipe", stored=True)
         described = out_of_memory(config, message)
         records.leave_error(described, run_dir, ranks.rank())
         raise described from error
@@ -168,7 +176,7 @@ class RunContext:
 
 def prepare(worker: WorkerConfig) -> RunContext:
     """Opens the data and the storage. Raises ConfigError if there are fewer training images than ranks."""
-    config, run_dir = run_config.from_mapping(worker.recipe, "the driver's recipe"), Path(worker.run_dir)
+    config, run_dir = run_config.from_mapping(worker.recipe, "the driver's recipe", stored=True), Path(worker.run_dir)
     splits = open_splits(config.data, config.seed)
     images, world = len(splits.train), ranks.world()
     if images < world:

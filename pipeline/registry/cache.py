@@ -17,9 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict, cast
 
+from pipeline.errors import JsonValue
 from pipeline.registry.model_store import ModelStore, RegisteredModel, VersionRow
 from pipeline.registry.store_reader import open_store
-from pipeline.runs.files import write_text
+from pipeline.runs.files import read_json, write_text
 from pipeline.runs.provenance import without_secrets
 
 FORMAT = 1
@@ -34,6 +35,9 @@ class CachedRow(TypedDict):
     run_id: str | None
     created: float
     tags: dict[str, str]
+
+
+ROW = set(CachedRow.__annotations__)
 
 
 class CachedModel(TypedDict):
@@ -75,11 +79,18 @@ def _path(uri: str, home: Path | None) -> Path:
 def _read(path: Path) -> dict[str, CachedModel]:
     """The content of the cache; empty if it cannot be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        models: dict[str, CachedModel] = content["models"] if content["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        content = read_json(path)
+    except (OSError, ValueError):
         return {}
-    return models
+    models = content.get("models") if isinstance(content, dict) and content.get("format") == FORMAT else None
+    entries = models.items() if isinstance(models, dict) else ()
+    return {name: cast(CachedModel, model) for name, model in entries if _is_whole(model)}
+
+
+def _is_whole(model: JsonValue) -> bool:
+    """Whether a model of the cache holds what was written; one that does not is queried again."""
+    rows = model.get("rows") if isinstance(model, dict) and isinstance(model.get("stamp"), str) else None
+    return isinstance(rows, list) and all(isinstance(row, dict) and set(row) == ROW for row in rows)
 
 
 def _write(path: Path, models: Mapping[str, CachedModel]) -> None:

@@ -55,7 +55,9 @@ class Version:
         """The figures of each policy, the default first. Raises CheckpointError if the tag is damaged."""
         try:
             reports: list[StoredReport] = json.loads(self.tags.get("adaptnet.reports", "[]"))
-        except ValueError as error:
+            if not isinstance(reports, list) or not all(isinstance(each, dict) for each in reports):
+                raise ValueError("it holds no reports")
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.reference}: its tag adaptnet.reports is damaged ({error})",
                 key="adaptnet.reports",

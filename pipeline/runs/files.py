@@ -11,9 +11,12 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from pipeline.errors import JsonValue
 
 CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # some network file systems, unreadable folders
 
@@ -33,6 +36,24 @@ def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
     """Replaces the content of `path` by `value` as JSON; creates the folder of `path` if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(value, indent=indent))
+
+
+class DamagedFile(UserWarning):
+    """A file of ours is damaged, and what is done without it."""
+
+
+def read_json(path: Path) -> JsonValue:
+    """The content of a JSON file. Raises OSError if it cannot be read, ValueError if it is no JSON."""
+    try:
+        content: JsonValue = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("too many levels") from None
+    return content
+
+
+def remark(path: Path, consequence: str) -> None:
+    """Warns that a file of ours is damaged, and says what happens without it."""
+    warnings.warn(f"{path} is damaged: {consequence}", DamagedFile, stacklevel=2)
 
 
 @contextmanager

@@ -17,9 +17,9 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
-from pipeline.runs.files import write_text
+from pipeline.runs.files import read_json, write_text
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "nvidia-dali-cuda130", "numpy", "safetensors")
 KEPT = "git.json"  # file in a copy of a checkout that records the state of the original
@@ -93,10 +93,10 @@ def record(run_dir: Path, command: Sequence[str]) -> None:
 def read(run_dir: Path) -> Environment:
     """environment.json as `record` has written it; empty if it has not."""
     try:
-        environment: Environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+        environment = read_json(run_dir / "environment.json")
     except (OSError, ValueError):
         return {}
-    return environment
+    return cast(Environment, environment) if isinstance(environment, dict) else {}
 
 
 def git_state(folder: Path) -> GitState | None:
@@ -113,10 +113,10 @@ def git_state(folder: Path) -> GitState | None:
 def _kept(folder: Path) -> GitState | None:
     """The state of the checkout of which this folder is a copy, from the file KEPT."""
     try:
-        state: GitState | None = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+        state = read_json(folder / KEPT)
     except (OSError, ValueError):
         return None
-    return state
+    return cast(GitState, state) if isinstance(state, dict) else None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -7,15 +7,15 @@ ignored, so that a later version may add some.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 from pipeline.errors import AdaptNetError, CheckpointError, JsonValue, from_record
-from pipeline.runs.files import write_json
+from pipeline.runs import journal
+from pipeline.runs.files import read_json, remark, write_json
 
 STATUS, ATTEMPT, ABOUT, META = "status.json", "attempt.json", "about.json", "meta.json"
 
@@ -38,9 +38,9 @@ class Record:
                 f"{where}: {cls.FILE} holds no mapping, so it is damaged", key=cls.FILE, subject=where
             )
         number = content.get("format", 1)
-        if not isinstance(number, int) or number > cls.FORMAT:
+        if type(number) is not int or number > cls.FORMAT:
             raise CheckpointError(
-                f"{where}: format {number} of {cls.FILE}; this version of adaptnet reads up to {cls.FORMAT}",
+                f"{where}: format {shown(number)} of {cls.FILE}; this version of adaptnet reads up to {cls.FORMAT}",
                 key=cls.FILE,
                 subject=number,
             )
@@ -81,7 +81,7 @@ class Status(Record):
     @classmethod
     def _from_fields(cls, content: Mapping[str, JsonValue]) -> Self:
         return cls(
-            finished=bool(content.get("finished", False)),
+            finished=_truth(content.get("finished", False)),
             step=_integer(content.get("step", 0)),
             fingerprint=_mapping(content.get("fingerprint")),
             best=_text(content.get("best")),
@@ -200,45 +200,69 @@ class Meta(Record):
 
 def _mapping(value: JsonValue) -> dict[str, JsonValue]:
     if value is not None and not isinstance(value, dict):
-        raise TypeError(f"a mapping is expected, not {value!r}")
+        raise TypeError(f"a mapping is expected, not {shown(value)}")
     return value or {}
 
 
 def _texts(value: JsonValue) -> tuple[str, ...]:
     if value is not None and not isinstance(value, list):
-        raise TypeError(f"a list is expected, not {value!r}")
+        raise TypeError(f"a list is expected, not {shown(value)}")
     return tuple(str(each) for each in value or ())
 
 
 def _text(value: JsonValue) -> str | None:
-    return None if value is None else str(value)
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"a text is expected, not {shown(value)}")
+    return value
+
+
+def _truth(value: JsonValue) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"true or false is expected, not {shown(value)}")
+    return value
 
 
 def _integer(value: JsonValue) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"a whole number is expected, not {value!r}")
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise TypeError(f"a whole number is expected, not {shown(value)}")
     return value
 
 
 def _number(value: JsonValue) -> float:
-    if not isinstance(value, int | float):
-        raise TypeError(f"a number is expected, not {value!r}")
-    return value
+    if type(value) not in (int, float):
+        raise TypeError(f"a number is expected, not {shown(value)}")
+    return cast(float, value)
+
+
+def shown(value: object) -> str:
+    """The beginning of a damaged value, for messages."""
+    return repr(value)[:60]
 
 
 # ---- files of a run folder
 
 
 def read_status(run_dir: Path) -> Status:
-    """The run's status.json; `Status()` if the run never ended by itself or the file cannot be read.
+    """The run's status.json; `Status()` if the run never ended by itself or the file is damaged.
 
     Raises CheckpointError if the file has a newer format.
     """
     try:
-        content = json.loads((run_dir / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(run_dir / STATUS)
+        status = Status.from_json(content, str(run_dir))
+    except FileNotFoundError:
         return Status()
-    return Status.from_json(content, str(run_dir))
+    except (OSError, ValueError, CheckpointError) as error:
+        if isinstance(error, CheckpointError) and _is_newer(content, Status):
+            raise
+        remark(run_dir / STATUS, "the run counts as one that has not ended; the same command ends it again")
+        return Status()
+    return status
+
+
+def _is_newer(content: JsonValue, kind: type[Record]) -> bool:
+    number = content.get("format") if isinstance(content, dict) else None
+    return type(number) is int and number > kind.FORMAT
 
 
 def write_status(run_dir: Path, status: Status) -> None:
@@ -251,8 +275,8 @@ def read_about(folder: Path) -> About:
     if not path.is_file():
         return About()
     try:
-        return About.from_json(json.loads(path.read_text(encoding="utf-8")), str(folder))
-    except ValueError as error:
+        return About.from_json(read_json(path), str(folder))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged ({error})", key=ABOUT, subject=path) from None
 
 
@@ -268,11 +292,24 @@ def next_attempt(run_dir: Path) -> int:
 
 
 def attempts(run_dir: Path) -> int:
-    """How often the run in this folder has been started."""
+    """How often the run in this folder has been started; by its journal if attempt.json is damaged."""
     path = run_dir / ATTEMPT
-    if not path.exists():
-        return 0
-    return Attempt.from_json(json.loads(path.read_text(encoding="utf-8")), str(run_dir)).attempt
+    try:
+        content = read_json(path)
+        return Attempt.from_json(content, str(run_dir)).attempt
+    except FileNotFoundError:
+        return _attempts_in_journal(run_dir)
+    except (OSError, ValueError, CheckpointError) as error:
+        if isinstance(error, CheckpointError) and _is_newer(content, Attempt):
+            raise
+        remark(path, "the starts are counted in the journal")
+        return _attempts_in_journal(run_dir)
+
+
+def _attempts_in_journal(run_dir: Path) -> int:
+    path = run_dir / "journal" / f"rank0{journal.SUFFIX}"
+    counts = [record.get("attempt", 0) for record in journal.last_records(path)] if path.is_file() else []
+    return max((count for count in counts if isinstance(count, int)), default=0)
 
 
 def leave_error(error: AdaptNetError, run_dir: Path, rank: int) -> None:
@@ -284,5 +321,10 @@ def leave_error(error: AdaptNetError, run_dir: Path, rank: int) -> None:
 def error_left(run_dir: Path) -> AdaptNetError | None:
     """The error that the lowest rank wrote to the run folder, of its own class; None if no rank did."""
     for path in sorted(run_dir.glob("error-*.json")):
-        return from_record(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            record = read_json(path)
+            if isinstance(record, dict):
+                return from_record(record)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
+            remark(path, "the error of that rank is in the log only")
     return None

@@ -77,7 +77,9 @@ with warnings.catch_warnings():
         upload_checkpoints: bool = True  # the best and the last as artifacts; their locations are sent in any case
         also: tuple[Literal["tensorboard"], ...] = ()  # further trackers; tensorboard writes RUN/tensorboard
         parent: Path | None = None  # folder of the run that this one is a part of: the sweep's, for its trials
-        patience_s: Annotated[float, Field(ge=0)] = 120.0  # how long the end of the run waits for unsent records
+        patience_s: Annotated[float, Field(ge=0, le=1e6)] = (
+            120.0  # how long the end of the run waits for unsent records
+        )
 
 
 def resolve_uri(uri: str | None, run_dir: Path) -> str:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import JsonValue, ResourceError
-from pipeline.runs.files import write_json
+from pipeline.runs.files import read_json, write_json
 from pipeline.runs.provenance import without_secrets
+
+
+def _checked(content: JsonValue) -> dict[str, Any]:
+    """The content of a ledger. Raises ValueError if a field is not of its type."""
+    fields = dict(content) if isinstance(content, dict) else {}
+    offsets, run_id = fields.get("offsets", {}), fields.get("run_id")
+    texts = all(isinstance(fields.get(key, ""), str) for key in ("id", "uri", "experiment"))
+    counts = isinstance(offsets, dict) and all(type(each) is int and each >= 0 for each in offsets.values())
+    if not (texts and counts and "id" in fields and isinstance(fields.get("files", {}), dict)):
+        raise ValueError("it is damaged")
+    if run_id is not None and not isinstance(run_id, str):
+        raise ValueError("run_id is damaged")
+    return fields
 
 
 @dataclass
@@ -42,7 +55,7 @@ class Ledger:
         if not path.exists():
             return cls(path, uuid.uuid4().hex)
         try:
-            return cls(path, **json.loads(path.read_text(encoding="utf-8")))
+            return cls(path, **_checked(read_json(path)))
         except (OSError, ValueError, TypeError) as error:
             raise ResourceError(
                 f"{path}: cannot be read ({error}). Restore a copy, or remove it: then a new MLflow run is created",

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -27,15 +28,17 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import config as configs
-from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, ResourceError
+from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, JsonValue, ResourceError
 from pipeline.family import AnyFamily, FamilyConfig, find
-from pipeline.runs.files import move_folder, sync_file, sync_folder
+from pipeline.runs.files import move_folder, read_json, remark, sync_file, sync_folder, write_text
 from pipeline.runs.records import META, Meta, read_status
 from pipeline.training import state as states
 from pipeline.training.config import CheckpointConfig
 from pipeline.training.state import SavedState, TrainState
 
 COMPLETE = "COMPLETE.json"
+STATE = "state.pt"
+ID = "id"  # a file in the run folder
 OWNER = "OWNER"  # a file in a shared storage: the id of the run folder that the checkpoints beside it are of
 PARALLEL = "module."  # prefix of each name in a net that was saved inside DataParallel or DDP
 
@@ -83,7 +86,7 @@ class LocalStorage:
         self.root = root
 
     def names(self) -> list[str]:
-        return sorted(path.parent.name for path in self.root.glob(f"step-*/{COMPLETE}"))
+        return sorted(filter(_is_name, (path.parent.name for path in self.root.glob(f"step-*/{COMPLETE}"))))
 
     def store(self, folder: Path, name: str) -> None:
         move_folder(folder, self.root / name, replace=True)
@@ -96,10 +99,10 @@ class LocalStorage:
 
     def owner(self) -> str | None:
         path = self.root / OWNER
-        return path.read_text(encoding="utf-8") if path.exists() else None
+        return _id_in(path) if path.exists() else None
 
     def claim(self, owner: str) -> None:
-        (self.root / OWNER).write_text(owner, encoding="utf-8")
+        write_text(self.root / OWNER, owner)
 
     def remove(self, name: str) -> None:
         (self.root / name / COMPLETE).unlink(missing_ok=True)
@@ -128,7 +131,8 @@ class RemoteStorage:
         from pyarrow import fs
 
         infos = self._fs.get_file_info(fs.FileSelector(self._root, recursive=True, allow_not_found=True))
-        return sorted(Path(info.path).parent.name for info in infos if info.base_name == COMPLETE)
+        names = (Path(info.path).parent.name for info in infos if info.base_name == COMPLETE)
+        return sorted(filter(_is_name, names))
 
     def store(self, folder: Path, name: str) -> None:
         from pyarrow import fs
@@ -176,7 +180,7 @@ class RemoteStorage:
         if self._fs.get_file_info(path).type == fs.FileType.NotFound:
             return None
         with self._fs.open_input_stream(path) as stream:
-            return str(stream.read().decode())
+            return str(stream.read().decode("utf-8", "replace"))
 
     def claim(self, owner: str) -> None:
         with self._fs.open_output_stream(f"{self._root}/{OWNER}") as stream:
@@ -238,11 +242,20 @@ def open_storage(config: CheckpointConfig, run_dir: Path) -> Storage:
 
 
 def claim_storage(storage: Storage, run_dir: Path) -> None:
-    """Claims the storage for this run. Raises ConfigError if another run folder of the same name has claimed it."""
-    path = run_dir / "id"
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex, encoding="utf-8")
-    mine, owner = path.read_text(encoding="utf-8"), storage.owner()
+    """Claims the storage for this run. Raises ConfigError if another run folder of the same name has claimed it.
+
+    If one of the two files that say so is damaged, a storage in the run's own folder is this run's; for a shared one
+    CheckpointError is raised.
+    """
+    path, own = run_dir / ID, isinstance(storage, LocalStorage) and storage.root == run_dir / "checkpoints"
+    mine, owner = _id_in(path) if path.exists() else None, storage.owner()
+    for held, file in ((mine, str(path)), (owner, f"{storage.where(OWNER)}")):
+        if held is not None and not _is_id(held):
+            _mend_id(file, own=own)
+    mine, owner = (held if held is not None and _is_id(held) else None for held in (mine, owner))
+    if mine is None:
+        mine = owner if own and owner is not None else uuid.uuid4().hex
+        write_text(path, mine)
     if owner is None:
         storage.claim(mine)
     elif owner != mine:
@@ -252,6 +265,34 @@ def claim_storage(storage: Storage, run_dir: Path) -> None:
             key="checkpoint.storage",
             subject=storage.where(""),
         )
+
+
+def _id_in(path: Path) -> str:
+    """The id in a file; a text that is none if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "unreadable"
+
+
+def _is_id(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{32}", text) is not None
+
+
+def _mend_id(file: str, *, own: bool) -> None:
+    """Remarks that a run's id is damaged. Raises CheckpointError if the checkpoints may be another run's."""
+    if not own or Path(file).is_dir():
+        raise CheckpointError(
+            f"{file}: damaged; it says which run folder the checkpoints in checkpoint.storage are of. If they are this "
+            f"run's, remove {OWNER} there and {ID} in the run folder; else give this run another name",
+            key=Path(file).name,
+            subject=file,
+        )
+    remark(Path(file), "it is written anew, since the checkpoints are in the run's own folder")
+
+
+def _is_name(name: str) -> bool:
+    return re.fullmatch(r"step-\d{8,}", name) is not None
 
 
 def _local(root: Path) -> LocalStorage:
@@ -396,7 +437,7 @@ def write(folder: Path, mapping: Mapping[str, object], meta: Meta) -> None:
             (folder / f"{name}.safetensors").write_bytes(save(cast(dict[str, Tensor], rest.pop(name))))
     buffer = io.BytesIO()  # torch's and safetensors' own writers hide the reason for a failed write
     torch.save(rest, buffer)
-    (folder / "state.pt").write_bytes(buffer.getbuffer())
+    (folder / STATE).write_bytes(buffer.getbuffer())
     _write_json(folder / META, meta.to_json())
     files = sorted(folder.iterdir())
     for file in files:
@@ -429,24 +470,42 @@ def read_meta(folder: Path) -> Meta:
 def _meta_in(content: bytes, where: str) -> Meta:
     try:
         return Meta.from_json(json.loads(content), where)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: meta.json is damaged ({error})", key=META, subject=where) from None
 
 
 def verify(folder: Path) -> None:
     """Raises CheckpointError, with the file as its subject, if a file is missing, short or changed."""
     try:
-        expected = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        expected = _expected(read_json(folder / COMPLETE))
     except (OSError, ValueError):
-        raise _damaged(folder, f"has no {COMPLETE}: it was not written completely") from None
-    for name, entry in expected.items():
+        raise _damaged(folder, f"has no whole {COMPLETE}: it was not written completely") from None
+    for name, (size, checksum) in expected.items():
         path = folder / name
-        size = path.stat().st_size if path.exists() else None
-        if size != entry["bytes"]:
-            state_of_file = "is missing" if size is None else f"has {size} bytes, not {entry['bytes']}"
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state_of_file = "is missing" if found is None else f"has {found} bytes, not {size}"
             raise _damaged(path, f"{state_of_file}: the checkpoint is damaged")
-        if sha256(path) != entry["sha256"]:
+        try:
+            same = sha256(path) == checksum
+        except OSError as error:
+            raise _damaged(path, f"cannot be read ({error.strerror})") from None
+        if not same:
             raise _damaged(path, f"differs from its checksum in {COMPLETE}: the checkpoint is damaged")
+
+
+def _expected(content: JsonValue) -> dict[str, tuple[int, str]]:
+    """The size and checksum of each file by COMPLETE.json. Raises ValueError if it does not name a checkpoint's."""
+    entries = content if isinstance(content, dict) else {}
+    expected = {
+        name: (size, checksum)
+        for name, entry in entries.items()
+        if "/" not in name and isinstance(entry, dict)
+        if isinstance(size := entry.get("bytes"), int) and isinstance(checksum := entry.get("sha256"), str)
+    }
+    if len(expected) < len(entries) or not {META, STATE} <= set(expected):
+        raise ValueError("not the files of a checkpoint")
+    return expected
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
@@ -480,7 +539,7 @@ def read(folder: Path) -> SavedState:
     from safetensors.torch import load_file
 
     try:
-        mapping = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        mapping = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         for name in ("net", "ema"):
             if (folder / f"{name}.safetensors").exists():
                 mapping[name] = load_file(folder / f"{name}.safetensors")
@@ -570,7 +629,7 @@ def load_net(folder: Path) -> tuple[nn.Module, AnyFamily, FamilyConfig, Meta]:
     from safetensors.torch import load_file
 
     meta = read_meta(folder)
-    family = find(str(meta.family["name"]))
+    family = find(str(meta.family.get("name")))
     config = configs.validate_stored(family.config, meta.family, f"{folder}: recipe.family")
     net = family.build(config, len(meta.classes))
     ema = folder / "ema.safetensors"

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from pipeline.config import Config, Count, Duration, Positive, Span
+from pipeline.config import (
+    BelowOne,
+    Config,
+    Count,
+    Duration,
+    FilePath,
+    Positive,
+    Span,
+    each_once,
+    fault,
+    is_stored,
+    meant,
+)
 from pipeline.errors import JsonValue
 from pipeline.training.losses import AnyLoss
 from pipeline.training.losses.cross_entropy import CrossEntropyConfig
@@ -17,6 +28,7 @@ from pipeline.training.optimizers import AnyOptimizer
 from pipeline.training.optimizers.sgd import SgdConfig
 from pipeline.training.schedules import AnySchedule
 from pipeline.training.schedules.cosine import CosineConfig
+from pipeline.training.schedules.steps import StepsConfig
 
 
 class TrainingConfig(Config):
@@ -29,19 +41,49 @@ class TrainingConfig(Config):
     schedule: AnySchedule = CosineConfig()
     loss: AnyLoss = CrossEntropyConfig()
     decay_norms_and_biases: bool = False  # weight decay for them too, as in the papers of the four families
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: BelowOne = 0.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     clip_norm: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
     channels_last: bool = True  # memory format of images and weights; faster on CPU too
-    start_from: Path | None = None  # initial weights: a checkpoint's or model's folder, .safetensors or .pt
+    start_from: FilePath | None = None  # initial weights: a checkpoint's or model's folder, .safetensors or .pt
     compile: bool = False  # torch.compile; without a C++ compiler the run logs a warning and trains uncompiled
     sync_batchnorm: bool = False  # BatchNorm over all ranks; GPU only
+
+    @model_validator(mode="after")
+    def _within_the_epochs(self, info: ValidationInfo) -> TrainingConfig:
+        """What a schedule does after the last epoch is never done; a stored recipe may say it."""
+        schedule, epochs = self.schedule, self.epochs
+        if is_stored(info):
+            return self
+        if schedule.warmup_epochs > epochs:
+            raise fault("schedule.warmup_epochs", f"the training has {epochs:g} epochs, so the warm-up never ends")
+        late = [each for each in schedule.milestones if each >= epochs] if isinstance(schedule, StepsConfig) else []
+        if late:
+            raise fault(
+                "schedule.milestones",
+                f"{', '.join(f'{each:g}' for each in late)} never comes: the training has {epochs:g} epochs, and "
+                "milestones are in epochs",
+            )
+        return self
 
     @field_validator("channels_last", mode="before")
     @classmethod
     def _of_older_recipes(cls, value: object) -> object:
         return True if value == "auto" else value
+
+
+def _is_top(key: str) -> str | None:
+    if key.startswith("eval/") and key.endswith(("/top1", "/top5")):
+        return None
+    return "checkpoints are ranked by eval/POLICY/top1 or eval/POLICY/top5 of the evaluations during training"
+
+
+def _some(names: tuple[str, ...]) -> str | None:
+    return each_once(names) if names else "an evaluation runs at least one policy; null stands for all"
+
+
+Batch = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class CheckpointConfig(Config):
@@ -50,8 +92,10 @@ class CheckpointConfig(Config):
     every: Span = Duration(value=10, unit="minutes")
     storage: str | None = None  # folder or URI that all nodes can reach; null: the run folder
     keep_last: Count = 2
-    keep_best: Annotated[int, Field(ge=0)] = 1
-    best: str | None = None  # metric that is best when highest; null: the first policy's top-1
+    keep_best: Annotated[int, Field(ge=0, le=1_000_000)] = 1
+    best: Annotated[str, meant(_is_top)] | None = (
+        None  # metric that is best when highest; null: the first policy's top-1
+    )
 
     @field_validator("storage")
     @classmethod
@@ -69,9 +113,16 @@ class EvaluationConfig(Config):
 
     every: Span = Duration(value=1, unit="epochs")
     batch_size: Count = 256  # over all workers
-    policies: tuple[str, ...] | None = None  # names of the policies to run at the end; null: all of them
-    latency_batches: tuple[Count, ...] = (1, 32)  # batch sizes whose latency is measured, on rank 0
-    latency_repeats: Annotated[int, Field(ge=0)] = 5  # timed runs per batch size after one to warm up; 0: none
+    policies: Annotated[tuple[str, ...], meant(_some)] | None = (
+        None  # names of the policies to run at the end; null: all of them
+    )
+    latency_batches: Annotated[tuple[Batch, ...], meant(each_once)] = (
+        1,
+        32,
+    )  # batch sizes whose latency is measured, on rank 0
+    latency_repeats: Annotated[int, Field(ge=0, le=10_000)] = (
+        5  # timed runs per batch size after one to warm up; 0: none
+    )
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
@@ -85,4 +136,4 @@ class LoggingConfig(Config):
     """How often training metrics are written."""
 
     every: Span = Duration(value=20, unit="steps")
-    system_every_s: Positive = 10.0  # system metrics of each node
+    system_every_s: Annotated[float, Field(ge=0.1, le=86_400)] = 10.0  # system metrics of each node

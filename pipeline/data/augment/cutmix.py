@@ -23,7 +23,9 @@ class CutMix(MixOperation):
     name: ClassVar[str] = "cutmix"
     order: ClassVar[int] = 40
 
-    cutmix_alpha: Annotated[float, Field(ge=0)] = 0.0  # Beta(alpha, alpha) draws the unchanged share of area; 0: off
+    cutmix_alpha: Annotated[float, Field(ge=0, le=100)] = (
+        0.0  # Beta(alpha, alpha) draws the unchanged share of area; 0: off
+    )
 
     @property
     def active(self) -> bool:

@@ -12,11 +12,10 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
+from pipeline.config import Side
 from pipeline.data.augment.operation import ImageOperation
 from pipeline.data.philox import Ints, Purpose, SampleKeys, uniform
 from pipeline.errors import JsonValue
-
-Side = Annotated[int, Field(ge=1)]
 
 
 def _falling(sides: tuple[int, ...]) -> tuple[int, ...]:

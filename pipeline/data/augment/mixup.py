@@ -22,7 +22,7 @@ class MixUp(MixOperation):
     name: ClassVar[str] = "mixup"
     order: ClassVar[int] = 30
 
-    mixup_alpha: Annotated[float, Field(ge=0)] = 0.0  # Beta(alpha, alpha) draws the mixing proportion; 0: off
+    mixup_alpha: Annotated[float, Field(ge=0, le=100)] = 0.0  # Beta(alpha, alpha) draws the mixing proportion; 0: off
 
     @property
     def active(self) -> bool:

@@ -19,7 +19,7 @@ class RandomPadCrop(Crop):
     name: ClassVar[str] = "random-pad"
     order: ClassVar[int] = 1
 
-    pad_px: Annotated[int, Field(ge=0)] = 4  # zeros on each side before the window is cut
+    pad_px: Annotated[int, Field(ge=0, le=8192)] = 4  # zeros on each side before the window is cut
 
     def windows(self, keys: SampleKeys, side_px: int, height: Ints, width: Ints) -> Ints:
         """A square of `side_px`, each place alike."""

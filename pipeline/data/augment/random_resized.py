@@ -20,8 +20,8 @@ def _rising_to_1(scale: tuple[float, float]) -> tuple[float, float]:
 
 
 def _rising(ratio: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError("must be positive and rise")
+    if not 0.01 <= ratio[0] <= ratio[1] <= 100:
+        raise ValueError("must rise within 0.01..100")
     return ratio
 
 

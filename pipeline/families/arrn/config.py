@@ -20,11 +20,13 @@ from pipeline.errors import JsonValue
 from pipeline.families.arrn.filters import Filter
 from pipeline.family import FamilyConfig
 
-Side = Annotated[int, Field(ge=2)]
-Width = Annotated[int, Field(ge=3)]  # at least the 3 colour channels, or growing could not preserve the function
-Layers = Annotated[str, Field(pattern=r"^[FM][1-9]\d*x[1-9]\d*$")]  # "F2x3": 3 Fused-MBConv (M: MBConv), expansion 2
+Side = Annotated[int, Field(ge=2, le=8192)]
+Width = Annotated[
+    int, Field(ge=3, le=8192)
+]  # at least the 3 colour channels, or growing could not preserve the function
+Layers = Annotated[str, Field(pattern=r"^[FM][1-9]\d?x[1-9]\d?$")]  # "F2x3": 3 Fused-MBConv (M: MBConv), expansion 2
 Probability = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class ArrnConfig(FamilyConfig):
     widths: tuple[Width, ...] = ()  # channels at each resolution
     inner: tuple[Layers, ...] = ()  # layers of each residual, e.g. F2x1
     final: Layers | None = None
-    head_width: Annotated[int, Field(ge=1)] = 1280
+    head_width: Annotated[int, Field(ge=1, le=65_536)] = 1280
     finest_px: int | None = None  # omits the residuals above this resolution: the sub-network to grow from
     filters: Filter | tuple[Filter, ...] = (
         "dct"  # the paper's is kaiser, whose skipping is less exact; a list: by residual

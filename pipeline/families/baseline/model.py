@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.googlenet import GoogLeNetOutputs
 
 from pipeline.blocks import Logits, Stem, conv_bn, he_fan_out
+from pipeline.config import each_once, meant
 from pipeline.errors import ConfigError, JsonValue
 from pipeline.family import FamilyConfig
 
@@ -56,12 +57,14 @@ class BaselineConfig(FamilyConfig):
     name: Literal["baseline"] = "baseline"
     net: str = "resnet50"
     stem: Stem = "imagenet"  # cifar: a 3x3 convolution with stride 1 and no pooling
-    depth: Annotated[int, Field(ge=8)] = 110  # depth of the CIFAR ResNets
+    depth: Annotated[int, Field(ge=8, le=2000)] = 110  # depth of the CIFAR ResNets
     stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = (
         0.0  # probability that the last block is dropped; CIFAR ResNets only
     )
     batchnorm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None  # null: the net's default; see the docstring
-    resolutions_px: tuple[Annotated[int, Field(ge=8)], ...] = ()  # also evaluated at these, natively and down-and-up
+    resolutions_px: Annotated[
+        tuple[Annotated[int, Field(ge=8, le=8192)], ...], meant(each_once)
+    ] = ()  # also evaluated at these, natively and down-and-up
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:

@@ -18,10 +18,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.blocks import conv_bn, he_fan_out, put, take
+from pipeline.config import each_once, meant
 from pipeline.errors import JsonValue
 from pipeline.family import FamilyConfig
 
 Rate = Annotated[float, Field(ge=0, le=1)]
+Threshold = Annotated[float, Field(gt=0, lt=1)]
 STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 HIDDEN = 16  # hidden units of every gate
 OPEN_BIAS = (0.1, 2.0)  # logits of skip and execute at the start: open with probability sigmoid(1.9) = 0.87
@@ -31,15 +33,19 @@ class AigConfig(FamilyConfig):
     """depth is 50, 101 or 152 for ImageNet, 6n+2 for CIFAR; the paper uses 110."""
 
     name: Literal["convnet_aig"] = "convnet_aig"
-    depth: int = 110
+    depth: Annotated[int, Field(ge=8, le=2000)] = 110
     target_rate: Rate | tuple[Rate, ...] = 0.7  # share of images that open a block; a list: by stage or by block
     schedule: Literal["uniform", "published"] = "uniform"  # published: the README's rates for 50 and 101
-    rate_weight: Annotated[float, Field(ge=0)] = 2.0  # factor of the rate loss; the code: 2 for CIFAR, 1 for ImageNet
+    rate_weight: Annotated[float, Field(ge=0, le=10_000)] = (
+        2.0  # factor of the rate loss; the code: 2 for CIFAR, 1 for ImageNet
+    )
     rate_reduction: Literal["mean", "sum"] = "mean"  # over blocks; the paper sums, the code takes the mean
     gate_batchnorm: bool = True  # in the code, not in the published figure
-    gate_lr_factor: Annotated[float, Field(gt=0)] = 1.0
-    thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # policies that open at this probability
-    scaled: tuple[Literal["rate", "prob"], ...] = ()  # policies that run all blocks, scaled by their likelihood
+    gate_lr_factor: Annotated[float, Field(gt=0, le=10_000)] = 1.0
+    thresholds: Annotated[tuple[Threshold, ...], meant(each_once)] = ()  # policies that open at this probability
+    scaled: Annotated[
+        tuple[Literal["rate", "prob"], ...], meant(each_once)
+    ] = ()  # policies that run all blocks, scaled by their likelihood
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:

@@ -15,12 +15,22 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.blocks import Stem
+from pipeline.config import meant
 from pipeline.errors import JsonValue
 from pipeline.family import FamilyConfig
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=64)]
+Channels = Annotated[int, Field(ge=1, le=4096)]
 STEM_STRIDE = {"cifar": 1, "imagenet": 4}
 MIN_COARSEST_PX = 2
+MOST_LAYERS = 5000  # beyond the deepest published net by far
+FEWEST_MACS = 1000.0
+
+
+def _a_budget(budget: float) -> str | None:
+    if budget <= 1 or budget >= FEWEST_MACS:
+        return None
+    return "above 1 a budget is in MACs per image, as in 2e7; write a share of the whole net's as 0.5"
 
 
 class RanetConfig(FamilyConfig):
@@ -40,11 +50,13 @@ class RanetConfig(FamilyConfig):
     more_blocks: Count = 2  # additional blocks of each sub-network over the previous one
     layers: Count = 2  # layers of a block; see `depth`
     depth: Literal["even", "growing"] = "growing"  # even: every block has `layers`; growing: block b has b times that
-    channels: Count = 16  # channels of the finest base map, times its width factor
-    growth: Count = 6  # channels that a layer adds, times its width factor
+    channels: Channels = 16  # channels of the finest base map, times its width factor
+    growth: Channels = 6  # channels that a layer adds, times its width factor
     from_below: Annotated[float, Field(gt=0, lt=1)] = 0.25  # share of a fused layer's channels from the previous one
     reduction: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of the channels that a transition keeps
-    budgets: tuple[Annotated[float, Field(gt=0)], ...] = ()  # one policy each; above 1: MACs per image, else a share
+    budgets: tuple[
+        Annotated[float, Field(gt=0, le=1e15), meant(_a_budget)], ...
+    ] = ()  # one policy each; above 1: MACs per image, else a share
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
@@ -77,6 +89,10 @@ class RanetConfig(FamilyConfig):
                     f"growth (={self.growth}) x width factor {factor} x from_below (={self.from_below:g}) is below 1: "
                     "a fused layer takes at least one channel from the previous sub-network"
                 )
+        if self._num_layers > MOST_LAYERS:
+            raise ValueError(
+                f"first_blocks, more_blocks and layers give {self._num_layers:,} layers; at most {MOST_LAYERS:,}"
+            )
         for blocks in self.plan:
             for number, block in enumerate(blocks, 1):
                 if block.outputs < 1:
@@ -84,6 +100,11 @@ class RanetConfig(FamilyConfig):
         if len({budget_name(budget) for budget in self.budgets}) < len(self.budgets):
             raise ValueError(f"budgets (={list(self.budgets)}): each may occur once")
         return self
+
+    @property
+    def _num_layers(self) -> int:
+        blocks = (count * (count + 1) // 2 if self.depth == "growing" else count for count in self.num_blocks)
+        return self.layers * sum(blocks)
 
     @property
     def inner_factors(self) -> tuple[int, ...]:

@@ -39,8 +39,8 @@ MODE_ALPHA = {
     "autosc": 2.19,
     "autotl": -2.19,
 }  # initial; factors 0.9497 and 0.5503, neither is the human shape
-Positive = Annotated[float, Field(gt=0)]
-Side = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+Side = Annotated[int, Field(ge=1, le=8192)]
 Factor = Annotated[float, Field(gt=SMALLER, lt=LARGER)]
 
 
@@ -50,9 +50,13 @@ class ShapeConfig(FamilyConfig):
     name: Literal["shape_adaptor"] = "shape_adaptor"
     net: Kind = "resnet50"
     mode: Mode = "sa"
-    side_px: Annotated[int, Field(ge=4)] = 224  # image side; sets layout, number of adaptors and initial alphas
-    width: Positive = 1.0  # multiplies all channels, rounded to 8; the paper varies only MobileNetV2's
-    adaptors: Annotated[int, Field(ge=1)] | None = None  # null: as many as the paper uses at this side
+    side_px: Annotated[int, Field(ge=4, le=8192)] = (
+        224  # image side; sets layout, number of adaptors and initial alphas
+    )
+    width: Annotated[float, Field(gt=0, le=16)] = (
+        1.0  # multiplies all channels, rounded to 8; the paper varies only MobileNetV2's
+    )
+    adaptors: Annotated[int, Field(ge=1, le=64)] | None = None  # null: as many as the paper uses at this side
     target_px: Side = 8  # sa: initial side after the last adaptor, before truncation
     factors: tuple[Factor, ...] | None = None  # initial factors of the adaptors; null: equal ones
     rule: Rule | None = None  # how sides become integers; null: global for autosc, else local
@@ -60,7 +64,7 @@ class ShapeConfig(FamilyConfig):
     doubled: bool = True  # weights of a residual cell sum to 2, so that alpha = 0 gives the ordinary sum
     pool: Literal["floor", "ceil"] | None = None  # rounding of odd sides; null: ceil for autosc, else floor
     keep_residual: bool = False  # MobileNetV2: blocks with an adaptor add their input if shapes allow it
-    alpha_every: Annotated[int, Field(ge=1)] | None = (
+    alpha_every: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = (
         20  # steps between updates of the alphas (the paper: 20, ImageNet 1500)
     )
     # null: never, so that the net keeps its initial shape

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
+from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from pipeline.config import Config, NotNegative, Positive
+from pipeline.config import Config, meant
+
+MOST_LR = 100.0
 
 
 class ParamGroup(TypedDict):
@@ -35,6 +38,10 @@ def fused(groups: Sequence[ParamGroup]) -> bool | None:
     return True if all(p.is_cuda and p.is_floating_point() for p in parameters) and not apart else None
 
 
+def _moderate(lr: float) -> str | None:
+    return None if lr <= MOST_LR else f"no training survives a learning rate above {MOST_LR:g}"
+
+
 class OptimizerConfig(Config):
     """One optimizer; the learning rate belongs to the global batch and never changes with the number of workers.
 
@@ -42,8 +49,8 @@ class OptimizerConfig(Config):
     """
 
     kind: str
-    lr: Positive = 0.1
-    weight_decay: NotNegative = 1e-4
+    lr: Annotated[float, Field(gt=0), meant(_moderate)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 1e-4
 
     def build(self, groups: Sequence[ParamGroup]) -> Optimizer:
         """The optimizer of torch over these groups, each with its own rate and weight decay."""

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch.optim import Optimizer
 
-from pipeline.config import Share
+from pipeline.config import BelowOne
 from pipeline.errors import JsonValue
 from pipeline.training.optimizers.base import OptimizerConfig, ParamGroup, fused
 
@@ -17,7 +17,7 @@ class SgdConfig(OptimizerConfig):
     """torch.optim.SGD."""
 
     kind: Literal["sgd"] = "sgd"
-    momentum: Share = 0.9
+    momentum: BelowOne = 0.9
     nesterov: bool = False
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pipeline.config import NotNegative
+from pipeline.config import Share
 from pipeline.training.schedules.base import ScheduleConfig
 
 
@@ -16,7 +16,7 @@ class CosineConfig(ScheduleConfig):
     """
 
     kind: Literal["cosine"] = "cosine"
-    final_lr: NotNegative = 0.0  # share of the full rate at the end
+    final_lr: Share = 0.0  # share of the full rate at the end
 
     def factor_at(self, epoch: float, epochs: float) -> float:
         done = min(1.0, (epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9))

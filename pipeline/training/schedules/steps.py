@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from pipeline.config import NotNegative, Positive
+from pipeline.config import Positive, meant
 from pipeline.training.schedules.base import ScheduleConfig
+
+
+def _lowers(factor: float) -> str | None:
+    return None if factor < 1 else "the rate is multiplied by it, so it is below 1: 0.1 for a tenth"
 
 
 class StepsConfig(ScheduleConfig):
     """The rate is multiplied by `factor` at each milestone."""
 
     kind: Literal["steps"] = "steps"
-    milestones: tuple[NotNegative, ...] = ()  # epochs, rising
-    factor: Positive = 0.1
+    milestones: tuple[Positive, ...] = ()  # epochs, rising
+    factor: Annotated[float, Field(gt=0), meant(_lowers)] = 0.1  # what the rate is multiplied by, not divided
 
     @model_validator(mode="after")
     def _rules(self) -> StepsConfig:
