@@ -320,6 +320,8 @@ class Family(Generic[ConfigT, OutputT]):
     groups(config, net)           -> optimizer name -> its Params; together they partition the trainable parameters
     optimizers(config)            -> the names that groups will have; "main" alone by default
     updates(config, step)         -> names of the optimizers that move at this step, in order
+    varying(config)               -> why a training step's maps have other sizes than the last one's; None if they have
+                                     the same as long as the images have
     policies(config, net)         -> the ways to run the trained net; the first one is the default
     load_pretrained(config, net, tensors)
                                   -> fills a fresh net from weights by name (the released code's, torchvision's, a
@@ -346,6 +348,7 @@ class Family(Generic[ConfigT, OutputT]):
         net, tensors
     )
     mean_over_images: Callable[[ConfigT], bool] = lambda _: True
+    varying: Callable[[ConfigT], str | None] = lambda _: None
     optimizers: Callable[[ConfigT], Sequence[str]] = lambda _: ("main",)
     warnings: Callable[[ConfigT, int], Sequence[str]] = lambda _, side_px: ()
     figures: Callable[[Sequence[Evaluated], Sequence[Evaluated]], Sequence[Figure]] = lambda mine, others: ()

@@ -369,6 +369,25 @@ def test_single_images_where_something_needs_several_are_refused_before_the_star
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.compile=true"],
+        ["compute.max_batch_per_worker=8"],
+        ["data.side_schedule=[[1,24]]"],
+    ],
+)
+def test_steps_that_differ_in_shape_are_not_recorded_as_graphs(
+    images: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    with fails(ConfigError, "training.cuda_graphs"):
+        launch.train(recipe(images, "compute.workers=0", "training.cuda_graphs=true", *overrides), tmp_path / "refused")
+    with fails(ConfigError, "training.cuda_graphs"):
+        random = [f"data.root={images}", "compute.workers=0", "training.cuda_graphs=true"]
+        launch.train(run_config.load("arrn/toy", random), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_trainer_starts_no_process_for_ray_data(tmp_path: Path) -> None:
     trainer = ray_train.Trainer(lambda: None, run_config=RayRunConfig(storage_path=str(tmp_path)))
     names = {type(each).__name__ for each in trainer._create_default_callbacks()}

@@ -41,6 +41,11 @@ def ignore_in_ddp(net: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, names)  # type: ignore[no-untyped-call]
 
 
+def uncompiled(module: object) -> object:
+    """The module that `torch.compile` was given; any other object unchanged."""
+    return getattr(module, "_orig_mod", module)
+
+
 def version_of(tensor: Tensor) -> int | None:
     """How often the tensor was written to; None for a tensor made in inference mode, which has no counter."""
     return None if tensor.is_inference() else tensor._version

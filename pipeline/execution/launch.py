@@ -223,8 +223,28 @@ def _check_batches(config: RunConfig, splits: Splits) -> None:
     for world in range(max(1, compute.fewest_workers), max(1, compute.most_workers) + 1):
         rows, cap = stream.row_bounds(world), compute.max_batch_per_worker
         micros = num_micros(rows, world, cap)
+        if config.training.cuda_graphs and (reason := _why_unrecorded(config, rows, micros)):
+            raise ConfigError(
+                f"training.cuda_graphs: a recorded step can only be repeated as it is, but on {world} workers "
+                f"{reason}; leave it out, or change that",
+                key="training.cuda_graphs",
+                subject=reason,
+            )
         if rows[0] // micros == 1 and (needs := _needs_several(config, world)):
             raise single_images(needs, world, cap if micros > 1 else None)
+
+
+def _why_unrecorded(config: RunConfig, rows: tuple[int, int], micros: int) -> str | None:
+    """Why steps differ in shape; None if they do not. rows: the fewest and the most images of a worker in a step."""
+    reasons = {
+        "training.compile is set, which records the net in its own way": config.training.compile,
+        "training.sync_batchnorm communicates within the net": config.training.sync_batchnorm,
+        "data.side_schedule changes the size of images": bool(config.data.side_schedule),
+        f"steps have {rows[0]} to {rows[1]} images": rows[0] != rows[1],
+        f"compute.max_batch_per_worker splits a step into {micros} micro-batches": micros > 1,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    return found[0] if found else families.find(config.family.name).varying(config.family)
 
 
 def _needs_several(config: RunConfig, world: int) -> list[str]:

@@ -1,11 +1,12 @@
 """Weights in autocast's type: cast by one kernel for many of them, not by one for each layer and one for its gradient.
 
-The weights are cast in groups, each when its first layer runs, so that in the backward pass a group's gradients are
-ready, and DDP can send them, before those of earlier layers are computed.
+For DDP the weights are cast in groups, each when its first layer runs, so that in the backward pass a group's gradients
+are ready, and can be sent, before those of earlier layers are computed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,8 +28,9 @@ class WeightCasts:
     Values are those of autocast.
     """
 
-    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, net: nn.Module, dtype: torch.dtype, *, in_groups: bool) -> None:
         self._dtype, self._active, self._found = dtype, False, False
+        self._room = GROUP if in_groups else math.inf
         self._owners: dict[int, list[Owner]] = {}
         self._set: list[Owner] = []
         for module in net.modules():
@@ -56,12 +58,12 @@ class WeightCasts:
     def _group(self, uses: _Uses) -> None:
         weights = [weight for key, weight in uses.cast.items() if key not in uses.other]
         groups: list[list[Tensor]] = []
-        room = 0
+        room = 0.0
         for weight in weights:
             room -= weight.numel()
             if room < 0:
                 groups.append([])
-                room = GROUP - weight.numel()
+                room = self._room - weight.numel()
             groups[-1].append(weight)
         for group in groups:
             owner, _ = self._owners[id(group[0])][0]

@@ -32,7 +32,7 @@ from pipeline.training.schedules.steps import StepsConfig
 
 
 class TrainingConfig(Config):
-    """What determines the optimisation; in the fingerprint except compile, channels_last and start_from's folder."""
+    """What determines the optimisation; in the fingerprint except compile, cuda_graphs, channels_last, start_from."""
 
     batch_size: Count = 256  # global: over all workers and accumulation steps
     epochs: Positive = 90.0
@@ -48,6 +48,7 @@ class TrainingConfig(Config):
     channels_last: bool = True  # memory format of images and weights; faster on CPU too
     start_from: FilePath | None = None  # initial weights: a checkpoint's or model's folder, .safetensors or .pt
     compile: bool = False  # torch.compile; without a C++ compiler the run logs a warning and trains uncompiled
+    cuda_graphs: bool = False  # records the net as CUDA graphs, for steps of fixed shapes; GPU only
     sync_batchnorm: bool = False  # BatchNorm over all ranks; GPU only
 
     @model_validator(mode="after")

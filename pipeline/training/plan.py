@@ -8,11 +8,14 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.compat.torch import uncompiled
 from pipeline.config import Duration
 from pipeline.family import AnyFamily, FamilyConfig
 from pipeline.training.casts import WeightCasts
 from pipeline.training.config import TrainingConfig
+from pipeline.training.graphs import Graphed
 from pipeline.training.norms import BatchNorm, with_counter
 
 NEVER = Duration(value=1e9, unit="steps")
@@ -42,15 +45,23 @@ class TrainingPlan:
 
     @cached_property
     def batchnorms(self) -> tuple[BatchNorm, ...]:
-        """The BatchNorms of the net whose batches are counted together; none in a compiled net."""
-        return with_counter(self.forward) if isinstance(self.forward, nn.Module) else ()
+        """The BatchNorms of the net whose batches are counted together; none in a compiled or recorded net."""
+        return () if self._eager is None else with_counter(self._eager)
 
     @cached_property
     def casts(self) -> WeightCasts | None:
         """The weights that are cast together: on a GPU under autocast, where each kernel takes the host's time."""
-        if not self.autocast or self.device.type != "cuda" or not isinstance(self.forward, nn.Module):
+        if self._eager is None or not self.autocast or self.device.type != "cuda":
             return None
-        return WeightCasts(self.forward, torch.bfloat16)
+        return WeightCasts(self._eager, torch.bfloat16, in_groups=isinstance(self._eager, DistributedDataParallel))
+
+    @property
+    def _eager(self) -> nn.Module | None:
+        """`forward` if it runs kernel by kernel; None if it is compiled or recorded."""
+        forward = self.forward
+        if not isinstance(forward, nn.Module) or uncompiled(forward) is not forward:
+            return None
+        return None if any(isinstance(module, Graphed) for module in forward.modules()) else forward
 
     @cached_property
     def autocast(self) -> bool:

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import ranks
-from pipeline.compat.torch import ignore_in_ddp
+from pipeline.compat.torch import ignore_in_ddp, uncompiled
 from pipeline.data import augment, pixels
 from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError, ContractError
 from pipeline.training import optim
 from pipeline.training.config import TrainingConfig
+from pipeline.training.graphs import Graphed
 from pipeline.training.norms import count_batches_together
-from pipeline.training.plan import TrainingPlan
+from pipeline.training.plan import TrainingPlan, use_bf16
 from pipeline.training.state import TrainState, seed_of, update_ema
 
 WATCHED = 1000  # values that are watched before the host looks at them, also between log points
@@ -171,7 +172,8 @@ def _backward_at_once(plan: TrainingPlan, state: TrainState, micros: Sequence[Mi
 @torch.no_grad()
 def _detached_outputs(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch]) -> Any:
     """The output of all micro-batches as one; the net's buffers, as BatchNorm's, keep their values."""
-    forward = plan.forward.module if isinstance(plan.forward, DistributedDataParallel) else plan.forward
+    ddp = uncompiled(plan.forward)
+    forward = ddp.module if isinstance(ddp, DistributedDataParallel) else plan.forward
     kept = [(buffer, buffer.clone()) for buffer in state.net.buffers()]
     outputs = [_output(plan, state, micro, number, forward) for number, micro in enumerate(micros)]
     for buffer, value in kept:
@@ -253,9 +255,10 @@ def _clip(plan: TrainingPlan, state: TrainState, name: str, meter: Meter) -> Non
 
 def _synchronised(plan: TrainingPlan, *, last: bool) -> AbstractContextManager[object]:
     """DDP reduces the gradients in the backward pass of the last micro-batch alone."""
-    if last or not isinstance(plan.forward, DistributedDataParallel):
+    ddp = uncompiled(plan.forward)
+    if last or not isinstance(ddp, DistributedDataParallel):
         return nullcontext()
-    context: AbstractContextManager[object] = plan.forward.no_sync()
+    context: AbstractContextManager[object] = ddp.no_sync()
     return context
 
 
@@ -327,22 +330,26 @@ def split(length: int, parts: int) -> Iterator[slice]:
 def wrap(
     net: nn.Module, training: TrainingConfig, device: torch.device, outside_ddp: Sequence[nn.Parameter] = ()
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The net compiled and under DDP as the recipe asks, and a warning for what is not available. Collective.
+    """The net recorded, compiled and under DDP as the recipe asks, and a warning for what is not available. Collective.
 
-    DDP ignores the parameters in `outside_ddp`.
+    DDP ignores the parameters in `outside_ddp`. A graph is recorded within DDP, whose hooks then run when the backward
+    graph has ended. The compiler works outside DDP: it splits the backward where DDP's buckets end, so that gradients
+    are sent while earlier ones are computed; of a net compiled within DDP all arrive at the end.
     """
     warnings: list[str] = []
     wrapped: nn.Module = net
-    if training.compile:
-        why = _why_uncompiled(device)
-        if why is None:
-            wrapped = torch.compile(wrapped)  # type: ignore[assignment]
-        else:
-            warnings.append(f"training.compile: {why}, so the net runs uncompiled")
+    if training.cuda_graphs and device.type == "cuda":
+        wrapped = Graphed(wrapped, autocast=use_bf16(training.precision, device))
+    elif training.cuda_graphs:
+        warnings.append("training.cuda_graphs needs a GPU, so the net runs without")
     if ranks.world() > 1:
         ids = [device.index] if device.type == "cuda" else None
         ignore_in_ddp(wrapped, outside_ddp)
         wrapped = DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)
+    if training.compile and (why := _why_uncompiled(device)) is None:
+        wrapped = torch.compile(wrapped)  # type: ignore[assignment]
+    elif training.compile:
+        warnings.append(f"training.compile: {why}, so the net runs uncompiled")
     return wrapped, tuple(warnings)
 
 

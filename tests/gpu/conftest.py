@@ -27,10 +27,10 @@ Run = Callable[..., Any]
 
 def _headers() -> Path | None:
     """The folder of CUDA's headers, from its wheels or a toolkit."""
-    wheels = Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/include/driver_types.h")
-    toolkits = Path("/usr/local").glob("cuda*/include/driver_types.h")
-    found = (path.parent for path in (*wheels, *toolkits))
-    return next((folder for folder in found if (folder / "crt" / "host_defines.h").exists()), None)
+    site, files = Path(sysconfig.get_paths()["purelib"]), ("driver_types.h", "crt/host_defines.h")
+    wheels = (*site.glob("nvidia/*/include"), site / "triton/backends/nvidia/include")
+    found = (*wheels, *Path("/usr/local").glob("cuda*/include"))
+    return next((folder for folder in found if all((folder / file).exists() for file in files)), None)
 
 
 def _gcc(*arguments: object, **options: Any) -> None:

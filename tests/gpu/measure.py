@@ -92,7 +92,7 @@ def measured(recipe: str, overrides: tuple[str, ...]) -> dict[str, object]:
     with counted() as checked:
         meter.watch(_finite(current), 1)
     found |= {"flush": flushed, "finite": checked}
-    return found | dict(_policies(config, family, current))
+    return found if training.cuda_graphs else found | dict(_policies(config, family, current))
 
 
 def _policies(config, family, current) -> Iterator[tuple[str, object]]:

@@ -18,12 +18,13 @@ from torch import Tensor
 
 NAMES = (
     *("LAUNCH", "H2D", "D2H", "D2D", "H2D_PAGEABLE", "SYNC_STREAM", "SYNC_DEVICE", "SYNC_EVENT"),
-    *("MALLOC", "SETDEVICE", "EVENT_RECORD", "GEMM", "HOSTALLOC", "MEMSET"),
+    *("MALLOC", "SETDEVICE", "EVENT_RECORD", "GEMM", "HOSTALLOC", "MEMSET", "CAPTURED"),
 )  # of nullgpu.c
 WAITS = ("SYNC_STREAM", "SYNC_DEVICE", "SYNC_EVENT")
 _shim = ctypes.CDLL(None)
 _counts = (ctypes.c_long * 32).in_dll(_shim, "nullgpu_counts")
 _mask = ctypes.c_long.in_dll(_shim, "nullgpu_mask")
+_capturing = ctypes.c_int.in_dll(_shim, "nullgpu_capturing")
 _contexts = (ctypes.c_int * 16).in_dll(_shim, "nullgpu_ctx")
 _outside = ("/torch/", "/gpu/null_gpu.py", "/contextlib.py", "/functools.py")
 _waiting: Counter[str] = Counter()
@@ -77,6 +78,10 @@ ctypes.c_void_p.in_dll(_shim, "nullgpu_hook").value = ctypes.cast(_hook, ctypes.
 # ---- convolutions as cuDNN allocates them
 
 
+def _launch(kernels: int) -> None:
+    _counts[NAMES.index("CAPTURED") if _capturing.value else 0] += kernels
+
+
 def _is_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
@@ -88,7 +93,7 @@ def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
 def _relay(what: str, tensor: Tensor, layout: torch.memory_format) -> None:
     if not tensor.is_contiguous(memory_format=layout):
         relaid[what] += 1
-        _counts[0] += 1
+        _launch(1)
 
 
 def _convolution(
@@ -102,7 +107,7 @@ def _convolution(
     layout = _format(x, weight)
     _relay("input", x, layout)
     _relay("weight", weight, layout)
-    _counts[0] += 1
+    _launch(1)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
@@ -126,7 +131,7 @@ def _backward(
     layout = _format(x, weight)
     for what, tensor in (("gradient", gradient), ("input", x), ("weight", weight)):
         _relay(what, tensor, layout)
-    _counts[0] += sum(wanted)
+    _launch(sum(wanted))
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout) if wanted[0] else None,
         torch.empty(weight.shape, dtype=weight.dtype, device=x.device, memory_format=layout) if wanted[1] else None,

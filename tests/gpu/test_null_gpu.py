@@ -28,10 +28,13 @@ class Bounds:
 BOUNDS = {
     "baseline/imagenet_resnet50": Bounds(650),
     "baseline/imagenet_resnet50,training.ema_decay=0.999": Bounds(650),
-    "convnet_aig/imagenet_50": Bounds(1089, waits=16),
-    "shape_adaptor/imagenet_resnet50": Bounds(965),
-    "arrn/imagenet:t": Bounds(1300, relaid=20),
-    "ranet/imagenet_32": Bounds(8563, waits=2),
+    "baseline/imagenet_resnet50,training.ema_decay=0.999,training.cuda_graphs=true": Bounds(25),
+    "convnet_aig/imagenet_50,training.cuda_graphs=true": Bounds(45, waits=16),
+    "ranet/imagenet_32,training.cuda_graphs=true": Bounds(85, waits=2),
+    "convnet_aig/imagenet_50": Bounds(1000, waits=16),
+    "shape_adaptor/imagenet_resnet50": Bounds(870),
+    "arrn/imagenet:t": Bounds(1300, relaid=12),
+    "ranet/imagenet_32": Bounds(7480, waits=2),
 }
 CHECKED = 32  # kernels of the check that all weights are finite
 FLUSHED = 2  # kernels of a log point, which waits once

@@ -25,6 +25,11 @@ def updates(config: ArrnConfig, step: int) -> Sequence[str]:
     return ["main"]
 
 
+def varying(config: ArrnConfig) -> str | None:
+    """Dropout lets another number of images through each residual."""
+    return "the number of images that a residual drops is random" if any(config.probabilities) else None
+
+
 def warnings(config: ArrnConfig, side_px: int) -> Sequence[str]:
     """Reports the residuals that images of side_px would skip throughout training."""
     ladder = config.plan.ladder

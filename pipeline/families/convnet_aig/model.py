@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -127,9 +127,9 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> log-odds that the block executes, [B] f32."""
         with torch.autocast(x.device.type, enabled=False):
-            pooled = x.to(self.fc1.weight.dtype).mean(dim=(2, 3), keepdim=True)  # [B, C, 1, 1]
-            logits = self.fc2(torch.relu(self.fc1bn(self.fc1(pooled)))).flatten(1)  # [B, 2]: skip, execute
-            odds: Tensor = logits[:, 1] - logits[:, 0]
+            pooled = x.mean(dim=(2, 3), keepdim=True, dtype=self.fc1.weight.dtype)  # [B, C, 1, 1]
+            skip, execute = self.fc2(torch.relu(self.fc1bn(self.fc1(pooled)))).flatten(1).unbind(1)
+            odds: Tensor = execute - skip
             return odds
 
 
@@ -138,9 +138,22 @@ def straight_through(odds: Tensor, noise: Tensor) -> Tensor:
 
     With logistic noise a gate opens with probability sigmoid(odds). Source: §3.2, temperature 1.
     """
-    soft = torch.sigmoid(odds + noise)
-    hard = (odds + noise > 0).to(soft.dtype)
-    return hard.detach() + (soft - soft.detach())
+    hard: Tensor = _StraightThrough.apply(odds + noise)
+    return hard
+
+
+class _StraightThrough(torch.autograd.Function):
+    """1 above 0, else 0; the gradient is that of the sigmoid."""
+
+    @staticmethod
+    def forward(ctx: Any, odds: Tensor) -> Tensor:
+        ctx.save_for_backward(odds)
+        return (odds > 0).to(odds.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (odds,) = ctx.saved_tensors
+        return torch.ops.aten.sigmoid_backward(gradient, torch.sigmoid(odds))  # type: ignore[no-any-return]
 
 
 class GatedBlock(nn.Module):
@@ -219,7 +232,7 @@ class Aig(nn.Module):
         if noise is None and self.training:
             noise = self.draw_noise(len(images))
         x = self.stem(images)
-        gates, used = [], 0
+        gates, used, full = [], 0, torch.promote_types(x.dtype, torch.float32)
         for block in self.blocks:
             assert isinstance(block, GatedBlock)
             gate = None
@@ -227,7 +240,7 @@ class Aig(nn.Module):
                 odds = block.gate(x)
                 gate = (odds > 0).to(odds.dtype) if noise is None else straight_through(odds, noise[:, used])
                 used += 1
-            gates.append(x.new_ones(len(x), dtype=self.fc.weight.dtype) if gate is None else gate)
+            gates.append(x.new_ones(len(x), dtype=full) if gate is None else gate)
             x = block(x, gate)
         logits = self.fc(x.mean(dim=(2, 3)))
         return AigOutput(logits, torch.stack(gates, dim=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.families.shape_adaptor.figures import figures
 from pipeline.families.shape_adaptor.inference import policies
 from pipeline.families.shape_adaptor.model import ShapeConfig, build
-from pipeline.families.shape_adaptor.objective import groups, loss, optimizers, updates
+from pipeline.families.shape_adaptor.objective import groups, loss, optimizers, updates, varying
 from pipeline.families.shape_adaptor.static import static
 from pipeline.families.shape_adaptor.weights import load_pretrained
 from pipeline.family import Family
@@ -16,6 +16,7 @@ FAMILY = Family(
     loss=loss,
     groups=groups,
     updates=updates,
+    varying=varying,
     optimizers=optimizers,
     policies=policies,
     load_pretrained=load_pretrained,

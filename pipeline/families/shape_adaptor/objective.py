@@ -43,6 +43,11 @@ def optimizers(config: ShapeConfig) -> Sequence[str]:
     return ["main", "shape"] if first_alphas(config) else ["main"]
 
 
+def varying(config: ShapeConfig) -> str | None:
+    """The alphas set the maps' sizes, and they move."""
+    return "the alphas change the sizes of maps" if first_alphas(config) and config.alpha_every is not None else None
+
+
 def updates(config: ShapeConfig, step: int) -> Sequence[str]:
     """Updates the alphas first, then the weights in the new shape, on the same batch.
 
