@@ -9,6 +9,7 @@ import importlib
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
@@ -20,7 +21,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from pipeline.errors import AdaptNetError, ConfigError
+from pipeline.errors import AdaptNetError, ConfigError, without_secrets
 from pipeline.training import memory
 
 VERBS = {  # the module jobs.verbs.<verb> is imported when the verb is used
@@ -125,7 +126,10 @@ def _root(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """`VerbGroup` adds the verbs."""
+    """`VerbGroup` adds the verbs. Each talks to this machine directly, whatever proxy the environment names."""
+    from jobs.environment import spare_loopback
+
+    spare_loopback()
 
 
 def data_home() -> str | None:
@@ -146,12 +150,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         reason = memory.oom_message(error)
         if reason is None:
-            raise
+            _fail_with_traceback()
         fail(f"out of memory ({reason}). Use smaller batches; everything that was saved before is intact")
     except SystemExit as exit_:
-        if exit_.code == INTERRUPTED:
+        if exit_.code == INTERRUPTED and _by_ctrl_c(exit_):  # a verb that has saved and stopped says so itself
             fail("interrupted; everything that was saved before is intact", INTERRUPTED)
         raise
+    except Exception:
+        _fail_with_traceback()
+
+
+def _fail_with_traceback() -> NoReturn:
+    """Prints the traceback of a fault of ours, without passwords: an error of a database's library may name one."""
+    print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
+    sys.exit(1)
+
+
+def _by_ctrl_c(exit_: SystemExit) -> bool:
+    """Whether Typer has turned a KeyboardInterrupt into this exit."""
+    error = exit_.__context__
+    return isinstance(error, KeyboardInterrupt) or isinstance(getattr(error, "__cause__", None), KeyboardInterrupt)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -36,6 +36,7 @@ from pydantic_core import PydanticCustomError, to_jsonable_python
 from pipeline.compat.yaml import MAX_DEPTH
 from pipeline.compat.yaml import dump_yaml as dump_yaml
 from pipeline.compat.yaml import parse_yaml as parse_yaml
+from pipeline.compat.yaml import split_flow as split_flow
 from pipeline.errors import ConfigError, JsonValue
 
 LONGEST = 1_000_000_000  # a duration's number
@@ -238,23 +239,23 @@ def validate(model: type[M], mapping: Mapping[str, object], where: str, *, store
         faults += [_fault(model, mapping, fault) for fault in _relevant(mapping, error)]
     if faults:
         lines = dict.fromkeys(f"  {fault.line}" for fault in faults)
-        keys = tuple(dict.fromkeys(fault.key for fault in faults))
+        keys = tuple(dict.fromkeys(key for fault in faults for key in fault.keys))
         raise ConfigError("\n".join([f"{where}:", *lines]), keys=keys, subject=faults[0].value)
     return config
 
 
 @dataclass(frozen=True)
 class _Fault:
-    """key: dotted, "" for the whole; line: the sentence about it."""
+    """keys: dotted, "" for the whole, the first to change first; line: the sentence about it."""
 
-    key: str
+    keys: tuple[str, ...]
     value: object
     line: str
 
 
 def _inert_fault(mapping: Mapping[str, object], key: str, why: str) -> _Fault:
     value = at(mapping, key)
-    return _Fault(key, value, f"{key} (={shortened(value)}): changes nothing: {why}")
+    return _Fault((key,), value, f"{key} (={shortened(value)}): changes nothing: {why}")
 
 
 def _relevant(mapping: Mapping[str, object], error: ValidationError) -> list[dict[str, Any]]:
@@ -271,7 +272,19 @@ def _fault(model: type[BaseModel], mapping: Mapping[str, object], fault: dict[st
     if fault["type"] == RULE:
         path = [*path, *fault["ctx"]["key"].split(".")]
         value = at(mapping, ".".join(path))
-    return _Fault(".".join(path), value, _line(model, path, value, fault))
+    line = _line(model, path, value, fault)
+    key, named = ".".join(path), _named(value, fault)
+    keys = tuple(f"{key}.{name}" if key else name for name in named)
+    shown = None if fault["type"] == SECRET else at(value, named[0]) if named else value
+    return _Fault((*keys, key) if key or not keys else keys, shown, line)
+
+
+def _named(value: object, fault: dict[str, Any]) -> list[str]:
+    """The keys of a section that the rule which it breaks names, in that order: "workers (=[3, 2]): ..." names one."""
+    if fault["type"] != "value_error" or not isinstance(value, Mapping):
+        return []
+    words = re.findall(r"[A-Za-z]\w*(?:\.[\w-]+)*", str(fault["msg"]))
+    return list(dict.fromkeys(word for word in words if has(value, word)))
 
 
 def _line(model: type[BaseModel], path: list[str], value: object, fault: dict[str, Any]) -> str:
@@ -288,7 +301,9 @@ def _line(model: type[BaseModel], path: list[str], value: object, fault: dict[st
     rule = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if fault["type"] == "string_type" and isinstance(value, bool | int | float):
         rule = f"in YAML this is a {'truth value' if isinstance(value, bool) else 'number'}; quote it to give a text"
-    return f"{key}: {rule}" if isinstance(value, dict) else f"{key} (={shortened(value)}): {rule}"
+    if isinstance(value, dict) or fault["type"] == SECRET:
+        return f"{key}: {rule}" if path or not _named(value, fault) else rule
+    return f"{key} (={shortened(value)}): {rule}"
 
 
 def _place(mapping: Mapping[str, object], fault: dict[str, Any]) -> tuple[list[str], Any]:
@@ -347,6 +362,7 @@ def as_mapping(config: BaseModel) -> dict[str, JsonValue]:
 # ---- sections of several kinds, and keys that change nothing
 
 NO_SUCH_KIND = "no_such_kind"
+SECRET = "secret"  # type of a fault whose value must not be shown
 
 
 def kinds_in(package: str, base: type[M]) -> tuple[type[M], ...]:
@@ -392,7 +408,7 @@ def inert_keys(model: type[BaseModel], mapping: Mapping[str, object]) -> dict[st
 
     The mapping may be incomplete or wrong in other ways.
     """
-    found = {key: why for key, why in _inert_of(model, mapping).items() if _has(mapping, key)}
+    found = {key: why for key, why in _inert_of(model, mapping).items() if has(mapping, key)}
     for name, value in mapping.items():
         field = model.model_fields.get(name)
         if field is not None and name not in found:
@@ -502,7 +518,8 @@ def at(mapping: object, key: str) -> object:
     return mapping
 
 
-def _has(mapping: Mapping[str, object], key: str) -> bool:
+def has(mapping: Mapping[str, object], key: str) -> bool:
+    """Whether `mapping` has the dotted key, whatever its value."""
     *path, last = key.split(".")
     holder = at(mapping, ".".join(path))
     return isinstance(holder, Mapping) and last in holder

@@ -6,11 +6,35 @@ command, a file of ours), and `subject`, the value or name that was refused. Pro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 _KINDS: dict[str, type[AdaptNetError]] = {}
+
+
+# A URI to its last @, up to a blank or quote; a password may hold any other character. HOST:PORT/... has no password.
+_USERINFO = re.compile(
+    r"\b([a-z][a-z0-9+.-]*)://(?!/)([^\s'\"/@:]*(?::(?!\d{1,5}(?:[/?#\s]|$))[^\s'\"]*)?)@", re.IGNORECASE
+)
+_SECRET_QUERY = re.compile(
+    r"([?&;](?:\w*(?:password|passwd|pwd|token|secret|signature|key)))=[^&;\s'\"]*", re.IGNORECASE
+)
+
+
+def without_secrets(text: str) -> str:
+    """`text` without user:password@ in its URIs and without the values of query keys for secrets.
+
+    The URI of a database keeps its user, so that it is usable if the password comes from elsewhere.
+    """
+    return _SECRET_QUERY.sub(r"\1=***", _USERINFO.sub(_without_password, text))
+
+
+def _without_password(match: re.Match[str]) -> str:
+    scheme, user = match[1], match[2].partition(":")[0]
+    web = scheme.lower() in ("http", "https")  # in http URIs the user name may be a token
+    return f"{scheme}://" if web or not user else f"{scheme}://{user}@"
 
 
 class AdaptNetError(Exception):
@@ -19,6 +43,7 @@ class AdaptNetError(Exception):
     key: what is to be changed: "training.epochs", "--nodes", "recipe", "data.root", "lease.json"; "" if there is none.
     subject: the value, path or name that was found there.
     keys: all keys where one error names several faults; `key` is the first.
+    The message and the subject are stored without the passwords of the URIs in them.
     """
 
     kind: ClassVar[str] = "AdaptNetError"
@@ -26,10 +51,10 @@ class AdaptNetError(Exception):
     def __init__(
         self, message: str = "", *, key: str = "", subject: object = None, keys: tuple[str, ...] | None = None
     ) -> None:
-        super().__init__(message)
+        super().__init__(without_secrets(message))
         self.keys = keys if keys is not None else ((key,) if key else ())
         self.key = key or (self.keys[0] if self.keys else "")
-        self.subject = "" if subject is None else str(subject)
+        self.subject = "" if subject is None else without_secrets(str(subject))
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

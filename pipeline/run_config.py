@@ -147,20 +147,44 @@ def load(
     below: Sequence[str] = (),
     drawn: Sequence[str] = (),
     data_home: str | None = None,
+    environment: Mapping[str, JsonValue] | None = None,
 ) -> RunConfig:
     """The recipe `family/recipe[:variant]`, or a YAML file's, with `a.b=c` overrides laid on top in order.
 
     below, drawn: further overrides, laid before and after; later ones may make keys of earlier ones inert.
-    `${data_home}` in a value is replaced by `data_home`. Raises ConfigError naming each fault.
+    environment: what the user's environment sets, laid below the recipe. `${data_home}` in a value is replaced by
+    `data_home`. Raises ConfigError naming each fault; a missing `data_home` is one only if there is no other.
     """
     layers: list[Mapping[str, object]] = [
-        {"name": recipes.run_name(source)},
+        {"name": recipes.run_name(source), **(environment or {})},
         *map(_without_unused_defaults, recipes.layers(source)),
         *map(_together, (below, overrides, drawn)),
     ]
     start: Mapping[str, object] = {}
     mapping = reduce(lay, layers, start)
-    return from_mapping(configs.interpolate(mapping, {"data_home": data_home}), f"recipe {source}")
+    where = f"recipe {source}"
+    return from_mapping(_with_home(mapping, where, data_home, stored=False), where)
+
+
+def _with_home(
+    mapping: Mapping[str, object], where: str, data_home: str | None, *, stored: bool = True
+) -> Mapping[str, object]:
+    """`mapping` with `${data_home}` replaced. Faults of its keys come before that of a missing home."""
+    try:
+        return configs.interpolate(mapping, {"data_home": data_home})
+    except ConfigError:
+        from_mapping(mapping, where, stored=stored)  # a path may hold ${...}, so this raises for other faults only
+        raise
+
+
+def origin(key: str, source: str, overrides: Sequence[str], environment: Mapping[str, JsonValue]) -> str:
+    """Where `load` takes the value of a dotted key from: "the command", "the recipe", "environment", "the default"."""
+    layers: dict[str, Mapping[str, object]] = {
+        "the command": _together(overrides),
+        "the recipe": reduce(configs.merge, recipes.layers(source), {}),
+        "environment": environment,
+    }
+    return next((name for name, layer in layers.items() if configs.has(layer, key)), "the default")
 
 
 def _without_unused_defaults(layer: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
@@ -200,7 +224,8 @@ def from_stored(
     among the overrides are refused. Raises ConfigError naming each fault.
     """
     base = configs.live(_model_of(mapping), mapping)
-    nested = configs.interpolate(lay(base, _together(overrides)), {"data_home": data_home})
+    mapping = lay(base, _together(overrides))
+    nested = _with_home(mapping, where, data_home)
     faults = set(_faults(nested, data_home)) - set(_faults(base, data_home)) if overrides else ()
     return from_mapping(nested, where, stored=not faults)
 

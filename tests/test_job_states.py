@@ -121,6 +121,11 @@ def test_a_home_outside_the_folder_of_runs_is_listed_and_found_by_id(tmp_path: P
     ("squeue", "sacct", "state"),
     [
         (["7|PENDING|Resources||0:00"], [], JobState("PENDING", "the nodes it needs are busy", "", "0:00", True)),
+        (
+            ["7|PENDING|BeginTime||0:00|2030-01-01T08:00:00"],
+            [],
+            JobState("PENDING", f"{queue.REASONS['BeginTime']}: not before 2030-01-01T08:00:00", "", "0:00", True),
+        ),
         (["7|RUNNING|None|n[1-2]|1:00"], [], JobState("RUNNING", "", "n[1-2]", "1:00", True)),
         ([], ["7|TIMEOUT|0:0|n1|3:00", "7|FAILED|2:0|n1|0:30"], JobState("FAILED", "exit code 2", "n1", "0:30")),
         ([], ["7|CANCELLED by 0|0:0|n1|3:00"], JobState("CANCELLED", "", "n1", "3:00")),
@@ -175,16 +180,56 @@ def test_a_run_that_was_stopped_before_its_end_has_a_reason(tmp_path: Path, tool
 def test_a_job_that_slurm_has_forgotten_is_judged_by_its_files(tmp_path: Path) -> None:
     """Also by the log of another node than the first."""
     job = record(tmp_path, "7", run_dir=str(tmp_path))
-    (tmp_path / "7_0_log.out").write_text("step 10/20\n")
     assert state_of(job).name == "UNKNOWN" and state_of(job).reason.endswith("it had not started")
+    (tmp_path / "7_0_log.out").write_text("step 10/20\n")
+    assert state_of(job).name == "UNKNOWN" and state_of(job).reason.endswith("its script had started")
     Attempts(tmp_path).begin(0, 1, job="7")
-    assert state_of(job).name == "UNKNOWN" and state_of(job).reason.endswith("it had started")
+    assert state_of(job).name == "UNKNOWN" and "left nothing of its end" in state_of(job).reason
+    Attempts(tmp_path).end(10)
+    assert state_of(job).name == "UNKNOWN" and state_of(job).reason.endswith("ended at step 10")
     (tmp_path / "7_1_log.out").write_text("adaptnet: node2: no answer\n")
     (tmp_path / "17_0_log.out").write_text("adaptnet: of another job\n")
     assert state_of(job).name == "FAILED"
     assert records.last_lines(schedulers.get("slurm").logs(job)) == ["adaptnet: node2: no answer"]
     (tmp_path / "status.json").write_text(json.dumps({"finished": True}))
     assert state_of(job).name == "COMPLETED"
+
+
+@pytest.mark.parametrize("name", ["SQUEUE_PARTITION", "SQUEUE_STATES", "SLURM_CLUSTERS", "SACCT_FORMAT", "SINFO_NODES"])
+def test_no_setting_of_the_users_shell_reaches_a_command_of_slurm(
+    name: str, tmp_path: Path, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filter would hide a job that waits, and a second submission of its run would pass."""
+    for tool in ("squeue", "sacct", "scancel", "scontrol", "sinfo"):
+        fake_schedulers.write_tool(tools, tool, f'env > "{tmp_path}/{tool}"; echo "7|PENDING|Priority||0:00"')
+    monkeypatch.setenv(name, "high")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    job = record(tmp_path, "7")
+    assert state_of(job).alive
+    schedulers.get("slurm").cancel(job)
+    schedulers.get("slurm").requeue(job)
+    for tool in ("squeue", "scancel", "scontrol"):
+        seen = (tmp_path / tool).read_text().splitlines()
+        assert (
+            not [line for line in seen if line.startswith(f"{name}=")] and f"SLURM_CONF={tmp_path}/slurm.conf" in seen
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "alive", "words"), [("", True, "empty"), (None, True, "no log yet"), (None, False, "no log:")]
+)
+def test_a_log_without_text_is_described(
+    text: str | None, alive: bool, words: str, tmp_path: Path, tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_schedulers.write_tool(tools, "squeue", f"echo '7|{'RUNNING' if alive else 'CANCELLED'}|None|n1|0:30'")
+    job = record(tmp_path / "runs" / "x", "7")
+    records.add(job)
+    if text is not None:
+        Path(job.log).parent.mkdir(parents=True, exist_ok=True)
+        Path(job.log).write_text(text)
+    with pytest.raises(SystemExit):
+        main(["jobs", "logs", "7"])
+    assert words in capsys.readouterr().out
 
 
 def test_a_slurm_that_does_not_answer_is_quoted(tmp_path: Path, tools: Path) -> None:
@@ -255,6 +300,9 @@ def test_a_job_that_ran_within_submit_is_judged_by_its_run(tmp_path: Path) -> No
 
 def test_the_last_lines_are_our_error(tmp_path: Path) -> None:
     log = tmp_path / "log.out"
+    whole = ["adaptnet: recipe x.yaml:", '  name (="a b"): a run\'s name is up to 120 letters', "  seed (=-1): below 0"]
+    log.write_text("step 1\n" + "\n".join(whole) + "\nsrun: error: task 0: Exited with exit code 2\n")
+    assert records.last_lines([log]) == whole
     log.write_text("submitit INFO\nTraceback\nValueError: x\nadaptnet: data.root (=/no): no such folder\nsrun: error\n")
     assert records.last_lines([log]) == ["adaptnet: data.root (=/no): no such folder"]
     log.write_text("step 1\nTraceback\nValueError: x\nsrun: error\n")

@@ -57,6 +57,7 @@ def test_a_rule_of_a_kind_is_reported_at_its_section() -> None:
         (["training.schedule.milestones=[]"], "training.schedule.milestones"),
         (["training.schedule.kind=constant", "training.schedule.final_lr=0"], "training.schedule.final_lr"),
         (["training.other_optimizers={foo: {lr: 9}}"], "training.other_optimizers.foo"),
+        (["training.other_optimizers={1: {lr: 9}}"], "training.other_optimizers.1"),
         (["evaluation.latency_repeats=0", "evaluation.latency_batches=[1]"], "evaluation.latency_batches"),
         (["evaluation.latency_batches=[]", "evaluation.latency_repeats=5"], "evaluation.latency_repeats"),
         (["compute.workers=0", "compute.max_failures=3"], "compute.max_failures"),

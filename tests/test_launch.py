@@ -187,7 +187,7 @@ def test_a_killed_driver_is_succeeded_by_the_same_command_in_the_same_mlflow_run
     run_dir = tmp_path / "run"
     process = start(images, run_dir, on(ray_head))
     wait_for(lambda: passed(run_dir, 10), "a checkpoint", process=process)
-    with pytest.raises(ResourceError):  # its lease is held
+    with fails(ResourceError, "lease.json", run_dir):  # its lease is held
         launch.train(recipe(images, on(ray_head)), run_dir)
     process.kill()
     process.wait()
@@ -269,13 +269,13 @@ def test_a_run_starts_from_the_weights_of_another(images: Path, alone: Path, tmp
             torch.testing.assert_close(theirs[name], value)
     gone = f"training.start_from={tmp_path}/gone/{alone.name}"
     assert launch.train(recipe(images, *here, gone), tmp_path / "run").finished  # weights are read at step 0 only
-    with pytest.raises(ConfigError):  # they do not fit the net
+    with fails(ConfigError, "weights"):  # they do not fit the net
         start = f"training.start_from={alone}/checkpoints/step-00000040/net.safetensors"
         launch.train(recipe(images, *here, start, "family.depth=14"), tmp_path / "other")
     (tmp_path / "empty.pt").touch()
-    with pytest.raises(CheckpointError):
+    with fails(CheckpointError, "weights", tmp_path / "empty.pt"):
         launch.train(recipe(images, *here, f"training.start_from={tmp_path}/empty.pt"), tmp_path / "none")
-    with pytest.raises(CheckpointError):  # a folder without weights
+    with fails(CheckpointError, "weights", images):  # a folder without weights
         launch.train(recipe(images, *here, f"training.start_from={images}"), tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
@@ -285,24 +285,24 @@ def test_more_bad_images_than_the_share_allowed_end_the_run(images: Path, tmp_pa
     shutil.copytree(images, damaged)
     for victim in sorted((damaged / "train").rglob("*.jpg"))[:8]:
         victim.write_bytes(b"")
-    with pytest.raises(DataError):
+    with fails(DataError, "data.max_bad_share"):
         launch.train(recipe(damaged, "compute.workers=0", "data.max_bad_share=0.01"), tmp_path / "run")
 
 
 def test_a_users_mistakes_are_errors_of_their_kind(images: Path, alone: Path, tmp_path: Path) -> None:
     here = ("compute.workers=0",)
-    with pytest.raises(CheckpointError):
+    with fails(CheckpointError, "training.optimizer.lr"):
         launch.train(recipe(images, "training.optimizer.lr=0.2", *here), alone)
-    with pytest.raises(ConfigError):  # a worker would get no image
+    with fails(ConfigError, "training.batch_size"):  # a worker would get no image
         launch.train(recipe(images, "compute.workers=8", "training.batch_size=4"), tmp_path / "few")
-    with pytest.raises(DataError):
+    with fails(DataError, "data.root", tmp_path / "nowhere"):
         launch.train(recipe(images, f"data.root={tmp_path}/nowhere", *here), tmp_path / "none")
     (tmp_path / "file").touch()
     with fails(ResourceError, "--run-dir", tmp_path / "file" / "run"):
         launch.train(recipe(images, *here), tmp_path / "file" / "run")
     with fails(ConfigError, "--run-dir", alone.parent):  # it holds other runs
         launch.train(recipe(images, *here), alone.parent)
-    with pytest.raises(DivergedError):
+    with fails(DivergedError, "training.optimizer.lr"):
         flat = ("training.schedule.kind=constant", "training.schedule.warmup_epochs=0")
         config = recipe(images, *flat, *here)
         optimizer = config.training.optimizer.model_copy(update={"lr": 1e30})  # no recipe may say so
@@ -342,7 +342,7 @@ def test_a_run_is_evaluated_from_its_folder_and_from_a_checkpoint(alone: Path, t
 
 def test_every_world_size_of_an_elastic_run_is_checked_before_it_starts(images: Path, tmp_path: Path) -> None:
     sizes = ["compute.workers=[3,5]", "training.batch_size=10", "compute.max_batch_per_worker=1"]
-    with pytest.raises(ConfigError):  # one of 3 workers gets 3 images for 4 micro-batches
+    with fails(ConfigError, "compute.max_batch_per_worker"):  # one of 3 workers gets 3 images for 4 micro-batches
         launch.train(recipe(images, *sizes), tmp_path / "run")
 
 

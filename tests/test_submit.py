@@ -16,7 +16,7 @@ from raised import fails
 
 from jobs import schedulers
 from jobs.cli import main
-from jobs.schedulers import profile, records, snapshot
+from jobs.schedulers import gpus, profile, records, snapshot
 from jobs.schedulers.profile import SiteProfile
 from jobs.schedulers.submission import Job, Resources, Submission, WorkerNeeds, check_time, minutes_of
 from jobs.slurm import script as scripts
@@ -24,6 +24,7 @@ from jobs.slurm.scheduler import refused
 from jobs.verbs.submit import SubmitOptions, plan
 from jobs.verbs.submit import run as submit
 from pipeline import run_config
+from pipeline.config import as_mapping
 from pipeline.errors import AdaptNetError, ConfigError, ResourceError
 from pipeline.runs import provenance
 
@@ -66,7 +67,7 @@ def test_the_batch_script_of_each_profile_is_the_golden_one(
     Path("resolved.yaml").write_text(config)
     resolved = run_config.load("resolved.yaml")
     site = profile.load(name)
-    workers = 2 * max(1, site.gpus_per_node)
+    workers = 2 * max(1, gpus.number(site.gpus_per_node))
     assert resolved.compute.workers == workers
     assert resolved.compute.cpus_per_worker == 2 * site.cpus_per_task / workers
     assert not list(tmp_path.glob("runs/*")), "a dry run leaves no files"
@@ -93,6 +94,16 @@ def test_times_are_read_as_people_write_them(text: str, minutes: int) -> None:
     assert minutes_of(text) == minutes
 
 
+PROFILES = {
+    "odd": "partitoin: gpu",
+    "lines": 'comment: "a\\nb"',
+    "twice": "extra: {partition: gpu}",
+    "memory": "memory_gb: 4\nextra: {mem: 0}",
+    "gpus": 'gpus_per_node: 2\nextra: {gres: "gpu:4"}',
+    "total": "extra: {gpus: 3}",
+}
+
+
 @pytest.mark.parametrize(
     ("options", "key", "subject"),
     [
@@ -105,6 +116,21 @@ def test_times_are_read_as_people_write_them(text: str, minutes: int) -> None:
         ({"site": "odd.yaml"}, "partitoin", None),
         ({"array": "seed"}, "--array", "seed"),
         ({"array": "seed=1,1"}, "--array", "seed=1,1"),
+        ({"array": "family.resolutions_px=[16],[8"}, "--array", "[8"),
+        ({"array": "seed=1,2%0"}, "--array", "%0"),
+        ({"array": "seed=1,2%1", "where": "local"}, "--array", "1"),
+        ({"array": "name=a b,c"}, "name", None),
+        ({"partition": "gpu\n#SBATCH --exclusive"}, "--partition", None),
+        ({"name": "a\nb"}, "--name", None),
+        ({"arguments": (*IMAGENET, "--run-dir", "runs/a\nb")}, "arguments", None),
+        ({"site": "lines.yaml"}, "comment", None),
+        ({"site": "twice.yaml"}, "extra.partition", None),
+        ({"site": "memory.yaml"}, "memory_gb", None),
+        ({"site": "gpus.yaml"}, "gpus_per_node", None),
+        ({"site": "total.yaml", "nodes": "2"}, "extra.gpus", "3"),
+        ({"gpus_per_node": "many"}, "gpus_per_node", "many"),
+        ({"arguments": (*IMAGENET, "tracking.uri=postgresql://me:hush@host/db")}, "tracking.uri", None),
+        ({"arguments": (*IMAGENET, "tracking.uri=postgresql://me:hu/sh@host/db")}, "tracking.uri", None),
         ({"after": "7"}, "--after", "7"),
         ({"after": "first", "where": "local"}, "--after", "1"),
         ({"dependency": "afterok:7", "where": "local"}, "--dependency", "afterok:7"),
@@ -119,7 +145,8 @@ def test_times_are_read_as_people_write_them(text: str, minutes: int) -> None:
 def test_what_cannot_be_submitted_is_refused_before_anything_is_written(
     options: dict[str, object], key: str, subject: str | None, tmp_path: Path
 ) -> None:
-    (tmp_path / "odd.yaml").write_text("partitoin: gpu\n")
+    for name, text in PROFILES.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
     records.add(record(tmp_path / "runs" / "first", "1"))
     before = sorted(tmp_path.rglob("*"))
     with fails(ConfigError, key, subject):
@@ -131,6 +158,156 @@ def record(home: Path, job: str) -> records.JobRecord:
     one = Job("local", "train", (), str(home), None, 1.0, 1)
     submission = Submission(one, "x", Resources((1, 1), 0, 1, 10), SiteProfile())
     return records.record_of(submission, one, id=job, log=home / "log.out")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "wanted", "count"),
+    [
+        ('extra: {gres: "gpu:1"}', {}, {"gres": "gpu:1"}, 1),
+        ('extra: {gres: "lustre:1,gpu:a100:4"}', {}, {"gres": "lustre:1,gpu:a100:4"}, 4),
+        ("extra: {gres: gpu}", {}, {"gres": "gpu"}, 1),
+        ('gpus_per_node: "a100:4"', {}, {"gpus-per-node": "a100:4"}, 4),
+        ('gpus_per_node: 4\nextra: {gpus_per_node: "a100:4"}', {}, {"gpus-per-node": "a100:4"}, 4),
+        ('extra: {gpus-per-task: "a100:2"}', {}, {"gpus-per-task": "a100:2"}, 2),
+        ("extra: {gpus: 4}", {"nodes": "2"}, {"gpus": "4"}, 2),
+        ('extra: {gres: "gpu:a100:4,lustre:1"}', {"gpus_per_node": "2"}, {"gres": "gpu:a100:2,lustre:1"}, 2),
+        ('extra: {gres: "gpu:4"}', {"gpus_per_node": "h100:2"}, {"gres": "gpu:h100:2"}, 2),
+        ('extra: {gres: "gpu:4"}', {"gpus_per_node": "0"}, {}, 0),
+        ('gpus_per_node: "a100:4"', {"gpus_per_node": "1"}, {"gpus-per-node": "1"}, 1),
+    ],
+)
+def test_gpus_are_requested_as_the_site_wants_it(
+    text: str, options: dict[str, str], wanted: dict[str, str], count: int, tmp_path: Path
+) -> None:
+    """The run gets a worker for each of them, once; the command line keeps the site's way and its type."""
+    (tmp_path / "s.yaml").write_text(text)
+    submission, (config,) = plan(SubmitOptions("train", IMAGENET, site="s.yaml", **options))  # type: ignore[arg-type]
+    found = re.findall(r"^#SBATCH --((?:gpus|gres)[\w-]*)=(\S+)$", scripts.script(submission), re.MULTILINE)
+    assert found == list(wanted.items()) and submission.resources.gpus_per_node == count
+    assert (config.compute.device, config.compute.workers) == (
+        "cuda" if count else "cpu",
+        max(1, count) * submission.resources.nodes[1],
+    )
+
+
+def test_other_options_of_sbatch_may_be_numbers_or_have_no_value(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(
+        "extra: {exclusive: true, contiguous: null, overcommit: false, mem: 0, nice: 5, licenses: 'a:1', export: NONE}"
+    )
+    text = scripts.script(plan(SubmitOptions("train", IMAGENET, site="s.yaml"))[0])
+    for line in ("exclusive", "contiguous", "mem=0", "nice=5", "licenses=a:1", "export=NONE"):
+        assert f"#SBATCH --{line}\n" in text
+    assert "overcommit" not in text
+    assert " --export=ALL " in text, "a step would inherit NONE, and run without the snapshot's path"
+    wider = scripts.script(plan(SubmitOptions("train", IMAGENET, site="s.yaml", memory_gb=2))[0])
+    assert "#SBATCH --mem=2048MB\n" in wider and "--mem=0" not in wider
+
+
+def test_a_module_that_cannot_be_loaded_ends_the_job_with_its_message(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text('modules: [gcc, "no such/1.0"]\nsetup: [echo WENT-ON]')
+    text = scripts.script(plan(SubmitOptions("train", IMAGENET, site="s.yaml"))[0])
+    module = 'module() { echo "loaded $2"; [ "$2" = gcc ] || { echo "Unable to locate $2" >&2; return 1; }; }\n'
+    done = subprocess.run(["bash", "-c", module + text], capture_output=True, text=True)
+    assert done.returncode == 2 and "WENT-ON" not in done.stdout
+    (tmp_path / "log").write_text(done.stdout)
+    (line,) = records.last_lines([tmp_path / "log"])
+    assert "no such/1.0" in line and "Unable to locate" in line
+
+
+@pytest.mark.parametrize(
+    ("answer", "job"),
+    [
+        ("Submitted batch job 7\n", "7"),
+        ("7\n", "7"),
+        ("7;cluster\n", "7"),
+        ("--> Enforcing limit: job 9 of at most 40 of this user...OK\nSubmitted batch job 7\n", "7"),
+        ("Welcome, you have 3 jobs\n12\n\nSubmitted batch job 7 on cluster a\nHave a nice day\n", "7"),
+        ("job 9 is in your way\n7\n", "7"),
+    ],
+)
+def test_the_jobs_id_is_found_in_what_a_site_makes_sbatch_print(answer: str, job: str) -> None:
+    from pipeline.compat.submitit import id_in_answer
+
+    assert id_in_answer(answer) == job
+
+
+def test_an_answer_without_an_id_is_quoted_and_not_called_a_refusal(tmp_path: Path, tools: Path) -> None:
+    """The job may be in the queue."""
+    fake_schedulers.fake_slurm(tools, tmp_path / "state")
+    fake_schedulers.write_tool(tools, "sbatch", "echo Your job 9 was accepted")
+    with fails(ResourceError, "sbatch", "Your job 9 was accepted") as caught:
+        submit(SubmitOptions("train", ("convnet_aig/toy", f"data.root={tmp_path}"), time_limit="30m"))
+    assert "squeue --me" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["2026-11-29T15:10:00", "50%job", "a:b/c%A", "a b", "it's", 'say "x"'])
+def test_a_run_folder_may_have_any_printable_name(name: str, tmp_path: Path, tools: Path) -> None:
+    """PYTHONPATH is split at ":", and SLURM and submitit replace %j; the job must run the code that is kept for it."""
+    fake_schedulers.fake_slurm(tools, tmp_path / "state")
+    home = tmp_path / "runs" / name
+    submit(
+        SubmitOptions("train", ("convnet_aig/toy", f"data.root={tmp_path}", "--run-dir", str(home)), time_limit="30m")
+    )
+    (job,) = records.of_home(home)
+    assert job.script is not None and Path(job.log).parent.resolve() == home / "slurm"
+    (line,) = re.findall(r"^export PYTHONPATH=.*$", job.script, re.MULTILINE)
+    shown = subprocess.run(["bash", "-c", f'{line}; echo "$PYTHONPATH"'], env={}, capture_output=True, text=True).stdout
+    place = shown.strip().split(":")[0]
+    assert Path(place, "jobs", "cli.py").is_file() and Path(place).resolve().parent == home / "slurm"
+    (log,) = re.findall(r"^#SBATCH --output=(.*)/%j_0_log\.out", job.script, re.MULTILINE)
+    assert "%" not in log
+
+
+def test_an_array_has_readable_names_that_a_run_may_have(tmp_path: Path) -> None:
+    long = "/".join(["x" * 100] * 3)
+    for array, suffixes in {
+        "seed=1,2": ["-seed1", "-seed2"],
+        "checkpoint.every=1 epochs,2 epochs": ["-checkpoint.every1-epochs", "-checkpoint.every2-epochs"],
+        "training.loss={kind: cross_entropy},{ kind: cross_entropy}": None,
+        f"data.root=/{long}/a,/{long}/b": None,
+    }.items():
+        submission, configs = plan(SubmitOptions("train", ("convnet_aig/toy", f"data.root={tmp_path}"), array=array))
+        names = [config.name for config in configs]
+        assert len(set(names)) == 2 and all(len(name) <= 120 for name in names)
+        assert [Path(job.home).name for job in submission.jobs] == names
+        for config in configs:
+            run_config.from_mapping(as_mapping(config), "dumped")
+        if suffixes:
+            assert names == [f"convnet_aig-toy{suffix}" for suffix in suffixes]
+
+
+def test_an_array_may_hold_lists_and_be_throttled(tmp_path: Path) -> None:
+    train = ("baseline/toy", f"data.root={tmp_path}", "--run-dir", "runs/r")
+    submission, configs = plan(SubmitOptions("train", train, array="family.resolutions_px=[16],[8],[16,8]%2"))
+    assert [config.family.resolutions_px for config in configs] == [(16,), (8,), (16, 8)]  # type: ignore[attr-defined]
+    assert "#SBATCH --array=0-2%2\n" in scripts.script(submission)
+    assert Path(submission.jobs[0].home).name == "r-family.resolutions_px-16"
+    many, _ = plan(SubmitOptions("train", train[:2], array="seed=1,2,3"))
+    assert "#SBATCH --array=0-2%3\n" in scripts.script(many)
+
+
+def test_a_profile_with_options_that_are_now_set_elsewhere_is_read_from_an_old_record(tmp_path: Path) -> None:
+    entry = record(tmp_path, "7").to_json()
+    old = {**SiteProfile().model_dump(mode="json"), "memory_gb": 4, "extra": {"mem": "1G", "nodes": "2", "nice": "5"}}
+    assert records.JobRecord.from_json({**entry, "profile": old}, tmp_path).profile.extra == {"nice": "5"}
+
+
+def test_a_jobs_tracking_is_that_of_the_environment_in_which_it_was_submitted_or_of_the_site(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = ("convnet_aig/toy", f"data.root={tmp_path}")
+    (tmp_path / "s.yaml").write_text('environment: {MLFLOW_TRACKING_URI: "http://site:5000"}')
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:hush@host/db")
+    _, (config,) = plan(SubmitOptions("train", train))
+    assert config.tracking.uri == "postgresql://me:hush@host/db"
+    assert "hush" not in str(as_mapping(config)), "the job finds it in its environment"
+    assert plan(SubmitOptions("train", train, site="s.yaml"))[1][0].tracking.uri == "http://site:5000"
+    with fails(ConfigError, "tracking.uri"):
+        plan(SubmitOptions("train", train, where="ray", address="http://a:1"))
+    (tmp_path / "s.yaml").write_text('environment: {MLFLOW_TRACKING_URI: "http://me:hush@site:5000"}')
+    with fails(ConfigError, "environment.MLFLOW_TRACKING_URI") as caught:
+        plan(SubmitOptions("train", train, site="s.yaml"))
+    assert "hush" not in f"{caught.value} {caught.value.subject}"
 
 
 def test_without_slurm_a_submission_is_refused() -> None:
@@ -210,7 +387,7 @@ def test_a_submitit_without_the_private_parts_that_we_use_is_refused_at_import(
 def test_a_runs_needs_are_recorded_and_serve_a_resubmission(tmp_path: Path, tools: Path) -> None:
     fake_schedulers.fake_slurm(tools, tmp_path / "state")
     train = ("convnet_aig/toy", f"data.root={tmp_path}")
-    submit(SubmitOptions("train", train, nodes="2-4", gpus_per_node=2, cpus_per_task=6, time_limit="30m"))
+    submit(SubmitOptions("train", train, nodes="2-4", gpus_per_node="2", cpus_per_task=6, time_limit="30m"))
     (tmp_path / "state" / "101").write_text("FAILED\n")
     assert run("jobs", "resubmit", "convnet_aig-toy") == 0
     first, second = records.of_home(tmp_path / "runs" / "convnet_aig-toy")
@@ -220,7 +397,7 @@ def test_a_runs_needs_are_recorded_and_serve_a_resubmission(tmp_path: Path, tool
 
 
 def test_needs_follow_the_device_and_the_number_of_workers(tmp_path: Path) -> None:
-    sweep = SubmitOptions("sweep", ("toy", f"data.root={tmp_path}"), time_limit="30m", gpus_per_node=2)
+    sweep = SubmitOptions("sweep", ("toy", f"data.root={tmp_path}"), time_limit="30m", gpus_per_node="2")
     assert plan(sweep)[0].job.needs == WorkerNeeds(2, 1.0, 1.0), "the device is auto, and the nodes have GPUs"
     train = ("convnet_aig/toy", f"data.root={tmp_path}", "compute.workers=0")
     assert plan(SubmitOptions("train", train, time_limit="30m"))[0].job.needs is None

@@ -681,7 +681,7 @@ def test_a_trial_that_was_stopped_and_saved_before_a_kill_is_not_trained_again(
     assert sweep.run(load(images), run_dir, watcher=log).finished
     assert table(run_dir) == table(whole)
     assert not started(log.lines)
-    assert client.get_run(run_id).info.status == ("FINISHED" if trained_out(run_dir / "trials" / name) else "KILLED")
+    assert client.get_run(run_id).info.status == ("FINISHED" if trained_out(run_dir / "trials" / name) else "SCHEDULED")
 
 
 def test_a_trial_saved_before_the_step_at_which_it_is_to_stop_is_planned_again(

@@ -32,7 +32,7 @@ from pipeline import config as configs
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.registry.publishing import register_best
 from pipeline.runs.journal import Journal
-from pipeline.tracking import TrackingConfig, Uploader, address, connect, replay, resolve_uri, sync, uploader
+from pipeline.tracking import TrackingConfig, Uploader, address, connect, replay, resolve_uri, summaries, sync, uploader
 from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.mlflow import MlflowTracker
 from pipeline.tracking.replay import Replay
@@ -280,6 +280,10 @@ def test_a_resumed_run_is_running_again_with_its_changes_as_tags(runs: Path) -> 
     with pytest.raises(KeyboardInterrupt), Uploader(run_dir, TrackingConfig(), changed):
         raise KeyboardInterrupt
     assert sole_run(client).info.status == "KILLED"
+    with Uploader(run_dir, TrackingConfig(), changed):
+        pass  # it was asked to stop, and has saved
+    assert sole_run(client).info.status == "SCHEDULED"
+    assert summaries(run_dir)[0].status == "STOPPED"
 
 
 def test_a_ledger_without_a_run_id_finds_its_run(runs: Path) -> None:
@@ -295,6 +299,15 @@ def test_a_ledger_without_a_run_id_finds_its_run(runs: Path) -> None:
     client.delete_run(first.run_id)
     with fails(ResourceError, "tracking.json", subject=first.run_id):
         sync(run_dir)
+    client.restore_run(first.run_id)
+    client.delete_experiment(client.get_run(first.run_id).info.experiment_id)
+    with fails(ResourceError, "tracking.experiment", subject="adaptnet") as caught:  # it brings its runs back
+        sync(run_dir)
+    number = client.get_run(first.run_id).info.experiment_id
+    assert f"mlflow experiments restore --experiment-id {number}" in str(caught.value)
+    assert f"MLFLOW_TRACKING_URI={resolve_uri(None, run_dir)}" in str(caught.value)
+    client.restore_experiment(number)
+    assert sync(run_dir).run_id == first.run_id
     (run_dir / "tracking.json").write_text("{")
     with fails(ResourceError, "tracking.json", subject=run_dir):
         sync(run_dir)

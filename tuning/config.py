@@ -115,7 +115,8 @@ class Sweep:
     """A sweep that is ready to run.
 
     overrides: those of the recipe by the command, laid over the file's. base: the recipe with them, without a sample.
-    data_home: the folder of data sets, for ${data} in recipes.
+    data_home: the folder of data sets, for ${data} in recipes. environment: what the user's environment sets in a
+    recipe, laid below it.
     """
 
     config: SweepConfig
@@ -123,6 +124,7 @@ class Sweep:
     overrides: Sequence[str]
     base: RunConfig
     data_home: str | None = None
+    environment: Mapping[str, JsonValue] | None = None
 
     def recipe(self, sample: Sample) -> RunConfig:
         """The recipe of a sample. Raises ConfigError naming the sample and the keys of the recipe."""
@@ -133,6 +135,7 @@ class Sweep:
                 below=_texts(configs.flat(self.config.overrides)),
                 drawn=_texts(sample.overrides),
                 data_home=self.data_home,
+                environment=self.environment,
             )
         except ConfigError as error:
             raise ConfigError(
@@ -204,11 +207,18 @@ def question_of(path: Path) -> str:
     return " ".join(takewhile(lambda text: not re.match(r"[A-Z][a-z]+:", text), texts)).strip()
 
 
-def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = None) -> Sweep:
+def load(
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    data_home: str | None = None,
+    environment: Mapping[str, JsonValue] | None = None,
+) -> Sweep:
     """The shipped sweep of that name, or the file at that path, with the overrides in order.
 
     `search.samples=4` and the like change the sweep, `space.KEY=…` the allowed values of a key; any other key is the
-    recipe's and holds for every trial. Raises ConfigError naming each fault, and the sample that the recipe refuses.
+    recipe's and holds for every trial. environment: as of `run_config.load`. Raises ConfigError naming each fault, and
+    the sample that the recipe refuses.
     """
     path = path_of(source)
     mapping: dict[str, JsonValue] = {"name": path.stem, "question": question_of(path), **configs.read_mapping(path)}
@@ -221,8 +231,14 @@ def load(source: str, overrides: Sequence[str] = (), *, data_home: str | None = 
     _check_overrides(recipe_overrides, cases)
     _check_kind(config, cases)
     below = _texts(configs.flat(config.overrides))
-    base = run_config.load(config.recipe, [*recipe_overrides, f"name={config.name}"], below=below, data_home=data_home)
-    sweep = Sweep(config, cases, recipe_overrides, base, data_home)
+    base = run_config.load(
+        config.recipe,
+        [*recipe_overrides, f"name={config.name}"],
+        below=below,
+        data_home=data_home,
+        environment=environment,
+    )
+    sweep = Sweep(config, cases, recipe_overrides, base, data_home, environment)
     for sample in sweep.samples() or _first_of_each_key(cases, config.search.seed):
         sweep.recipe(sample)
     return sweep

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from jobs.schedulers import JobState, NodeEnv, Scheduler, records, snapshot
+from jobs.schedulers import JobState, NodeEnv, Scheduler, records
 from jobs.schedulers.records import JobRecord, record_of
 from jobs.schedulers.submission import Submission, refuse_options
 from pipeline.errors import ResourceError
@@ -29,7 +29,7 @@ class LocalProcess(Scheduler):
 
     def preview(self, submission: Submission) -> str:
         """Returns the command line. Jobs on this machine do not wait for each other."""
-        refuse_options(submission, "after", "dependency", "address")
+        refuse_options(submission, "after", "dependency", "address", "throttle")
         return "\n".join(shlex.join(["adaptnet", job.verb, *job.arguments]) for job in submission.jobs)
 
     def submit(self, submission: Submission) -> list[JobRecord]:
@@ -41,7 +41,7 @@ class LocalProcess(Scheduler):
         from pipeline.compat.submitit import submit_all
 
         script = self.preview(submission)
-        _prepare(submission)
+        submission.prepare()
         executor = submitit.LocalExecutor(submission.folder, python=f"{shlex.quote(sys.executable)} -P")
         executor.update_parameters(timeout_min=submission.resources.minutes)
         made = []
@@ -116,7 +116,7 @@ class ThisProcess(LocalProcess):
         from pipeline.compat.submitit import submit_all
 
         script = self.preview(submission)
-        _prepare(submission)
+        submission.prepare()
         executor = submitit.DebugExecutor(submission.folder)
         with clean_env():
             started = [submit_all(executor, [SubmittedTask(job)])[0] for job in submission.jobs]
@@ -137,11 +137,6 @@ class ThisProcess(LocalProcess):
         """The same as for a job in its own process."""
         job = os.environ.get("SUBMITIT_DEBUG_JOB_ID")
         return None if job is None else NodeEnv(job, 0, (socket.gethostname(),))
-
-
-def _prepare(submission: Submission) -> None:
-    submission.folder.mkdir(parents=True, exist_ok=True)
-    snapshot.save(submission.snapshot)
 
 
 @contextmanager

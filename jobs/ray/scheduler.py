@@ -37,7 +37,7 @@ class RayJobs(Scheduler):
 
     def preview(self, submission: Submission) -> str:
         """The entrypoints, with ID for the jobs' ids. No job waits for another."""
-        refuse_options(submission, "after", "dependency")
+        refuse_options(submission, "after", "dependency", "throttle")
         check_address(submission.address)
         return "\n".join(entrypoint(job, "ID") for job in submission.jobs)
 

@@ -6,15 +6,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from jobs.schedulers import gpus
+from jobs.schedulers.gpus import Value
 from pipeline import config as configs
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, JsonValue, without_secrets
 
 SITES = Path(__file__).parents[2] / "infra" / "slurm" / "sites"
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]  # goes into the script unquoted
-Text = Annotated[str, Field(min_length=1)]
+ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # a line of the batch script would end at a newline
+Text = Annotated[str, Field(pattern=ONE_LINE)]
+Option = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]  # a long option of sbatch, without its dashes
+MEMORY = ("mem", "mem-per-cpu", "mem-per-gpu")
+OURS = {  # options of sbatch that are set from elsewhere, and where
+    **{name: f"the key {name}" for name in ("partition", "account", "qos", "constraint", "time", "exclude", "comment")},
+    **{name: f"the key {name.replace('-', '_')}" for name in ("cpus-per-task", "mail-user", "mail-type")},
+    "signal": "the key signal_delay_s",
+    "nodes": "--nodes of `adaptnet submit`",
+    "job-name": "--name of `adaptnet submit`",
+    "array": "--array of `adaptnet submit`",
+    "dependency": "--dependency of `adaptnet submit`",
+    **dict.fromkeys(("ntasks", "ntasks-per-node"), "AdaptNet: a job has one task on each node"),
+    **dict.fromkeys(("output", "error", "open-mode"), "AdaptNet: logs are in the run's folder"),
+    **dict.fromkeys(("requeue", "no-requeue"), "AdaptNet; max_requeues: 0 keeps a job from being started again"),
+    **dict.fromkeys(("wrap", "test-only", "wait", "quiet", "parsable"), "AdaptNet, which reads sbatch's answer"),
+    **dict.fromkeys(("clusters", "cluster"), "the machine: submit on a login node of that cluster"),
+    "gpus-per-socket": "the key gpus_per_node",
+}
 
 
 class ContainerImage(Config):
@@ -34,11 +54,12 @@ class SiteProfile(Config):
     qos: Text | None = None
     constraint: Text | None = None
     time: Text = "24h"
-    gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 0
+    # 4, or with a type: a100:4
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] | Annotated[str, Field(pattern=gpus.TYPED)] = 0
     cpus_per_task: Annotated[int, Field(ge=1, le=4096)] = 1
     memory_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None
     modules: tuple[Text, ...] = ()  # loaded by `module load`
-    setup: tuple[Text, ...] = ()  # shell lines, after the modules
+    setup: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # shell lines, after the modules
     environment: Mapping[VariableName, str] = Field(default_factory=dict)
     container: ContainerImage | None = None
     scratch: Text | None = None  # a fast local folder of each node; jobs get it as TMPDIR
@@ -49,7 +70,55 @@ class SiteProfile(Config):
     signal_delay_s: Annotated[int, Field(ge=10, le=65_535)] = 90  # how long before its end a job is warned to save
     patience_s: Annotated[float, Field(gt=0, le=1e6)] = 120.0  # how long to wait until Ray has started on all nodes
     max_requeues: Annotated[int, Field(ge=0, le=1_000_000)] = 100
-    extra: Mapping[str, str] = Field(default_factory=dict)  # any other option of sbatch: {"licenses": "foo"}
+    # any other option of sbatch: {licenses: foo, exclusive: true, gres: "gpu:a100:4"}; true or null: without a value
+    extra: Mapping[Option, Value] = Field(default_factory=dict)
+
+    @field_validator("extra", mode="before")
+    @classmethod
+    def _as_sbatch_spells(cls, extra: object) -> object:
+        if not isinstance(extra, Mapping):
+            return extra
+        return {str(name).lstrip("-").replace("_", "-"): value for name, value in extra.items()}
+
+    @model_validator(mode="after")
+    def _rules(self) -> SiteProfile:
+        for name, place in OURS.items():
+            if name in self.extra:
+                raise ValueError(f"extra.{name}: is set by {place}")
+        if self.memory_gb and any(name in self.extra for name in MEMORY):
+            raise ValueError(f"memory_gb and one of extra.{', extra.'.join(MEMORY)} set the memory: give one of them")
+        if faults := [name for name, value in self.extra.items() if "\n" in str(value)]:
+            raise ValueError(f"extra.{faults[0]}: a value has one line")
+        for name, value in self.environment.items():
+            if without_secrets(value) != value:
+                raise ValueError(f"environment.{name}: has a password, which every job's script would show; export it")
+        gpus.check(self.gpus_per_node, self.extra)
+        return self
+
+    @classmethod
+    def stored(cls, profile: Mapping[str, JsonValue]) -> SiteProfile:
+        """A profile that this or an older version recorded; older ones may hold options that are now set elsewhere."""
+        extra = configs.section(profile, "extra")
+        dropped = (*OURS, *(MEMORY if profile.get("memory_gb") else ()))
+        plain = {name: value for name, value in extra.items() if name.replace("_", "-") not in dropped}
+        variables = configs.section(profile, "environment")
+        shown = {name: without_secrets(str(value)) for name, value in variables.items()}
+        return configs.validate(
+            cls, {**profile, "extra": plain, "environment": shown}, "a recorded profile", stored=True
+        )
+
+    def with_options(self, given: Mapping[str, object]) -> SiteProfile:
+        """The profile with options of the command line, which also replace what `extra` says of the same thing.
+
+        Raises ConfigError for a value that a profile may not hold.
+        """
+        options, extra = dict(given), dict(self.extra)
+        if "memory_gb" in given:
+            extra = {name: value for name, value in extra.items() if name not in MEMORY}
+        if "gpus_per_node" in given:
+            options["gpus_per_node"], extra = gpus.replaced(options["gpus_per_node"], extra)
+        mapping: dict[str, object] = {**self.model_dump(mode="json"), "extra": extra}
+        return configs.validate(SiteProfile, configs.merge(mapping, options), "command line")
 
 
 def load(name: str | None) -> SiteProfile:

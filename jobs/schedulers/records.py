@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -23,6 +22,9 @@ FILE = "jobs.json"
 FORMAT = 2
 ELSEWHERE = Path("jobs") / "elsewhere.json"  # file in the folder of runs that lists homes outside it
 USING_RAY = ("train", "sweep")
+OUR_ERROR = "adaptnet:"  # begins the first line of an error that a verb prints
+OTHERS = ("srun:", "slurmstepd:", "submitit ", "Traceback ")  # begin lines that are printed after it
+LONGEST_ERROR = 40  # lines
 RUNS = Path("runs")
 
 
@@ -95,8 +97,8 @@ class JobRecord:
 
     @classmethod
     def _of_format_2(cls, entry: Mapping[str, JsonValue], home: Path) -> JobRecord:
-        resources, argv, needs = entry["resources"], entry["argv"], entry.get("needs")
-        assert isinstance(resources, dict) and isinstance(argv, list)
+        resources, argv, needs, profile = entry["resources"], entry["argv"], entry.get("needs"), entry["profile"]
+        assert isinstance(resources, dict) and isinstance(argv, list) and isinstance(profile, dict)
         return cls(
             id=str(entry["id"]),
             scheduler=str(entry["scheduler"]),
@@ -107,7 +109,7 @@ class JobRecord:
             run_dir=_text(entry.get("run_dir")),
             log=str(entry["log"]),
             resources=_resources(resources),
-            profile=SiteProfile.model_validate_json(json.dumps(entry["profile"])),
+            profile=SiteProfile.stored(profile),
             submitted_at=float(str(entry["submitted_at"])),
             host=str(entry.get("host", "")),
             needs=_needs(needs) if isinstance(needs, list) else None,
@@ -236,19 +238,32 @@ def state_from_files(record: JobRecord, logs: Sequence[Path]) -> JobState | None
     """What the files of a job that its scheduler no longer knows show of its end; None if nothing."""
     if record.finished:
         return JobState("COMPLETED")
-    if any(line.startswith("adaptnet:") for line in last_lines(logs)):
+    if any(line.startswith(OUR_ERROR) for line in last_lines(logs)):
         return JobState("FAILED")
     return None
 
 
 def last_lines(logs: Sequence[Path], most: int = 12) -> list[str]:
-    """The lines of a job's logs that matter: our own error, else from the last error on, else the last ones."""
-    lines = [line for path in logs for line in _lines(path)]
-    ours = [line for line in lines if line.startswith("adaptnet:")]
-    if ours:
-        return ours[-3:]
-    errors = [number for number, line in enumerate(lines) if "Error" in line]
-    return lines[errors[-1] :][:most] if errors else lines[-most:]
+    """The lines of a job's logs that matter: our last error, else from the last error on, else the last ones."""
+    texts = [_lines(path) for path in logs]
+    if errors := [error for lines in texts for error in _errors(lines)]:
+        return [line for error in errors[-3:] for line in error]
+    lines = [line for text in texts for line in text]
+    numbers = [number for number, line in enumerate(lines) if "Error" in line]
+    return lines[numbers[-1] :][:most] if numbers else lines[-most:]
+
+
+def _errors(lines: Sequence[str]) -> list[list[str]]:
+    """The errors of ours in a log, each with the lines that continue it: what comes next begins otherwise."""
+    errors: list[list[str]] = []
+    within = False
+    for line in lines:
+        if line.startswith(OUR_ERROR):
+            errors.append([])
+        within = line.startswith(OUR_ERROR) or (within and not line.startswith(OTHERS))
+        if within and len(errors[-1]) < LONGEST_ERROR:
+            errors[-1].append(line)
+    return errors
 
 
 def _lines(path: Path) -> list[str]:

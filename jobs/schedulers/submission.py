@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 from jobs.schedulers import snapshot
 from jobs.schedulers.profile import SiteProfile
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ResourceError
 
 FOLDER = "slurm"  # folder in a job's home for records, logs, pickles and code, whichever scheduler runs it
 START_UP_S = 60  # imports, Ray, workers: nothing is saved before these are done
+SPLIT = re.compile("[:%]")  # PYTHONPATH is split at ":"; SLURM and submitit replace %j and others in names of logs
 WARNED_EARLY_S = 60  # SLURM's warning may come this much before its time
 
 
@@ -88,7 +90,7 @@ class Submission:
 
     job is the only one, or, for an array, the one whose home holds the files that all share. address is a job
     server's; after is the id of a job that must have ended well before; dependency is a condition in the scheduler's
-    own syntax.
+    own syntax; throttle is how many jobs of an array may run at once, None for all.
     """
 
     job: Job
@@ -99,6 +101,7 @@ class Submission:
     dependency: str | None = None
     after: str | None = None
     address: str | None = None
+    throttle: int | None = None
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -107,13 +110,31 @@ class Submission:
 
     @property
     def folder(self) -> Path:
-        """Where submitit keeps pickles and logs."""
-        return self.job.folder
+        """Where submitit keeps pickles and logs: the job's folder, or a link to it if its path has SPLIT characters."""
+        folder = self.job.folder
+        above = next(path for path in (folder, *folder.parents) if not SPLIT.search(str(path)))
+        return folder if above == folder else above / f".slurm-{sha256(bytes(folder)).hexdigest()[:12]}"
 
     @property
     def snapshot(self) -> Path:
         """The folder of the jobs' code snapshot; it is named by its content, so equal code is stored once."""
         return self.folder / snapshot.name()
+
+    def prepare(self) -> None:
+        """Makes the folder and the snapshot. Raises ResourceError if a folder cannot be written."""
+        folder = self.job.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.folder != folder and not self.folder.is_symlink():
+                self.folder.symlink_to(folder)
+            snapshot.save(self.snapshot)
+        except OSError as error:
+            raise ResourceError(
+                f"{error.filename2 or error.filename or folder}: cannot be written ({error.strerror}). Choose another "
+                "folder for the run with --run-dir",
+                key="--run-dir",
+                subject=folder,
+            ) from None
 
 
 def refuse_options(submission: Submission, *options: str) -> None:
@@ -122,9 +143,10 @@ def refuse_options(submission: Submission, *options: str) -> None:
         value = getattr(submission, option)
         if value is not None:
             where = submission.job.scheduler
+            option = {"throttle": "array KEY=V,V%N"}.get(option, option)
             raise ConfigError(
                 f"--{option} (={value}): not available with --where {where}; leave it out",
-                key=f"--{option}",
+                key=f"--{option.partition(' ')[0]}",
                 subject=value,
             )
 

@@ -6,9 +6,9 @@ import shutil
 import subprocess
 
 from jobs.slurm import munge
+from jobs.slurm.ask import TIMEOUT_S, ask
 from pipeline.errors import ResourceError
 
-TIMEOUT_S = 60.0
 MUNGE_HINT = "start it (systemctl start munge), or ask who runs SLURM here"
 
 
@@ -17,7 +17,7 @@ def query(*command: str, timeout_s: float = TIMEOUT_S) -> list[str]:
     if shutil.which(command[0]) is None or munge.absent():
         return []
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+        done = ask(*command, timeout_s=timeout_s)
     except (OSError, subprocess.SubprocessError):
         return []
     return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
@@ -33,7 +33,7 @@ def run_slurm(*command: str) -> None:
     if why := munge.absent():
         raise ResourceError(f"{line}: {why}; {MUNGE_HINT}", key="munge", subject=line)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = ask(*command)
     except subprocess.TimeoutExpired as error:
         raise ResourceError(f"{line}: {error}", key=command[0], subject=line) from None
     if done.returncode != 0:
@@ -62,6 +62,13 @@ def why_silent() -> str:
         return ""
     why = munge.absent()
     if not why:
-        done = subprocess.run(["sinfo", "-h", "-o", "%P"], capture_output=True, text=True, timeout=TIMEOUT_S)
-        why = " ".join(done.stderr.split())[:300] if done.returncode else ""
+        why = _why_refused()
     return f"SLURM does not answer ({why})" if why else ""
+
+
+def _why_refused() -> str:
+    try:
+        done = ask("sinfo", "-h", "-o", "%P")
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return " ".join(done.stderr.split())[:300] if done.returncode else ""

@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from jobs.slurm.ask import ask
+
 CONFIGS = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf", "/etc/slurm-llnl/slurm.conf")
 SOCKET = "/run/munge/munge.socket.2"  # libmunge's default
 ANSWER_S = 10.0  # how long to wait for SLURM's answer if munged seems to be absent
@@ -42,7 +44,7 @@ def _slurm_answers(path: str) -> bool:
     if time.monotonic() < _absent_until.get(path, 0.0):
         return False
     try:
-        done = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True, timeout=ANSWER_S)
+        done = ask("sinfo", "-h", "-o", "%R", timeout_s=ANSWER_S)
         answers = done.returncode == 0 or not re.search("munge|authentication", done.stderr, re.IGNORECASE)
     except (OSError, subprocess.SubprocessError):
         answers = False

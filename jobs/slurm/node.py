@@ -6,10 +6,10 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 from collections.abc import Mapping
 
 from jobs.schedulers import NodeEnv, NodeShare
+from jobs.slurm.ask import ask
 
 NO_GPU = ("", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES without a GPU
 
@@ -64,7 +64,7 @@ def _address(name: str) -> str:
     """A node's IP address as SLURM knows it. If that is a name for loopback here, the address of the route out."""
     match = None
     if shutil.which("scontrol") is not None:
-        shown = subprocess.run(["scontrol", "show", "node", "-o", name], capture_output=True, text=True, timeout=60)
+        shown = ask("scontrol", "show", "node", "-o", name)
         match = re.search(r"NodeAddr=(\S+)", shown.stdout)
     address = socket.gethostbyname(match[1] if match else name)
     if address == "127.0.1.1" or (address.startswith("127.") and match and match[1] == name):

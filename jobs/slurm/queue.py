@@ -13,7 +13,7 @@ ALIVE |= {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"}
 REASONS = {  # SLURM's codes for why a job waits, explained
     "Resources": "the nodes it needs are busy",
     "Priority": "jobs of higher priority come first",
-    "BeginTime": "it was requeued a moment ago and may start again shortly",
+    "BeginTime": "it may not start yet, because of --begin or because it was requeued a moment ago",
     "Dependency": "the job that it depends on has not ended",
     "DependencyNeverSatisfied": "the job that it depends on failed, so it will never start: cancel it",
     "ReqNodeNotAvail": "the nodes it needs are down, drained or reserved",
@@ -52,9 +52,12 @@ def states_of(ids: Sequence[str], run: Query = query) -> dict[str, JobState]:
 def _from_squeue(ids: Sequence[str], run: Query) -> dict[str, JobState]:
     """SLURM's queue knows a job for some minutes after its end."""
     states = {}
-    for job, name, code, nodes, elapsed in _rows(ids, run, "squeue", "-hr", "-t", "all", "-o", "%i|%T|%r|%N|%M"):
+    command = ("squeue", "-hr", "-t", "all", "-o", "%i|%T|%r|%N|%M|%S")
+    for job, name, code, nodes, elapsed, *start in _rows(ids, run, *command):
         waits = name == "PENDING" and code != "None"
         reason = REASONS.get(code.partition(",")[0], code) if waits else ""
+        if waits and code == "BeginTime" and start:
+            reason = f"{reason}: not before {start[0]}"
         states[job] = JobState(name, reason, nodes, elapsed, name in ALIVE)
     return states
 
@@ -71,10 +74,10 @@ def _from_sacct(ids: Sequence[str], run: Query) -> dict[str, JobState]:
 
 
 def _rows(ids: Sequence[str], run: Query, *command: str) -> list[list[str]]:
-    """The five fields of each line that `command` prints about these jobs; no command runs for no jobs."""
+    """The fields, five or more, of each line that `command` prints about these jobs; no command runs for no jobs."""
     lines = run(*command, "-j", ",".join(ids)) if ids else []
     rows = [line.split("|") for line in lines]
-    return [fields for fields in rows if len(fields) == 5 and fields[1]]
+    return [fields for fields in rows if len(fields) >= 5 and fields[1]]
 
 
 def why_ended(code: str) -> str:

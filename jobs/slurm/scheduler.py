@@ -15,18 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.schedulers import JobState, NodeEnv, Scheduler, records, snapshot
+from jobs.schedulers import JobState, NodeEnv, Scheduler, records
 from jobs.schedulers.attempts import Attempts
 from jobs.schedulers.records import JobRecord, record_of
 from jobs.schedulers.submission import Submission, refuse_options
 from jobs.slurm import queue
+from jobs.slurm.ask import REACH, ask
 from jobs.slurm.commands import check_slurm, query, run_slurm, why_silent
 from jobs.slurm.node import in_slurm, job_id, node_env
 from jobs.slurm.script import parameters, python, requeue_mark, script
 from pipeline.errors import ResourceError
 
 TIMEOUT_S = 10.0  # how long to wait for SLURM's answer in a job whose time is running out
-CONFIG_VARIABLE = "SLURM_CONF"  # submitit hides it with the other variables, but sbatch needs it
 
 
 class Slurm(Scheduler):
@@ -44,8 +44,7 @@ class Slurm(Scheduler):
         """Submits the jobs with sbatch; several jobs become an array."""
         text = self.preview(submission)
         check_slurm()
-        submission.folder.mkdir(parents=True, exist_ok=True)
-        snapshot.save(submission.snapshot)
+        submission.prepare()
         made = []
         for job, (number, log) in zip(submission.jobs, _sbatch(submission), strict=True):
             made.append(record_of(submission, job, id=number, log=log, script=text))
@@ -59,7 +58,7 @@ class Slurm(Scheduler):
 
     def _state(self, record: JobRecord, known: JobState | None) -> JobState:
         """The job's state; `known` is None if SLURM no longer knows the job."""
-        state = known or records.state_from_files(record, self.logs(record)) or _forgotten(record)
+        state = known or records.state_from_files(record, self.logs(record)) or _forgotten(record, self.logs(record))
         if state.name == "COMPLETED" and record.run_dir is not None and not record.finished:
             return replace(state, reason="it was stopped; `adaptnet jobs resubmit` resumes it")
         return state
@@ -106,23 +105,35 @@ class Slurm(Scheduler):
 
 def _sbatch(submission: Submission) -> list[tuple[str, Path]]:
     """Queues the jobs; their ids and logs. Raises ResourceError with SLURM's message if it refuses."""
-    import submitit
     from submitit.helpers import clean_env
 
     from jobs.schedulers.task import SubmittedTask
-    from pipeline.compat.submitit import submit_all
+    from pipeline.compat.submitit import SlurmExecutor, UnknownAnswer, submit_all
 
-    config = {key: os.environ[key] for key in (CONFIG_VARIABLE,) if key in os.environ}
+    reach = {key: os.environ[key] for key in REACH if key in os.environ}
     with clean_env():
-        os.environ.update(config)
+        os.environ.update(reach)  # submitit hides these with the other variables, but sbatch needs them
         try:
-            executor = submitit.SlurmExecutor(submission.folder, max_num_timeout=10**6, python=python(submission))
+            executor = SlurmExecutor(submission.folder, max_num_timeout=10**6, python=python(submission))
             executor.update_parameters(**parameters(submission))
             return [
                 (each.id, each.log) for each in submit_all(executor, [SubmittedTask(job) for job in submission.jobs])
             ]
+        except UnknownAnswer as error:
+            raise _without_id(submission, str(error)) from None
         except Exception as error:  # sbatch's failure, and what submitit makes of its output
             raise refused(error) from None
+
+
+def _without_id(submission: Submission, answer: str) -> ResourceError:
+    """The error for a job that may be queued: sbatch succeeded, but its answer names no job."""
+    return ResourceError(
+        f"sbatch answered {answer!r}, which does not name a job (Submitted batch job NUMBER, or the number alone). The "
+        f"job may be in the queue: look for {submission.name} in `squeue --me`, and end it with `scancel --me --name="
+        f"{submission.name}` before you submit it again",
+        key="sbatch",
+        subject=answer,
+    )
 
 
 def refused(error: Exception) -> ResourceError:
@@ -153,18 +164,22 @@ def _listed(*command: str) -> str:
     return ", ".join(dict.fromkeys(query(*command, timeout_s=30))) or "unknown"
 
 
-def _forgotten(record: JobRecord) -> JobState:
+def _forgotten(record: JobRecord, logs: Sequence[Path]) -> JobState:
     """The state of a job that SLURM does not know and that left no result."""
-    started = any(attempt.job == record.id for attempt in Attempts(Path(record.home)).read())
+    attempts = [attempt for attempt in Attempts(Path(record.home)).read() if attempt.job == record.id]
     why = why_silent() or "SLURM no longer knows it"
-    return JobState("UNKNOWN", f"{why}; it had {'started' if started else 'not started'}")
+    if attempts and attempts[-1].last_step is not None:
+        return JobState("UNKNOWN", f"{why}; it had started, and ended at step {attempts[-1].last_step}")
+    if attempts:
+        return JobState("UNKNOWN", f"{why}; it had started, and left nothing of its end")
+    printed = any(path.is_file() and path.stat().st_size for path in logs)
+    return JobState("UNKNOWN", f"{why}; {'its script had started' if printed else 'it had not started'}")
 
 
 def _is_ending(job: str) -> bool:
     """Whether SLURM is ending the job, by itself or for a user: `scontrol requeue` would undo a cancellation."""
-    command = ["squeue", "-h", "-j", job, "-o", "%T"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = ask("squeue", "-h", "-j", job, "-o", "%T", timeout_s=TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):  # no SLURM in a container, or SLURM is too busy to answer
         return False
     return done.stdout.strip() == "COMPLETING"

@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from jobs.schedulers import gpus
 from jobs.schedulers.submission import Submission
 
 REQUEUE = "requeue"  # begins the names of files by which a task has the batch script requeue the job
@@ -40,14 +41,15 @@ def parameters(submission: Submission) -> dict[str, object]:
         # given a number of tasks, SLURM gives an elastic job the fewest nodes, however many are free
         "ntasks_per_node": None if resources.elastic else 1,
         "cpus_per_task": resources.cpus_per_task,
-        "gpus_per_node": resources.gpus_per_node or None,
+        "gpus_per_node": _gpus(submission),
         "mem": f"{math.ceil(resources.memory_gb * 1024)}MB" if resources.memory_gb else None,
         "signal_delay_s": profile.signal_delay_s,
         "dependency": _dependency(submission),
         "stderr_to_stdout": True,
         "setup": _setup(submission),
         "teardown": _teardown(submission.folder) if profile.container else None,
-        "srun_args": [f"--cpus-per-task={resources.cpus_per_task}", *(ELASTIC if resources.elastic else ())],
+        "srun_args": ["--export=ALL", f"--cpus-per-task={resources.cpus_per_task}", *(ELASTIC * resources.elastic)],
+        "array_parallelism": submission.throttle or len(submission.jobs),
         "additional_parameters": _additional(submission),
     }
     return {key: value for key, value in options.items() if value is not None}
@@ -77,9 +79,19 @@ def _dependency(submission: Submission) -> str | None:
     return ",".join(filter(None, conditions)) or None
 
 
+def _gpus(submission: Submission) -> int | str | None:
+    """The value of --gpus-per-node; None if the profile requests GPUs by another option, or none."""
+    profile, resources = submission.profile, submission.resources
+    if gpus.requested(profile.extra, resources.nodes[0]) is not None:
+        return None
+    typed = isinstance(profile.gpus_per_node, str) and gpus.number(profile.gpus_per_node) == resources.gpus_per_node
+    return (profile.gpus_per_node if typed else resources.gpus_per_node) or None
+
+
 def _additional(submission: Submission) -> dict[str, object]:
-    """Options that submitit has no name for."""
-    options: dict[str, object] = {"requeue": True, **submission.profile.extra}
+    """Options that submitit has no name for; an option that is False is left out, one that is None has no value."""
+    extra = {name: value for name, value in submission.profile.extra.items() if value is not False}
+    options: dict[str, object] = {"requeue": True, **{k: True if v is None else v for k, v in extra.items()}}
     if submission.resources.elastic:
         options |= {"nodes": "{}-{}".format(*submission.resources.nodes), "no-kill": True}
     return options
@@ -87,11 +99,21 @@ def _additional(submission: Submission) -> dict[str, object]:
 
 def _setup(submission: Submission) -> list[str]:
     profile = submission.profile
-    lines = [f"module load {' '.join(map(shlex.quote, profile.modules))}"] if profile.modules else []
+    lines = [_load(module) for module in profile.modules]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()]
     lines += [f"export TMPDIR={shlex.quote(profile.scratch)}"] if profile.scratch else []
     lines += [f'export PYTHONPATH={shlex.quote(str(submission.snapshot))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
     return [*lines, *profile.setup]
+
+
+def _load(module: str) -> str:
+    """Loads a module, or ends the job with its message, from a second try in a subshell: the first changes this shell.
+
+    A job would else go on in the wrong environment.
+    """
+    load = f"module load {shlex.quote(module)}"
+    why = f'"$({load} 2>&1 | tail -n 5 | tr "\\n" " ")"'
+    return f"{load} || {{ echo {shlex.quote(f'adaptnet: {load}: ')}{why}; exit 2; }}"
 
 
 def _teardown(folder: Path) -> list[str]:

@@ -231,7 +231,9 @@ def serve(
     server: Annotated[list[str] | None, typer.Option(help="mlflow or ray; repeatable; default: both")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="measured seconds for each number of clients")] = 10.0,
     batch: Annotated[int, typer.Option(min=1, help="batch size of the first measurement")] = 64,
-    uri: Annotated[str | None, typer.Option(help="tracking server; default runs/mlflow.db")] = None,
+    uri: Annotated[
+        str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="tracking server; default runs/mlflow.db")
+    ] = None,
 ) -> None:
     """Measures MLflow's pyfunc model against the bare net on one batch, then requests/s and latency of `mlflow models
     serve` and of Ray Serve (infra/ray/serve.yaml) for several numbers of concurrent clients that send one image at a

@@ -23,7 +23,10 @@ def compare(
     policy_a: Annotated[str | None, typer.Option(help="policy of A; default: the first")] = None,
     policy_b: Annotated[str | None, typer.Option(help="policy of B; default: the first")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
-    uri: Annotated[str | None, typer.Option(help="tracking server of models:/; default runs/mlflow.db")] = None,
+    uri: Annotated[
+        str | None,
+        typer.Option(envvar="MLFLOW_TRACKING_URI", help="tracking server of models:/; default runs/mlflow.db"),
+    ] = None,
 ) -> None:
     """Tests whether net A is more accurate than net B: McNemar's test on the images that both were evaluated on, and
     the difference at equal cost along both frontiers, each with a 95 % confidence interval over images. It uses the

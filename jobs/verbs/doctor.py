@@ -42,7 +42,9 @@ class Finding:
 
 @app.command()
 def doctor(
-    uri: Annotated[str | None, typer.Option(help="tracking server; default: runs/mlflow.db")] = None,
+    uri: Annotated[
+        str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="tracking server; default: runs/mlflow.db")
+    ] = None,
     storage: Annotated[Path, typer.Option(help="folder for runs")] = Path("runs"),
     ray: Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster; default: $RAY_ADDRESS")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
@@ -226,8 +228,8 @@ def _storage(folder: Path, least_free_gb: float) -> Finding:
 
 
 def _mlflow(uri: str | None) -> Iterator[Finding]:
+    from pipeline.errors import without_secrets
     from pipeline.registry import catalogue, store_reader
-    from pipeline.runs.provenance import without_secrets
     from pipeline.tracking.address import database_file, unusable
 
     try:
@@ -269,8 +271,10 @@ def _clock(address: str) -> Finding:
 
 def _output(*command: str) -> str:
     """The output of a command, or the error message if it fails."""
+    from jobs.slurm.ask import ask
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = ask(*command, timeout_s=TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return (done.stdout or done.stderr).strip()

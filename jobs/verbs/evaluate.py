@@ -40,7 +40,10 @@ def evaluate(
         ),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="folder for the reports; default: beside the run")] = None,
-    uri: Annotated[str | None, typer.Option(help="tracking server of models:/; default: runs/mlflow.db")] = None,
+    uri: Annotated[
+        str | None,
+        typer.Option(envvar="MLFLOW_TRACKING_URI", help="tracking server of models:/; default: runs/mlflow.db"),
+    ] = None,
 ) -> None:
     """Evaluates SOURCE on the val split under each of its policies: accuracy, multiply-accumulates per image, share of
     the full net's MACs, latency on this device, and the family's own facts by class.

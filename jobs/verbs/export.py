@@ -26,7 +26,10 @@ def export(
     batch: Annotated[str, typer.Option(help="number of images in a batch, or `dynamic` for any number")] = "dynamic",
     raw: Annotated[bool, typer.Option("--raw", help="take uint8 pixels [B, S, S, 3]; the file normalises")] = False,
     force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
-    uri: Annotated[str | None, typer.Option(help="tracking server of models:/; default: runs/mlflow.db")] = None,
+    uri: Annotated[
+        str | None,
+        typer.Option(envvar="MLFLOW_TRACKING_URI", help="tracking server of models:/; default: runs/mlflow.db"),
+    ] = None,
 ) -> None:
     """Writes MODEL under a static policy, one that does the same for every image, to a file that runs without adaptnet.
     Static policies are a resolution of ARRN, an exit of RANet, a frozen shape or a fixed mask of gates. Before the file

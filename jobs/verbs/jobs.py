@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.errors import without_secrets
+
 if TYPE_CHECKING:
+    from jobs.schedulers import JobState
     from jobs.schedulers.attempts import JobAttempt
     from jobs.schedulers.records import JobRecord
     from pipeline.runs.progress import RunProgress
@@ -74,19 +78,18 @@ def show(job: Wanted, runs: Runs = RUNS) -> None:
     state = schedulers.state_of(record)
     facts: dict[str, object] = {
         "job": f"{record.id} ({record.scheduler})",
-        "command": " ".join(["adaptnet", record.verb, *record.argv]),
-        "state": state.name + (f": {state.reason}" if state.reason else ""),
+        "command": without_secrets(shlex.join(["adaptnet", record.verb, *record.argv])),
+        "state": _described(state),
         "nodes": state.nodes or "-",
         "elapsed": state.elapsed or "-",
-        "starts": ", ".join(map(_steps, _attempts(record))) or "none yet",
+        "starts": ", ".join(map(_steps, _attempts(record))) or ("none yet" if state.alive else "none"),
         "log": record.log,
         **_run_facts(record),
         **(_progress(record) if state.alive else {}),
     }
     typer.echo(tables.of_pairs(facts))
     if not state.alive and state.name != "COMPLETED":
-        missing = [f"no log at {record.log}: do the nodes see that folder?"]
-        lines = records.last_lines(schedulers.get(record.scheduler).logs(record)) or missing
+        lines = records.last_lines(schedulers.get(record.scheduler).logs(record)) or [_why_silent(record, state)]
         typer.echo("\n".join(["", "last lines:", *(f"  {line}" for line in lines)]))
 
 
@@ -118,6 +121,23 @@ def _newest(record: JobRecord) -> RunProgress | None:
 def _stall(record: JobRecord) -> str:
     found = _newest(record)
     return (found.stall() or "") if found is not None else ""
+
+
+def _why_silent(record: JobRecord, state: JobState) -> str:
+    if Path(record.log).is_file():
+        return f"the log {record.log} is empty"
+    if state.name == "CANCELLED" and not _attempts(record):
+        return "none: it was cancelled before it started"
+    return f"no log at {record.log}: do the nodes see that folder?"
+
+
+def _described(state: JobState) -> str:
+    return state.name + (f": {state.reason}" if state.reason else "")
+
+
+def _text_of(path: Path) -> str:
+    """The text of a file; empty if there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _attempts(record: JobRecord) -> list[JobAttempt]:
@@ -157,10 +177,12 @@ def logs(
     if follow:
         for text in records.follow(record):
             typer.echo(text, nl=False)
-    elif Path(record.log).is_file():
-        typer.echo(Path(record.log).read_text(encoding="utf-8", errors="replace"), nl=False)
+    elif text := _text_of(Path(record.log)):
+        typer.echo(text, nl=False)
     else:
-        typer.echo(f"no log yet: {schedulers.state_of(record).name}")
+        state = schedulers.state_of(record)
+        what = "the log is empty" if Path(record.log).is_file() else "no log yet" if state.alive else "no log"
+        typer.echo(f"{what}: {_described(state)}")
 
 
 @app.command(short_help="End a job.")

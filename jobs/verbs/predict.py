@@ -30,7 +30,10 @@ def predict(
     batch_size: Annotated[int, typer.Option(min=1, help="images per batch")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    uri: Annotated[str | None, typer.Option(help="tracking server of models:/; default: runs/mlflow.db")] = None,
+    uri: Annotated[
+        str | None,
+        typer.Option(envvar="MLFLOW_TRACKING_URI", help="tracking server of models:/; default: runs/mlflow.db"),
+    ] = None,
 ) -> None:
     """Classifies each IMAGE under the most accurate policy within the budget and prints the most probable classes and
     the MACs used. MODEL is a registry version, a run's folder or a checkpoint's folder. IMAGE is a file, a folder, a

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.cli import data_home
-from pipeline.errors import ConfigError, ResourceError
+from pipeline.errors import ConfigError, ResourceError, without_secrets
 
 if TYPE_CHECKING:
     from jobs.schedulers.profile import SiteProfile
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.run_config import ComputeConfig, RunConfig
 
 VERBS = ("train", "sweep", "evaluate", "report")
+MOST_CHARS = 120  # of a run's name
 OF_PROFILE = (
     "partition",
     "account",
@@ -42,7 +45,7 @@ class SubmitOptions:
     verb: str
     arguments: Sequence[str] | None = None
     nodes: str = "1"
-    gpus_per_node: int | None = None
+    gpus_per_node: str | None = None
     cpus_per_task: int | None = None
     memory_gb: float | None = None
     time_limit: str | None = None
@@ -68,7 +71,9 @@ class SubmitOptions:
         options = {name: getattr(self, name) for name in OF_PROFILE}
         options |= {"time": self.time_limit, "signal_delay_s": self.signal_delay}
         given = {name: value for name, value in options.items() if value is not None}
-        return profile.load(self.site).model_copy(update=given)
+        if self.gpus_per_node is not None and self.gpus_per_node.isdecimal():
+            given["gpus_per_node"] = int(self.gpus_per_node)
+        return profile.load(self.site).with_options(given)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
@@ -77,7 +82,7 @@ def submit(
     verb: Annotated[str, typer.Argument(help="train, sweep, evaluate or report")],
     arguments: Annotated[list[str] | None, typer.Argument(help="the verb's own arguments and options")] = None,
     nodes: Annotated[str, Option(help="a number, or FEWEST-MOST for a run that can continue with fewer")] = "1",
-    gpus_per_node: Annotated[int | None, Option(min=0)] = None,
+    gpus_per_node: Annotated[str | None, Option(help="a number, or TYPE:NUMBER")] = None,
     cpus_per_task: Annotated[int | None, Option(min=1, help="CPUs of each node")] = None,
     memory_gb: Annotated[float | None, Option(min=0.1, help="GB of each node")] = None,
     time_limit: Annotated[str | None, Option("--time", help="time limit: 90m, 24h, 2d, 1-12:00:00")] = None,
@@ -85,7 +90,9 @@ def submit(
     account: Annotated[str | None, Option()] = None,
     qos: Annotated[str | None, Option()] = None,
     constraint: Annotated[str | None, Option()] = None,
-    array: Annotated[str | None, Option(help="KEY=V,V,... : one job for each value, in a run of its own")] = None,
+    array: Annotated[
+        str | None, Option(help="KEY=V,V,...[%N]: a job for each value, in a run of its own; at most N at once")
+    ] = None,
     dependency: Annotated[str | None, Option(help="condition in sbatch's syntax, e.g. afterok:123")] = None,
     after: Annotated[str | None, Option(help="job id or run: starts when that has ended successfully")] = None,
     name: Annotated[str | None, Option(help="name of the job; default: the run's")] = None,
@@ -146,6 +153,7 @@ def plan(options: SubmitOptions) -> tuple[Submission, list[RunConfig]]:
     """What is submitted, and the config of each training. Raises ConfigError for options that do not fit together."""
     from jobs.schedulers.submission import Submission, check_time
 
+    _check_words(options)
     profile = options.profile()
     resources = _resources(profile, options.nodes)
     check_time(resources.minutes, profile.signal_delay_s)
@@ -160,11 +168,40 @@ def plan(options: SubmitOptions) -> tuple[Submission, list[RunConfig]]:
         dependency=options.dependency,
         after=_id_of(options.after),
         address=options.address,
+        throttle=_parsed_array(options.array)[2] if options.array else None,
     )
     return submission, configs
 
 
+def _refuse_password(uri: str | None, where: str, variables: Mapping[str, str]) -> None:
+    """Raises ConfigError for a password that the job would not have: it is not written into the job's recipe."""
+    if uri is None or without_secrets(uri) == uri or (where != "ray" and uri == variables.get("MLFLOW_TRACKING_URI")):
+        return
+    raise ConfigError(
+        "tracking.uri: has a password, which is not written into the files of a job. Leave it out, and let the job "
+        "find it in its environment: the whole URI as MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_PASSWORD, or ~/.pgpass",
+        key="tracking.uri",
+    )
+
+
+def _check_words(options: SubmitOptions) -> None:
+    """Raises ConfigError for an option that would end its line in the batch script, or holds a password."""
+    words = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if isinstance(value, str)}
+    words |= {"arguments": "".join(options.arguments or ()), "folder": str(Path.cwd())}
+    for word in options.arguments or ():
+        if without_secrets(word) != word:
+            raise ConfigError(
+                f"{word}: has a password, and the arguments of a job are written into files; put the whole URI into "
+                "the environment as MLFLOW_TRACKING_URI",
+                key=word.partition("=")[0],
+            )
+    for name, value in words.items():
+        if re.search(r"[\x00-\x1f\x7f]", value):
+            raise ConfigError(f"{name} (={value!r}): has a newline or another control character", key=name)
+
+
 def _resources(profile: SiteProfile, nodes: str) -> Resources:
+    from jobs.schedulers import gpus
     from jobs.schedulers.submission import Resources, minutes_of
 
     fewest, _, most = nodes.partition("-")
@@ -172,7 +209,7 @@ def _resources(profile: SiteProfile, nodes: str) -> Resources:
         raise ConfigError(f"--nodes (={nodes}): a number, or FEWEST-MOST, e.g. 2-8", key="--nodes", subject=nodes)
     return Resources(
         nodes=(int(fewest), int(most or fewest)),
-        gpus_per_node=profile.gpus_per_node,
+        gpus_per_node=gpus.per_node(profile.gpus_per_node, profile.extra, (int(fewest), int(most or fewest))),
         cpus_per_task=profile.cpus_per_task,
         minutes=minutes_of(profile.time),
         memory_gb=profile.memory_gb,
@@ -181,17 +218,26 @@ def _resources(profile: SiteProfile, nodes: str) -> Resources:
 
 def _train(options: SubmitOptions, resources: Resources, profile: SiteProfile) -> tuple[list[Job], list[RunConfig]]:
     """A job for each run, whose config is resolved now and written to its folder."""
+    from jobs import environment
     from pipeline import run_config
     from pipeline.execution import launch
 
     parsed = _parsed(options)
+    variables = {**os.environ, **profile.environment}
+    layer = environment.recipe_layer(variables)
     overrides = [*_placement(resources), *_strings(parsed["overrides"])]
     jobs, configs = [], []
-    for override in _array_overrides(options.array):
-        config = run_config.load(str(parsed["recipe"]), [*overrides, *override], data_home=data_home())
-        suffix = "".join(f"-{each.replace('=', '').replace('/', '-')}" for each in override)
-        config = launch.absolute(config.model_copy(update={"name": f"{config.name}{suffix}"}))
-        run_dir = Path(f"{parsed['run_dir']}{suffix}" if parsed["run_dir"] else Path("runs") / config.name).absolute()
+    for override, suffix in _array_overrides(options.array):
+        config = run_config.load(
+            str(parsed["recipe"]), [*overrides, *override], data_home=data_home(), environment=layer
+        )
+        _refuse_password(config.tracking.uri, options.where, variables)
+        config = launch.absolute(config.model_copy(update={"name": _shortened(config.name + suffix)}))
+        run_dir = Path("runs") / config.name
+        if parsed["run_dir"]:
+            given = Path(str(parsed["run_dir"]))
+            run_dir = given.with_name(_shortened(given.name + suffix)) if suffix else given
+        run_dir = run_dir.absolute()
         allowed = [word for key in _strings(parsed["allow_changed"]) for word in ("--allow-changed", key)]
         recipe = run_dir / "slurm" / "recipe.yaml"
         job = _job(options, resources, profile, home=run_dir, run_dir=run_dir, compute=config.compute)
@@ -222,10 +268,12 @@ def _other(options: SubmitOptions, resources: Resources, profile: SiteProfile) -
 
 def _sweep(options: SubmitOptions, resources: Resources, profile: SiteProfile) -> Job:
     """Raises ConfigError for a sweep that could not begin."""
+    from jobs import environment
     from tuning import config
 
     parsed = _parsed(options)
-    sweep = config.load(str(parsed["source"]), _strings(parsed["overrides"]), data_home=data_home())
+    layer = environment.recipe_layer({**os.environ, **profile.environment})
+    sweep = config.load(str(parsed["source"]), _strings(parsed["overrides"]), data_home=data_home(), environment=layer)
     home = Path(str(parsed["run_dir"] or Path("runs") / sweep.config.name)).absolute()
     folder = [] if parsed["run_dir"] else ["--run-dir", str(home)]
     job = _job(options, resources, profile, home=home, run_dir=home, compute=sweep.base.compute)
@@ -267,13 +315,31 @@ def _placement(resources: Resources) -> list[str]:
     return [f"compute.workers={workers}", f"compute.cpus_per_worker={cpus}", f"compute.device={device}"]
 
 
-def _array_overrides(array: str | None) -> list[list[str]]:
-    """The overrides of each run: KEY=A,B gives two runs."""
+def _array_overrides(array: str | None) -> list[tuple[list[str], str]]:
+    """The overrides of each run, and what its name ends with: KEY=A,B gives two runs."""
     if array is None:
-        return [[]]
-    key, equals, text = array.partition("=")
-    values = [value for value in text.split(",") if value]
-    if not equals or not key or not values:
+        return [([], "")]
+    key, values, _ = _parsed_array(array)
+    suffixes = [re.sub(r"[^A-Za-z0-9_.-]+", "-", f"-{key}{value}").rstrip("-") for value in values]
+    return [
+        ([f"{key}={value}"], suffix if suffixes.count(suffix) == 1 else f"{suffix}-{number}")
+        for number, (value, suffix) in enumerate(zip(values, suffixes, strict=True))
+    ]
+
+
+def _parsed_array(array: str) -> tuple[str, list[str], int | None]:
+    """KEY=V,V,...%N as the key, the values and how many jobs may run at once; a value may be a list or quoted.
+
+    Raises ConfigError.
+    """
+    from pipeline import config as configs
+
+    match = re.fullmatch(r"(?P<key>[^=]+)=(?P<values>.*?)(?:%(?P<most>\d+))?", array)
+    try:
+        values = configs.split_flow(match["values"], "--array") if match else []
+    except ConfigError as error:
+        raise ConfigError(str(error), key="--array", subject=array) from None
+    if match is None or not values:
         raise ConfigError(
             f"--array (={array}): write KEY=VALUE,VALUE,... e.g. seed=1,2,3", key="--array", subject=array
         )
@@ -283,7 +349,15 @@ def _array_overrides(array: str | None) -> list[list[str]]:
             key="--array",
             subject=array,
         )
-    return [[f"{key}={value}"] for value in values]
+    if match["most"] is not None and int(match["most"]) == 0:
+        raise ConfigError(f"--array (={array}): %0 lets no job run", key="--array", subject=array)
+    return match["key"], values, None if match["most"] is None else int(match["most"])
+
+
+def _shortened(name: str) -> str:
+    """`name`, or its beginning with a digest of the whole if it is longer than the name of a run may be."""
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name if len(name) <= MOST_CHARS else f"{name[: MOST_CHARS - 9]}-{digest}"
 
 
 def _needs(compute: ComputeConfig, resources: Resources) -> WorkerNeeds | None:

@@ -67,6 +67,7 @@ def sweep(
 
       adaptnet sweep toy --register aig-toy --retry-failed
     """
+    from jobs import environment
     from pipeline.config import as_mapping, dump_yaml, validate
     from pipeline.tracking import TrackingConfig
     from tuning import config, outcome
@@ -74,7 +75,8 @@ def sweep(
 
     if register is not None:  # check the name now, not after hours of training
         validate(TrackingConfig, {"register": register}, "--register")
-    loaded = config.load(source, overrides or (), data_home=data_home())
+    layer = environment.recipe_layer()
+    loaded = config.load(source, overrides or (), data_home=data_home(), environment=layer)
     _check_trial(trial, register, [draw.name for draw in loaded.samples()])
     if show:
         typer.echo(dump_yaml(as_mapping(loaded.config)), nl=False)
@@ -127,7 +129,7 @@ def _print_outcome(outcome: Outcome) -> None:
     elif outcome.best:
         typer.echo(f"best: {outcome.best} in {outcome.run_dir}/trials")
     if outcome.run_id:
-        from pipeline.runs.provenance import without_secrets
+        from pipeline.errors import without_secrets
 
         typer.echo(f"MLflow run {outcome.run_id} in {without_secrets(outcome.tracking_uri or '')}")
 

@@ -57,12 +57,15 @@ def train(
 
       adaptnet train baseline/imagenet_resnet50 data.root=/data/imagenet --show
     """
+    from jobs import environment
     from pipeline import config as configs
     from pipeline import run_config
 
-    config = run_config.load(recipe, overrides or (), data_home=data_home())
+    layer = environment.recipe_layer()
+    config = run_config.load(recipe, overrides or (), data_home=data_home(), environment=layer)
     if show:
         typer.echo(configs.dump_yaml(configs.as_mapping(config)), nl=False)
+        typer.echo("\n".join(environment.origins(config, recipe, overrides or (), layer)))
         return
     from jobs.verbs import progress
     from pipeline.execution import launch
@@ -110,7 +113,8 @@ def _print_result(result: Result) -> None:
     from jobs import tables
 
     if not result.finished:
-        typer.echo(f"stopped at step {result.step}; the same command resumes from {result.checkpoint}")
+        resumes = f"resumes from {result.checkpoint}" if result.checkpoint else "starts it anew: nothing was saved"
+        typer.echo(f"stopped at step {result.step}; the same command {resumes}")
         return
     typer.echo(f"finished at step {result.step}; best checkpoint {result.checkpoint}")
     if result.reports:

@@ -28,12 +28,11 @@ import torch
 from pipeline import config as configs
 from pipeline.bench.rows import BenchRow, compare, interleave, on_threads
 from pipeline.data import pixels
-from pipeline.errors import ConfigError, ResourceError
+from pipeline.errors import ConfigError, ResourceError, without_secrets
 from pipeline.execution import sockets
 from pipeline.registry import catalogue
 from pipeline.registry.model import LoadedModel, load_model
 from pipeline.registry.resolve import resolve
-from pipeline.runs.provenance import without_secrets
 
 CHECKOUT = Path(__file__).parents[2]
 RAY = CHECKOUT / "infra" / "ray" / "serve.yaml"

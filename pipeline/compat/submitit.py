@@ -6,6 +6,7 @@ Importing this module checks that they exist.
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ RUNNER = "submitit.core._submit"  # `python -m` this runs a pickled job
 SCRIPT_ARGUMENTS = {"command", "folder", "map_count", "setup", "teardown", "srun_args", "additional_parameters"}
 
 
-require("submitit", slurm, ["_make_sbatch_string", "SlurmJobEnvironment.hostnames"], tried=TRIED)
+ID_OF_ANSWER = "SlurmExecutor._get_job_id_from_submission_command"
+require("submitit", slurm, ["_make_sbatch_string", "SlurmJobEnvironment.hostnames", ID_OF_ANSWER], tried=TRIED)
 require("submitit", JobPaths, ["stdout", "result_pickle"], tried=TRIED)
 require("submitit", submission, ["submitit_main"], tried=TRIED)
 _lacking = sorted(SCRIPT_ARGUMENTS - set(inspect.signature(slurm._make_sbatch_string).parameters))
@@ -37,6 +39,30 @@ if _lacking or find_spec(RUNNER) is None:
         key="submitit",
         subject=submitit.__version__,
     )
+
+
+class UnknownAnswer(Exception):
+    """sbatch has succeeded with an answer in which no job is named."""
+
+
+class SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
+    """submitit's, whose search for "job NUMBER" also takes a number from a site's greeting, and misses --parsable's."""
+
+    @staticmethod
+    def _get_job_id_from_submission_command(string: bytes | str) -> str:
+        return id_in_answer(string.decode(errors="replace") if isinstance(string, bytes) else string)
+
+
+def id_in_answer(answer: str) -> str:
+    """The job that sbatch's answer names: "Submitted batch job 7", else the last line that is "7" or "7;CLUSTER".
+
+    Sites wrap sbatch, and print more. Raises UnknownAnswer.
+    """
+    sentences = re.findall(r"^\s*Submitted batch job (\d+)\b", answer, re.MULTILINE)
+    numbers = re.findall(r"^\s*(\d+)(?:;[\w.-]+)?\s*$", answer, re.MULTILINE)
+    if not (sentences or numbers):
+        raise UnknownAnswer(answer.strip()[-300:])
+    return str((sentences or numbers)[-1])
 
 
 class Executor(Protocol):

@@ -54,6 +54,24 @@ def parse_yaml(text: str, where: str) -> object:
         raise ConfigError(f"{where}: not valid YAML: {error}", key="yaml", subject=where) from None
 
 
+def split_flow(text: str, where: str) -> list[str]:
+    """The items of `text` as in a YAML list without its brackets: "[1,2],'a,b',c" has three.
+
+    Raises ConfigError for text that is no such list; `where` names the option that it is the value of.
+    """
+    parse_yaml(f"[{text}]", f"{where} (={text})")
+    depth, cuts = 0, [0]
+    for token in yaml.scan(f"[{text}]"):
+        depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
+        depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
+        if isinstance(token, yaml.FlowEntryToken) and depth == 1:
+            cuts.append(token.end_mark.index - 1)  # of `text`, which has one character less before it
+    items = [
+        text[start:end].strip().rstrip(",").strip() for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)
+    ]
+    return [item for item in items if item]
+
+
 class _PythonParser(Reader, Scanner, Parser):
     def __init__(self, text: str) -> None:
         Reader.__init__(self, text)

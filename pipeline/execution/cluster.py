@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ResourceError
-from pipeline.execution import ray_token
+from pipeline.execution import ray_token, sockets
 from pipeline.execution.ray_token import own_sigterm
 from pipeline.execution.sockets import HERE, connection_error, host_and_port
 from pipeline.run_config import ComputeConfig
@@ -65,7 +65,7 @@ def _await_head(compute: ComputeConfig) -> None:
 def _unreachable(compute: ComputeConfig, error: Exception) -> ResourceError:
     if compute.address is None:
         return ResourceError(
-            f"Ray could not be started on this machine ({error}). Its logs are in /tmp/ray/session_latest/logs; "
+            f"Ray could not be started on this machine ({error}). Its logs are in {_ray_folder()}/session_latest/logs; "
             "compute.workers=0 trains in this process without Ray",
             key="compute.workers",
             subject=compute.workers,
@@ -79,6 +79,10 @@ def _unreachable(compute: ComputeConfig, error: Exception) -> ResourceError:
     )
 
 
+def _ray_folder() -> Path:
+    return sockets.scratch_root(os.environ) / "ray"
+
+
 def _start(compute: ComputeConfig) -> None:
     """ray.init in the folder of our packages.
 
@@ -90,7 +94,7 @@ def _start(compute: ComputeConfig) -> None:
     from pipeline.compat.ray import silence_messages
 
     silence_messages()
-    quiet = {"include_dashboard": False} if compute.address is None else {}
+    own = {"include_dashboard": False, "_temp_dir": str(_ray_folder())} if compute.address is None else {}
     try:
         with chdir(CODE):
             ray.init(
@@ -99,7 +103,7 @@ def _start(compute: ComputeConfig) -> None:
                 logging_level=logging.ERROR,
                 ignore_reinit_error=False,
                 configure_logging=False,
-                **quiet,
+                **own,
             )
     except Exception as error:  # Ray raises several kinds, a plain Exception if a machine is too slow for it
         raise _unreachable(compute, error) from None

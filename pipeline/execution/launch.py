@@ -17,7 +17,7 @@ from pipeline.data.augment import mix_operations
 from pipeline.data.index import Splits, open_splits
 from pipeline.data.store import Progress
 from pipeline.data.stream import Stream
-from pipeline.errors import AdaptNetError, ConfigError, DataError, ResourceError
+from pipeline.errors import AdaptNetError, ConfigError, DataError, ResourceError, without_secrets
 from pipeline.evaluation import from_weights
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.execution import cluster, worker
@@ -32,7 +32,6 @@ from pipeline.runs import records
 from pipeline.runs.beats import LONG, UNWATCHED, Beats
 from pipeline.runs.files import write_text
 from pipeline.runs.lease import Lease
-from pipeline.runs.provenance import without_secrets
 from pipeline.tracking import Uploader
 from pipeline.training import checkpoint
 from pipeline.training.step import num_micros, single_images
@@ -45,7 +44,10 @@ if TYPE_CHECKING:  # importing Ray takes seconds
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a call of `train`. `finished` is False after a request to stop; the same call then resumes."""
+    """The outcome of a call of `train`. `finished` is False after a request to stop; the same call then resumes.
+
+    checkpoint: where the best one is; of a run that was stopped the newest, from which it resumes.
+    """
 
     run_dir: Path
     finished: bool
@@ -394,12 +396,13 @@ def conclude(config: RunConfig, run_dir: Path, uploader: Uploader) -> Result:
     status = records.read_status(run_dir)
     version = register_best(run_dir, config.tracking, uploader)
     storage = checkpoint.open_storage(config.checkpoint, run_dir)
+    name = status.best if status.finished else max(storage.names(), default=None)
     return Result(
         run_dir=run_dir,
         finished=status.finished,
         step=status.step,
         reports=load_reports(run_dir / "evaluations" / from_weights.FINAL) if status.finished else (),
-        checkpoint=storage.where(status.best) if status.best else None,
+        checkpoint=storage.where(name) if name else None,
         run_id=uploader.run_id,
         tracking_uri=without_secrets(uploader.uri),
         version=version.reference if version else None,

@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 
 HERE = "127.0.0.1"
+
+
+SOCKET_CHARS = 107  # of the path of a Unix socket
+IN_RAY = "/ray/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store.12"  # the longest below Ray's folder
+
+
+def scratch_root(variables: Mapping[str, str]) -> Path:
+    """The folder in which Ray makes its own, `ray`, with its sockets: RAY_TMPDIR or TMPDIR; else /tmp.
+
+    /tmp also where that folder is missing or cannot be written, or its path is too long for a socket's.
+    """
+    root = variables.get("RAY_TMPDIR") or variables.get("TMPDIR") or "/tmp"
+    short = len(os.fsencode(root)) + len(IN_RAY) <= SOCKET_CHARS
+    return Path(root if short and root.startswith("/") and _writable(root) else "/tmp")
+
+
+def _writable(folder: str) -> bool:
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=folder))
+    except OSError:
+        return False
+    return True
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:

@@ -341,7 +341,8 @@ class Rank0:
 
     def status(self, current: TrainState, *, finished: bool) -> None:
         """Writes status.json and the journal's last event."""
-        best, last = self.saver.best(), checkpoint.name_of(current.step)
+        best = self.saver.best() if finished or self.saver.scored else None  # none is best before an evaluation
+        last = checkpoint.name_of(current.step)
         status = Status(finished, current.step, self.context.fingerprint, best, last)
         records.write_status(self.context.run_dir, status)
         self.event("finished" if finished else "stopped", step=current.step, best=best)

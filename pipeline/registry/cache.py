@@ -17,11 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict, cast
 
-from pipeline.errors import JsonValue
+from pipeline.errors import JsonValue, without_secrets
 from pipeline.registry.model_store import ModelStore, RegisteredModel, VersionRow
 from pipeline.registry.store_reader import open_store
 from pipeline.runs.files import read_json, write_text
-from pipeline.runs.provenance import without_secrets
 
 FORMAT = 1
 FEW = 20  # up to so many models are queried one by one; for more, the server lists all versions at once

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 from urllib.parse import quote
 
-from pipeline.errors import ResourceError
+from pipeline.errors import ResourceError, without_secrets
 from pipeline.registry.model_store import RegisteredModel, TrackedRun, VersionRow, unanswered
-from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.client import (
     Client,
     EntityPage,

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipeline.errors import ResourceError
-from pipeline.runs.provenance import without_secrets
+from pipeline.errors import ResourceError, without_secrets
 
 HOME = "default"  # MLflow's workspace
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline import config as configs
-from pipeline.errors import ResourceError
+from pipeline.errors import ResourceError, without_secrets
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.family import Report
 from pipeline.registry.catalogue import Version
@@ -23,7 +23,6 @@ from pipeline.registry.model_store import VersionRow
 from pipeline.registry.resolve import run_storage
 from pipeline.registry.session import session
 from pipeline.runs import records
-from pipeline.runs.provenance import without_secrets
 from pipeline.runs.records import Meta
 from pipeline.tracking import TrackingConfig, Uploader, resolve_uri, tracking_config
 from pipeline.tracking.client import Client

@@ -9,14 +9,13 @@ import uuid
 from pathlib import Path
 
 from pipeline import config as configs
-from pipeline.errors import CheckpointError, ConfigError, ResourceError
+from pipeline.errors import CheckpointError, ConfigError, ResourceError, without_secrets
 from pipeline.registry import store_reader
 from pipeline.registry.catalogue import Version, address, lookup
 from pipeline.registry.model import CARD, describe
 from pipeline.registry.session import session
 from pipeline.runs import records
 from pipeline.runs.files import move_folder, whole_folder, write_json
-from pipeline.runs.provenance import without_secrets
 from pipeline.tracking import recipe_of
 from pipeline.tracking.client import failures, reason_of
 from pipeline.tracking.ledger import Ledger

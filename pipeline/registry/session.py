@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.errors import ResourceError
-from pipeline.runs.provenance import without_secrets
+from pipeline.errors import ResourceError, without_secrets
 from pipeline.tracking.client import Client, connect, failures, reason_of
 
 

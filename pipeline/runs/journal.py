@@ -7,7 +7,7 @@ time is in seconds since 1970, steps are optimizer steps (system metrics count t
 may leave an incomplete line; the next writer starts a new one, and readers skip it.
 
 Events that other modules use: `started`, `finished` and `stopped` (best: the name of that checkpoint), `checkpoint`
-(where), and the driver's `driver-ended` (status FINISHED, FAILED or KILLED).
+(where), and the driver's `driver-ended` (status FINISHED, STOPPED, FAILED or KILLED).
 """
 
 from __future__ import annotations

@@ -23,10 +23,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, TypeAlias, TypedDict
 
-from pipeline.errors import ResourceError
+from pipeline.errors import ResourceError, without_secrets
 from pipeline.runs import journal
 from pipeline.runs.files import write_text
-from pipeline.runs.provenance import without_secrets
 
 SILENT_S = 60.0  # the lease may be taken over after this long without a heartbeat
 BEAT_S = 10.0  # interval between heartbeats

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import pwd
-import re
 import shutil
 import socket
 import subprocess
@@ -19,15 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict, cast
 
+from pipeline.errors import without_secrets
 from pipeline.runs.files import read_json, write_text
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "nvidia-dali-cuda130", "numpy", "safetensors")
 KEPT = "git.json"  # file in a copy of a checkout that records the state of the original
 MAX_DIFF_CHARS = 5_000_000
-_USERINFO = re.compile(r"\b([a-z][a-z0-9+.-]*)://([^/\s'\"]*)@", re.IGNORECASE)
-_SECRET_QUERY = re.compile(
-    r"([?&;](?:\w*(?:password|passwd|pwd|token|secret|signature|key)))=[^&;\s'\"]*", re.IGNORECASE
-)
 
 
 class GitState(TypedDict):
@@ -50,20 +46,6 @@ class Environment(TypedDict, total=False):
     cpus: int | None
     gpus: list[str]
     git: GitState | None
-
-
-def without_secrets(text: str) -> str:
-    """`text` without user:password@ in its URIs and without the values of query keys for secrets.
-
-    The URI of a database keeps its user, so that it is usable if the password comes from elsewhere.
-    """
-    return _SECRET_QUERY.sub(r"\1=***", _USERINFO.sub(_without_password, text))
-
-
-def _without_password(match: re.Match[str]) -> str:
-    scheme, user = match[1], match[2].partition(":")[0]
-    web = scheme.lower() in ("http", "https")  # in http URIs the user name may be a token
-    return f"{scheme}://" if web or not user else f"{scheme}://{user}@"
 
 
 def record(run_dir: Path, command: Sequence[str]) -> None:

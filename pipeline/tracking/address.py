@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -12,11 +13,12 @@ from typing import IO, Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, PlainSerializer
+from pydantic_core import PydanticCustomError
 
-from pipeline.config import Config
-from pipeline.errors import ConfigError
-from pipeline.runs.provenance import without_secrets
+from pipeline.config import SECRET, Config
+from pipeline.errors import ConfigError, without_secrets
 
+USER = re.compile(r"(?:[^/?#@%\[\]]|%[0-9A-Fa-f]{2})*")  # USER:PASSWORD; a bare % or / begins no code or path
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 NETWORK_FILE_SYSTEMS = (
     *("nfs", "nfs4", "lustre", "gpfs", "beegfs", "beegfs_nodev", "cifs", "smb3", "smbfs", "ceph", "9p", "afs"),
@@ -33,6 +35,36 @@ def _registered_name(name: str) -> str:
         raise ValueError(
             "a registry name begins with a letter or digit, does not end with a space and has at most 200 characters"
         )
+    return name
+
+
+def _uri_without_riddles(uri: str | None) -> str | None:
+    """`uri` if its user and password end where they seem to. Raises an error that shows no part of it."""
+    fault = None if uri is None else uri_fault(uri)
+    if fault is not None:
+        raise PydanticCustomError(SECRET, "{fault}", {"fault": fault})
+    return uri
+
+
+def uri_fault(uri: str) -> str | None:
+    """What is wrong with the part of `uri` that may hold a password, without showing it; None if nothing is."""
+    _, colon, rest = uri.partition("://")
+    if not colon or rest.startswith("/"):  # a file
+        return None
+    user, at, place = rest.rpartition("@")
+    if re.search(r"[\s'\"\\]", rest) or not USER.fullmatch(user) or (at and not place):
+        return (
+            "a user name or password is not written as URIs require, and is therefore not shown: write each of its "
+            "characters : / ? # [ ] @ % and blanks as %3A %2F %3F %23 %5B %5D %40 %25 %20"
+        )
+    return None
+
+
+def _experiment_name(name: str) -> str:
+    if not name.strip() or any(part in (".", "..") for part in name.split("/")):
+        raise ValueError("the name of an experiment is not blank, and no part of it between slashes is . or ..")
+    if not name.isprintable():
+        raise ValueError("the name of an experiment has no newline or other control character")
     return name
 
 
@@ -71,8 +103,10 @@ with warnings.catch_warnings():
         """Where the run's record is sent, and under which name its best checkpoint is registered."""
 
         # http(s)://HOST:PORT, sqlite:////absolute/path.db, postgresql://...; null: mlflow.db beside the run folder
-        uri: Annotated[str | None, PlainSerializer(_shown, return_type=str | None)] = None
-        experiment: Annotated[str, Field(min_length=1, max_length=500)] = "adaptnet"
+        uri: Annotated[
+            str | None, AfterValidator(_uri_without_riddles), PlainSerializer(_shown, return_type=str | None)
+        ] = None
+        experiment: Annotated[str, Field(max_length=500), AfterValidator(_experiment_name)] = "adaptnet"
         register: RegisteredName | None = None  # the best checkpoint becomes a new version of this name; null: none
         upload_checkpoints: bool = True  # the best and the last as artifacts; their locations are sent in any case
         also: tuple[Literal["tensorboard"], ...] = ()  # further trackers; tensorboard writes RUN/tensorboard
@@ -89,6 +123,9 @@ def resolve_uri(uri: str | None, run_dir: Path) -> str:
     """
     if uri is None:
         return f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
+    if fault := uri_fault(uri):
+        raise _bad_uri(f"tracking.uri: {fault}")
+    uri = _completed(uri)
     scheme, colon, rest = uri.partition("://")
     kind = scheme.partition("+")[0].lower()
     if not colon or kind not in (*DATABASES, "http", "https"):
@@ -105,6 +142,12 @@ def resolve_uri(uri: str | None, run_dir: Path) -> str:
     if not _host(uri):
         raise _bad_uri("tracking.uri: this is not an address; write http://HOST:PORT, with %-codes in a password")
     return uri
+
+
+def _completed(uri: str) -> str:
+    """`uri`, or MLFLOW_TRACKING_URI where that is the same but for the password, which we store nowhere."""
+    full = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return full if uri_fault(full) is None and without_secrets(full) == uri else uri
 
 
 def _bad_uri(message: str) -> ConfigError:

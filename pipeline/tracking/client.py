@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
+from pipeline.errors import without_secrets
 from pipeline.runs.files import move_file
-from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.address import database_file, locked
 
 T_co = TypeVar("T_co", covariant=True)
@@ -45,6 +45,7 @@ class ExperimentEntity(Protocol):
     """An experiment as MLflow returns it."""
 
     experiment_id: str
+    name: str
     lifecycle_stage: str
 
 
@@ -100,6 +101,7 @@ class Client(Protocol):
     def set_tag(self, run_id: str | None, key: str, value: str) -> None: ...
     def log_artifact(self, run_id: str | None, local_path: str, artifact_path: str | None) -> None: ...
     def log_artifacts(self, run_id: str | None, local_dir: str, artifact_path: str) -> None: ...
+    def get_experiment(self, experiment_id: str) -> ExperimentEntity: ...
     def get_experiment_by_name(self, name: str) -> ExperimentEntity | None: ...
     def create_experiment(self, name: str, *, artifact_location: str | None) -> str: ...
     def get_registered_model(self, name: str) -> ModelEntity: ...
@@ -195,6 +197,7 @@ def _configure() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # the URL may contain a password
+    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"  # else a call returns before its values are sent
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 

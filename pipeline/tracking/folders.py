@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import ResourceError
-from pipeline.runs.provenance import without_secrets
+from pipeline.errors import ResourceError, without_secrets
 from pipeline.tracking.address import database_file, resolve_uri, unusable
 from pipeline.tracking.client import connect, failures, reason_of
 from pipeline.tracking.ledger import Ledger

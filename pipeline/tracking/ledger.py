@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import JsonValue, ResourceError
+from pipeline.errors import JsonValue, ResourceError, without_secrets
 from pipeline.runs.files import read_json, write_json
-from pipeline.runs.provenance import without_secrets
 
 
 def _checked(content: JsonValue) -> dict[str, Any]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
 
 from pipeline import config as configs
-from pipeline.errors import JsonValue, ResourceError
+from pipeline.errors import JsonValue, ResourceError, without_secrets
 from pipeline.runs import provenance
-from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.address import database_file
-from pipeline.tracking.client import Client, OwedAnswers, RunEntity, connect
+from pipeline.tracking.client import Client, ExperimentEntity, OwedAnswers, RunEntity, connect
 from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.replay import as_text
 from pipeline.tracking.tracker import Ending, MetricPoint
@@ -26,7 +26,9 @@ PAIRS_PER_CALL = 100  # MLflow's limits
 PARAM_CHARS = 6000
 TAG_CHARS = 5000
 KEY_CHARS = 250
+FOLDER_CHARS = 200
 ID_TAG = "adaptnet.run_dir_id"
+STATUS = {"STOPPED": "SCHEDULED"}  # MLflow's word for a run that may go on later; it has none for one that stopped
 SUMMARY_TAGS = {"note": "mlflow.note.content"}  # other facts become adaptnet.KEY
 
 
@@ -55,13 +57,8 @@ class MlflowTracker:
         ledger = Ledger.open(run_dir)
         ledger.aim(self.uri, self._experiment)
         run = _find_run(client, ledger)
-        if run is not None and run.info.lifecycle_stage == "deleted":
-            raise ResourceError(
-                f"the MLflow run {run.info.run_id} of {run_dir} was deleted: restore it with `mlflow runs restore "
-                f"--run-id {run.info.run_id}`, or remove {ledger.path} to create a new run",
-                key="tracking.json",
-                subject=run.info.run_id,
-            )
+        if run is not None:
+            self._refuse_deleted(client, run, ledger)
         if run is None:
             experiment = _experiment(client, self.uri, ledger.experiment)
             run = client.create_run(experiment, tags={ID_TAG: ledger.id}, run_name=run_dir.name)
@@ -69,6 +66,20 @@ class MlflowTracker:
         _describe(client, run.info.run_id, run_dir, recipe)
         self._client, self._ledger, self.status = client, ledger, run.info.status
         return ledger
+
+    def _refuse_deleted(self, client: Client, run: RunEntity, ledger: Ledger) -> None:
+        """Raises ResourceError if the run or its experiment was deleted; an experiment is restored with its runs."""
+        experiment = client.get_experiment(run.info.experiment_id)
+        if experiment.lifecycle_stage == "deleted":
+            raise deleted_experiment(experiment, self.place)
+        if run.info.lifecycle_stage == "deleted":
+            raise ResourceError(
+                f"the MLflow run {run.info.run_id} of {ledger.path.parent} was deleted: restore it with `"
+                f"MLFLOW_TRACKING_URI={self.place} mlflow runs restore --run-id {run.info.run_id}`, or remove "
+                f"{ledger.path} to create a new run",
+                key="tracking.json",
+                subject=run.info.run_id,
+            )
 
     def log(self, points: Sequence[MetricPoint]) -> None:
         """Logs at most 1000 values."""
@@ -97,12 +108,13 @@ class MlflowTracker:
             self.status = "RUNNING"
 
     def finish(self, ending: Ending) -> None:
-        if ending.status == self.status:
+        status = STATUS.get(ending.status, ending.status)
+        if status == self.status:
             return
         if ending.error:
             self._set_tag("adaptnet.error", ending.error[:TAG_CHARS])
-        self._opened.set_terminated(self.run_id, ending.status, end_time=_milliseconds(ending.time))
-        self.status = ending.status
+        self._opened.set_terminated(self.run_id, status, end_time=_milliseconds(ending.time))
+        self.status = status
 
     @property
     def _opened(self) -> Client:
@@ -177,7 +189,7 @@ def _experiment(client: Client, uri: str, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         path = database_file(uri)
-        place = None if path is None else (path.parent / "mlartifacts").as_uri() + "/" + quote(name, safe="")
+        place = None if path is None else (path.parent / "mlartifacts").as_uri() + "/" + _folder_name(name)
         try:
             return str(client.create_experiment(name, artifact_location=place))
         except MlflowException as error:
@@ -186,13 +198,25 @@ def _experiment(client: Client, uri: str, name: str) -> str:
         experiment = client.get_experiment_by_name(name)
         assert experiment is not None
     if experiment.lifecycle_stage == "deleted":
-        raise ResourceError(
-            f"tracking.experiment (={name}) was deleted in MLflow: restore it with `mlflow experiments restore "
-            f"--experiment-id {experiment.experiment_id}`, or choose another name",
-            key="tracking.experiment",
-            subject=name,
-        )
+        raise deleted_experiment(experiment, without_secrets(uri))
     return str(experiment.experiment_id)
+
+
+def _folder_name(experiment: str) -> str:
+    """The name of the experiment's folder of artifacts, which may be shorter than that of the experiment."""
+    name = quote(experiment, safe="")
+    return name if len(name) <= FOLDER_CHARS else f"{name[:FOLDER_CHARS]}-{sha256(name.encode()).hexdigest()[:16]}"
+
+
+def deleted_experiment(experiment: ExperimentEntity, place: str) -> ResourceError:
+    """The error for an experiment that was deleted at the server `place`."""
+    number = experiment.experiment_id
+    return ResourceError(
+        f"tracking.experiment (={experiment.name}) was deleted in MLflow: restore it, and its runs with it, with `"
+        f"MLFLOW_TRACKING_URI={place} mlflow experiments restore --experiment-id {number}`, or choose another name",
+        key="tracking.experiment",
+        subject=experiment.name,
+    )
 
 
 def _key(name: str) -> str:

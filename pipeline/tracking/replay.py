@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pipeline import config as configs
-from pipeline.errors import JsonValue
+from pipeline.errors import JsonValue, without_secrets
 from pipeline.runs import journal
 from pipeline.runs.files import write_json
 from pipeline.runs.journal import FirstValues, Record
-from pipeline.runs.provenance import without_secrets
 from pipeline.runs.records import read_status
 from pipeline.tracking.address import TrackingConfig
 from pipeline.tracking.tracker import Ending, MetricPoint, Progress, Tracker

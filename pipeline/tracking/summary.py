@@ -21,7 +21,7 @@ class RunSummary:
     """One run: its status, its progress, and how much of its journal is not in MLflow yet."""
 
     run_dir: Path
-    status: str  # RUNNING, HANGING, FINISHED, FAILED or KILLED
+    status: str  # RUNNING, HANGING, FINISHED, STOPPED, FAILED or KILLED
     step: int
     top1: float | None  # the best `eval/<policy>/top1` of any evaluation while training
     run_id: str | None

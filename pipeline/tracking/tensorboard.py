@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import dump_yaml
-from pipeline.errors import ConfigError, JsonValue
+from pipeline.errors import ConfigError, JsonValue, without_secrets
 from pipeline.runs.journal import FirstValues
-from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.tracker import Ending, MetricPoint, NoProgress
 
 if TYPE_CHECKING:

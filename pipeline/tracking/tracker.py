@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from pipeline.errors import JsonValue
 
-RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+RunStatus = Literal["FINISHED", "FAILED", "KILLED", "STOPPED"]  # STOPPED: on request, after a save
 
 
 @dataclass(frozen=True)

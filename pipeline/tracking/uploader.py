@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import config as configs
-from pipeline.errors import ConfigError, JsonValue, ResourceError
+from pipeline.errors import ConfigError, JsonValue, ResourceError, without_secrets
 from pipeline.runs import journal, lease, provenance, records
 from pipeline.runs.journal import Journal
-from pipeline.runs.provenance import without_secrets
 from pipeline.tracking.address import TrackingConfig, locked, resolve_uri, unusable
 from pipeline.tracking.client import failures, reason_of
 from pipeline.tracking.ledger import Ledger
@@ -87,8 +86,8 @@ class Uploader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         status: RunStatus = "FAILED" if isinstance(error, Exception) else "KILLED"
-        if error is None and records.read_status(self._run_dir).finished:
-            status = "FINISHED"
+        if error is None:
+            status = "FINISHED" if records.read_status(self._run_dir).finished else "STOPPED"
         self.close(status, error=reason_of(error) if error else None)
 
     def close(self, status: RunStatus, error: str | None = None) -> bool:

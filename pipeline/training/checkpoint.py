@@ -389,6 +389,11 @@ class Checkpointer:
         scored = [(score, name) for name, score in self._scores.items() if score is not None]
         return max(scored)[1] if scored else max(self._scores, default=None)
 
+    @property
+    def scored(self) -> bool:
+        """Whether any checkpoint has been evaluated."""
+        return any(score is not None for score in self._scores.values())
+
     def best_whole(self) -> str | None:
         """Name of the best checkpoint that verifies; damaged ones are no longer counted."""
         while (name := self.best()) is not None:

@@ -19,7 +19,7 @@ export PYTHONPATH=HERE/runs/baseline-imagenet_resnet50/slurm/code-SHA256"${PYTHO
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output HERE/runs/baseline-imagenet_resnet50/slurm/%j_%t_log.out --cpus-per-task=64 apptainer exec --nv --bind /shared --bind /local:/tmp /shared/images/adaptnet.sif sh -c 'trap "" USR2; exec "$@"' sh python -P -u -m submitit.core._submit HERE/runs/baseline-imagenet_resnet50/slurm
+srun --unbuffered --output HERE/runs/baseline-imagenet_resnet50/slurm/%j_%t_log.out --export=ALL --cpus-per-task=64 apptainer exec --nv --bind /shared --bind /local:/tmp /shared/images/adaptnet.sif sh -c 'trap "" USR2; exec "$@"' sh python -P -u -m submitit.core._submit HERE/runs/baseline-imagenet_resnet50/slurm
 
 
 # teardown

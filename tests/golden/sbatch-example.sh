@@ -21,7 +21,8 @@
 #SBATCH --wckey=submitit
 
 # setup
-module load cuda/13.0 gcc/13
+module load cuda/13.0 || { echo 'adaptnet: module load cuda/13.0: '"$(module load cuda/13.0 2>&1 | tail -n 5 | tr "\n" " ")"; exit 2; }
+module load gcc/13 || { echo 'adaptnet: module load gcc/13: '"$(module load gcc/13 2>&1 | tail -n 5 | tr "\n" " ")"; exit 2; }
 export NCCL_DEBUG=WARN
 export MLFLOW_TRACKING_URI=http://tracking.example:5000
 export TMPDIR=/local
@@ -29,5 +30,5 @@ export PYTHONPATH=HERE/runs/baseline-imagenet_resnet50/slurm/code-SHA256"${PYTHO
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output HERE/runs/baseline-imagenet_resnet50/slurm/%j_%t_log.out --cpus-per-task=32 sh -c 'trap "" USR2; exec "$@"' sh PYTHON -P -u -m submitit.core._submit HERE/runs/baseline-imagenet_resnet50/slurm
+srun --unbuffered --output HERE/runs/baseline-imagenet_resnet50/slurm/%j_%t_log.out --export=ALL --cpus-per-task=32 sh -c 'trap "" USR2; exec "$@"' sh PYTHON -P -u -m submitit.core._submit HERE/runs/baseline-imagenet_resnet50/slurm
 

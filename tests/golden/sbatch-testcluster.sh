@@ -18,5 +18,5 @@ export PYTHONPATH=HERE/runs/baseline-imagenet_resnet50/slurm/code-SHA256"${PYTHO
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output HERE/runs/baseline-imagenet_resnet50/slurm/%j_%t_log.out --cpus-per-task=1 sh -c 'trap "" USR2; exec "$@"' sh PYTHON -P -u -m submitit.core._submit HERE/runs/baseline-imagenet_resnet50/slurm
+srun --unbuffered --output HERE/runs/baseline-imagenet_resnet50/slurm/%j_%t_log.out --export=ALL --cpus-per-task=1 sh -c 'trap "" USR2; exec "$@"' sh PYTHON -P -u -m submitit.core._submit HERE/runs/baseline-imagenet_resnet50/slurm
 
