@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from pipeline.data.account import LeftOut
+from pipeline.data.image_headers import upright_size
 from pipeline.data.index import COMPLETE, open_index
 from pipeline.data.listing import Listing
 from pipeline.data.naming import split_of
 from pipeline.data.parallel import in_processes, num_cpus
 from pipeline.data.sources import find
 from pipeline.data.store import Progress
-from pipeline.data.verdict import DecodeError, Pixels, WholeDecoder, read_image
+from pipeline.data.verdict import TOGETHER, DecodeError, Pixels, WholeDecoder, read_image
 
 CHECKED_PER_TASK = 256
+MOST_PIXELS = 1 << 25  # of images that are decoded together: 100 MB
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,12 @@ class StoredImage:
     label: int = 0
     crc32: int | None = None
 
-    def read_whole(self, decoder: WholeDecoder) -> tuple[bytes, Pixels]:
-        """The bytes and the upright picture [H, W, 3]. Raises DecodeError with the reason if the image is bad."""
+    def read(self) -> bytes:
+        """The encoded image. Raises DecodeError if it cannot be read or is not what was packed."""
         encoded = read_image(self.path, self.offset, self.length)
         if self.crc32 is not None and zlib.crc32(encoded) != self.crc32:
             raise DecodeError("damaged: the bytes are not those that were packed (CRC-32 differs)")
-        return encoded, decoder.picture(encoded)
+        return encoded
 
 
 def check(root: Path, *, workers: int | None = None, progress: Progress | None = None) -> CheckReport:
@@ -89,13 +91,35 @@ def check(root: Path, *, workers: int | None = None, progress: Progress | None =
 
 def check_images(images: Sequence[StoredImage]) -> list[tuple[str, str]]:
     """(name, reason) of each bad image."""
-    decoder, bad = WholeDecoder(), []
+    return [(image.name, str(picture)) for image, _, picture in decoded(images) if isinstance(picture, DecodeError)]
+
+
+def decoded(images: Iterable[StoredImage]) -> Iterator[tuple[StoredImage, bytes, Pixels | DecodeError]]:
+    """Each image with its bytes and its upright picture [H, W, 3], or why it is bad, in order."""
+    decoder = WholeDecoder()
+    for group in _groups(images):
+        good = [content for _, content in group if isinstance(content, bytes)]
+        pictures = iter(decoder.pictures(good))
+        for image, content in group:
+            yield (image, content, next(pictures)) if isinstance(content, bytes) else (image, b"", content)
+
+
+def _groups(images: Iterable[StoredImage]) -> Iterator[list[tuple[StoredImage, bytes | DecodeError]]]:
+    """The images with their bytes, as many at a time as are decoded together: few, and of few pixels."""
+    group, pixels = list[tuple[StoredImage, bytes | DecodeError]](), 0
     for image in images:
+        content: bytes | DecodeError
         try:
-            image.read_whole(decoder)
+            content = image.read()
         except DecodeError as error:
-            bad.append((image.name, str(error)))
-    return bad
+            content = error
+        height, width = (upright_size(content) if isinstance(content, bytes) else None) or (0, 0)
+        if group and (len(group) == TOGETHER or pixels + height * width > MOST_PIXELS):
+            yield group
+            group, pixels = [], 0
+        group.append((image, content))
+        pixels += height * width
+    yield group
 
 
 def stored_images(listing: Listing) -> Iterator[StoredImage]:

@@ -113,16 +113,14 @@ def upright_size(encoded: bytes, *, partial: bool = False) -> tuple[int, int] | 
     """
     form = kind(encoded)
     if form == "jpeg":
-        header = jpeg_header(encoded)
-        size, turn = header.size, header.orientation
-    elif form == "png":
+        return jpeg_header(encoded).upright
+    if form == "png":
         blocks = list(png_exif(encoded))
         if partial and not blocks and b"IEND" not in encoded:
             return None  # EXIF may follow the pixels
         size, turn = _png_size(encoded), _exif_orientation(encoded[slice(*blocks[0])]) if blocks else 1
-    else:
-        return None if form is None else _size_by_pillow(encoded, PILLOW[form])
-    return size[::-1] if size and turn >= 5 else size
+        return size[::-1] if size and turn >= 5 else size
+    return None if form is None else _size_by_pillow(encoded, PILLOW[form])
 
 
 def orientation(encoded: bytes) -> int:
@@ -149,6 +147,11 @@ class JpegHeader:
     kept: tuple[tuple[int, int], ...]  # (start, end) of the segments that are not EXIF, before the first scan
     tidy: bool  # they are all, and nothing is between them
     scan: int | None  # where the segment of the first scan begins
+
+    @property
+    def upright(self) -> tuple[int, int] | None:
+        """Height and width after the EXIF orientation."""
+        return self.size[::-1] if self.size and self.orientation >= 5 else self.size
 
 
 def jpeg_header(encoded: bytes) -> JpegHeader:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.account import LeftOut
 from pipeline.data.archives import key_of_tars, listing_of_tars
-from pipeline.data.check import StoredImage, stored_images
+from pipeline.data.check import StoredImage, decoded, stored_images
 from pipeline.data.class_names import write_classes
 from pipeline.data.folders import from_folders
 from pipeline.data.image_headers import kind, orientation, upright_size
@@ -36,7 +36,7 @@ from pipeline.data.listing import Listing
 from pipeline.data.parallel import in_processes, num_cpus
 from pipeline.data.sources import layout
 from pipeline.data.store import Progress, write
-from pipeline.data.verdict import DecodeError, Pixels, WholeDecoder
+from pipeline.data.verdict import DecodeError, Pixels
 from pipeline.errors import DataError, ResourceError
 from pipeline.runs.files import move_file, write_json
 
@@ -271,13 +271,11 @@ def pack_shard(task: ShardTask) -> None:
     """Writes one shard to a temporary file, renames it, then writes its record."""
     rows: list[tuple[str, int, int, int, int, int, int]] = []
     bad: list[tuple[str, str]] = []
-    aside, decoder = task.destination / PACKING / f"{task.name}.part", WholeDecoder()
+    aside = task.destination / PACKING / f"{task.name}.part"
     with open(aside, "wb") as tar:
-        for image in task.images:
-            try:
-                encoded, picture = image.read_whole(decoder)
-            except DecodeError as error:
-                bad.append((image.name, str(error)))
+        for image, encoded, picture in decoded(task.images):
+            if isinstance(picture, DecodeError):
+                bad.append((image.name, str(picture)))
                 continue
             if task.side is not None:
                 encoded = shrink(encoded, picture, task.side, task.quality)

@@ -11,7 +11,7 @@ import io
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 NO_FILE = "cannot be read: a folder, pipe, socket or device, not a file"
 Pixels: TypeAlias = NDArray[np.uint8]
+TOGETHER = 16  # images that are decoded at once: alone, each takes a fifth longer
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Pillow's Transpose that makes it upright
 
 
@@ -49,34 +50,56 @@ class DecodeError(RuntimeError):
 
 
 class WholeDecoder:
-    """Decodes whole images, one at a time, to the picture from which the loaders cut their windows. Not for threads."""
+    """Decodes whole images to the pictures from which the loaders cut their windows. Not for threads."""
 
     def __init__(self) -> None:
         self._pipeline: Pipeline | None = None
 
     def fault(self, encoded: bytes) -> str | None:
         """Why these bytes cannot be used as an image, or None after decoding every pixel."""
-        try:
-            self.picture(encoded)
-        except DecodeError as error:
-            return str(error)
-        return None
+        (picture,) = self.pictures([encoded])
+        return str(picture) if isinstance(picture, DecodeError) else None
 
     def picture(self, encoded: bytes) -> Pixels:
         """The upright picture [H, W, 3]. Raises DecodeError."""
-        return self._decode(decodable(encoded))
+        (picture,) = self.pictures([encoded])
+        if isinstance(picture, DecodeError):
+            raise picture
+        return picture
 
-    def _decode(self, encoded: bytes) -> Pixels:
+    def pictures(self, images: Sequence[bytes]) -> list[Pixels | DecodeError]:
+        """The upright picture [H, W, 3] of each of at most TOGETHER images, or why there is none."""
+        found: list[Pixels | DecodeError] = []
+        ready = dict[int, bytes]()
+        for position, encoded in enumerate(images):
+            found.append(DecodeError("not decoded"))
+            try:
+                ready[position] = decodable(encoded)
+            except DecodeError as error:
+                found[position] = error
+        for position, picture in zip(ready, self._decoded(list(ready.values())), strict=True):
+            found[position] = picture
+        return found
+
+    def _decoded(self, ready: Sequence[bytes]) -> list[Pixels | DecodeError]:
+        try:
+            return list(self._together(ready)) if ready else []
+        except DecodeError as error:
+            if len(ready) == 1:
+                return [error]
+        return [outcome for each in ready for outcome in self._decoded([each])]
+
+    def _together(self, ready: Sequence[bytes]) -> list[Pixels]:
         pipeline = self._pipeline or _whole_pipeline()
         self._pipeline = None  # an error leaves it unusable
         with decode_errors():
-            pipeline.feed_input("encoded", [np.frombuffer(encoded, dtype=np.uint8)])
+            pipeline.feed_input("encoded", [np.frombuffer(each, dtype=np.uint8) for each in ready])
             pipeline.schedule_run()
-            (pictures,) = pipeline.share_outputs()
-            picture = np.array(pictures[0])
+            (decoded,) = pipeline.share_outputs()
+            pictures = [np.array(each) for each in decoded]
             pipeline.release_outputs()
         self._pipeline = pipeline
-        return picture
+        return pictures
 
 
 def read_image(path: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -102,22 +125,21 @@ def decodable(encoded: bytes) -> bytes:
 
     Raises DecodeError for bytes that are not a complete image of a known format and of a possible size.
     """
-    reason = looks_whole(encoded) or _size_fault(encoded)
+    form = kind(encoded)
+    header = jpeg_header(encoded) if form == "jpeg" else None
+    reason = looks_whole(encoded) or _size_fault(form, header.upright if header else upright_size(encoded))
     if reason:
         raise DecodeError(reason)
-    form = kind(encoded)
-    if form == "jpeg":
-        header = jpeg_header(encoded)
-        return _tidied_jpeg(encoded, header) if header.ordinary else _as_bmp(encoded, form)
+    if header is not None:
+        return _tidied_jpeg(encoded, header) if header.ordinary else _as_bmp(encoded, "jpeg")
     if form == "png":
         return _tidied_png(encoded)
     return encoded if form == "webp" and _is_simple_webp(encoded) else _as_bmp(encoded, str(form))
 
 
-def _size_fault(encoded: bytes) -> str | None:
-    size = upright_size(encoded)
+def _size_fault(form: str | None, size: tuple[int, int] | None) -> str | None:
     if size is None:
-        return f"not an image (its {kind(encoded)} header gives no size)"
+        return f"not an image (its {form} header gives no size)"
     if size[0] * size[1] > MAX_PIXELS:
         return f"absurd size: {size[1]} x {size[0]}, above the limit of {MAX_PIXELS:,} pixels"
     return None
@@ -199,7 +221,7 @@ def decode_errors() -> Iterator[None]:
 def _whole_pipeline() -> Pipeline:
     from nvidia.dali import fn, pipeline_def, types
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)  # type: ignore[untyped-decorator]
+    @pipeline_def(batch_size=TOGETHER, num_threads=1, device_id=None, prefetch_queue_depth=1)  # type: ignore[untyped-decorator]
     def pipeline() -> DataNode:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         return fn.decoders.image(encoded, device="cpu", jpeg_fancy_upsampling=True)  # as in dali.py
