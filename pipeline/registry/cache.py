@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict, cast
 
-from pipeline.errors import JsonValue, without_secrets
+from pipeline.errors import without_secrets
 from pipeline.registry.model_store import ModelStore, RegisteredModel, VersionRow
 from pipeline.registry.store_reader import open_store
 from pipeline.runs.files import read_json, write_text
@@ -34,9 +35,6 @@ class CachedRow(TypedDict):
     run_id: str | None
     created: float
     tags: dict[str, str]
-
-
-ROW = set(CachedRow.__annotations__)
 
 
 class CachedModel(TypedDict):
@@ -82,17 +80,15 @@ def _read(path: Path) -> dict[str, CachedModel]:
     except (OSError, ValueError):
         return {}
     models = content.get("models") if isinstance(content, dict) and content.get("format") == FORMAT else None
-    entries = models.items() if isinstance(models, dict) else ()
-    return {name: cast(CachedModel, model) for name, model in entries if _is_whole(model)}
+    whole = isinstance(content, dict) and isinstance(models, dict) and content.get("crc32") == _checksum(models)
+    return cast(dict[str, CachedModel], models) if whole else {}
 
 
-def _is_whole(model: JsonValue) -> bool:
-    """Whether a model of the cache holds what was written; one that does not is queried again."""
-    rows = model.get("rows") if isinstance(model, dict) and isinstance(model.get("stamp"), str) else None
-    return isinstance(rows, list) and all(isinstance(row, dict) and set(row) == ROW for row in rows)
+def _checksum(models: Mapping[str, object]) -> int:
+    return zlib.crc32(json.dumps(models, sort_keys=True).encode())
 
 
 def _write(path: Path, models: Mapping[str, CachedModel]) -> None:
     with suppress(OSError):  # a home that cannot be written: every call queries the server
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_text(path, json.dumps({"format": FORMAT, "models": models}))
+        write_text(path, json.dumps({"format": FORMAT, "models": models, "crc32": _checksum(models)}))
