@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -51,7 +52,7 @@ def log_of(job: JobRecord) -> str:
 @pytest.mark.parametrize("name", ["2026-11-29T15:10:00", "50%j %t", 'it\'s "mine"'])
 def test_a_job_runs_its_own_code_whatever_its_folder_is_called(name: str, here: RealSlurm, tmp_path: Path) -> None:
     home = tmp_path / "runs" / name
-    job = train(f"setup: [{CODE!r}, exit 7]\n", home=home)
+    job = train(f"setup: {json.dumps([CODE, 'exit 7'])}\n", home=home)
     (code,) = re.findall(r"^CODE (.*)/jobs/__init__.py$", log_of(job), re.MULTILINE)
     assert Path(code).resolve().parent == home / "slurm"
     assert list((home / "slurm").glob(f"{job.id}_0_log.out"))
