@@ -1,0 +1,5 @@
+"""AdaptNet's pipeline."""
+
+from pipeline.compat import nvjpeg
+
+nvjpeg.load_first()
