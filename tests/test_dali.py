@@ -556,3 +556,12 @@ def test_no_thread_or_file_remains_when_a_loader_ends_at_any_time(folder: Path) 
     evaluation.close()  # type: ignore[attr-defined]
     assert not background_threads(known)
     assert not [path for path in Path("/proc/self/fd").iterdir() if path.resolve().suffix == ".JPEG"]
+
+
+def test_keys_of_a_gpus_decoder_reach_it_and_change_nothing_on_a_cpu() -> None:
+    keys: dict[str, Any] = {"fancy_upsampling": False, "hw_decoder_load": 0.9}
+    plain, set_ = (DataConfig(root=Path("nowhere"), side_px=48, eval_resize_px=48, **each) for each in ({}, keys))
+    on_gpu = DecoderConfig.of(set_, torch.device("cuda", 1), threads=2, most=4)
+    assert on_gpu == DecoderConfig(torch.device("cuda", 1), True, 2, 4, fancy_upsampling=False, hw_decoder_load=0.9)
+    encoded = [images.jpeg(64, 48, subsampling=2)]
+    assert torch.equal(decode(encoded, plain, "cpu"), decode(encoded, set_, "cpu"))

@@ -190,12 +190,20 @@ def death(code: int, case: str | None) -> str:
     return f"exit code {code}" if case is None else f"exit code {code} in {case}"
 
 
+def chosen(only: Sequence[str] | None) -> list[Part]:
+    """The parts in their order, or `environment` and those of --only in the order in which they are given."""
+    parts = {part.name: part for part in PARTS}
+    return [parts[name] for name in dict.fromkeys(["environment", *(only or parts)])]
+
+
 def parsed(given: Sequence[str] | None) -> argparse.Namespace:
     """The command's arguments."""
     parser = argparse.ArgumentParser(prog="infra/gpu/accept.sh", description="Tries the GPU paths; see accept.sh.")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for all parts")
     parser.add_argument("--json", type=Path, help="file for all rows, complete after each")
-    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="only these parts")
+    parser.add_argument(
+        "--only", nargs="+", choices=[part.name for part in PARTS], help="only these parts, in this order"
+    )
     parser.add_argument("--work", type=Path, help="folder for logs and temporary files")
     parser.add_argument("--patience", type=float, default=1.0, help="factor of the parts' time limits")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small sizes")
@@ -217,9 +225,8 @@ def main(given: Sequence[str] | None = None) -> None:
     conductor = Conductor(table, work, work / "data", ends, arguments.rehearse, arguments.patience)
     conductor.data = jpegs_in(os.environ.get("DATA", ""), work / "data", few=arguments.rehearse)
     try:
-        for part in PARTS:
-            if arguments.only is None or part.name in arguments.only or part.name == "environment":
-                conductor.run(part)
+        for part in chosen(arguments.only):
+            conductor.run(part)
     finally:
         table.about["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S")
         table.store()

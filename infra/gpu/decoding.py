@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -24,6 +25,13 @@ from pipeline.data.index import ImageIndex, open_index
 from pipeline.errors import UndecodableError
 
 BATCH = 64
+FEEDS: tuple[tuple[str, int, dict[str, object]], ...] = (  # words, threads, keys under data:
+    ("", 16, {}),
+    (", not fancy", 16, {"fancy_upsampling": False}),
+    (", hardware 0.9", 16, {"hw_decoder_load": 0.9}),
+    (", 8 threads", 8, {}),
+    (", CPU", 16, {"decoder": "cpu"}),
+)
 
 
 @dataclass(frozen=True)
@@ -117,16 +125,16 @@ def _threads(run: Run) -> int:
     return 2 if run.small else min(16, len(os.sched_getaffinity(0)))
 
 
-def loader(run: Run, batch_size: int, threads: int, device: torch.device | None = None) -> TrainLoader:
-    """The loader of a training on one GPU."""
+def loader(run: Run, batch_size: int, threads: int, **keys: object) -> TrainLoader:
+    """The loader of a training on one GPU; keys: those under `data:`."""
     return TrainLoader(
         _index(run),
-        _config(run),
+        _config(run, **keys),
         seed=1,
         batch_size=batch_size,
         rank=0,
         world=1,
-        device=device or run.device,
+        device=run.device,
         threads=threads,
     )
 
@@ -197,26 +205,38 @@ def _rate(run: Run, way: Way, encoded: list[Any]) -> None:
 
 
 def feed(run: Run) -> None:
-    """Images/s of the loader alone, of ResNet-50's step alone, and of both."""
-    run.case("loader and step", lambda: _feed(run))
+    """Images/s of the loader alone, of ResNet-50's step alone, and of both; then with other ways to decode."""
+    run.case("nvJPEG", lambda: run.row("nvJPEG that nvImageCodec gets", _nvjpeg()))
+    for words, threads, keys in FEEDS[: 2 if run.small else None]:
+        run.case(f"loader and step{words}", partial(_feed, run, words, threads, keys))
 
 
-def _feed(run: Run) -> None:
+def _nvjpeg() -> str:
+    import torchvision  # noqa: F401  # carries another nvJPEG
+
+    found = ctypes.CDLL("libnvjpeg.so.13")
+    numbers = [ctypes.c_int() for _ in range(3)]
+    for part, number in enumerate(numbers):
+        found.nvjpegGetProperty(part, ctypes.byref(number))
+    return ".".join(str(number.value) for number in numbers)
+
+
+def _feed(run: Run, words: str, most_threads: int, keys: Mapping[str, object]) -> None:
     from infra.gpu.speed import EAGER, MILD, loaded_stepper, setup_of
 
     batch = 8 if run.small else 256
     setup = setup_of(run, "baseline/imagenet_resnet50", batch, run.small, EAGER, MILD)
     take, step = loaded_stepper(setup, _config(run))
-    steps = 2 if run.small else 24
-    with loader(run, batch, _threads(run)) as batches:
+    steps, threads = 2 if run.small else 16, min(most_threads, _threads(run))
+    with loader(run, batch, threads, **keys) as batches:
         alone = batch / seconds_each(lambda: next(batches), steps)
         held = next(batches)
         trained = batch / seconds_each(lambda: step(take(held)), steps)
         both = batch / seconds_each(lambda: step(take(next(batches))), steps)
-    run.row("loader alone", alone, "images/s", f"{_threads(run)} threads, images from the page cache")
-    run.row("step alone", trained, "images/s", f"ResNet-50, batch {batch}, with normalisation and flips")
-    run.row("loader and step", both, "images/s", f"the limit is the {'loader' if alone < trained else 'step'}")
-    run.row("step with loader over step alone or loader alone", both / min(alone, trained))
+    run.row(f"loader alone{words}", alone, "images/s", f"{threads} threads, images from the page cache")
+    run.row(f"step alone{words}", trained, "images/s", f"ResNet-50, batch {batch}, with normalisation and flips")
+    run.row(f"loader and step{words}", both, "images/s", f"the limit is the {'loader' if alone < trained else 'step'}")
+    run.row(f"step with loader over step alone or loader alone{words}", both / min(alone, trained))
 
 
 def seconds_each(work: Callable[[], object], steps: int) -> float:
@@ -260,8 +280,16 @@ def _break(run: Run, root: Path) -> None:
 
 def huffman_damaged(jpeg: bytes) -> bytes:
     """A JPEG with start, size and end, but a damaged Huffman table: only decoding shows it."""
-    at = jpeg.find(b"\xff\xc4") + 5
+    at = _first_table(jpeg) + 5
     return jpeg[:at] + b"\xc8" + jpeg[at + 1 :]
+
+
+def _first_table(jpeg: bytes) -> int:
+    """The place of the first Huffman table of the image itself: a thumbnail inside another segment has its own."""
+    at = 2
+    while jpeg[at : at + 2] != b"\xff\xc4":
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return at
 
 
 def scan_damaged(jpeg: bytes) -> bytes:

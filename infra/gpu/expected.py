@@ -62,11 +62,13 @@ EXPECTED: Mapping[str, Expected] = {  # by "part: row"; rows that are not here a
     "whole: whole, then slice, no fancy upsampling": _exactly(1),
     **{f"nets: {net}, logits fp32 off by": _most(1e-3) for net in NETS},
     **{f"nets: {net}, logits bf16 off by": _most(0.1) for net in NETS},
-    **{f"nets: {net}, loss after 20 steps over first": _most(0.95) for net in NETS},
-    **{f"nets: {net}, decisions as on the CPU": _least(0.97) for net in NETS},
-    "speed: ours, batch 256": Expected(2400, 3200, "derived"),  # published: 3,079 in fp16, NCHW
-    "speed: ours, batch 128": Expected(2200, 3200, "derived"),
-    "speed: ours, batch 32": Expected(1000, 2600, "derived"),
+    **{f"nets: {net}, first losses off from the CPU's": _most(0.02) for net in NETS if net != "AIG"},
+    "nets: AIG, first losses off from the CPU's": _most(0.5),  # its gates' noise is drawn on the device
+    **{f"nets: {net}, loss after 40 steps over first": _most(0.9) for net in NETS},
+    **{f"nets: {net}, decisions as on the CPU": _least(0.99) for net in NETS},
+    "speed: ours, batch 256": Expected(4200, 5200, "measured"),
+    "speed: ours, batch 128": Expected(3900, 4900, "measured"),
+    "speed: ours, batch 32": Expected(1000, 2600, "measured"),  # bound by launches: by the host's CPU
     "speed: ours over bare, batch 256": _least(0.98),
     "speed: ours over bare, batch 128": _least(0.98),
     "speed: ours over bare, batch 32": _least(0.95),
@@ -75,7 +77,9 @@ EXPECTED: Mapping[str, Expected] = {  # by "part: row"; rows that are not here a
     "profile: ARRN-T, launches a step": Expected(1, 1300, "measured"),
     "profile: RANet-32, launches a step": Expected(1, 4000, "measured"),
     "waits: a wait on purpose": _least(1),
-    **{f"waits: {net}, a step": _exactly(0, "measured") for net in NETS},
+    **{f"waits: {net}, a step": _exactly(0, "measured") for net in NETS if net != "Shape Adaptor"},
+    "waits: Shape Adaptor, a step": Expected(0, 0.5, "measured"),  # two where the alphas move, which set sizes
+    "feed: loader alone": _least(5000, "measured"),
     "feed: step with loader over step alone or loader alone": _least(0.9),
     "broken: CPU": _exactly(2),
     "broken: GPU": _exactly(2),

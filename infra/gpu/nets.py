@@ -7,10 +7,11 @@ import math
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -34,13 +35,16 @@ RECIPES = {
     "RANet": "ranet/cifar10_small",
     "Shape Adaptor": "shape_adaptor/cifar10_small",
 }
-CLASSES, IMAGES, STEPS = 10, 64, 20
+CLASSES, IMAGES, STEPS, ALIKE = 10, 64, 40, 4
+NEAR = 1e-3  # of a threshold or of the largest logit: closer than that, rounding may decide
+CONSTANT = "training.schedule.warmup_epochs=0"  # else the rate is almost 0 in the first steps
 CPU = torch.device("cpu")
 
 
 def _setup(run: Run, name: str, *keys: str) -> LoopSetup:
     """The recipe without compilation; with SGD at a rate at which a few images of noise are learned."""
-    made = partial(setup_of, run, RECIPES[name], 4 if run.small else 32, run.small, "training.compile=false", *keys)
+    every = ("training.compile=false", CONSTANT, *keys)
+    made = partial(setup_of, run, RECIPES[name], 4 if run.small else 32, run.small, *every)
     setup = made(classes=CLASSES)
     slow = setup.config.training.optimizer.kind == "sgd"
     return made("training.optimizer.lr=0.01", classes=CLASSES) if slow else setup
@@ -82,19 +86,34 @@ def _images(setup: LoopSetup, count: int) -> Tensor:
 
 def _trained(run: Run, name: str) -> None:
     """Steps on one batch, then every policy on both devices with the weights that they gave."""
+    exact, on_cpu = "training.precision=fp32", "compute.device=cpu"
+    mine, _ = _losses(_setup(run, name, exact), ALIKE)
+    theirs, _ = _losses(_setup(run, name, exact, on_cpu), ALIKE)
+    off = max(abs(a - b) / theirs[0] for a, b in zip(mine, theirs, strict=True))
+    run.row(f"{name}, first losses off from the CPU's", off, "", f"{_listed(mine)} against {_listed(theirs)}, fp32")
     setup = _setup(run, name)
+    losses, net = _losses(setup, ALIKE if run.small else STEPS)
+    last = mean(losses[-ALIKE:])
+    words = f"{losses[0]:.3f} to {last:.3f}{'' if all(map(math.isfinite, losses)) else ', not all finite'}"
+    run.row(f"{name}, loss after {STEPS} steps over first", last / losses[0], "", f"{words}, one batch, bf16")
+    _decisions(run, name, setup, net.eval())
+
+
+def _losses(setup: LoopSetup, steps: int) -> tuple[list[float], nn.Module]:
+    """The loss of each of some steps on one batch, and the net after them."""
     device, current = fresh(setup)
     plan, losses = plan_of(setup, current, device), list[float]()
     batch = next(micros(batches(setup, device)))
     current.net.train()
-    for _ in range(4 if run.small else STEPS):
+    for _ in range(steps):
         meter = Meter()
         train_step(plan, current, batch, meter)
         losses.append(meter.flush()["loss"])
-    finite = all(map(math.isfinite, losses))
-    words = f"{losses[0]:.3f} to {losses[-1]:.3f}{'' if finite else ', not all finite'}"
-    run.row(f"{name}, loss after {STEPS} steps over first", losses[-1] / losses[0], "", words)
-    _decisions(run, name, setup, current.net.eval())
+    return losses, current.net
+
+
+def _listed(losses: Sequence[float]) -> str:
+    return ", ".join(f"{loss:.4f}" for loss in losses)
 
 
 @dataclass(frozen=True)
@@ -130,21 +149,36 @@ def _decisions(run: Run, name: str, setup: LoopSetup, net: nn.Module) -> None:
     policies = calibrate(list(family.policies(config.family, reference)), reference, images, on_cpu)
     states = [{"policy": each.name, "calibration": dict(each.state())} for each in policies if isinstance(each, Fitted)]
     others = restored(list(family.policies(config.family, net)), states)  # type: ignore[arg-type]
-    here = images.to(run.device)
-    shares = {}
+    here, shares, close = images.to(run.device), dict[str, float](), 0
     for mine, other in zip(policies, others, strict=True):
         expected = on_cpu.predict(mine, reference, on_cpu.images(images))
-        shares[mine.name] = _same(on_gpu.predict(other, net, on_gpu.images(here)), expected)
+        same = _same(on_gpu.predict(other, net, on_gpu.images(here)), expected)
+        near = _near(mine, expected, lambda policy: on_cpu.predict(policy, reference, on_cpu.images(images)))
+        close += int((near & ~same).sum())
+        shares[mine.name] = float((same | near).double().mean())
     worst = min(shares, key=lambda each: shares[each])
-    words = f"{len(shares)} policies; least for {worst}"
+    words = f"{len(shares)} policies; least for {worst}; {close} others are within {NEAR:g} of the threshold or a tie"
     run.row(f"{name}, decisions as on the CPU", shares[worst], "", words)
 
 
-def _same(found: Prediction, expected: Prediction) -> float:
-    """The share of images with the same class and the same MACs."""
+def _same(found: Prediction, expected: Prediction) -> Tensor:
+    """Whether an image has the same class and the same MACs, [B]."""
     same = found.logits.argmax(1).cpu() == expected.logits.argmax(1)
-    macs = torch.isclose(found.macs.cpu().double(), expected.macs.double(), rtol=1e-6)
-    return float((same & macs).double().mean())
+    return same & torch.isclose(found.macs.cpu().double(), expected.macs.double(), rtol=1e-6)
+
+
+def _near(policy: Policy, expected: Prediction, predict: Callable[[Policy], Prediction]) -> Tensor:
+    """Whether the CPU itself decides otherwise with thresholds moved by NEAR, or two classes are that close, [B]."""
+    first, second = expected.logits.topk(2, dim=1).values.unbind(1)
+    near = first - second <= NEAR * expected.logits.abs().amax(1)
+    if isinstance(policy, Fitted) and "thresholds" in policy.state():
+        for by in (-NEAR, NEAR):
+            near |= ~_same(predict(policy.restored(_moved(policy.state(), by))), expected)
+    return near
+
+
+def _moved(state: Mapping[str, Any], by: float) -> dict[str, Any]:
+    return {**state, "thresholds": [each if each is None else each + by for each in state["thresholds"]]}
 
 
 # --- waits -------------------------------------------------------------------------------------------------------
@@ -198,7 +232,7 @@ def _evaluated(evaluator: Evaluator, policy: Policy, net: nn.Module, images: Hel
 
     prediction = evaluator.predict(policy, net, evaluator.images(images))
     per_image: Any = evaluate._per_image
-    per_image(prediction, images)
+    per_image({policy.name: prediction}, images)
 
 
 def _places(lines: Counter[str]) -> str:

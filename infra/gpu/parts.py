@@ -34,5 +34,5 @@ PARTS = (
     Part("pixels", "infra.gpu.decoding:pixels", BOTH, 40, "pixels of the CPU's and the GPU's decoder"),
     Part("nccl", "infra.gpu.resume:nccl", GPU, 40, "DDP of one rank"),
     Part("contexts", "infra.gpu.environment:contexts", GPU, 30, "GPUs that a worker opens"),
-    Part("compiled", "infra.gpu.speed:compiled", GPU, 150, "torch.compile and CUDA graphs"),
+    Part("compiled", "infra.gpu.speed:compiled", GPU, 62, "torch.compile and CUDA graphs"),
 )

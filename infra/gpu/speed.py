@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -23,9 +27,9 @@ RESNET = "baseline/imagenet_resnet50"
 BATCHES, SMALL_BATCHES = (256, 32, 128), (4, 2)
 PROFILED = {  # name: recipe, batch, keys
     "ResNet-50": (RESNET, 32, ()),
-    "AIG-50": ("convnet_aig/imagenet_50", 32, ()),
     "ARRN-T": ("arrn/imagenet:t", 32, ()),
     "RANet-32": ("ranet/imagenet_32", 32, ()),
+    "AIG-50": ("convnet_aig/imagenet_50", 32, ()),
     "Shape Adaptor ResNet-50": ("shape_adaptor/imagenet_resnet50", 32, ()),
     "AIG-110": ("convnet_aig/cifar10_110", 128, ()),
     "ResNet-50, batch 256": (RESNET, 256, ()),
@@ -68,8 +72,7 @@ def _each(pairs: Sequence[tuple[float, float]]) -> str:
 
 def compiled(run: Run) -> None:
     """The same with torch.compile, and with CUDA graphs where the recipe has a key for them."""
-    run.case("torch.compile works here", lambda: _compiles(run))
-    for batch in SMALL_BATCHES[:1] if run.small else (256, 32, 128):
+    for batch in SMALL_BATCHES[:1] if run.small else (256, 32):
         run.case(f"over eager, batch {batch}", partial(_compiled, run, batch, "compiled", "training.compile=true"))
     graphs = [name for name in TrainingConfig.model_fields if "graph" in name]
     if not graphs:
@@ -77,7 +80,8 @@ def compiled(run: Run) -> None:
     for key in graphs:
         for batch in (32, 256):
             name = f"graphed ({key}), batch {batch}"
-            run.case(name, partial(_compiled, run, batch, f"graphed ({key})", f"training.{key}=true"))
+            run.case(name, partial(_compiled, run, batch, f"graphed ({key})", f"training.{key}=true", EAGER))
+    run.case("torch.compile works here", lambda: _compiles(run))
 
 
 def _compiles(run: Run) -> None:
@@ -119,6 +123,7 @@ def loaded_stepper(setup: LoopSetup, data: DataConfig) -> tuple[Callable[[TrainB
 
 def profiles(run: Run) -> None:
     """Each family's step: images/s, launches, the share of the time in which the GPU has nothing to do, memory."""
+    run.case("ARRN-T, noise", lambda: _same_noise(run))
     for name, (recipe, batch, keys) in PROFILED.items():
         size = 2 if run.small else batch
         run.case(name, partial(_profiled, run, name, setup_of(run, recipe, size, run.small, EAGER, *keys)))
@@ -136,6 +141,7 @@ def _profiled(run: Run, name: str, setup: LoopSetup) -> None:
     if run.small:
         return
     run.row(f"{name}, peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+    run.row(f"{name}, host", *_hosts(step))
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(counted):
             step()
@@ -148,6 +154,35 @@ def _profiled(run: Run, name: str, setup: LoopSetup) -> None:
     run.row(f"{name}, launches a step", float(round(len(spans) / counted)))
     busy_s = covered(spans) / 1e6 / counted
     run.row(f"{name}, idle share", max(0.0, 1 - busy_s / seconds), "", f"busy {1e3 * busy_s:.1f} ms a step")
+
+
+def _hosts(step: Callable[[], object]) -> tuple[float, str, str]:
+    """(ms of a step under cProfile, the unit, the functions that take most of it by themselves)."""
+    wait()
+    seen = cProfile.Profile()
+    seen.runcall(lambda: [step() for _ in range(2)])
+    wait()
+    stats: Any = pstats.Stats(seen)
+    own = sorted(((spent[2], name) for name, spent in stats.stats.items()), reverse=True)[:7]
+    places = (f"{1e3 * spent / 2:.1f} {Path(file).name}:{line} {name[:60]}" for spent, (file, line, name) in own)
+    return 1e3 * stats.total_tt / 2, "ms", "; ".join(places)
+
+
+def _same_noise(run: Run) -> None:
+    """ARRN-T with the noise of eight steps, so with eight sets of batch sizes inside it, and with the same again."""
+    recipe, batch, keys = PROFILED["ARRN-T"]
+    setup = setup_of(run, recipe, 2 if run.small else batch, run.small, EAGER, *keys)
+    device, current = fresh(setup)
+    plan, meter, source = plan_of(setup, current, device), Meter(), micros(batches(setup, device))
+    current.net.train()
+
+    def step() -> None:
+        train_step(plan, current, next(source), meter)
+
+    step()
+    for words in ("first time", "again"):
+        current.step = 1
+        run.row(f"ARRN-T, noise of 8 steps, {words}", 1e3 * _seconds(step, 2 if run.small else 8), "ms a step")
 
 
 def _seconds(step: Callable[[], object], steps: int) -> float:

@@ -62,6 +62,8 @@ class DataConfig(Config):
     )
     window: Annotated[int, Field(ge=1, le=10_000_000)] = 2048  # block: images among which one lane shuffles
     decoder: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu if the run computes on a GPU
+    fancy_upsampling: bool = True  # on a GPU; false: less work, but JPEGs are off by 0.25 levels, 53 at most
+    hw_decoder_load: Share = 0.65  # share of a GPU's JPEGs for its hardware decoder
     decode_threads: Threads | None = None  # per worker; null: the worker's CPUs
     io_threads: Threads = 8  # concurrent reads, per worker
     read_ahead: Threads = 4  # batches that are read before they are needed

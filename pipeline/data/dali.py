@@ -108,9 +108,7 @@ class TrainLoader:
         self._step, self._rank, self._world, self._latency_s = start_step, rank, world, read_latency_s
         self._on_event, self._new_decoder = on_event, make_decoder or Decoder
         self._named: set[int] = set()
-        self._decoder_config = DecoderConfig(
-            device, _on_gpu(config, device), threads, self.stream.most_rows(rank, world)
-        )
+        self._decoder_config = DecoderConfig.of(config, device, threads, self.stream.most_rows(rank, world))
         self._thread: Background | None = None
 
     def __iter__(self) -> Iterator[TrainBatch]:
@@ -201,7 +199,7 @@ class EvalLoader:
         """batch_size counts this rank's images; bad: images that are known as unreadable."""
         self.index, self.config, self.device, self.batch_size = index, config, device, batch_size
         self.rows = np.arange(len(index))[ranks.shard(len(index), rank, world)]
-        self._decoder_config = DecoderConfig(device, _on_gpu(config, device), threads, batch_size)
+        self._decoder_config = DecoderConfig.of(config, device, threads, batch_size)
         self._lost = {int(row): NO_SIZE for row in self.rows[index.height[self.rows] == 0]}
         if bad is not None:
             self._lost |= {int(row): bad.reason(int(row)) for row in self.rows if int(row) in bad}
@@ -258,7 +256,7 @@ class Decoding:
 
     def __init__(self, config: DataConfig, device: torch.device | str, threads: int, most: int) -> None:
         self.most, self._config, self._device = most, config, torch.device(device)
-        self._decoder_config = DecoderConfig(self._device, _on_gpu(config, self._device), threads, most)
+        self._decoder_config = DecoderConfig.of(config, self._device, threads, most)
         self._decoder: Decoder | None = None
         self._lock = Lock()
 
@@ -314,6 +312,15 @@ class DecoderConfig:
     threads: int
     most: int  # images of a batch
     resize: Literal["torch", "dali"] | None = None  # None: torch on a CPU, DALI on a GPU
+
+    fancy_upsampling: bool = True
+    hw_decoder_load: float = 0.65  # used if `gpu`
+
+    @classmethod
+    def of(cls, config: DataConfig, device: torch.device, threads: int, most: int) -> DecoderConfig:
+        """What a run's keys under `data:` ask for. Raises ConfigError where the device does not fit them."""
+        gpu = _on_gpu(config, device)
+        return cls(device, gpu, threads, most, None, config.fancy_upsampling, config.hw_decoder_load)
 
     def single(self) -> DecoderConfig:
         """The same for batches of one image."""
@@ -429,9 +436,11 @@ def _pipeline(config: DecoderConfig, in_dali: bool) -> Pipeline:
     from nvidia.dali import fn, pipeline_def, types
 
     device_id = config.device.index or 0 if config.gpu else None
+    on_gpu = {"hw_decoder_load": config.hw_decoder_load} if config.gpu else {}
+    depth = 2 if config.gpu else 1  # on a GPU the next batch is decoded while the last one is copied
 
     @pipeline_def(  # type: ignore[untyped-decorator]
-        batch_size=config.most, num_threads=config.threads, device_id=device_id, prefetch_queue_depth=1
+        batch_size=config.most, num_threads=config.threads, device_id=device_id, prefetch_queue_depth=depth
     )
     def pipeline() -> DataNode:
         def given(name: str, dtype: DALIDataType) -> DataNode:
@@ -443,7 +452,8 @@ def _pipeline(config: DecoderConfig, in_dali: bool) -> Pipeline:
             shape=given("shape", types.INT32),
             axis_names="HW",
             device="mixed" if config.gpu else "cpu",
-            jpeg_fancy_upsampling=True,  # as libjpeg-turbo does, which torchvision and Pillow use
+            jpeg_fancy_upsampling=config.fancy_upsampling,  # torchvision and Pillow do it
+            **on_gpu,
         )
         if not in_dali:
             return pictures
