@@ -57,6 +57,7 @@ def test_a_machine_without_faults_gets_none_and_no_file_is_left(
     )
     assert [states[name] for name in ("GPU", "NCCL", "clock")] == ["without"] * 3
     assert "mlflow.db" in findings["MLflow"].said
+    assert (findings["decoder"].state, findings["decoder"].said) == ("without", "no GPU: not tried")
     assert not list(tmp_path.iterdir())
 
 

@@ -30,7 +30,6 @@ FEEDS: tuple[tuple[str, int, dict[str, object]], ...] = (  # words, threads, key
     (", not fancy", 16, {"fancy_upsampling": False}),
     (", hardware 0.9", 16, {"hw_decoder_load": 0.9}),
     (", 8 threads", 8, {}),
-    (", CPU", 16, {"decoder": "cpu"}),
 )
 
 
@@ -129,7 +128,7 @@ def loader(run: Run, batch_size: int, threads: int, **keys: object) -> TrainLoad
     """The loader of a training on one GPU; keys: those under `data:`."""
     return TrainLoader(
         _index(run),
-        _config(run, **keys),
+        _config(run, **keys),  # type: ignore[arg-type]
         seed=1,
         batch_size=batch_size,
         rank=0,

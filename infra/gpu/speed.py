@@ -20,13 +20,16 @@ from pipeline import run_config
 from pipeline.bench.step import LoopSetup, bare, batches, fresh, micros, ours, plan_of
 from pipeline.data.config import DataConfig
 from pipeline.data.dali import TrainBatch
-from pipeline.training.config import TrainingConfig
 from pipeline.training.step import Meter, MicroBatch, micro_batches, train_step, wrap
 
 RESNET = "baseline/imagenet_resnet50"
 BATCHES, SMALL_BATCHES = (256, 32, 128), (4, 2)
-PROFILED = {  # name: recipe, batch, keys
+GRAPHS = "training.cuda_graphs=true"
+PROFILED: dict[str, tuple[str, int, tuple[str, ...]]] = {  # name: recipe, batch, keys
     "ResNet-50": (RESNET, 32, ()),
+    "ResNet-50, graphs": (RESNET, 32, (GRAPHS,)),
+    "AIG-110, graphs": ("convnet_aig/cifar10_110", 128, (GRAPHS,)),
+    "RANet-32, graphs": ("ranet/imagenet_32", 32, (GRAPHS,)),
     "ARRN-T": ("arrn/imagenet:t", 32, ()),
     "RANet-32": ("ranet/imagenet_32", 32, ()),
     "AIG-50": ("convnet_aig/imagenet_50", 32, ()),
@@ -71,16 +74,11 @@ def _each(pairs: Sequence[tuple[float, float]]) -> str:
 
 
 def compiled(run: Run) -> None:
-    """The same with torch.compile, and with CUDA graphs where the recipe has a key for them."""
-    for batch in SMALL_BATCHES[:1] if run.small else (256, 32):
-        run.case(f"over eager, batch {batch}", partial(_compiled, run, batch, "compiled", "training.compile=true"))
-    graphs = [name for name in TrainingConfig.model_fields if "graph" in name]
-    if not graphs:
-        run.row("CUDA graphs", "not built", detail="no key of training: is about graphs")
-    for key in graphs:
-        for batch in (32, 256):
-            name = f"graphed ({key}), batch {batch}"
-            run.case(name, partial(_compiled, run, batch, f"graphed ({key})", f"training.{key}=true", EAGER))
+    """The same with torch.compile, and with CUDA graphs."""
+    large, small = SMALL_BATCHES if run.small else (256, 32)
+    with_compiler, with_graphs = ("compiled", "training.compile=true"), ("graphed", GRAPHS, EAGER)
+    for batch, keys in ((large, with_compiler), (small, with_graphs), (large, with_graphs), (small, with_compiler)):
+        run.case(f"{keys[0]} over eager, batch {batch}", partial(_compiled, run, batch, *keys))
     run.case("torch.compile works here", lambda: _compiles(run))
 
 
@@ -126,10 +124,11 @@ def profiles(run: Run) -> None:
     run.case("ARRN-T, noise", lambda: _same_noise(run))
     for name, (recipe, batch, keys) in PROFILED.items():
         size = 2 if run.small else batch
-        run.case(name, partial(_profiled, run, name, setup_of(run, recipe, size, run.small, EAGER, *keys)))
+        run.case(name, partial(_profiled, run, name, recipe, size, keys))
 
 
-def _profiled(run: Run, name: str, setup: LoopSetup) -> None:
+def _profiled(run: Run, name: str, recipe: str, batch: int, keys: tuple[str, ...]) -> None:
+    setup = setup_of(run, recipe, batch, run.small, EAGER, *keys)
     step, counted = stepper(setup), 1 if run.small else 3
     if not run.small:
         torch.cuda.reset_peak_memory_stats()

@@ -79,6 +79,7 @@ def examine(
     """
     yield from _gpus()
     yield _dali()
+    yield _gpu_decoder()
     yield _compiler()
     yield _ray(ray)
     yield _slurm()
@@ -138,6 +139,26 @@ def _dali() -> Finding:
             "DALI", "fault", f"{installed} cannot decode a PNG ({error}); remove .venv and run infra/venv.sh"
         )
     return Finding("DALI", "ok", f"{installed}, decodes")
+
+
+def _gpu_decoder() -> Finding:
+    """Decodes JPEGs on the first GPU in a child process, or remembers that."""
+    import torch
+
+    name = "decoder"
+    if not torch.cuda.is_available():
+        return Finding(name, "without", "no GPU: not tried")
+    try:
+        from pipeline.data import probe
+        from pipeline.data.config import DataConfig
+
+        fault = probe.fault(DataConfig(root=Path("/")), torch.device("cuda", 0))
+    except (ImportError, OSError) as error:
+        fault = str(error)
+    if fault:
+        fix = "trainings decode on the CPU here; install another version of nvidia-dali-cuda130 or of the driver"
+        return Finding(name, "fault", f"decoding a JPEG on the GPU failed ({fault}); {fix}")
+    return Finding(name, "ok", "the GPU decodes windows of JPEGs")
 
 
 def _pixel() -> bytes:

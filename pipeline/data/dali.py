@@ -436,7 +436,6 @@ def _pipeline(config: DecoderConfig, in_dali: bool) -> Pipeline:
     from nvidia.dali import fn, pipeline_def, types
 
     device_id = config.device.index or 0 if config.gpu else None
-    on_gpu = {"hw_decoder_load": config.hw_decoder_load} if config.gpu else {}
     depth = 2 if config.gpu else 1  # on a GPU the next batch is decoded while the last one is copied
 
     @pipeline_def(  # type: ignore[untyped-decorator]
@@ -453,7 +452,7 @@ def _pipeline(config: DecoderConfig, in_dali: bool) -> Pipeline:
             axis_names="HW",
             device="mixed" if config.gpu else "cpu",
             jpeg_fancy_upsampling=config.fancy_upsampling,  # torchvision and Pillow do it
-            **on_gpu,
+            hw_decoder_load=config.hw_decoder_load if config.gpu else None,
         )
         if not in_dali:
             return pictures

@@ -19,6 +19,7 @@ from torch import nn
 from pipeline import config as configs
 from pipeline import family as families
 from pipeline import ranks, run_config
+from pipeline.data import probe
 from pipeline.data.bad import BadImages
 from pipeline.data.dali import DecodedEvalBatch, EvalLoader, TrainLoader
 from pipeline.data.index import ImageIndex, Splits, open_splits
@@ -147,6 +148,7 @@ class RunContext:
     splits: Splits
     storage: Storage
     fingerprint: Mapping[str, JsonValue]
+    decoder_fault: str = ""  # why the CPU of this node decodes instead of its GPU
 
     @property
     def threads(self) -> int:
@@ -185,15 +187,21 @@ def prepare(worker: WorkerConfig) -> RunContext:
             key="compute.workers",
             subject=world,
         )
+    device = _device(config, under_ray=worker.under_ray)
+    fingerprint = run_config.fingerprint(config, splits.train.identity)
+    fault = probe.fault(config.data, device)
+    if fault:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"decoder": "cpu"})})
     return RunContext(
         worker=worker,
         run_dir=run_dir,
         config=config,
         family=families.find(config.family.name),
-        device=_device(config, under_ray=worker.under_ray),
+        device=device,
         splits=splits,
         storage=checkpoint.open_storage(config.checkpoint, run_dir),
-        fingerprint=run_config.fingerprint(config, splits.train.identity),
+        fingerprint=fingerprint,
+        decoder_fault=fault,
     )
 
 
@@ -431,6 +439,9 @@ def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
     plan, warnings = _plan(context, current)
     for text in (*warnings, *context.family.warnings(config.family, config.data.largest_side_px)):
         events.writer.event("warning", text=text)
+    if context.decoder_fault:
+        text = f"{socket.gethostname()}: decoding a JPEG on the GPU failed ({context.decoder_fault}); the CPU decodes"
+        events.remember("warning", text=text)
     events.writer.event("started", step=current.step, total_steps=plan.total_steps, workers=ranks.world())
     with _train_loader(context, current.step, events) as loader:
         finished = loop.train(plan, current, _micro_batches(context, plan, loader), events, beats=events.beats)
