@@ -228,6 +228,9 @@ def test_what_may_be_an_image_counts_in_max_bad_share(tmp_path: Path) -> None:
     }
     assert left_out(tmp_path, lost=False) == {"extension .txt": 1, "no extension": 1}
     assert "6 of 15 train, 6 of 6 val images used" in notes(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", "check", str(tmp_path), "--workers", "1"])
+    assert ended.value.code == 1
     with fails(DataError, "data.max_bad_share", subject="0.5"):
         splits_of(tmp_path, max_bad_share=0.5)
     assert len(splits_of(tmp_path, max_bad_share=0.6).train) == 6
@@ -405,4 +408,4 @@ def test_train_and_evaluate_begin_with_the_account(
     fill(tmp_path / "other", CLASSES, each=6)
     code, out, err = run(capsys, "evaluate", "run", f"data.root={tmp_path / 'other'}")
     assert code == 0, err
-    assert out.splitlines()[0].endswith("other: 0 of 0 train, 12 of 12 val images used") or "12 of 12 val" in out
+    assert f"{tmp_path}/other: 12 of 12 val images used" in out.splitlines()

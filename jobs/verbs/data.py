@@ -116,7 +116,7 @@ def _print_pack(report: PackReport, destination: Path, show_all: bool) -> None:
         "images": ", ".join(f"{count:,} {split}" for split, count in report.images.items()),
         "classes": f"{report.num_classes:,}",
         "shards": f"{report.shards} ({tables.byte_size(report.bytes)}){reused}",
-        "left out": f"{len(report.set_aside):,}",
+        "left out": f"{len(report.set_aside) + _unnamed(report.left_out):,}",
         "time": f"{report.seconds:.1f} s",
     }
     typer.echo(tables.of_pairs(facts))
@@ -170,7 +170,7 @@ def check(
 ) -> None:
     """Decodes every image under ROOT in place and lists the bad ones: empty or truncated files, files that are no image
     or of absurd size, wrong labels, duplicate keys. In a packed set the bytes are also compared with those that were
-    packed. The exit status is 1 if any image is bad.
+    packed. The exit status is 1 if any image is bad or left out.
 
     Examples:
 
@@ -183,11 +183,14 @@ def check(
     with _progress() as progress:
         report = run(root, workers=workers, progress=progress)
     checked = "decoded and compared with the packed bytes" if report.checksums else "decoded"
-    typer.echo(f"{root}: {report.images:,} images {checked} in {report.seconds:.1f} s; {len(report.bad):,} bad")
+    unused = _unnamed(report.left_out)
+    left = f", {unused:,} left out" if unused else ""
+    typer.echo(f"{root}: {report.images:,} images {checked} in {report.seconds:.1f} s; {len(report.bad):,} bad{left}")
     _print_bad(report.bad, show_all)
     _print_left_out(report.left_out)
     if report.bad:
         typer.echo("Training replaces bad images by good ones; `adaptnet data pack` leaves them out of the packed set.")
+    if report.bad or unused:
         raise typer.Exit(1)
 
 
@@ -286,6 +289,13 @@ def _print_bad(bad: Sequence[tuple[str, str]], show_all: bool) -> None:
         typer.echo(f"  {shown(name)}: {reason}")
     if len(bad) > SHOWN and not show_all:
         typer.echo(f"  and {len(bad) - SHOWN:,} more (--all prints them)")
+
+
+def _unnamed(left_out: Sequence[LeftOut]) -> int:
+    """How many files that may be images are not used, without those that are named one by one."""
+    from pipeline.data.account import NAMED_EACH
+
+    return sum(each.count for each in left_out if each.lost and each.reason not in NAMED_EACH)
 
 
 def _print_left_out(left_out: Sequence[LeftOut]) -> None:

@@ -10,6 +10,7 @@ from pipeline.errors import DataError, JsonValue
 
 EXAMPLES = 3  # names that are kept of each reason
 NOT_READ = "header without a size"
+NAMED_EACH = ("wrong label", "duplicate key")  # reasons of images that are also listed one by one, as set aside
 
 
 @dataclass(frozen=True)

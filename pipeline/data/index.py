@@ -225,7 +225,7 @@ def account_of(splits: Splits, config: DataConfig, seed: int) -> Account:
     """How many images of the root are used, by split, and what is left out."""
     meta = splits.val.whole.meta
     parts = {"train": splits.train, "held-out": splits.held_out, "val": splits.val}
-    counts = tuple(_count(name, part) for name, part in parts.items() if len(part) or name != "held-out")
+    counts = tuple(_count(name, part) for name, part in parts.items() if len(part) or name == "val")
     return Account(str(splits.val.root), counts, meta.left_out, (*meta.notes, *_notes(splits, config, seed)))
 
 
