@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipeline.config import Config
 from pipeline.errors import ConfigError, JsonValue
 from pipeline.figures import Arrays, Figure
+from pipeline.weights import Loaded, load, unwrapped
 
 Settings: TypeAlias = "Mapping[str, int | float | str | bool]"
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # logits [B, K], targets -> the mean over images, []
@@ -323,10 +324,11 @@ class Family(Generic[ConfigT, OutputT]):
     varying(config)               -> why a training step's maps have other sizes than the last one's; None if they have
                                      the same as long as the images have
     policies(config, net)         -> the ways to run the trained net; the first one is the default
-    load_pretrained(config, net, tensors)
+    load_pretrained(config, net, tensors, new_head)
                                   -> fills a fresh net from weights by name (the released code's, torchvision's, a
-                                     smaller net's); returns the names that keep their initial values; raises
-                                     ConfigError listing tensors that do not fit; by default only our own, all of them
+                                     smaller net's), as `pipeline.weights.load` does: every tensor is used, but for a
+                                     head that new_head replaces, or an error lists those that do not fit; by default
+                                     only our own weights, all of them
     warnings(config, side_px)     -> sentences on what is never used in training on images of at most side_px
     figures(mine, others)         -> the family's own figures of its trained nets `mine`; `others` are nets of other
                                      families that are shown beside them for comparison
@@ -344,8 +346,8 @@ class Family(Generic[ConfigT, OutputT]):
     groups: Callable[[ConfigT, nn.Module], Mapping[str, Sequence[Params]]]
     updates: Callable[[ConfigT, int], Sequence[str]]
     policies: Callable[[ConfigT, nn.Module], Sequence[Policy]]
-    load_pretrained: Callable[[ConfigT, nn.Module, Mapping[str, Tensor]], Sequence[str]] = lambda _, net, tensors: load(
-        net, tensors
+    load_pretrained: Callable[[ConfigT, nn.Module, Mapping[str, Tensor], bool], Loaded] = (
+        lambda _, net, tensors, new_head: load(net, tensors)
     )
     mean_over_images: Callable[[ConfigT], bool] = lambda _: True
     varying: Callable[[ConfigT], str | None] = lambda _: None
@@ -363,34 +365,11 @@ class Family(Generic[ConfigT, OutputT]):
 AnyFamily: TypeAlias = "Family[Any, Any]"  # a family with any config and output types
 
 
-def load(net: nn.Module, tensors: Mapping[str, Tensor], keep: Callable[[str], bool] = lambda name: False) -> list[str]:
-    """Loads all `tensors` into `net` by name; only names that `keep` allows may be missing, and these are returned.
-
-    Raises ConfigError, listing what is missing, unused or of another shape; then nothing is loaded.
-    """
-    own = net.state_dict()
-    absent = [name for name in own if name not in tensors]
-    problems = {
-        "missing": [name for name in absent if not keep(name) and not name.endswith("num_batches_tracked")],
-        "not used": [name for name in tensors if name not in own],
-        "of another shape": [
-            f"{name} {tuple(tensors[name].shape)}, here {tuple(value.shape)}"
-            for name, value in own.items()
-            if name in tensors and tensors[name].shape != value.shape
-        ],
-    }
-    listed = [f"{kind}: {_some(entries)}" for kind, entries in problems.items() if entries]
-    if listed:
-        raise ConfigError(
-            f"these weights do not fit the net: {'; '.join(listed)}", key="weights", subject="; ".join(listed)
-        )
-    net.load_state_dict(dict(tensors), strict=False)
-    return [name for name in absent if keep(name)]
-
-
-def _some(entries: Sequence[str], most: int = 8) -> str:
-    more = f", and {len(entries) - most} more" if len(entries) > most else ""
-    return ", ".join(entries[:most]) + more
+def load_pretrained(
+    family: AnyFamily, config: FamilyConfig, net: nn.Module, tensors: Mapping[str, Tensor], *, new_head: bool
+) -> Loaded:
+    """`family.load_pretrained` of weights that may have been saved in a wrapper of the whole net."""
+    return family.load_pretrained(config, net, unwrapped(net, tensors), new_head)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

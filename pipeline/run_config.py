@@ -24,7 +24,7 @@ DUMPED = {"name", "seed", "family", "data", "training", "compute", "checkpoint",
 STREAM = (  # keys of data that are in the fingerprint
     *("held_out", "side_px", "side_schedule", "augment", "mean", "std", "shuffle", "lanes", "window"),
 )
-NOT_LEARNED = ("compile", "cuda_graphs", "channels_last", "start_from")  # keys of training, not in the fingerprint
+NOT_LEARNED = ("compile", "cuda_graphs", "channels_last", "start_from", "new_head")  # not in the fingerprint
 
 
 def _plain_name(name: str) -> str:

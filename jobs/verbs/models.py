@@ -14,6 +14,7 @@ from jobs.cli import data_home
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pipeline.deploy.importing import Imported
     from pipeline.deploy.promoting import Promotion
     from pipeline.registry.catalogue import Match, Version
 
@@ -319,11 +320,14 @@ def import_weights(
         Path | None, typer.Option(help="file of class names by label, one on each line; default: those of data.root")
     ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="folder of the new run; default: runs/NAME-imported")] = None,
+    new_head: Annotated[
+        bool, typer.Option("--new-head", help="leave out a head for other classes; the new one is untrained")
+    ] = False,
 ) -> None:
     """Creates a run from weights that were trained elsewhere: a checkpoint of the released code of ConvNet-AIG, RANet
     or Shape Adaptor, or torchvision's weights of ResNets, MobileNets, VGG and similar nets. Every tensor is used, or an
-    error lists those that do not fit. The run is evaluated on the recipe's val split, and registered if the recipe sets
-    tracking.register.
+    error lists those that do not fit. A head for another number of classes is left out with --new-head only. The run is
+    evaluated on the recipe's val split, and registered if the recipe sets tracking.register.
 
     Examples:
 
@@ -338,14 +342,25 @@ def import_weights(
     home = data_home() or ("nowhere" if classes else None)
     config = run_config.load(family, overrides or (), data_home=home)
     folder = run_dir or Path("runs") / f"{config.name}-imported"
-    done = importing.import_weights(config, file, folder, classes=_names(classes))
-    initial = (
-        f"; {len(done.missing)} keep their initial values: {', '.join(done.missing[:4])} ..." if done.missing else ""
-    )
-    typer.echo(f"{file}: {done.num_tensors:,} tensors loaded{initial}")
+    done = importing.import_weights(config, file, folder, classes=_names(classes), new_head=new_head)
+    typer.echo(f"{file}: {_account(done)}")
     if done.result.reports:
         typer.echo(tables.of_reports(done.result.reports))
     typer.echo(f"run {folder}" + (f", registered as {done.result.version}" if done.result.version else ""))
+
+
+def _account(done: Imported) -> str:
+    """What became of the file's tensors, e.g. "320 tensors used; 2 left out: fc.weight, fc.bias"."""
+    found, loaded = done.file, done.loaded
+    parts = [f"{done.num_tensors:,} tensors used" + (f" of {found.entry}" if found.entry else "")]
+    for what, names in (
+        ("left out", loaded.left_out),
+        ("of the net keep their initial values", loaded.initial),
+        ("other entries of the file not read", found.others),
+    ):
+        more = ", ..." if len(names) > 4 else ""
+        parts += [f"{len(names):,} {what}: {', '.join(names[:4])}{more}"] if names else []
+    return "; ".join(parts)
 
 
 def _names(path: Path | None) -> list[str] | None:

@@ -26,27 +26,36 @@ from pipeline.runs.journal import Journal
 from pipeline.runs.lease import Lease
 from pipeline.runs.records import About, Meta, Status
 from pipeline.tracking import Uploader
-from pipeline.training import checkpoint, state
+from pipeline.training import checkpoint, state, weights_file
 from pipeline.training.checkpoint import Checkpointer
 from pipeline.training.state import TrainState
+from pipeline.training.weights_file import WeightsFile
+from pipeline.weights import Loaded
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A run made from external weights. missing: values that are not in the file and keep their initial value."""
+    """A run made from external weights. file: what was in it; loaded: what became of it."""
 
     result: Result
-    num_tensors: int
-    missing: Sequence[str]
+    file: WeightsFile
+    loaded: Loaded
+
+    @property
+    def num_tensors(self) -> int:
+        """How many of the file's tensors are in the net."""
+        return len(self.file.tensors) - len(self.loaded.left_out)
 
 
-def import_weights(config: RunConfig, file: Path, run_dir: Path, *, classes: Sequence[str] | None = None) -> Imported:
+def import_weights(
+    config: RunConfig, file: Path, run_dir: Path, *, classes: Sequence[str] | None = None, new_head: bool = False
+) -> Imported:
     """Makes a finished run of step 0 from external weights: the released code's, torchvision's or ours, by name.
 
     The net is evaluated on the recipe's val split, and registered if `tracking.register` names it. If the
-    data are not available here, `classes` gives the names by label, and nothing is evaluated. Raises ConfigError if a
-    tensor fits nowhere or the folder holds a run, CheckpointError if the file cannot be read (it is loaded with
-    weights_only).
+    data are not available here, `classes` gives the names by label, and nothing is evaluated. new_head: the file's head
+    is for other classes and is left out. Raises ConfigError if a tensor fits nowhere or the folder holds a run,
+    CheckpointError if the file cannot be read (it is loaded with weights_only).
     """
     config, new, run_dir = launch.absolute(config), not run_dir.exists(), launch.make_folder(run_dir)
     if (run_dir / "config.yaml").exists():
@@ -55,7 +64,7 @@ def import_weights(config: RunConfig, file: Path, run_dir: Path, *, classes: Seq
         )
     lease = Lease(run_dir).acquire()
     try:
-        return _import(config, file, run_dir, lease.fence, classes)
+        return _import(config, file, run_dir, lease.fence, classes, new_head)
     finally:
         if new and not (run_dir / "config.yaml").exists():
             lease.withdraw()
@@ -63,17 +72,24 @@ def import_weights(config: RunConfig, file: Path, run_dir: Path, *, classes: Seq
             lease.release()
 
 
-def _import(config: RunConfig, file: Path, run_dir: Path, fence: int, classes: Sequence[str] | None) -> Imported:
-    tensors = checkpoint.weights_at(file)
+def _import(
+    config: RunConfig, file: Path, run_dir: Path, fence: int, classes: Sequence[str] | None, new_head: bool
+) -> Imported:
+    found = weights_file.read(file)
     splits = None if classes else open_splits(config.data, config.seed)
     names = splits.train.classes if splits else tuple(classes or ())
-    current, missing = _with_weights(config, tensors, len(names))
+    current, loaded = _with_weights(config, found.tensors, len(names), new_head)
     fingerprint = run_config.fingerprint(config, splits.train.identity if splits else "none")
     launch.write_config(run_dir, config, fingerprint, ())
     recipe = configs.as_mapping(config)
     with Uploader(run_dir, config.tracking, recipe, command=sys.argv, fence=fence) as uploader:
         digest = checkpoint.sha256(file) if file.is_file() else None
-        origin: dict[str, JsonValue] = {"file": file.name, "kept": list(missing), "sha256": digest}
+        origin: dict[str, JsonValue] = {
+            "file": file.name,
+            "kept": list(loaded.initial),
+            "left_out": list(loaded.left_out),
+            "sha256": digest,
+        }
         meta = Meta(
             step=0,
             epoch=0.0,
@@ -92,18 +108,18 @@ def _import(config: RunConfig, file: Path, run_dir: Path, fence: int, classes: S
                 journal.metrics(0, _evaluate(config, folder, splits, run_dir))
         name = checkpoint.name_of(0)
         records.write_status(run_dir, Status(finished=True, fingerprint=fingerprint, best=name, last=name))
-        return Imported(launch.conclude(config, run_dir, uploader), len(tensors), missing)
+        return Imported(launch.conclude(config, run_dir, uploader), found, loaded)
 
 
 def _with_weights(
-    config: RunConfig, tensors: Mapping[str, torch.Tensor], num_classes: int
-) -> tuple[TrainState, Sequence[str]]:
-    """The state at step 0 with these weights, and the names of the values that keep their initial ones."""
+    config: RunConfig, tensors: Mapping[str, torch.Tensor], num_classes: int, new_head: bool
+) -> tuple[TrainState, Loaded]:
+    """The state at step 0 with these weights, and what became of them."""
     family = families.find(config.family.name)
     training = config.training.model_copy(update={"ema_decay": None})
     cpu = torch.device("cpu")
     current = state.fresh(family, config.family, training, num_classes=num_classes, seed=config.seed, device=cpu)
-    return current, family.load_pretrained(config.family, current.net, tensors)
+    return current, families.load_pretrained(family, config.family, current.net, tensors, new_head=new_head)
 
 
 def _save(config: RunConfig, current: TrainState, meta: Meta, run_dir: Path) -> Path:

@@ -19,6 +19,7 @@ from pipeline.family import Fitted, Report
 from pipeline.run_config import RunConfig
 from pipeline.training.loop import device_of
 from pipeline.training.plan import use_bf16
+from pipeline.weights import load
 
 FINAL = "final"  # the evaluation after training
 
@@ -105,7 +106,7 @@ def evaluate_checkpoint(
     device = device_of(config.compute.device)
     family = families.find(config.family.name)
     net = family.build(config.family, len(splits.val.classes))
-    families.load(net, load_file(weights))
+    load(net, load_file(weights))
     conditions = evaluator(config, device, len(splits.val.classes), latency=True)
     net = placed(net, device, conditions.channels_last).eval()
     policies = restored(choose(family.policies(config.family, net), wanted or config.evaluation.policies), known)

@@ -33,7 +33,7 @@ from pipeline.runs.beats import LONG, UNWATCHED, Beats
 from pipeline.runs.files import write_text
 from pipeline.runs.lease import Lease
 from pipeline.tracking import Uploader
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, weights_file
 from pipeline.training.step import num_micros, single_images
 
 if TYPE_CHECKING:  # importing Ray takes seconds
@@ -129,7 +129,7 @@ def _train(config: RunConfig, order: WorkerConfig, seen: Watched, progress: Prog
     storage = checkpoint.open_storage(config.checkpoint, run_dir)
     checkpoint.claim_storage(storage, run_dir)
     if config.training.start_from is not None and not storage.names():  # needed for the first step only
-        checkpoint.weights_file(config.training.start_from)
+        weights_file.locate(config.training.start_from)
     fingerprint = run_config.fingerprint(config, splits.train.identity)
     write_config(run_dir, config, fingerprint, order.allow_changed)
     with Uploader(run_dir, config.tracking, order.recipe, command=sys.argv, fence=order.fence) as uploader:

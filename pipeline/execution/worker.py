@@ -27,14 +27,14 @@ from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, JsonVal
 from pipeline.evaluation.evaluate import Evaluator, calibrate, choose, evaluate
 from pipeline.evaluation.from_weights import FINAL, eval_loader, evaluator, metrics_of, placed
 from pipeline.execution.watched import WatchAddress, watched
-from pipeline.family import AnyFamily
+from pipeline.family import AnyFamily, load_pretrained
 from pipeline.run_config import RunConfig
 from pipeline.runs import lease, records
 from pipeline.runs.beats import LONG, Beats
 from pipeline.runs.files import write_json
 from pipeline.runs.journal import Journal, SystemSampler
 from pipeline.runs.records import About, Meta, Status
-from pipeline.training import checkpoint, loop, memory, optim, state, step
+from pipeline.training import checkpoint, loop, memory, optim, state, step, weights_file
 from pipeline.training.checkpoint import Checkpointer, Storage
 from pipeline.training.loop import device_of
 from pipeline.training.plan import TrainingPlan
@@ -412,7 +412,11 @@ def _warn_of_batchnorm(context: RunContext, writer: Writer, before: int) -> None
 def _fresh(context: RunContext, events: RunEvents, *, pretrained: bool) -> TrainState:
     """The state at step 0; with `training.start_from`'s weights if the recipe names them and `pretrained` is set."""
     config, training = context.config, context.config.training
-    weights = checkpoint.weights_at(training.start_from) if pretrained and training.start_from is not None else None
+
+    def prepare(net: nn.Module) -> None:
+        if pretrained and training.start_from is not None:
+            events.remember("started-from", None, **_start_from(context, net, training.start_from))
+
     current = state.fresh(
         context.family,
         config.family,
@@ -421,13 +425,23 @@ def _fresh(context: RunContext, events: RunEvents, *, pretrained: bool) -> Train
         seed=config.seed,
         device=context.device,
         channels_last=training.channels_last,
-        weights=weights,
+        prepare=prepare,
     )
     if context.syncs_batchnorm:
         current.net = nn.SyncBatchNorm.convert_sync_batchnorm(current.net)  # type: ignore[no-untyped-call]
     elif training.sync_batchnorm:
         events.remember("warning", text="training.sync_batchnorm needs a GPU; statistics stay local")
     return current
+
+
+def _start_from(context: RunContext, net: nn.Module, path: Path) -> dict[str, object]:
+    """Fills the net with the weights at `path`. Returns what was used, for the log."""
+    found, config = weights_file.read(path), context.config
+    new_head = config.training.new_head
+    loaded = load_pretrained(context.family, config.family, net, found.tensors, new_head=new_head)
+    used = len(found.tensors) - len(loaded.left_out)
+    facts = {"entry": found.entry, "left_out": list(loaded.left_out), "initial": list(loaded.initial)}
+    return {"weights": str(path), "tensors": used, **{key: value for key, value in facts.items() if value}}
 
 
 # ---- train

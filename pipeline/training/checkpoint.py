@@ -31,16 +31,16 @@ from pipeline import config as configs
 from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, JsonValue, ResourceError
 from pipeline.family import AnyFamily, FamilyConfig, find
 from pipeline.runs.files import move_folder, read_json, remark, sync_file, sync_folder, write_text
-from pipeline.runs.records import META, Meta, read_status
+from pipeline.runs.records import META, Meta
 from pipeline.training import state as states
 from pipeline.training.config import CheckpointConfig
 from pipeline.training.state import SavedState, TrainState
+from pipeline.training.weights_file import no_weights
 
 COMPLETE = "COMPLETE.json"
 STATE = "state.pt"
 ID = "id"  # a file in the run folder
 OWNER = "OWNER"  # a file in a shared storage: the id of the run folder that the checkpoints beside it are of
-PARALLEL = "module."  # prefix of each name in a net that was saved inside DataParallel or DDP
 
 
 class Storage(Protocol):
@@ -554,61 +554,6 @@ def read(folder: Path) -> SavedState:
     return cast(SavedState, mapping)
 
 
-def weights_file(path: Path) -> Path:
-    """The weights' file at `path`: the file itself, or the one in the folder of a checkpoint, a model or a run.
-
-    For a run it is the best checkpoint's, if it is in the run's folder. Raises CheckpointError if there is none.
-    """
-    if not path.exists():
-        raise _no_weights(path, "no such file or folder to take weights from")
-    if path.is_file():
-        return path
-    places = [path]
-    best = read_status(path).best
-    if best is not None:
-        places.append(path / "checkpoints" / best)
-    for place in places:
-        for file in (place / "ema.safetensors", place / "net.safetensors"):
-            if file.is_file():
-                return file
-    raise _no_weights(
-        path,
-        f"a folder without weights; looked for ema.safetensors and net.safetensors in "
-        f"{' and '.join(map(str, places))}. Name the folder of a checkpoint, or of a finished run whose checkpoints "
-        "are in its own folder (checkpoint.storage=null)",
-    )
-
-
-def _no_weights(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {what}", key="weights", subject=path)
-
-
-def weights_at(path: Path) -> dict[str, Tensor]:
-    """Tensors by name in the file that `weights_file` finds, a .safetensors or a .pt file.
-
-    A .pt file is loaded with weights_only and may hold the tensors under `state_dict` or `model`. DataParallel's prefix
-    is removed from the names. Raises CheckpointError if there is no such file or it holds no tensors.
-    """
-    from safetensors.torch import load_file
-
-    path = weights_file(path)
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise a dozen classes
-        why = str(error).strip().partition("\n")[0][:200]
-        raise _no_weights(path, f"no weights can be read ({type(error).__name__}{why and ': '}{why})") from None
-    for key in ("state_dict", "model"):
-        content = content[key] if isinstance(content, Mapping) and isinstance(content.get(key), Mapping) else content
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    if not tensors:
-        raise _no_weights(path, "contains no named tensors, neither at the top nor under state_dict or model")
-    if all(name.startswith(PARALLEL) for name in tensors):
-        return {name.removeprefix(PARALLEL): tensor for name, tensor in tensors.items()}
-    return tensors
-
-
 def differences(saved: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """Fingerprint keys whose values differ: {key: (saved, now)}."""
     keys = sorted({*saved, *now})
@@ -641,5 +586,5 @@ def load_net(folder: Path) -> tuple[nn.Module, AnyFamily, FamilyConfig, Meta]:
     try:
         net.load_state_dict(load_file(ema if ema.exists() else folder / "net.safetensors"))
     except Exception as error:  # safetensors and torch raise several classes
-        raise _no_weights(folder, f"weights do not load ({type(error).__name__}: {error})") from None
+        raise no_weights(folder, f"weights do not load ({type(error).__name__}: {error})") from None
     return net.eval(), family, config, meta

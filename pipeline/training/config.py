@@ -32,7 +32,10 @@ from pipeline.training.schedules.steps import StepsConfig
 
 
 class TrainingConfig(Config):
-    """What determines the optimisation; in the fingerprint except compile, cuda_graphs, channels_last, start_from."""
+    """What determines the optimisation.
+
+    All keys are in the fingerprint but compile, cuda_graphs, channels_last, new_head and start_from's folder.
+    """
 
     batch_size: Count = 256  # global: over all workers and accumulation steps
     epochs: Positive = 90.0
@@ -47,9 +50,15 @@ class TrainingConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
     channels_last: bool = True  # memory format of images and weights; faster on CPU too
     start_from: FilePath | None = None  # initial weights: a checkpoint's or model's folder, .safetensors or .pt
+    new_head: bool = False  # start_from's head is for other classes: leave it out and train a new one
     compile: bool = False  # torch.compile; without a C++ compiler the run logs a warning and trains uncompiled
     cuda_graphs: bool = False  # records the net as CUDA graphs, for steps of fixed shapes; GPU only
     sync_batchnorm: bool = False  # BatchNorm over all ranks; GPU only
+
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        """Keys that change nothing under these values, each with the reason."""
+        return {"new_head": "start_from is null"} if values["start_from"] is None else {}
 
     @model_validator(mode="after")
     def _within_the_epochs(self, info: ValidationInfo) -> TrainingConfig:

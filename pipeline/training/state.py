@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -58,16 +58,15 @@ def fresh(
     seed: int,
     device: torch.device,
     channels_last: bool = False,
-    weights: Mapping[str, Tensor] | None = None,
+    prepare: Callable[[nn.Module], object] = lambda net: None,
 ) -> TrainState:
     """The state before the first step; its weights depend only on `seed`, so they are equal on every rank and device.
 
-    With `weights`, the family loads these. Raises ConfigError if they do not fit.
+    `prepare` gets the net on the CPU, e.g. to load other weights into it.
     """
     torch.manual_seed(seed_of(seed, "weights"))
     net = family.build(config, num_classes)
-    if weights is not None:
-        family.load_pretrained(config, net, weights)
+    prepare(net)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net = net.to(device).to(memory_format=layout)
     groups = family.groups(config, net)

@@ -25,6 +25,7 @@ from pipeline.families.arrn.inference import ArrnResolution, policies
 from pipeline.families.arrn.inner import Border, ConvNorm
 from pipeline.families.arrn.model import Arrn, Residual, affine, build, scaled
 from pipeline.family import Prediction, cross_entropy
+from pipeline.weights import Loaded
 
 CLASSES = 10
 LADDER = (32, 16, 8, 4)
@@ -587,7 +588,7 @@ def test_a_net_grown_from_a_smaller_one_computes_the_same_function(kind: Filter,
     for layer in (net.stem, *(residual.project for residual in net.residuals)):
         nn.init.normal_(layer.bias)
     initial = {name: value.clone() for name, value in net.state_dict().items()}
-    kept = load_pretrained(config, net, smaller.state_dict())
+    kept = load_pretrained(config, net, smaller.state_dict()).initial
     x = images(4)
     assert apart(logits(net, x), logits(smaller, net.at_side(x, LADDER[start]))) <= 1e-10
     assert apart(logits(net, net.at_side(x, LADDER[start])), logits(smaller, net.at_side(x, LADDER[start]))) <= 1e-10
@@ -615,7 +616,7 @@ def test_growing_in_fp32_also_preserves_the_function() -> None:
 
 def test_weights_of_the_same_ladder_are_loaded_unchanged() -> None:
     net = build(small(), CLASSES).double().eval()
-    assert load_pretrained(small(), net, trained(small()).state_dict()) == []
+    assert load_pretrained(small(), net, trained(small()).state_dict()) == Loaded([], [])
     assert torch.equal(logits(net, images(2)), logits(trained(small()), images(2)))
 
 

@@ -24,6 +24,7 @@ from pipeline.families.convnet_aig.model import STAGES, Aig, AigConfig, GatedBlo
 from pipeline.families.convnet_aig.objective import groups, loss, rate_loss
 from pipeline.families.convnet_aig.released import load_pretrained
 from pipeline.family import Prediction, cross_entropy
+from pipeline.weights import Loaded
 
 CLASSES = 10
 FIXED = 4  # the block of `mixed` that is always open
@@ -532,16 +533,16 @@ def test_released_weights_load_by_name_and_completely(depth: int) -> None:
     torch.manual_seed(0)
     source, net = build(config, 7), build(config, 7)
     names = released_names(source)
-    theirs = {f"module.{names[name]}": value for name, value in source.state_dict().items()}
+    theirs = {names[name]: value for name, value in source.state_dict().items()}
     theirs = {name: value for name, value in theirs.items() if not name.endswith("num_batches_tracked")}  # torch 0.3
-    assert "module.layer2.0.shortcut.0.weight" in theirs and "module.layer3.1.fc1bn.running_var" in theirs
-    assert load_pretrained(config, net, theirs) == []
+    assert "layer2.0.shortcut.0.weight" in theirs and "layer3.1.fc1bn.running_var" in theirs
+    assert load_pretrained(config, net, theirs) == Loaded([], [])
     for name, value in source.state_dict().items():
         assert torch.equal(net.state_dict()[name], value), name
     with fails(ConfigError, "weights", subject="blocks.0.odd.weight"):
-        load_pretrained(config, net, {**theirs, "module.layer1.0.odd.weight": torch.zeros(1)})
+        load_pretrained(config, net, {**theirs, "layer1.0.odd.weight": torch.zeros(1)})
     with fails(ConfigError, "weights", subject="fc.bias"):
-        load_pretrained(config, net, {name: value for name, value in theirs.items() if name != "module.linear.bias"})
+        load_pretrained(config, net, {name: value for name, value in theirs.items() if name != "linear.bias"})
     fixed = AigConfig(depth=depth, target_rate=(1.0, *(0.5,) * (config.num_blocks - 1)))
     with fails(ConfigError, "family.target_rate", subject="0"):
         load_pretrained(fixed, build(fixed, 7), theirs)
@@ -551,7 +552,7 @@ def test_torchvisions_weights_fill_all_but_the_gates() -> None:
     config = AigConfig(depth=50)
     torch.manual_seed(0)
     plain, net = torchvision.models.resnet50(num_classes=4).eval(), build(config, 4).eval()
-    kept = load_pretrained(config, net, plain.state_dict())
+    kept = load_pretrained(config, net, plain.state_dict()).initial
     assert kept and all(".gate." in name for name in kept)
     batch = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
@@ -559,8 +560,10 @@ def test_torchvisions_weights_fill_all_but_the_gates() -> None:
         for block in net.blocks:
             opened = block(opened, None)
         torch.testing.assert_close(net.fc(opened.mean(dim=(2, 3))), plain(batch), rtol=1e-4, atol=1e-4)
-    with fails(ConfigError, "weights", subject="fc"):
+    with fails(ConfigError, "--new-head", subject="fc"):
         load_pretrained(config, build(config, 5), plain.state_dict())
+    loaded = load_pretrained(config, build(config, 5), plain.state_dict(), new_head=True)
+    assert loaded.left_out == ["fc.weight", "fc.bias"] and {*loaded.initial} == {*kept, "fc.weight", "fc.bias"}
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

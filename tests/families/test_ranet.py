@@ -32,6 +32,7 @@ from pipeline.families.ranet.model import Ranet, Walk, build
 from pipeline.families.ranet.objective import loss
 from pipeline.families.ranet.released import load_pretrained
 from pipeline.family import Fitted, Prediction
+from pipeline.weights import Loaded
 
 IMAGENET = {"stem": "imagenet", "scales": [1, 2, 3, 4], "width_factors": [4, 2, 2, 1], "layers": 8, "depth": "even"}
 PUBLISHED = {  # the fact file's ids: keys, classes, parameters, entries of the state, millions of operations by exit
@@ -598,7 +599,7 @@ def released_names(net: Ranet) -> list[str]:
             words = [*at[:3], "net", *at[3:]] if at[1] == "m" else [at[0], "linear", *at[2:]]
         elif top == "base" and not (net.config.stem == "imagenet" and words[0] == "0"):
             words = [words[0], "net", *words[1:]]
-        found.append(".".join(["module", there[top], *words]))
+        found.append(".".join([there[top], *words]))
     return found
 
 
@@ -607,16 +608,16 @@ def test_released_weights_load_by_name_and_completely(stem: str) -> None:
     config = config_of(**SMALL, stem=stem)
     source, net = build(config, 3), build(config, 3)
     theirs = dict(zip(released_names(source), source.state_dict().values(), strict=True))
-    assert "module.scale_flows.1.0.layers.0.conv_up.net.0.weight" in theirs
-    assert "module.classifier.5.m.1.net.1.running_var" in theirs
+    assert "scale_flows.1.0.layers.0.conv_up.net.0.weight" in theirs
+    assert "classifier.5.m.1.net.1.running_var" in theirs
     first = "0.0.bias" if stem == "imagenet" else "0.net.0.weight"
-    assert f"module.FirstLayer.layers.{first}" in theirs
-    assert load_pretrained(config, net, theirs) == []
+    assert f"FirstLayer.layers.{first}" in theirs
+    assert load_pretrained(config, net, theirs) == Loaded([], [])
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in source.state_dict().items())
-    assert load_pretrained(config, net, source.state_dict()) == []
+    assert load_pretrained(config, net, source.state_dict()) == Loaded([], [])
     with fails(ConfigError, "weights", subject="odd.weight"):
         load_pretrained(config, net, {**theirs, "odd.weight": torch.zeros(1)})
-    del theirs["module.classifier.0.linear.bias"]
+    del theirs["classifier.0.linear.bias"]
     with fails(ConfigError, "weights", subject="classifiers.0.fc.bias"):
         load_pretrained(config, net, theirs)
 

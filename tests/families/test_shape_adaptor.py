@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from pipeline.config import validate
 from pipeline.errors import ConfigError
 from pipeline.families.shape_adaptor import FAMILY
 from pipeline.families.shape_adaptor.bodies import (
+    RESNET_STAGES,
     Adaptor,
     Bottleneck,
     Cells,
@@ -34,14 +36,15 @@ from pipeline.families.shape_adaptor.inference import AtShape, Live, freeze
 from pipeline.families.shape_adaptor.model import ShapeConfig, ShapeNet, build, first_alphas, places
 from pipeline.families.shape_adaptor.objective import groups, loss, updates
 from pipeline.families.shape_adaptor.shape import Rules, Shape, ShapePlan, Size, factor, initial_alpha, plan, weights
-from pipeline.families.shape_adaptor.weights import RELEASED_ALPHAS, load_pretrained
+from pipeline.families.shape_adaptor.weights import load_pretrained
 from pipeline.family import cross_entropy
-from pipeline.training import optim, state
+from pipeline.training import optim, state, weights_file
 from pipeline.training.config import TrainingConfig
 from pipeline.training.optimizers.adamw import AdamWConfig
 from pipeline.training.optimizers.sgd import SgdConfig
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.step import Meter, MicroBatch, train_step
+from pipeline.weights import Loaded
 
 SIDE, CLASSES = 16, 5
 NETS = ("vgg16", "vgg16_bn", "resnet50", "mobilenet_v2")
@@ -1051,12 +1054,17 @@ def torchvisions(net: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_torchvisions_weights_are_loaded_except_for_the_head(net: Any) -> None:
+def test_torchvisions_weights_are_loaded_but_for_a_head_of_other_classes(net: Any) -> None:
     plain, tensors = torchvisions(net)
     human = build(ShapeConfig(net=net, mode="human"), CLASSES)
-    kept = load_pretrained(ShapeConfig(net=net, mode="human"), human, tensors)
+    config = ShapeConfig(net=net, mode="human")
+    with fails(ConfigError, "--new-head"):
+        load_pretrained(config, human, tensors)
+    loaded = load_pretrained(config, human, tensors, new_head=True)
     head = human.body.fc if net == "resnet50" else human.body.classifier
-    assert set(kept) == {f"body.{'fc' if net == 'resnet50' else 'classifier'}.{kind}" for kind in ("weight", "bias")}
+    kept = {f"body.{'fc' if net == 'resnet50' else 'classifier'}.{kind}" for kind in ("weight", "bias")}
+    assert set(loaded.initial) == kept
+    assert len(loaded.left_out) == (6 if net.startswith("vgg") else 2)
     head_of_plain = {"resnet50": "fc", "mobilenet_v2": "classifier"}.get(net)
     if head_of_plain is not None:
         setattr(plain, head_of_plain, head)
@@ -1069,12 +1077,25 @@ def test_torchvisions_weights_are_loaded_except_for_the_head(net: Any) -> None:
     config = ShapeConfig(net=net, mode="autotl")
     tuned = build(config, CLASSES)
     first = alphas(tuned).detach().clone()
-    assert set(load_pretrained(config, tuned, tensors)) == {*kept, "shape.alphas"}
+    assert set(load_pretrained(config, tuned, tensors, new_head=True).initial) == {*kept, "shape.alphas"}
     assert torch.equal(alphas(tuned).detach(), first)
     theirs = human.state_dict()
     body = {name: value for name, value in tuned.state_dict().items() if name not in kept and name != "shape.alphas"}
     assert all(torch.equal(value, theirs[name]) for name, value in body.items())
     assert len(body) == len(tensors) - (6 if net.startswith("vgg") else 2)
+
+
+@pytest.mark.parametrize("net", ["resnet50", "mobilenet_v2"])
+def test_torchvisions_head_is_loaded_where_the_classes_are_as_many(net: Any) -> None:
+    plain, tensors = torchvisions(net)
+    config = ShapeConfig(net=net, mode="human")
+    human = build(config, 1000)
+    assert load_pretrained(config, human, tensors) == Loaded([], [])
+    with torch.no_grad():
+        x = images(1, 64, 64)
+        torch.testing.assert_close(human.eval()(x).logits, plain.eval()(x), rtol=1e-4, atol=1e-4)
+    with fails(ConfigError, "training.new_head"):
+        load_pretrained(config, human, tensors, new_head=True)
 
 
 @pytest.fixture(scope="module")
@@ -1096,21 +1117,109 @@ def test_weights_that_do_not_fit_are_refused_by_name(resnet: dict[str, Tensor]) 
         load_pretrained(ShapeConfig(mode="sa"), on_meta(ShapeConfig(mode="sa"), CLASSES), resnet)
 
 
-def test_a_released_autotl_checkpoint_is_loaded_completely(resnet: dict[str, Tensor]) -> None:
-    config = ShapeConfig(mode="autotl")
-    learned = {name: torch.tensor(float(number)) for number, name in enumerate(RELEASED_ALPHAS)}
-    net = build(config, 1000)
-    released = {f"module.{name}": value for name, value in {**resnet, **learned}.items()}
-    assert list(load_pretrained(config, net, released)) == []
-    assert alphas(net).tolist() == [0, 1, 2, 3, 4]
-    assert net.plan((224, 224)) == plan([0.0, 1.0, 2.0, 3.0, 4.0], (224, 224), net.shape.rules)
-    assert torch.equal(net.body.fc.weight.detach(), resnet["fc.weight"])
+# Nets and modes of the paper and of the released code, with their recipes' sides, and the widths of its table.
+SMALL_SIDE = [
+    (net, mode, 32, 1.0) for net in ("vgg16_bn", "resnet50", "mobilenet_v2") for mode in ("human", "sa", "autosc")
+]
+LARGE_SIDE = [(net, mode, 224, 1.0) for net, mode, _, _ in SMALL_SIDE]
+WIDTHS = [("mobilenet_v2", mode, 224, width) for mode, width in (("human", 0.75), ("autosc", 0.85), ("autosc", 1.1))]
+RELEASED = [*SMALL_SIDE, *LARGE_SIDE, *WIDTHS, ("resnet50", "autotl", 224, 1.0)]
+SHORTCUTS = (
+    ("downsample.0", "downsample.1"),
+    ("shape_adaptor.branch.0", "shape_adaptor.branch.1"),
+    ("adaptor.0", "adaptor.1"),
+)
+
+
+def released(config: ShapeConfig, net: ShapeNet, shortcut: tuple[str, str] = SHORTCUTS[0]) -> dict[str, Tensor]:
+    """The net's values as the released code may name them: layers as torchvision does, a VGG's alphas as one vector.
+
+    In a VGG whose poolings are gone, the layers behind them have lower numbers. shortcut: the names of the layers that
+    take the place of an identity.
+    """
+    stage = {1 + sum(RESNET_STAGES[:s]) + n: f"layer{s + 1}.{n}" for s, c in enumerate(RESNET_STAGES) for n in range(c)}
+    vgg = _released_vgg(net) if config.net == "vgg16_bn" else {}
+    theirs: dict[str, Tensor] = {}
+    for name, value in net.state_dict().items():
+        layer, _, kind = name.removeprefix("body.").rpartition(".")
+        layer = {"classifier": "classifier.0"}.get(layer, vgg.get(layer, layer))
+        layer = layer.replace("downsample.0", shortcut[0]).replace("downsample.1", shortcut[1])
+        if name != "shape.alphas":
+            theirs[f"{layer}.{kind}"] = value
+    if net.shape.alphas is None:
+        return theirs
+    learned = net.shape.alphas.detach().double()
+    if config.net == "vgg16_bn":
+        return {"alpha": learned, **theirs}
+    for number, (place, alpha) in enumerate(zip(places(config), learned, strict=True)):
+        block = stage[place] if config.net == "resnet50" and place else f"features.{place}"
+        theirs[f"{block}.alpha" if place else f"alpha_init{number + 1}"] = alpha
+    return theirs
+
+
+def _released_vgg(net: ShapeNet) -> dict[str, str]:
+    body, layer, found = net.body, 0, {}
+    for number in range(13):
+        found |= {f"convs.{number}.0": f"features.{layer}", f"convs.{number}.1": f"features.{layer + 1}"}
+        layer += 3 + (number in body.pools)
+    return found
+
+
+@pytest.mark.parametrize(("kind", "mode", "side_px", "width"), RELEASED)
+def test_a_released_checkpoint_of_each_net_and_mode_is_loaded_completely(
+    kind: Any, mode: Any, side_px: int, width: float, tmp_path: Path
+) -> None:
+    config = ShapeConfig(net=kind, mode=mode, side_px=side_px, width=width)
+    source, classes = build(config, 10), 10
+    _randomise(source)
+    for shortcut in SHORTCUTS if kind == "resnet50" else SHORTCUTS[:1]:
+        theirs = released(config, source, shortcut)
+        torch.save({"state_dict": {f"module.{name}": value for name, value in theirs.items()}}, tmp_path / "best.pth")
+        found = weights_file.read(tmp_path / "best.pth").tensors
+        assert len(found) == len(theirs)
+        net = build(config, classes)
+        assert load_pretrained(config, net, found) == Loaded([], [])
+        for name, value in source.state_dict().items():
+            assert torch.equal(net.state_dict()[name], value), name
+        shuffled = dict(sorted(theirs.items()))  # as safetensors stores them
+        assert load_pretrained(config, build(config, classes), shuffled) == Loaded([], [])
+    with fails(ConfigError, "--new-head"):
+        load_pretrained(config, build(config, 7), theirs)
+    loaded = load_pretrained(config, build(config, 7), theirs, new_head=True)
+    assert len(loaded.left_out) == len(loaded.initial) == 2
+
+
+def _randomise(net: nn.Module) -> None:
+    with torch.no_grad():
+        for value in net.state_dict().values():
+            value.copy_(torch.rand_like(value) if value.is_floating_point() else torch.full_like(value, 7))
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "key"),
+    [
+        ({"mode": "sa"}, {"mode": "sa", "adaptors": 5}, "family.mode"),
+        ({"mode": "sa"}, {"mode": "human"}, "family.mode"),
+        ({"mode": "autosc"}, {"mode": "autosc", "adaptors": 3}, "family.mode"),
+        ({"mode": "autotl", "side_px": 224}, {"mode": "autosc", "side_px": 224, "adaptors": 5}, "family.mode"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["resnet50", "mobilenet_v2", "vgg16_bn"])
+def test_a_released_checkpoint_of_another_mode_is_refused(
+    kind: Any, there: dict[str, Any], here: dict[str, Any], key: str
+) -> None:
+    source = ShapeConfig(**{"net": kind, "side_px": 32, **there})
+    config = ShapeConfig(**{"net": kind, "side_px": 32, **here})
+    if kind == "vgg16_bn" and len(places(source)) == len(places(config)):
+        pytest.skip("a VGG's file does not say where its adaptors are")
+    with fails(ConfigError, key):
+        load_pretrained(config, on_meta(config, 10), released(source, build(source, 10)))
 
 
 def test_our_own_weights_are_loaded_completely() -> None:
     net, other = opened(small()), opened(small(), seed=1)
     move(other, 1.0, 2.0, 3.0)
-    assert list(load_pretrained(small(), net, other.state_dict())) == []
+    assert load_pretrained(small(), net, other.state_dict()) == Loaded([], [])
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in net.state_dict().items())
 
 

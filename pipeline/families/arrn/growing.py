@@ -5,7 +5,8 @@ Letters: k residuals that only the larger net has, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +14,19 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError
 from pipeline.families.arrn.config import ArrnConfig
 from pipeline.families.arrn.model import Affine, Arrn, Residual, affine
-from pipeline.family import load
+from pipeline.weights import Loaded, load
 
 PART = "residuals."
 
 
-def load_pretrained(config: ArrnConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
+def load_pretrained(
+    config: ArrnConfig, net: nn.Module, tensors: Mapping[str, Tensor], new_head: bool = False
+) -> Loaded:
     """Fills a fresh net from an ARRN whose ladder is as long, or starts k resolutions lower.
 
     In the second case the k new residuals add nothing at first, and the linear map below them is set so that all
-    linear maps down to it equal the smaller net's stem: net(x) = smaller(D...D x). Returns the names that keep their
-    initial values. Raises ConfigError for weights of another net, and if the stem's weights have another shape.
+    linear maps down to it equal the smaller net's stem: net(x) = smaller(D...D x). Raises ConfigError as `load` does,
+    and if the stem's weights have another shape.
     """
     assert isinstance(net, Arrn)
     count = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith(PART)), default=-1)
@@ -36,10 +39,16 @@ def load_pretrained(config: ArrnConfig, net: nn.Module, tensors: Mapping[str, Te
             subject=count,
         )
     if k == 0:
-        return load(net, tensors)
+        return load(net, tensors, head=is_head, new_head=new_head)
     moved = {_shifted(name, k): value for name, value in tensors.items()}
     stem = _stem(net, moved, k)
-    initial = load(net, moved, lambda name: name.startswith("stem.") or _number(name) in range(k))
+    loaded = load(
+        net,
+        moved,
+        lambda name: name.startswith("stem.") or _number(name) in range(k),
+        head=is_head,
+        new_head=new_head,
+    )
     names = {id(value): name for name, value in net.named_parameters()}
     changed = {f"{PART}{k - 1}.project.weight", f"{PART}{k - 1}.project.bias"}
     with torch.no_grad():
@@ -49,7 +58,12 @@ def load_pretrained(config: ArrnConfig, net: nn.Module, tensors: Mapping[str, Te
             for weight in residual.inner.gains:
                 weight.zero_()
                 changed.add(names[id(weight)])
-    return [name for name in initial if name not in changed]
+    return replace(loaded, initial=[name for name in loaded.initial if name not in changed])
+
+
+def is_head(name: str) -> bool:
+    """Whether the name is of the last layer."""
+    return name.startswith("fc.")
 
 
 def _shifted(name: str, k: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.families.baseline.inference import policies
 from pipeline.families.baseline.model import BaselineConfig, build
 from pipeline.families.baseline.objective import groups, loss, updates
+from pipeline.families.baseline.released import load_pretrained
 from pipeline.families.baseline.static import static
 from pipeline.family import Family
 
@@ -15,6 +16,7 @@ FAMILY = Family(
     groups=groups,
     updates=updates,
     policies=policies,
+    load_pretrained=load_pretrained,
     static=static,
     adaptive=False,
 )

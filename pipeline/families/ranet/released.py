@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from pipeline.families.ranet.config import RanetConfig
-from pipeline.family import load
+from pipeline.weights import Loaded, load
 
 GROUPS = {"scale_flows": "subnetworks", "FirstLayer.layers": "base", "classifier": "classifiers"}
 PARTS = {
@@ -22,10 +22,17 @@ PARTS = {
 }
 
 
-def load_pretrained(config: RanetConfig, net: nn.Module, tensors: Mapping[str, Tensor]) -> Sequence[str]:
-    """Fills `net` from our weights or the released code's, with or without DataParallel's prefix; uses every tensor."""
-    plain = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return load(net, {our_name(name): value for name, value in plain.items()})
+def load_pretrained(
+    config: RanetConfig, net: nn.Module, tensors: Mapping[str, Tensor], new_head: bool = False
+) -> Loaded:
+    """Fills `net` from our weights or the released code's; uses every tensor, as `load` does."""
+    ours = {our_name(name): value for name, value in tensors.items()}
+    return load(net, ours, head=is_head, new_head=new_head)
+
+
+def is_head(name: str) -> bool:
+    """Whether the name is of the linear layer of an exit."""
+    return re.fullmatch(r"classifiers\.\d+\.fc\.\w+", name) is not None
 
 
 def our_name(name: str) -> str:
