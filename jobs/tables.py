@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # pipeline.family imports torch, which takes seconds
@@ -50,10 +50,21 @@ def of_reports(reports: Sequence[Report]) -> str:
     text = align([heading, *(_row(report) for report in reports)])
     if reports[0].latency:
         entry = reports[0].latency[0]
-        text += f"\nlatency: medians on {entry.device}, {entry.threads} threads{_spread(reports)}"
+        precision = f", {entry.precision}" if entry.precision else ""
+        text += f"\nlatency: medians on {entry.device}, {entry.threads} threads{precision}{_spread(reports)}"
+    text += "".join(f"\n{line}" for line in _conditions(reports))
     if reports[0].unreadable:
         text += f"\nunreadable images, left out: {', '.join(reports[0].unreadable[:10])}"
     return text
+
+
+def _conditions(reports: Sequence[Report]) -> Iterator[str]:
+    """The precision of the figures, and on which images the checkpoint was chosen."""
+    first = reports[0]
+    if first.precision:
+        yield f"precision: {first.precision}"
+    if first.choice:
+        yield f"checkpoint: {first.choice}" + (f" ({first.policy})" if first.last_top1 is not None else "")
 
 
 def _spread(reports: Sequence[Report]) -> str:

@@ -30,6 +30,7 @@ T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", bound="FamilyConfig")
 OutputT = TypeVar("OutputT")
 LATENCY_FORMAT = 1
+THESE_IMAGES, HELD_OUT = "the evaluated images", "held-out training images"
 REPORT_FORMAT = 2  # files of format 1 have no format number, kind or settings
 
 
@@ -98,6 +99,7 @@ class Latency:
     """How long a policy takes for one batch: median and 95th percentile over repeated passes, in ms.
 
     waited_share is the share of the time, in 0..1, that the threads were ready but had to wait for a CPU core.
+    precision is that of the arithmetic: fp32, TF32 or bf16; "" in older files.
     """
 
     batch: int
@@ -107,6 +109,7 @@ class Latency:
     device: str
     threads: int
     waited_share: float = 0.0
+    precision: str = ""
 
     def to_json(self) -> dict[str, JsonValue]:
         """The record as JSON can hold it, with its format number."""
@@ -123,11 +126,14 @@ class Latency:
 class Report:
     """The results of one policy on one split; a mean is over images, each counted once whatever the number of ranks.
 
-    top1, top5, ece in 0..1 (top5 is None below 5 classes); macs are multiply-accumulates per image; relative_macs is
-    macs_mean over the MACs of the net's own forward; kind and settings are the policy's; latency has one entry per
-    batch size; facts {name: mean over images, [n]}; facts_by_class {name: [K][n]}; top1_by_class [K], None for a class
-    without images; unreadable lists the images that could not be read; calibration is the policy's `state()` if it is
-    `Fitted`, from which the policy is restored.
+    top1, top5, ece in 0..1 (top5 is None below 5 classes); a label that shares its logit with others counts by the
+    chance of drawing it among them. macs are multiply-accumulates per image; relative_macs is macs_mean over the MACs
+    of the net's own forward; kind and settings are the policy's; latency has one entry per batch size; facts {name:
+    mean over images, [n]}; facts_by_class {name: [K][n]}; top1_by_class [K], None for a class without images;
+    unreadable lists the images that could not be read; calibration is the policy's `state()` if it is `Fitted`, from
+    which the policy is restored. precision is as in `Latency`. chosen_on names the images on which the checkpoint was
+    chosen among others, e.g. THESE_IMAGES, "" if that is not known or there was no choice; last_top1 is then the top-1
+    of the last checkpoint, if this policy was evaluated there.
     """
 
     policy: str
@@ -146,6 +152,18 @@ class Report:
     top1_by_class: Sequence[float | None] = ()
     unreadable: Sequence[str] = ()
     calibration: Mapping[str, JsonValue] = field(default_factory=dict)
+    precision: str = ""
+    chosen_on: str = ""
+    last_top1: float | None = None
+
+    @property
+    def choice(self) -> str:
+        """How the checkpoint was chosen, for people; "" if that is not known."""
+        if not self.chosen_on:
+            return ""
+        flattered = ", which flatters these figures" if self.chosen_on == THESE_IMAGES else ""
+        last = "" if self.last_top1 is None else f"; the last checkpoint has top-1 {100 * self.last_top1:.2f} %"
+        return f"the best one by {self.chosen_on}{flattered}{last}"
 
     def to_json(self) -> dict[str, JsonValue]:
         """The report as JSON can hold it; relative_macs is stored as `full_share`, its name in files of format 1."""
@@ -378,6 +396,16 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     In fp32, for logits in fp64 in fp64.
     """
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+
+
+def top1(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether each image's label has the highest logit, [B] f32; it counts 1/n where n classes share that logit.
+
+    logits [B, K], labels [B]. A label whose logit is not a number does not count.
+    """
+    own = logits.gather(1, labels[:, None])
+    above, level = (logits > own).sum(1), (logits == own).sum(1)
+    return ((above == 0) & (level > 0)) / level.clamp(min=1).float()
 
 
 def names() -> list[str]:

@@ -27,6 +27,19 @@ GALLERY_CLASSES = 3  # classes whose images a gallery shows
 GALLERY_IMAGES = 8  # images under one heading
 
 
+def hits(arrays: Arrays, k: int = 1) -> NDArray[np.float64]:
+    """By how much each image counts as right among its k most probable classes, [N] in 0..1.
+
+    A label that shares its logit with others counts by the chance of drawing it among them; arrays of older evaluations
+    do not say, and there the first of these classes is the answer.
+    """
+    if "tied" not in arrays:
+        right = arrays["predicted"] == arrays["labels"] if k == 1 else arrays["rank_of_truth"] < k
+        return right.astype(np.float64)
+    room = k - arrays["rank_of_truth"].astype(np.float64)
+    return np.where(arrays["tied"] > 0, np.clip(room / np.maximum(arrays["tied"], 1), 0.0, 1.0), 0.0)
+
+
 @dataclass(frozen=True)
 class Series:
     """Points that belong together: x and y of equal length, and the name of each point in `texts`.

@@ -69,9 +69,7 @@ HOLDS_A_FOLDER = """
 import sys, time
 from pathlib import Path
 from pipeline.execution import allocation
-with allocation.scratch(
-    allocation.Node(0, ("first",), "127.0.0.2", sys.argv[2], Path("."), cpus=1, gpus=0), Path(sys.argv[1])
-):
+with allocation.scratch(sys.argv[2], Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -85,17 +83,19 @@ def test_the_folder_of_a_killed_task_is_removed_and_that_of_a_living_one_is_not(
     (foreign[1] / "held").touch()
     env = {**os.environ, "PYTHONPATH": str(Path(allocation.__file__).parents[2])}
     tasks = {}
-    for key in ("5-0", "6-0"):
+    for key in ("5-0-0", "6-0-0"):
         line = [sys.executable, "-c", HOLDS_A_FOLDER, str(tmp_path), key]
         tasks[key] = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True)
     try:
         assert [task.stdout and task.stdout.readline() for task in tasks.values()] == ["held\n"] * 2
-        tasks["5-0"].kill()
-        tasks["5-0"].wait()
+        tasks["5-0-0"].kill()
+        tasks["5-0-0"].wait()
         assert (tmp_path / f"{prefix}5-0-0").is_dir()
-        with allocation.scratch(node(tmp_path, 1, "127.0.0.3"), tmp_path) as mine:
+        with allocation.scratch("7-0-1", tmp_path) as ray:
+            mine = ray.parent
             names = {f"{prefix}6-0-0", f"{prefix}7-0-1", *(folder.name for folder in foreign)}
             assert {path.name for path in tmp_path.iterdir()} == names and mine.name in names
+            assert mine.stat().st_mode & 0o777 == 0o700
         assert not mine.exists() and (tmp_path / f"{prefix}6-0-0").is_dir()
     finally:
         for task in tasks.values():

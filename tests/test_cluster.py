@@ -54,6 +54,9 @@ VISITS = """
 import os
 import signal
 import sys
+from contextlib import suppress
+from pathlib import Path
+import psutil
 import ray
 from pipeline.execution.cluster import cluster
 from pipeline.run_config import ComputeConfig
@@ -65,11 +68,21 @@ def code(held):
 
 warnings = []
 signal.signal(signal.SIGTERM, lambda *_: warnings.append(1))
+def listeners():
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with suppress(psutil.Error):
+            sockets = process.net_connections("inet")
+            yield from (each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN)
+
 for address in sys.argv[1:]:
     where = None if address == "here" else address
     with cluster(ComputeConfig(address=where, workers=1, device="cpu", start_patience_s=300)):
         os.kill(os.getpid(), signal.SIGTERM)
         print(address, ray.get(code.remote([ray.put("!")]), timeout=300), flush=True)
+        if where is None:
+            session = Path(ray._private.worker._global_node.get_session_dir_path())
+            private = [oct(each.stat().st_mode & 0o777) for each in session.parents if each.name[:8] == "adaptnet"]
+            print({ip.removeprefix("::ffff:") for ip in listeners()}, *private, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)  # Ray's own handler would end this process
 print(len(warnings))
 """
@@ -79,7 +92,10 @@ print(len(warnings))
 def test_one_process_connects_to_clusters_with_a_token_without_one_and_to_its_own(
     ray_head: Head, tmp_path: Path
 ) -> None:
-    """While its user has a token. Workers import our code, whatever the working directory holds."""
+    """While its user has a token. Workers import our code, whatever the working directory holds.
+
+    Its own Ray is on loopback, and its session folder within one of the user's alone.
+    """
     ours = Path(allocation.__file__).parents[2]
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "__init__.py").write_text("raise AssertionError('edited')")
@@ -95,4 +111,4 @@ def test_one_process_connects_to_clusters_with_a_token_without_one_and_to_its_ow
         done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = [f"{address} {ours}/pipeline/__init__.py!" for address in visits]
-    assert done.stdout.splitlines() == [*lines, str(2 * len(visits))]
+    assert done.stdout.splitlines() == [*lines, "{'127.0.0.1'} 0o700", str(2 * len(visits))]

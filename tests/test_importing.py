@@ -17,6 +17,7 @@ from pipeline.family import find
 from pipeline.registry.model import describe, load_model
 from pipeline.registry.resolve import resolve
 from pipeline.run_config import RunConfig
+from pipeline.weights import Loaded
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,8 @@ def test_an_import_is_a_finished_run_that_evaluates_and_registers(images: Path, 
     config = recipe(images, "tracking.register=foreign")
     tensors = weights(config, tmp_path / "model.pth.tar")
     done = importing.import_weights(config, tmp_path / "model.pth.tar", tmp_path / "runs" / "foreign")
-    assert done.result.finished and done.num_tensors == len(tensors) and list(done.missing) == []
+    assert done.result.finished and done.num_tensors == len(tensors) and done.loaded == Loaded([], [])
+    assert done.file.entry == "state_dict" and list(done.file.others) == ["epoch"]
     assert done.result.version == "models:/foreign/1"
     again = evaluations.evaluate(str(tmp_path / "runs" / "foreign"), ["evaluation.latency_repeats=0"])
     assert [r.top1 for r in again.reports] == [r.top1 for r in done.result.reports]

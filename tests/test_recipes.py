@@ -29,6 +29,23 @@ def test_each_recipe_and_variant_is_valid_and_has_a_title(name: str) -> None:
     assert len(recipes.title(name)) > 5
 
 
+# training images of the sets; published recipes train on all of them
+TRAINED = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "tiny-imagenet": 100_000, "imagenet": 1_281_167}
+TRAINED |= {"wikiart": 42_129, "sketches": 16_000, "stl10": 5_000, "aircraft": 6_667, "cars": 8_144, "cub": 5_994}
+TRAINED |= {"flowers102": 2_040, "flowers": 2_040}
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipe_of_a_large_set_chooses_its_checkpoint_on_held_out_images(name: str) -> None:
+    """From 10,000 training images on: at most a tenth of them, and enough to tell nets apart."""
+    data = run_config.load(name, data_home="/data").data
+    count = TRAINED.get(data.root.name, 0)
+    if count >= 10_000:
+        assert data.held_out * count >= 300 and data.held_out <= 0.1
+    elif count:
+        assert data.held_out == 0
+
+
 def test_no_two_recipes_register_under_the_same_name() -> None:
     registered = [run_config.load(name, data_home="/data").tracking.register for name in recipes.names()]
     assert len(set(registered)) == len(registered)

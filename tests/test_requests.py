@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import math
 import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from urllib.error import HTTPError
 
 import numpy as np
 import pytest
+from PIL import Image
 from raised import fails
 from test_promoting import make_run
 from test_served import CHEAP, COSTLY, IMAGES, SECTION, TEXTS, bomb
@@ -24,7 +28,7 @@ from pipeline.bench import serving
 from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError, UndecodableError
 from pipeline.family import Report
-from pipeline.registry.model import LoadedModel, load_model, write_model_folder
+from pipeline.registry.model import LoadedModel, load_model, predict, write_model_folder
 from pipeline.registry.requests import answers, parse_request
 
 
@@ -83,11 +87,71 @@ def test_a_bad_image_fails_only_its_own_request(model: LoadedModel) -> None:
         ({"images": ["AA=="], "top_k": "3"}, "top_k"),
         ({"images": ["AA=="], "policy": "warp"}, "policy"),
         ({"images": ["AA=="], "budget": "5ms"}, "params.budget"),
+        *(({"images": ["AA=="], "policy": odd}, "policy") for odd in (0, False, 1.5, math.nan, "", " ", [COSTLY], {})),
+        *(({"images": ["AA=="], "budget": odd}, "budget") for odd in (0, False, True, 5e8, math.nan, "", ["50%"], {})),
+        *(
+            ({"images": ["AA=="], "budget": odd}, "budget")
+            for odd in ("0", "-5%", "nan", "inf", "0.8", "1e9G", "５０％")
+        ),
+        *(({"images": ["AA=="], "top_k": odd}, "top_k") for odd in (0, -1, True, 2.0, math.nan, "5", [5], {}, 10**30)),
+        ({"images": "AA=="}, "images"),
+        ({"images": {"a": "AA=="}}, "images"),
+        ({"images": [math.nan]}, "image"),
+        ({"images": [False]}, "image"),
+        ({"images": [{"b64": "AA=="}]}, "image"),
+        ({"images": [[1, 2, 3]]}, "image"),
+        ({"images": [[[[10**30, 0, 0]]]]}, "image"),
+        ({"images": [[[[math.nan, 0, 0]]]]}, "image"),
+        ({"images": ["AA=="], "policy": COSTLY, "budget": "50%"}, "params.budget"),
+        ({"images": ["AA=="], "Policy": COSTLY}, "Policy"),
+        ({"images": ["AA=="], "params": {"policy": COSTLY}}, "params"),
+        (math.nan, "images"),
+        ("images", "images"),
+        (None, "images"),
     ],
 )
 def test_a_request_that_cannot_be_answered_is_refused_by_its_key(model: LoadedModel, body: Any, key: str) -> None:
     with fails(ConfigError, key):
         parse_request(model, body)
+
+
+def test_null_parameters_are_as_good_as_absent(model: LoadedModel) -> None:
+    request = parse_request(model, {"images": ["AA=="], "policy": None, "budget": None, "top_k": None})
+    assert (request.policy, request.top_k) == (COSTLY, 5)
+
+
+def png(width: int, height: int) -> bytes:
+    """A black picture; a large one is small as a file."""
+    buffer = io.BytesIO()
+    Image.new("L", (width, height)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def test_a_request_with_too_many_pixels_in_all_is_refused_unread(model: LoadedModel) -> None:
+    each = base64.b64encode(png(4000, 4000)).decode()
+    assert len(parse_request(model, {"images": [each] * 16}).images) == 16
+    with fails(ConfigError, "images", subject=17 * 4000 * 4000):
+        parse_request(model, {"images": [each] * 17})
+
+
+def test_small_requests_are_answered_while_another_one_decodes(model: LoadedModel) -> None:
+    small, large = [base64.b64decode(TEXTS[0])], [png(12000, 12000)]
+    wanted = predict(model, small)
+    thread = threading.Thread(target=predict, args=(model, large))
+    thread.start()
+    answered = 0
+    while thread.is_alive():
+        found = predict(model, small)
+        answered += thread.is_alive()
+        assert np.array_equal(found.probabilities, wanted.probabilities)
+    assert answered > 1
+
+
+def test_concurrent_threads_get_the_answers_of_one(model: LoadedModel) -> None:
+    wanted = [predict(model, [image]).probabilities for image in IMAGES]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda turn: predict(model, [IMAGES[turn % 3]]).probabilities, range(48)))
+    assert all(np.allclose(each, wanted[turn % 3], atol=1e-6) for turn, each in enumerate(found))
 
 
 def test_a_budget_below_every_policy_is_refused(model: LoadedModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import shutil
 import socket
@@ -116,6 +117,15 @@ IMAGES = [jpeg((250, 20, 20)), jpeg((10, 240, 90)), jpeg((0, 0, 0))]
 TEXTS = [base64.b64encode(image).decode() for image in IMAGES]
 
 
+def large() -> str:
+    buffer = io.BytesIO()
+    Image.new("L", (4000, 4000)).save(buffer, "PNG", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+LARGE = large()
+
+
 def bomb() -> dict[str, list[str]]:
     """A complete PNG of 3.6 gigapixels in half a megabyte."""
     side, rows_at_once = 60_000, 100
@@ -190,7 +200,19 @@ def test_arrays_and_records_are_accepted_as_images(uri: str, address: str, tmp_p
         ({"inputs": TEXTS, "params": {"budget": "5ms"}}, "params.budget"),
         ({"inputs": TEXTS, "params": {"policy": COSTLY, "budget": "1G"}}, "params.budget"),
         ({"inputs": TEXTS, "params": {"top_k": 0}}, "params.top_k"),
-        ({"inputs": TEXTS, "params": {"policy": 5}}, None),
+        *(
+            ({"inputs": TEXTS, "params": {"policy": odd}}, "params.policy")
+            for odd in (0, False, 5, math.nan, [COSTLY], {})
+        ),
+        *(({"inputs": TEXTS, "params": {"budget": odd}}, "params.budget") for odd in (0, False, 1e6, math.nan, ["1G"])),
+        *(
+            ({"inputs": TEXTS, "params": {"top_k": odd}}, "params.top_k")
+            for odd in (True, 2.5, "5", math.nan, [5], 10**30)
+        ),
+        ({"inputs": TEXTS, "params": {"polcy": COSTLY}}, "params.polcy"),
+        ({"inputs": TEXTS, "params": {"Budget": "1G"}}, "params.Budget"),
+        ({"inputs": TEXTS, "params": [COSTLY]}, None),
+        ({"inputs": [LARGE] * 17}, "images"),
         ({"inputs": ["/etc/passwd.png"]}, "image"),
         ({"dataframe_records": [{"x": TEXTS[0], "y": 1}]}, "image"),
         ({"pictures": TEXTS}, None),

@@ -36,13 +36,14 @@ class ServedNet:
         self._together.set_max_batch_size(most)
         self._together.set_batch_wait_timeout_s(wait_ms / 1000)
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005)
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005, max_concurrent_batches=2)  # one decodes, one computes
     async def _together(self, waiting: list[ServedRequest]) -> list[Answer]:
         return await asyncio.to_thread(answers, self._model, waiting, self._most)
 
     async def __call__(self, request: Request) -> JSONResponse:
         try:
-            asked = parse_request(self._model, json.loads(await request.body()))
+            body = await request.body()
+            asked = await asyncio.to_thread(lambda: parse_request(self._model, json.loads(body)))
         except (AdaptNetError, ValueError, RecursionError) as error:
             return JSONResponse({"message": str(error)}, status_code=400)
         answer = await self._together(asked)

@@ -94,7 +94,8 @@ def _pyfunc(folder: Path, destination: Path) -> _PyFunc:
 
 
 def _run(model: LoadedModel, images: Sequence[bytes]) -> None:
-    raw = model.decoding(len(images))(images)
+    with model.decoding(len(images)) as decode:
+        raw = decode(images)
     with torch.inference_mode():
         batch = pixels.normalise(raw, model.data_config.mean, model.data_config.std)
         model.policies[0].predict(model.net, batch).logits.softmax(1).cpu()

@@ -5,12 +5,14 @@ Tried with MLflow 3.17.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlflow.environment_variables
 import mlflow.exceptions
+import mlflow.pyfunc
 import mlflow.store.db.utils
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
@@ -18,18 +20,40 @@ from pipeline.compat import require
 
 if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
+    from mlflow.types import ParamSchema
 
 TRIED = "3.17"
 MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations"
 
 require("mlflow", mlflow.environment_variables, ["_MLFLOW_IS_IN_SERVING_ENVIRONMENT.get"], tried=TRIED)
 require("mlflow", mlflow.store.db.utils, ["_get_latest_schema_revision"], tried=TRIED)
+require("mlflow", mlflow.pyfunc, ["_enforce_params_schema"], tried=TRIED)
 require("mlflow", mlflow.exceptions, ["MlflowException.serialize_as_json"], tried=TRIED)
 
 
 def is_serving() -> bool:
     """Whether this process is one of MLflow's scoring servers."""
     return bool(mlflow.environment_variables._MLFLOW_IS_IN_SERVING_ENVIRONMENT.get())
+
+
+_enforce_params_schema: Callable[[object, ParamSchema | None], object] = mlflow.pyfunc._enforce_params_schema
+_checks: dict[frozenset[str], Callable[[Mapping[str, object]], None]] = {}
+
+
+def check_params(names: Collection[str], check: Callable[[Mapping[str, object]], None]) -> None:
+    """Calls `check` with the parameters of a request to a model whose parameters are `names`, as they came.
+
+    Without it MLflow ignores unknown parameters, with a warning in the server's log.
+    """
+    _checks[frozenset(names)] = check
+    mlflow.pyfunc._enforce_params_schema = _checked
+
+
+def _checked(params: object, schema: ParamSchema | None) -> object:
+    check = _checks.get(frozenset(each.name for each in schema.params)) if schema is not None else None
+    if check is not None and isinstance(params, dict):
+        check(params)
+    return _enforce_params_schema(params, schema)
 
 
 class RequestRefused(mlflow.exceptions.MlflowException):  # type: ignore[misc]

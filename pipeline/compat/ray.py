@@ -1,11 +1,16 @@
-"""Private parts of Ray's core: token authentication of a process that is already running, and what Ray prints.
+"""Private parts of Ray's core: token authentication of a running process, what Ray prints, and Ray on loopback.
 
-Ray reads RAY_AUTH_MODE once, when it is imported. No public function makes it read the variable again.
+Ray reads RAY_AUTH_MODE once, when it is imported. No public function makes it read the variable again. Nor has it a
+public way to use 127.0.0.1 on Linux: it replaces that address by the machine's own, on which every network sees it.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import ray
 
@@ -27,6 +32,24 @@ require(
 require("ray", ray, ("exceptions.AuthenticationError",), tried="2.60")
 _worker = import_module("ray._private.worker")
 require("ray", _worker, ("print_to_stdstream", "listen_error_messages"), tried="2.60")
+_constants: Any = import_module("ray._private.ray_constants")
+require("ray", _constants, ("ENABLE_RAY_CLUSTER", "ENABLE_RAY_CLUSTERS_ENV_VAR"), tried="2.60")
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Ray that is started within listens on 127.0.0.1 alone, as it does by default on macOS and Windows."""
+    name, enabled = _constants.ENABLE_RAY_CLUSTERS_ENV_VAR, _constants.ENABLE_RAY_CLUSTER
+    before = os.environ.get(name)
+    os.environ[name], _constants.ENABLE_RAY_CLUSTER = "0", False  # for Ray's other processes, and for this one
+    try:
+        yield
+    finally:
+        _constants.ENABLE_RAY_CLUSTER = enabled
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def reload_authentication() -> None:

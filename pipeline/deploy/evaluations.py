@@ -29,6 +29,7 @@ from pipeline.data.store import Progress
 from pipeline.errors import CheckpointError, ConfigError, DataError, JsonValue
 from pipeline.evaluation import from_weights, reports_v1
 from pipeline.evaluation.evaluate import load_reports
+from pipeline.evaluation.from_weights import FINAL
 from pipeline.evaluation.robustness import Attack, ResolutionSweep
 from pipeline.execution.launch import absolute, check_device
 from pipeline.family import Curves, Evaluated, Report
@@ -109,12 +110,35 @@ def evaluate(
     )
     home = out or _home(_settled(source, uri), _name(about, config.data.root.name), model.step)
     _check_kind(home, about, ("attack", "sides", "overrides", *(("step", "sha256", "data", "policies") if out else ())))
+    chosen, last_top1 = _choice(model, config, source)
     reports = from_weights.evaluate_checkpoint(
-        config, model.weights, splits, policies, home, model.stored_reports, attack=attack, sweep=sweep
+        config,
+        model.weights,
+        splits,
+        policies,
+        home,
+        model.stored_reports,
+        attack=attack,
+        sweep=sweep,
+        chosen=chosen,
+        last_top1=None if attack or sweep else last_top1,
     )
     records.write_about(home, about)
     clean = _clean(source, uri, splits.val.identity) if attack and not sweep else ()
     return Evaluation(source, config.data.root, model.step, model.classes, reports, home, clean)
+
+
+def _choice(model: Trained, config: RunConfig, source: str) -> tuple[str, dict[str, float]]:
+    """On which images the checkpoint was chosen, and the last one's top-1 by policy, as far as that is known.
+
+    ("", {}) for images of another root.
+    """
+    if config.data.root.name != Path(str(model.section("data").get("root"))).name:
+        return "", {}
+    final = [report.to_json() for report in load_reports(Path(source) / "evaluations" / FINAL)]
+    stored = [*final, *model.stored_reports]
+    last = {str(each["policy"]): top1 for each in stored if isinstance(top1 := each.get("last_top1"), float)}
+    return next((str(each["chosen_on"]) for each in stored if each.get("chosen_on")), ""), last
 
 
 def _config(model: Trained, source: str, overrides: Sequence[str], data_home: str | None) -> RunConfig:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.errors import ConfigError
 from pipeline.evaluation.frontier import dominated
 from pipeline.family import Evaluated, Report
+from pipeline.figures import hits
 
 RESAMPLES, SEED, LEVEL = 2000, 0, 0.95
 AT_ONCE = 100  # resamples in memory
@@ -155,7 +156,7 @@ def _hits(net: Evaluated, policy: str) -> tuple[Rows, Hits]:
             key="evaluations",
             subject=f"{net.name} {policy}",
         )
-    return arrays["rows"], (arrays["predicted"] == arrays["labels"]).astype(np.float64)
+    return arrays["rows"], hits(arrays)
 
 
 def _mixed(net: Evaluated, frontier: Sequence[Report], macs: float) -> tuple[Rows, Hits]:

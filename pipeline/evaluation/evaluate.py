@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol, TypeVar
@@ -25,8 +25,10 @@ from pipeline.data.config import DataConfig
 from pipeline.errors import CheckpointError, ConfigError, DataError, JsonValue
 from pipeline.evaluation import reports_v1
 from pipeline.family import Fitted, Latency, Policy, Prediction, Report
+from pipeline.figures import hits
 from pipeline.runs.files import read_json, whole_file, write_json
 from pipeline.training.memory import keep_freed_memory
+from pipeline.training.plan import precision_of
 
 BINS = 15  # bins of the calibration error
 Arrays = dict[str, NDArray[Any]]
@@ -57,7 +59,10 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The conditions of an evaluation: pixel statistics, device, precision, memory layout, and latency measurement."""
+    """The conditions of an evaluation: pixel statistics, device, precision, memory layout, and latency measurement.
+
+    chosen_on, last_top1 {policy: its top-1}: how the checkpoint was chosen, as in `Report`.
+    """
 
     data: DataConfig
     device: torch.device
@@ -66,6 +71,13 @@ class Evaluator:
     channels_last: bool = False
     latency_batches: Sequence[int] = ()
     latency_repeats: int = 0
+    chosen_on: str = ""
+    last_top1: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        """As in `Report`."""
+        return precision_of(self.device, autocast=self.autocast)
 
     def images(self, batch: LabelledBatch) -> Tensor:
         """The normalised images [B, 3, S, S] of a batch."""
@@ -163,7 +175,7 @@ def evaluate(
         full = cost.measure(net, sample[:1]).macs
         latencies = _latencies(policies, net, sample, evaluator)
         for policy, latency in zip(policies, latencies, strict=True):
-            reports.append(_report(policy, merged[policy.name], full, evaluator.num_classes, latency, unreadable))
+            reports.append(_report(policy, merged[policy.name], full, evaluator, latency, unreadable))
         if store is not None:
             _store(store, reports, merged)
     return ranks.agree(reports)
@@ -196,11 +208,12 @@ def _per_image(predictions: Mapping[str, Prediction], batch: LabelledBatch) -> d
 def _results(prediction: Prediction, batch: LabelledBatch) -> dict[str, Tensor]:
     probabilities = prediction.logits.float().softmax(1)
     confidence, predicted = probabilities.max(1)
-    rank_of_truth = (prediction.logits > prediction.logits.gather(1, batch.labels[:, None])).sum(1)
+    own = prediction.logits.gather(1, batch.labels[:, None])
     return {
         "labels": batch.labels,
         "predicted": predicted,
-        "rank_of_truth": rank_of_truth,
+        "rank_of_truth": (prediction.logits > own).sum(1),
+        "tied": (prediction.logits == own).sum(1),
         "confidence": confidence,
         "macs": prediction.macs.double(),
         **{f"facts/{name}": fact.float() for name, fact in prediction.facts.items()},
@@ -230,18 +243,18 @@ def _report(
     policy: Policy,
     arrays: Arrays,
     full: float,
-    num_classes: int,
+    evaluator: Evaluator,
     latency: Sequence[Latency],
     unreadable: Sequence[str],
 ) -> Report:
-    hit = arrays["predicted"] == arrays["labels"]
+    hit, num_classes = hits(arrays), evaluator.num_classes
     facts = {name.removeprefix("facts/"): values for name, values in arrays.items() if name.startswith("facts/")}
     return Report(
         policy=policy.name,
         num_images=len(hit),
         top1=float(hit.mean()),
-        top5=float((arrays["rank_of_truth"] < 5).mean()) if num_classes > 5 else None,
-        ece=_calibration_error(arrays["confidence"], hit),
+        top5=float(hits(arrays, 5).mean()) if num_classes > 5 else None,
+        ece=_calibration_error(arrays["confidence"], arrays["predicted"] == arrays["labels"]),
         macs_mean=float(arrays["macs"].mean()),
         macs_p95=float(np.percentile(arrays["macs"], 95)),
         relative_macs=float(arrays["macs"].mean()) / full,
@@ -253,6 +266,9 @@ def _report(
         top1_by_class=[None if row is None else row[0] for row in _by_class(hit, arrays["labels"], num_classes)],
         unreadable=list(unreadable),
         calibration=policy.state() if isinstance(policy, Fitted) else {},
+        precision=evaluator.precision,
+        chosen_on=evaluator.chosen_on,
+        last_top1=evaluator.last_top1.get(policy.name),
     )
 
 
@@ -293,7 +309,7 @@ def _latencies(policies: Sequence[Policy], net: nn.Module, sample: Tensor, evalu
         ]
         waited = max(0.0, _waited_s() - before) / (time.perf_counter() - start) / torch.get_num_threads()
         for entries, times in zip(latencies, zip(*rounds[1:], strict=True), strict=True):
-            entries.append(_latency(size, times, evaluator.device, waited))
+            entries.append(_latency(size, times, evaluator, waited))
     return latencies
 
 
@@ -315,15 +331,16 @@ def seconds_of(policy: Policy, net: nn.Module, images: Tensor, evaluator: Evalua
     return time.perf_counter() - start
 
 
-def _latency(size: int, times: Sequence[float], device: torch.device, waited_share: float) -> Latency:
+def _latency(size: int, times: Sequence[float], evaluator: Evaluator, waited_share: float) -> Latency:
     return Latency(
         batch=size,
         median_ms=median(times) * 1e3,
         p95_ms=float(np.percentile(times, 95)) * 1e3,
         images_per_s=size / median(times),
-        device=device_name(device),
+        device=device_name(evaluator.device),
         threads=torch.get_num_threads(),
         waited_share=waited_share,
+        precision=evaluator.precision,
     )
 
 

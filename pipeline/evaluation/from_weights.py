@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from pipeline.data.index import ImageIndex, Splits
 from pipeline.errors import ConfigError, JsonValue
 from pipeline.evaluation.evaluate import Batches, Evaluator, calibrate, choose, evaluate, restored
 from pipeline.evaluation.robustness import Attack, Attacked, ResolutionSweep
-from pipeline.family import Fitted, Report
+from pipeline.family import HELD_OUT, THESE_IMAGES, Fitted, Report
 from pipeline.run_config import RunConfig
 from pipeline.training.loop import device_of
 from pipeline.training.plan import use_bf16
@@ -72,6 +73,11 @@ def evaluator(config: RunConfig, device: torch.device, num_classes: int, *, late
     )
 
 
+def chosen_on(metric: str) -> str:
+    """The images on which this metric chooses a checkpoint, as `Report` names them; the metric itself if of others."""
+    return {"eval": THESE_IMAGES, "held_out": HELD_OUT}.get(metric.partition("/")[0], metric)
+
+
 def eval_loader(config: RunConfig, split: ImageIndex, device: torch.device, threads: int) -> EvalLoader:
     """This rank's share of a split, each image once over all ranks."""
     return EvalLoader(
@@ -95,11 +101,14 @@ def evaluate_checkpoint(
     *,
     attack: Attack | None = None,
     sweep: ResolutionSweep | None = None,
+    chosen: str = "",
+    last_top1: Mapping[str, float] | None = None,
 ) -> Sequence[Report]:
     """Evaluates the net with `weights` (safetensors) on the val split, in this process, under the `wanted` policies.
 
     known: stored reports, whose calibration is reused; other policies are fitted on the held-out images. `attack` and
-    `sweep` perturb and resize the images of the val split, after the calibration. The results are written to `store`.
+    `sweep` perturb and resize the images of the val split, after the calibration. chosen, last_top1: how the checkpoint
+    was chosen, as in `Evaluator`. The results are written to `store`.
     """
     from safetensors.torch import load_file
 
@@ -107,7 +116,9 @@ def evaluate_checkpoint(
     family = families.find(config.family.name)
     net = family.build(config.family, len(splits.val.classes))
     load(net, load_file(weights))
-    conditions = evaluator(config, device, len(splits.val.classes), latency=True)
+    conditions = replace(
+        evaluator(config, device, len(splits.val.classes), latency=True), chosen_on=chosen, last_top1=last_top1 or {}
+    )
     net = placed(net, device, conditions.channels_last).eval()
     policies = restored(choose(family.policies(config.family, net), wanted or config.evaluation.policies), known)
     if sweep is not None:

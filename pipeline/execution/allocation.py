@@ -40,6 +40,7 @@ ATTEMPTS = 3  # attempts to start a head
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a forked child must not load libraries
 SCRATCH = Path("/tmp")  # sockets need a short path
+RAY = "r"  # the part of a scratch folder that is Ray's
 HELD = "held"  # lock file in each scratch folder, held while its task runs
 # Runs `ray start` with the job's warning signals ignored, which by default would end Ray. On SIGTERM it stops Ray and,
 # 5 s later, kills the rest of its process group: `ray start` can miss a SIGTERM during start-up.
@@ -187,7 +188,7 @@ def joined(node: Node) -> Iterator[JoinedNode]:
     Raises ResourceError if Ray does not start, or if the head publishes no address within the node's `patience_s`.
     """
     node.folder.mkdir(parents=True, exist_ok=True)
-    with scratch(node) as folder:
+    with scratch(f"{node.key}-{node.rank}") as folder:
         try:
             member = _head(node, folder) if node.is_head else _follower(node, folder)
             try:
@@ -201,27 +202,28 @@ def joined(node: Node) -> Iterator[JoinedNode]:
 
 
 @contextmanager
-def scratch(node: Node, root: Path = SCRATCH) -> Iterator[Path]:
+def scratch(name: str, root: Path = SCRATCH) -> Iterator[Path]:
     """A folder on this node for Ray's sockets and logs, removed afterwards; first removes those of killed tasks.
 
-    A task holds a lock on a file in its folder, which the kernel releases however the task ends. A folder without such
-    a file is never removed.
+    It is within one that only this user can enter, because Ray opens its own for everyone. A task holds a lock on a
+    file in its folder, which the kernel releases however the task ends. A folder without such a file is never removed.
     """
     prefix = f"adaptnet-{os.getuid()}-"
     for held in root.glob(f"{prefix}*/{HELD}"):
         _remove_abandoned(held)
-    folder = root / f"{prefix}{node.key}-{node.rank}"
+    folder = root / f"{prefix}{name}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise ResourceError(
             f"{folder}: belongs to another user, and the job needs that name on this node", key="/tmp", subject=folder
         )
+    folder.chmod(0o700)
     descriptor = os.open(folder / f".{HELD}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         move_file(folder / f".{HELD}", folder / HELD)  # no other process can see it unlocked
         try:
-            yield folder
+            yield folder / RAY
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -238,7 +240,8 @@ def _remove_abandoned(held: Path) -> None:
 
 
 def _head(node: Node, scratch: Path) -> JoinedNode:
-    descriptor = os.open(node.token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    node.token.unlink(missing_ok=True)  # one of an earlier start may be readable for others
+    descriptor = os.open(node.token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
     try:

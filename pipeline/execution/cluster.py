@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ResourceError
-from pipeline.execution import ray_token, sockets
+from pipeline.execution import allocation, ray_token, sockets
 from pipeline.execution.ray_token import own_sigterm
 from pipeline.execution.sockets import HERE, connection_error, host_and_port
 from pipeline.run_config import ComputeConfig
@@ -39,15 +40,27 @@ def cluster(compute: ComputeConfig) -> Iterator[None]:
         yield
         return
     _await_head(compute)
-    with ray_token.mode(ray_token.mode_for(compute.address)):
+    with ray_token.mode(ray_token.mode_for(compute.address)), _place(compute) as folder:
         with own_sigterm():
-            _start(compute)
+            _start(compute, folder)
         try:
             _check_resources(compute)
             yield
         finally:
             with own_sigterm():
                 ray.shutdown()
+
+
+@contextmanager
+def _place(compute: ComputeConfig) -> Iterator[Path | None]:
+    """Where a Ray that is started here has its sockets and logs; its servers listen on loopback, not on the network."""
+    if compute.address is not None:
+        yield None
+        return
+    from pipeline.compat import ray as compat
+
+    with compat.on_loopback(), allocation.scratch(secrets.token_hex(3), sockets.scratch_root(os.environ)) as folder:
+        yield folder
 
 
 def _await_head(compute: ComputeConfig) -> None:
@@ -65,7 +78,7 @@ def _await_head(compute: ComputeConfig) -> None:
 def _unreachable(compute: ComputeConfig, error: Exception) -> ResourceError:
     if compute.address is None:
         return ResourceError(
-            f"Ray could not be started on this machine ({error}). Its logs are in {_ray_folder()}/session_latest/logs; "
+            f"Ray could not be started on this machine ({error}). Start again when it is less busy; "
             "compute.workers=0 trains in this process without Ray",
             key="compute.workers",
             subject=compute.workers,
@@ -79,11 +92,7 @@ def _unreachable(compute: ComputeConfig, error: Exception) -> ResourceError:
     )
 
 
-def _ray_folder() -> Path:
-    return sockets.scratch_root(os.environ) / "ray"
-
-
-def _start(compute: ComputeConfig) -> None:
+def _start(compute: ComputeConfig, folder: Path | None) -> None:
     """ray.init in the folder of our packages.
 
     Ray puts the driver's working directory first in its workers' search path. A job that was submitted from a checkout
@@ -94,7 +103,7 @@ def _start(compute: ComputeConfig) -> None:
     from pipeline.compat.ray import silence_messages
 
     silence_messages()
-    own = {"include_dashboard": False, "_temp_dir": str(_ray_folder())} if compute.address is None else {}
+    here = {} if folder is None else {"include_dashboard": False, "_temp_dir": str(folder)}
     try:
         with chdir(CODE):
             ray.init(
@@ -103,7 +112,7 @@ def _start(compute: ComputeConfig) -> None:
                 logging_level=logging.ERROR,
                 ignore_reinit_error=False,
                 configure_logging=False,
-                **own,
+                **here,
             )
     except Exception as error:  # Ray raises several kinds, a plain Exception if a machine is too slow for it
         raise _unreachable(compute, error) from None

@@ -12,11 +12,12 @@ HERE = "127.0.0.1"
 
 
 SOCKET_CHARS = 107  # of the path of a Unix socket
-IN_RAY = "/ray/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store.12"  # the longest below Ray's folder
+# The longest path below this folder.
+IN_RAY = "/adaptnet-1000000000-123abc/r/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store.12"
 
 
 def scratch_root(variables: Mapping[str, str]) -> Path:
-    """The folder in which Ray makes its own, `ray`, with its sockets: RAY_TMPDIR or TMPDIR; else /tmp.
+    """The folder that is to hold Ray's own, with its sockets: RAY_TMPDIR or TMPDIR; else /tmp.
 
     /tmp also where that folder is missing or cannot be written, or its path is too long for a socket's.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from pipeline.data.dali import DecodedEvalBatch, EvalLoader, TrainLoader
 from pipeline.data.index import ImageIndex, Splits, open_splits
 from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, JsonValue, ResourceError
 from pipeline.evaluation.evaluate import Evaluator, calibrate, choose, evaluate
-from pipeline.evaluation.from_weights import FINAL, eval_loader, evaluator, metrics_of, placed
+from pipeline.evaluation.from_weights import FINAL, chosen_on, eval_loader, evaluator, metrics_of, placed
 from pipeline.execution.watched import WatchAddress, watched
 from pipeline.family import AnyFamily, load_pretrained
 from pipeline.run_config import RunConfig
@@ -397,6 +397,7 @@ def restore(context: RunContext, events: RunEvents) -> TrainState:
     changed = checkpoint.check_fingerprint(saved, context.fingerprint, allowed, where)
     state.restore(current, mapping)
     events.bad.merge(mapping["bad"])
+    events.best_key = meta.best_key
     events.writer.event("resumed", step=current.step, checkpoint=where, changed=changed)
     _warn_of_batchnorm(context, events.writer, meta.workers or ranks.world())
     return current
@@ -536,6 +537,7 @@ class RunEvents:
     beats: Beats
     latest: dict[str, float] = field(default_factory=dict)
     evaluated_at: int = -1
+    best_key: str | None = None  # of the checkpoint that the run goes on from: it goes on choosing as it began
     remembered: list[tuple[str, int | None, dict[str, object]]] = field(
         default_factory=list
     )  # this rank's events that no journal has yet
@@ -555,16 +557,20 @@ class RunEvents:
         self.writer.metrics(at, {**values, "data/bad_images": float(len(self.bad))})
 
     def evaluate(self, current: TrainState) -> None:
-        """Runs the first policy on the val split. Collective."""
+        """Runs the first policy on the val split, and on held-out images, by which the best is chosen. Collective."""
         context, net = self.context, current.best_net
-        if len(context.splits.val) == 0:
+        if len(context.splits.val) == 0 and len(context.splits.held_out) == 0:
             return
         ranks.take_from_rank_0(net.buffers())  # BatchNorm's statistics, which DDP shares at the next step
         policies = context.family.policies(context.config.family, net)[:1]
+        found: dict[str, float] = {}
         with self.beats.during("an evaluation", EVALUATING):
-            reports = evaluate(net, policies, self.eval_loader(context.splits.val), context.evaluator(latency=False))
+            for name, split in (("eval", context.splits.val), ("held_out", context.splits.held_out)):
+                if len(split):
+                    reports = evaluate(net, policies, self.eval_loader(split), context.evaluator(latency=False))
+                    found |= {key.replace("eval/", f"{name}/", 1): value for key, value in metrics_of(reports).items()}
         current.net.train()
-        self.latest, self.evaluated_at = metrics_of(reports), current.step
+        self.latest, self.evaluated_at = found, current.step
         self.writer.metrics(current.step, self.latest)
 
     def save(self, current: TrainState, *, wait: bool) -> None:
@@ -602,7 +608,7 @@ class RunEvents:
             recipe=configs.as_mapping(context.config),
             classes=tuple(context.splits.train.classes),
             metrics=dict(self.latest) if self.evaluated_at == current.step else {},
-            best_key=f"eval/{first}/top1",
+            best_key=self.best_key or f"{'held_out' if len(context.splits.held_out) else 'eval'}/{first}/top1",
         )
 
 
@@ -628,7 +634,13 @@ def _evaluate_best(context: RunContext, current: TrainState, events: RunEvents) 
         return
     net, family, config, meta = checkpoint.load_net(storage.fetch(best))
     net = placed(net, context.device, context.config.training.channels_last)
-    how = context.evaluator(latency=True)
+    names = [policy.name for policy in family.policies(config, net)]
+    last = storage.meta(storage.names()[-1]).metrics
+    how = replace(
+        context.evaluator(latency=True),
+        chosen_on=chosen_on(context.config.checkpoint.best or meta.best_key or ""),
+        last_top1={name: last[key] for name in names if (key := f"eval/{name}/top1") in last},
+    )
     policies = choose(family.policies(config, net), context.config.evaluation.policies)
     held_out = events.eval_loader(splits.held_out) if len(splits.held_out) else None
     policies = calibrate(policies, net, held_out, how)

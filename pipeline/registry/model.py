@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import BoundedSemaphore, Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from pipeline.data.dali import Decoding
 
 FORMAT = 1
+DECODERS = 4  # of a net at most; each holds a batch of images
 WEIGHTS, RECIPE, CARD = "net.safetensors", "recipe.yaml", "card.json"
 FIGURES = (
     "policy",
@@ -44,6 +47,9 @@ FIGURES = (
     "full_share",
     "latency",
     "calibration",
+    "precision",
+    "chosen_on",
+    "last_top1",
 )
 
 
@@ -168,6 +174,10 @@ def _damaged(file: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{file}: {why}", key=file.name, subject=file)
 
 
+def _new_semaphore() -> BoundedSemaphore:
+    return BoundedSemaphore(DECODERS)
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A net ready to predict, with what its images and answers need."""
@@ -180,20 +190,37 @@ class LoadedModel:
     policies: Sequence[Policy]  # the first is the default
     card: Mapping[str, JsonValue]
     device: torch.device
-    _decoders: list[Decoding] = field(default_factory=list, compare=False, repr=False)  # at most one, reused
+    _decoders: list[Decoding] = field(default_factory=list, compare=False, repr=False)  # idle ones, for later use
+    _decoding: BoundedSemaphore = field(default_factory=_new_semaphore, compare=False, repr=False)
+    lock: Lock = field(default_factory=Lock, compare=False, repr=False)  # held while the net runs
 
     @property
     def stored_reports(self) -> list[dict[str, JsonValue]]:
         """What the card holds of each policy's report, the default first; empty without a card."""
         return _reports_in(self.card)
 
-    def decoding(self, most: int) -> Decoding:
-        """A decoder of up to `most` images at a time for this net."""
+    @contextmanager
+    def decoding(self, most: int) -> Iterator[Decoding]:
+        """A decoder of up to `most` images at a time, for one thread; at most DECODERS threads decode at once."""
         from pipeline.data import dali
 
-        if not self._decoders or self._decoders[0].most < most:
-            self._decoders[:] = [dali.Decoding(self.data_config, self.device, torch.get_num_threads(), most)]
-        return self._decoders[0]
+        with self._decoding:
+            decoder = self._idle(most) or dali.Decoding(self.data_config, self.device, torch.get_num_threads(), most)
+            try:
+                yield decoder
+            finally:
+                self._decoders.append(decoder)
+
+    def _idle(self, most: int) -> Decoding | None:
+        """A decoder that no thread uses; one for fewer images at a time is closed."""
+        try:
+            decoder = self._decoders.pop()  # atomic: no other thread gets it
+        except IndexError:
+            return None
+        if decoder.most >= most:
+            return decoder
+        decoder.close()
+        return None
 
 
 def load_model(folder: Path, device: torch.device | None = None) -> LoadedModel:
@@ -243,7 +270,7 @@ def predict(
 
     On a CPU, freed memory is retained for later batches, here and after: without this ARRN's cifar size was 1.5 times
     slower at batch 64 on one thread. Raises UndecodableError naming the positions of images that cannot be decoded,
-    ConfigError for an unknown policy.
+    ConfigError for an unknown policy. Threads may decode at the same time, while another one runs the net.
     """
     from pipeline.data import pixels
 
@@ -254,11 +281,12 @@ def predict(
     macs, undecodable = np.zeros(len(encoded)), dict[int, str]()
     for rows in _batches(encoded, batch_size):
         try:
-            raw = model.decoding(batch_size)(encoded[rows])
+            with model.decoding(batch_size) as decode:
+                raw = decode(encoded[rows])
         except UndecodableError as error:
             undecodable |= {rows.start + position: reason for position, reason in error.reasons.items()}
             continue
-        with torch.inference_mode():
+        with model.lock, torch.inference_mode():
             images = pixels.normalise(raw, model.data_config.mean, model.data_config.std)
             prediction = chosen.predict(model.net, images)
         probabilities[rows] = prediction.logits.float().softmax(1).cpu().numpy()

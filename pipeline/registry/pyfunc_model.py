@@ -13,17 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from threading import Lock
-from typing import cast
 
 import pandas  # type: ignore[import-untyped]
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from pipeline.compat.mlflow import RequestRefused, is_serving
+from pipeline.compat.mlflow import RequestRefused, check_params, is_serving
 from pipeline.errors import AdaptNetError, ConfigError
 from pipeline.registry.model import Answers, load_model, predict
-from pipeline.registry.requests import ANSWER_KEYS, check_rows, encoded_of, named, policy_for
+from pipeline.registry.requests import (
+    ANSWER_KEYS,
+    PARAMETERS,
+    Wanted,
+    check_pixels,
+    check_rows,
+    encoded_of,
+    named,
+    policy_for,
+    wanted,
+)
 from pipeline.training.loop import device_of
 
 COLUMNS = ("image", 0, "0", "inputs")  # accepted names of the one column
@@ -37,32 +45,50 @@ class PyfuncModel(PythonModel):  # type: ignore[misc]
         self._model = load_model(Path(context.artifacts["model"]), device_of("auto"))
         files = (context.model_config or {}).get("files")
         self._files = Path(files) if files else None
-        self._lock = Lock()  # MLflow's server answers in threads
+        check_params(PARAMETERS, _checked)
 
     def predict(
         self,
         context: PythonModelContext,
         model_input: pandas.DataFrame,
-        params: Mapping[str, str | int] | None = None,
+        params: Mapping[str, object] | None = None,
     ) -> pandas.DataFrame:
-        """Answers a table of images, one row each. Raises RequestRefused for input that cannot be answered."""
-        given = params or {}
-        policy, budget = (cast("str | None", given.get(key)) for key in ("policy", "budget"))
+        """Answers a table of images, one row each; threads may call it at once.
+
+        Raises RequestRefused for input that cannot be answered.
+        """
         reads = self._files is not None or not is_serving()
         try:
             values = enumerate(_column(model_input))
             images = [encoded_of(value, n, files=self._files, reads_files=reads) for n, value in values]
-            chosen = policy_for(self._model, policy, budget)
-            with self._lock:
-                answers = predict(self._model, images, chosen)
-            return self._table(answers, chosen, int(given.get("top_k", 5)))
+            check_pixels(images)
+            asked = _asked(params or {})
+            chosen = policy_for(self._model, asked.policy, asked.budget)
+            return self._table(predict(self._model, images, chosen), chosen, asked.top_k)
         except AdaptNetError as error:
-            raise RequestRefused(str(error), key=error.key, subject=error.subject) from None
+            raise _refused(error) from None
 
     def _table(self, answers: Answers, policy: str, top_k: int) -> pandas.DataFrame:
         rows = [tuple(row.values()) for row in named(answers, self._model.classes, policy, top_k)]
         # an object array, built at once: column by column, pandas takes three times as long
         return pandas.DataFrame(rows, columns=ANSWER_KEYS, dtype=object)
+
+
+def _asked(params: Mapping[str, object]) -> Wanted:
+    """The parameters; MLflow gives an empty text for one that a request does not name."""
+    return wanted({key: value for key, value in params.items() if value != ""}, "params.")
+
+
+def _checked(params: Mapping[str, object]) -> None:
+    """Raises RequestRefused for parameters as they came, of which MLflow would drop some and convert others."""
+    try:
+        _asked(params)
+    except AdaptNetError as error:
+        raise _refused(error) from None
+
+
+def _refused(error: AdaptNetError) -> RequestRefused:
+    return RequestRefused(str(error), key=error.key, subject=error.subject)
 
 
 def _column(table: pandas.DataFrame) -> list[object]:

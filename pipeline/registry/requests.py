@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import binascii
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -12,13 +12,19 @@ from typing import TypedDict
 import numpy as np
 from PIL import Image
 
-from pipeline.data.image_headers import EXTENSIONS, MAX_PIXELS
+from pipeline.data.image_headers import EXTENSIONS, MAX_PIXELS, upright_size
 from pipeline.errors import AdaptNetError, ConfigError, JsonValue, UndecodableError
 from pipeline.evaluation import reports_v1
 from pipeline.evaluation.frontier import best_within, parse_budget
 from pipeline.registry.model import Answers, LoadedModel, predict
 
 MAX_ROWS = 1024  # images in one request
+MAX_REQUEST_PIXELS = 2**28  # of all images of one request; some seconds of decoding on one core
+PARAMETERS = {
+    "policy": "the name of a policy",
+    "budget": 'a text such as "0.8G" MACs or "50%" of the full net',
+    "top_k": "a whole number of labels, 1 or more",
+}
 SUFFIXES = tuple(EXTENSIONS)
 
 
@@ -32,10 +38,45 @@ def check_rows(count: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks for beside its images: a policy or a budget, and how many labels of each image."""
+
+    policy: str | None = None
+    budget: str | None = None
+    top_k: int = 5
+
+
+def wanted(given: Mapping[str, object], section: str = "") -> Wanted:
+    """The checked parameters of a request; None is as good as absent. section: what precedes a key in an error.
+
+    Raises ConfigError for an unknown key, and for a value that is not of its kind, as 0 or false for a policy.
+    """
+    unknown = [f"{section}{key}" for key in sorted(set(map(str, given)) - set(PARAMETERS))]
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(unknown)}: no such parameter; known: {', '.join(PARAMETERS)}", keys=tuple(unknown)
+        )
+    present = {key: value for key, value in given.items() if value is not None}
+    texts = {key: _text(section + key, present[key], PARAMETERS[key]) for key in ("policy", "budget") if key in present}
+    top_k = present.get("top_k", Wanted.top_k)
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k < 2**31:
+        key = f"{section}top_k"
+        raise ConfigError(f"{key} (={top_k!r:.40}): {PARAMETERS['top_k']} is expected", key=key, subject=top_k)
+    return Wanted(**texts, top_k=top_k)
+
+
+def _text(key: str, value: object, what: str) -> str:
+    if isinstance(value, str) and value.strip():
+        return value
+    raise ConfigError(f"{key} (={value!r:.40}): {what} is expected", key=key, subject=value)
+
+
 def policy_for(model: LoadedModel, policy: str | None, budget: str | None) -> str:
     """The given policy, else the most accurate one within the budget, else the net's default.
 
-    Raises ConfigError if both are given, or no policy is within the budget.
+    Registered versions call it with these arguments. Raises ConfigError if both are given, the policy is unknown, or
+    none is within the budget.
     """
     if policy and budget:
         raise ConfigError(
@@ -43,19 +84,38 @@ def policy_for(model: LoadedModel, policy: str | None, budget: str | None) -> st
             key="params.budget",
             subject=budget,
         )
+    known = [each.name for each in model.policies]
+    if policy:
+        if policy not in known:
+            message = f"policy (={policy:.40}): this net has: {', '.join(known)}"
+            raise ConfigError(message, keys=("params.policy", "policy"), subject=policy)
+        return policy
     if not budget:
-        return policy or model.policies[0].name
-    wanted = parse_budget(budget)
-    if wanted.unit == "ms":
+        return model.policies[0].name
+    within = parse_budget(budget)
+    if within.unit == "ms":
         raise _bad_budget(budget, "a served net accepts MACs, as in 0.8G, or a share, as in 50%")
     reports = [reports_v1.read(report) for report in model.stored_reports]
     if not reports:
         raise _bad_budget(budget, "this net was registered without an evaluation; give a policy")
-    return reports[best_within(reports, [wanted.cost_of(report) for report in reports], wanted)].policy
+    return reports[best_within(reports, [within.cost_of(report) for report in reports], within)].policy
 
 
 def _bad_budget(budget: str, why: str) -> ConfigError:
     return ConfigError(f"params.budget (={budget}): {why}", key="params.budget", subject=budget)
+
+
+def check_pixels(images: Sequence[bytes]) -> None:
+    """Raises ConfigError if the images of one request have too many pixels in all, by their headers."""
+    sizes = [upright_size(each) or (0, 0) for each in images]
+    total = sum(height * width for height, width in sizes)
+    if total > MAX_REQUEST_PIXELS:
+        raise ConfigError(
+            f"a request holds images of at most {MAX_REQUEST_PIXELS:,} pixels in all, this one {total:,}: send them in "
+            "several requests, or smaller",
+            key="images",
+            subject=total,
+        )
 
 
 def encoded_of(value: object, position: int, *, files: Path | None = None, reads_files: bool = False) -> bytes:
@@ -182,22 +242,12 @@ def parse_request(model: LoadedModel, body: JsonValue) -> ServedRequest:
     values = body.get("images") if isinstance(body, dict) else None
     if not isinstance(body, dict) or not isinstance(values, list) or not values:
         raise ConfigError('send a JSON object with "images", a list of base64 texts', key="images")
-    unknown = set(body) - {"images", "policy", "budget", "top_k"}
-    if unknown:
-        raise ConfigError(
-            f"{', '.join(sorted(unknown))}: no such key; known: images, policy, budget, top_k",
-            keys=tuple(sorted(unknown)),
-        )
+    asked = wanted({key: value for key, value in body.items() if key != "images"})
+    policy = policy_for(model, asked.policy, asked.budget)
     check_rows(len(values))
-    top_k = body.get("top_k", 5)
-    if not isinstance(top_k, int) or top_k < 1:
-        raise ConfigError(f"top_k (={top_k}) must be a whole number, 1 or more", key="top_k", subject=top_k)
     images = [encoded_of(value, position) for position, value in enumerate(values)]
-    texts = {key: str(body[key]) if body.get(key) else None for key in ("policy", "budget")}
-    policy, known = policy_for(model, **texts), [each.name for each in model.policies]
-    if policy not in known:
-        raise ConfigError(f"policy {policy}: this net has: {', '.join(known)}", key="policy", subject=policy)
-    return ServedRequest(images, policy, top_k)
+    check_pixels(images)
+    return ServedRequest(images, policy, asked.top_k)
 
 
 def answers(model: LoadedModel, requests: Sequence[ServedRequest], most: int) -> list[Answer]:

@@ -5,7 +5,7 @@ A point is a policy of a trained net with its cost. Letters: K classes, P points
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -89,7 +89,7 @@ def frontiers(nets: Sequence[Evaluated]) -> list[Figure]:
         f"Each point is one policy of one net on the same {_images(nets)}. Faded points are dominated: another point "
         "is at least as accurate and costs at most as much. The dashed line joins the points that are not. A baseline "
         "computes the same for every image."
-    )
+    ) + "".join(f" {text}" for text in _conditions(nets))
     figures: list[Figure] = [_drawn(macs, "frontier-macs", "Accuracy against MACs", "MMACs per image", caption)]
     for size in batches(nets):
         times, entries = by_latency(nets, size), _entries(nets, size)
@@ -97,6 +97,18 @@ def frontiers(nets: Sequence[Evaluated]) -> list[Figure]:
         label = f"ms per batch of {size}"
         figures.append(_drawn(times, f"frontier-latency-{size}", title, label, _measured(entries, size)))
     return [*figures, _choices(macs)]
+
+
+def _conditions(nets: Sequence[Evaluated]) -> Iterator[str]:
+    """How each net's checkpoint was chosen, and the precision of the figures."""
+    choices = {net.name: net.reports[0].choice for net in nets if net.reports and net.reports[0].choice}
+    for text in dict.fromkeys(choices.values()):
+        names = ", ".join(name for name, each in choices.items() if each == text)
+        yield f"The checkpoint of {names} is {text}."
+    precisions = sorted(
+        {report.precision or "a precision that was not noted" for net in nets for report in net.reports}
+    )
+    yield f"Computed in {' or '.join(precisions)}" + (": not all alike." if len(precisions) > 1 else ".")
 
 
 def _images(nets: Sequence[Evaluated]) -> str:
@@ -166,7 +178,10 @@ def _entries(nets: Sequence[Evaluated], size: int) -> list[Latency]:
 
 def _measured(entries: Sequence[Latency], size: int) -> str:
     """How a latency was measured, and whether it is reliable."""
-    places = _listed(f"{e.device} with {e.threads} thread{'s' if e.threads > 1 else ''}" for e in entries)
+    places = _listed(
+        f"{e.device} with {e.threads} thread{'s' if e.threads > 1 else ''}{e.precision and f' in {e.precision}'}"
+        for e in entries
+    )
     text = (
         f"Median time of a batch of {size} image{'s' if size > 1 else ''} on {places}, after one batch of warm-up. "
         "The policies of a net take turns, and the device is synchronised. "
@@ -175,8 +190,10 @@ def _measured(entries: Sequence[Latency], size: int) -> str:
     waited = max(entry.waited_share for entry in entries)
     text += f"threads waited up to {100 * waited:.0f} % of the time for a core"
     text += ": the machine was busy, measure again." if waited > MAX_WAITED else "."
-    if len({(entry.device, entry.threads) for entry in entries}) > 1:
-        text += " Not all nets were measured on the same device with the same number of threads: do not compare them."
+    if len({(entry.device, entry.threads, entry.precision) for entry in entries}) > 1:
+        text += (
+            " Not all nets were measured on the same device, with the same threads and precision: do not compare them."
+        )
     return text
 
 
@@ -241,6 +258,9 @@ def _about(net: Evaluated) -> str:
         f"Step {net.step:,}, {net.parameters:,} parameters, images of {net.side_px} px. ECE is the expected "
         "calibration error; % of full is the mean MACs over those of the net's own forward; "
     )
+    first = net.reports[0]
+    text += f"the checkpoint is {first.choice}; " if first.choice else ""
+    text += f"computed in {first.precision}; " if first.precision else ""
     entries = [entry for report in net.reports for entry in report.latency]
     if entries:
         text += f"times are in ms per batch at each batch size (@), on {_listed(e.device for e in entries)}; "

@@ -74,3 +74,15 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bf16"
+
+
+def precision_of(device: torch.device, *, autocast: bool) -> str:
+    """The precision of a net's arithmetic on this device, for people: "bf16", "TF32" or "fp32".
+
+    On a GPU that has it, torch computes convolutions in TF32 unless told otherwise.
+    """
+    if autocast:
+        return "bf16"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return "fp32"
+    return "TF32" if torch.backends.cudnn.allow_tf32 else "fp32"

@@ -24,6 +24,7 @@ from pipeline.compat.torch import ignore_in_ddp, uncompiled
 from pipeline.data import augment, pixels
 from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError, ContractError
+from pipeline.family import top1
 from pipeline.training import optim
 from pipeline.training.config import TrainingConfig
 from pipeline.training.graphs import Graphed
@@ -240,8 +241,8 @@ def _output(
 def _loss(plan: TrainingPlan, state: TrainState, output: Any, targets: Tensor, labels: Tensor, meter: Meter) -> Tensor:
     """The loss of an output, [], which is metered."""
     loss = plan.family.loss(plan.config, output, targets, plan.training.loss.criterion)
-    hits = output.logits.detach().argmax(1).eq(labels)
-    meter.add({"loss": loss.total, "top1": hits.mean(dtype=torch.float32), **loss.parts}, len(labels))
+    hits = top1(output.logits.detach(), labels)
+    meter.add({"loss": loss.total, "top1": hits.mean(), **loss.parts}, len(labels))
     meter.watch(loss.total, state.step)
     return loss.total
 

@@ -1200,7 +1200,7 @@ def _randomise(net: nn.Module) -> None:
     [
         ({"mode": "sa"}, {"mode": "sa", "adaptors": 5}, "family.mode"),
         ({"mode": "sa"}, {"mode": "human"}, "family.mode"),
-        ({"mode": "autosc"}, {"mode": "autosc", "adaptors": 3}, "family.mode"),
+        ({"mode": "autosc"}, {"mode": "autosc", "adaptors": 4}, "family.mode"),
         ({"mode": "autotl", "side_px": 224}, {"mode": "autosc", "side_px": 224, "adaptors": 5}, "family.mode"),
     ],
 )

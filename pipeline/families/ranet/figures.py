@@ -25,6 +25,7 @@ from pipeline.figures import (
     Table,
     by_superclass,
     for_each,
+    hits,
     numbered,
     over_training,
 )
@@ -209,7 +210,7 @@ def _exits_of(net: Evaluated) -> dict[int, list[int]]:
 def _top1(arrays: Arrays, exits: Sequence[int]) -> float | None:
     """Top-1 of the images that exited at these exits; None if none did."""
     left = np.isin(np.rint(arrays["facts.exit"]), exits)
-    return float((arrays["predicted"] == arrays["labels"])[left].mean()) if left.any() else None
+    return float(hits(arrays)[left].mean()) if left.any() else None
 
 
 # ---- training

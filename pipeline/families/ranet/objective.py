@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.families.ranet.config import RanetConfig
 from pipeline.families.ranet.model import RanetOutput
-from pipeline.family import Criterion, Loss, Params, cross_entropy
+from pipeline.family import Criterion, Loss, Params, cross_entropy, top1
 
 
 def loss(config: RanetConfig, output: RanetOutput, targets: Tensor, criterion: Criterion = cross_entropy) -> Loss:
@@ -23,9 +23,9 @@ def loss(config: RanetConfig, output: RanetOutput, targets: Tensor, criterion: C
     exits = torch.stack([criterion(logits, targets) for logits in output.exits.unbind(1)])
     by_exit = {f"ce/{number:02d}": value for number, value in enumerate(exits.detach(), 1)}
     truth = targets if targets.dim() == 1 else targets.argmax(1)
-    hits = output.exits.detach().argmax(2).eq(truth[:, None]).float().mean(0)  # [E]
-    top1 = {f"top1/{number:02d}": value for number, value in enumerate(hits, 1)}
-    return Loss(exits.sum(), {"ce": exits[-1].detach(), **by_exit, **top1})
+    each = [top1(logits, truth).mean() for logits in output.exits.detach().unbind(1)]
+    hits = {f"top1/{number:02d}": value for number, value in enumerate(each, 1)}
+    return Loss(exits.sum(), {"ce": exits[-1].detach(), **by_exit, **hits})
 
 
 def groups(config: RanetConfig, net: nn.Module) -> Mapping[str, Sequence[Params]]:
