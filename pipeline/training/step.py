@@ -170,17 +170,18 @@ def _backward_at_once(plan: TrainingPlan, state: TrainState, micros: Sequence[Mi
             torch.autograd.backward([getattr(output, field.name) for field in fields(output)], share)
 
 
-@torch.no_grad()
 def _detached_outputs(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch]) -> Any:
     """The output of all micro-batches as one; the net's buffers, as BatchNorm's, keep their values."""
     ddp = uncompiled(plan.forward)
     forward = ddp.module if isinstance(ddp, DistributedDataParallel) else plan.forward
     kept = [(buffer, buffer.clone()) for buffer in state.net.buffers()]
-    outputs = [_output(plan, state, micro, number, forward) for number, micro in enumerate(micros)]
+    with torch.set_grad_enabled(plan.training.cuda_graphs):  # a recorded net runs with gradients only
+        outputs = [_output(plan, state, micro, number, forward) for number, micro in enumerate(micros)]
     for buffer, value in kept:
         buffer.copy_(value)
     names = [field.name for field in fields(outputs[0])]
-    return replace(outputs[0], **{name: torch.cat([getattr(each, name) for each in outputs]) for name in names})
+    whole = {name: torch.cat([getattr(each, name).detach() for each in outputs]) for name in names}
+    return replace(outputs[0], **whole)
 
 
 def _gradients_outside_ddp(
