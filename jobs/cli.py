@@ -10,18 +10,20 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, NoReturn, Protocol
+from typing import Annotated, NoReturn, Protocol, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from pipeline.errors import AdaptNetError, ConfigError, without_secrets
+from pipeline.runs.files import DamagedFile
 from pipeline.training import memory
 
 VERBS = {  # the module jobs.verbs.<verb> is imported when the verb is used
@@ -144,7 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
     try:
-        app(args=arguments, prog_name="adaptnet")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", DamagedFile)
+            warnings.showwarning = _show_warning
+            app(args=arguments, prog_name="adaptnet")
     except AdaptNetError as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -158,6 +163,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise
     except Exception:
         _fail_with_traceback()
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Prints a warning; one about a damaged file as a sentence."""
+    ours = issubclass(category, DamagedFile)
+    text = f"adaptnet: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    print(text, end="", file=file or sys.stderr)
 
 
 def _fail_with_traceback() -> NoReturn:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from damage import WAYS, copied
 
+from jobs import cli
 from jobs.schedulers import records as job_records
 from jobs.schedulers.attempts import Attempts
 from jobs.schedulers.submission import FOLDER
@@ -260,3 +261,19 @@ def test_lines_of_a_journal_that_are_no_records_are_counted(tmp_path: Path) -> N
     written.metrics(2, {"a": 2.0})
     assert [record["value"] for record in journal.read_all(written.path)] == [1.0, 2.0]
     assert journal.unreadable(written.path) == 6
+
+
+def test_runs_list_prints_a_sentence_about_a_damaged_run_and_lists_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("recipe: {}\n")
+    (tmp_path / "a" / "tracking.json").write_text("{")
+    (tmp_path / "a" / "status.json").write_text("[]")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["runs", "list", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert not ended.value.code and printed.out.count("KILLED") == 2
+    lines = printed.err.splitlines()
+    assert len(lines) == 2 and all(line.startswith(f"adaptnet: {tmp_path}/a/") for line in lines)

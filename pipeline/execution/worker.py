@@ -32,7 +32,7 @@ from pipeline.run_config import RunConfig
 from pipeline.runs import lease, records
 from pipeline.runs.beats import LONG, Beats
 from pipeline.runs.files import write_json
-from pipeline.runs.journal import Journal, SystemSampler
+from pipeline.runs.journal import Journal, SystemSampler, unreadable
 from pipeline.runs.records import About, Meta, Status
 from pipeline.training import checkpoint, loop, memory, optim, state, step, weights_file
 from pipeline.training.checkpoint import Checkpointer, Storage
@@ -367,6 +367,8 @@ def open_writer(context: RunContext, stack: ExitStack) -> Writer:
     attempt = records.next_attempt(run_dir)
     journal = Journal(run_dir / "journal", attempt=attempt, fence=context.worker.fence)
     stack.callback(journal.close)
+    if lost := unreadable(journal.path):
+        journal.event("warning", text=f"{journal.path}: {lost} of its lines are damaged and are left out")
     damaged: set[str] = set()
 
     def pass_over(name: str, why: str) -> None:
