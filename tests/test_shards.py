@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -261,6 +262,22 @@ def test_what_lies_beside_shards_is_counted(tmp_path: Path) -> None:
 
 
 # ---- members that are not plain files
+
+
+@pytest.mark.parametrize("after", ["another tar", "garbage"])
+def test_a_tar_with_other_bytes_after_its_end_is_refused_by_name(after: str, tmp_path: Path) -> None:
+    root = shards(tmp_path / "set", cls)
+    shard = root / "train-0.tar"
+    shard.write_bytes(shard.read_bytes() + (shard.read_bytes() if after == "another tar" else b"left over"))
+    with fails(DataError, "data.root", subject=shard):
+        open_index(root)
+
+
+def test_a_pipe_named_as_a_shard_is_left_out_by_name(tmp_path: Path) -> None:
+    root = shards(tmp_path / "set", cls)
+    os.mkfifo(root / "train-1.tar")  # opening it would wait for a writer
+    reasons = {each.reason for each in open_index(root).meta.left_out}
+    assert reasons == {"pipe, socket or device"}
 
 
 def test_links_in_a_tar_are_their_targets(tmp_path: Path) -> None:

@@ -179,10 +179,20 @@ def why_left_out(entry: os.DirEntry[str]) -> tuple[str, bool]:
     if name.startswith(".") and is_folder(entry):
         return "hidden folder", False
     named = why_no_image(name)
+    if _is_pipe_or_device(entry):
+        return "pipe, socket or device", named is None
     if named is None:
         return "image outside class folders", True
     reason, lost = named
     return reason, _looks_like_image(entry) if lost is None else lost
+
+
+def _is_pipe_or_device(entry: os.DirEntry[str]) -> bool:
+    try:
+        mode = entry.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _looks_like_image(entry: os.DirEntry[str]) -> bool:

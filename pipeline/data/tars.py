@@ -301,8 +301,7 @@ def tar_members(path: Path, left_out: list[tuple[str, str, bool]] | None = None)
                 elif not member.isdir():
                     left_out.append(("device or pipe", member.name, False))
                 tar.members.clear()  # type: ignore[attr-defined]  # else tarfile stores every header
-            if not _is_end(path, tar.offset):
-                raise tarfile.ReadError(f"no end marker at byte {tar.offset}")
+            _check_end(path, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{path}: not a complete tar ({error}); copy it again or remove it", key="data.root", subject=path
@@ -317,9 +316,20 @@ def _without_holes(member: tarfile.TarInfo) -> bool:
     return [piece for piece in pieces if piece[1]] == ([(0, member.size)] if member.size else [])
 
 
-def _is_end(path: Path, offset: int) -> bool:
+def _check_end(path: Path, offset: int) -> None:
+    """Raises ReadError if the tar does not end at `offset`, DataError if anything but zeros follows its end."""
     with open(path, "rb") as file:
-        return os.pread(file.fileno(), tarfile.BLOCKSIZE, offset) == bytes(tarfile.BLOCKSIZE)
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no end marker at byte {offset}")
+        while block := file.read(1 << 20):
+            if block.strip(b"\0"):
+                raise DataError(
+                    f"{path}: the tar ends at byte {offset:,}, and other bytes follow: several tars in one file, or a "
+                    "damaged copy. Join tars with `tar --concatenate`, or copy the file again",
+                    key="data.root",
+                    subject=path,
+                )
 
 
 def _followed(
