@@ -21,6 +21,7 @@ from jobs.schedulers.records import JobRecord
 from jobs.schedulers.submission import Resources
 from jobs.verbs import jobs
 from pipeline.errors import ResourceError
+from pipeline.execution import ray_processes
 from pipeline.execution.guardians import report_failures
 from pipeline.execution.watch import RunWatch
 from pipeline.execution.watched import WatchAddress
@@ -256,6 +257,19 @@ def test_a_hanging_run_is_listed_as_such_and_its_job_says_since_when(tmp_path: P
         assert (hang or "") in jobs._stall(record)
     lease.release()
     assert summaries(tmp_path)[0].status == "KILLED"
+
+
+def test_a_stopped_and_a_killed_process_of_ray_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with watching(tmp_path) as (watch, told), process(tmp_path, watch, 0, "while True: beats.count += 1") as rank:
+        with psutil.Popen(["sleep", "600"]) as raylet, watch.over_ray(None):
+            monkeypatch.setattr(ray_processes, "of_driver", lambda gcs: [psutil.Process(raylet.pid)])
+            raylet.send_signal(signal.SIGSTOP)
+            wait_for(lambda: bool(told.events("ray-frozen")))
+            assert rank.is_running() and watch.error is None  # it still makes progress
+            raylet.kill()
+            assert rank.wait(60) == -signal.SIGKILL
+            wait_for(lambda: watch.error is not None)
+    assert "has died" in str(watch.error) and "has died" in told.events("hang")[0]["reason"]
 
 
 def test_private_beats_can_be_written() -> None:

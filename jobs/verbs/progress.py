@@ -17,7 +17,7 @@ from pipeline.runs.journal import Tail
 
 LINE_EVERY_S = 5.0
 POLL_S = 0.5
-QUIET = ("checkpoint", "driver-started", "driver-ended", "hang")  # events that are not printed
+QUIET = ("checkpoint", "driver-started", "driver-ended", "hang", "ray-frozen")  # events that are not printed
 
 
 class View:

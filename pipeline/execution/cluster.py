@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from pipeline.errors import ResourceError
-from pipeline.execution import allocation, ray_token, sockets
+from pipeline.execution import allocation, ray_processes, ray_token, sockets
 from pipeline.execution.ray_token import own_sigterm
 from pipeline.execution.sockets import HERE, connection_error, host_and_port
 from pipeline.run_config import ComputeConfig
 
 CODE = Path(__file__).parents[2]  # the folder of our packages
+SHUTDOWN_S = 60.0  # a living Ray ends within a second or two, on a busy machine later
 HEALTH_CHECK_S = "0.5"  # how often Ray's controller polls the workers; a report waits for one poll
 
 
+@dataclass
+class Connection:
+    """A connection to Ray. ends_within_s: how long its end may take before it is given up."""
+
+    ends_within_s: float = SHUTDOWN_S
+
+
 @contextmanager
-def cluster(compute: ComputeConfig) -> Iterator[None]:
+def cluster(compute: ComputeConfig) -> Iterator[Connection]:
     """Connects to Ray with the resources that `compute` needs; ends Ray afterwards if it was started here.
 
     Where this process is connected already, only the resources are checked. Raises ResourceError if the address does
@@ -35,9 +48,10 @@ def cluster(compute: ComputeConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    connection = Connection()
     if ray.is_initialized():
         _check_resources(compute)
-        yield
+        yield connection
         return
     _await_head(compute)
     with ray_token.mode(ray_token.mode_for(compute.address)), _place(compute) as folder:
@@ -45,10 +59,35 @@ def cluster(compute: ComputeConfig) -> Iterator[None]:
             _start(compute, folder)
         try:
             _check_resources(compute)
-            yield
+            yield connection
         finally:
             with own_sigterm():
-                ray.shutdown()
+                _shut_down(connection.ends_within_s, started_here=compute.address is None)
+
+
+def _shut_down(within_s: float, *, started_here: bool) -> None:
+    """ray.shutdown, given up where Ray does not answer.
+
+    What was started here is killed then, and this process later ends without Python's last steps, in which Ray waits.
+    """
+    import ray
+
+    thread = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+    thread.start()
+    thread.join(within_s)
+    if not thread.is_alive():
+        return
+    for process in ray_processes.of_driver(None) if started_here else ():
+        with suppress(psutil.Error):
+            process.kill()
+    atexit.register(_leave, thread)
+
+
+def _leave(shutdown: threading.Thread) -> None:
+    if shutdown.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
 
 
 @contextmanager

@@ -284,13 +284,16 @@ def _run(config: RunConfig, order: WorkerConfig, seen: Watched) -> None:
         worker.work(replace(order, under_ray=False), seen.beats)
         return
     seen.beats.enter("starting Ray", UNWATCHED)
-    with cluster.cluster(config.compute):
+    with cluster.cluster(config.compute) as connection:
         seen.beats.enter("waiting for the workers", UNWATCHED)
         order = replace(order, watch=watch.address(cluster.own_ip(config.compute)))
         try:
             with watch.over_ray(cluster.gcs_address(config.compute)):
                 _fit(_trainer(config.compute, order), watch)
         except Exception as error:  # Ray wraps a worker's error in classes of its own
+            if watch.error is not None:
+                connection.ends_within_s = 1.0
+                raise
             stored = records.error_left(run_dir)
             if stored is not None:
                 raise stored from error

@@ -43,6 +43,7 @@ class RayState:
         self._since: dict[int, float] = {}  # when a process was first seen stopped
         self._names: dict[int, str] = {}  # of the processes that were seen
         self._looked = 0.0
+        self.died = False  # whether the process was killed, not stopped: Ray soon ends this process as well
         self._found: str | None = None
 
     def frozen(self) -> str | None:
@@ -60,7 +61,10 @@ class RayState:
                 self._names[process.pid], states[process.pid] = process.name(), process.status()
         for pid, name in self._names.items():
             what = f"Ray's {name} (process {pid} on {socket.gethostname()})"
+            if pid not in states and psutil.pid_exists(pid):  # the look was disturbed
+                continue
             if states.get(pid, psutil.STATUS_ZOMBIE) == psutil.STATUS_ZOMBIE:
+                self.died = True
                 return f"{what} has died"
             since = self._since.setdefault(pid, now)
             if states[pid] != psutil.STATUS_STOPPED:

@@ -48,6 +48,7 @@ class RunWatch:
         self._run_dir, self._compute, self._tell = run_dir, compute, tell or (lambda text: None)
         self._guardians = Guardians(self._failed, other_machines=compute.address is not None)
         self._ray: RayState | None = None
+        self._ray_told: str | None = None
         self._folder = FolderThread(run_dir)
         self._stop_at: float | None = None  # when a request to stop was seen
         self._stop_told = False
@@ -105,7 +106,11 @@ class RunWatch:
     def _look(self, now: float) -> None:
         if self._stop_at is None and self._folder.stop_requested:
             self._stop_at = now
-        cause = self._frozen_ray() or self._frozen_rank(now)
+        ray = self._frozen_ray()
+        ends = ray is not None and (self._ray_died() or not self._progresses(now))
+        if not ends:
+            self._say_that_ray_is_frozen(ray)
+        cause = ray if ends else self._frozen_rank(now)
         cause, helps = (cause, True) if cause is not None else (self._frozen_driver(now), False)
         if cause is None and self._hang is not None:
             if not self._ends_start():  # else its ranks were ended
@@ -128,6 +133,10 @@ class RunWatch:
         ray = self._ray
         return ray.frozen() if ray is not None else None
 
+    def _ray_died(self) -> bool:
+        ray = self._ray
+        return ray is not None and ray.died
+
     def _frozen_rank(self, now: float) -> str | None:
         """Which rank hangs, and since when; None if none does."""
         ranks, hang_after_s = self._ranks(), self._compute.hang_after_s
@@ -141,6 +150,10 @@ class RunWatch:
         if ranks and all(sight.age(now) >= self._limit(sight) for sight in ranks):
             return _stands_still(max(ranks, key=lambda sight: sight.age(now)), now)
         return None
+
+    def _progresses(self, now: float) -> bool:
+        """Whether a rank has lately given a sign of progress; ranks need Ray only to start, to report and to end."""
+        return any(sight.age(now) < self._compute.hang_after_s for sight in self._ranks())
 
     def _frozen_driver(self, now: float) -> str | None:
         late = (each for each in self._guardians.sights() if each.rank is None and each.age(now) >= each.limit_s)
@@ -156,7 +169,7 @@ class RunWatch:
 
     def _act(self, cause: str, *, end: bool) -> None:
         """Tells the hang and writes it; ends this start if `end`."""
-        self._guardians.ask_for_stacks(STACKS_WITHIN_S)
+        self._guardians.ask_for_stacks(1.0 if self._ray_died() else STACKS_WITHIN_S)
         self._hangs += 1
         name = f"hang-{self._hangs}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         text = self._text(cause)
@@ -184,8 +197,8 @@ class RunWatch:
             self._end = f"{self._run_dir}: {cause} (compute.on_hang is stop). {resume}"
         self._guardians.kill_ranks()
         if self._frozen_ray():
-            end = self._end or f"{self._run_dir}: {cause}. {resume}"
-            self.error = ResourceError(end, key="compute.address", subject=self._run_dir)
+            self._end = self._end or f"{self._run_dir}: {cause}. {resume}"
+            self.error = ResourceError(self._end, key="compute.address", subject=self._run_dir)
 
     def _text(self, cause: str) -> str:
         remarks = []
@@ -193,6 +206,12 @@ class RunWatch:
             remarks.append(f"the run folder {self._run_dir} has not answered since {clock(self._folder.silent_s())}")
         concerned = self._ranks() or self._guardians.sights()
         return hang_report.text(cause, concerned, self._folder.last_event, remarks)
+
+    def _say_that_ray_is_frozen(self, ray: str | None) -> None:
+        if ray is not None and ray != self._ray_told:
+            self._tell(f"{ray}: the run ends as soon as its ranks need Ray")
+            self._folder.event("ray-frozen", reason=ray)
+        self._ray_told = ray
 
     def _say_what_a_stop_waits_for(self, now: float) -> None:
         if self._stop_at is None or self._stop_told or now - self._stop_at < SAYS_WITHIN_S:
