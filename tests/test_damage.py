@@ -144,7 +144,7 @@ def test_a_run_with_a_damaged_file_resumes_to_the_same_weights_or_names_the_file
             assert weights(mine) == weights(run), way
         except AdaptNetError as error:
             assert way in ("folder", "flipped byte") or file == "config.yaml", f"{way}: {error}"
-        shutil.rmtree(mine)
+        shutil.rmtree(mine, ignore_errors=True)  # its uploader may still write
 
 
 # ---- indexes

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import CheckpointError, JsonValue
-from pipeline.runs.files import write_json
+from pipeline.runs.files import read_json, write_json
 from pipeline.runs.records import Record
 
 FILE = "progress.json"
@@ -66,6 +65,6 @@ def write(run_dir: Path, progress: RunProgress) -> None:
 def read(run_dir: Path) -> RunProgress | None:
     """The progress of a run; None if its driver wrote none, or a file that cannot be read."""
     try:
-        return RunProgress.from_json(json.loads((run_dir / FILE).read_text(encoding="utf-8")), str(run_dir))
+        return RunProgress.from_json(read_json(run_dir / FILE), str(run_dir))
     except (OSError, ValueError, CheckpointError):
         return None
