@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -50,6 +51,17 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
 def is_channels_last(x: Tensor) -> bool:
     """Whether the memory format of x [B, C, H, W] is channels_last and not also contiguous."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts [B, c, H, W] side by side along the channels, in the memory format of the first.
+
+    The format of a part of one channel is ambiguous; torch takes it for contiguous, and then the whole is.
+    """
+    if not is_channels_last(parts[0]):
+        return torch.cat(list(parts), dim=1)
+    rows = (part.permute(0, 2, 3, 1) for part in parts)
+    return torch.cat(list(rows), dim=3).permute(0, 3, 1, 2)
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Split:
         return iter([self.batch])
 
 
-def measured(recipe: str, overrides: tuple[str, ...]) -> dict[str, object]:
+def measured(recipe: str, overrides: tuple[str, ...], *, policies: bool = True) -> dict[str, object]:
     """What three training steps, the checks around them and each policy ask of the device, by name."""
     config = run_config.load(recipe, ("data.root=/nowhere", f"training.batch_size={BATCH}", *overrides), data_home="/")
     family, training = family_of.find(config.family.name), config.training
@@ -92,7 +92,7 @@ def measured(recipe: str, overrides: tuple[str, ...]) -> dict[str, object]:
     with counted() as checked:
         meter.watch(_finite(current), 1)
     found |= {"flush": flushed, "finite": checked}
-    return found if training.cuda_graphs else found | dict(_policies(config, family, current))
+    return found | dict(_policies(config, family, current)) if policies and not training.cuda_graphs else found
 
 
 def _policies(config, family, current) -> Iterator[tuple[str, object]]:

@@ -34,7 +34,7 @@ BOUNDS = {
     "convnet_aig/imagenet_50": Bounds(1000, waits=16),
     "shape_adaptor/imagenet_resnet50": Bounds(870),
     "arrn/imagenet:t": Bounds(1300, relaid=12),
-    "ranet/imagenet_32": Bounds(7480, waits=2),
+    "ranet/imagenet_32": Bounds(6950, waits=2),
 }
 CHECKED = 32  # kernels of the check that all weights are finite
 FLUSHED = 2  # kernels of a log point, which waits once
@@ -68,3 +68,14 @@ def test_recipes_stay_within_their_kernels_and_never_wait(found: Mapping[str, An
 def test_no_thread_of_a_rank_makes_a_context_on_another_gpu(null_gpu: Run, tmp_path: Path) -> None:
     seen = null_gpu("contexts", str(tmp_path / "toy"), devices=8)
     assert seen == {"training batches": [3], "evaluation batches": [3]}
+
+
+WITH_DDP = {"baseline/imagenet_resnet50": 815, "convnet_aig/imagenet_50": 1240}  # kernels of a step of two ranks
+
+
+def test_two_ranks_communicate_on_the_device_and_without_a_warning(null_gpu: Run) -> None:
+    found = null_gpu("ddp", *WITH_DDP, reads=True)
+    for recipe, most in WITH_DDP.items():
+        assert found[recipe]["step 2"]["launches"] <= most, recipe
+        assert found[recipe]["said"] == [], recipe
+        assert all(name.endswith("on cuda") for name in found[recipe]["collectives"]), recipe

@@ -25,7 +25,7 @@ from pipeline.blocks import take
 from pipeline.errors import ConfigError
 from pipeline.families.arrn.config import ArrnConfig
 from pipeline.families.arrn.filters import FilterPair
-from pipeline.families.arrn.inner import Stack
+from pipeline.families.arrn.inner import Stack, matrix_of
 
 LEAST_ROWS = 2  # minimum rows of a residual in training, so that every parameter has a gradient on every rank
 
@@ -56,7 +56,7 @@ class Affine(NamedTuple):
         composition happens once for a batch.
         """
         assert layer.bias is not None
-        outer = layer.weight.flatten(1)
+        outer = matrix_of(layer)
         return Affine((outer[:, :, None] * self.weight).sum(1), (outer * self.bias).sum(1) + layer.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Affine(NamedTuple):
 def affine(layer: nn.Conv2d) -> Affine:
     """A 1x1 convolution as a map of channels."""
     assert layer.bias is not None
-    return Affine(layer.weight.flatten(1), layer.bias)
+    return Affine(matrix_of(layer), layer.bias)
 
 
 class Residual(nn.Module):

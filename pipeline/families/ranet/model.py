@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.blocks import conv_bn, he_fan_out, take
+from pipeline.blocks import conv_bn, he_fan_out, joined, take
 from pipeline.errors import ConfigError
 from pipeline.families.ranet.config import BlockPlan, RanetConfig
 
@@ -89,7 +89,7 @@ class FusedLayer(nn.Module):
     def forward(self, x: Tensor, below: Tensor) -> Tensor:
         """x [B, C, H, W] and the previous sub-network's tensor -> [B, C + growth, h, w]."""
         own = self.own(x)
-        return torch.cat([_resized(x, own), _resized(self.below(below), own), own], dim=1)
+        return joined([_resized(x, own), _resized(self.below(below), own), own])
 
 
 class NormalLayer(nn.Module):
@@ -101,7 +101,7 @@ class NormalLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C + growth, H, W]."""
-        return torch.cat([x, self.own(x)], dim=1)
+        return joined([x, self.own(x)])
 
 
 class RanetBlock(nn.Module):
@@ -123,7 +123,7 @@ class RanetBlock(nn.Module):
             features.append(x)
         if self.merge is not None:
             assert below is not None
-            x = torch.cat([x, _resized(self.merge(below[len(self.layers)]), x)], dim=1)
+            x = joined([x, _resized(self.merge(below[len(self.layers)]), x)])
         return x if self.transition is None else self.transition(x)
 
 
@@ -254,9 +254,12 @@ def _basic(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequen
 
 
 def _resized(x: Tensor, like: Tensor) -> Tensor:
-    """x at the height and width of `like`, bilinear with aligned corners and no antialias, as the released code."""
+    """x at the height and width of `like`, bilinear with aligned corners and no antialias, as the released code.
+
+    Autocast computes it in fp32; the result has x's type again, as what reads it is a convolution.
+    """
     size = like.shape[-2:]
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=True)
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=True).to(x.dtype)
 
 
 def _base(config: RanetConfig) -> list[nn.Module]:
