@@ -65,7 +65,13 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
-    """The images `rows` [n] of x [B, C, H, W], in x's memory format: torch's own selection loses channels_last."""
+    """The images `rows` [n] of x [B, C, H, W].
+
+    On a GPU they keep x's memory format. On a CPU torch's own selection loses channels_last: runs of earlier versions
+    resume to the same bits.
+    """
+    if not x.is_cuda:
+        return x[rows]
     if is_channels_last(x):
         return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
     return x.index_select(0, rows)

@@ -216,13 +216,13 @@ def test_macs_are_counted_for_each_size_of_images() -> None:
 @pytest.mark.parametrize(
     ("keys", "key"),
     [
-        ({"net": "resnet19"}, ""),
-        ({"net": "cifar_resnet", "depth": 109}, ""),
+        ({"net": "resnet19"}, "net"),
+        ({"net": "cifar_resnet", "depth": 109}, "depth"),
         ({"net": "cifar_resnet", "depth": 2}, "depth"),
         ({"net": "cifar_resnet", "stochastic_depth": 1.0}, "stochastic_depth"),
-        ({"net": "densenet121", "resolutions_px": [64, 28]}, ""),
+        ({"net": "densenet121", "resolutions_px": [64, 28]}, "resolutions_px"),
         ({"net": "resnet50", "resolutions_px": [4]}, "resolutions_px.0"),
-        ({"net": "vgg16", "stem": "cifar"}, ""),
+        ({"net": "vgg16", "stem": "cifar"}, "stem"),
         ({"net": "resnet50", "stem": "tiny"}, "stem"),
     ],
 )

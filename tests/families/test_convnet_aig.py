@@ -490,12 +490,12 @@ def test_a_threshold_opens_gates_whose_probability_exceeds_it(mixed: Aig) -> Non
 @pytest.mark.parametrize(
     ("keys", "key"),
     [
-        ({"depth": 20, "target_rate": [0.5, 0.5]}, ""),
-        ({"depth": 33}, ""),
-        ({"depth": 2}, ""),
-        ({"depth": 110, "schedule": "published"}, ""),
-        ({"depth": 152, "schedule": "published"}, ""),
-        ({"depth": 50, "schedule": "published", "target_rate": [0.5] * 16}, ""),
+        ({"depth": 20, "target_rate": [0.5, 0.5]}, "target_rate"),
+        ({"depth": 33}, "depth"),
+        ({"depth": 2}, "depth"),
+        ({"depth": 110, "schedule": "published"}, "schedule"),
+        ({"depth": 152, "schedule": "published"}, "schedule"),
+        ({"depth": 50, "schedule": "published", "target_rate": [0.5] * 16}, "schedule"),
         ({"target_rate": 1.5}, "target_rate"),
         ({"thresholds": [1.0]}, "thresholds.0"),
         ({"target_rat": 0.5}, "target_rat"),
