@@ -50,9 +50,11 @@ def _whole_above_1(gpus: float) -> float:
 
 
 def _host_and_port(address: str) -> str:
+    if address == "auto":  # the cluster that this process belongs to, as in a job of a Ray cluster
+        return address
     match = re.fullmatch(r"(?:[\w.-]+|\[[\da-fA-F:]+\]):(\d{1,5})", address)
     if not match or not 0 < int(match[1]) < 2**16:
-        raise ValueError("the address of a Ray cluster is HOST:PORT, e.g. head:6379")
+        raise ValueError("the address of a Ray cluster is HOST:PORT, e.g. head:6379, or auto")
     return address
 
 
@@ -73,7 +75,7 @@ class ComputeConfig(Config):
     # no progress for so long, and 20 median steps, is a hang
     hang_after_s: Annotated[float, Field(gt=0, le=1e6)] = 60.0
     on_hang: Literal["restart", "report", "stop"] = "restart"  # within max_failures, from the newest checkpoint
-    # HOST:PORT of a running Ray cluster; null: start Ray on this machine
+    # HOST:PORT of a running Ray cluster, auto: the one on this machine; null: start Ray on this machine
     address: Annotated[str, AfterValidator(_host_and_port)] | None = None
 
     @classmethod

@@ -426,7 +426,7 @@ def test_every_image_is_evaluated_once_for_any_number_of_ranks(damaged: tuple[Im
 
 
 @pytest.mark.parametrize("resize", ["torch", "dali"])
-@pytest.mark.parametrize(("side", "resized"), [(32, 40), (33, 33), (48, 40), (47, 40), (64, 64), (31, 50)])
+@pytest.mark.parametrize(("side", "resized"), [(32, 40), (33, 33), (64, 64), (31, 50)])
 def test_evaluation_has_the_pixels_of_torchvisions_centre_crop(side: int, resized: int, resize: Any) -> None:
     """resize="dali" is the graph of a GPU, run on the CPU: its resize may round differently, its windows may not."""
     encoded = [images.jpeg(width, height) for width, height in ((97, 64), (64, 97), (33, 33), (40, 20), (350, 41))]

@@ -179,7 +179,7 @@ def test_the_command_shows_policy_reason_and_cost(
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (["nothing.jpg"], 1),  # an image without an answer
+        (["nothing.jpg"], 2),  # no image has an answer
         (["--budget", "1%", "x.jpg"], 2),
         (["--policy", "exit-9", "x.jpg"], 2),
         (["--policy", "exit-1", "--budget", "50%", "x.jpg"], 2),

@@ -199,7 +199,7 @@ def test_values_of_the_environment_stay_text_for_every_reader_of_yaml(tmp_path: 
         ({"haed": "10.0.0.9"}, "haed"),
         ({"name": "My Lab"}, "name"),
         ({"workers": ["10.0.0.1"]}, ""),  # a host is named twice
-        ({"image": "a", "prefix": "/b"}, ""),  # they exclude each other
+        ({"image": "a", "prefix": "/b"}, "prefix"),  # they exclude each other
         ({"shared": {"path": "here"}}, "shared.path"),
         ({"environment": {"A B": "c"}}, "environment.A B"),
         ({"kind": "aws", "region": "eu"}, "workers"),

@@ -122,9 +122,12 @@ def test_the_map_of_folders_matches_the_tree() -> None:
 
 
 def test_each_command_of_infras_readme_parses() -> None:
-    """tests/slurm/test_jobs.py runs the first block; test_plan checks the figures of the plan in the second."""
+    """tests/slurm/test_jobs.py runs the first block; test_plan checks the figures of the plan in the second.
+
+    Others are of scripts, such as the acceptance run of a GPU.
+    """
     text = (ROOT / "infra" / "README.md").read_text(encoding="utf-8")
-    first, second = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    first, second, *_ = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line.partition("  #")[0].partition(" |")[0].strip() for line in (first + second).splitlines()]
     for line in lines:
         if line.startswith("adaptnet"):

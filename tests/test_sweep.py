@@ -544,11 +544,11 @@ def test_a_scheduler_that_would_judge_nothing_leaves_no_folder(
 
 
 def test_samples_above_a_bound_are_refused_and_a_failed_trial_fails_alone(images: Path, tmp_path: Path) -> None:
-    lrs = "space.training.optimizer.lr={grid: [0.05, 1.0e+30]}"
+    lrs = "space.training.optimizer.lr={grid: [0.05, 100]}"
     limited = ["space.family.target_rate=0.5", "space.family.depth={grid: [8, 14]}", lrs, "bounds.max_gmacs=0.015"]
-    mine = load(
-        images, *limited, "training.schedule.kind=constant", "training.schedule.warmup_epochs=0", "training.epochs=1"
-    )
+    diverging = "training.optimizer.weight_decay=10"  # at a rate of 100 weights grow a thousandfold in each step
+    constant = ("training.schedule.kind=constant", "training.schedule.warmup_epochs=0", "training.epochs=1")
+    mine = load(images, *limited, diverging, *constant)
     log = Log()
     found = sweep.run(mine, tmp_path / "sweep", watcher=log)
     assert found.tally == "1 finished, 1 failed, 2 refused (2 by max_gmacs)"

@@ -388,7 +388,7 @@ def test_adaptors_have_distinct_places_and_none_is_the_last_layer(net: Any, mode
         assert len(set(found)) == count
         assert sorted(found) == list(found)
         assert found[-1] < last
-    with fails(ConfigError, ""):
+    with fails(ConfigError, "adaptors"):
         validate(ShapeConfig, {"name": "shape_adaptor", "net": net, "mode": mode, "adaptors": most + 1}, "family")
 
 
