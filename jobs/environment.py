@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING
 
 from pipeline import config as configs
 from pipeline.errors import ConfigError, JsonValue, without_secrets
-from pipeline.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from pipeline.run_config import RunConfig
 
 HONOURED = {  # keys of the recipe: the variables that they are taken from where neither command nor recipe sets them
     "tracking.uri": "MLFLOW_TRACKING_URI",
