@@ -274,7 +274,7 @@ def test_a_folder_that_cannot_be_read_is_refused_unless_it_is_the_systems(
     tmp_path: Path, folder: str, printed: str
 ) -> None:
     for path in (tmp_path, *tmp_path.parents):
-        if path.stat().st_uid == 0 and path.is_relative_to(tmp_path.parents[1]):
+        if path.stat().st_uid == 0 and "pytest-of-" in str(path):
             path.chmod(0o755)
     fill(tmp_path, both("train", "val"))
     (tmp_path / folder).mkdir()
