@@ -286,7 +286,7 @@ def test_an_event_cut_off_by_a_kill_is_written_again(tmp_path: Path) -> None:
 
 
 def test_mlflow_is_named_behind_its_seams_only() -> None:
-    """Outside of tracking, registry and compat: as a benchmark's peer, in commands' help, as a package, by its variables."""
+    """Elsewhere it is only a peer of a benchmark, a word of help, a package, or a variable of the environment."""
     root = Path(__file__).parents[1]
     allowed = ("pipeline/tracking", "pipeline/registry", "pipeline/compat", "pipeline/bench", "jobs/verbs")
     sources = [path for top in ("pipeline", "tuning", "jobs") for path in (root / top).rglob("*.py")]
