@@ -83,7 +83,15 @@ def _launch(kernels: int) -> None:
 
 
 def _is_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    """Whether torch takes the strides of x for channels_last, as its `suggest_memory_format` does."""
+    if x.dim() != 4 or x.stride(1) == 0:
+        return False
+    least = 0
+    for dim in (1, 3, 2, 0):
+        if x.shape[dim] == 0 or x.stride(dim) < least or (dim == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(dim) * max(1, x.shape[dim])
+    return True
 
 
 def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
