@@ -19,6 +19,7 @@ def of_driver(run_dir: Path, kind: str) -> list[journal.Record]:
     return [r for r in journal.read_all(written) if r.get("event") == kind] if written.exists() else []
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 def test_a_stopped_rank_is_told_and_the_run_restarts_with_the_same_weights(
     images: Path, whole: Path, ray_head: Head, tmp_path: Path
