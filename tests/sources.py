@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("pipeline", "tuning", "jobs")
+PACKAGES = ("pipeline", "tuning", "jobs", "infra")
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 

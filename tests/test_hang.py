@@ -1,4 +1,4 @@
-"""A frozen part is told: which process, since when, in which line; and the run goes on from its newest checkpoint."""
+"""A frozen process is reported with the time and its Python line; the run resumes from its newest checkpoint."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ AGAIN = "again"  # the error is a row already
 
 
 @dataclass
-class Table:
+class ResultTable:
     """The rows so far; each is printed and stored as soon as it is known."""
 
     path: Path | None
@@ -67,7 +67,7 @@ def line(row: Mapping[str, object]) -> str:
 class Conductor:
     """Runs parts until the time is over. facts: what the part `environment` found, e.g. {"gpu": True, "dali": False}"""
 
-    table: Table
+    table: ResultTable
     work: Path
     data: Path
     ends: float
@@ -98,7 +98,7 @@ class Conductor:
     def _tries(self, part: Part, seconds: float) -> None:
         ends, begun = time.monotonic() + seconds, list[str]()
         for _ in range(PER_PART_RESTARTS):
-            attempt = Attempt(self, part, begun)
+            attempt = PartRun(self, part, begun)
             died = attempt.watch(ends)
             if not died:
                 return
@@ -109,7 +109,7 @@ class Conductor:
                 return
 
 
-class Attempt:
+class PartRun:
     """One process of a part. case: the case that it is in, None before the first and between two."""
 
     def __init__(self, conductor: Conductor, part: Part, begun: list[str]) -> None:
@@ -218,7 +218,7 @@ def main(given: Sequence[str] | None = None) -> None:
         print("\n".join(f"{part.name:12} {part.limit_s:4g} s  {part.about}" for part in PARTS))
         return
     ends = time.monotonic() + arguments.minutes * 60
-    table = Table(arguments.json, {"started": time.strftime("%Y-%m-%dT%H:%M:%S"), "command": sys.argv[1:]})
+    table = ResultTable(arguments.json, {"started": time.strftime("%Y-%m-%dT%H:%M:%S"), "command": sys.argv[1:]})
     work = arguments.work or Path(tempfile.mkdtemp(prefix="adaptnet-accept-"))
     work.mkdir(parents=True, exist_ok=True)
     print(f"logs and temporary files: {work}", flush=True)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from infra.gpu import photographs
@@ -24,6 +25,7 @@ from pipeline.data.dali import EvalLoader, TrainLoader, decode
 from pipeline.data.index import ImageIndex, open_index
 from pipeline.errors import UndecodableError
 
+Array: TypeAlias = NDArray[Any]
 BATCH = 64
 FEEDS: tuple[tuple[str, int, dict[str, object]], ...] = (  # words, threads, keys under data:
     ("", 16, {}),
@@ -86,7 +88,7 @@ class Turn:
         self.pipeline = pipeline()
         self.pipeline.build()
 
-    def over(self, encoded: list[Any]) -> Iterator[Any]:
+    def over(self, encoded: list[Array]) -> Iterator[Sequence[Array]]:
         """Decodes batches, the next one while the caller looks at the last."""
         batches = [encoded[at : at + self._batch] for at in range(0, len(encoded), self._batch)]
         self._put(batches[0])
@@ -98,12 +100,12 @@ class Turn:
             self.pipeline.release_outputs()
         wait()
 
-    def _put(self, batch: list[Any]) -> None:
+    def _put(self, batch: list[Array]) -> None:
         self.pipeline.feed_input("encoded", batch)
         self.pipeline.schedule_run()
 
 
-def _encoded(run: Run) -> list[Any]:
+def _encoded(run: Run) -> list[Array]:
     return [np.frombuffer(each, dtype=np.uint8) for each in photographs.encoded(run.data)]
 
 
@@ -162,7 +164,7 @@ def whole(run: Run) -> None:
         run.case(way.name, partial(_survives, run, way, encoded))
 
 
-def _survives(run: Run, way: Way, encoded: list[Any]) -> None:
+def _survives(run: Run, way: Way, encoded: list[Array]) -> None:
     turn, start, rounds = Turn(run, way, _batch(run)), time.perf_counter(), 1 if run.small else 10
     for _ in range(rounds):
         for _pictures in turn.over(encoded):
@@ -188,7 +190,7 @@ def rates(run: Run) -> None:
         run.case(way.name, partial(_rate, run, way, encoded))
 
 
-def _rate(run: Run, way: Way, encoded: list[Any]) -> None:
+def _rate(run: Run, way: Way, encoded: list[Array]) -> None:
     turn = Turn(run, way, _batch(run))
     for _pictures in turn.over(encoded):
         pass
@@ -360,17 +362,17 @@ def pixels(run: Run) -> None:
     run.case("evaluation", lambda: _evaluated_pixels(run))
 
 
-def _pixels(run: Run, name: str, way: Way, encoded: list[Any]) -> None:
+def _pixels(run: Run, name: str, way: Way, encoded: list[Array]) -> None:
     pictures = [_decoded(Turn(run, each, BATCH, resize=False), encoded) for each in (replace(way, gpu=False), way)]
     differences(run, name, [np.abs(a.astype(np.int16) - b.astype(np.int16)) for a, b in zip(*pictures, strict=True)])
 
 
-def _decoded(turn: Turn, encoded: list[Any]) -> list[Any]:
+def _decoded(turn: Turn, encoded: list[Array]) -> list[Array]:
     on_cpu = (batch.as_cpu() if hasattr(batch, "as_cpu") else batch for batch in turn.over(encoded))
     return [np.array(picture) for batch in on_cpu for picture in batch]
 
 
-def differences(run: Run, name: str, found: list[Any]) -> None:
+def differences(run: Run, name: str, found: list[Array]) -> None:
     """Rows of the mean and the largest difference over all pixels, by channel in the remark."""
     flat = np.concatenate([each.reshape(-1, 3) for each in found])
     means, most = flat.mean(axis=0), flat.max(axis=0)

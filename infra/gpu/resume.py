@@ -95,7 +95,7 @@ def trained(folder: Path, run: Run, pause_s: float) -> None:
 
 
 def resume(run: Run) -> None:
-    """Three processes: one runs to the end, one is killed after a checkpoint, one goes on from there."""
+    """Three processes: one runs to the end, one is killed after a checkpoint, one resumes from it."""
     run.case("killed and resumed", lambda: _resume(run))
 
 

@@ -53,7 +53,7 @@ class View:
             line = what if total == 0 else f"{what}: {done:,} of {total:,}"
             self._console.print(line, highlight=False, markup=False)
 
-    def tell(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         """Prints a message of the driver's watch."""
         self._console.print(text, highlight=False, markup=False)
 

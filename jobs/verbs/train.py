@@ -73,7 +73,12 @@ def train(
     folder = run_dir or Path("runs") / config.name
     with progress.follow(folder) as view, stop_on_signals(folder) as received:
         result = launch.train(
-            config, folder, allow_changed=allow_changed or (), progress=view.index, on_start=view.start, tell=view.tell
+            config,
+            folder,
+            allow_changed=allow_changed or (),
+            progress=view.index,
+            on_start=view.start,
+            notify=view.notify,
         )
     _print_result(result)
     if not result.finished:  # a nonzero status, so that a script does not run its next line
@@ -113,7 +118,9 @@ def _print_result(result: Result) -> None:
     from jobs import tables
 
     if not result.finished:
-        resumes = f"resumes from {result.checkpoint}" if result.checkpoint else "starts it anew: nothing was saved"
+        resumes = (
+            f"resumes from {result.checkpoint}" if result.checkpoint else "starts from the beginning: nothing was saved"
+        )
         typer.echo(f"stopped at step {result.step}; the same command {resumes}")
         return
     typer.echo(f"finished at step {result.step}; best checkpoint {result.checkpoint}")

@@ -147,23 +147,25 @@ def _scan_folder(here: str, start: int, scan: _Scan) -> list[str]:
     folders: list[str] = []
     with os.scandir(here) as found:
         for entry in found:
-            name = entry.name
             try:
-                if name.startswith("."):
-                    scan.leave_out(entry, start)
-                elif entry.is_dir():
-                    _enter(entry, start, scan, folders)
-                elif os.path.splitext(name)[1].lower() in EXTENSIONS:
-                    status = entry.stat()
-                    if stat.S_ISREG(status.st_mode):
-                        scan.files.append((entry.path[start:], status.st_size, status.st_mtime_ns))
-                    else:
-                        scan.count("not a regular file", entry.path[start:], lost=True)
-                else:
-                    scan.leave_out(entry, start)
+                _add(entry, start, scan, folders)
             except OSError:
                 scan.count("link that leads nowhere", entry.path[start:], lost=True)
     return folders
+
+
+def _add(entry: os.DirEntry[str], start: int, scan: _Scan, folders: list[str]) -> None:
+    """Adds an entry to the scan, or to `folders`."""
+    if entry.name.startswith("."):
+        scan.leave_out(entry, start)
+    elif entry.is_dir():
+        _enter(entry, start, scan, folders)
+    elif os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
+        scan.leave_out(entry, start)
+    elif stat.S_ISREG((status := entry.stat()).st_mode):
+        scan.files.append((entry.path[start:], status.st_size, status.st_mtime_ns))
+    else:
+        scan.count("not a regular file", entry.path[start:], lost=True)
 
 
 def _enter(entry: os.DirEntry[str], start: int, scan: _Scan, folders: list[str]) -> None:

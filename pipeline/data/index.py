@@ -334,7 +334,7 @@ def _is_whole(folder: Path) -> bool:
         reason = str(error)
     if reason is None:
         return True
-    remark(folder, f"{reason}; it is built anew")
+    remark(folder, f"{reason}; it is rebuilt")
     with suppress(OSError):  # read-only: it is built in another place
         shutil.rmtree(folder)
     return False
@@ -446,7 +446,7 @@ def _meta_of(stored: dict[str, Any]) -> IndexMeta:
 
 
 def _left_out_before(stored: dict[str, Any]) -> list[list[object]]:
-    """What an index of an earlier version tells of files that are not used."""
+    """The unused files that an index of an earlier version lists."""
     names = [name for name, _ in stored["set_aside"]]
     aside = [["wrong label or duplicate key", None, len(names), True, names[:EXAMPLES]]] if names else []
     other = ["no image by its name, or in no class folder", None, stored["ignored"], False, []]

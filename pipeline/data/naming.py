@@ -1,4 +1,4 @@
-"""What a name tells: the split of a folder or tar, and whether a file is an image, may be one, or is beside the point.
+"""Rules for names: the split of a folder or tar, and whether a file is an image, may be one, or is irrelevant.
 
 Nothing is opened here. A file that is not used is *lost* if it may be an image: only those count in
 `data.max_bad_share`.

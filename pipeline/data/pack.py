@@ -166,7 +166,7 @@ def _pack_shards(due: Sequence[ShardTask], workers: int, total: int, progress: P
 def shrink(encoded: bytes, picture: Pixels, side: int, quality: int) -> bytes:
     """The upright picture [H, W, 3] of `encoded` with a shorter side of `side` pixels; `encoded` if it is not larger.
 
-    As JPEG, or as PNG where it is too long for JPEG. A JPEG or PNG that EXIF turns is always written anew.
+    As JPEG, or as PNG where it is too long for JPEG. A JPEG or PNG that EXIF turns is always encoded again.
     """
     from PIL import Image
 

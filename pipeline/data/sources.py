@@ -29,7 +29,7 @@ _EXPECTED = "train/<class>/*.jpg with val/<class>/*.jpg, <class>/*.jpg, or train
 class SourceLayout:
     """The layout of a root: its tars, each with its split, or its class folders.
 
-    The split of a tar is None where its name tells none, as of a tar of class folders. unused: tars of another split.
+    The split of a tar is None if its name names none, as for a tar of class folders. unused: tars of another split.
     """
 
     root: Path

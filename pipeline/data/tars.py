@@ -289,17 +289,12 @@ def tar_members(path: Path, left_out: list[tuple[str, str, bool]] | None = None)
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                if member.isreg():
-                    if member.offset_data + member.size > size and not member.issparse():
-                        raise tarfile.ReadError("it ends inside a member")
-                    if member.issparse() and not _without_holes(member):
-                        left_out.append(("file with holes (sparse)", member.name, True))
-                    else:
-                        yield member.name, member.offset_data, member.size
-                elif member.islnk() or member.issym():
+                if member.islnk() or member.issym():
                     links.append(member)
+                elif (why := _why_unread(member, size)) is not None:
+                    left_out.append(why)
                 elif not member.isdir():
-                    left_out.append(("device or pipe", member.name, False))
+                    yield member.name, member.offset_data, member.size
                 tar.members.clear()  # type: ignore[attr-defined]  # else tarfile stores every header
             _check_end(path, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
@@ -308,6 +303,17 @@ def tar_members(path: Path, left_out: list[tuple[str, str, bool]] | None = None)
         ) from None
     if links:
         yield from _followed(path, links, left_out)
+
+
+def _why_unread(member: tarfile.TarInfo, size_of_tar: int) -> tuple[str, str, bool] | None:
+    """(reason, name, lost) of a member without bytes of its own, else None. Raises ReadError if the tar ends inside."""
+    if member.isreg() and member.issparse():
+        return None if _without_holes(member) else ("file with holes (sparse)", member.name, True)
+    if member.isreg():
+        if member.offset_data + member.size > size_of_tar:
+            raise tarfile.ReadError("it ends inside a member")
+        return None
+    return None if member.isdir() else ("device or pipe", member.name, False)
 
 
 def _without_holes(member: tarfile.TarInfo) -> bool:

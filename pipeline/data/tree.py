@@ -316,7 +316,7 @@ def _leads_to_splits(tree: Tree, at: str) -> bool:
 
 
 def _has_image(tree: Tree, at: str) -> bool:
-    """Whether an image is in the folder or below it, as far as LOOKED_AT folders tell."""
+    """Whether an image is in the folder or below it. At most LOOKED_AT folders are read."""
     waiting, seen = [at], 0
     while waiting and seen < LOOKED_AT:
         here = waiting.pop()

@@ -248,16 +248,16 @@ class Guardian:
         if self._is_driver and not self._told and self._stopped_s() > self._order["hang_after_s"]:
             self._told = True
             since = time.strftime("%H:%M:%S", time.localtime(time.time() - self._stopped_s()))
-            self._tell(
+            self._print(
                 f"the driver (process {self._target.pid} on {self._order['hello']['node']}) is stopped (state {state}) "
-                f"since {since}; `kill -CONT {self._target.pid}` lets it go on"
+                f"since {since}; `kill -CONT {self._target.pid}` resumes it"
             )
 
     def _stopped_s(self) -> float:
         return 0.0 if self._stopped_at is None else time.monotonic() - self._stopped_at
 
     @staticmethod
-    def _tell(text: str) -> None:
+    def _print(text: str) -> None:
         with suppress(OSError):
             os.write(2, f"adaptnet: {text}\n".encode())
 

@@ -1,4 +1,4 @@
-"""The driver's end of the connections to the guardians: what each has told, and orders to them."""
+"""The driver's end of the connections to the guardians: it receives their reports and sends them commands."""
 
 from __future__ import annotations
 
@@ -150,7 +150,10 @@ def _is_death(peer: Peer) -> bool:
 
 
 def report_failures(address: WatchAddress, failures: Sequence[str], timeout_s: float = 10.0) -> str | None:
-    """Tells the driver why a start failed. Returns why there is to be no other one; None if there is, or no answer."""
+    """Reports to the driver why a start failed.
+
+    Returns the reason why no other start may follow; None if one may, or without an answer.
+    """
     try:
         with socket.create_connection((address.host, address.port), timeout=timeout_s) as connection:
             connection.sendall(json.dumps({"token": address.token, "failures": list(failures)}).encode() + b"\n")

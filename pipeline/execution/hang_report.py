@@ -1,4 +1,4 @@
-"""What is told of a hang: when each rank last gave a sign of progress, and the Python lines of its threads."""
+"""The report of a hang: when each rank last made progress, and the Python lines of its threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STDLIB = sysconfig.get_paths()["stdlib"]
 
 @dataclass
 class Sight:
-    """What a guardian has told of its process; rank None is the driver. heard: on the driver's monotonic clock.
+    """What a guardian has reported of its process; rank None is the driver. heard: on the driver's monotonic clock.
 
     thread: the identity of the thread that trains. age_s: seconds without a sign of progress when it was `heard`.
     stacks: the text of faulthandler. ended: how the process died.
@@ -105,7 +105,7 @@ def _of_process(sight: Sight, now: float) -> Iterator[str]:
         yield f"  it has died: {sight.ended}"
     elif sight.state in STOPPED:
         yield f"  {STATES[sight.state]} (state {sight.state}) since {clock(sight.stopped_for(now))};"
-        yield f"  it can say none of its Python lines; `kill -CONT {sight.pid}` on {sight.node} would let it go on"
+        yield f"  its Python lines are unknown while it is stopped; `kill -CONT {sight.pid}` on {sight.node} resumes it"
     else:
         yield f"  state {sight.state} ({STATES.get(sight.state, 'unknown')}){_waits(sight)}"
     if sight.stacks:

@@ -66,12 +66,12 @@ def train(
     allow_changed: Sequence[str] = (),
     progress: Progress | None = None,
     on_start: Callable[[], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Result:
     """Trains `config` in `run_dir`, tracks the run and registers its best checkpoint.
 
     Resumes from the newest complete checkpoint if there is one. `progress` is called while the index is built,
-    `on_start` once this driver holds the folder's lease, `tell` with what a person must know at once, such as a hang;
+    `on_start` once this driver holds the folder's lease, `notify` with what a person must know at once, such as a hang;
     it is called from other threads. `allow_changed` are recipe keys that may differ from the
     checkpoint's fingerprint. Raises ResourceError if another driver holds the folder or workers were lost more often
     than `compute.max_failures`, and the AdaptNetError that a worker raised.
@@ -87,7 +87,7 @@ def train(
             error.unlink()
         if on_start is not None:
             on_start()
-        with RunWatch(run_dir, config.compute, tell) as watch:
+        with RunWatch(run_dir, config.compute, notify) as watch:
             with watched(watch.address(), None, config.compute.hang_after_s) as beats:
                 order = WorkerConfig(configs.as_mapping(config), str(run_dir), lease.fence, tuple(allow_changed))
                 return _train(config, order, Watched(watch, beats), progress)
@@ -373,7 +373,7 @@ def _trainer(compute: ComputeConfig, order: WorkerConfig) -> Trainer:
 
 
 def _on_failures(address: WatchAddress | None) -> UserCallback:
-    """A callback that tells the driver why a start failed.
+    """A callback that reports to the driver why a start failed.
 
     It ends the run if a worker raised an AdaptNetError, which a retry would raise again, or if the driver says so.
     """

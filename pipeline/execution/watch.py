@@ -1,7 +1,7 @@
 """The driver's watch: says when the run makes no progress, and ends a start that does not.
 
 Progress is judged, not speed. A run hangs if no rank gives a sign of progress within the limit of its phase, if a
-process is stopped, or if a guardian falls silent. The watch tells it, writes hang-<n>.txt and the journal, and with
+process is stopped, or if a guardian falls silent. The watch reports it, writes hang-<n>.txt and the journal, and with
 `compute.on_hang: restart` has the guardians kill the ranks, which Ray Train then starts again. It needs neither Ray nor
 the run folder for that: guardians speak over TCP, and a thread of its own writes files.
 """
@@ -33,7 +33,7 @@ STOPS_WITHIN_S = 10.0  # after a request to stop, a longer step hangs unless fiv
 SAYS_WITHIN_S = 3.0  # a run that has not stopped by then says what it waits for
 ENDS_WITHIN_S = 5.0  # how long the other ranks of a failed start may run on
 LEFT = "the run is left as it is"
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 class RunWatch:
@@ -42,17 +42,17 @@ class RunWatch:
     error is set when the run must be given up although Ray has not ended it; reason: why the newest start failed.
     """
 
-    def __init__(self, run_dir: Path, compute: ComputeConfig, tell: Tell | None = None) -> None:
+    def __init__(self, run_dir: Path, compute: ComputeConfig, notify: Notify | None = None) -> None:
         self.error: AdaptNetError | None = None
         self.reason: str | None = None
-        self._run_dir, self._compute, self._tell = run_dir, compute, tell or (lambda text: None)
+        self._run_dir, self._compute, self._notify = run_dir, compute, notify or (lambda text: None)
         self._guardians = Guardians(self._failed, other_machines=compute.address is not None)
         self._ray: RayState | None = None
         self._ray_told: str | None = None
         self._folder = FolderThread(run_dir)
         self._stop_at: float | None = None  # when a request to stop was seen
         self._stop_told = False
-        self._hang: str | None = None  # what was told and is not over
+        self._hang: str | None = None  # the reported hang that is not over
         self._killed_for: str | None = None  # the hang for which the ranks of this start were killed
         self._ending = False  # whether the ranks of this start were killed
         self._end: str | None = None  # why there is no other start
@@ -168,12 +168,12 @@ class RunWatch:
     # --- acting
 
     def _act(self, cause: str, *, end: bool) -> None:
-        """Tells the hang and writes it; ends this start if `end`."""
+        """Reports the hang and writes it to the run folder and the journal; ends this start if `end`."""
         self._guardians.ask_for_stacks(1.0 if self._ray_died() else STACKS_WITHIN_S)
         self._hangs += 1
         name = f"hang-{self._hangs}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         text = self._text(cause)
-        self._tell(f"{text}\n\nwritten to {self._run_dir / name}; {self._next_step() if end else LEFT}")
+        self._notify(f"{text}\n\nwritten to {self._run_dir / name}; {self._next_step() if end else LEFT}")
         everything = hang_report.all_lines(self._guardians.sights())
         self._folder.report(name, f"{text}\n\n{everything}\n")
         self._folder.event("hang", reason=cause, report=name)
@@ -209,7 +209,7 @@ class RunWatch:
 
     def _say_that_ray_is_frozen(self, ray: str | None) -> None:
         if ray is not None and ray != self._ray_told:
-            self._tell(f"{ray}: the run ends as soon as its ranks need Ray")
+            self._notify(f"{ray}: the run ends as soon as its ranks need Ray")
             self._folder.event("ray-frozen", reason=ray)
         self._ray_told = ray
 
@@ -219,7 +219,7 @@ class RunWatch:
         self._stop_told = True
         ranks = self._ranks()
         what = "; ".join(f"{each.name}: {each.phase} since {each.since(now)}" for each in ranks[:8])
-        self._tell(f"the run was asked to stop, and waits for: {what or 'the workers, which have not started'}")
+        self._notify(f"the run was asked to stop, and waits for: {what or 'the workers, which have not started'}")
 
     # --- failures of a start
 

@@ -539,7 +539,7 @@ class RunEvents:
     beats: Beats
     latest: dict[str, float] = field(default_factory=dict)
     evaluated_at: int = -1
-    best_key: str | None = None  # of the checkpoint that the run goes on from: it goes on choosing as it began
+    best_key: str | None = None  # metric of the checkpoint that is resumed; a resumed run chooses by the same metric
     remembered: list[tuple[str, int | None, dict[str, object]]] = field(
         default_factory=list
     )  # this rank's events that no journal has yet

@@ -45,7 +45,7 @@ class Beats(ctypes.Structure):
 
     @contextmanager
     def during(self, phase: str, patience: float = 1.0) -> Iterator[None]:
-        """A phase within another, which goes on afterwards."""
+        """A phase within another, which continues afterwards."""
         before = self.phase, self.patience
         self.enter(phase, patience)
         yield

@@ -44,7 +44,7 @@ class LeaseEntry(TypedDict, total=False):
     command: str
     heartbeat: float  # in seconds since 1970, for people
     released: bool
-    boot: str | None  # id of the holder's kernel since it started; None if it cannot be told
+    boot: str | None  # id of the holder's kernel since it started; None if it is unknown
     pid_namespace: str | None  # that of `pid`
     ticks: int | None  # start of the process, in clock ticks since the kernel started
     beat: int  # heartbeats so far
@@ -213,7 +213,7 @@ def is_live(run_dir: Path) -> bool:
 
 
 def _at_a_glance(content: bytes | None) -> Verdict:
-    """Whether a lease with this content is held, where a single look tells."""
+    """Whether a lease with this content is held; "unknown" if one read cannot decide it."""
     held = _parsed(content)
     if content is None or (held is not None and held.get("released")):
         return "free"

@@ -12,7 +12,7 @@ from pipeline.runs.files import read_json, write_json
 from pipeline.runs.records import Record
 
 FILE = "progress.json"
-SILENT_S = 60.0  # a driver that has not written for so long is told
+SILENT_S = 60.0  # a driver that has not written for so long is reported
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ TAG_CHARS = 5000
 KEY_CHARS = 250
 FOLDER_CHARS = 200
 ID_TAG = "adaptnet.run_dir_id"
-STATUS = {"STOPPED": "SCHEDULED"}  # MLflow's word for a run that may go on later; it has none for one that stopped
+STATUS = {"STOPPED": "SCHEDULED"}  # MLflow has no status for a stopped run that can be resumed; this is the closest
 SUMMARY_TAGS = {"note": "mlflow.note.content"}  # other facts become adaptnet.KEY
 
 

@@ -288,7 +288,7 @@ def _mend_id(file: str, *, own: bool) -> None:
             key=Path(file).name,
             subject=file,
         )
-    remark(Path(file), "it is written anew, since the checkpoints are in the run's own folder")
+    remark(Path(file), "it is rewritten, since the checkpoints are in the run's own folder")
 
 
 def _is_name(name: str) -> bool:

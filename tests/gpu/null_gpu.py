@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 NAMES = (
     *("LAUNCH", "H2D", "D2H", "D2D", "H2D_PAGEABLE", "SYNC_STREAM", "SYNC_DEVICE", "SYNC_EVENT"),
@@ -147,7 +148,7 @@ def _backward(
     )
 
 
-_library = torch.library.Library("aten", "IMPL")
-_library.impl("cudnn_convolution", _convolution, "CUDA")
-_library.impl("_conv_depthwise2d", _depthwise, "CUDA")
-_library.impl("convolution_backward", _backward, "CUDA")
+_aten = Library("aten", "IMPL")
+_aten.impl("cudnn_convolution", _convolution, "CUDA")
+_aten.impl("_conv_depthwise2d", _depthwise, "CUDA")
+_aten.impl("convolution_backward", _backward, "CUDA")

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from infra.gpu import photographs
-from infra.gpu.accept import Conductor, Table, line
+from infra.gpu.accept import Conductor, ResultTable, line
 from infra.gpu.expected import EXPECTED, Expected
 from infra.gpu.parts import PARTS, Part
 from infra.gpu.run import Run
@@ -54,7 +54,7 @@ def here(name: str, limit_s: float = 300.0) -> Part:
 def conductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Conductor:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(ROOT)
-    return Conductor(Table(tmp_path / "rows.json"), tmp_path, tmp_path, time.monotonic() + 600, small=True)
+    return Conductor(ResultTable(tmp_path / "rows.json"), tmp_path, tmp_path, time.monotonic() + 600, small=True)
 
 
 def test_a_part_that_dies_by_a_signal_is_a_row_and_its_other_cases_still_run(conductor: Conductor) -> None:
