@@ -48,10 +48,10 @@ class RunWatch:
         self._run_dir, self._compute, self._notify = run_dir, compute, notify or (lambda text: None)
         self._guardians = Guardians(self._failed, other_machines=compute.address is not None)
         self._ray: RayState | None = None
-        self._ray_told: str | None = None
+        self._ray_reported: str | None = None
         self._folder = FolderThread(run_dir)
         self._stop_at: float | None = None  # when a request to stop was seen
-        self._stop_told = False
+        self._stop_reported = False
         self._hang: str | None = None  # the reported hang that is not over
         self._killed_for: str | None = None  # the hang for which the ranks of this start were killed
         self._ending = False  # whether the ranks of this start were killed
@@ -208,15 +208,15 @@ class RunWatch:
         return hang_report.text(cause, concerned, self._folder.last_event, remarks)
 
     def _say_that_ray_is_frozen(self, ray: str | None) -> None:
-        if ray is not None and ray != self._ray_told:
+        if ray is not None and ray != self._ray_reported:
             self._notify(f"{ray}: the run ends as soon as its ranks need Ray")
             self._folder.event("ray-frozen", reason=ray)
-        self._ray_told = ray
+        self._ray_reported = ray
 
     def _say_what_a_stop_waits_for(self, now: float) -> None:
-        if self._stop_at is None or self._stop_told or now - self._stop_at < SAYS_WITHIN_S:
+        if self._stop_at is None or self._stop_reported or now - self._stop_at < SAYS_WITHIN_S:
             return
-        self._stop_told = True
+        self._stop_reported = True
         ranks = self._ranks()
         what = "; ".join(f"{each.name}: {each.phase} since {each.since(now)}" for each in ranks[:8])
         self._notify(f"the run was asked to stop, and waits for: {what or 'the workers, which have not started'}")
