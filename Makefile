@@ -5,6 +5,8 @@ SHELL := /bin/bash
 adaptnet := .venv/bin/adaptnet
 TESTS ?= tests
 export PYTHON
+# Without bytecode files each process of a test or a run would compile torch, Ray and MLflow anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help venv demo test test-slurm test-browser test-faults test-server test-newest check bench clean
 
