@@ -45,6 +45,8 @@ VERBS = {  # the module jobs.verbs.<verb> is imported when the verb is used
     "bench": "Measure our speed as a ratio to that of a named peer, in one run.",
 }
 
+Command = TyperCommand | TyperGroup  # Typer annotates its own methods with private classes
+
 INTERRUPTED = 130  # exit status after Ctrl-C, when work is unfinished
 STOPPED = 75  # exit status after a save and a stop on request; the same command resumes
 
@@ -69,34 +71,36 @@ class HelpFormatter(Protocol):
 class VerbGroup(TyperGroup):
     """Imports a verb's module when the verb is used, so that `adaptnet --help` need not import torch."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """The names of the verbs, in the order of VERBS."""
         return list(VERBS)
 
-    def get_command(self, ctx: typer.Context, cmd_name: str) -> TyperCommand | TyperGroup | None:
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Command | None:  # type: ignore[override]
         """The command of a verb, from its module; None if there is no such verb."""
         if cmd_name not in VERBS:
             return None
-        return _with_copyable_examples(get_command(importlib.import_module(f"jobs.verbs.{cmd_name}").app))
+        command = get_command(importlib.import_module(f"jobs.verbs.{cmd_name}").app)
+        assert isinstance(command, Command)
+        return _with_copyable_examples(command)
 
-    def resolve_command(
+    def resolve_command(  # type: ignore[override]
         self, ctx: typer.Context, args: list[str]
-    ) -> tuple[str | None, TyperCommand | TyperGroup | None, list[str]]:
+    ) -> tuple[str | None, Command | None, list[str]]:
         """Like the base class's method, but an unknown verb raises a ConfigError that suggests the closest one."""
         if args and args[0] not in VERBS and not args[0].startswith("-"):
             close = get_close_matches(args[0], VERBS, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             message = f"{args[0]}: no such verb; known: {', '.join(VERBS)}{hint}"
             raise ConfigError(message, key="verb", subject=args[0])
-        return super().resolve_command(ctx, args)
+        return super().resolve_command(ctx, args)  # type: ignore[return-value]
 
-    def format_commands(self, ctx: typer.Context, formatter: HelpFormatter) -> None:
+    def format_commands(self, ctx: typer.Context, formatter: HelpFormatter) -> None:  # type: ignore[override]
         """Writes the list of verbs without importing their modules."""
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
 
 
-def _with_copyable_examples(command: TyperCommand | TyperGroup) -> TyperCommand | TyperGroup:
+def _with_copyable_examples(command: Command) -> Command:
     """The command; its help, and that of its subcommands, shows each example on one line, ready to be copied."""
     paragraphs = (command.help or "").split("\n\n")
     lines = ("\b\n  " + " ".join(p.split()) if p.lstrip().startswith("adaptnet ") else p for p in paragraphs)

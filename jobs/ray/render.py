@@ -247,7 +247,7 @@ def check_launcher(site: Launched, made: Mapping[str, object]) -> None:
 
 def ray_cluster(site: Kubernetes) -> dict[str, object]:
     """The manifest of a RayCluster."""
-    made = {
+    made: dict[str, object] = {
         "apiVersion": "ray.io/v1",
         "kind": "RayCluster",
         "metadata": {"name": site.name, "namespace": site.namespace},
@@ -271,7 +271,7 @@ def ray_job(site: Kubernetes, arguments: Sequence[str]) -> dict[str, object]:
                 key="--run-dir",
                 subject=site.path,
             )
-    made = {
+    made: dict[str, object] = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": {"name": name, "namespace": site.namespace},

@@ -120,7 +120,8 @@ def status(
         return
     if address is None:
         cluster = _local(folder, name)
-        address = (cluster.read() or {}).get("address")
+        record = cluster.read()
+        address = record["address"] if record is not None else None
         if address is None or not cluster.is_running:
             typer.echo(f"{cluster.folder}: no cluster runs here; `adaptnet cluster up --local N` starts one")
             raise typer.Exit(1)

@@ -295,15 +295,15 @@ def diff(
     from pipeline.registry.resolve import resolve
 
     place = catalogue.address(uri)
-    versions = [catalogue.lookup(reference, place) for reference in (a, b)]
-    recipes = [describe(resolve(version.reference, uri)).recipe for version in versions]
-    differences = cards.differences(*versions, *recipes)
+    left, right = (catalogue.lookup(reference, place) for reference in (a, b))
+    recipes = [describe(resolve(version.reference, uri)).recipe for version in (left, right)]
+    differences = cards.differences(left, right, *recipes)
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in differences], indent=1))
     elif not differences:
         typer.echo(f"{a} and {b} do not differ in cards, recipes or figures")
     else:
-        rows = [["", *(version.reference for version in versions)], *([e.what, e.a, e.b] for e in differences)]
+        rows = [["", *(version.reference for version in (left, right))], *([e.what, e.a, e.b] for e in differences)]
         typer.echo(tables.align([[_shortened(cell) for cell in row] for row in rows], left=True))
 
 

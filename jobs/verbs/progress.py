@@ -5,15 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeline.errors import JsonValue
-from pipeline.runs.journal import Tail
+from pipeline.runs.journal import Record, Tail
 
 LINE_EVERY_S = 5.0
 POLL_S = 0.5
@@ -89,7 +88,7 @@ class View:
             self._printed = time.monotonic()
             self._console.print(self._facts(), highlight=False)
 
-    def _take(self, record: Mapping[str, JsonValue]) -> None:
+    def _take(self, record: Record) -> None:
         if "event" in record:
             self._total = record.get("total_steps", self._total)
             if record["event"] not in QUIET:
@@ -119,7 +118,7 @@ class View:
         return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
 
 
-def _event_line(record: Mapping[str, JsonValue]) -> str:
+def _event_line(record: Record) -> str:
     skip = ("event", "attempt", "fence", "time", "step")
     facts = ", ".join(f"{key} {value}" for key, value in record.items() if key not in skip and value not in (None, []))
     at = f" at step {record['step']}" if record.get("step") is not None else ""

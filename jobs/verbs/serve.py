@@ -36,8 +36,9 @@ class ServedNet:
         self._together.set_max_batch_size(most)
         self._together.set_batch_wait_timeout_s(wait_ms / 1000)
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005, max_concurrent_batches=2)  # one decodes, one computes
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005, max_concurrent_batches=2)  # type: ignore[untyped-decorator]
     async def _together(self, waiting: list[ServedRequest]) -> list[Answer]:
+        """Of two batches at once, one is decoded while the net computes the other."""
         return await asyncio.to_thread(answers, self._model, waiting, self._most)
 
     async def __call__(self, request: Request) -> JSONResponse:
@@ -54,4 +55,4 @@ class ServedNet:
 
 def app(arguments: Mapping[str, str | int | float | None]) -> serve.Application:
     """The application of infra/ray/serve.yaml; its `args` are the arguments of `ServedNet`."""
-    return ServedNet.bind(**arguments)
+    return ServedNet.bind(**arguments)  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.frontier import Budget, dominated
@@ -32,6 +32,9 @@ class StoredReport(TypedDict):
     num_images: int
     top1: float  # in 0..1
     macs_mean: float  # per image
+    macs_p95: NotRequired[float]  # per image; 95th percentile
+    full_share: NotRequired[float]  # mean MACs as a share of those of the whole net
+    precision: NotRequired[str]  # fp32, tf32 or bf16
 
 
 @dataclass(frozen=True)
