@@ -128,3 +128,16 @@ def _png(pixels: NDArray[np.generic], colour: int, claim: tuple[int, int] | None
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
     )
+
+
+def rgb_tiff(bits: int, form: int, side: int = 4) -> bytes:
+    """An uncompressed TIFF of three samples a pixel; form: 1 for integers, 3 for floats. Pillow writes none."""
+    data = bytes(side * side * 3 * bits // 8)
+    short, long, after = 3, 4, 8 + len(data)
+    bits_at, form_at = after, after + 6
+    tags = [(256, short, 1, side), (257, short, 1, side), (258, short, 3, bits_at), (259, short, 1, 1)]
+    tags += [(262, short, 1, 2), (273, long, 1, 8), (277, short, 1, 3), (278, short, 1, side)]
+    tags += [(279, long, 1, len(data)), (339, short, 3, form_at)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    lists = struct.pack("<6H", *[bits] * 3, *[form] * 3)
+    return b"II*\0" + struct.pack("<I", after + 12) + data + lists + struct.pack("<H", len(tags)) + entries + bytes(4)

@@ -7,7 +7,7 @@ import io
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline.data.image_headers import MAX_PIXELS, kind, looks_whole, upright_size
+from pipeline.data.image_headers import MAX_PIXELS, kind, looks_whole, tiff_samples, upright_size
 from pipeline.data.pack import shrink
 from pipeline.data.verdict import WholeDecoder
 from tests import images
@@ -119,3 +119,10 @@ def _pixels(image: Image.Image):  # type: ignore[no-untyped-def]
     import numpy as np
 
     return np.asarray(image.convert("RGB")).astype(np.int16)
+
+
+@pytest.mark.parametrize(("form", "numbers"), [(1, "integers"), (3, "floats")])
+def test_the_pixels_of_a_tiff_are_described(form: int, numbers: str) -> None:
+    tiff = images.rgb_tiff(bits=32, form=form)
+    assert kind(tiff) == "tiff" and tiff_samples(tiff) == f"3 samples of 32-bit {numbers}"
+    assert tiff_samples(tiff[:-40]) is tiff_samples(images.jpeg()) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -203,15 +204,21 @@ def test_other_options_of_sbatch_may_be_numbers_or_have_no_value(tmp_path: Path)
     assert "#SBATCH --mem=2048MB\n" in wider and "--mem=0" not in wider
 
 
-def test_a_module_that_cannot_be_loaded_ends_the_job_with_its_message(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_module_that_cannot_be_loaded_ends_the_job_with_its_message(tmp_path: Path, code: int) -> None:
+    """Also where a wrapper of the site hides the exit code."""
     (tmp_path / "s.yaml").write_text('modules: [gcc, "no such/1.0"]\nsetup: [echo WENT-ON]')
     text = scripts.script(plan(SubmitOptions("train", IMAGENET, site="s.yaml"))[0])
-    module = 'module() { echo "loaded $2"; [ "$2" = gcc ] || { echo "Unable to locate $2" >&2; return 1; }; }\n'
-    done = subprocess.run(["bash", "-c", module + text], capture_output=True, text=True)
+    module = 'module() { echo "loaded $2"; [ "$2" = gcc ] || { echo "$ERROR $2" >&2; return CODE; }; }\n'
+    module = module.replace("CODE", str(code))
+    error = "Lmod has detected the following error: The following module is unknown:"
+    done = subprocess.run(
+        ["bash", "-c", module + text], capture_output=True, text=True, env={**os.environ, "ERROR": error}
+    )
     assert done.returncode == 2 and "WENT-ON" not in done.stdout
     (tmp_path / "log").write_text(done.stdout)
     (line,) = records.last_lines([tmp_path / "log"])
-    assert "no such/1.0" in line and "Unable to locate" in line
+    assert "no such/1.0" in line and "Lmod has detected" in line
 
 
 @pytest.mark.parametrize(

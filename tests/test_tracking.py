@@ -301,12 +301,12 @@ def test_a_ledger_without_a_run_id_finds_its_run(runs: Path) -> None:
         sync(run_dir)
     client.restore_run(first.run_id)
     client.delete_experiment(client.get_run(first.run_id).info.experiment_id)
-    with fails(ResourceError, "tracking.experiment", subject="adaptnet") as caught:  # it brings its runs back
-        sync(run_dir)
-    number = client.get_run(first.run_id).info.experiment_id
-    assert f"mlflow experiments restore --experiment-id {number}" in str(caught.value)
-    assert f"MLFLOW_TRACKING_URI={resolve_uri(None, run_dir)}" in str(caught.value)
-    client.restore_experiment(number)
+    assert sync(run_dir).run_id == first.run_id, "the experiment was not restored with its run"
+    assert client.get_run(first.run_id).info.lifecycle_stage == "active"
+    client.delete_experiment(client.get_run(first.run_id).info.experiment_id)
+    other, _ = run_folder(runs / "b")  # a new run does not bring back what a person has deleted
+    with fails(ResourceError, "tracking.experiment", subject="adaptnet"):
+        sync(other)
     assert sync(run_dir).run_id == first.run_id
     (run_dir / "tracking.json").write_text("{")
     with fails(ResourceError, "tracking.json", subject=run_dir):

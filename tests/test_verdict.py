@@ -139,6 +139,8 @@ BAD = {
     "truncated TIFF": TIFF[: len(TIFF) * 3 // 4],
     "TIFF with a damaged lower strip": TIFF.replace(TIFF[len(TIFF) * 3 // 4 : len(TIFF) * 3 // 4 + 40], b"\xff" * 40),
     "32-bit TIFF": encoded(Image.fromarray(np.asarray(GREY).astype(np.int32)), "TIFF"),
+    "TIFF of three floats": images.rgb_tiff(bits=32, form=3),
+    "TIFF of three 32-bit integers": images.rgb_tiff(bits=32, form=1),
     "truncated WebP": GOOD["WebP"][:-30],
     "truncated BMP": GOOD["BMP"][:-3000],
     "truncated GIF": GOOD["GIF"][:-300],

@@ -11,6 +11,7 @@ from jobs.schedulers import gpus
 from jobs.schedulers.submission import Submission
 
 REQUEUE = "requeue"  # begins the names of files by which a task has the batch script requeue the job
+MODULE_ERRORS = ("Lmod has detected the following error", "Unable to locate a modulefile", "ModuleCmd_Load.c")
 # An elastic job has one task on each node that it gets, in a step that survives the loss of a node.
 ELASTIC = ("--ntasks-per-node=1", "--no-kill", "--wait=0", "--kill-on-bad-exit=0")
 
@@ -109,11 +110,13 @@ def _setup(submission: Submission) -> list[str]:
 def _load(module: str) -> str:
     """Loads a module, or ends the job with its message, from a second try in a subshell: the first changes this shell.
 
-    A job would else go on in the wrong environment.
+    A job would else go on in the wrong environment. A site's wrapper may hide the exit code; then the words of Lmod and
+    of Environment Modules tell.
     """
     load = f"module load {shlex.quote(module)}"
     why = f'"$({load} 2>&1 | tail -n 5 | tr "\\n" " ")"'
-    return f"{load} || {{ echo {shlex.quote(f'adaptnet: {load}: ')}{why}; exit 2; }}"
+    says = f'case "$({load} 2>&1)" in {"|".join(f"*{shlex.quote(words)}*" for words in MODULE_ERRORS)}) false;; esac'
+    return f"{load} && {says} || {{ echo {shlex.quote(f'adaptnet: {load}: ')}{why}; exit 2; }}"
 
 
 def _teardown(folder: Path) -> list[str]:

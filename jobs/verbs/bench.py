@@ -93,6 +93,7 @@ def step(
     if workers:
         rows += bench.workers(config, num_classes=classes, steps=steps, rounds=rounds)
     _print(rows)
+    _print_precision(config.compute.device, config.training.precision)
 
 
 @app.command(short_help="Compare the time that skipping saves with the MACs that it saves.")
@@ -119,6 +120,7 @@ def inference(
         shares = [f"{100 * cut.macs:.1f}", f"{100 * cut.time:.1f}", f"{cut.quotient:.3f}", f"{cut.peer_ms:.1f}"]
         cells.append([cut.name, str(cut.batch), str(cut.threads), *shares, cut.peer])
     typer.echo(tables.align(cells))
+    _print_precision("cpu")
 
 
 @app.command(short_help="Compare each family's training step with that of a plain net of the same MACs.")
@@ -152,6 +154,7 @@ def training(
             cells.append([name, f"{step.mmacs:.1f}", f"{step.ms:.2f}", quotient, *shares])
             kinds = [f"{kind} %" for kind in step.shares]
     typer.echo(tables.align([["net", "MMACs", "ms an image", "time per MAC", *kinds], *cells]))
+    _print_precision("cpu")
 
 
 @app.command(short_help="Measure what a sweep, a job on SLURM and more workers cost.")
@@ -258,6 +261,7 @@ def serve(
         times = [f"{load.requests_per_s:.1f}", f"{load.p50_ms:.1f}", f"{load.p99_ms:.1f}"]
         rows.append([load.server, str(load.clients), *times, str(load.refused)])
     typer.echo("\n" + tables.align(rows))
+    _print_precision("auto")
 
 
 def _pictures(path: Path, count: int) -> list[bytes]:
@@ -272,6 +276,15 @@ def _pictures(path: Path, count: int) -> list[bytes]:
     if not images:
         raise ConfigError(f"{path}: no image here", key="image", subject=path)
     return list(islice(cycle(images), count))
+
+
+def _print_precision(device: str, precision: str = "fp32") -> None:
+    """Names the precision of the arithmetic that was measured on `device` (auto, cpu or cuda)."""
+    from pipeline.training.loop import device_of
+    from pipeline.training.plan import precision_of, use_bf16
+
+    place = device_of(device)
+    typer.echo(f"precision: {precision_of(place, autocast=use_bf16(precision, place))}")
 
 
 def _print(rows: Sequence[BenchRow]) -> None:

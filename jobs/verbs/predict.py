@@ -101,7 +101,7 @@ def _print_lines(
     from pipeline.deploy.predicting import Unreadable, exceeded, full_macs
     from pipeline.evaluation.frontier import macs_text
 
-    typer.echo(f"{predictor.source}, policy {choice.policy}: {choice.why}")
+    typer.echo(f"{predictor.source}, policy {choice.policy} in {predictor.model.precision}: {choice.why}")
     answered, bad = [], []
     for answer in answers:
         if isinstance(answer, Unreadable):
@@ -132,6 +132,7 @@ def _print_json(
         "model": predictor.source,
         "policy": choice.policy,
         "why": choice.why,
+        "precision": predictor.model.precision,
         "images": [as_mapping(each) for each in answered],
         "unreadable": [as_mapping(each) for each in every if not isinstance(each, Classified)],
         "macs_mean": sum(each.macs for each in answered) / len(answered) if answered else None,

@@ -30,6 +30,8 @@ PILLOW = {  # our name of a format -> Pillow's
     "webp": "WEBP",
 }
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # with + offsets have 64 bits
+_SHORT, _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 3, 258, 339  # a type and two tags of TIFF
+_SAMPLE_FORMATS = {1: "integers", 2: "signed integers", 3: "floats"}
 _JPEG2000 = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")
 _UNREAD = {  # formats that are named in messages, by their first bytes
     b"%PDF": "PDF",
@@ -220,6 +222,28 @@ def _exif_orientation(tiff: bytes) -> int:
             value = struct.unpack_from(order + _INTEGERS[form], tiff, entry + 8)[0] if form in _INTEGERS else 1
             return value if 1 <= value <= 8 else 1
     return 1
+
+
+def tiff_samples(tiff: bytes) -> str | None:
+    """What a TIFF stores of a pixel, for people: "3 samples of 32-bit floats"; None if its first 4 GiB do not say."""
+    order, found = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4]), dict[int, tuple[int, ...]]()
+    if order is None:
+        return None
+    try:
+        (at,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, at)
+        for entry in range(at + 2, at + 2 + 12 * count, 12):
+            tag, form, number = struct.unpack_from(order + "HHI", tiff, entry)
+            if tag in (_BITS_PER_SAMPLE, _SAMPLE_FORMAT) and form == _SHORT:
+                place = entry + 8 if number <= 2 else struct.unpack_from(order + "I", tiff, entry + 8)[0]
+                found[tag] = struct.unpack_from(f"{order}{min(number, 16)}H", tiff, place)
+    except struct.error:
+        return None
+    bits, forms = found.get(_BITS_PER_SAMPLE), found.get(_SAMPLE_FORMAT, (1,))
+    if not bits or not forms:
+        return None
+    plural = "" if len(bits) == 1 else "s"
+    return f"{len(bits)} sample{plural} of {max(bits)}-bit {_SAMPLE_FORMATS.get(forms[0], 'data')}"
 
 
 def _png_size(encoded: bytes) -> tuple[int, int] | None:

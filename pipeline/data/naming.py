@@ -1,7 +1,9 @@
 """Rules for names: the split of a folder or tar, and whether a file is an image, may be one, or is irrelevant.
 
-Nothing is opened here. A file that is not used is *lost* if it may be an image: only those count in
-`data.max_bad_share`.
+Nothing is opened here. A file that is not used is *lost* if it may be an image or hold images: only those count in
+`data.max_bad_share`. So archives count, each as one file: they may hold images that nobody has unpacked. Texts, tables
+and programs do not: in folders the label is the folder's name. Hidden folders do not either: tools keep copies there
+(.git, .dvc, .ipynb_checkpoints). What does not count is listed nonetheless.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ _SYSTEM = frozenset(
     }
 )
 _COMPANIONS = """.txt .md .rst .json .jsonl .csv .tsv .xml .yaml .yml .toml .ini .cfg .html .htm .pdf .doc .docx .xls
-.xlsx .log .py .ipynb .sh .m .cls .idx .index .db .sqlite .lock .md5 .sha1 .sha256 .sha256sum .tar .gz .tgz .zip .xz
-.bz2 .7z .rar .url .bib .tex .lst .list .names"""  # texts, tables, programs, archives: never an image themselves
+.xlsx .log .py .ipynb .sh .m .cls .idx .index .db .sqlite .lock .md5 .sha1 .sha256 .sha256sum .url .bib .tex .lst .list
+.names"""  # texts, tables, programs: neither images nor holding any
 _BESIDE_A_SPLIT, _NO_IMAGES = frozenset(_FILLERS.split()), frozenset(_COMPANIONS.split())
 _EXTENSION = re.compile(r"\.[a-z][a-z0-9_+~-]{0,11}")
 _IMAGENET = re.compile(

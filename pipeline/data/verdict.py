@@ -30,6 +30,7 @@ from pipeline.data.image_headers import (
     not_applied,
     orientation,
     png_exif,
+    tiff_samples,
     upright_size,
 )
 from pipeline.data.store import open_file
@@ -127,7 +128,9 @@ def decodable(encoded: bytes) -> bytes:
     """
     form = kind(encoded)
     header = jpeg_header(encoded) if form == "jpeg" else None
-    reason = looks_whole(encoded) or _size_fault(form, header.upright if header else upright_size(encoded))
+    size = header.upright if header else upright_size(encoded)
+    unread = _tiff_fault(encoded) if form == "tiff" and size is None else None
+    reason = looks_whole(encoded) or unread or _size_fault(form, size)
     if reason:
         raise DecodeError(reason)
     if header is not None:
@@ -135,6 +138,16 @@ def decodable(encoded: bytes) -> bytes:
     if form == "png":
         return _tidied_png(encoded)
     return encoded if form == "webp" and _is_simple_webp(encoded) else _as_bmp(encoded, str(form))
+
+
+def _tiff_fault(encoded: bytes) -> str | None:
+    """Why Pillow does not open a TIFF, if that is for its kind of pixels."""
+    samples = tiff_samples(encoded)
+    if samples is None or samples.endswith(" 8-bit integers"):
+        return None
+    return (
+        f"TIFF of {samples} a pixel; read are 8 bits, grey of 16 bits, and one 32-bit float between 0 and 1: convert it"
+    )
 
 
 def _size_fault(form: str | None, size: tuple[int, int] | None) -> str | None:

@@ -48,6 +48,8 @@ def _facts(version: Version, run: TrackedRun | None, uri: str) -> Iterator[tuple
     for key, value in tags.items():
         if key.startswith("adaptnet.") and key not in NOT_FACTS:
             yield re.sub(r"[_.]", " ", key.removeprefix("adaptnet.")), value
+    if version.reports:
+        yield "precision", ", ".join(sorted({report.get("precision") or "not noted" for report in version.reports}))
     yield "made", time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created))
     if version.run_id is not None:
         yield from _of_run(version.run_id, run)

@@ -29,6 +29,7 @@ from pipeline.runs.files import whole_folder
 from pipeline.runs.records import Meta
 from pipeline.training import checkpoint
 from pipeline.training.memory import keep_freed_memory
+from pipeline.training.plan import precision_of
 
 if TYPE_CHECKING:
     from pipeline.data.dali import Decoding
@@ -193,6 +194,11 @@ class LoadedModel:
     _decoders: list[Decoding] = field(default_factory=list, compare=False, repr=False)  # idle ones, for later use
     _decoding: BoundedSemaphore = field(default_factory=_new_semaphore, compare=False, repr=False)
     lock: Lock = field(default_factory=Lock, compare=False, repr=False)  # held while the net runs
+
+    @property
+    def precision(self) -> str:
+        """The precision in which `predict` computes: fp32, or TF32 on a GPU that has it."""
+        return precision_of(self.device, autocast=False)
 
     @property
     def stored_reports(self) -> list[dict[str, JsonValue]]:

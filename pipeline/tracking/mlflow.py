@@ -52,13 +52,17 @@ class MlflowTracker:
         return self._ledger.run_id if self._ledger else None
 
     def open(self, run_dir: Path, recipe: Mapping[str, JsonValue]) -> Ledger:
-        """Finds or creates the MLflow run of the folder. Raises ResourceError if it was deleted in MLflow."""
+        """Finds or creates the MLflow run of the folder; restores its experiment, and it, if that was deleted.
+
+        Raises ResourceError if the run alone was deleted, or the server does not restore the experiment.
+        """
         client = self.answers.of(self._connect(self.uri))
         ledger = Ledger.open(run_dir)
         ledger.aim(self.uri, self._experiment)
         run = _find_run(client, ledger)
         if run is not None:
-            self._refuse_deleted(client, run, ledger)
+            run = self._restored(client, run)
+            self._refuse_deleted(run, ledger)
         if run is None:
             experiment = _experiment(client, self.uri, ledger.experiment)
             run = client.create_run(experiment, tags={ID_TAG: ledger.id}, run_name=run_dir.name)
@@ -67,11 +71,21 @@ class MlflowTracker:
         self._client, self._ledger, self.status = client, ledger, run.info.status
         return ledger
 
-    def _refuse_deleted(self, client: Client, run: RunEntity, ledger: Ledger) -> None:
-        """Raises ResourceError if the run or its experiment was deleted; an experiment is restored with its runs."""
+    def _restored(self, client: Client, run: RunEntity) -> RunEntity:
+        """The run; if its experiment was deleted, that is restored first, and all its runs with it."""
+        from mlflow.exceptions import MlflowException
+
         experiment = client.get_experiment(run.info.experiment_id)
-        if experiment.lifecycle_stage == "deleted":
-            raise deleted_experiment(experiment, self.place)
+        if experiment.lifecycle_stage != "deleted":
+            return run
+        try:
+            client.restore_experiment(experiment.experiment_id)
+        except MlflowException:  # the user may lack the permission
+            raise deleted_experiment(experiment, self.place) from None
+        return client.get_run(run.info.run_id)
+
+    def _refuse_deleted(self, run: RunEntity, ledger: Ledger) -> None:
+        """Raises ResourceError if the run was deleted."""
         if run.info.lifecycle_stage == "deleted":
             raise ResourceError(
                 f"the MLflow run {run.info.run_id} of {ledger.path.parent} was deleted: restore it with `"
