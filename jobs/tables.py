@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # pipeline.family imports torch, which takes seconds
+    from pipeline.evaluation.over_seeds import Spread
     from pipeline.family import Report
 
 MOST_FACTS = 64  # values of one fact that are printed
@@ -85,6 +86,12 @@ def _row(report: Report) -> list[str]:
     for entry in report.latency:
         row += [f"{entry.median_ms:.2f}", f"{entry.images_per_s:.0f}"]
     return row
+
+
+def of_spread(spread: Spread, factor: float, digits: int) -> list[str]:
+    """Mean, standard deviation and the interval's bounds as cells, times `factor`; "-" where one seed has none."""
+    values = (spread.mean, spread.sd, spread.low, spread.high)
+    return ["-" if value is None else f"{factor * value:.{digits}f}" for value in values]
 
 
 def of_attack(clean: Sequence[Report], attacked: Sequence[Report]) -> str:

@@ -19,6 +19,7 @@ from pipeline.errors import ConfigError, ResourceError, without_secrets
 if TYPE_CHECKING:
     from jobs.schedulers.profile import SiteProfile
     from jobs.schedulers.submission import Job, Resources, Submission, WorkerNeeds
+    from pipeline.execution.seeds import SeedRun
     from pipeline.run_config import ComputeConfig, RunConfig
 
 VERBS = ("train", "sweep", "evaluate", "report")
@@ -115,7 +116,9 @@ def submit(
 
       adaptnet submit train convnet_aig/toy --nodes 1 --time 30m --dry-run
 
-      adaptnet submit train convnet_aig/toy --array seed=1,2,3 --nodes 1 --time 30m --site example
+      adaptnet submit train convnet_aig/toy --seeds 3 --nodes 1 --time 30m --site example
+
+      adaptnet submit train convnet_aig/toy --array training.epochs=5,10 --nodes 1 --time 30m --site example
 
       adaptnet submit evaluate runs/convnet_aig-toy --where local
 
@@ -141,6 +144,7 @@ def run(options: SubmitOptions) -> None:
         return
     for job in submission.jobs:
         _refuse_second(Path(job.home))
+    _create_group(options, submission.jobs, configs)
     _write_recipes(submission.jobs, configs)
     for record in scheduler.submit(submission):
         remember_home(Path(record.home))
@@ -226,6 +230,7 @@ def _train(options: SubmitOptions, resources: Resources, profile: SiteProfile) -
     variables = {**os.environ, **profile.environment}
     layer = environment.recipe_layer(variables)
     overrides = [*_placement(resources), *_strings(parsed["overrides"])]
+    allowed = [word for key in _strings(parsed["allow_changed"]) for word in ("--allow-changed", key)]
     jobs, configs = [], []
     for override, suffix in _array_overrides(options.array):
         config = run_config.load(
@@ -237,13 +242,37 @@ def _train(options: SubmitOptions, resources: Resources, profile: SiteProfile) -
         if parsed["run_dir"]:
             given = Path(str(parsed["run_dir"]))
             run_dir = given.with_name(_shortened(given.name + suffix)) if suffix else given
-        run_dir = run_dir.absolute()
-        allowed = [word for key in _strings(parsed["allow_changed"]) for word in ("--allow-changed", key)]
-        recipe = run_dir / "slurm" / "recipe.yaml"
-        job = _job(options, resources, profile, home=run_dir, run_dir=run_dir, compute=config.compute)
-        jobs.append(replace(job, arguments=(str(recipe), "--run-dir", str(run_dir), *allowed)))
-        configs.append(config)
+        for run in _runs(config, run_dir.absolute(), options, parsed["seeds"]):
+            recipe = run.folder / "slurm" / "recipe.yaml"
+            job = _job(options, resources, profile, home=run.folder, run_dir=run.folder, compute=run.config.compute)
+            jobs.append(replace(job, arguments=(str(recipe), "--run-dir", str(run.folder), *allowed)))
+            configs.append(run.config)
     return jobs, configs
+
+
+def _runs(config: RunConfig, run_dir: Path, options: SubmitOptions, seeds: object) -> list[SeedRun]:
+    """The run of this config, or one run for each seed."""
+    from pipeline.execution import seeds as groups
+
+    if seeds is None:
+        return [groups.SeedRun(config, run_dir)]
+    if options.array is not None:
+        raise ConfigError(
+            f"--array (={options.array}): --seeds makes an array of its own; give one of them",
+            key="--array",
+            subject=options.array,
+        )
+    return groups.plan(config, int(str(seeds)), run_dir)
+
+
+def _create_group(options: SubmitOptions, jobs: Sequence[Job], configs: Sequence[RunConfig]) -> None:
+    """Makes the folder of the group of seeds, if these are its jobs."""
+    from pipeline.execution import seeds
+
+    parsed = _parsed(options) if options.verb == "train" else {"seeds": None}
+    if parsed["seeds"] is not None:
+        runs = [seeds.SeedRun(config, Path(job.home)) for config, job in zip(configs, jobs, strict=True)]
+        seeds.create(runs, _strings(parsed["allow_changed"]))
 
 
 def _other(options: SubmitOptions, resources: Resources, profile: SiteProfile) -> tuple[list[Job], list[RunConfig]]:

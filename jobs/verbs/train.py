@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,6 +17,10 @@ from pipeline.runs import lease
 
 if TYPE_CHECKING:
     from pipeline.execution.launch import Result
+    from pipeline.execution.seeds import PolicySpread, SeedOutcome, SeedRun
+    from pipeline.run_config import RunConfig
+
+SOME_FAILED = 1  # exit status when the training of a seed diverged
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -38,12 +42,18 @@ def train(
     allow_changed: Annotated[
         list[str] | None, typer.Option(help="key whose value may differ from that in the run's checkpoints; repeatable")
     ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="train so many seeds, from the recipe's on, as runs NAME-s1, NAME-s2, ..."),
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="print the resolved config and exit")] = False,
     listed: Annotated[
         bool, typer.Option("--list", is_eager=True, callback=_list_recipes, help="print every shipped recipe and exit")
     ] = False,
 ) -> None:
-    """Trains RECIPE, or resumes the run in its folder: the same command does both.
+    """Trains RECIPE, or resumes the run in its folder: the same command does both. With --seeds it trains one run after
+    the other, each in a folder of its own; finished ones are not trained again. They are the children of one MLflow
+    run, whose folder is NAME-seeds. Compare recipes with `adaptnet compare NAME-seeds OTHER-seeds`.
 
     Examples:
 
@@ -52,6 +62,8 @@ def train(
       adaptnet train convnet_aig/cifar10_small training.epochs=3 family.target_rate=0.6
 
       adaptnet train my_recipe.yaml --run-dir /scratch/me/run7 compute.workers=8
+
+      adaptnet train convnet_aig/toy --seeds 3
 
       adaptnet train --list
 
@@ -66,33 +78,107 @@ def train(
     if show:
         typer.echo(configs.dump_yaml(configs.as_mapping(config)), nl=False)
         typer.echo("\n".join(environment.origins(config, recipe, overrides or (), layer)))
+        if seeds is not None:
+            typer.echo(
+                f"# seeds: {config.seed} to {config.seed + seeds - 1}, as runs {config.name}-s{config.seed}, ..."
+            )
         return
+    folder = run_dir or Path("runs") / config.name
+    if seeds is not None:
+        _train_seeds(config, seeds, folder, allow_changed or ())
+    else:
+        _train_one(config, folder, allow_changed or ())
+
+
+def _train_one(config: RunConfig, folder: Path, allow_changed: Sequence[str]) -> None:
+    from pipeline.execution import seeds
+
+    received: set[int] = set()
+    if seeds.is_member(config):  # a job of an array
+        run = seeds.SeedRun(config, folder)
+        result = seeds.member(run, lambda each: _followed(each, allow_changed, received))
+    else:
+        result = _followed(seeds.SeedRun(config, folder), allow_changed, received)
+    _print_result(result)
+    if not result.finished:  # a nonzero status, so that a script does not run its next line
+        raise _stopped(received)
+
+
+def _stopped(received: set[int]) -> typer.Exit:
+    return typer.Exit(INTERRUPTED if signal.SIGINT in received else STOPPED)
+
+
+def _followed(run: SeedRun, allow_changed: Sequence[str], received: set[int]) -> Result:
+    """Trains one run and shows its progress; the signals that asked it to stop are added to `received`."""
     from jobs.verbs import progress
     from pipeline.execution import launch
 
-    folder = run_dir or Path("runs") / config.name
-    with progress.follow(folder) as view, stop_on_signals(folder) as received:
-        result = launch.train(
-            config,
-            folder,
-            allow_changed=allow_changed or (),
+    with progress.follow(run.folder) as view, stop_on_signals(run.folder, received):
+        return launch.train(
+            run.config,
+            run.folder,
+            allow_changed=allow_changed,
             progress=view.index,
             on_start=view.start,
             notify=view.notify,
         )
-    _print_result(result)
-    if not result.finished:  # a nonzero status, so that a script does not run its next line
-        raise typer.Exit(INTERRUPTED if signal.SIGINT in received else STOPPED)
+
+
+def _train_seeds(config: RunConfig, count: int, folder: Path, allow_changed: Sequence[str]) -> None:
+    from pipeline.execution import seeds
+
+    runs, received = seeds.plan(config, count, folder), set[int]()
+    seeds.create(runs, allow_changed)
+
+    def train_one(run: SeedRun) -> Result:
+        typer.echo(f"seed {run.config.seed}: {run.folder}")
+        result = _followed(run, allow_changed, received)
+        _print_result(result)
+        return result
+
+    outcome = seeds.train(runs, train_one)
+    _print_group(outcome)
+    if outcome.diverged:
+        raise typer.Exit(SOME_FAILED)
+    if not outcome.finished:
+        raise _stopped(received)
+
+
+def _print_group(outcome: SeedOutcome) -> None:
+    from pipeline.execution import seeds
+    from pipeline.tracking.ledger import Ledger
+
+    done = seeds.finished_runs(outcome.group)
+    typer.echo(f"\n{outcome.group}: {len(done)} seeds finished: {', '.join(map(str, done)) or 'none'}")
+    if found := seeds.spreads(done):
+        typer.echo(_of_spreads(found))
+    for name, reason in outcome.diverged.items():
+        typer.echo(f"failed: {name}: {reason}")
+    if not outcome.finished and not outcome.diverged:
+        typer.echo("stopped; the same command resumes, and trains no finished seed again")
+    if run_id := Ledger.peek(outcome.group).run_id:
+        typer.echo(f"MLflow run {run_id} is the parent of these runs")
+
+
+def _of_spreads(found: Sequence[PolicySpread]) -> str:
+    from jobs import tables
+
+    rows = [["policy", "top-1 %", "sd", "95 % from", "to", "MMACs", "sd", "n"]]
+    for each in found:
+        top1 = tables.of_spread(each.top1, 100, 2)
+        rows.append([each.policy, *top1, *tables.of_spread(each.macs, 1e-6, 3)[:2], str(each.top1.n)])
+    return tables.align(rows)
 
 
 @contextmanager
-def stop_on_signals(run_dir: Path) -> Iterator[set[int]]:
+def stop_on_signals(run_dir: Path, received: set[int] | None = None) -> Iterator[set[int]]:
     """SIGTERM, or Ctrl-C once, asks the run to save at its next step and stop; a second Ctrl-C quits at once.
 
-    Yields the set of signals received so far. A signal that was ignored before stays ignored, as Ctrl-C is for a
-    command that a script starts with `&`.
+    Yields the set of signals received so far, which is `received` if given. A signal that was ignored before stays
+    ignored, as Ctrl-C is for a command that a script starts with `&`.
     """
-    run_dir, received = run_dir.absolute(), set[int]()  # absolute: the working directory changes while Ray starts
+    run_dir = run_dir.absolute()  # the working directory changes while Ray starts
+    received = set() if received is None else received
     if threading.current_thread() is not threading.main_thread():
         yield received
         return

@@ -69,8 +69,8 @@ def policies(a: Evaluated, b: Evaluated, policy_a: str | None = None, policy_b: 
 
     Raises ConfigError for an unknown policy, and if an evaluation has no answers by image.
     """
-    report_a, report_b = _report(a, policy_a, "--policy-a"), _report(b, policy_b, "--policy-b")
-    hits_a, hits_b = _common(_hits(a, report_a.policy), _hits(b, report_b.policy))
+    report_a, report_b = report_of(a, policy_a, "--policy-a"), report_of(b, policy_b, "--policy-b")
+    hits_a, hits_b = _common(answers(a, report_a.policy), answers(b, report_b.policy))
     only_a, only_b = int((hits_a > hits_b).sum()), int((hits_b > hits_a).sum())
     low, high = interval(hits_a - hits_b)
     return PairedTest(
@@ -92,12 +92,12 @@ def at_equal_cost(a: Evaluated, b: Evaluated) -> list[AtCost]:
     Between two policies of its frontier a net runs one of them on a random share of the images, so that the mean cost
     is met: its top-1 is then on the line between them. Above its most expensive policy the curve is flat.
     """
-    front_a, front_b = _frontier(a), _frontier(b)
+    front_a, front_b = frontier_of(a), frontier_of(b)
     least = max(front_a[0].macs_mean, front_b[0].macs_mean)
     costs = sorted({report.macs_mean for report in (*front_a, *front_b) if report.macs_mean >= least})
     comparisons = []
     for macs in costs:
-        hits_a, hits_b = _common(_mixed(a, front_a, macs), _mixed(b, front_b, macs))
+        hits_a, hits_b = _common(answers_at(a, front_a, macs), answers_at(b, front_b, macs))
         difference = hits_a - hits_b
         means = float(hits_a.mean()), float(hits_b.mean()), float(difference.mean())
         comparisons.append(AtCost(macs, *means, *interval(difference)))
@@ -129,7 +129,8 @@ def interval(differences: Hits) -> tuple[float, float]:
     return float(bounds.low), float(bounds.high)
 
 
-def _report(net: Evaluated, policy: str | None, option: str) -> Report:
+def report_of(net: Evaluated, policy: str | None, option: str) -> Report:
+    """The report of a policy, by default the first one. Raises ConfigError with this option as its key."""
     by_name = {report.policy: report for report in net.reports}
     if policy is not None and policy not in by_name:
         raise ConfigError(
@@ -140,15 +141,15 @@ def _report(net: Evaluated, policy: str | None, option: str) -> Report:
     return net.reports[0] if policy is None else by_name[policy]
 
 
-def _frontier(net: Evaluated) -> list[Report]:
+def frontier_of(net: Evaluated) -> list[Report]:
     """The undominated policies, cheapest first."""
     beaten = dominated([r.macs_mean for r in net.reports], [r.top1 for r in net.reports])
     best = [report for report, is_beaten in zip(net.reports, beaten, strict=True) if not is_beaten]
     return sorted(best, key=lambda report: report.macs_mean)
 
 
-def _hits(net: Evaluated, policy: str) -> tuple[Rows, Hits]:
-    """(rows [N], hits [N]) of a policy."""
+def answers(net: Evaluated, policy: str) -> tuple[Rows, Hits]:
+    """(rows [N], hits [N]) of a policy. Raises ConfigError if there are no answers by image."""
     arrays = net.details(policy)
     if arrays is None:
         raise ConfigError(
@@ -159,15 +160,15 @@ def _hits(net: Evaluated, policy: str) -> tuple[Rows, Hits]:
     return arrays["rows"], hits(arrays)
 
 
-def _mixed(net: Evaluated, frontier: Sequence[Report], macs: float) -> tuple[Rows, Hits]:
-    """(rows, hits) of the net at this mean cost."""
+def answers_at(net: Evaluated, frontier: Sequence[Report], macs: float) -> tuple[Rows, Hits]:
+    """(rows [N], hits [N]) of the net at this mean cost, on its frontier."""
     cheaper = [report for report in frontier if report.macs_mean <= macs]
     more_expensive = [report for report in frontier if report.macs_mean > macs]
-    rows, hits = _hits(net, cheaper[-1].policy)
+    rows, hits = answers(net, cheaper[-1].policy)
     if not more_expensive:
         return rows, hits
     share = (macs - cheaper[-1].macs_mean) / (more_expensive[0].macs_mean - cheaper[-1].macs_mean)
-    other_rows, other_hits = _hits(net, more_expensive[0].policy)
+    other_rows, other_hits = answers(net, more_expensive[0].policy)
     assert np.array_equal(rows, other_rows)  # an evaluation runs every policy on the same images
     return rows, (1 - share) * hits + share * other_hits
 

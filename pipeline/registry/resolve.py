@@ -14,7 +14,7 @@ from pipeline.registry import store_reader
 from pipeline.registry.catalogue import Version, address, lookup
 from pipeline.registry.model import CARD, describe
 from pipeline.registry.session import session
-from pipeline.runs import records
+from pipeline.runs import records, seed_runs
 from pipeline.runs.files import move_folder, whole_folder, write_json
 from pipeline.tracking import recipe_of
 from pipeline.tracking.client import failures, reason_of
@@ -61,6 +61,9 @@ def _no_net(reference: str, why: str) -> ConfigError:
 
 def _checkpoint_of(run_dir: Path) -> Path:
     """The best checkpoint of a run, or its newest while it trains."""
+    if seeds := seed_runs.seeds_in(run_dir):
+        runs = ", ".join(str(seed_runs.folder_of(run_dir, seed)) for seed in seeds)
+        raise _no_net(str(run_dir), f"a group of {len(seeds)} seeds; name one of its runs: {runs}")
     storage = run_storage(run_dir)
     names = storage.names()
     if not names and (trials := sorted(path.parent.name for path in run_dir.glob("trials/*/config.yaml"))):

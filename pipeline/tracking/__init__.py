@@ -12,7 +12,7 @@ from pipeline.tracking.address import RegisteredName, TrackingConfig, resolve_ur
 from pipeline.tracking.client import connect
 from pipeline.tracking.folders import send_folder
 from pipeline.tracking.summary import RunSummary, summaries
-from pipeline.tracking.uploader import Sync, Uploader, recipe_of, sync, tracking_config
+from pipeline.tracking.uploader import Sync, Uploader, recipe_of, send_once, sync, tracking_config
 
 __all__ = [
     "RegisteredName",
@@ -24,6 +24,7 @@ __all__ = [
     "recipe_of",
     "resolve_uri",
     "send_folder",
+    "send_once",
     "summaries",
     "sync",
     "tracking_config",

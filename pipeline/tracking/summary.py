@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import CheckpointError, ResourceError
-from pipeline.runs import journal, lease
+from pipeline.runs import journal
 from pipeline.runs.files import DamagedFile, remark
 from pipeline.runs.progress import read as read_progress
 from pipeline.runs.records import Status, read_status
 from pipeline.tracking.ledger import Ledger
-from pipeline.tracking.uploader import last_status
+from pipeline.tracking.uploader import is_live, last_status
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _summary(run_dir: Path) -> RunSummary:
     sent, status = _sent(run_dir), _status(run_dir)
     otherwise = "FINISHED" if status.finished else "KILLED"
     ended = str((last_status(run_dir) or {}).get("status", otherwise))
-    running = lease.is_live(run_dir)
+    running = is_live(run_dir)
     progress = read_progress(run_dir) if running else None
     stall = progress.stall() if progress is not None else None
     return RunSummary(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline import config as configs
 from pipeline.errors import ConfigError, JsonValue, ResourceError, without_secrets
-from pipeline.runs import journal, lease, provenance, records
+from pipeline.runs import journal, lease, provenance, records, seed_runs
 from pipeline.runs.journal import Journal
 from pipeline.tracking.address import TrackingConfig, locked, resolve_uri, unusable
 from pipeline.tracking.client import failures, reason_of
@@ -183,6 +183,18 @@ def _composite(run_dir: Path, uri: str, config: TrackingConfig, recipe: Mapping[
     return Composite({name: Replay(run_dir, tracker, config, recipe) for name, tracker in trackers.items()})
 
 
+def send_once(run_dir: Path, config: TrackingConfig, recipe: Mapping[str, JsonValue], *, final: bool) -> list[str]:
+    """Makes one pass for each tracker over a folder that has no driver; returns why some did not take everything.
+
+    final: the record has ended. Nothing is sent while another process sends this folder.
+    """
+    with locked(run_dir / LOCK, wait=False) as mine:
+        if not mine:
+            return [f"another process is sending {run_dir}"]
+        trackers = _composite(run_dir, resolve_uri(config.uri, run_dir), config, recipe)
+        return [reason_of(error) for error in trackers.send(final=final).values()]
+
+
 @dataclass(frozen=True)
 class Sync:
     """The result of `sync`: the MLflow run, and the number of metrics sent."""
@@ -214,7 +226,7 @@ def sync(run_dir: Path, uri: str | None = None) -> Sync:
             )
         _end_if_dead(run_dir)
         trackers = _composite(run_dir, address, config, recipe)
-        errors = trackers.send(final=not lease.is_live(run_dir))
+        errors = trackers.send(final=not is_live(run_dir))
     for error in errors.values():
         raise _unsent(run_dir, address, error) from None  # a traceback would show the address with its password
     replay = trackers.replays[MLFLOW]
@@ -257,10 +269,16 @@ def last_status(run_dir: Path) -> journal.Record | None:
     return events[-1] if events else None
 
 
+def is_live(run_dir: Path) -> bool:
+    """Whether a driver works on the run, or on a run of the group that this folder is."""
+    runs = [seed_runs.folder_of(run_dir, seed) for seed in seed_runs.seeds_in(run_dir)]
+    return any(map(lease.is_live, (run_dir, *runs)))
+
+
 def _end_if_dead(run_dir: Path) -> None:
     """Writes the end of a driver that could not write it itself."""
     last = last_status(run_dir)
-    if last is not None and last["event"] == "driver-started" and not lease.is_live(run_dir):
+    if last is not None and last["event"] == "driver-started" and not is_live(run_dir):
         writer = Journal(run_dir / "journal", "driver", fence=last.get("fence", 0))
         writer.event("driver-ended", status="KILLED", error="the driver ended without a message")
         writer.close()
