@@ -537,8 +537,9 @@ def test_released_weights_load_by_name_and_completely(depth: int) -> None:
     theirs = {name: value for name, value in theirs.items() if not name.endswith("num_batches_tracked")}  # torch 0.3
     assert "layer2.0.shortcut.0.weight" in theirs and "layer3.1.fc1bn.running_var" in theirs
     assert load_pretrained(config, net, theirs) == Loaded([], [])
+    loaded = net.state_dict()
     for name, value in source.state_dict().items():
-        assert torch.equal(net.state_dict()[name], value), name
+        assert torch.equal(loaded[name], value), name
     with fails(ConfigError, "weights", subject="blocks.0.odd.weight"):
         load_pretrained(config, net, {**theirs, "layer1.0.odd.weight": torch.zeros(1)})
     with fails(ConfigError, "weights", subject="fc.bias"):

@@ -1170,23 +1170,36 @@ def test_a_released_checkpoint_of_each_net_and_mode_is_loaded_completely(
     kind: Any, mode: Any, side_px: int, width: float, tmp_path: Path
 ) -> None:
     config = ShapeConfig(net=kind, mode=mode, side_px=side_px, width=width)
-    source, classes = build(config, 10), 10
+    source = build(config, 10)
+    net, other = copy.deepcopy(source), build(config, 7)
     _randomise(source)
     for shortcut in SHORTCUTS if kind == "resnet50" else SHORTCUTS[:1]:
         theirs = released(config, source, shortcut)
-        torch.save({"state_dict": {f"module.{name}": value for name, value in theirs.items()}}, tmp_path / "best.pth")
-        found = weights_file.read(tmp_path / "best.pth").tensors
-        assert len(found) == len(theirs)
-        net = build(config, classes)
-        assert load_pretrained(config, net, found) == Loaded([], [])
-        for name, value in source.state_dict().items():
-            assert torch.equal(net.state_dict()[name], value), name
-        shuffled = dict(sorted(theirs.items()))  # as safetensors stores them
-        assert load_pretrained(config, build(config, classes), shuffled) == Loaded([], [])
+        assert load_pretrained(config, _zeroed(net), theirs) == Loaded([], [])
+        _assert_equal(net, source)
+    torch.save({"state_dict": {f"module.{name}": value for name, value in theirs.items()}}, tmp_path / "best.pth")
+    found = weights_file.read(tmp_path / "best.pth").tensors
+    assert len(found) == len(theirs)
+    shuffled = dict(sorted(found.items()))  # as safetensors stores them
+    assert load_pretrained(config, _zeroed(net), shuffled) == Loaded([], [])
+    _assert_equal(net, source)
     with fails(ConfigError, "--new-head"):
-        load_pretrained(config, build(config, 7), theirs)
-    loaded = load_pretrained(config, build(config, 7), theirs, new_head=True)
+        load_pretrained(config, other, theirs)
+    loaded = load_pretrained(config, other, theirs, new_head=True)
     assert len(loaded.left_out) == len(loaded.initial) == 2
+
+
+def _zeroed(net: ShapeNet) -> ShapeNet:
+    with torch.no_grad():
+        for value in net.state_dict().values():
+            value.zero_()
+    return net
+
+
+def _assert_equal(net: nn.Module, other: nn.Module) -> None:
+    wanted = other.state_dict()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, wanted[name]), name
 
 
 def _randomise(net: nn.Module) -> None:
@@ -1220,7 +1233,8 @@ def test_our_own_weights_are_loaded_completely() -> None:
     net, other = opened(small()), opened(small(), seed=1)
     move(other, 1.0, 2.0, 3.0)
     assert load_pretrained(small(), net, other.state_dict()) == Loaded([], [])
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in net.state_dict().items())
+    loaded = other.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in net.state_dict().items())
 
 
 # ---- initial weights and options
