@@ -21,8 +21,8 @@
 #SBATCH --wckey=submitit
 
 # setup
-module load cuda/13.0 || { echo 'adaptnet: module load cuda/13.0: '"$(module load cuda/13.0 2>&1 | tail -n 5 | tr "\n" " ")"; exit 2; }
-module load gcc/13 || { echo 'adaptnet: module load gcc/13: '"$(module load gcc/13 2>&1 | tail -n 5 | tr "\n" " ")"; exit 2; }
+module load cuda/13.0 && case "$(module load cuda/13.0 2>&1)" in *'Lmod has detected the following error'*|*'Unable to locate a modulefile'*|*ModuleCmd_Load.c*) false;; esac || { echo 'adaptnet: module load cuda/13.0: '"$(module load cuda/13.0 2>&1 | tail -n 5 | tr "\n" " ")"; exit 2; }
+module load gcc/13 && case "$(module load gcc/13 2>&1)" in *'Lmod has detected the following error'*|*'Unable to locate a modulefile'*|*ModuleCmd_Load.c*) false;; esac || { echo 'adaptnet: module load gcc/13: '"$(module load gcc/13 2>&1 | tail -n 5 | tr "\n" " ")"; exit 2; }
 export NCCL_DEBUG=WARN
 export MLFLOW_TRACKING_URI=http://tracking.example:5000
 export TMPDIR=/local
