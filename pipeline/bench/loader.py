@@ -87,7 +87,7 @@ def _on_cpus(count: int) -> Iterator[None]:
 
 @contextmanager
 def _ours(index: ImageIndex, threads: int, read_latency_s: float) -> Iterator[Iterator[Tensor]]:
-    config = DataConfig(root=index.root, side_px=SIDE)
+    config = DataConfig(root=index.root, side_px=SIDE, in_memory=False)
     made = TrainLoader(
         index,
         config,

@@ -293,7 +293,7 @@ def _decoding(config: DataConfig, train: ImageIndex) -> float:
 @contextmanager
 def _loader(config: DataConfig, train: ImageIndex, batch: int) -> Iterator[TrainLoader]:
     device = torch.device("cpu")
-    settings = config.model_copy(update={"decoder": "cpu"})
+    settings = config.model_copy(update={"decoder": "cpu", "in_memory": False})
     with TrainLoader(train, settings, seed=0, batch_size=batch, rank=0, world=1, device=device, threads=1) as loader:
         yield loader
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.data.crop_geometry import CropGeometry
 from pipeline.data.feed import Request
+from pipeline.data.in_memory import Item, Whole
 from pipeline.data.reader import Reader
 from pipeline.data.verdict import DecodeError
 
@@ -25,7 +26,7 @@ READY = 2  # decoded batches that wait for the training
 class BatchDecoder(Protocol):
     """Takes in batches and returns them decoded in the same order; unusable after an error."""
 
-    def put(self, encoded: Sequence[bytes], geometry: CropGeometry) -> None:
+    def put(self, images: Sequence[Item], geometry: CropGeometry) -> None:
         """Starts to decode a batch. Raises DecodeError."""
 
     def take(self) -> Tensor:
@@ -59,22 +60,38 @@ class LoaderFailure:
         Each image is decoded alone. Re-raises the error if no image is to blame.
         """
         for request in self.requests:
-            blamed = [(int(request.rows[position]), reason) for position, reason in _undecodable(request, decoder)]
+            blamed = list(_undecodable(request, _encoded(request), decoder))
             if blamed:
                 return blamed
         raise self.error
 
+    def not_whole(self, decoder: Callable[[], BatchDecoder]) -> set[int]:
+        """Rows of the images that were to be decoded whole, for the memory, and cannot be."""
+        whole = [
+            {at: each for at, each in enumerate(request.images) if isinstance(each, Whole)} for request in self.requests
+        ]
+        found = (_undecodable(*both, decoder) for both in zip(self.requests, whole, strict=True))
+        return {row for each in found for row, _ in each}
 
-def _undecodable(request: Request, new_decoder: Callable[[], BatchDecoder]) -> Iterator[tuple[int, str]]:
-    """(position, reason) of the images of a batch that do not decode."""
+
+def _encoded(request: Request) -> dict[int, bytes]:
+    """The images that were decoded, by position; those from memory were not."""
+    encoded = {at: each.encoded if isinstance(each, Whole) else each for at, each in enumerate(request.images)}
+    return {at: each for at, each in encoded.items() if isinstance(each, bytes)}
+
+
+def _undecodable(
+    request: Request, images: Mapping[int, Item], new_decoder: Callable[[], BatchDecoder]
+) -> Iterator[tuple[int, str]]:
+    """(row, reason) of those of the images, given by position, that do not decode."""
     decoder = new_decoder()
     try:
-        for position, encoded in enumerate(request.encoded):
+        for position, image in images.items():
             try:
-                decoder.put([encoded], request.geometry.only(position))
+                decoder.put([image], request.geometry.only(position))
                 decoder.take()
             except DecodeError as error:
-                yield position, str(error)
+                yield int(request.rows[position]), str(error)
                 decoder.close()
                 decoder = new_decoder()
     finally:
@@ -129,7 +146,7 @@ class Background:
         with closing(self._decoder()) as decoder:
             for request in self._requests:
                 in_decoder.append(request)
-                decoder.put(request.encoded, request.geometry)
+                decoder.put(request.images, request.geometry)
                 if len(in_decoder) > IN_DECODER:
                     yield _take(decoder, in_decoder)
             while in_decoder:

@@ -64,6 +64,8 @@ class DataConfig(Config):
     decoder: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu if the run computes on a GPU
     fancy_upsampling: bool = True  # on a GPU; false: less work, but JPEGs are off by 0.25 levels, 53 at most
     hw_decoder_load: Share = 0.65  # share of a GPU's JPEGs for its hardware decoder
+    # decoded images stay in each worker's memory; auto: if they take an eighth of its share of the node's, or less
+    in_memory: Literal["auto"] | bool = "auto"
     decode_threads: Threads | None = None  # per worker; null: the worker's CPUs
     io_threads: Threads = 8  # concurrent reads, per worker
     read_ahead: Threads = 4  # batches that are read before they are needed

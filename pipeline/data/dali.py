@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -31,6 +32,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.crop_geometry import CropGeometry
 from pipeline.data.feed import EvalSource, Request, TrainSource, read_ahead
 from pipeline.data.image_headers import upright_size
+from pipeline.data.in_memory import Item, Kept, NotKept, Whole, chosen, unresized
 from pipeline.data.index import ImageIndex
 from pipeline.data.philox import Ints
 from pipeline.data.reader import Reader
@@ -108,7 +110,9 @@ class TrainLoader:
         self._step, self._rank, self._world, self._latency_s = start_step, rank, world, read_latency_s
         self._on_event, self._new_decoder = on_event, make_decoder or Decoder
         self._named: set[int] = set()
-        self._decoder_config = DecoderConfig.of(config, device, threads, self.stream.most_rows(rank, world))
+        decoder_config = DecoderConfig.of(config, device, threads, self.stream.most_rows(rank, world))
+        self._on_cpu, self._decoder_config = replace(decoder_config, gpu=False), decoder_config
+        self._pictures = chosen(index, config.in_memory, gpu=decoder_config.gpu)
         self._thread: Background | None = None
 
     def __iter__(self) -> Iterator[TrainBatch]:
@@ -141,15 +145,42 @@ class TrainLoader:
             if isinstance(decoded, LoaderFailure):
                 stopped_at = stopped_at or time.monotonic()
                 self.close()
-                for row, reason in decoded.bad_rows(lambda: self._new_decoder(self._decoder_config.single())):
-                    self.bad.add(row, reason)
+                if not self._forgets(decoded):
+                    for row, reason in decoded.bad_rows(self._single):
+                        self.bad.add(row, reason)
             elif any(int(row) in self.bad for row in decoded.request.rows):  # found by another rank since
                 self.close()
             else:
                 return decoded, 0.0 if stopped_at is None else time.monotonic() - stopped_at
 
+    def _forgets(self, failure: LoaderFailure) -> bool:
+        """Whether the failure is about what was to stay in memory, and does not any more: images, or the whole set."""
+        if self._pictures is None:
+            return False
+        if isinstance(failure.error, NotKept):
+            if self.config.in_memory is True:
+                raise ConfigError(
+                    "data.in_memory (=true): of what a GPU decodes only lossless pictures that are not resized stay in "
+                    "memory; set data.in_memory=auto, or data.decoder=cpu",
+                    key="data.in_memory",
+                    subject=True,
+                )
+            self._pictures = None
+            return True
+        refused = failure.not_whole(self._single)
+        for row in refused:
+            self._pictures.refuse(row)
+        return bool(refused)
+
+    def _decoder(self) -> BatchDecoder:
+        return self._new_decoder(self._decoder_config if self._pictures is None else self._on_cpu)
+
+    def _single(self) -> BatchDecoder:
+        """A decoder of single images."""
+        return self._new_decoder((self._decoder_config if self._pictures is None else self._on_cpu).single())
+
     def close(self) -> None:
-        """Ends the background thread and frees what it holds; the next batch starts it again."""
+        """Ends the background thread and frees its decoder; the next batch starts it again. Pictures stay in memory."""
         if self._thread is not None:
             self._thread.close()
             self._thread = None
@@ -165,9 +196,9 @@ class TrainLoader:
             reader = Reader(self.index, self.config.io_threads, self._latency_s)
             known = BadImages(self.index, max_share=1.0)
             known.merge(self.bad.state())
-            source = TrainSource(self.stream, reader, known, self._rank, self._world)
+            source = TrainSource(self.stream, reader, known, self._rank, self._world, self._pictures)
             requests = read_ahead(source, count(self._step), self.config.read_ahead)
-            self._thread = Background(requests, reader, lambda: self._new_decoder(self._decoder_config), self.device)
+            self._thread = Background(requests, reader, self._decoder, self.device)
         return self._thread
 
     def _report(self, rows: Ints, pause_s: float) -> None:
@@ -271,7 +302,7 @@ class Decoding:
         sizes = np.array([upright_size(each) for each in usable.values()], dtype=np.int32).reshape(-1, 2)
         request = Request(
             rows=np.array(list(usable), dtype=np.int64),
-            encoded=list(usable.values()),
+            images=list(usable.values()),
             geometry=self._config.eval_geometry(sizes),
         )
         images = torch.empty(0, self._config.side_for_eval, self._config.side_for_eval, 3, dtype=torch.uint8)
@@ -290,7 +321,7 @@ class Decoding:
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             if self._decoder is None:
                 self._decoder = Decoder(self._decoder_config)
-            self._decoder.put(request.encoded, request.geometry)
+            self._decoder.put(request.images, request.geometry)
             return self._decoder.take()
 
     def close(self) -> None:
@@ -344,18 +375,19 @@ class Decoder:
         self._pipeline = _pipeline(config, self.in_dali)
         self._threads = ThreadPoolExecutor(config.threads, "adaptnet-resize") if not self.in_dali else None
         self._stream = torch.cuda.Stream(config.device) if config.gpu else None  # type: ignore[no-untyped-call]
-        self._geometries: deque[CropGeometry] = deque()
+        self._batches: deque[tuple[Sequence[Item], CropGeometry]] = deque()
 
-    def put(self, encoded: Sequence[bytes], geometry: CropGeometry) -> None:
-        """Starts to decode a batch."""
-        self._geometries.append(geometry)
-        if not len(geometry):
+    def put(self, images: Sequence[Item], geometry: CropGeometry) -> None:
+        """Starts to decode a batch. Only without a resize by DALI may it hold more than bytes."""
+        self._batches.append((images, geometry))
+        if isinstance(images, Kept):
             return
+        encoded, windows = _to_decode(images, geometry)
         with decode_errors():
             feed = self._pipeline.feed_input
             feed("encoded", [np.frombuffer(each, dtype=np.uint8) for each in encoded])
-            feed("start", np.ascontiguousarray(geometry.windows[:, :2]))
-            feed("shape", np.ascontiguousarray(geometry.windows[:, 2:]))
+            feed("start", np.ascontiguousarray(windows[:, :2]))
+            feed("shape", np.ascontiguousarray(windows[:, 2:]))
             if self.in_dali:
                 feed("size", geometry.sizes.astype(np.float32))
                 feed("origin", geometry.origins)
@@ -364,25 +396,34 @@ class Decoder:
 
     def take(self) -> Tensor:
         """Waits for the oldest batch."""
-        geometry = self._geometries.popleft()
+        images, geometry = self._batches.popleft()
         if not len(geometry):
             return torch.empty(0, geometry.side_px, geometry.side_px, 3, dtype=torch.uint8, device=self.config.device)
+        if isinstance(images, Kept):
+            return self._from_memory(images, geometry)
         with decode_errors():
             (pictures,) = self._pipeline.share_outputs()
             if self.config.gpu:
-                images = self._copied_on_gpu(pictures.as_tensor())
+                squares = self._copied_on_gpu(pictures.as_tensor())
             elif self.in_dali:
-                images = from_dlpack(pictures.as_tensor()).clone()
+                squares = from_dlpack(pictures.as_tensor()).clone()
             else:
-                images = self._squares([np.asarray(picture) for picture in pictures], geometry)
+                decoded = (np.asarray(picture) for picture in pictures)
+                squares = self._squares(_windows(images, decoded, geometry), geometry)
             self._pipeline.release_outputs()
-        return images
+        return squares
 
     def close(self) -> None:
         """Frees the pipeline and the threads."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
         del self._pipeline
+
+    def _from_memory(self, images: Kept, geometry: CropGeometry) -> Tensor:
+        squares = images.squares(geometry)
+        if squares is None:
+            return self._squares(_windows(images, (), geometry), geometry)
+        return torch.from_numpy(squares).pin_memory() if self.config.pinned else torch.from_numpy(squares)
 
     def _copied_on_gpu(self, pictures: TensorGPU) -> Tensor:
         """A finished copy that torch owns, so that DALI may reuse its buffers."""
@@ -404,10 +445,38 @@ class Decoder:
             for at in positions:
                 _cut(_resized(pictures[at], sizes[at]), origins[at], squares[at])
 
+        if unresized(geometry):
+            cut(everything)
+            return images
         assert self._threads is not None
         parts = [everything[at : at + RESIZED_PER_TASK] for at in everything[::RESIZED_PER_TASK]]
         deque(self._threads.map(cut, parts), maxlen=0)
         return images
+
+
+def _to_decode(images: Sequence[Item], geometry: CropGeometry) -> tuple[list[bytes], NDArray[np.int32]]:
+    """The images that are not in memory, and the window of each that is decoded, [b, 4]."""
+    encoded, windows = list[bytes](), list[int]()
+    for image, window in zip(images, geometry.windows.tolist(), strict=True):
+        if isinstance(image, bytes):
+            encoded.append(image)
+            windows += window
+        elif isinstance(image, Whole):
+            encoded.append(image.encoded)
+            windows += [0, 0, image.height, image.width]
+    return encoded, np.array(windows, dtype=np.int32).reshape(-1, 4)
+
+
+def _windows(images: Sequence[Item], decoded: Iterable[Pixels], geometry: CropGeometry) -> list[Pixels]:
+    """The windows [h, w, 3] of all images, some of them decoded; a picture that was decoded whole is kept."""
+    fresh, found = iter(decoded), []
+    for image, (y, x, height, width) in zip(images, geometry.windows.tolist(), strict=True):
+        if isinstance(image, bytes):
+            found.append(next(fresh))
+        else:
+            picture = image.keep(next(fresh)) if isinstance(image, Whole) else image
+            found.append(picture[y : y + height, x : x + width])
+    return found
 
 
 def _resized(picture: Pixels, size: list[int]) -> Pixels:

@@ -1,9 +1,9 @@
-"""Batches of encoded images for the decoder: read ahead of their use, with unreadable images already replaced."""
+"""Batches of images for the decoder: read ahead of their use, with unreadable images already replaced."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -13,6 +13,7 @@ from pipeline.data import augment
 from pipeline.data.bad import BadImages
 from pipeline.data.config import DataConfig
 from pipeline.data.crop_geometry import CropGeometry
+from pipeline.data.in_memory import Item, Pictures
 from pipeline.data.index import ImageIndex
 from pipeline.data.philox import Ints
 from pipeline.data.reader import Pending, Read, Reader
@@ -23,10 +24,10 @@ B = TypeVar("B")
 
 @dataclass(frozen=True)
 class Request:
-    """A batch for the decoder: b encoded images and what to cut from them."""
+    """A batch for the decoder: b images, encoded or from memory, and what to cut from them."""
 
     rows: Ints  # [b], of the images that are shown
-    encoded: Sequence[bytes]
+    images: Sequence[Item]
     geometry: CropGeometry
     unreadable: Sequence[tuple[int, str]] = ()  # (row, reason) of images whose bytes cannot be decoded
     plan: BatchPlan | None = None  # set for a training step only
@@ -53,37 +54,76 @@ def read_ahead(source: Source[B], numbers: Iterable[int], ahead: int) -> Iterato
         yield source.finish(under_way.popleft())
 
 
+@dataclass(frozen=True)
+class BegunStep:
+    """A step whose images are being read: those at the positions `missing` of `rows`."""
+
+    plan: BatchPlan
+    rows: Ints
+    missing: Ints
+    reads: Pending
+
+
 class TrainSource:
     """The steps of the stream; a bad image is replaced before it is decoded.
 
-    known: bad images; those that are found here are added.
+    known: bad images; those that are found here are added. pictures: images in memory, which are not read.
     """
 
-    def __init__(self, stream: Stream, reader: Reader, known: BadImages, rank: int, world: int) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        reader: Reader,
+        known: BadImages,
+        rank: int,
+        world: int,
+        pictures: Pictures | None = None,
+    ) -> None:
         self.stream, self.reader, self.known, self.rank, self.world = stream, reader, known, rank, world
+        self.pictures = pictures
 
-    def begin(self, number: int) -> tuple[BatchPlan, Ints, Pending]:
+    def begin(self, number: int) -> BegunStep:
         """Starts to read the batch of step `number`, and fetches the bytes that block shuffle needs later."""
         plan = self.stream.plan(number, self.rank, self.world)
         rows = plan.rows.copy()
         for position in [at for at, row in enumerate(rows) if int(row) in self.known]:
             rows[position] = self.known.replacement(int(rows[position]))
-        begun = self.reader.start(rows)
-        self.reader.fetch(self.stream.ahead(plan))
-        return plan, rows, begun
+        missing = self._missing(rows)
+        begun = self.reader.start(rows[missing])
+        ahead = self.stream.ahead(plan)
+        self.reader.fetch(ahead[self._missing(ahead)])
+        return BegunStep(plan, rows, missing, begun)
 
-    def finish(self, begun: tuple[BatchPlan, Ints, Pending]) -> Request:
+    def finish(self, begun: BegunStep) -> Request:
         """The batch, with unreadable images replaced. Raises DataError if a class has no readable image left."""
-        plan, rows, futures = begun
-        reads: list[Read] = [read for future in futures for read in future.result()]
+        plan, rows = begun.plan, begun.rows
+        found = [read for future in begun.reads for read in future.result()]
+        reads = dict(zip(begun.missing.tolist(), found, strict=True))
         unreadable = []
-        for at, read in enumerate(reads):
+        for at, read in reads.items():
             while read.reason:
                 if self.known.add(int(rows[at]), read.reason):
                     unreadable.append((int(rows[at]), read.reason))
                 rows[at] = self.known.replacement(int(plan.rows[at]))
                 read = reads[at] = self.reader.read(int(rows[at]))
-        return Request(rows, [read.encoded for read in reads], self._geometry(plan, rows), unreadable, plan)
+        geometry = self._geometry(plan, rows)
+        return Request(rows, self._images(rows, reads, geometry), geometry, unreadable, plan)
+
+    def _missing(self, rows: Ints) -> Ints:
+        """Positions of the rows that have to be read."""
+        return np.arange(len(rows)) if self.pictures is None else np.flatnonzero(self.pictures.missing(rows))
+
+    def _images(self, rows: Ints, reads: Mapping[int, Read], geometry: CropGeometry) -> Sequence[Item]:
+        pictures = self.pictures
+        if pictures is None:
+            return [read.encoded for read in reads.values()]
+        pictures.check(geometry)
+        if not reads:
+            return pictures.kept(rows)
+        return [
+            pictures.item(row, reads[at].encoded) if at in reads else pictures.picture(row)
+            for at, row in enumerate(rows.tolist())
+        ]
 
     def _geometry(self, plan: BatchPlan, rows: Ints) -> CropGeometry:
         index, windows = self.reader.index, plan.windows
