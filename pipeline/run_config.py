@@ -22,7 +22,8 @@ from pipeline.training.config import CheckpointConfig, EvaluationConfig, Logging
 IDENTITY = "data.identity"
 DUMPED = {"name", "seed", "family", "data", "training", "compute", "checkpoint", "evaluation", "logging", "tracking"}
 STREAM = (  # keys of data that are in the fingerprint
-    *("held_out", "side_px", "side_schedule", "augment", "mean", "std", "shuffle", "lanes", "window"),
+    *("held_out", "side_px", "side_schedule", "side_choices", "aug_repeats", "augment", "mean", "std"),
+    *("shuffle", "lanes", "window"),
 )
 NOT_LEARNED = ("compile", "cuda_graphs", "channels_last", "start_from", "new_head")  # not in the fingerprint
 
@@ -117,6 +118,9 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _meant(self, info: ValidationInfo) -> RunConfig:
+        repeats, batch_size = self.data.aug_repeats, self.training.batch_size
+        if batch_size % repeats and not is_stored(info):
+            raise fault("data.aug_repeats", f"it must divide training.batch_size, which is {batch_size}")
         late = [epoch for epoch, _ in self.data.side_schedule if epoch >= self.training.epochs]
         if late and not is_stored(info):
             epochs = f"training.epochs is {self.training.epochs:g}"

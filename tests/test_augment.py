@@ -22,8 +22,13 @@ from pipeline.data import augment
 from pipeline.data.augment import AugmentConfig
 from pipeline.data.augment.cutmix import box_of, cutmix
 from pipeline.data.augment.flip import Flip, mirror
+from pipeline.data.augment.levels import ENHANCES, MOVES, NAMES, Strongest, arguments
 from pipeline.data.augment.low_pass import low_pass
 from pipeline.data.augment.mixup import mixup
+from pipeline.data.augment.pixel_ops import PixelOp
+from pipeline.data.augment.policies import POLICIES, steps_of
+from pipeline.data.augment.rand_augment import argument
+from pipeline.data.augment.random_erasing import erased
 from pipeline.data.config import DataConfig
 from pipeline.data.philox import Ints, SampleKeys
 from pipeline.errors import ConfigError, ContractError
@@ -116,6 +121,154 @@ def test_an_operation_that_is_off_draws_nothing() -> None:
     assert set(augment.draw(AugmentConfig(), keys(5), side_px=32)) == {"flip"}
 
 
+# --- chains of operations
+
+EVERYTHING = AugmentConfig(
+    auto_augment="rand",
+    rand_std=0.5,
+    rand_increasing=True,
+    color_jitter=0.3,
+    grayscale=0.2,
+    gaussian_blur=0.2,
+    low_pass_px=(8,),
+    random_erasing=0.5,
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EVERYTHING,
+        *(AugmentConfig(auto_augment=m) for m in ("trivial-wide", "cifar10")),
+        AugmentConfig(three_augment=True),
+    ],
+    ids=lambda config: config.auto_augment or "three",
+)
+def test_draws_depend_on_the_seed_the_epoch_and_the_image_alone(config: AugmentConfig) -> None:
+    whole, some = keys(500), np.array([3, 499, 7])
+    draws = augment.draw(config, whole, side_px=32)
+    for name, part in augment.draw(config, whole.only(some), side_px=32).items():
+        assert np.array_equal(part, draws[name][some])
+    for other in (keys(500, epoch=1), keys(500, seed=2)):
+        again = augment.draw(config, other, side_px=32)
+        assert all(not np.array_equal(again[name], draws[name]) for name in draws)
+
+
+def shares(ops: np.ndarray) -> dict[PixelOp, float]:
+    return {PixelOp(op): count / ops.size for op, count in zip(*np.unique(ops, return_counts=True), strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("transform", "bins", "strongest"),
+    [
+        (v2.TrivialAugmentWide(), 31, Strongest(0.99, 32.0, rotate=135.0, enhance=0.99, posterize=6)),
+        (v2.AutoAugment(), 10, Strongest(0.3, 150 / 331 * 64, rotate=30.0, enhance=0.9, posterize=4)),
+    ],
+)
+def test_levels_mean_what_they_mean_in_torchvision(transform: v2.Transform, bins: int, strongest: Strongest) -> None:
+    table = arguments(strongest, bins)
+    for name, (levels, is_signed) in transform._AUGMENTATION_SPACE.items():
+        theirs = levels(bins, 64, 64)
+        assert is_signed == (NAMES[name] in (*MOVES, *ENHANCES))
+        scale = 255 if name == "Solarize" else 1
+        assert table[NAMES[name]].tolist() == ([0] * bins if theirs is None else [scale * x for x in theirs.tolist()])
+
+
+def test_trivial_augment_draws_each_operation_level_and_direction_alike() -> None:
+    chains = drawn(AugmentConfig(auto_augment="trivial-wide"), "auto_augment", 40_000)
+    assert chains.shape == (40_000, 1, 2)
+    found = shares(chains[..., 0])
+    assert set(found) == {*NAMES.values()} - {PixelOp.INVERT}
+    assert list(found.values()) == pytest.approx([1 / 14] * 14, abs=0.006)
+    angles, counts = np.unique(chains[chains[..., 0] == PixelOp.ROTATE][:, 1], return_counts=True)
+    assert (
+        angles == pytest.approx(4.5 * np.arange(-30, 31), abs=1e-4)
+        and abs(counts[:30].sum() / counts.sum() - 0.49) < 0.03
+    )
+    moved = chains[chains[..., 0] == PixelOp.TRANSLATE_X][:, 1]
+    assert (moved == np.trunc(moved)).all() and (moved.min(), moved.max()) == (-32, 32)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_are_torchvisions(name: str) -> None:
+    theirs = v2.AutoAugment(v2.AutoAugmentPolicy(name))._policies
+    ours = [[(PixelOp(int(op)), p, int(level)) for op, p, level in pair] for pair in steps_of(name)]
+    assert ours == [[(NAMES[op], p, level or 0) for op, p, level in pair] for pair in theirs]
+
+
+def test_operations_of_a_policy_are_applied_with_their_probability() -> None:
+    chains = drawn(AugmentConfig(auto_augment="imagenet"), "auto_augment", 40_000)
+    pairs = steps_of("imagenet")
+    for op in (PixelOp.EQUALIZE, PixelOp.POSTERIZE, PixelOp.ROTATE):
+        expected = (pairs[..., 1] * (pairs[..., 0] == op)).sum(0) / len(pairs)
+        assert (chains[..., 0] == op).mean(0) == pytest.approx(expected, abs=0.01)
+    turns = chains[chains[..., 0] == PixelOp.ROTATE][:, 1]
+    assert abs((turns > 0).mean() - 0.5) < 0.03 and np.abs(turns).max() == 30
+
+
+LEVEL_9 = {  # timm's arguments at m9 of 10, for images of 100 px: with inc1, and without
+    PixelOp.POSTERIZE: (1, 3),
+    PixelOp.SOLARIZE: (26, 230),
+    PixelOp.SOLARIZE_ADD: (99, 99),
+    PixelOp.SHEAR_X: (0.27, 0.27),
+    PixelOp.TRANSLATE_Y: (40, 40),
+    PixelOp.ROTATE: (27, 27),
+    PixelOp.CONTRAST: (1.81, 1.72),
+    PixelOp.EQUALIZE: (0, 0),
+}
+
+
+@pytest.mark.parametrize("op", LEVEL_9)
+def test_levels_of_rand_augment_are_timms(op: PixelOp) -> None:
+    for increasing, expected in zip((True, False), LEVEL_9[op], strict=True):
+        found = argument(np.full(2, op), np.full(2, 0.9), np.array([False, True]), 100, increasing=increasing)
+        other = {PixelOp.CONTRAST: 0.19 if increasing else 1.72}.get(op, -expected if op in MOVES else expected)
+        assert found.tolist() == pytest.approx([expected, other])
+
+
+def test_rand_augment_applies_half_of_its_operations_at_levels_around_its_own() -> None:
+    config = AugmentConfig(auto_augment="rand", rand_ops=3, rand_magnitude=6.0, rand_std=0.5, rand_increasing=True)
+    chains = drawn(config, "auto_augment", 20_000)
+    found = shares(chains[..., 0])
+    assert chains.shape == (20_000, 3, 2) and abs(found.pop(PixelOp.IDENTITY) - 0.5) < 0.01
+    assert list(found.values()) == pytest.approx([1 / 30] * 15, abs=0.004)
+    levels = np.abs(chains[chains[..., 0] == PixelOp.ROTATE][:, 1]) / 3
+    assert (levels.mean(), levels.std()) == pytest.approx((6, 0.5), abs=0.05)
+    config = AugmentConfig(auto_augment="rand", rand_magnitude=10.0, rand_std=3.0)
+    turns = np.abs(drawn(config, "auto_augment", 5000)[..., 1])[
+        drawn(config, "auto_augment", 5000)[..., 0] == PixelOp.ROTATE
+    ]
+    assert turns.max() == 30
+
+
+def test_three_augment_draws_one_of_three_and_jitter_each_order_and_factor_alike() -> None:
+    chains = drawn(AugmentConfig(three_augment=True), "three_augment", 30_000)
+    assert shares(chains[..., 0]) == pytest.approx(dict.fromkeys((7, 11, 16), 1 / 3), abs=0.01)
+    blurs = chains[chains[..., 0] == PixelOp.BLUR][:, 1]
+    assert kolmogorov_smirnov(blurs, np.linspace(0.1, 2, 1000)) < 0.02
+    chains = drawn(AugmentConfig(color_jitter=0.4), "color_jitter", 30_000)
+    orders = Counter(map(tuple, chains[..., 0].astype(int).tolist()))
+    assert len(orders) == 6 and max(orders.values()) - min(orders.values()) < 500
+    assert all(kolmogorov_smirnov(chains[:, at, 1], np.linspace(0.6, 1.4, 1000)) < 0.02 for at in range(3))
+
+
+@pytest.mark.parametrize(("name", "op"), [("grayscale", PixelOp.COLOR), ("gaussian_blur", PixelOp.BLUR)])
+def test_grey_and_blur_have_their_probability(name: str, op: PixelOp) -> None:
+    chains = drawn(AugmentConfig(**{name: 0.2}), name, 20_000)
+    assert shares(chains[..., 0]) == pytest.approx({PixelOp.IDENTITY: 0.8, op: 0.2}, abs=0.01)
+
+
+def test_erased_rectangles_are_distributed_as_torchvisions() -> None:
+    ours = drawn(AugmentConfig(random_erasing=0.4), "random_erasing", 30_000)
+    assert abs((ours[:, 2] > 0).mean() - 0.4) < 0.01 and (ours[:, :2] + ours[:, 2:] <= 32).all()
+    transform, picture = v2.RandomErasing(p=1.0), torch.empty(3, 32, 32)
+    torch.manual_seed(0)
+    params = [transform.make_params([picture]) for _ in range(6000)]
+    theirs = np.array([[each[name] for name in "ijhw"] for each in params])
+    for at in range(4):
+        assert kolmogorov_smirnov(ours[ours[:, 2] > 0][:, at], theirs[:, at]) < 0.03
+
+
 # --- on the device
 
 
@@ -179,6 +332,30 @@ def test_cutmix_is_torchvisions_for_the_same_share_and_centre(monkeypatch: pytes
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
+def test_rectangles_are_erased_as_in_torchvision() -> None:
+    images, _ = batch()
+    rectangles = torch.tensor([[0, 0, 0, 0], [2, 3, 5, 4], [0, 11, 12, 1], [4, 4, 8, 8], [11, 0, 1, 11], [0, 0, 0, 0]])
+    before, found = images.clone(), erased(images, rectangles)
+    places = zip(images, rectangles.tolist(), strict=True)
+    wanted = [v2.functional.erase(image, *place, torch.zeros(1)) for image, place in places]
+    assert torch.equal(found, torch.stack(wanted)) and torch.equal(images, before)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_pixels_do_not_depend_on_how_a_batch_is_split_into_micro_batches() -> None:
+    images = torch.randint(0, 256, (12, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    drawn_here = augment.draw(EVERYTHING, keys(12), side_px=16)
+    draws = augment.placed(EVERYTHING, drawn_here, torch.device("cpu"))
+
+    def changed(rows: slice) -> Tensor:
+        mine = {name: each[rows] for name, each in draws.items()}
+        pictures = augment.apply_to_uint8(EVERYTHING, images[rows], mine).permute(0, 3, 1, 2).float()
+        return augment.apply_to_normalised(EVERYTHING, pictures, mine)
+
+    whole = changed(slice(0, 12))
+    assert torch.equal(torch.cat([changed(slice(0, 5)), changed(slice(5, 6)), changed(slice(6, 12))]), whole)
+
+
 def test_without_alphas_nothing_is_changed() -> None:
     images, labels = batch()
     found = mixed(AugmentConfig(), images, labels, 1, 2, 0)
@@ -216,11 +393,13 @@ def test_keys_that_change_nothing_are_named_with_the_reason() -> None:
     def inert(**keys: object) -> set[str]:
         return set(AugmentConfig.inert(AugmentConfig(**keys).model_dump(mode="json")))
 
-    assert inert() == {"pad_px", "low_pass"}
-    assert inert(crop="random-pad", low_pass_px=(8,)) == {"scale", "ratio"}
-    assert inert(crop="none") == {"scale", "ratio", "pad_px", "low_pass"}
+    rand = {"rand_ops", "rand_magnitude", "rand_std", "rand_increasing"}
+    assert inert() == {"pad_px", "low_pass", "fill", *rand}
+    assert inert(crop="random-pad", low_pass_px=(8,), auto_augment="rand") == {"scale", "ratio"}
+    assert inert(crop="none", auto_augment="svhn") == {"scale", "ratio", "pad_px", "low_pass", *rand}
     assert set(DataConfig.inert({"shuffle": "full"})) == {"lanes", "window"}
     assert not DataConfig.inert({"shuffle": "block"})
+    assert set(DataConfig.inert({"shuffle": "block", "side_choices": [32, 48]})) == {"side_schedule"}
 
 
 @pytest.mark.parametrize(
@@ -232,6 +411,8 @@ def test_keys_that_change_nothing_are_named_with_the_reason() -> None:
         ("crop", "centre"),
         ("pad_px", -1),
         ("blur", 1),
+        ("auto_augment", "augmix"),
+        ("random_erasing", 2),
     ],
 )
 def test_a_wrong_value_or_key_is_refused_by_name(key: str, value: object) -> None:
@@ -239,9 +420,15 @@ def test_a_wrong_value_or_key_is_refused_by_name(key: str, value: object) -> Non
         validate(DataConfig, {"root": "/x", "augment": {key: value}}, "here")
 
 
+def test_two_augmentations_that_replace_each_other_are_refused() -> None:
+    with fails(ConfigError, "augment.three_augment"):
+        validate(DataConfig, {"root": "/x", "augment": {"three_augment": True, "auto_augment": "rand"}}, "here")
+
+
 @pytest.mark.parametrize(
     "override",
     [
+        "data.augment.rand_ops=2",
         "data.augment.pad_px=4",  # its default: what is typed must do something, whatever the value
         "data.augment.low_pass=0.5",
         "data.lanes=64",
@@ -284,7 +471,7 @@ def test_two_operations_with_one_name_are_refused() -> None:
 
 # --- a new operation is one module
 
-ERASING = """
+PATCH = """
 import numpy as np
 import torch
 from typing import ClassVar, Literal
@@ -292,9 +479,9 @@ from pipeline.data.augment.operation import ImageOperation
 from pipeline.data.philox import below
 
 
-class RandomErasing(ImageOperation):
-    name: ClassVar[str] = "erasing"
-    purpose: ClassVar[int] = 6
+class Patch(ImageOperation):
+    name: ClassVar[str] = "patch"
+    purpose: ClassVar[int] = 13
     stage: ClassVar[Literal["uint8", "normalised"]] = "normalised"
 
     erase_px: int = 0
@@ -314,7 +501,7 @@ class RandomErasing(ImageOperation):
         return images
 
 
-OPERATION = RandomErasing
+OPERATION = Patch
 """
 
 TRAINING = """
@@ -349,7 +536,7 @@ print("erased", len(one))
 
 def test_one_module_adds_an_operation_with_its_keys_draws_and_pixels(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "pipeline" / "data" / "augment" / "random_erasing.py").write_text(ERASING)
+    (tmp_path / "pipeline" / "data" / "augment" / "patch.py").write_text(PATCH)
     for number in range(12):
         path = tmp_path / "set" / f"class-{number % 3}" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

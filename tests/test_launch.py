@@ -375,6 +375,7 @@ def test_single_images_where_something_needs_several_are_refused_before_the_star
         ["training.compile=true"],
         ["compute.max_batch_per_worker=8"],
         ["data.side_schedule=[[1,24]]"],
+        ["data.side_choices=[24,32]"],
     ],
 )
 def test_steps_that_differ_in_shape_are_not_recorded_as_graphs(

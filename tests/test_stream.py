@@ -113,6 +113,72 @@ def test_draws_depend_on_the_epoch_of_a_sample_and_the_side_on_that_of_the_first
     assert (other != plan.windows).any(axis=1).mean() > 0.9
 
 
+# --- repeated augmentation and mixed sides
+
+ALL = {"auto_augment": "rand", "color_jitter": 0.3, "random_erasing": 0.5, "three_augment": False}
+
+
+@pytest.mark.parametrize("shuffle", ["full", "block"])
+def test_repeats_are_copies_in_one_batch_with_draws_of_their_own(index: ImageIndex, shuffle: str) -> None:
+    steps = range(5 * IMAGES // 48 + 1)
+    whole = stream(index, shuffle, aug_repeats=3, augment=ALL)
+    plans = [whole.plan(step, 0, 1) for step in steps]
+    shown = [plan.rows.reshape(3, 16) for plan in plans]  # first one copy of each image, then the next
+    assert all((rows == rows[0]).all() for rows in shown)
+    seen = np.concatenate([rows[0] for rows in shown])
+    assert np.array_equal(np.sort(seen[:IMAGES]), np.arange(IMAGES))
+    in_epoch = {row for plan in plans[: IMAGES // 48] for row in plan.rows.tolist()}
+    assert len(in_epoch) == IMAGES // 48 * 16
+    drawn = {(int(row), int(epoch)) for plan in plans for row, epoch in zip(plan.rows, plan.epochs, strict=True)}
+    assert len(drawn) == 48 * len(plans)  # no two copies share their random numbers
+    for name, values in array_fields(plans[3]).items():
+        if name not in ("rows", "positions"):
+            copies = values.reshape(3, 16, *values.shape[1:])
+            assert not np.array_equal(copies[0], copies[1]), name
+
+
+@pytest.mark.parametrize("shuffle", ["full", "block"])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_repeats_sides_and_draws_are_the_same_for_every_world_and_after_a_restart(
+    index: ImageIndex, shuffle: str, world: int
+) -> None:
+    keys = {"aug_repeats": 2, "side_choices": (24, 32, 48), "augment": ALL, "lanes": 8}
+    whole = stream(index, shuffle, **keys)
+    ranks = [stream(index, shuffle, **keys) for _ in range(world)]
+    for step in (0, 1, 42, 41, 2 * IMAGES // 24):
+        alone, shares = whole.plan(step, 0, 1), [each.plan(step, rank, world) for rank, each in enumerate(ranks)]
+        assert {share.side_px for share in shares} == {alone.side_px}
+        mine, all_of_it = merged(shares), merged([alone])
+        assert all(np.array_equal(mine[name], all_of_it[name]) for name in all_of_it)
+        fewest, most = whole.row_bounds(world)
+        assert all(fewest <= len(share.rows) <= most for share in shares)
+
+
+def test_a_lane_fetches_the_image_of_a_repeated_batch_once(index: ImageIndex) -> None:
+    plain, repeated = stream(index, "block", 8), stream(index, "block", 24, aug_repeats=3)
+    for step in (0, 50, IMAGES // 8):
+        assert np.array_equal(repeated.ahead(repeated.plan(step, 0, 1)), plain.ahead(plain.plan(step, 0, 1)))
+
+
+def test_each_batch_draws_its_side_from_the_seed_and_the_step(index: ImageIndex) -> None:
+    sides = (24, 32, 48, 64)
+    drawn = {
+        seed: [stream(index, seed=seed, side_choices=sides).side_of(step) for step in range(400)] for seed in (3, 4)
+    }
+    assert drawn[3] != drawn[4]
+    for side in sides:
+        assert abs(drawn[3].count(side) / 400 - 0.25) < 0.08
+    plan = stream(index, side_choices=sides).plan(7, 0, 1)
+    assert plan.side_px == drawn[3][7] and stream(index, side_choices=sides).config.largest_side_px == 64
+    same = stream(index, side_px=plan.side_px).plan(7, 0, 1)
+    assert np.array_equal(plan.rows, same.rows) and np.array_equal(plan.windows, same.windows)
+
+
+def test_a_batch_that_its_repeats_do_not_divide_is_refused(index: ImageIndex) -> None:
+    with fails(ConfigError, "data.aug_repeats", subject=5):
+        stream(index, aug_repeats=5)
+
+
 # --- block shuffle
 
 

@@ -36,6 +36,10 @@ def _spread(stds: tuple[float, float, float]) -> str | None:
     )
 
 
+def _several(sides: tuple[int, ...]) -> str | None:
+    return "two sides or more, each once" if len(sides) == 1 or len(set(sides)) < len(sides) else None
+
+
 class DataConfig(Config):
     """Where the images are and how they become batches."""
 
@@ -49,6 +53,10 @@ class DataConfig(Config):
     side_schedule: tuple[
         tuple[Annotated[int, Field(ge=0, le=1_000_000)], Side], ...
     ] = ()  # progressive resizing: (from epoch, side_px), epochs rising
+    side_choices: Annotated[tuple[Side, ...], meant(_several)] = ()  # each batch draws its side among these; empty: off
+    aug_repeats: Annotated[int, Field(ge=1, le=64)] = (
+        1  # copies of an image in a batch, each augmented anew; an epoch then shows 1/aug_repeats of the images
+    )
     eval_side_px: Side | None = None  # side of an evaluated image; null: side_px
     eval_resize_px: Side | None = None  # shorter side before the centre crop; null: side x 256/224
     augment: AugmentConfig = AugmentConfig()
@@ -93,7 +101,10 @@ class DataConfig(Config):
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
         """Keys that change nothing under these values, each with the reason."""
-        return {} if values["shuffle"] == "block" else dict.fromkeys(("lanes", "window"), "shuffle is not block")
+        reasons = {} if values["shuffle"] == "block" else dict.fromkeys(("lanes", "window"), "shuffle is not block")
+        return reasons | (
+            {"side_schedule": "side_choices draws the side of every batch"} if values.get("side_choices") else {}
+        )
 
     def side_at(self, epoch: int) -> int:
         """Side in pixels of the training images of `epoch`."""
@@ -103,7 +114,7 @@ class DataConfig(Config):
     @property
     def largest_side_px(self) -> int:
         """The largest side of a training image in any epoch."""
-        return max([self.side_px, *(side for _, side in self.side_schedule)])
+        return max(self.side_choices or [self.side_px, *(side for _, side in self.side_schedule)])
 
     def eval_geometry(self, image_sizes: NDArray[np.int32]) -> CropGeometry:
         """What evaluation cuts from images of `image_sizes` [b, 2]."""

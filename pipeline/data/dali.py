@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pipeline import ranks
+from pipeline.data import augment
 from pipeline.data.background import Background, BatchDecoder, DecodedBatch, LoaderFailure
 from pipeline.data.bad import NO_SIZE, BadImages
 from pipeline.data.config import DataConfig
@@ -60,7 +61,9 @@ class TrainBatch:
     epoch: int
     images: Tensor  # uint8 [b, S, S, 3] on the device
     labels: Tensor  # [b] i64 on the device
-    draws: Mapping[str, Tensor]  # on the device: draws of each operation of data.augment
+    draws: Mapping[
+        str, Tensor
+    ]  # of each operation of data.augment, on the device or, where it asks for it, on the host
     rows: Ints  # [b]
     positions: Ints  # [b], in the endless stream
 
@@ -131,7 +134,7 @@ class TrainLoader:
             epoch=plan.epoch,
             images=_handed_over(decoded.images, self.device),
             labels=_labels(self.index, rows, self.device),
-            draws={name: torch.from_numpy(d).to(self.device, non_blocking=True) for name, d in plan.draws.items()},
+            draws=augment.placed(self.config.augment, plan.draws, self.device),
             rows=rows,
             positions=plan.positions,
         )

@@ -21,7 +21,7 @@ Words: TypeAlias = NDArray[np.uint64]
 class Purpose(IntEnum):
     """What numbers are for: the last word of Philox's counter, so that no two purposes share a number.
 
-    A new augmentation declares its own number, 6 or above.
+    A new augmentation declares its own number, 13 or above.
     """
 
     ORDER = 0
@@ -30,6 +30,13 @@ class Purpose(IntEnum):
     FLIP = 3
     MIX = 4
     LOW_PASS = 5
+    AUTO_AUGMENT = 6
+    THREE_AUGMENT = 7
+    COLOR_JITTER = 8
+    GRAYSCALE = 9
+    BLUR = 10
+    ERASING = 11
+    SIDE = 12
 
 
 @dataclass(frozen=True)

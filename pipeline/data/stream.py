@@ -3,6 +3,9 @@
 Everything is a pure function of (seed, epoch, sample index): the random numbers come from a counter-based generator
 (philox.py), so any rank can compute any sample of any epoch at any time. Positions count along the endless
 concatenation of epochs; batch k holds positions kB ... (k+1)B-1, so that no batch is short and one may span epochs.
+With `data.aug_repeats` = m a batch holds m copies of B/m images, first one copy of each, then the next. Its images are
+places kB/m ... (k+1)B/m-1 of an endless concatenation of rounds, each of which has every image once. An epoch still has
+N positions: N/m images in m copies. Without repeats, places are positions and rounds are epochs.
 N images, B of a global batch, b of a rank's share of it, L lanes.
 """
 
@@ -18,7 +21,7 @@ from pipeline import ranks
 from pipeline.data import augment
 from pipeline.data.config import DataConfig
 from pipeline.data.index import ImageIndex
-from pipeline.data.philox import ALL_BITS, Ints, Purpose, SampleKeys, key_words
+from pipeline.data.philox import ALL_BITS, Ints, Purpose, SampleKeys, below, key_words, philox
 from pipeline.errors import ConfigError
 
 FILES_PER_RUN = 64  # loose files that block shuffle treats as one shard
@@ -33,11 +36,11 @@ class BatchPlan:
     """
 
     step: int
-    epoch: int  # epoch of the batch's first sample, which determines side_px
+    epoch: int  # epoch of the batch's first sample, which determines side_px unless data.side_choices does
     side_px: int
     rows: Ints  # [b]
     positions: Ints  # [b]
-    epochs: Ints  # [b], of each sample
+    epochs: Ints  # [b], of each sample's random numbers; each copy of an image has its own
     windows: NDArray[np.int32]
     draws: Mapping[str, NDArray[np.generic]]  # draws of each operation of data.augment, [b, ...]
 
@@ -59,20 +62,30 @@ class Stream:
     """The batches of all steps, the same for every world size and after every restart."""
 
     def __init__(self, index: ImageIndex, config: DataConfig, *, seed: int, batch_size: int) -> None:
-        """batch_size counts the images of all ranks. Raises ConfigError for an empty index."""
+        """batch_size counts the images of all ranks.
+
+        Raises ConfigError for an empty index, and where batch_size is no multiple of `data.aug_repeats`.
+        """
         if len(index) == 0:
             raise ConfigError(
                 f"data.root (={index.root}): no images to train on; all of them are validation or held-out images",
                 key="data.root",
                 subject=index.root,
             )
+        if batch_size % config.aug_repeats:
+            raise ConfigError(
+                f"data.aug_repeats (={config.aug_repeats}) must divide training.batch_size (={batch_size})",
+                key="data.aug_repeats",
+                subject=config.aug_repeats,
+            )
         self.config, self.seed, self.batch_size, self.num_images = config, seed, batch_size, len(index)
+        self.distinct = batch_size // config.aug_repeats  # images of a batch without their copies
         self.height, self.width = index.height, index.width
         self.lanes: Lanes | None = None
         self._orders: dict[int, EpochOrder] = {}
         if config.shuffle == "block":
             starts = np.arange(0, len(index), FILES_PER_RUN) if index.shards is None else _run_starts(index.shard)
-            count = min(config.lanes, batch_size, len(index))
+            count = min(config.lanes, self.distinct, len(index))
             self.lanes = Lanes(np.append(starts, len(index)), count, config.window, seed)
 
     @property
@@ -84,6 +97,20 @@ class Stream:
         """The epoch of the first position of a step's batch."""
         return step * self.batch_size // self.num_images
 
+    def side_of(self, step: int) -> int:
+        """Side in pixels of the images of a step: one of `data.side_choices`, each equally likely, or by the epoch."""
+        choices = self.config.side_choices
+        if not choices:
+            return self.config.side_at(self.epoch_of(step))
+        drawn = philox([np.array([step]), 0, 0, Purpose.SIDE], [self.seed, 0])[0]
+        return choices[int(below(drawn, np.array([len(choices)]))[0])]
+
+    def places(self, positions: Ints) -> tuple[Ints, Ints]:
+        """The place of each position's image in the endless concatenation of rounds, and which copy of it it is."""
+        steps, within = np.divmod(positions, self.batch_size)
+        copies, place = np.divmod(within, self.distinct)
+        return steps * self.distinct + place, copies
+
     def plan(self, step: int, rank: int, world: int) -> BatchPlan:
         """The share of the batch at `step` that `rank` gets: a contiguous slice, or in block shuffle that of its lanes.
 
@@ -93,18 +120,18 @@ class Stream:
         if self.lanes is None:
             positions = positions[ranks.shard(self.batch_size, rank, world)]
         else:
-            mine, lane = self.lanes.of_rank(rank, world), self.lanes.at(positions)
+            mine, lane = self.lanes.of_rank(rank, world), self.lanes.at(self.places(positions)[0])
             positions = positions[(lane >= mine.start) & (lane < mine.stop)]
-        epochs, within = np.divmod(positions, self.num_images)
+        places, copies = self.places(positions)
+        rounds, within = np.divmod(places, self.num_images)
         rows = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rows[here] = self.order(int(epoch)).rows[within[here]]
-        first = self.epoch_of(step)
-        side_px = self.config.side_at(first)
+        for number in np.unique(rounds):
+            here = rounds == number
+            rows[here] = self.order(int(number)).rows[within[here]]
+        epochs, side_px = rounds * self.config.aug_repeats + copies, self.side_of(step)
         return BatchPlan(
             step=step,
-            epoch=first,
+            epoch=self.epoch_of(step),
             side_px=side_px,
             rows=rows,
             positions=positions,
@@ -124,7 +151,10 @@ class Stream:
         For each image that a lane reads, it fetches the image that is stored one window later. Storage thus sees a
         sequential stream for every lane, and reads within a window find their bytes in the cache.
         """
-        return np.empty(0, np.int64) if self.lanes is None else self.lanes.ahead(plan.positions, self.order)
+        if self.lanes is None:
+            return np.empty(0, np.int64)
+        places, copies = self.places(plan.positions)
+        return self.lanes.ahead(places[copies == 0], self.order)
 
     def most_rows(self, rank: int, world: int) -> int:
         """The largest b of any step. Raises ConfigError where a rank would get no image."""
@@ -137,18 +167,19 @@ class Stream:
         if self.lanes is None:
             share = ranks.shard(self.batch_size, rank, world)
             return int(share.stop) - int(share.start)
-        return -(-self.batch_size // self.lanes.count) * len(self.lanes.of_rank(rank, world))
+        each = -(-self.distinct // self.lanes.count) * self.config.aug_repeats
+        return each * len(self.lanes.of_rank(rank, world))
 
     def row_bounds(self, world: int) -> tuple[int, int]:
         """The smallest and the largest b of any rank in any step. Raises ConfigError where a rank would get none."""
         most = [self.most_rows(rank, world) for rank in range(world)]
         if self.lanes is None:
             return min(most), max(most)
-        each = self.batch_size // self.lanes.count
+        each = self.distinct // self.lanes.count * self.config.aug_repeats
         return min(each * len(self.lanes.of_rank(rank, world)) for rank in range(world)), max(most)
 
     def order(self, epoch: int) -> EpochOrder:
-        """The order of an epoch; that of the last epochs is cached."""
+        """The order of an epoch, or of a round if images are repeated; that of the last ones is cached."""
         if epoch not in self._orders:
             if self.lanes is None:
                 self._orders[epoch] = EpochOrder(permutation(self.num_images, self.seed, epoch, Purpose.ORDER))

@@ -242,6 +242,7 @@ def _why_unrecorded(config: RunConfig, rows: tuple[int, int], micros: int) -> st
         "training.compile is set, which records the net in its own way": config.training.compile,
         "training.sync_batchnorm communicates within the net": config.training.sync_batchnorm,
         "data.side_schedule changes the size of images": bool(config.data.side_schedule),
+        "data.side_choices changes the size of images": bool(config.data.side_choices),
         f"steps have {rows[0]} to {rows[1]} images": rows[0] != rows[1],
         f"compute.max_batch_per_worker splits a step into {micros} micro-batches": micros > 1,
     }

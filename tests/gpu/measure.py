@@ -22,6 +22,7 @@ from pipeline import family as family_of
 from pipeline import run_config
 from pipeline.data import augment
 from pipeline.data.config import DataConfig
+from pipeline.data.philox import SampleKeys
 from pipeline.evaluation.evaluate import Evaluator, _per_image, calibrate
 from pipeline.family import Policy
 from pipeline.training import optim, state, step
@@ -45,9 +46,8 @@ class Batch:
         self.images = torch.zeros(BATCH, side, side, 3, dtype=torch.uint8, device=DEVICE)
         self.labels = torch.zeros(BATCH, dtype=torch.long, device=DEVICE)
         self.rows = np.arange(BATCH)
-        kinds = {"flip": torch.bool, "low_pass": torch.long}
-        names = [each.name for each in augment.image_operations(self.data.augment)]
-        self.draws = {name: torch.zeros(BATCH, dtype=kinds[name], device=DEVICE) for name in names}
+        keys = SampleKeys(1, np.full(BATCH, self.step), self.rows)
+        self.draws = augment.placed(self.data.augment, augment.draw(self.data.augment, keys, side), DEVICE)
 
 
 class Split:

@@ -28,6 +28,8 @@ class Bounds:
 BOUNDS = {
     "baseline/imagenet_resnet50": Bounds(650),
     "baseline/imagenet_resnet50,training.ema_decay=0.999": Bounds(650),
+    "baseline/imagenet_resnet50,data.augment.auto_augment=trivial-wide,data.augment.random_erasing=0.5": Bounds(650),
+    "baseline/imagenet_resnet50,data.augment.three_augment=true,data.augment.color_jitter=0.3": Bounds(650),
     "baseline/imagenet_resnet50,training.ema_decay=0.999,training.cuda_graphs=true": Bounds(31),
     "convnet_aig/imagenet_50,training.cuda_graphs=true": Bounds(51, waits=16),
     "ranet/imagenet_32,training.cuda_graphs=true": Bounds(205, waits=2),

@@ -15,17 +15,24 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from pydantic import create_model
+from pydantic import create_model, model_validator
 from torch import Tensor
 
-from pipeline.config import Config
+from pipeline.config import Config, fault
 from pipeline.data.augment.operation import Crop, ImageOperation, MixOperation, Operation
 from pipeline.data.philox import Ints, Purpose, SampleKeys, key_words
 from pipeline.errors import ContractError, JsonValue
 
 T = TypeVar("T", bound=Operation)
-RESERVED = (Purpose.ORDER, Purpose.SHARDS, Purpose.CROP, Purpose.MIX)  # purposes that no single operation may use
+RESERVED = (
+    Purpose.ORDER,
+    Purpose.SHARDS,
+    Purpose.CROP,
+    Purpose.MIX,
+    Purpose.SIDE,
+)  # purposes that no single operation may use
 
 
 def registered() -> list[type[Operation]]:
@@ -68,6 +75,15 @@ class _AugmentConfig(Config):
     def active(self) -> list[Operation]:
         """The operations that the keys enable, in their order."""
         return [operation for each in OPERATIONS if (operation := self.operation(each)).active]
+
+    @model_validator(mode="after")
+    def _may_be_together(self) -> _AugmentConfig:
+        active = {each.name: each for each in self.active()}
+        for each in active.values():
+            for other, why in each.excludes.items():
+                if other in active:
+                    raise fault(next(iter(type(each).model_fields)), f"not together with {other}: {why}")
+        return self
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
@@ -122,6 +138,15 @@ def windows(augment: AugmentConfig, side_px: int, keys: SampleKeys, height: Ints
 def draw(augment: AugmentConfig, keys: SampleKeys, side_px: int) -> dict[str, NDArray[np.generic]]:
     """What each active operation does to each image: {name of the operation: [b, ...]}."""
     return {each.name: each.draw(keys, side_px) for each in image_operations(augment)}
+
+
+def placed(augment: AugmentConfig, draws: Mapping[str, NDArray[np.generic]], device: torch.device) -> dict[str, Tensor]:
+    """The draws as tensors where `apply_to_uint8` and `apply_to_normalised` take them: on the device or on the host."""
+    found = {name: torch.from_numpy(drawn) for name, drawn in draws.items()}
+    for each in image_operations(augment):
+        if not each.on_host:
+            found[each.name] = found[each.name].to(device, non_blocking=True)
+    return found
 
 
 def apply_to_uint8(augment: AugmentConfig, images: Tensor, draws: Mapping[str, Tensor]) -> Tensor:

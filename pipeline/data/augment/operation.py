@@ -27,6 +27,7 @@ class Operation(Config, ABC):
 
     name: ClassVar[str]
     order: ClassVar[int] = 100
+    excludes: ClassVar[Mapping[str, str]] = {}  # operations that may not be active at the same time, and why
 
     @property
     def active(self) -> bool:
@@ -60,14 +61,16 @@ class ImageOperation(Operation):
 
     purpose: the operation's own last word of Philox's counter; no other operation has the same.
     stage: "uint8" images [B, S, S, 3], or "normalised" f32 [B, 3, S, S], channels_last or not.
+    on_host: draws stay on the host, so that `apply` can read them without waiting for the device.
     """
 
     purpose: ClassVar[int]
     stage: ClassVar[Literal["uint8", "normalised"]]
+    on_host: ClassVar[bool] = False
 
     @abstractmethod
     def draw(self, keys: SampleKeys, side_px: int) -> NDArray[np.generic]:
-        """What is done to each image: an array [b, ...] that `apply` gets as a tensor on the device."""
+        """What is done to each image: an array [b, ...] that `apply` gets as a tensor, on the device or on the host."""
 
     @abstractmethod
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
