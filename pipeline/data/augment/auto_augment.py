@@ -56,8 +56,15 @@ class AutoAugment(ChainOperation):
         if self.auto_augment == "trivial-wide":
             return trivial_wide(keys, self.purpose)
         if self.auto_augment == "rand":
-            rand = {"num_ops": self.rand_ops, "level": self.rand_magnitude, "deviation": self.rand_std}
-            return rand_chains(keys, self.purpose, side_px, increasing=self.rand_increasing, **rand)
+            return rand_chains(
+                keys,
+                self.purpose,
+                side_px,
+                num_ops=self.rand_ops,
+                level=self.rand_magnitude,
+                deviation=self.rand_std,
+                increasing=self.rand_increasing,
+            )
         assert self.auto_augment is not None
         return policy_chains(self.auto_augment, keys, self.purpose, side_px)
 
