@@ -23,7 +23,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("mlflow.entities", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.db.utils"),
-        *("alembic.script", "matplotlib.figure", "pandas", "torchmetrics", "torchvision.models"),
+        *("alembic.script", "matplotlib.figure", "pandas", "torchvision.models"),
         *("jobs.verbs.train", "jobs.verbs.data", "jobs.verbs.runs", "pipeline.execution.launch", "pipeline.data.dali"),
         *("pipeline.registry.publishing", "pipeline.tracking", "pipeline.data.pack", "pytest"),
     ]

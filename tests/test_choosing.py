@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.classification import binary_calibration_error
 
 from jobs import tables
-from pipeline.evaluation.evaluate import _results
+from pipeline.evaluation.evaluate import _results, calibration_error
 from pipeline.evaluation.from_weights import chosen_on
 from pipeline.family import HELD_OUT, THESE_IMAGES, Latency, Prediction, Report, top1
 from pipeline.figures import hits
@@ -31,6 +32,15 @@ def test_a_label_that_shares_its_logit_counts_by_the_chance_of_drawing_it() -> N
     assert hits(arrays) == pytest.approx(FIRST)
     assert hits(arrays, 5) == pytest.approx(FIFTH)
     assert top1(LOGITS, LABELS).tolist() == pytest.approx(FIRST)
+
+
+@pytest.mark.parametrize("count", [1, 7, 5000])
+def test_the_calibration_error_is_torchmetrics_one(count: int) -> None:
+    draw = np.random.default_rng(count)
+    confidence = np.concatenate([draw.beta(2, 1, count), [1.0, 1.5e-8]]).astype(np.float32)
+    hit = draw.random(count + 2) < confidence
+    peer = binary_calibration_error(torch.from_numpy(confidence), torch.from_numpy(hit).int(), n_bins=15, norm="l1")
+    assert calibration_error(confidence, hit) == pytest.approx(float(peer), abs=1e-5)
 
 
 def test_arrays_of_older_evaluations_are_read_as_they_were() -> None:

@@ -35,7 +35,7 @@ CANDIDATE = "candidate"
 LONGEST_PAUSE_S = 15.0  # longest pause between retries while the server is unreachable
 REQUIREMENTS = (
     *("mlflow", "torch", "torchvision", "numpy", "pydantic", "PyYAML", "safetensors", "pillow", "psutil"),
-    *("torchmetrics", "pandas"),
+    "pandas",
 )
 
 
