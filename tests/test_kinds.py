@@ -16,11 +16,14 @@ from pipeline import run_config
 from pipeline.config import as_mapping, dump_yaml, flat, merge
 from pipeline.errors import ConfigError
 from pipeline.training.config import EvaluationConfig
+from pipeline.training.losses.base import LossConfig
 from pipeline.training.losses.binary_cross_entropy import BinaryCrossEntropyConfig
+from pipeline.training.losses.cross_entropy import CrossEntropyConfig
 from pipeline.training.optimizers.adamw import AdamWConfig
 from pipeline.training.optimizers.sgd import SgdConfig
 
 ADAMW = ["training.optimizer.kind=adamw"]
+BCE = ["training.loss.kind=binary_cross_entropy"]
 # A recipe's sections as commit bc067e3 stored them: every key of every kind, with its default.
 OLD: dict[str, Any] = {
     "training": {
@@ -61,6 +64,8 @@ def test_a_rule_of_a_kind_is_reported_at_its_section() -> None:
         (["evaluation.latency_repeats=0", "evaluation.latency_batches=[1]"], "evaluation.latency_batches"),
         (["evaluation.latency_batches=[]", "evaluation.latency_repeats=5"], "evaluation.latency_repeats"),
         (["compute.workers=0", "compute.max_failures=3"], "compute.max_failures"),
+        ([*BCE, "training.loss.target_threshold=0.2", "training.label_smoothing=0.1"], "training.label_smoothing"),
+        (["training.loss.target_threshold=0.2"], "training.loss.target_threshold"),
     ],
 )
 def test_a_key_that_changes_nothing_is_refused_even_at_its_default(overrides: list[str], key: str) -> None:
@@ -145,6 +150,42 @@ def test_binary_cross_entropy_is_that_of_one_hot_targets() -> None:
     torch.testing.assert_close(loss(logits, dense), by_hand)
 
 
+def test_targets_above_the_threshold_become_one_and_others_zero() -> None:
+    logits = torch.randn(2, 4)
+    mixed, binary = torch.tensor([[0.7, 0.3, 0, 0], [0.9, 0, 0, 0.1]]), torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0]])
+    loss = BinaryCrossEntropyConfig(target_threshold=0.2)
+    torch.testing.assert_close(
+        loss.criterion(logits, mixed), F.binary_cross_entropy_with_logits(logits, binary), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("loss", [BinaryCrossEntropyConfig(), CrossEntropyConfig()])
+def test_a_loss_is_the_mean_of_its_images_and_weights_make_it_a_weighted_mean(loss: LossConfig) -> None:
+    logits, labels = torch.randn(7, 3, dtype=torch.float64), torch.arange(7) % 3
+    weights, of_images = torch.tensor([0.5, 1.0, 4.0]), torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64)[labels]
+    terms = loss.per_image(logits, labels)
+    torch.testing.assert_close(loss.criterion(logits, labels), terms.mean())
+    weighted = loss.weighted(weights, of_images.mean())
+    torch.testing.assert_close(weighted(logits, labels), (terms * of_images).sum() / of_images.sum())
+    torch.testing.assert_close(weighted(logits, F.one_hot(labels, 3).double()), weighted(logits, labels))
+
+
+def test_weighted_cross_entropy_is_that_of_torch() -> None:
+    logits, labels, weights = torch.randn(7, 3), torch.arange(7) % 3, torch.tensor([0.5, 1.0, 4.0])
+    ours = CrossEntropyConfig().weighted(weights, weights[labels].mean())
+    torch.testing.assert_close(ours(logits, labels), F.cross_entropy(logits, labels, weights))
+
+
+def test_inverse_frequencies_give_every_class_the_same_total_weight() -> None:
+    counts = torch.tensor([10, 0, 2, 4])
+    weights = CrossEntropyConfig(class_weights="inverse-frequency").weights(counts.tolist())
+    assert weights is not None
+    torch.testing.assert_close((weights * counts)[counts > 0], torch.full((3,), 16 / 3))
+    assert CrossEntropyConfig().weights([1, 2]) is None
+    with fails(ConfigError, "training.loss.class_weights", subject=3):
+        CrossEntropyConfig(class_weights=(1.0, 2.0, 3.0)).weights([1, 2])
+
+
 ADDED = {
     "optimizers/rmsprop.py": """
 import torch
@@ -170,8 +211,8 @@ import torch.nn.functional as F
 from pipeline.training.losses.base import LossConfig
 class SquaredConfig(LossConfig):
     kind: Literal["squared"] = "squared"
-    def criterion(self, logits, targets):
-        return (logits - F.one_hot(targets, logits.shape[1])).square().mean()
+    def per_image(self, logits, targets):
+        return (logits - F.one_hot(targets, logits.shape[1])).square().mean(1)
 """,
 }
 USES = """

@@ -123,6 +123,11 @@ class ImageIndex:
         """The class of each image, [N]."""
         return self._column("label")
 
+    @property
+    def class_counts(self) -> tuple[int, ...]:
+        """The number of images of each class."""
+        return tuple(np.bincount(self.label, minlength=len(self.classes)).tolist())
+
     @cached_property
     def height(self) -> NDArray[np.int32]:
         """Upright pixels, [N]; 0 if unknown."""

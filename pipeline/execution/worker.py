@@ -473,6 +473,7 @@ def _plan(context: RunContext, current: TrainState) -> tuple[TrainingPlan, Seque
     outside_ddp = optim.parameters_outside_ddp(current.optimizers)
     forward, warnings = step.wrap(current.net, training, context.device, outside_ddp)
     epochs_per_step = training.batch_size / len(context.splits.train)
+    weights = training.loss.weights(context.splits.train.class_counts)
     plan = TrainingPlan(
         family=context.family,
         config=config.family,
@@ -487,6 +488,7 @@ def _plan(context: RunContext, current: TrainState) -> tuple[TrainingPlan, Seque
         log_every=config.logging.every,
         save_every=config.checkpoint.every,
         evaluate_every=config.evaluation.every,
+        class_weights=None if weights is None else weights.to(context.device),
     )
     return plan, warnings
 

@@ -20,6 +20,7 @@ from pipeline.config import (
     fault,
     is_stored,
     meant,
+    section,
 )
 from pipeline.errors import JsonValue
 from pipeline.training.losses import AnyLoss
@@ -58,7 +59,10 @@ class TrainingConfig(Config):
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
         """Keys that change nothing under these values, each with the reason."""
-        return {"new_head": "start_from is null"} if values["start_from"] is None else {}
+        inert = {"new_head": "start_from is null"} if values["start_from"] is None else {}
+        if section(values, "loss").get("target_threshold") is not None:
+            inert["label_smoothing"] = "loss.target_threshold makes every target 0 or 1"
+        return inert
 
     @model_validator(mode="after")
     def _within_the_epochs(self, info: ValidationInfo) -> TrainingConfig:

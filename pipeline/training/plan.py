@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.compat.torch import uncompiled
@@ -27,6 +27,7 @@ class TrainingPlan:
 
     forward: the net, compiled and wrapped in DDP if the recipe asks for it.
     batch_size: images of all ranks in a step. epochs_per_step: batch_size over the images of an epoch.
+    class_weights: the weight of each class in the loss, [K] on the device; None without.
     """
 
     family: AnyFamily
@@ -42,6 +43,7 @@ class TrainingPlan:
     log_every: Duration = NEVER
     save_every: Duration = NEVER
     evaluate_every: Duration = NEVER
+    class_weights: Tensor | None = None
 
     @cached_property
     def batchnorms(self) -> tuple[BatchNorm, ...]:

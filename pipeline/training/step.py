@@ -24,9 +24,10 @@ from pipeline.compat.torch import ignore_in_ddp, uncompiled
 from pipeline.data import augment, pixels
 from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError, ContractError
-from pipeline.family import top1
+from pipeline.family import Criterion, cross_entropy, top1
 from pipeline.training import optim
 from pipeline.training.config import TrainingConfig
+from pipeline.training.criteria import criterion_of_step, together
 from pipeline.training.graphs import Graphed
 from pipeline.training.norms import count_batches_together
 from pipeline.training.plan import TrainingPlan, use_bf16
@@ -56,11 +57,15 @@ class LoaderBatch(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The images of one forward pass: [b, 3, H, W] normalised, with targets [b] or [b, K] and labels [b]."""
+    """The images of one forward pass: [b, 3, H, W] normalised, with targets [b] or [b, K] and labels [b].
+
+    criterion: how its logits are compared with its targets; `train_step` sets it.
+    """
 
     images: Tensor
     targets: Tensor
     labels: Tensor
+    criterion: Criterion = cross_entropy
 
 
 @dataclass
@@ -120,6 +125,7 @@ def train_step(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatc
     """
     epoch = state.step * plan.epochs_per_step
     lr = optim.set_lr(state.optimizers, plan.training.schedule.lr_factor(epoch, plan.training.epochs))
+    micros = _with_criteria(plan, micros)
     for name in plan.family.updates(plan.config, state.step):
         outside_ddp = optim.is_outside_ddp(state.optimizers[name])
         (_gradients_outside_ddp if outside_ddp else _gradients)(plan, state, name, micros, meter)
@@ -135,6 +141,12 @@ def train_step(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatc
     return lr
 
 
+def _with_criteria(plan: TrainingPlan, micros: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """The micro-batches with this step's criterion. Collective."""
+    criterion = criterion_of_step(plan, [micro.targets for micro in micros])
+    return [replace(micro, criterion=criterion) for micro in micros]
+
+
 def _gradients(plan: TrainingPlan, state: TrainState, name: str, micros: Sequence[MicroBatch], meter: Meter) -> None:
     """Puts the gradient of the global batch into `.grad` of all parameters but those outside DDP."""
     with _constant(optim.parameters_outside_ddp(state.optimizers)):
@@ -146,7 +158,7 @@ def _backward(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch
     for number, micro in enumerate(micros):
         with _synchronised(plan, last=number == len(micros) - 1):
             output = _output(plan, state, micro, number, plan.forward)
-            loss = _loss(plan, state, output, micro.targets, micro.labels, meter)
+            loss = _loss(plan, state, output, micro, meter)
             torch.autograd.backward(loss, torch.full_like(loss, _share(plan, len(micro.labels))))
 
 
@@ -160,14 +172,21 @@ def _backward_at_once(plan: TrainingPlan, state: TrainState, micros: Sequence[Mi
     """
     whole = _detached_outputs(plan, state, micros)
     leaves = [getattr(whole, field.name).requires_grad_() for field in fields(whole)]
-    labels = torch.cat([micro.labels for micro in micros])
-    loss = _loss(plan, state, whole, torch.cat([micro.targets for micro in micros]), labels, meter)
-    by_output = torch.autograd.grad(loss, leaves, torch.full_like(loss, _share(plan, len(labels))))
-    shares = zip(*(torch.split(each, [len(micro.labels) for micro in micros]) for each in by_output), strict=True)
+    rows = [len(micro.labels) for micro in micros]
+    loss = _loss(plan, state, whole, _as_one(micros), meter)
+    by_output = torch.autograd.grad(loss, leaves, torch.full_like(loss, _share(plan, sum(rows))))
+    shares = zip(*(torch.split(each, rows) for each in by_output), strict=True)
     for number, (micro, share) in enumerate(zip(micros, shares, strict=True)):
         with _synchronised(plan, last=number == len(micros) - 1):
             output = _output(plan, state, micro, number, plan.forward)
             torch.autograd.backward([getattr(output, field.name) for field in fields(output)], share)
+
+
+def _as_one(micros: Sequence[MicroBatch]) -> MicroBatch:
+    """All micro-batches as one, without their images."""
+    labels, targets = (torch.cat([getattr(micro, name) for micro in micros]) for name in ("labels", "targets"))
+    criterion = together([micro.criterion for micro in micros], [len(micro.labels) for micro in micros])
+    return MicroBatch(labels.new_empty(0), targets, labels, criterion)
 
 
 def _detached_outputs(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch]) -> Any:
@@ -195,7 +214,7 @@ def _gradients_outside_ddp(
         torch.manual_seed(seed_of(plan.seed, "noise", state.step, number, ranks.rank()))
         with count_batches_together(plan.batchnorms):
             output: Any = state.net(micro.images)
-        loss = plan.family.loss(plan.config, output, micro.targets, plan.training.loss.criterion).total
+        loss = plan.family.loss(plan.config, output, micro.targets, micro.criterion).total
         meter.watch(loss, state.step)
         gradients = torch.autograd.grad(loss, parameters, torch.full_like(loss, _share(plan, len(micro.labels))))
         total += torch.cat([gradient.to(dtype).flatten() for gradient in gradients])
@@ -239,11 +258,11 @@ def _output(
         return forward(micro.images)
 
 
-def _loss(plan: TrainingPlan, state: TrainState, output: Any, targets: Tensor, labels: Tensor, meter: Meter) -> Tensor:
+def _loss(plan: TrainingPlan, state: TrainState, output: Any, micro: MicroBatch, meter: Meter) -> Tensor:
     """The loss of an output, [], which is metered."""
-    loss = plan.family.loss(plan.config, output, targets, plan.training.loss.criterion)
-    hits = top1(output.logits.detach(), labels)
-    meter.add({"loss": loss.total, "top1": hits.mean(), **loss.parts}, len(labels))
+    loss = plan.family.loss(plan.config, output, micro.targets, micro.criterion)
+    hits = top1(output.logits.detach(), micro.labels)
+    meter.add({"loss": loss.total, "top1": hits.mean(), **loss.parts}, len(micro.labels))
     meter.watch(loss.total, state.step)
     return loss.total
 
