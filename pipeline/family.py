@@ -25,6 +25,7 @@ from pipeline.figures import Arrays, Figure
 from pipeline.weights import Loaded, load, unwrapped
 
 Settings: TypeAlias = "Mapping[str, int | float | str | bool]"
+Layers: TypeAlias = Sequence[Sequence[nn.Module]]  # the modules of each layer, by depth
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # logits [B, K], targets -> the mean over images, []
 T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", bound="FamilyConfig")
@@ -339,6 +340,8 @@ class Family(Generic[ConfigT, OutputT]):
     groups(config, net)           -> optimizer name -> its Params; together they partition the trainable parameters
     optimizers(config)            -> the names that groups will have; "main" alone by default
     updates(config, step)         -> names of the optimizers that move at this step, in order
+    layers(config, net)           -> the net's modules by depth, the one that sees the images first, the head or heads
+                                     last; by default they are in the order in which they are registered
     varying(config)               -> why a training step's maps have other sizes than the last one's; None if they have
                                      the same as long as the images have
     policies(config, net)         -> the ways to run the trained net; the first one is the default
@@ -368,6 +371,7 @@ class Family(Generic[ConfigT, OutputT]):
         lambda _, net, tensors, new_head: load(net, tensors)
     )
     mean_over_images: Callable[[ConfigT], bool] = lambda _: True
+    layers: Callable[[ConfigT, nn.Module], Layers] | None = None
     varying: Callable[[ConfigT], str | None] = lambda _: None
     optimizers: Callable[[ConfigT], Sequence[str]] = lambda _: ("main",)
     warnings: Callable[[ConfigT, int], Sequence[str]] = lambda _, side_px: ()

@@ -23,7 +23,7 @@ IDENTITY = "data.identity"
 DUMPED = {"name", "seed", "family", "data", "training", "compute", "checkpoint", "evaluation", "logging", "tracking"}
 STREAM = (  # keys of data that are in the fingerprint
     *("held_out", "side_px", "side_schedule", "side_choices", "aug_repeats", "augment", "mean", "std"),
-    *("shuffle", "lanes", "window"),
+    *("shuffle", "sampling", "lanes", "window"),
 )
 NOT_LEARNED = ("compile", "cuda_graphs", "channels_last", "start_from", "new_head")  # not in the fingerprint
 
@@ -125,6 +125,14 @@ class RunConfig(Config):
         if late and not is_stored(info):
             epochs = f"training.epochs is {self.training.epochs:g}"
             raise fault("data.side_schedule", f"epoch {', '.join(map(str, late))} never comes: {epochs}")
+        return self
+
+    @model_validator(mode="after")
+    def _balanced_once(self) -> RunConfig:
+        if self.data.sampling == "balanced" and self.training.loss.class_weights == "inverse-frequency":
+            raise fault(
+                "training.loss.class_weights", "data.sampling: balanced shows the classes equally often already"
+            )
         return self
 
     @classmethod

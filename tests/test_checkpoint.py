@@ -235,6 +235,11 @@ def test_another_recipe_is_refused_by_its_differing_keys() -> None:
         checkpoint.check_fingerprint(saved, now, ["seed"], "runs/x")
     assert caught.value.keys == ("training.epochs",)
     assert checkpoint.check_fingerprint(saved, now, ["seed", "training.epochs"], "x") == ["seed", "training.epochs"]
+    seen: list[float] = []
+    extended = checkpoint.check_fingerprint(saved, now, ["seed"], "x", lambda before: seen.append(before))  # type: ignore[func-returns-value]
+    assert (extended, seen) == (["seed", "training.epochs"], [3])
+    with fails(CheckpointError, "training.epochs", "runs/x"):
+        checkpoint.check_fingerprint(saved, now, ["seed"], "runs/x", lambda before: "the curve is fixed")
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from pipeline.training.step import Meter, MicroBatch, train_step
 
 ARRN = {"widths": [6, 8, 10], "final": "M2x1", "head_width": 12}
 RANET = {"scales": [1, 2, 3], "channels": 4, "growth": 4, "first_blocks": 1, "more_blocks": 1}
+DISTILLED = {"exit_distillation": 0.5, "exit_temperature": 2.0}
 CASES: dict[str, dict[str, Any]] = {
     "arrn": {**ARRN, "ladder_px": [16, 8, 4], "inner": ["F2x2", "M2x1"], "resolutions_px": [12, 8, 4]},
     "arrn-kaiser": {**ARRN, "ladder_px": [18, 13, 9], "inner": ["F1x1", "M2x2"], "filters": "kaiser", "drop": 0.4},
@@ -37,7 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "convnet_aig-scaled": {"depth": 8, "target_rate": 0.5, "scaled": ["rate", "prob"]},
     "convnet_aig-fixed": {"depth": 14, "target_rate": [1.0, 0.5, 0.2, 1.0, 0.7, 0.9], "rate_reduction": "sum"},
     "ranet": {**RANET, "width_factors": [4, 2, 1], "budgets": [0.5, 0.8]},
-    "ranet-imagenet": {**RANET, "stem": "imagenet", "scales": [1, 2, 2], "width_factors": [2, 2, 1], "depth": "even"},
+    "ranet-imagenet": {**RANET, "stem": "imagenet", "scales": [1, 2, 2], "width_factors": [2, 2, 1], "depth": "even"}
+    | DISTILLED,
     "shape_adaptor": {"net": "vgg16_bn", "side_px": 16, "target_px": 5, "width": 0.125, "alpha_every": 7},
     "shape_adaptor-limit": {"net": "resnet50", "side_px": 16, "target_px": 5, "width": 0.125, "limit_px": 4},
     "shape_adaptor-autosc": {"net": "mobilenet_v2", "mode": "autosc", "side_px": 16, "width": 0.25},

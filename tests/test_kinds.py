@@ -65,6 +65,8 @@ def test_a_rule_of_a_kind_is_reported_at_its_section() -> None:
         (["evaluation.latency_batches=[]", "evaluation.latency_repeats=5"], "evaluation.latency_repeats"),
         (["compute.workers=0", "compute.max_failures=3"], "compute.max_failures"),
         ([*BCE, "training.loss.target_threshold=0.2", "training.label_smoothing=0.1"], "training.label_smoothing"),
+        (["training.ema_warmup=ramp"], "training.ema_warmup"),
+        (["training.schedule.kind=wsd", "training.schedule.decay_epochs=900"], "training.schedule.decay_epochs"),
         (["training.loss.target_threshold=0.2"], "training.loss.target_threshold"),
     ],
 )
@@ -197,11 +199,11 @@ class RmspropConfig(OptimizerConfig):
     def build(self, groups):
         return torch.optim.RMSprop([{**group} for group in groups], lr=self.lr, alpha=self.alpha)
 """,
-    "schedules/linear.py": """
+    "schedules/straight.py": """
 from typing import Literal
 from pipeline.training.schedules.base import ScheduleConfig
-class LinearConfig(ScheduleConfig):
-    kind: Literal["linear"] = "linear"
+class StraightConfig(ScheduleConfig):
+    kind: Literal["straight"] = "straight"
     def factor_at(self, epoch, epochs):
         return 1 - epoch / epochs
 """,
@@ -234,7 +236,7 @@ import tiny
 from pipeline import run_config
 from pipeline.training.step import Meter, train_step
 config = run_config.load("baseline/toy", [
-    "training.optimizer.kind=rmsprop", "training.optimizer.alpha=0.5", "training.schedule.kind=linear",
+    "training.optimizer.kind=rmsprop", "training.optimizer.alpha=0.5", "training.schedule.kind=straight",
     "training.loss.kind=squared"]).training
 assert config.schedule.lr_factor(4.0, 8.0) == 0.5, config
 assert float(config.loss.criterion(torch.zeros(1, 2), torch.tensor([1]))) == 0.5

@@ -30,13 +30,18 @@ from pipeline.family import Params, Prediction, find
 from pipeline.training import checkpoint, optim, state
 from pipeline.training.loop import train
 from pipeline.training.optimizers.adamw import AdamWConfig
+from pipeline.training.optimizers.lamb import LambConfig
 from pipeline.training.optimizers.sgd import SgdConfig
+from pipeline.training.schedules.base import ScheduleConfig
+from pipeline.training.schedules.constant import ConstantConfig
 from pipeline.training.schedules.cosine import CosineConfig
+from pipeline.training.schedules.linear import LinearConfig
 from pipeline.training.schedules.steps import StepsConfig
+from pipeline.training.schedules.wsd import WsdConfig
 from pipeline.training.state import TrainState
 from pipeline.training.step import Meter, MicroBatch, num_micros, smooth, split, train_step
 
-OPTIMIZERS = {"sgd": SgdConfig, "adamw": AdamWConfig}
+OPTIMIZERS = {"sgd": SgdConfig, "adamw": AdamWConfig, "lamb": LambConfig}
 
 
 def test_schedules_are_closed_forms_of_the_epoch() -> None:
@@ -45,8 +50,29 @@ def test_schedules_are_closed_forms_of_the_epoch() -> None:
     assert cosine.lr_factor(5, 90) == 1.0
     assert cosine.lr_factor(47.5, 90) == pytest.approx(0.55)
     assert cosine.lr_factor(90, 90) == pytest.approx(0.1)
+    linear = LinearConfig(warmup_epochs=5, final_lr=0.2)
+    assert [linear.lr_factor(e, 25) for e in (2.5, 5, 15, 25)] == pytest.approx([0.5, 1, 0.6, 0.2])
+    wsd = WsdConfig(warmup_epochs=2, decay_epochs=4)
+    assert [wsd.lr_factor(e, 20) for e in (1, 2, 16, 17, 20)] == pytest.approx([0.5, 1, 1, 0.5, 0])
+    straight = WsdConfig(decay_epochs=4, curve="linear", final_lr=0.2)
+    assert [straight.lr_factor(e, 20) for e in (0, 16, 18, 20)] == pytest.approx([1, 1, 0.6, 0.2])
     steps = StepsConfig(milestones=(150, 250))
     assert [steps.lr_factor(e, 350) for e in (0, 149.9, 150, 250)] == pytest.approx([1, 1, 0.1, 0.01])
+
+
+SCHEDULES = [ConstantConfig(), StepsConfig(milestones=(2,)), WsdConfig(decay_epochs=1), CosineConfig(), LinearConfig()]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+@pytest.mark.parametrize("epoch", [2.9, 3.1, 4.0])
+def test_epochs_are_raised_on_resume_where_no_rate_up_to_there_would_have_differed(
+    schedule: ScheduleConfig, epoch: float
+) -> None:
+    fixed = tiny.training(epochs=7.0, schedule=schedule).why_not_extended(epoch, 4.0)
+    so_far = [epoch * share for share in (0.0, 0.3, 0.6, 0.9, 1.0)]
+    differs = [schedule.lr_factor(each, 4.0) for each in so_far] != [schedule.lr_factor(each, 7.0) for each in so_far]
+    assert (fixed is not None) == differs
+    assert tiny.training(epochs=3.5, schedule=schedule).why_not_extended(2.0, 4.0) is not None
 
 
 def test_micro_batches_of_any_number_give_the_step_of_the_whole_batch() -> None:
@@ -120,7 +146,7 @@ def test_each_update_moves_its_own_parameters_alone() -> None:
     assert current.net.alpha.requires_grad
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_resumed_equals_uninterrupted_bitwise(tmp_path: Path, kind: str) -> None:
     settings = tiny.training(optimizer=OPTIMIZERS[kind](lr=0.01), ema_decay=0.9, clip_norm=1.0, label_smoothing=0.1)
     noisy = tiny.TinyConfig(dropout=0.3)
@@ -221,7 +247,7 @@ def test_minutes_are_a_span_for_logging_too(tmp_path: Path) -> None:
     assert len(recorder.logged) > 3
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_restored_moments_have_the_memory_format_of_their_weights(tmp_path: Path, kind: str) -> None:
     settings = tiny.training(optimizer=OPTIMIZERS[kind]())
     baseline = find("baseline")

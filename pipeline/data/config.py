@@ -65,6 +65,7 @@ class DataConfig(Config):
     )
     std: Annotated[tuple[StandardDeviation, StandardDeviation, StandardDeviation], meant(_spread)] = IMAGENET_STD
     shuffle: Literal["full", "block"] = "full"  # block: lanes read whole shards, for cold or networked storage
+    sampling: Literal["natural", "balanced"] = "natural"  # balanced: every class has the same share of each epoch
     lanes: Annotated[int, Field(ge=1, le=65_536)] = (
         64  # block: readers with their own shards and window, for any number of workers
     )
@@ -89,6 +90,8 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _meant(self, info: ValidationInfo) -> DataConfig:
+        if self.sampling == "balanced" and self.shuffle == "block":
+            raise fault("sampling", "balanced picks images from the whole set, shuffle: block reads shard by shard")
         if is_stored(info):
             return self
         if self.eval_resize_px is not None and self.eval_resize_px < self.side_for_eval:

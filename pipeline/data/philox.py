@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     BLUR = 10
     ERASING = 11
     SIDE = 12
+    BALANCE = 31
 
 
 @dataclass(frozen=True)

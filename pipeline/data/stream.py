@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline import ranks
 from pipeline.data import augment
+from pipeline.data.balance import BalancedOrder
 from pipeline.data.config import DataConfig
 from pipeline.data.index import ImageIndex
 from pipeline.data.philox import ALL_BITS, Ints, Purpose, SampleKeys, below, key_words, philox
@@ -40,7 +41,7 @@ class BatchPlan:
     side_px: int
     rows: Ints  # [b]
     positions: Ints  # [b]
-    epochs: Ints  # [b], of each sample's random numbers; each copy of an image has its own
+    epochs: Ints  # [b], of each sample's random numbers: by copy of an image, and by lap of a class if balanced
     windows: NDArray[np.int32]
     draws: Mapping[str, NDArray[np.generic]]  # draws of each operation of data.augment, [b, ...]
 
@@ -50,12 +51,14 @@ class EpochOrder:
     """The rows of one epoch, `rows` [N], in the order of training.
 
     Block shuffle also has `stored` [N], the rows in the order in which the lanes read the shards; lane l reads
-    stored[starts[l]:starts[l + 1]].
+    stored[starts[l]:starts[l + 1]]. Balanced sampling has `laps` [N]: how often each row was drawn before, so that an
+    image that comes several times in an epoch is augmented anew each time.
     """
 
     rows: NDArray[np.int32]
     stored: NDArray[np.int32] | None = None
     starts: Ints | None = None
+    laps: Ints | None = None
 
 
 class Stream:
@@ -82,6 +85,7 @@ class Stream:
         self.distinct = batch_size // config.aug_repeats  # images of a batch without their copies
         self.height, self.width = index.height, index.width
         self.lanes: Lanes | None = None
+        self.balance = BalancedOrder(index.label, seed) if config.sampling == "balanced" else None
         self._orders: dict[int, EpochOrder] = {}
         if config.shuffle == "block":
             starts = np.arange(0, len(index), FILES_PER_RUN) if index.shards is None else _run_starts(index.shard)
@@ -124,11 +128,14 @@ class Stream:
             positions = positions[(lane >= mine.start) & (lane < mine.stop)]
         places, copies = self.places(positions)
         rounds, within = np.divmod(places, self.num_images)
-        rows = np.empty_like(positions)
+        rows, base = np.empty_like(positions), rounds.copy()
         for number in np.unique(rounds):
             here = rounds == number
-            rows[here] = self.order(int(number)).rows[within[here]]
-        epochs, side_px = rounds * self.config.aug_repeats + copies, self.side_of(step)
+            order = self.order(int(number))
+            rows[here] = order.rows[within[here]]
+            if order.laps is not None:
+                base[here] = order.laps[within[here]]
+        epochs, side_px = base * self.config.aug_repeats + copies, self.side_of(step)
         return BatchPlan(
             step=step,
             epoch=self.epoch_of(step),
@@ -182,12 +189,19 @@ class Stream:
         """The order of an epoch, or of a round if images are repeated; that of the last ones is cached."""
         if epoch not in self._orders:
             if self.lanes is None:
-                self._orders[epoch] = EpochOrder(permutation(self.num_images, self.seed, epoch, Purpose.ORDER))
+                self._orders[epoch] = self._full_order(epoch)
             else:
                 self._orders[epoch] = self.lanes.order(epoch)
             for old in list(self._orders)[:-ORDERS_KEPT]:
                 del self._orders[old]
         return self._orders[epoch]
+
+    def _full_order(self, epoch: int) -> EpochOrder:
+        shuffled = permutation(self.num_images, self.seed, epoch, Purpose.ORDER)
+        if self.balance is None:
+            return EpochOrder(shuffled)
+        rows, laps = self.balance.slots(epoch)
+        return EpochOrder(rows[shuffled].astype(np.int32), laps=laps[shuffled])
 
 
 class Lanes:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -269,9 +270,22 @@ def write_config(run_dir: Path, config: RunConfig, fingerprint: Mapping[str, obj
     path = run_dir / "config.yaml"
     if path.exists():
         saved = configs.section(configs.read_mapping(path), "fingerprint")
-        checkpoint.check_fingerprint(run_config.translated(saved), fingerprint, allowed, str(run_dir))
+        checkpoint.check_fingerprint(
+            run_config.translated(saved),
+            fingerprint,
+            allowed,
+            str(run_dir),
+            partial(_why_not_extended, run_dir, config),
+        )
     text = configs.dump_yaml({"recipe": configs.as_mapping(config), "fingerprint": fingerprint})
     write_text(path, text)
+
+
+def _why_not_extended(run_dir: Path, config: RunConfig, before: float) -> str | None:
+    """Why the run, of `before` epochs, cannot go on with today's number; None if it can."""
+    storage = checkpoint.open_storage(config.checkpoint, run_dir)
+    names = storage.names()
+    return config.training.why_not_extended(storage.meta(names[-1]).epoch if names else 0.0, before)
 
 
 def _is_finished(run_dir: Path, fingerprint: Mapping[str, object]) -> bool:

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -396,7 +397,8 @@ def restore(context: RunContext, events: RunEvents) -> TrainState:
     folder, where = context.storage.fetch(name), context.storage.where(name)
     meta, mapping = checkpoint.read_meta(folder), checkpoint.read(folder)
     saved, allowed = run_config.translated(meta.fingerprint), context.worker.allow_changed
-    changed = checkpoint.check_fingerprint(saved, context.fingerprint, allowed, where)
+    extended = partial(context.config.training.why_not_extended, meta.epoch)
+    changed = checkpoint.check_fingerprint(saved, context.fingerprint, allowed, where, extended)
     state.restore(current, mapping)
     events.bad.merge(mapping["bad"])
     events.best_key = meta.best_key

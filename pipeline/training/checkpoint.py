@@ -560,14 +560,29 @@ def differences(saved: Mapping[str, object], now: Mapping[str, object]) -> dict[
     return {key: (saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)}
 
 
+EPOCHS = "training.epochs"
+
+
 def check_fingerprint(
-    saved: Mapping[str, object], now: Mapping[str, object], allowed: Sequence[str], where: str
+    saved: Mapping[str, object],
+    now: Mapping[str, object],
+    allowed: Sequence[str],
+    where: str,
+    why_not_extended: Callable[[float], str | None] = lambda before: "",
 ) -> list[str]:
-    """The keys that differ and are allowed to. Raises CheckpointError with the keys that are not."""
+    """The keys that differ and are allowed to. Raises CheckpointError with the keys that are not.
+
+    why_not_extended: why a run of so many epochs cannot go on with today's number; None if it can.
+    """
     changed = differences(saved, now)
     refused = {key: pair for key, pair in changed.items() if key not in allowed}
+    before = refused.get(EPOCHS, (None, None))[0]
+    reason = why_not_extended(before) if isinstance(before, int | float) else ""
+    if reason is None:
+        del refused[EPOCHS]
     if refused:
-        lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items()]
+        reasons = {EPOCHS: f" ({reason})" if reason else ""}
+        lines = [f"  {key}: {old!r} there, {new!r} now{reasons.get(key, '')}" for key, (old, new) in refused.items()]
         way_out = "Use a new run folder, the old values, or --allow-changed KEY for each key meant to change"
         text = "\n".join([f"{where} belongs to another recipe:", *lines, way_out])
         raise CheckpointError(text, keys=tuple(refused), subject=where)

@@ -30,6 +30,9 @@ from pipeline.training.optimizers.sgd import SgdConfig
 from pipeline.training.schedules import AnySchedule
 from pipeline.training.schedules.cosine import CosineConfig
 from pipeline.training.schedules.steps import StepsConfig
+from pipeline.training.schedules.wsd import WsdConfig
+
+EmaWarmup = Literal["ramp", "power", "none"]
 
 
 class TrainingConfig(Config):
@@ -47,6 +50,10 @@ class TrainingConfig(Config):
     decay_norms_and_biases: bool = False  # weight decay for them too, as in the papers of the four families
     label_smoothing: BelowOne = 0.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema_warmup: EmaWarmup = "ramp"  # how the decay grows to ema_decay from the first step: see `state.update_ema`
+    layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = (
+        None  # each layer's learning rate over that of the next one, for fine-tuning; null: all have the same
+    )
     clip_norm: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
     channels_last: bool = True  # memory format of images and weights; faster on CPU too
@@ -62,6 +69,8 @@ class TrainingConfig(Config):
         inert = {"new_head": "start_from is null"} if values["start_from"] is None else {}
         if section(values, "loss").get("target_threshold") is not None:
             inert["label_smoothing"] = "loss.target_threshold makes every target 0 or 1"
+        if values["ema_decay"] is None:
+            inert["ema_warmup"] = "ema_decay is null"
         return inert
 
     @model_validator(mode="after")
@@ -72,6 +81,8 @@ class TrainingConfig(Config):
             return self
         if schedule.warmup_epochs > epochs:
             raise fault("schedule.warmup_epochs", f"the training has {epochs:g} epochs, so the warm-up never ends")
+        if isinstance(schedule, WsdConfig) and schedule.warmup_epochs + schedule.decay_epochs > epochs:
+            raise fault("schedule.decay_epochs", f"with the warm-up it is longer than the training's {epochs:g} epochs")
         late = [each for each in schedule.milestones if each >= epochs] if isinstance(schedule, StepsConfig) else []
         if late:
             raise fault(
@@ -80,6 +91,15 @@ class TrainingConfig(Config):
                 "milestones are in epochs",
             )
         return self
+
+    def why_not_extended(self, epoch: float | None, before: float) -> str | None:
+        """Why a run of `before` epochs cannot go on with these epochs; None if it can.
+
+        epoch: how far it has come; None if that is not known.
+        """
+        if self.epochs < before:
+            return "a run may be given more epochs, not fewer"
+        return self.schedule.why_fixed(before if epoch is None else epoch, before)
 
     @field_validator("channels_last", mode="before")
     @classmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 from torch.optim import Optimizer
@@ -10,6 +12,7 @@ from torch.optim import Optimizer
 from pipeline.errors import ConfigError, ContractError
 from pipeline.family import Params
 from pipeline.training.config import TrainingConfig
+from pipeline.training.depths import LayersOf, by_structure, hidden_matrices, lr_factors
 from pipeline.training.optimizers.base import OptimizerConfig, ParamGroup
 
 NORMS = (
@@ -19,19 +22,52 @@ NORMS = (
 )
 
 
-def build(groups: Mapping[str, Sequence[Params]], net: nn.Module, training: TrainingConfig) -> dict[str, Optimizer]:
+def build(
+    groups: Mapping[str, Sequence[Params]], net: nn.Module, training: TrainingConfig, layers: LayersOf | None = None
+) -> dict[str, Optimizer]:
     """One optimizer per name in `groups`; "main" takes `training.optimizer`, others `training.other_optimizers`.
 
-    Raises ContractError if the groups do not partition the net's trainable parameters, ConfigError if the recipe has no
-    settings for one of the family's optimizers.
+    layers: the net's, by depth; by default those of its structure. Raises ContractError if the groups do not partition
+    the net's trainable parameters, ConfigError if the recipe has no settings for one of the family's optimizers.
     """
     _assert_partition(groups, net)
     plain = {id(p) for p in norms_and_biases(net)} if not training.decay_norms_and_biases else set()
+    found = layers or partial(by_structure, net)
+    decay = training.layer_decay
+    factors = lr_factors(found(), decay) if decay is not None else {}
     optimizers: dict[str, Optimizer] = {}
     for name, params in groups.items():
         settings = _settings(name, training)
-        optimizers[name] = settings.build(list(_torch_groups(settings, params, plain)))
+        hidden = hidden_matrices(net, found()) if settings.parts_matrices else set()
+        traits = _Traits(plain, hidden, {} if any(group.outside_ddp for group in params) else factors)
+        optimizers[name] = settings.build(list(_torch_groups(settings, params, traits)))
+        if settings.parts_matrices and not any(group["hidden"] for group in optimizers[name].param_groups):
+            raise _without_matrices(name, settings.kind)
     return optimizers
+
+
+@dataclass(frozen=True)
+class _Traits:
+    """Ids of parameters without weight decay, of hidden matrices, and the factors of learning rates, 1 if missing."""
+
+    plain: Set[int]
+    hidden: Set[int]
+    lr_factors: Mapping[int, float]
+
+    def of(self, parameter: nn.Parameter, *, decay: bool) -> tuple[bool, bool, float]:
+        key = id(parameter)
+        return not (decay and key not in self.plain), key not in self.hidden, self.lr_factors.get(key, 1.0)
+
+
+def _without_matrices(name: str, kind: str) -> ConfigError:
+    section = "optimizer" if name == "main" else f"other_optimizers.{name}"
+    key = f"training.{section}.kind"
+    return ConfigError(
+        f"{key} (={kind}): there is no linear layer or convolution between the first and the last layer of what it "
+        "moves; take adamw",
+        key=key,
+        subject=kind,
+    )
 
 
 def _settings(name: str, training: TrainingConfig) -> OptimizerConfig:
@@ -44,18 +80,22 @@ def _settings(name: str, training: TrainingConfig) -> OptimizerConfig:
     return training.other_optimizers[name]
 
 
-def _torch_groups(settings: OptimizerConfig, params: Sequence[Params], plain: set[int]) -> Iterator[ParamGroup]:
-    """Each Params as up to two torch groups: with and without weight decay."""
+def _torch_groups(settings: OptimizerConfig, params: Sequence[Params], traits: _Traits) -> Iterator[ParamGroup]:
+    """Each Params as torch groups of equal traits, those with weight decay first."""
     for group in params:
-        decayed = [p for p in group.parameters if group.decay and id(p) not in plain]
-        chosen = {id(p) for p in decayed}
-        bare = [p for p in group.parameters if id(p) not in chosen]
-        full = settings.lr * group.lr_factor
-        for members, decay in ((decayed, settings.weight_decay), (bare, 0.0)):
-            if members:
-                yield ParamGroup(
-                    params=members, lr=full, full_lr=full, weight_decay=decay, outside_ddp=group.outside_ddp
-                )
+        alike: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+        for parameter in group.parameters:
+            alike.setdefault(traits.of(parameter, decay=group.decay), []).append(parameter)
+        for (bare, shallow, factor), members in sorted(alike.items(), key=lambda item: item[0]):
+            full = settings.lr_of(hidden=not shallow) * group.lr_factor * factor
+            yield ParamGroup(
+                params=members,
+                lr=full,
+                full_lr=full,
+                weight_decay=0.0 if bare else settings.weight_decay,
+                outside_ddp=group.outside_ddp,
+                hidden=not shallow,
+            )
 
 
 def is_outside_ddp(optimizer: Optimizer) -> bool:

@@ -7,6 +7,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
@@ -16,10 +17,17 @@ from torch.optim import Optimizer
 from pipeline.errors import ContractError
 from pipeline.family import AnyFamily, FamilyConfig
 from pipeline.training import optim
-from pipeline.training.config import TrainingConfig
+from pipeline.training.config import EmaWarmup, TrainingConfig
 
 if TYPE_CHECKING:
     from pipeline.data.bad import BadState
+
+
+EMA_WARMUPS: Mapping[EmaWarmup, Callable[[int], float]] = {
+    "ramp": lambda step: (1 + step) / (10 + step),
+    "power": lambda step: 1 - (1 + step) ** (-2 / 3),
+    "none": lambda step: 1.0,
+}
 
 
 class SavedState(TypedDict):
@@ -75,7 +83,8 @@ def fresh(
             f"the family's optimizers are {', '.join(family.optimizers(config))}, its groups {', '.join(groups)}",
             key="optimizers",
         )
-    optimizers = optim.build(groups, net, training)
+    layers = None if family.layers is None else partial(family.layers, config, net)
+    optimizers = optim.build(groups, net, training, layers)
     return TrainState(net=net, ema=_copy(net) if training.ema_decay else None, optimizers=optimizers)
 
 
@@ -84,9 +93,13 @@ def _copy(net: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, net: nn.Module, decay: float, step: int) -> None:
-    """Moves `ema` towards `net` by 1 - min(decay, (1 + step)/(10 + step)); the ramp discounts the first steps."""
-    weight = 1 - min(decay, (1 + step) / (10 + step))
+def update_ema(ema: nn.Module, net: nn.Module, decay: float, step: int, warmup: EmaWarmup = "ramp") -> None:
+    """Moves `ema` towards `net` by 1 - the decay of this step, which grows to `decay` and so discounts the first steps.
+
+    warmup: ramp, min(decay, (1 + step)/(10 + step)); power, min(decay, 1 - (1 + step)^(-2/3)), which forgets more
+    slowly, from timm's ModelEmaV3; none, `decay` from the first step.
+    """
+    weight = 1 - min(decay, EMA_WARMUPS[warmup](step))
     theirs = dict(_tensors(net))
     pairs = [(mine, theirs[name].to(mine.dtype)) for name, mine in _tensors(ema)]
     averaged = [pair for pair in pairs if pair[0].is_floating_point()]

@@ -135,7 +135,7 @@ def train_step(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatc
         if outside_ddp:
             _assert_equal(name, optim.parameters_of(state.optimizers[name]))
     if state.ema is not None and plan.training.ema_decay is not None:
-        update_ema(state.ema, state.net, plan.training.ema_decay, state.step)
+        update_ema(state.ema, state.net, plan.training.ema_decay, state.step, plan.training.ema_warmup)
     state.step += 1
     state.images_seen += plan.batch_size
     return lr

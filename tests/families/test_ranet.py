@@ -29,7 +29,7 @@ from pipeline.families.ranet.inference import (
     policies,
 )
 from pipeline.families.ranet.model import Ranet, Walk, build
-from pipeline.families.ranet.objective import loss
+from pipeline.families.ranet.objective import exit_divergence, loss
 from pipeline.families.ranet.released import load_pretrained
 from pipeline.family import Fitted, Prediction
 from pipeline.weights import Loaded
@@ -291,6 +291,24 @@ def test_logits_of_an_image_do_not_depend_on_the_other_images(small: Ranet) -> N
     singles = torch.cat([exits_of(net, batch[n : n + 1]) for n in range(8)])
     torch.testing.assert_close(singles, whole, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(exits_of(net, batch[order]), whole[order], rtol=1e-9, atol=1e-9)
+
+
+ONE_EXIT = {"scales": [1], "width_factors": [1], "first_blocks": 1}
+
+
+def test_earlier_exits_learn_from_the_last_one_which_does_not_learn_from_them() -> None:
+    torch.manual_seed(1)
+    exits = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    divergence = exit_divergence(exits, 2.0)
+    last, earlier = (exits[:, -1] / 2).softmax(1), (exits[:, :-1] / 2).softmax(2)
+    by_hand = 4 * (last[:, None] * (last[:, None] / earlier).log()).sum((1, 2)).mean()
+    torch.testing.assert_close(divergence, by_hand)
+    (gradient,) = torch.autograd.grad(divergence, exits)
+    assert gradient[:, :-1].abs().min() > 0 and not gradient[:, -1].any()
+    with fails(ConfigError, "exit_temperature"):
+        validate(RanetConfig, {"exit_temperature": 2.0}, "family")
+    with fails(ConfigError, "exit_distillation"):
+        validate(RanetConfig, ONE_EXIT | {"exit_distillation": 1.0}, "family")
 
 
 def test_the_loss_is_the_sum_over_exits() -> None:

@@ -6,7 +6,7 @@ from pipeline.families.ranet.config import RanetConfig
 from pipeline.families.ranet.figures import figures
 from pipeline.families.ranet.inference import policies
 from pipeline.families.ranet.model import build
-from pipeline.families.ranet.objective import groups, loss, updates
+from pipeline.families.ranet.objective import groups, layers, loss, updates
 from pipeline.families.ranet.released import load_pretrained
 from pipeline.families.ranet.static import static
 from pipeline.family import Family
@@ -16,6 +16,7 @@ FAMILY = Family(
     build=build,
     loss=loss,
     groups=groups,
+    layers=layers,
     updates=updates,
     policies=policies,
     load_pretrained=load_pretrained,

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.blocks import Stem
-from pipeline.config import meant
+from pipeline.config import fault, meant
 from pipeline.errors import JsonValue
 from pipeline.family import FamilyConfig
 
@@ -54,6 +54,8 @@ class RanetConfig(FamilyConfig):
     growth: Channels = 6  # channels that a layer adds, times its width factor
     from_below: Annotated[float, Field(gt=0, lt=1)] = 0.25  # share of a fused layer's channels from the previous one
     reduction: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of the channels that a transition keeps
+    exit_distillation: Annotated[float, Field(ge=0, le=1000)] = 0.0  # weight of what exits learn from the last one
+    exit_temperature: Annotated[float, Field(gt=0, le=1000)] = 3.0  # of both answers in exit_distillation
     budgets: tuple[
         Annotated[float, Field(gt=0, le=1e15), meant(_a_budget)], ...
     ] = ()  # one policy each; above 1: MACs per image, else a share
@@ -61,10 +63,12 @@ class RanetConfig(FamilyConfig):
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
         scales = values["scales"]
+        inert = {"exit_temperature": "exit_distillation is 0"} if values["exit_distillation"] == 0 else {}
         if not isinstance(scales, list | tuple) or len(scales) != 1:
-            return {}
+            return inert
         keys = ("more_blocks", "from_below", "reduction")
-        return dict.fromkeys(keys, "with one scale the net has one sub-network, without fused blocks or transitions")
+        why = "with one scale the net has one sub-network, without fused blocks or transitions"
+        return inert | dict.fromkeys(keys, why)
 
     @model_validator(mode="after")
     def _rules(self) -> RanetConfig:
@@ -97,6 +101,8 @@ class RanetConfig(FamilyConfig):
             for number, block in enumerate(blocks, 1):
                 if block.outputs < 1:
                     raise ValueError(f"reduction (={self.reduction:g}) leaves block {number} without a channel")
+        if self.exit_distillation and self.num_exits == 1:
+            raise fault("exit_distillation", "the net has one exit, so there is none that could learn from it")
         if len({budget_name(budget) for budget in self.budgets}) < len(self.budgets):
             raise ValueError(f"budgets (={list(self.budgets)}): each may occur once")
         return self

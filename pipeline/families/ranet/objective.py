@@ -6,30 +6,60 @@ Source: the code released with arXiv 2003.07326; reproductions of the paper desc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.families.ranet.config import RanetConfig
-from pipeline.families.ranet.model import RanetOutput
-from pipeline.family import Criterion, Loss, Params, cross_entropy, top1
+from pipeline.families.ranet.model import Ranet, RanetOutput
+from pipeline.family import Criterion, Layers, Loss, Params, cross_entropy, top1
 
 
 def loss(config: RanetConfig, output: RanetOutput, targets: Tensor, criterion: Criterion = cross_entropy) -> Loss:
-    """The sum over exits; parts: `ce` of the last exit, `ce/<exit>` and `top1/<exit>` of each.
+    """The sum over exits, plus the weighted `exit_divergence`.
 
-    The class of a mixed image, for top-1, is the one with the largest share.
+    The parts are `ce` of the last exit, `ce/<exit>` and `top1/<exit>` of each, and `distillation`. The class of a mixed
+    image, for top-1, is the one with the largest share.
     """
     exits = torch.stack([criterion(logits, targets) for logits in output.exits.unbind(1)])
     by_exit = {f"ce/{number:02d}": value for number, value in enumerate(exits.detach(), 1)}
     truth = targets if targets.dim() == 1 else targets.argmax(1)
+    parts = {"ce": exits[-1].detach(), **by_exit}
+    total = exits.sum()
+    if config.exit_distillation:
+        distilled = exit_divergence(output.exits, config.exit_temperature)
+        total, parts["distillation"] = total + config.exit_distillation * distilled, distilled.detach()
     each = [top1(logits, truth).mean() for logits in output.exits.detach().unbind(1)]
     hits = {f"top1/{number:02d}": value for number, value in enumerate(each, 1)}
-    return Loss(exits.sum(), {"ce": exits[-1].detach(), **by_exit, **hits})
+    return Loss(total, parts | hits)
+
+
+def exit_divergence(exits: Tensor, temperature: float) -> Tensor:
+    """T² · KL(last exit || exit) at temperature T, the sum over the other exits of the mean over images: [].
+
+    exits [B, E, K]. The last exit gets no gradient from it. Source: Phuong & Lampert, ICCV 2019, whose target is the
+    last exit too; T² keeps the gradient's size (Hinton et al., 2015, arXiv 1503.02531).
+    """
+    logits = exits.to(torch.promote_types(exits.dtype, torch.float32)) / temperature
+    answers = logits.log_softmax(dim=2)
+    target = answers[:, -1:].detach().expand_as(answers[:, :-1])
+    divergence = F.kl_div(answers[:, :-1], target, reduction="sum", log_target=True)
+    return temperature**2 * divergence / len(exits)
 
 
 def groups(config: RanetConfig, net: nn.Module) -> Mapping[str, Sequence[Params]]:
     return {"main": [Params(list(net.parameters()))]}
+
+
+def layers(config: RanetConfig, net: nn.Module) -> Layers:
+    """The base maps from the finest, the blocks of the same place in each sub-network, all classifiers."""
+    assert isinstance(net, Ranet)
+    subnetworks = [list(cast(nn.ModuleList, blocks)) for blocks in net.subnetworks]
+    by_place = [[block for block in blocks if block is not None] for blocks in zip_longest(*subnetworks)]
+    return [*([layer] for layer in net.base), *by_place, list(net.classifiers)]
 
 
 def updates(config: RanetConfig, step: int) -> Sequence[str]:

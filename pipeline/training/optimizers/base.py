@@ -15,9 +15,10 @@ MOST_LR = 100.0
 
 
 class ParamGroup(TypedDict):
-    """A parameter group of torch with two entries of ours.
+    """A parameter group of torch with three entries of ours.
 
-    full_lr: the learning rate at factor 1. outside_ddp: whether DDP ignores these parameters.
+    full_lr: the learning rate at factor 1. outside_ddp: whether DDP ignores these parameters. hidden: whether they are
+    matrices within the net, which only an optimizer with `parts_matrices` has in groups of their own.
     """
 
     params: list[nn.Parameter]
@@ -25,6 +26,7 @@ class ParamGroup(TypedDict):
     full_lr: float
     weight_decay: float
     outside_ddp: bool
+    hidden: bool
 
 
 def fused(groups: Sequence[ParamGroup]) -> bool | None:
@@ -38,7 +40,8 @@ def fused(groups: Sequence[ParamGroup]) -> bool | None:
     return True if all(p.is_cuda and p.is_floating_point() for p in parameters) and not apart else None
 
 
-def _moderate(lr: float) -> str | None:
+def moderate(lr: float) -> str | None:
+    """A rule for `meant`: a learning rate that a training survives."""
     return None if lr <= MOST_LR else f"no training survives a learning rate above {MOST_LR:g}"
 
 
@@ -49,8 +52,17 @@ class OptimizerConfig(Config):
     """
 
     kind: str
-    lr: Annotated[float, Field(gt=0), meant(_moderate)] = 0.1
+    lr: Annotated[float, Field(gt=0), meant(moderate)] = 0.1
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 1e-4
+
+    @property
+    def parts_matrices(self) -> bool:
+        """Whether the matrices within the net are in groups of their own."""
+        return False
+
+    def lr_of(self, *, hidden: bool) -> float:
+        """The learning rate of the matrices within the net, or of other parameters."""
+        return self.lr
 
     def build(self, groups: Sequence[ParamGroup]) -> Optimizer:
         """The optimizer of torch over these groups, each with its own rate and weight decay."""

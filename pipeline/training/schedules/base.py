@@ -28,3 +28,10 @@ class ScheduleConfig(Config):
     def factor_at(self, epoch: float, epochs: float) -> float:
         """The factor after the warm-up."""
         raise NotImplementedError
+
+    def why_fixed(self, epoch: float, epochs: float) -> str | None:
+        """Why a training of `epochs` that has come to `epoch` cannot be given more epochs; None if it can.
+
+        It can if the rates up to here are those of a training that had the greater number from its start.
+        """
+        return f"the curve of kind {self.kind} depends on the number of epochs, so all rates so far were of {epochs:g}"

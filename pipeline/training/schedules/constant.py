@@ -14,3 +14,6 @@ class ConstantConfig(ScheduleConfig):
 
     def factor_at(self, epoch: float, epochs: float) -> float:
         return 1.0
+
+    def why_fixed(self, epoch: float, epochs: float) -> str | None:
+        return None

@@ -31,3 +31,6 @@ class StepsConfig(ScheduleConfig):
 
     def factor_at(self, epoch: float, epochs: float) -> float:
         return float(self.factor ** sum(epoch >= milestone for milestone in self.milestones))
+
+    def why_fixed(self, epoch: float, epochs: float) -> str | None:
+        return None
