@@ -28,6 +28,7 @@ from pipeline.runs import lease
 ARCHIVE = Path(__file__).parent / "fixtures" / "bc067e3.tar.xz"
 THERE = "/tmp/adaptnet-old"  # where make.sh worked
 TEXTS = (".yaml", ".json", ".jsonl", ".csv", ".txt")
+INSTRUCTIONS = "AVX512"  # of the processor that wrote the files, by torch's name
 ROUNDING = 2e-3
 RUNS = ("stopped-convnet_aig", "killed-ranet", "stopped-arrn", "killed-shape_adaptor")
 
@@ -97,7 +98,9 @@ def adaptnet(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def same_machine(expected: Mapping[str, Any]) -> bool:
-    return expected["cpu"] == device_name(torch.device("cpu")) and expected["torch"] == torch.__version__
+    """Whether bits may be compared: processors of one name may differ in their instructions."""
+    here = (device_name(torch.device("cpu")), torch.backends.cpu.get_cpu_capability(), torch.__version__)
+    return here == (expected["cpu"], INSTRUCTIONS, expected["torch"])
 
 
 def top1(run_dir: Path) -> dict[str, float]:
