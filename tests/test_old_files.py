@@ -7,6 +7,7 @@ and torch, and to within rounding elsewhere.
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import sqlite3
 import tarfile
@@ -29,7 +30,8 @@ ARCHIVE = Path(__file__).parent / "fixtures" / "bc067e3.tar.xz"
 THERE = "/tmp/adaptnet-old"  # where make.sh worked
 TEXTS = (".yaml", ".json", ".jsonl", ".csv", ".txt")
 INSTRUCTIONS = "AVX512"  # of the processor that wrote the files, by torch's name
-ROUNDING = 2e-3
+ROUNDING = 2e-3  # of sums and norms on processors with the same instructions
+OTHER_ROUNDING = 2e-2  # on others
 RUNS = ("stopped-convnet_aig", "killed-ranet", "stopped-arrn", "killed-shape_adaptor")
 
 
@@ -50,10 +52,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if there.is_dir() and not there.is_symlink():  # where make.sh has just worked
         yield folder
         return
-    there.unlink(missing_ok=True)
-    there.symlink_to(folder)
-    yield folder
-    there.unlink(missing_ok=True)
+    with open(f"{THERE}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until another process has finished these tests
+        there.unlink(missing_ok=True)
+        there.symlink_to(folder)
+        yield folder
+        there.unlink(missing_ok=True)
 
 
 def _relocate(database: Path, here: str) -> None:
@@ -124,10 +128,11 @@ def test_an_interrupted_run_resumes_to_the_weights_of_its_own_code(
     newest = max((run_dir / "checkpoints").glob("step-*"))
     assert newest.name == then["checkpoint"]
     weights = load_file(newest / "net.safetensors")
+    rounding = ROUNDING if torch.backends.cpu.get_cpu_capability() == INSTRUCTIONS else OTHER_ROUNDING
     assert weights.keys() == then["tensors"].keys()
     for key, (total, norm) in then["tensors"].items():
         now = weights[key].double()
-        assert [now.sum().item(), now.norm().item()] == pytest.approx([total, norm], rel=ROUNDING, abs=ROUNDING)
+        assert [now.sum().item(), now.norm().item()] == pytest.approx([total, norm], rel=rounding, abs=rounding)
     accuracy = top1(run_dir)
     assert accuracy.keys() == then["top1"].keys()
     if same_machine(expected):
