@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,21 +18,20 @@ def align(rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
 
     The first column is aligned to the left, the others to the right, or all to the left with `left`.
     """
-    from rich.box import Box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from rich.cells import cell_len
 
-    rule = Box("    \n    \n -  \n    \n    \n    \n    \n    \n", ascii=True)
-    table = Table(box=rule, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for number, heading in enumerate(rows[0]):
-        table.add_column(Text(heading), justify="left" if left or number == 0 else "right", no_wrap=True)
-    for row in rows[1:]:
-        table.add_row(*map(Text, row))
-    console = Console(file=io.StringIO(), width=100_000, color_system=None)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    cells = [[cell.replace("\n", "\\n") for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = []
+    for row in cells:
+        gaps = [" " * (width - cell_len(cell)) for width, cell in zip(widths, row, strict=True)]
+        padded = [
+            cell + gap if left or number == 0 else gap + cell
+            for number, (cell, gap) in enumerate(zip(row, gaps, strict=True))
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 def byte_size(count: float) -> str:

@@ -336,8 +336,10 @@ def test_a_root_that_cannot_be_read_is_refused(
         splits_of(tmp_path / "data")
 
 
-def test_a_tar_beside_class_folders_is_ignored(tmp_path: Path) -> None:
+def test_a_tar_beside_class_folders_is_one_file_that_is_left_out(tmp_path: Path) -> None:
     root = class_folders(tmp_path)
     with tarfile.open(root / "ILSVRC2012_img_train.tar", "w"):
         pass
-    assert len(splits_of(root).train) == 12
+    assert len(splits_of(root, max_bad_share=0.1).train) == 12
+    with fails(DataError, "data.max_bad_share"):
+        splits_of(root)

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from pipeline import config as configs
+from pipeline.errors import ConfigError
 
 GROUP = "-seeds"
 
@@ -24,9 +25,12 @@ def folder_of(group: Path, seed: int) -> Path:
 
 
 def seeds_in(group: Path) -> tuple[int, ...]:
-    """The seeds of a group's folder, rising; empty for any other folder."""
+    """The seeds of a group's folder, rising; empty for any other folder, also if its config.yaml is damaged."""
     path = group / "config.yaml"
-    seeds = configs.read_mapping(path).get("seeds") if path.is_file() else None
+    try:
+        seeds = configs.read_mapping(path).get("seeds") if path.is_file() else None
+    except ConfigError:
+        return ()
     return tuple(sorted(seed for seed in seeds if type(seed) is int)) if isinstance(seeds, list) else ()
 
 
