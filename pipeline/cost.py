@@ -1,15 +1,18 @@
 """Multiply-accumulates of a net, counted by torch's flop counter during a real forward pass.
 
-One definition everywhere: convolutions and matrix products count, biases, norms, activations and pooling do not.
+One definition everywhere: convolutions and matrix products count, with both products of an attention; biases, norms,
+activations, pooling, resizing and additions of maps do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import ContractError
@@ -32,7 +35,7 @@ def measure(net: nn.Module, *inputs: Tensor) -> Cost:
     net.eval()
     counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), _unfused(), counter:
             net(*inputs)
     finally:
         for module, mode in modes.items():
@@ -50,3 +53,18 @@ def measure(net: nn.Module, *inputs: Tensor) -> Cost:
         if name != "Global"
     }
     return Cost(total, by_module)
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Runs attentions as single operations: of the fused ones on a CPU torch's counter knows none.
+
+    These are scaled_dot_product_attention's kernels and, in eval mode without gradients, nn.MultiheadAttention's.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

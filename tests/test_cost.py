@@ -51,6 +51,25 @@ def test_the_net_is_measured_in_eval_mode_and_not_changed() -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_both_products_of_an_attention_count() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    found = cost.measure(Attending(attention), torch.rand(1, 5, 8)).macs
+    assert found == 5 * 8 * 24 + 2 * 5 * 5 * 8 + 5 * 8 * 8  # the three inputs, both products of both heads, the output
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Attending(nn.Module):
+    """Self-attention alone."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return found
+
+
 def test_modes_are_restored_when_the_forward_fails() -> None:
     net = small().train()
     with pytest.raises(RuntimeError):
