@@ -18,7 +18,7 @@ from pipeline.training import optim, state
 from pipeline.training.depths import by_structure, hidden_matrices, lr_factors
 from pipeline.training.optimizers.base import OptimizerConfig
 from pipeline.training.optimizers.lamb import LambConfig
-from pipeline.training.optimizers.muon import MuonConfig, orthogonal
+from pipeline.training.optimizers.muon import Muon, MuonConfig, orthogonal
 
 STEPS, RATE, DECAY = 4, 0.02, 0.1
 
@@ -67,6 +67,22 @@ def adam_directions(net: nn.Module, betas: tuple[float, float], eps: float) -> l
             direction[name] = mean / (square**0.5 + eps)
         found.append(direction)
     return found
+
+
+def test_a_parameter_without_a_gradient_in_some_steps_moves_as_by_torchs_adamw() -> None:
+    """Muon's other parameters: each is corrected by the number of its own updates, as blocks that were skipped need."""
+    betas, start = (0.8, 0.95), torch.linspace(-1, 1, 4, dtype=torch.float64)
+    ours, theirs = ([nn.Parameter(start.clone()) for _ in range(3)] for _ in range(2))
+    settings = {"lr": RATE, "weight_decay": DECAY}
+    muon = Muon([{"params": ours, "hidden": False, **settings}], {"betas": betas})
+    adamw = torch.optim.AdamW(theirs, betas=betas, eps=1e-8, **settings)
+    for step in range(STEPS):
+        for number, pair in enumerate(zip(ours, theirs, strict=True)):
+            for parameter in pair:
+                parameter.grad = start.sin() + number + step if number <= step else None
+        muon.step()
+        adamw.step()
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("clip", [False, True])

@@ -148,13 +148,17 @@ class TrainLoader:
             if isinstance(decoded, LoaderFailure):
                 stopped_at = stopped_at or time.monotonic()
                 self.close()
-                if not self._forgets(decoded):
-                    for row, reason in decoded.bad_rows(self._single):
-                        self.bad.add(row, reason)
+                self._learn(decoded)
             elif any(int(row) in self.bad for row in decoded.request.rows):  # found by another rank since
                 self.close()
             else:
                 return decoded, 0.0 if stopped_at is None else time.monotonic() - stopped_at
+
+    def _learn(self, failure: LoaderFailure) -> None:
+        """Remembers what the failure says of its images: they do not stay in memory, or they are bad."""
+        if not self._forgets(failure):
+            for row, reason in failure.bad_rows(self._single):
+                self.bad.add(row, reason)
 
     def _forgets(self, failure: LoaderFailure) -> bool:
         """Whether the failure is about what was to stay in memory, and does not any more: images, or the whole set."""

@@ -27,8 +27,10 @@ def folder_of(group: Path, seed: int) -> Path:
 def seeds_in(group: Path) -> tuple[int, ...]:
     """The seeds of a group's folder, rising; empty for any other folder, also if its config.yaml is damaged."""
     path = group / "config.yaml"
+    if not group.name.endswith(GROUP) or not path.is_file():
+        return ()
     try:
-        seeds = configs.read_mapping(path).get("seeds") if path.is_file() else None
+        seeds = configs.read_mapping(path).get("seeds")
     except ConfigError:
         return ()
     return tuple(sorted(seed for seed in seeds if type(seed) is int)) if isinstance(seeds, list) else ()

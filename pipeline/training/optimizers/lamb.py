@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from pipeline.config import BelowOne, meant
 from pipeline.training.optimizers.base import OptimizerConfig, ParamGroup, moderate
-from pipeline.training.optimizers.moments import adam_updates, moved_moments, with_gradients
+from pipeline.training.optimizers.moments import GroupOptimizer, adam_updates, moved_moments
 
 
 class LambConfig(OptimizerConfig):
@@ -35,25 +35,14 @@ class LambConfig(OptimizerConfig):
         return Lamb([{**group} for group in groups], settings)
 
 
-class Lamb(Optimizer):
+class Lamb(GroupOptimizer):
     """w <- w - lr · |w| / |u| · u with u = Adam's update + weight_decay · w; the ratio is 1 where a norm is 0.
 
     A few kernels for all tensors of a group, and no wait for the device.
     """
 
-    def __init__(self, groups: Sequence[dict[str, object]], settings: dict[str, object]) -> None:
-        super().__init__(groups, settings)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Moves every parameter that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            if with_gradients(group["params"]):
-                self._move(group)
-
-    def _move(self, group: dict[str, Any]) -> None:
-        moments = moved_moments(self, with_gradients(group["params"]), group["betas"])
+    def _move(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        moments = moved_moments(self, parameters, group["betas"])
         updates = adam_updates(moments, group["betas"], group["eps"])
         if group["weight_decay"]:
             torch._foreach_add_(updates, moments.parameters, alpha=group["weight_decay"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,26 @@ class Moments:
     gradients: list[Tensor]
     first: list[Tensor]
     second: list[Tensor]
-    step: int  # updates of these parameters, with this one
+    steps: list[int]  # updates of each parameter, with this one: some have no gradient in some steps
+
+
+class GroupOptimizer(Optimizer):
+    """An optimizer that moves the parameters of a group together."""
+
+    def __init__(self, groups: Sequence[dict[str, object]], settings: dict[str, object]) -> None:
+        super().__init__(groups, settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Moves every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            if parameters := with_gradients(group["params"]):
+                self._move(group, parameters)
+
+    @abstractmethod
+    def _move(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Moves these parameters of a group, one or more, which have gradients."""
 
 
 def with_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -40,7 +61,7 @@ def moved_moments(optimizer: Optimizer, parameters: Sequence[Tensor], betas: tup
     torch._foreach_lerp_(first, gradients, 1 - betas[0])
     torch._foreach_mul_(second, betas[1])
     torch._foreach_addcmul_(second, gradients, gradients, 1 - betas[1])
-    return Moments(list(parameters), gradients, first, second, int(slots[0]["step"].item()))
+    return Moments(list(parameters), gradients, first, second, [int(slot["step"].item()) for slot in slots])
 
 
 def adam_updates(moments: Moments, betas: tuple[float, float], eps: float) -> list[Tensor]:
@@ -49,8 +70,8 @@ def adam_updates(moments: Moments, betas: tuple[float, float], eps: float) -> li
     Source: Kingma & Ba, ICLR 2015 (arXiv 1412.6980), algorithm 1.
     """
     denominators = torch._foreach_sqrt(moments.second)
-    torch._foreach_div_(denominators, math.sqrt(1 - betas[1] ** moments.step))
+    torch._foreach_div_(denominators, [math.sqrt(1 - betas[1] ** step) for step in moments.steps])
     torch._foreach_add_(denominators, eps)
-    updates = torch._foreach_div(moments.first, 1 - betas[0] ** moments.step)
+    updates = torch._foreach_div(moments.first, [1 - betas[0] ** step for step in moments.steps])
     torch._foreach_div_(updates, denominators)
     return list(updates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from pipeline.config import BelowOne, meant
 from pipeline.training.optimizers.base import OptimizerConfig, ParamGroup, moderate
-from pipeline.training.optimizers.moments import adam_updates, moved_moments, with_gradients
+from pipeline.training.optimizers.moments import GroupOptimizer, adam_updates, moved_moments
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of the quintic a·X + b·XXᵀX + c·(XXᵀ)²X
 LEAST_NORM = 1e-7
@@ -57,19 +57,11 @@ class MuonConfig(OptimizerConfig):
         return Muon([{**group} for group in groups], {key: getattr(self, key) for key in keys})
 
 
-class Muon(Optimizer):
+class Muon(GroupOptimizer):
     """Groups with `hidden` move by Muon, the others by AdamW."""
 
-    def __init__(self, groups: Sequence[dict[str, object]], settings: dict[str, object]) -> None:
-        super().__init__(groups, settings)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Moves every parameter that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            if with_gradients(group["params"]):
-                (self._by_muon if group["hidden"] else self._by_adamw)(group, with_gradients(group["params"]))
+    def _move(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        (self._by_muon if group["hidden"] else self._by_adamw)(group, parameters)
 
     def _by_adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         updates = adam_updates(moved_moments(self, parameters, group["betas"]), group["betas"], 1e-8)
