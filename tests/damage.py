@@ -57,6 +57,6 @@ WAYS: dict[str, Callable[[Path], object]] = {
 
 
 def copied(folder: Path, to: Path) -> Path:
-    """A copy of a folder, to be damaged."""
-    shutil.copytree(folder, to, symlinks=True)
+    """A copy of a folder, to be damaged, without files that its uploader is just writing."""
+    shutil.copytree(folder, to, symlinks=True, ignore=shutil.ignore_patterns(f".{'[0-9a-f]' * 8}.*"))
     return to

@@ -128,6 +128,14 @@ def test_the_id_of_a_run_is_written_anew_where_the_checkpoints_are_its_own(run: 
             assert error.key in ("id", "OWNER", "checkpoint.storage")
 
 
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_group_of_seeds_whose_recipe_is_damaged_hides_no_run(run: Path, tmp_path: Path, way: str) -> None:
+    other, group = copied(run, tmp_path / "other"), copied(run, tmp_path / "mine-seeds")
+    (group / "config.yaml").write_text("seeds: [1, 2]\n")
+    WAYS[way](group / "config.yaml")
+    assert other in {each.run_dir for each in tracking.summaries(tmp_path)}
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("file", OF_RUNS)
 def test_a_run_with_a_damaged_file_resumes_to_the_same_weights_or_names_the_file(
