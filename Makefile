@@ -8,14 +8,16 @@ export PYTHON
 # Without bytecode files each process of a test or a run would compile torch, Ray and MLflow anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help venv demo test test-slurm test-browser test-faults test-server test-newest check bench clean
+.PHONY: help venv demo test test-slurm test-browser test-faults test-server test-long test-newest check bench clean
 
 help:
 	@echo "make demo    draw images, train a gated net on them, evaluate and register it"
-	@echo "make test    run all tests but the next four; with ADAPTNET_DATA=FOLDER also those on real images"
+	@echo "make test    run all tests but the next five; with ADAPTNET_DATA=FOLDER also those on real images"
 	@echo "make test-slurm, test-browser, test-server, test-faults"
 	@echo "             run the tests on a real SLURM, in a real browser, with a real PostgreSQL, of kills and"
 	@echo "             odd inputs (FAULTS_MINUTES=20 kills at random for longer)"
+	@echo "make test-long"
+	@echo "             run the tests that need none of these, but much time: large nets, exports, whole trainings"
 	@echo "make test-newest"
 	@echo "             run the quick tests on the newest Ray, MLflow, torch, DALI and submitit (in .venv-newest)"
 	@echo "make check   check formatting, lint, types and import order"
@@ -39,7 +41,7 @@ demo: venv
 test: venv
 	infra/test.sh $(TESTS)
 
-test-slurm test-browser test-server test-faults: test-%: venv
+test-slurm test-browser test-server test-faults test-long: test-%: venv
 	.venv/bin/python -m pytest -m $* tests
 
 test-newest: venv

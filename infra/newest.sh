@@ -65,4 +65,4 @@ print(f"{'package':<22}{'constraints.txt':<18}newest")
 for name in ("ray", "mlflow", "torch", "torchvision", "nvidia-dali-cuda130", "submitit"):
     print(f"{name:<22}{pins[name]:<18}{version(name)}")
 P
-exec "$python" -m pytest -m "not ray and not slurm and not browser and not server and not faults" -n 2 "$@"
+exec "$python" -m pytest -m "not ray and not slurm and not browser and not server and not faults and not long" -n 2 "$@"

@@ -4,7 +4,7 @@
 # its share takes over tests of the other, so the load is balanced without a list of durations.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-left_out="not slurm and not browser and not server and not faults"
+left_out="not slurm and not browser and not server and not faults and not long"
 if [ $# -gt 0 ] && [ "$*" != tests ]; then
     exec .venv/bin/python -m pytest -m "$left_out" "$@"
 fi

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import tarfile
 from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
 
 TOKENS = (
     *("0", "1", "-1", "7", "010", "0o10", "0b1", "1_000", "1:30", "1e3", "1e999", "-1e-999", ".nan", "-.inf", "0x1F"),
@@ -120,6 +124,45 @@ def shard(draw: random.Random, image: bytes, images: int = 4) -> bytes:
                 archive.addfile(member, io.BytesIO(content))
     content = buffer.getvalue()
     return content if draw.random() < 0.1 else mutated(draw, content)
+
+
+NAMES = ("a.jpg", "B.JPEG", "c.png", "d.gif", "e.webp", "f.tif", "g.bmp", "h.jp2", "i.avif", "j.ppm", "k.JPG.jpg", "l")
+ODD_NAMES = ("x\ny.jpg", " z.png ", ".hidden.jpg", "é☃.jpg", "-r.jpg", "a b.jpg", "%s.png", "n.txt", "o.json", "p.xcf")
+FOLDERS = ("cat", "dog", "CAT", "@eaDir", "__MACOSX", ".git", "lost+found", " blank ", "new\nline", "n01440764")
+FORMS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
+
+
+def root(draw: random.Random, folder: Path, images: int = 10) -> None:
+    """A folder of class folders, with and without splits, in which some files are odd, damaged or no files."""
+    splits = draw.choice(
+        [("",), ("train", "val"), ("train", "val"), ("Train", "validation"), ("train",), ("training",)]
+    )
+    for split in splits:
+        for number in range(images):
+            name = draw.choice(["cat", "cat", "dog", "dog", draw.choice(FOLDERS)])
+            place = folder / split / name
+            place.mkdir(parents=True, exist_ok=True)
+            _put(draw, place / f"{number}{draw.choice([*NAMES, *NAMES, *ODD_NAMES])}")
+    if draw.random() < 0.3:
+        _put(draw, folder / draw.choice([*NAMES, *ODD_NAMES]))
+
+
+def _put(draw: random.Random, path: Path) -> None:
+    kind = draw.random()
+    if kind < 0.03:
+        path.symlink_to(draw.choice(["nowhere", ".", "..", "/dev/null", "/dev/zero"]))
+    elif kind < 0.05:
+        os.mkfifo(path)
+    elif kind < 0.07:
+        path.mkdir()
+    else:
+        buffer = io.BytesIO()
+        size = (draw.randint(1, 40), draw.randint(1, 40))
+        image = Image.effect_noise(size, 60).convert(draw.choice(["RGB", "RGB", "L"]))
+        form = draw.choice(FORMS) if draw.random() < 0.3 else "JPEG"
+        image.save(buffer, form, **({"num_resolutions": 1} if form == "JPEG2000" else {}))
+        content = buffer.getvalue()
+        path.write_bytes(content if draw.random() < 0.6 else mutated(draw, content, 2))
 
 
 def request(draw: random.Random, body: dict[str, object]) -> object:

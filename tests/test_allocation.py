@@ -138,6 +138,7 @@ time.sleep(300)
 """
 
 
+@pytest.mark.faults
 def test_a_ray_that_ignores_sigterm_is_killed_with_its_descendants() -> None:
     line = ["sh", "-c", allocation.SUPERVISED, "sh", sys.executable, "-c", DEAF]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:

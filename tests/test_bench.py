@@ -27,6 +27,7 @@ def test_turns_are_interleaved_and_ratios_taken_within_a_round() -> None:
     assert (ours.peer, ours.rate, ours.ratio) == ("theirs", 3.0, 0.5)
 
 
+@pytest.mark.long
 def test_loaders_are_compared_on_the_same_images(data_home: Path, packed: Callable[[str], Path]) -> None:
     rows = loader.loader(packed("flower-photos-subset"), seconds=0.1, rounds=1)
     assert [row.peer for row in rows] == [None, loader.NATIVE, None, loader.TORCHVISION]
@@ -45,6 +46,7 @@ def test_the_costs_of_an_index_are_measured_in_a_process_of_its_own() -> None:
     assert 0 < rows["load"].rate < 60
 
 
+@pytest.mark.long
 def test_a_familys_step_is_compared_with_a_plain_net_of_nearly_the_same_macs() -> None:
     (pair,) = training.training(["convnet_aig/cifar10_small"], batch_size=2, rounds=1)
     assert pair.plain.mmacs == pytest.approx(pair.family.mmacs, rel=0.3)

@@ -207,6 +207,7 @@ def test_a_database_without_tables_of_mlflow_is_refused_and_left_alone(tmp_path:
         catalogue.versions(f"sqlite:///{tmp_path}/absent.db")
 
 
+@pytest.mark.server
 def test_a_server_is_read_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     there = server().uri

@@ -167,6 +167,7 @@ def far(folder: Path) -> Checkpointer:
     return Checkpointer(checkpoint.open_storage(config, folder / "run"), folder / "staging", config)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("pause_s", [0.0, 0.01, 0.02, 0.03])
 def test_a_writer_killed_during_an_upload_leaves_the_newest_complete_one(tmp_path: Path, pause_s: float) -> None:
     code = ENDLESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))

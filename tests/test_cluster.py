@@ -88,6 +88,7 @@ print(len(warnings))
 """
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 def test_one_process_connects_to_clusters_with_a_token_without_one_and_to_its_own(
     ray_head: Head, tmp_path: Path

@@ -460,27 +460,16 @@ def test_an_extremely_long_image_is_evaluated_in_its_middle_within_bounds() -> N
 @pytest.mark.data
 def test_evaluation_pixels_are_torchvisions_on_imagenet(imagenet: ImageIndex) -> None:
     """Mean absolute difference of pixels in 0..1, before mean and std, over all images: at most 2/255."""
-    from torchvision.models import resnet50
-
-    config = DataConfig(root=imagenet.root)
     theirs = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
-    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.mean, config.std)])
-    torch.manual_seed(0)
-    net = resnet50(num_classes=1000).eval()
-    differences, agreed, tried = [], 0, 0
+    differences: list[float] = []
     made = walk(imagenet, batch_size=32, side_px=224, eval_resize_px=None)
     for batch in made:
         pictures = [torch.from_numpy(np.array(upright(read(imagenet, row)))).permute(2, 0, 1) for row in batch.rows]
         expected = torch.stack([theirs(picture) for picture in pictures])
         found = batch.images.permute(0, 3, 1, 2)
         differences += ((found.float() - expected.float()).abs() / 255).mean(dim=(1, 2, 3)).tolist()
-        if tried < 64:
-            with torch.inference_mode():
-                agreed += int((net(normalise(found)).argmax(1) == net(normalise(expected)).argmax(1)).sum())
-            tried += len(found)
     assert not made.unreadable and len(differences) == len(imagenet)
-    print(f"\nmean |difference| {255 * np.mean(differences):.4f}/255, worst image {255 * max(differences):.4f}/255, "
-          f"top-1 agreement of a ResNet-50 with random weights {agreed}/{tried}")  # fmt: skip
+    print(f"\nmean |difference| {255 * np.mean(differences):.4f}/255, worst image {255 * max(differences):.4f}/255")
     assert np.mean(differences) <= 2 / 255
 
 

@@ -151,7 +151,7 @@ def test_a_run_with_a_damaged_file_resumes_to_the_same_weights_or_names_the_file
             assert launch.train(config, mine).finished, way
             assert weights(mine) == weights(run), way
         except AdaptNetError as error:
-            named = ("config.yaml", "tracking.json")  # a person decides: the latter is the link to the run in MLflow
+            named = ("tracking.json",)  # the link to the run in MLflow: a person decides
             assert way in ("folder", "flipped byte") or file in named, f"{way}: {error}"
             assert mine.name in str(error), way
         shutil.rmtree(mine, ignore_errors=True)  # its uploader may still write
@@ -188,6 +188,7 @@ def test_an_index_without_checksums_is_read_and_its_shapes_are_checked(images: P
     assert columns(open_index(images, tmp_path / "index")) == expected
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("way", list(WAYS))
 def test_a_damaged_index_of_a_packed_set_is_named(images: Path, tmp_path: Path, way: str) -> None:
     """No flipped bit of a column is trained on."""

@@ -91,7 +91,13 @@ def written(maker: Callable[[Tensor], nn.Module], what: Input, file: Path) -> ex
     return export.write(module, what, file, file.suffix[1:], {})
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.long] if case in ("arrn", "ranet", "convnet_aig-scaled") else [])
+        for case in CASES
+    ],
+)
 def test_a_file_gives_the_logits_and_the_cost_of_its_policy(case: str, tmp_path: Path) -> None:
     net, policies, static = makers(case)
     assert static
@@ -215,13 +221,13 @@ def test_logits_that_are_not_numbers_count_as_a_difference(tmp_path: Path) -> No
     ("case", "name"),
     [
         ("arrn", "12px"),
-        ("arrn", "full-8px"),
-        ("baseline", "down-and-up-8px"),
-        ("convnet_aig-scaled", "expected-rate"),
-        ("convnet_aig-fixed", "mask-0.5"),
+        pytest.param("arrn", "full-8px", marks=pytest.mark.long),
+        pytest.param("baseline", "down-and-up-8px", marks=pytest.mark.long),
+        pytest.param("convnet_aig-scaled", "expected-rate", marks=pytest.mark.long),
+        pytest.param("convnet_aig-fixed", "mask-0.5", marks=pytest.mark.long),
         ("convnet_aig-fixed", "gates-hard"),
-        ("ranet", "exit-2"),
-        ("shape_adaptor", "frozen"),
+        pytest.param("ranet", "exit-2", marks=pytest.mark.long),
+        pytest.param("shape_adaptor", "frozen", marks=pytest.mark.long),
     ],
 )
 def test_onnxruntime_gives_the_same_logits(case: str, name: str, tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ def test_a_task_of_an_array_is_known_by_the_id_of_its_submission(monkeypatch: py
 # --- warnings
 
 
+@pytest.mark.faults
 def test_a_warning_is_repeated_until_the_verb_reacts_and_a_late_verb_is_given_up(tmp_path: Path) -> None:
     """It may come while Ray starts or torch is imported, or to a verb that cannot stop in time."""
     scheduler, exits, terms = Preempting(), [], []  # type: tuple[Preempting, list[int], list[int]]

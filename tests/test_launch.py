@@ -181,6 +181,7 @@ def test_a_worker_killed_in_mid_epoch_leaves_no_trace_in_the_weights(
     assert weights(run_dir) == weights(whole)
 
 
+@pytest.mark.faults
 def test_a_killed_driver_is_succeeded_by_the_same_command_in_the_same_mlflow_run(
     images: Path, whole: Path, ray_head: Head, tmp_path: Path
 ) -> None:
@@ -240,6 +241,7 @@ def test_two_workers_replace_a_truncated_jpeg_stop_at_ctrl_c_and_one_resumes(ima
     assert seen == 200 * 32
 
 
+@pytest.mark.faults
 def test_a_driver_on_sigterm_has_its_workers_save_and_exits_with_75(
     images: Path, ray_head: Head, tmp_path: Path
 ) -> None:
@@ -255,6 +257,7 @@ def test_a_driver_on_sigterm_has_its_workers_save_and_exits_with_75(
     assert not events(run_dir, "resumed")
 
 
+@pytest.mark.long
 def test_a_run_starts_from_the_weights_of_another(images: Path, alone: Path, tmp_path: Path) -> None:
     here = (
         "compute.workers=0",

@@ -31,6 +31,7 @@ print((before - resident()) >> 20)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has this setting")
 def test_memory_that_a_step_frees_stays_with_the_process() -> None:
     assert _given_back("kept") < 10

@@ -159,6 +159,7 @@ def test_evaluating_a_finished_run_again_finds_the_stored_accuracies(
     assert again == pytest.approx(stored, abs=0 if same_machine(expected) else 0.05)
 
 
+@pytest.mark.long
 def test_a_report_of_stored_evaluations_has_the_same_numbers(home: Path, adaptnet: Any) -> None:
     adaptnet("report", "runs/finished-arrn", "runs/finished-ranet", "--out", "report-now")
     assert (home / "report-now" / "index.html").is_file()

@@ -99,6 +99,7 @@ def test_the_budget_holds_on_the_images_of_the_evaluation(exits: Predictor, pict
         assert predicting.exceeded(choice, costlier, whole)
 
 
+@pytest.mark.long
 def test_times_are_measured_once_for_a_net_and_device(exits: Predictor, pictures: Sequence[Path]) -> None:
     first = exits.choose(parse_budget("10s"), None, pictures)
     assert first.cost is not None and 0 < first.cost < 1e4

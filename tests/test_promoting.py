@@ -110,6 +110,7 @@ def contend(uri: str, version: int, start: Any, answers: Any) -> None:
         answers.put((error.key, error.subject))
 
 
+@pytest.mark.long
 def test_of_concurrent_promotions_one_wins_and_the_others_are_refused(registered: tuple[str, Any, str]) -> None:
     uri, client, _ = registered
     start, answers = CONTEXT.Barrier(4), CONTEXT.Queue()
@@ -152,6 +153,7 @@ class Dying:
             raise Dead
 
 
+@pytest.mark.faults
 def test_a_promoter_killed_anywhere_leaves_a_clear_holder(registered: tuple[str, Any, str]) -> None:
     uri, client, _ = registered
     write(client, uri, 1)

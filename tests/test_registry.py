@@ -175,6 +175,7 @@ print(pipeline.__file__)
 """
 
 
+@pytest.mark.long
 def test_a_version_runs_in_a_process_of_its_own(run_dir: Path, tmp_path: Path) -> None:
     uri = f"sqlite:///{run_dir.parent}/mlflow.db"
     run_id = sync(run_dir).run_id
@@ -260,6 +261,7 @@ class Mortal:
         return getattr(self._client, name)
 
 
+@pytest.mark.server
 def test_a_version_on_a_server_is_downloaded_once_and_checked(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "aig")
     uri, name = server().uri, tmp_path.name

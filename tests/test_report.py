@@ -467,6 +467,7 @@ def test_an_edited_file_list_removes_no_other_files(tmp_path: Path) -> None:
     assert (tmp_path / "precious.csv").exists() and (out / "notes.txt").exists()
 
 
+@pytest.mark.long
 def test_an_interrupted_report_can_be_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, full = tmp_path / "out", OSError(28, "No space left on device")
     with monkeypatch.context() as patch:

@@ -72,6 +72,7 @@ def test_each_seed_is_the_run_that_it_would_be_alone(trained: Path, home: Path) 
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.long
 def test_a_finished_seed_is_not_trained_again_and_more_seeds_may_follow(trained: Path, home: Path) -> None:
     attempts = {seed: records.attempts(seed_runs.folder_of(trained, seed)) for seed in (1, 2)}
     runs = seeds.plan(recipe(home), 3, home / "runs" / "net")

@@ -7,18 +7,22 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import socket
 import struct
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
+import fuzz
 import numpy as np
 import pandas
 import pytest
@@ -248,3 +252,22 @@ def test_paths_and_arrays_are_accepted_in_process(uri: str, tmp_path: Path, monk
     with pytest.raises(mlflow.MlflowException) as refused:
         below.predict(["../one.jpg"])
     assert refused.value.json_kwargs["key"] == "image"
+
+
+@pytest.mark.faults
+def test_a_random_body_is_answered_or_a_400_that_names_a_key_and_ends_nothing(address: str) -> None:
+    """500 bodies, half of them damaged bytes; the fixture compares the server's processes."""
+    whole = {"inputs": TEXTS[:2], "params": {"policy": CHEAP}}
+    for seed in range(500):
+        draw = random.Random(seed)
+        body = json.dumps(fuzz.request(draw, whole)).encode("utf-8", "replace")
+        body = fuzz.mutated(draw, body) if draw.random() < 0.5 else body
+        kind = draw.choice(["application/json", "application/json", "application/json; charset=utf-8", "text/csv", "x"])
+        request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": kind})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                code, text = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            code, text = error.code, error.read()
+        assert code in (200, 400, 415), f"seed {seed}: {code} {body[:300]!r} {text[-500:]!r}"
+        assert b"Traceback" not in text or code == 200, f"seed {seed}: {text[-1000:]!r}"

@@ -423,6 +423,7 @@ def test_a_dependency_and_another_job_are_joined(tmp_path: Path) -> None:
     assert scripts.parameters(plan(options)[0])["dependency"] == "singleton,afterok:41"
 
 
+@pytest.mark.long
 def test_a_job_runs_the_snapshot_even_if_it_is_submitted_from_a_checkout(tmp_path: Path) -> None:
     """What is edited there after submission would otherwise be imported first."""
     for package in snapshot.PACKAGES:
@@ -435,6 +436,7 @@ def test_a_job_runs_the_snapshot_even_if_it_is_submitted_from_a_checkout(tmp_pat
     assert "adaptnet: runs/none" in log and "edited" not in log, log
 
 
+@pytest.mark.long
 def test_a_training_in_a_process_here_is_listed_and_shown(
     finished: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -455,6 +457,7 @@ def test_a_training_in_a_process_here_is_listed_and_shown(
     assert (type(error), error.key, error.subject) == (ConfigError, "job", "there")
 
 
+@pytest.mark.long
 def test_a_training_within_submit_prints_its_output_and_is_listed(
     finished: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -505,6 +505,7 @@ def test_trials_of_two_workers_run_one_by_one_on_two_cpus(two_cpus: dict[str, fl
         slots.slots(ComputeConfig(workers=3, device="cpu"))
 
 
+@pytest.mark.long
 def test_overhead_is_a_trials_time_against_its_training_and_needs_every_trial(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -543,6 +544,7 @@ def test_a_scheduler_that_would_judge_nothing_leaves_no_folder(
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.long
 def test_samples_above_a_bound_are_refused_and_a_failed_trial_fails_alone(images: Path, tmp_path: Path) -> None:
     lrs = "space.training.optimizer.lr={grid: [0.05, 100]}"
     limited = ["space.family.target_rate=0.5", "space.family.depth={grid: [8, 14]}", lrs, "bounds.max_gmacs=0.015"]
@@ -725,6 +727,7 @@ class Stopping(Log):
             (self._run_dir / "stop").touch()
 
 
+@pytest.mark.long
 def test_a_stopped_sweep_saves_its_trial_and_resumes_there(images: Path, whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "whole"
     shutil.copyfile(database().path, tmp_path / "mlflow.db")

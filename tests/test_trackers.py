@@ -204,6 +204,7 @@ def die_while_logging(case: Any, run_dir: Path, recipe: dict[str, Any], after: i
     Replay(run_dir, tracker, CONFIG, recipe, points_per_call=8).send(final=True)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("case", [TensorBoardCase, MlflowCase], ids=lambda case: case.__name__)
 def test_a_killed_driver_leaves_no_gap_and_no_duplicate(case: Any, tmp_path: Path) -> None:
     if case is TensorBoardCase:

@@ -118,6 +118,7 @@ def die_at_every_moment(run_dir: Path, recipe: dict[str, Any], deaths: Any) -> N
         deaths.value += 1
 
 
+@pytest.mark.faults
 def test_a_kill_between_any_two_calls_loses_and_doubles_nothing(runs: Path) -> None:
     run_dir, recipe = run_folder(runs / "a", **NO_UPLOADS)
     driver = Journal(run_dir / "journal", "driver")
@@ -160,6 +161,7 @@ def _metrics(run_dir: Path) -> Iterator[Any]:
     return (r for r in read_all(path) if "event" not in r) if path.exists() else iter(())
 
 
+@pytest.mark.faults
 def test_a_driver_killed_at_random_continues_the_same_run(runs: Path) -> None:
     run_dir, recipe = run_folder(runs / "a")
     draw = random.Random(5)
@@ -189,6 +191,7 @@ def test_a_driver_killed_at_random_continues_the_same_run(runs: Path) -> None:
 # --- the server is unreachable
 
 
+@pytest.mark.faults
 def test_a_server_that_hangs_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploader, "PAUSE_S", 0.2)
     monkeypatch.setattr(uploader, "LONGEST_PAUSE_S", 0.5)

@@ -210,6 +210,7 @@ def test_a_rank_ends_with_its_driver_even_if_it_is_stopped(tmp_path: Path) -> No
     entered.__exit__(None, None, None)
 
 
+@pytest.mark.faults
 def test_what_a_killed_driver_has_started_ends_within_ten_seconds(tmp_path: Path) -> None:
     body = (
         "import subprocess; below = subprocess.Popen(['sleep', '600']); print(below.pid, flush=True); time.sleep(600)"
@@ -270,6 +271,19 @@ def test_a_stopped_and_a_killed_process_of_ray_are_told(tmp_path: Path, monkeypa
             assert rank.wait(60) == -signal.SIGKILL
             wait_for(lambda: watch.error is not None)
     assert "has died" in str(watch.error) and "has died" in told.events("hang")[0]["reason"]
+
+
+def test_a_worker_that_a_raylet_has_just_forked_is_no_process_of_rays_own() -> None:
+    """It has the raylet's name until it runs its own program, and its end is not that of the raylet."""
+    code = "open('/proc/self/comm', 'w').write('raylet'); import os, time; os.fork(); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code]) as raylet:
+        family = psutil.Process(raylet.pid)
+        try:
+            wait_for(lambda: len(family.children()) == 1)
+            assert [each.pid for each in ray_processes.of_driver(None)] == [raylet.pid]
+        finally:
+            for each in [*family.children(), family]:
+                each.kill()
 
 
 def test_private_beats_can_be_written() -> None:

@@ -223,8 +223,20 @@ def test_a_head_for_other_classes_is_left_out_on_request_only(family: str, tmp_p
 
 # ---- torchvision's files
 
+LARGE = (
+    "vgg16",
+    "vgg16_bn",
+    "efficientnet_v2_l",
+    "efficientnet_v2_m",
+    "wide_resnet101_2",
+    "wide_resnet50_2",
+    "resnet101",
+)
 
-@pytest.mark.parametrize("name", TORCHVISION)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in LARGE else []) for name in TORCHVISION]
+)
 def test_torchvisions_files_of_every_baseline_are_used_whole(name: str) -> None:
     torch.manual_seed(0)
     options = {"init_weights": False} if name == "googlenet" else {}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.execution.launch import RAY_LOG
 from pipeline.run_config import RunConfig
 from pipeline.runs import lease
 from pipeline.tracking import Uploader
@@ -67,7 +68,7 @@ class Controller:
         with self.folder.uploader() as uploader:
             self._uploader = uploader
             if self._left():
-                with joined(self._compute, self._watcher):
+                with joined(self._compute, self._watcher, self.folder.run_dir / RAY_LOG):
                     self._announce()
                     while self._poll():
                         time.sleep(POLL_S)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pipeline.errors import ResourceError
 from pipeline.execution import cluster, sockets
@@ -24,8 +25,10 @@ GONE = (
 
 
 @contextmanager
-def joined(compute: ComputeConfig, watcher: Watcher) -> Iterator[None]:
+def joined(compute: ComputeConfig, watcher: Watcher, messages: Path) -> Iterator[None]:
     """Joins the cluster on which the trials train; does nothing for trials that train in this process.
+
+    messages: the file for what Ray's C++ code would print.
 
     If the head is lost while a call into Ray waits for it, the process exits with a message and status 2: otherwise Ray
     kills it silently after 60 s.
@@ -35,7 +38,7 @@ def joined(compute: ComputeConfig, watcher: Watcher) -> Iterator[None]:
         return
     over = threading.Event()
     try:
-        with cluster.cluster(compute):
+        with cluster.cluster(compute, messages):
             arguments = (slots.head(), over, watcher)
             threading.Thread(target=_exit_without_head, args=arguments, name="guard", daemon=True).start()
             yield

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.errors import ResourceError
-from pipeline.execution import allocation, ray_processes, ray_token, sockets
+from pipeline.execution import allocation, ray_messages, ray_processes, ray_token, sockets
 from pipeline.execution.ray_token import own_sigterm
 from pipeline.execution.sockets import HERE, connection_error, host_and_port
 from pipeline.run_config import ComputeConfig
@@ -35,9 +35,10 @@ class Connection:
 
 
 @contextmanager
-def cluster(compute: ComputeConfig) -> Iterator[Connection]:
+def cluster(compute: ComputeConfig, messages: Path | None = None) -> Iterator[Connection]:
     """Connects to Ray with the resources that `compute` needs; ends Ray afterwards if it was started here.
 
+    messages: the file for what Ray's C++ code would print, such as its dump of a process that has died.
     Where this process is connected already, only the resources are checked. Raises ResourceError if the address does
     not answer or the cluster is too small.
     """
@@ -54,7 +55,11 @@ def cluster(compute: ComputeConfig) -> Iterator[Connection]:
         yield connection
         return
     _await_head(compute)
-    with ray_token.mode(ray_token.mode_for(compute.address)), _place(compute) as folder:
+    with (
+        ray_messages.into_file(messages),
+        ray_token.mode(ray_token.mode_for(compute.address)),
+        _place(compute) as folder,
+    ):
         with own_sigterm():
             _start(compute, folder)
         try:

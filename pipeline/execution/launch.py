@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,15 @@ from pipeline.data.augment import mix_operations
 from pipeline.data.index import Splits, open_splits
 from pipeline.data.store import Progress
 from pipeline.data.stream import Stream
-from pipeline.errors import AdaptNetError, ConfigError, DataError, ResourceError, without_secrets
+from pipeline.errors import (
+    AdaptNetError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    JsonValue,
+    ResourceError,
+    without_secrets,
+)
 from pipeline.evaluation import from_weights
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.execution import cluster, worker
@@ -31,16 +40,21 @@ from pipeline.registry.publishing import register_best
 from pipeline.run_config import ComputeConfig, RunConfig
 from pipeline.runs import records
 from pipeline.runs.beats import LONG, UNWATCHED, Beats
-from pipeline.runs.files import write_text
+from pipeline.runs.files import remark, write_text
+from pipeline.runs.journal import Journal
 from pipeline.runs.lease import Lease
+from pipeline.runs.records import Status
 from pipeline.tracking import Uploader
 from pipeline.training import checkpoint, weights_file
+from pipeline.training.checkpoint import Storage
 from pipeline.training.step import num_micros, single_images
 
 if TYPE_CHECKING:  # importing Ray takes seconds
     from ray.train import UserCallback
 
     from pipeline.compat.ray_train import Trainer
+
+RAY_LOG = "ray.log"  # what Ray's C++ code printed into the driver's standard error
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,13 @@ class Watched:
         return beat
 
 
+def _holds_sweep(path: Path) -> bool:
+    """False of a damaged file, too: `write_config` decides about that."""
+    with suppress(ConfigError):
+        return path.exists() and "sweep" in configs.read_mapping(path)
+    return False
+
+
 def _train(config: RunConfig, order: WorkerConfig, seen: Watched, progress: Progress | None) -> Result:
     """What follows once the lease is held."""
     run_dir, beats = Path(order.run_dir), seen.beats
@@ -135,8 +156,8 @@ def _train(config: RunConfig, order: WorkerConfig, seen: Watched, progress: Prog
     write_config(run_dir, config, fingerprint, order.allow_changed)
     with Uploader(run_dir, config.tracking, order.recipe, command=sys.argv, fence=order.fence) as uploader:
         with seen.watch.journal(uploader.journal):
-            if not _is_finished(run_dir, fingerprint):
-                _run(config, order, seen)
+            if not _is_finished(run_dir, fingerprint) and not _run(config, order, seen):
+                _stopped_unstarted(run_dir, storage, fingerprint, uploader.journal)
             beats.enter("registering the net", LONG)
             return conclude(config, run_dir, uploader)
 
@@ -174,7 +195,7 @@ def make_folder(run_dir: Path) -> Path:
 
 def _check_place(run_dir: Path) -> None:
     """Raises ConfigError if `run_dir` is a sweep's folder or holds the folders of other runs."""
-    if (run_dir / "config.yaml").exists() and "sweep" in configs.read_mapping(run_dir / "config.yaml"):
+    if _holds_sweep(run_dir / "config.yaml"):
         raise ConfigError(
             f"run folder {run_dir}: holds a sweep; give the run a folder of its own with --run-dir",
             key="--run-dir",
@@ -269,16 +290,26 @@ def write_config(run_dir: Path, config: RunConfig, fingerprint: Mapping[str, obj
     """Writes config.yaml: the recipe and its fingerprint. Raises CheckpointError if it holds another run's."""
     path = run_dir / "config.yaml"
     if path.exists():
-        saved = configs.section(configs.read_mapping(path), "fingerprint")
-        checkpoint.check_fingerprint(
-            run_config.translated(saved),
-            fingerprint,
-            allowed,
-            str(run_dir),
-            partial(_why_not_extended, run_dir, config),
-        )
+        extended = partial(_why_not_extended, run_dir, config)
+        try:
+            saved = configs.section(configs.read_mapping(path), "fingerprint")
+            checkpoint.check_fingerprint(run_config.translated(saved), fingerprint, allowed, str(run_dir), extended)
+        except (ConfigError, CheckpointError):
+            if not path.is_file() or not _refuted(config, run_dir, fingerprint, allowed):
+                raise
+            remark(path, "it is written anew, since the run's newest checkpoint has this recipe")
     text = configs.dump_yaml({"recipe": configs.as_mapping(config), "fingerprint": fingerprint})
     write_text(path, text)
+
+
+def _refuted(config: RunConfig, run_dir: Path, fingerprint: Mapping[str, object], allowed: Sequence[str]) -> bool:
+    """Whether the newest readable checkpoint shows that config.yaml is damaged: it was made by today's recipe."""
+    storage = checkpoint.open_storage(config.checkpoint, run_dir)
+    for name in reversed(storage.names()):
+        with suppress(CheckpointError):
+            saved = run_config.translated(storage.meta(name).fingerprint)
+            return not set(checkpoint.differences(saved, fingerprint)) - set(allowed)
+    return False
 
 
 def _why_not_extended(run_dir: Path, config: RunConfig, before: float) -> str | None:
@@ -293,18 +324,29 @@ def _is_finished(run_dir: Path, fingerprint: Mapping[str, object]) -> bool:
     return status.finished and run_config.translated(status.fingerprint) == fingerprint
 
 
-def _run(config: RunConfig, order: WorkerConfig, seen: Watched) -> None:
+def _stopped_unstarted(run_dir: Path, storage: Storage, fingerprint: Mapping[str, JsonValue], journal: Journal) -> None:
+    """Writes the status of a run that was asked to stop while its workers started: it is at its newest checkpoint."""
+    newest = max(storage.names(), default=None)
+    step = checkpoint.step_of(newest) if newest else 0
+    records.write_status(run_dir, Status(False, step, fingerprint, None, newest))
+    journal.event("stopped", step=step)
+
+
+def _run(config: RunConfig, order: WorkerConfig, seen: Watched) -> bool:
+    """Trains; False if the run was asked to stop before its workers had started."""
     run_dir, watch = Path(order.run_dir), seen.watch
     if config.compute.workers == 0:
         worker.work(replace(order, under_ray=False), seen.beats)
-        return
+        return True
     seen.beats.enter("starting Ray", UNWATCHED)
-    with cluster.cluster(config.compute) as connection:
+    if (run_dir / "stop").exists():
+        return False
+    with cluster.cluster(config.compute, run_dir / RAY_LOG) as connection:
         seen.beats.enter("waiting for the workers", UNWATCHED)
         order = replace(order, watch=watch.address(cluster.own_ip(config.compute)))
         try:
             with watch.over_ray(cluster.gcs_address(config.compute)):
-                _fit(_trainer(config.compute, order), watch)
+                started = _fit(_trainer(config.compute, order), watch)
         except Exception as error:  # Ray wraps a worker's error in classes of its own
             if watch.error is not None:
                 connection.ends_within_s = 1.0
@@ -317,10 +359,16 @@ def _run(config: RunConfig, order: WorkerConfig, seen: Watched) -> None:
             if isinstance(error, AdaptNetError):
                 raise
             raise _lost(config, run_dir, error, watch.reason) from error
+        if not started:
+            connection.ends_within_s = 5.0
+        return started
 
 
-def _fit(trainer: Trainer, watch: RunWatch) -> None:
-    """trainer.fit() in a thread, so that a Ray that does not answer can be given up. Raises what it raises."""
+def _fit(trainer: Trainer, watch: RunWatch) -> bool:
+    """trainer.fit() in a thread, so that a Ray that does not answer can be given up. Raises what it raises.
+
+    Returns False as soon as the run is asked to stop, if no worker has started by then.
+    """
     raised: list[Exception] = []
 
     def fit() -> None:
@@ -333,10 +381,13 @@ def _fit(trainer: Trainer, watch: RunWatch) -> None:
     thread.start()
     while thread.is_alive() and watch.error is None:
         thread.join(0.2)
+        if watch.stops_unstarted:
+            return False
     if watch.error is not None:
         raise watch.error
     if raised:
         raise raised[0]
+    return True
 
 
 def _lost(config: RunConfig, run_dir: Path, error: Exception, reason: str | None) -> ResourceError:

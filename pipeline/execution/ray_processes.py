@@ -16,7 +16,16 @@ SESSION = re.compile(r"/session_[^/ ]+")
 
 
 def of_driver(gcs: str | None) -> list[psutil.Process]:
-    """The raylet and the GCS that serve this process: its children, or this machine's of the cluster at `gcs`."""
+    """The raylet and the GCS that serve this process: its children, or this machine's of the cluster at `gcs`.
+
+    A worker that a raylet has just forked is left out: until it runs its own program it looks like the raylet.
+    """
+    found = _by_name(gcs)
+    pids = {each.pid for each in found}
+    return [each for each in found if _parent(each) not in pids]
+
+
+def _by_name(gcs: str | None) -> list[psutil.Process]:
     if gcs is None:
         with suppress(psutil.Error):
             return [each for each in psutil.Process().children(recursive=True) if _name(each) in NAMES]
@@ -26,6 +35,14 @@ def of_driver(gcs: str | None) -> list[psutil.Process]:
     raylets = [line for line in words.values() if f"--gcs-address={gcs} " in f"{line} "]
     sessions = {session[0] for line in raylets if (session := SESSION.search(line))}
     return [each for each, line in words.items() if (found := SESSION.search(line)) and found[0] in sessions]
+
+
+def _parent(process: psutil.Process) -> int:
+    """The id of the parent; 0 of a process that has ended."""
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return 0
 
 
 def _name(process: psutil.Process) -> str:

@@ -57,6 +57,7 @@ class RunWatch:
         self._ending = False  # whether the ranks of this start were killed
         self._end: str | None = None  # why there is no other start
         self._failures = self._hangs = 0
+        self._rank_heard = False  # whether a rank of this start was heard of
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -82,6 +83,11 @@ class RunWatch:
         """What the run ends with, if the watch has ended it."""
         return ResourceError(self._end, key="compute.on_hang", subject=self._run_dir) if self._end else None
 
+    @property
+    def stops_unstarted(self) -> bool:
+        """Whether the run was asked to stop before a rank of this start was heard of."""
+        return self._stop_at is not None and not self._rank_heard
+
     def __enter__(self) -> RunWatch:
         self._folder.start()
         self._thread.start()
@@ -106,6 +112,7 @@ class RunWatch:
     def _look(self, now: float) -> None:
         if self._stop_at is None and self._folder.stop_requested:
             self._stop_at = now
+        self._rank_heard = self._rank_heard or bool(self._ranks())
         ray = self._frozen_ray()
         ends = ray is not None and (self._ray_died() or not self._progresses(now))
         if not ends:
@@ -232,7 +239,7 @@ class RunWatch:
         of = f"{self._failures} of {self._compute.max_failures} (compute.max_failures)"
         self._folder.event(kind, reason=self.reason, failure=of)
         self._guardians.retire(ENDS_WITHIN_S)
-        self._ending, self._killed_for = False, None
+        self._ending, self._killed_for, self._rank_heard = False, None, False
         return self._end
 
     def _progress(self, now: float) -> RunProgress:

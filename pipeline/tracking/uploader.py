@@ -53,6 +53,7 @@ class Uploader:
         self._due: dict[str, float] = {}  # when these are tried again, on the monotonic clock
         self._closing, self._wake = threading.Event(), threading.Event()  # signals to the thread
         self._sent, self._done, self._ended = (threading.Event() for _ in range(3))  # signals from the thread
+        self._telling, self._left = threading.Lock(), False
         self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
 
     @property
@@ -103,7 +104,7 @@ class Uploader:
             self._wait(self._ended, min(patience, LAST_TRY_S) if self._pauses else patience)
             if not self._done.is_set():
                 reason, hint = "not everything was sent; nothing is lost", f"adaptnet runs sync {self._run_dir}"
-                self.journal.event("tracking-left", reason=reason, hint=hint)
+                self._event("tracking-left", reason=reason, hint=hint)
         if self._thread.ident is None or self._ended.is_set():  # nothing else writes to it
             self.journal.close()
         return self._done.is_set()
@@ -152,12 +153,19 @@ class Uploader:
                 self._reached(name)
         return not errors
 
+    def _event(self, kind: str, **facts: object) -> None:
+        """Writes an event of the sending; `tracking-left` is the last, though the thread may still run."""
+        with self._telling:
+            if not self._left:
+                self.journal.event(kind, None, **facts)
+            self._left = kind == "tracking-left"
+
     def _reached(self, name: str) -> None:
         if name == MLFLOW:
             self._sent.set()
         if self._pauses.pop(name, None) is not None:
             self._due.pop(name, None)
-            self.journal.event("tracking-back", uri=self._trackers.replays[name].tracker.place)
+            self._event("tracking-back", uri=self._trackers.replays[name].tracker.place)
 
     def _away(self, name: str, error: Exception) -> None:
         first = name not in self._pauses
@@ -166,7 +174,7 @@ class Uploader:
         if first:
             hint = f"training continues; if this persists, send the journal later: adaptnet runs sync {self._run_dir}"
             place = self._trackers.replays[name].tracker.place
-            self.journal.event("tracking-away", uri=place, reason=reason_of(error), hint=hint)
+            self._event("tracking-away", uri=place, reason=reason_of(error), hint=hint)
 
 
 def _composite(run_dir: Path, uri: str, config: TrackingConfig, recipe: Mapping[str, JsonValue]) -> Composite:

@@ -170,11 +170,11 @@ def test_a_filter_pair_first_used_in_inference_mode_works_in_training() -> None:
     [
         ("T", 6_979_468, (1.449, 1.183, 0.846, 0.643)),
         ("S", 19_658_840, (4.290, 3.779, 3.202, 2.026)),
-        ("S-steep", 19_952_528, (5.082, 3.577, 2.422, 1.600)),
-        ("M", 23_651_208, (6.714, 5.771, 4.525, 2.691)),
+        pytest.param("S-steep", 19_952_528, (5.082, 3.577, 2.422, 1.600), marks=pytest.mark.long),
+        pytest.param("M", 23_651_208, (6.714, 5.771, 4.525, 2.691), marks=pytest.mark.long),
         ("cifar", 7_908_682, (0.622, 0.430, 0.145)),
-        ("tiny-imagenet", 9_161_128, (1.036, 0.687, 0.347, 0.205)),
-        ("stl10", 8_917_738, (2.343, 1.547, 0.779, 0.459)),
+        pytest.param("tiny-imagenet", 9_161_128, (1.036, 0.687, 0.347, 0.205), marks=pytest.mark.long),
+        pytest.param("stl10", 8_917_738, (2.343, 1.547, 0.779, 0.459), marks=pytest.mark.long),
     ],
 )
 def test_parameters_and_macs_of_the_named_sizes(size: str, params: int, gmacs: tuple[float, ...]) -> None:

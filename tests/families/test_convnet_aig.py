@@ -453,6 +453,7 @@ def test_expected_probabilities_scale_each_image_by_its_own_odds(mixed: Aig) -> 
     assert (rows[0] - rows[5]).abs().max() > 0.01
 
 
+@pytest.mark.long
 def test_the_rate_loss_alone_brings_the_open_rate_to_its_target() -> None:
     config = AigConfig(depth=14, target_rate=0.4)
     torch.manual_seed(0)

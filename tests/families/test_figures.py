@@ -203,6 +203,7 @@ def one(figures: Mapping[str, Figure], name: str, kind: type[F]) -> F:
 # ---- every family
 
 
+@pytest.mark.long
 def test_every_adaptive_family_makes_figures_and_none_without_nets(net: Evaluated) -> None:
     assert len(drawn(net)) >= 3
     assert list(find(net.family).figures([], [net])) == []
@@ -401,6 +402,7 @@ def test_rates_under_attack_are_drawn_beside_the_clean_ones(aig: Evaluated, fold
     }
 
 
+@pytest.mark.long
 def test_error_against_cost_is_drawn_in_both_conventions(folder: Path, plain: Evaluated) -> None:
     shut = trained("convnet_aig", folder, "shut", all_gates(-1.0), latency=False, target_rate=0.2)
     opened = trained("convnet_aig", folder, "open", all_gates(1.0), latency=False, target_rate=0.9)
@@ -632,6 +634,7 @@ def test_learned_sides_are_drawn_beside_the_human_design(shaped: Evaluated) -> N
     assert all(a >= b for a, b in pairwise(learned.y))  # type: ignore[operator]
 
 
+@pytest.mark.long
 def test_costs_of_shapes_are_those_of_the_nets(shaped: Evaluated, folder: Path) -> None:
     name = "shape-adaptor-against-human"
     (mine, design) = one(drawn(shaped), name, Table).rows

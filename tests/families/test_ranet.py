@@ -129,7 +129,10 @@ def fitted(net: Ranet, log_q: float, count: int = 64) -> list[float | None]:
 # ---- sizes and costs
 
 
-@pytest.mark.parametrize("published", PUBLISHED)
+@pytest.mark.parametrize(
+    "published",
+    [pytest.param(name, marks=[pytest.mark.long] if name in ("I-64", "I-32") else []) for name in PUBLISHED],
+)
 def test_parameters_exits_and_macs_are_the_published_ones(published: str) -> None:
     keys, (classes, params, entries), operations = PUBLISHED[published]
     config = config_of(**keys)
@@ -391,8 +394,8 @@ def simulated(confidences: Tensor, until: list[float | None]) -> Tensor:
     return (confidences >= floors).int().argmax(1) + 1
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 64])
-@pytest.mark.parametrize("log_q", [-1.5, -0.5, 0.0, 0.5, 1.5])
+@pytest.mark.parametrize("count", [1, 7, 64])
+@pytest.mark.parametrize("log_q", [-1.5, 0.0, 1.5])
 def test_early_exit_equals_deciding_afterwards(small: Ranet, log_q: float, count: int) -> None:
     until, batch = fitted(small, log_q), images(count)
     exits = exits_of(small, batch)
@@ -468,6 +471,7 @@ def test_batches_are_rounded_up_to_few_sizes() -> None:
     assert all(batch_of(batch_of(left)) == batch_of(left) for left in range(1, 2000))
 
 
+@pytest.mark.long
 def test_i32_stores_a_third_of_the_memory_of_all_features() -> None:
     config = config_of(**PUBLISHED["I-32"][0])
     with FakeTensorMode():
@@ -540,6 +544,7 @@ def test_anytime_reports_the_macs_of_each_answer(small: Ranet) -> None:
     assert found.facts["exit_agrees"][:, -1].all()
 
 
+@pytest.mark.long
 def test_budgets_share_one_pass_over_held_out_images_and_are_met(small: Ranet) -> None:
     held_out = Counted(images(100, seed=7), images(60, seed=8))
     budgets = policies(small.config, small)[-2:]

@@ -472,6 +472,7 @@ def test_parameters_macs_and_sides_are_the_published_ones(
     assert as_printed(found[1], thop), found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("net", "side_px", "mode", "mib"), [(*row[:3], row[-1]) for row in TABLE])
 def test_what_training_saves_for_the_backward_pass_is_what_the_released_code_saves(
     net: Any, side_px: int, mode: Any, mib: float
@@ -965,6 +966,7 @@ def test_the_frozen_net_is_the_live_one_bit_for_bit(net: str, mode: str, size: S
     assert "shape.alphas" not in frozen.state_dict()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("net", ["vgg16_bn", "resnet50"])
 def test_the_frozen_net_exports_for_any_number_of_images(net: str) -> None:
     model = warmed(opened(small(net)))

@@ -57,6 +57,7 @@ def conductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Conductor:
     return Conductor(ResultTable(tmp_path / "rows.json"), tmp_path, tmp_path, time.monotonic() + 600, small=True)
 
 
+@pytest.mark.long
 def test_a_part_that_dies_by_a_signal_is_a_row_and_its_other_cases_still_run(conductor: Conductor) -> None:
     conductor.run(here("dies"))
     rows = [(row["what"], row["value"], row["verdict"]) for row in conductor.table.rows]
@@ -70,6 +71,7 @@ def test_a_part_that_dies_by_a_signal_is_a_row_and_its_other_cases_still_run(con
     assert json.loads(conductor.table.path.read_text())["rows"] == conductor.table.rows
 
 
+@pytest.mark.long
 def test_after_an_error_of_the_gpu_the_other_cases_run_in_a_new_process(conductor: Conductor) -> None:
     conductor.run(here("breaks_the_gpu"))
     assert [(row["what"], row["verdict"]) for row in conductor.table.rows] == [
