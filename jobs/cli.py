@@ -146,6 +146,16 @@ def data_home() -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a verb. User errors and out-of-memory errors are printed without a traceback and exit with status 2."""
+    try:
+        _run(arguments)
+    except SystemExit as exit_:
+        cluster = sys.modules.get("pipeline.execution.cluster")
+        if cluster is not None:  # imported by a verb that needs Ray
+            cluster.leave_frozen_ray(exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None))
+        raise
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8

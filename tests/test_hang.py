@@ -10,12 +10,26 @@ from pathlib import Path
 import psutil
 import pytest
 from ray_here import Head
-from test_launch import alive, command, end_of, events, images, log_of, on, passed, recipe, wait_for, weights, whole
+from test_launch import (
+    alive,
+    alone,
+    command,
+    end_of,
+    events,
+    images,
+    log_of,
+    on,
+    passed,
+    recipe,
+    wait_for,
+    weights,
+    whole,
+)
 
 from pipeline.runs import journal, records
 from pipeline.tracking import summaries
 
-__all__ = ["images", "recipe", "whole"]  # fixtures
+__all__ = ["alone", "images", "recipe", "whole"]  # fixtures
 CPP_LINE = re.compile(r"^\[[-0-9]+ [:,0-9]+ [DIWEF] [0-9]+ [0-9]+\]|^\*\*\* |^ +@ ", re.MULTILINE)  # of Ray's C++ code
 
 
@@ -57,7 +71,7 @@ def test_a_stopped_rank_is_told_and_the_run_restarts_with_the_same_weights(
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_ray_ends_the_run_with_one_sentence_and_the_same_command_resumes(
-    images: Path, whole: Path, tmp_path: Path, name: str, number: signal.Signals
+    images: Path, alone: Path, tmp_path: Path, name: str, number: signal.Signals
 ) -> None:
     """Of a Ray that the run has started itself; none of its processes is left, and its dumps are in ray.log."""
     run_dir, small = tmp_path / "run", ("compute.workers=1", "compute.hang_after_s=8")
@@ -67,20 +81,20 @@ def test_a_lost_ray_ends_the_run_with_one_sentence_and_the_same_command_resumes(
     (victim,) = (each for each in family if each.name() == name)
     victim.send_signal(number)
     assert end_of(process) in (0, 2), log_of(run_dir)  # 0 if it was done before it needed Ray
-    assert not psutil.wait_procs(family, timeout=60)[1]
+    wait_for(lambda: not any(map(alive, family)), "the end of Ray's processes")
     printed = (run_dir.parent / f"{run_dir.name}.log").read_text()
     assert "Traceback" not in printed and not CPP_LINE.search(printed), printed[-3000:]
     assert process.returncode == 0 or of_driver(run_dir, "hang") or of_driver(run_dir, "ray-frozen"), printed[-3000:]
     again = command(images, run_dir, *small)
     assert end_of(again) == 0, log_of(run_dir)
-    assert weights(run_dir) == weights(whole)
+    assert weights(run_dir) == weights(alone)
 
 
 @pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.parametrize("ready", ["lease.json", "config.yaml", "ray"])
 def test_a_stop_while_ray_starts_ends_the_run_before_its_workers_start(
-    images: Path, whole: Path, tmp_path: Path, ready: str
+    images: Path, alone: Path, tmp_path: Path, ready: str
 ) -> None:
     run_dir = tmp_path / "run"
     process = command(images, run_dir, "compute.workers=1")
@@ -93,4 +107,4 @@ def test_a_stop_while_ray_starts_ends_the_run_before_its_workers_start(
     assert not status.finished and status.step == 0 and not events(run_dir, "started")
     assert summaries(run_dir)[0].status == "STOPPED"
     assert end_of(command(images, run_dir, "compute.workers=1")) == 0, log_of(run_dir)
-    assert weights(run_dir) == weights(whole)
+    assert weights(run_dir) == weights(alone)

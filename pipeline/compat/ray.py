@@ -6,6 +6,7 @@ public way to use 127.0.0.1 on Linux: it replaces that address by the machine's 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,5 +74,6 @@ def asks_for_token(address: str, timeout_s: float) -> bool:
 
 
 def silence_messages() -> None:
-    """Keeps Ray's threads from printing what its nodes report, such as a worker's end, into this process's output."""
+    """Keeps Ray from printing remarks and what its nodes report, such as a worker's end, into this process's output."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
     vars(_worker)["print_to_stdstream"] = lambda data, ignore_prefix: None

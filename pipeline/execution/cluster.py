@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import secrets
@@ -24,7 +25,11 @@ from pipeline.run_config import ComputeConfig
 
 CODE = Path(__file__).parents[2]  # the folder of our packages
 SHUTDOWN_S = 60.0  # a living Ray ends within a second or two, on a busy machine later
+STOPPED_S = 5.0  # how long the end of a Ray may take one of whose processes is stopped
+POLL_S = 0.5
 HEALTH_CHECK_S = "0.5"  # how often Ray's controller polls the workers; a report waits for one poll
+
+_frozen: list[tuple[threading.Thread, list[psutil.Process]]] = []  # ends that were given up, with Ray's own processes
 
 
 @dataclass
@@ -71,28 +76,44 @@ def cluster(compute: ComputeConfig, messages: Path | None = None) -> Iterator[Co
 
 
 def _shut_down(within_s: float, *, started_here: bool) -> None:
-    """ray.shutdown, given up where Ray does not answer.
+    """ray.shutdown, given up where Ray does not answer: then `leave_frozen_ray` must end this process.
 
-    What was started here is killed then, and this process later ends without Python's last steps, in which Ray waits.
+    Ray's processes are not killed before that, since Ray ends its driver when they die.
     """
     import ray
 
     thread = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
     thread.start()
-    thread.join(within_s)
-    if not thread.is_alive():
-        return
-    for process in ray_processes.of_driver(None) if started_here else ():
+    deadline, stopped_s = time.monotonic() + within_s, 0.0
+    while thread.is_alive() and time.monotonic() < deadline and stopped_s < STOPPED_S:
+        thread.join(POLL_S)
+        stopped_s = stopped_s + POLL_S if started_here and _any_stopped() else 0.0
+    if thread.is_alive():
+        _frozen.append((thread, ray_processes.of_driver(None) if started_here else []))
+        atexit.register(leave_frozen_ray, 2)
+
+
+def _any_stopped() -> bool:
+    for process in ray_processes.of_driver(None):
         with suppress(psutil.Error):
-            process.kill()
-    atexit.register(_leave, thread)
+            if process.status() == psutil.STATUS_STOPPED:
+                return True
+    return False
 
 
-def _leave(shutdown: threading.Thread) -> None:
-    if shutdown.is_alive():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
+def leave_frozen_ray(code: int) -> None:
+    """Ends this process with `code` and without Python's last steps, in which Ray waits; returns if Ray has ended."""
+    frozen = [processes for thread, processes in _frozen if thread.is_alive()]
+    if not frozen:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(os.devnull, "w") as devnull:  # what Ray's C++ code says of its end
+        os.dup2(devnull.fileno(), 2)
+        for process in itertools.chain.from_iterable(frozen):
+            with suppress(psutil.Error):
+                process.kill()
+        os._exit(code)
 
 
 @contextmanager
