@@ -34,9 +34,10 @@ _frozen: list[tuple[threading.Thread, list[psutil.Process]]] = []  # ends that w
 
 @dataclass
 class Connection:
-    """A connection to Ray. ends_within_s: how long its end may take before it is given up."""
+    """A connection to Ray. ends_within_s: how long its end may take before it is given up. lost: Ray has died."""
 
     ends_within_s: float = SHUTDOWN_S
+    lost: bool = False
 
 
 @contextmanager
@@ -72,19 +73,20 @@ def cluster(compute: ComputeConfig, messages: Path | None = None) -> Iterator[Co
             yield connection
         finally:
             with own_sigterm():
-                _shut_down(connection.ends_within_s, started_here=compute.address is None)
+                _shut_down(connection, started_here=compute.address is None)
 
 
-def _shut_down(within_s: float, *, started_here: bool) -> None:
+def _shut_down(connection: Connection, *, started_here: bool) -> None:
     """ray.shutdown, given up where Ray does not answer: then `leave_frozen_ray` must end this process.
 
-    Ray's processes are not killed before that, since Ray ends its driver when they die.
+    Ray's processes are not killed before that, and a lost Ray is not asked: Ray would end this process with status 1.
     """
     import ray
 
-    thread = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+    target = threading.Event().wait if connection.lost else ray.shutdown
+    thread = threading.Thread(target=target, name="ray-shutdown", daemon=True)
     thread.start()
-    deadline, stopped_s = time.monotonic() + within_s, 0.0
+    deadline, stopped_s = time.monotonic() + (0 if connection.lost else connection.ends_within_s), 0.0
     while thread.is_alive() and time.monotonic() < deadline and stopped_s < STOPPED_S:
         thread.join(POLL_S)
         stopped_s = stopped_s + POLL_S if started_here and _any_stopped() else 0.0

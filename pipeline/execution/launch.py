@@ -349,7 +349,7 @@ def _run(config: RunConfig, order: WorkerConfig, seen: Watched) -> bool:
                 started = _fit(_trainer(config.compute, order), watch)
         except Exception as error:  # Ray wraps a worker's error in classes of its own
             if watch.error is not None:
-                connection.ends_within_s = 1.0
+                connection.ends_within_s, connection.lost = 1.0, watch.ray_lost
                 raise
             stored = records.error_left(run_dir)
             if stored is not None:

@@ -40,11 +40,13 @@ class RunWatch:
     """Listens from `with` to its end.
 
     error is set when the run must be given up although Ray has not ended it; reason: why the newest start failed.
+    ray_lost: whether the run was given up because a process of Ray's own has died.
     """
 
     def __init__(self, run_dir: Path, compute: ComputeConfig, notify: Notify | None = None) -> None:
         self.error: AdaptNetError | None = None
         self.reason: str | None = None
+        self.ray_lost = False
         self._run_dir, self._compute, self._notify = run_dir, compute, notify or (lambda text: None)
         self._guardians = Guardians(self._failed, other_machines=compute.address is not None)
         self._ray: RayState | None = None
@@ -205,6 +207,7 @@ class RunWatch:
         self._guardians.kill_ranks()
         if self._frozen_ray():
             self._end = self._end or f"{self._run_dir}: {cause}. {resume}"
+            self.ray_lost = self._ray_died()
             self.error = ResourceError(self._end, key="compute.address", subject=self._run_dir)
 
     def _text(self, cause: str) -> str:
