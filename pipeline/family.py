@@ -26,6 +26,7 @@ from pipeline.weights import Loaded, load, unwrapped
 
 Settings: TypeAlias = "Mapping[str, int | float | str | bool]"
 Layers: TypeAlias = Sequence[Sequence[nn.Module]]  # the modules of each layer, by depth
+Whole: TypeAlias = Callable[[nn.Module, Tensor], Tensor]  # a net in eval mode, images [B, 3, H, W] -> logits [B, K]
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # logits [B, K], targets -> the mean over images, []
 T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", bound="FamilyConfig")
@@ -344,6 +345,8 @@ class Family(Generic[ConfigT, OutputT]):
                                      last; by default they are in the order in which they are registered
     varying(config)               -> why a training step's maps have other sizes than the last one's; None if they have
                                      the same as long as the images have
+    whole(config)                 -> how the net answers with nothing left out of what training leaves out at random, so
+                                     that it can teach itself; a sentence on why there is no such net
     policies(config, net)         -> the ways to run the trained net; the first one is the default
     load_pretrained(config, net, tensors, new_head)
                                   -> fills a fresh net from weights by name (the released code's, torchvision's, a
@@ -374,6 +377,9 @@ class Family(Generic[ConfigT, OutputT]):
     layers: Callable[[ConfigT, nn.Module], Layers] | None = None
     varying: Callable[[ConfigT], str | None] = lambda _: None
     optimizers: Callable[[ConfigT], Sequence[str]] = lambda _: ("main",)
+    whole: Callable[[ConfigT], Whole | str] = lambda _: (
+        "nets of this family have no cheaper way to run, which the whole net could teach"
+    )
     warnings: Callable[[ConfigT, int], Sequence[str]] = lambda _, side_px: ()
     figures: Callable[[Sequence[Evaluated], Sequence[Evaluated]], Sequence[Figure]] = lambda mine, others: ()
     static: Callable[[ConfigT, nn.Module, Sequence[Report]], Mapping[str, Callable[[Tensor], nn.Module]]] = (

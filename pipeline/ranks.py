@@ -87,9 +87,16 @@ def gather(value: T) -> list[T]:
 
 def take_from_rank_0(tensors: Iterable[Tensor]) -> None:
     """Fills the tensors, the same ones on every rank, with rank 0's values. Collective."""
-    if world() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+    if world() == 1:
+        return
+    by_type: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for some in by_type.values():
+        together = torch.cat([tensor.detach().flatten() for tensor in some])  # one message, not one for each
+        dist.broadcast(together, src=0)
+        for tensor, part in zip(some, torch.split(together, [tensor.numel() for tensor in some]), strict=True):
+            tensor.detach().copy_(part.view_as(tensor))
 
 
 def barrier() -> None:

@@ -135,6 +135,14 @@ class RunConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_a_whole_net(self) -> RunConfig:
+        if self.training.teacher.kind == "whole_net":
+            why = families.find(self.family.name).whole(self.family)
+            if isinstance(why, str):
+                raise fault("training.teacher.kind", why)
+        return self
+
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
         """Keys that change nothing under these values, each with the reason: optimizers that the family lacks."""

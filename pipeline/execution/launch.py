@@ -30,7 +30,7 @@ from pipeline.errors import (
 )
 from pipeline.evaluation import from_weights
 from pipeline.evaluation.evaluate import load_reports
-from pipeline.execution import cluster, worker
+from pipeline.execution import cluster, teaching, worker
 from pipeline.execution.guardians import report_failures
 from pipeline.execution.watch import RunWatch
 from pipeline.execution.watched import WatchAddress, watched
@@ -48,6 +48,8 @@ from pipeline.tracking import Uploader
 from pipeline.training import checkpoint, weights_file
 from pipeline.training.checkpoint import Storage
 from pipeline.training.step import num_micros, single_images
+from pipeline.training.teachers.base import TeacherConfig
+from pipeline.training.teachers.trained import TrainedTeacherConfig
 
 if TYPE_CHECKING:  # importing Ray takes seconds
     from ray.train import UserCallback
@@ -152,7 +154,10 @@ def _train(config: RunConfig, order: WorkerConfig, seen: Watched, progress: Prog
     checkpoint.claim_storage(storage, run_dir)
     if config.training.start_from is not None and not storage.names():  # needed for the first step only
         weights_file.locate(config.training.start_from)
-    fingerprint = run_config.fingerprint(config, splits.train.identity)
+    folder = teaching.locate(config, run_dir)
+    teacher = None if folder is None else teaching.pin(folder, splits.train.classes)
+    order = replace(order, teacher=None if folder is None else str(folder))
+    fingerprint = run_config.fingerprint(teaching.identified(config, teacher), splits.train.identity)
     write_config(run_dir, config, fingerprint, order.allow_changed)
     with Uploader(run_dir, config.tracking, order.recipe, command=sys.argv, fence=order.fence) as uploader:
         with seen.watch.journal(uploader.journal):
@@ -168,12 +173,19 @@ def absolute(config: RunConfig) -> RunConfig:
     if data.index is not None:
         data = data.model_copy(update={"index": data.index.absolute()})
     start = config.training.start_from
-    training = config.training.model_copy(update={"start_from": start.absolute() if start else None})
+    changes = {"start_from": start.absolute() if start else None, "teacher": _absolute(config.training.teacher)}
+    training = config.training.model_copy(update=changes)
     storage = config.checkpoint.storage
     if storage is not None and "://" not in storage:
         storage = str(Path(storage).absolute())
     saving = config.checkpoint.model_copy(update={"storage": storage})
     return config.model_copy(update={"data": data, "training": training, "checkpoint": saving})
+
+
+def _absolute(teacher: TeacherConfig) -> TeacherConfig:
+    if not isinstance(teacher, TrainedTeacherConfig) or teacher.source.startswith("models:"):
+        return teacher
+    return teacher.model_copy(update={"source": str(Path(teacher.source).absolute())})
 
 
 def make_folder(run_dir: Path) -> Path:

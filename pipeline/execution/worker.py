@@ -27,6 +27,8 @@ from pipeline.data.index import ImageIndex, Splits, open_splits
 from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, JsonValue, ResourceError
 from pipeline.evaluation.evaluate import Evaluator, calibrate, choose, evaluate
 from pipeline.evaluation.from_weights import FINAL, chosen_on, eval_loader, evaluator, metrics_of, placed
+from pipeline.execution import teaching
+from pipeline.execution.teaching import PinnedTeacher
 from pipeline.execution.watched import WatchAddress, watched
 from pipeline.family import AnyFamily, load_pretrained
 from pipeline.run_config import RunConfig
@@ -50,7 +52,7 @@ class WorkerConfig:
     """What the driver sends to every rank, as plain values; recipe: a RunConfig with absolute paths.
 
     fence: the number of the driver. allow_changed: fingerprint keys that may differ from those of the checkpoint.
-    watch: where the driver hears this rank's guardian.
+    watch: where the driver hears this rank's guardian. teacher: the folder of the trained teacher, if there is one.
     """
 
     recipe: Mapping[str, JsonValue]
@@ -59,6 +61,7 @@ class WorkerConfig:
     allow_changed: tuple[str, ...] = ()
     under_ray: bool = True
     watch: WatchAddress | None = None
+    teacher: str | None = None
 
 
 def work(worker: WorkerConfig, beats: Beats | None = None) -> None:
@@ -149,6 +152,7 @@ class RunContext:
     splits: Splits
     storage: Storage
     fingerprint: Mapping[str, JsonValue]
+    teacher: PinnedTeacher | None = None
     decoder_fault: str = ""  # why the CPU of this node decodes instead of its GPU
 
     @property
@@ -189,7 +193,8 @@ def prepare(worker: WorkerConfig) -> RunContext:
             subject=world,
         )
     device = _device(config, under_ray=worker.under_ray)
-    fingerprint = run_config.fingerprint(config, splits.train.identity)
+    teacher = None if worker.teacher is None else teaching.pin(Path(worker.teacher), splits.train.classes)
+    fingerprint = run_config.fingerprint(teaching.identified(config, teacher), splits.train.identity)
     fault = probe.fault(config.data, device)
     if fault:
         config = config.model_copy(update={"data": config.data.model_copy(update={"decoder": "cpu"})})
@@ -202,6 +207,7 @@ def prepare(worker: WorkerConfig) -> RunContext:
         splits=splits,
         storage=checkpoint.open_storage(config.checkpoint, run_dir),
         fingerprint=fingerprint,
+        teacher=teacher,
         decoder_fault=fault,
     )
 
@@ -456,6 +462,10 @@ def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
     """Trains until the end of the plan or a request to stop; True at the end. Collective."""
     config = context.config
     plan, warnings = _plan(context, current)
+    teacher, facts = teaching.open_teacher(config, context.teacher, current.net, context.device)
+    plan = replace(plan, teacher=teacher)
+    if facts:
+        events.writer.event("teacher", None, **facts)
     for text in (*warnings, *context.family.warnings(config.family, config.data.largest_side_px)):
         events.writer.event("warning", text=text)
     if context.decoder_fault:

@@ -31,6 +31,8 @@ from pipeline.training.schedules import AnySchedule
 from pipeline.training.schedules.cosine import CosineConfig
 from pipeline.training.schedules.steps import StepsConfig
 from pipeline.training.schedules.wsd import WsdConfig
+from pipeline.training.teachers import AnyTeacher
+from pipeline.training.teachers.none import NoTeacherConfig
 
 EmaWarmup = Literal["ramp", "power", "none"]
 
@@ -47,6 +49,7 @@ class TrainingConfig(Config):
     other_optimizers: dict[str, AnyOptimizer] = Field(default_factory=dict)  # the other optimizers of a family, by name
     schedule: AnySchedule = CosineConfig()
     loss: AnyLoss = CrossEntropyConfig()
+    teacher: AnyTeacher = NoTeacherConfig()
     decay_norms_and_biases: bool = False  # weight decay for them too, as in the papers of the four families
     label_smoothing: BelowOne = 0.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -71,6 +74,9 @@ class TrainingConfig(Config):
             inert["label_smoothing"] = "loss.target_threshold makes every target 0 or 1"
         if values["ema_decay"] is None:
             inert["ema_warmup"] = "ema_decay is null"
+        teacher = section(values, "teacher")
+        if teacher.get("weight") == 1 and teacher.get("kind", "none") != "none":
+            inert |= dict.fromkeys(("loss", "label_smoothing"), "teacher.weight is 1: the answers alone are learned")
         return inert
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from pipeline.config import Duration
 from pipeline.family import AnyFamily, FamilyConfig
 from pipeline.training.casts import WeightCasts
 from pipeline.training.config import TrainingConfig
+from pipeline.training.distillation import Teacher
 from pipeline.training.graphs import Graphed
 from pipeline.training.norms import BatchNorm, with_counter
 
@@ -27,7 +28,8 @@ class TrainingPlan:
 
     forward: the net, compiled and wrapped in DDP if the recipe asks for it.
     batch_size: images of all ranks in a step. epochs_per_step: batch_size over the images of an epoch.
-    class_weights: the weight of each class in the loss, [K] on the device; None without.
+    class_weights: the weight of each class in the loss, [K] on the device; None without. teacher: the net whose answers
+    are learned too; None without.
     """
 
     family: AnyFamily
@@ -44,6 +46,7 @@ class TrainingPlan:
     save_every: Duration = NEVER
     evaluate_every: Duration = NEVER
     class_weights: Tensor | None = None
+    teacher: Teacher | None = None
 
     @cached_property
     def batchnorms(self) -> tuple[BatchNorm, ...]:

@@ -28,6 +28,7 @@ from pipeline.family import Criterion, cross_entropy, top1
 from pipeline.training import optim
 from pipeline.training.config import TrainingConfig
 from pipeline.training.criteria import criterion_of_step, together
+from pipeline.training.distillation import answers_of, divergence, taught
 from pipeline.training.graphs import Graphed
 from pipeline.training.norms import count_batches_together
 from pipeline.training.plan import TrainingPlan, use_bf16
@@ -59,13 +60,14 @@ class LoaderBatch(Protocol):
 class MicroBatch:
     """The images of one forward pass: [b, 3, H, W] normalised, with targets [b] or [b, K] and labels [b].
 
-    criterion: how its logits are compared with its targets; `train_step` sets it.
+    criterion: how its logits are compared with its targets. answers: a teacher's logits [b, K]. `train_step` sets both.
     """
 
     images: Tensor
     targets: Tensor
     labels: Tensor
     criterion: Criterion = cross_entropy
+    answers: Tensor | None = None
 
 
 @dataclass
@@ -125,7 +127,7 @@ def train_step(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatc
     """
     epoch = state.step * plan.epochs_per_step
     lr = optim.set_lr(state.optimizers, plan.training.schedule.lr_factor(epoch, plan.training.epochs))
-    micros = _with_criteria(plan, micros)
+    micros = _with_answers(plan, state, _with_criteria(plan, micros), meter)
     for name in plan.family.updates(plan.config, state.step):
         outside_ddp = optim.is_outside_ddp(state.optimizers[name])
         (_gradients_outside_ddp if outside_ddp else _gradients)(plan, state, name, micros, meter)
@@ -145,6 +147,25 @@ def _with_criteria(plan: TrainingPlan, micros: Sequence[MicroBatch]) -> list[Mic
     """The micro-batches with this step's criterion. Collective."""
     criterion = criterion_of_step(plan, [micro.targets for micro in micros])
     return [replace(micro, criterion=criterion) for micro in micros]
+
+
+def _with_answers(
+    plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch], meter: Meter
+) -> Sequence[MicroBatch]:
+    """The micro-batches with the teacher's answers, which their criteria compare with too. Collective."""
+    if plan.teacher is None:
+        return micros
+    with _autocast(plan):
+        answers = answers_of(plan.teacher, state.net, [micro.images for micro in micros])
+    how = plan.training.teacher
+    for micro, each in zip(micros, answers, strict=True):
+        meter.add({"teacher_top1": top1(each, micro.labels).mean()}, len(micro.labels))
+    return [
+        replace(
+            micro, criterion=taught(micro.criterion, each, weight=how.weight, temperature=how.temperature), answers=each
+        )
+        for micro, each in zip(micros, answers, strict=True)
+    ]
 
 
 def _gradients(plan: TrainingPlan, state: TrainState, name: str, micros: Sequence[MicroBatch], meter: Meter) -> None:
@@ -186,7 +207,8 @@ def _as_one(micros: Sequence[MicroBatch]) -> MicroBatch:
     """All micro-batches as one, without their images."""
     labels, targets = (torch.cat([getattr(micro, name) for micro in micros]) for name in ("labels", "targets"))
     criterion = together([micro.criterion for micro in micros], [len(micro.labels) for micro in micros])
-    return MicroBatch(labels.new_empty(0), targets, labels, criterion)
+    answers = [micro.answers for micro in micros if micro.answers is not None]
+    return MicroBatch(labels.new_empty(0), targets, labels, criterion, torch.cat(answers) if answers else None)
 
 
 def _detached_outputs(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch]) -> Any:
@@ -252,17 +274,24 @@ def _output(
 ) -> Any:
     """The output of micro-batch `number`, with the noise of that step, micro-batch and rank."""
     torch.manual_seed(seed_of(plan.seed, "noise", state.step, number, ranks.rank()))
-    autocast = torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.autocast)
     casts = nullcontext() if plan.casts is None else plan.casts.used()
-    with autocast, casts, count_batches_together(plan.batchnorms):
+    with _autocast(plan), casts, count_batches_together(plan.batchnorms):
         return forward(micro.images)
+
+
+def _autocast(plan: TrainingPlan) -> torch.autocast:
+    return torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.autocast)
 
 
 def _loss(plan: TrainingPlan, state: TrainState, output: Any, micro: MicroBatch, meter: Meter) -> Tensor:
     """The loss of an output, [], which is metered."""
     loss = plan.family.loss(plan.config, output, micro.targets, micro.criterion)
     hits = top1(output.logits.detach(), micro.labels)
-    meter.add({"loss": loss.total, "top1": hits.mean(), **loss.parts}, len(micro.labels))
+    values = {"loss": loss.total, "top1": hits.mean(), **loss.parts}
+    if micro.answers is not None:
+        logits = output.logits.detach()
+        values["teacher_divergence"] = divergence(logits, micro.answers, plan.training.teacher.temperature)
+    meter.add(values, len(micro.labels))
     meter.watch(loss.total, state.step)
     return loss.total
 

@@ -7,7 +7,7 @@ from pipeline.families.arrn.figures import figures
 from pipeline.families.arrn.growing import load_pretrained
 from pipeline.families.arrn.inference import policies
 from pipeline.families.arrn.model import build
-from pipeline.families.arrn.objective import groups, loss, updates, varying, warnings
+from pipeline.families.arrn.objective import groups, loss, updates, varying, warnings, whole
 from pipeline.families.arrn.static import static
 from pipeline.family import Family
 
@@ -18,6 +18,7 @@ FAMILY = Family(
     groups=groups,
     updates=updates,
     varying=varying,
+    whole=whole,
     policies=policies,
     load_pretrained=load_pretrained,
     warnings=warnings,

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from pipeline.families.arrn.config import ArrnConfig
-from pipeline.families.arrn.model import ArrnOutput
-from pipeline.family import Criterion, Loss, Params, cross_entropy
+from pipeline.families.arrn.model import Arrn, ArrnOutput
+from pipeline.family import Criterion, Loss, Params, Whole, cross_entropy
 
 
 def loss(config: ArrnConfig, output: ArrnOutput, targets: Tensor, criterion: Criterion = cross_entropy) -> Loss:
@@ -41,3 +41,14 @@ def warnings(config: ArrnConfig, side_px: int) -> Sequence[str]:
         f"data.side_px (={side_px}): of the ladder {list(ladder)} such images skip the first {number}, whose weights "
         f"do not change; set data.side_px={ladder[0]}, or a shorter ladder and grow it later"
     ]
+
+
+def whole(config: ArrnConfig) -> Whole | str:
+    """No residual is dropped."""
+    return _all_residuals if any(config.probabilities) else "no residual is ever dropped, so the net is whole already"
+
+
+def _all_residuals(net: nn.Module, images: Tensor) -> Tensor:
+    assert isinstance(net, Arrn)
+    output: ArrnOutput = net(images)
+    return output.logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.families.convnet_aig.figures import figures
 from pipeline.families.convnet_aig.inference import policies
 from pipeline.families.convnet_aig.model import AigConfig, build
-from pipeline.families.convnet_aig.objective import groups, loss, mean_over_images, updates
+from pipeline.families.convnet_aig.objective import groups, loss, mean_over_images, updates, whole
 from pipeline.families.convnet_aig.released import load_pretrained
 from pipeline.families.convnet_aig.static import static
 from pipeline.family import Family
@@ -17,6 +17,7 @@ FAMILY = Family(
     mean_over_images=mean_over_images,
     groups=groups,
     updates=updates,
+    whole=whole,
     policies=policies,
     load_pretrained=load_pretrained,
     figures=figures,

@@ -6,7 +6,7 @@ from pipeline.families.ranet.config import RanetConfig
 from pipeline.families.ranet.figures import figures
 from pipeline.families.ranet.inference import policies
 from pipeline.families.ranet.model import build
-from pipeline.families.ranet.objective import groups, layers, loss, updates
+from pipeline.families.ranet.objective import groups, layers, loss, updates, whole
 from pipeline.families.ranet.released import load_pretrained
 from pipeline.families.ranet.static import static
 from pipeline.family import Family
@@ -18,6 +18,7 @@ FAMILY = Family(
     groups=groups,
     layers=layers,
     updates=updates,
+    whole=whole,
     policies=policies,
     load_pretrained=load_pretrained,
     figures=figures,

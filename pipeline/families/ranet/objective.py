@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.families.ranet.config import RanetConfig
 from pipeline.families.ranet.model import Ranet, RanetOutput
-from pipeline.family import Criterion, Layers, Loss, Params, cross_entropy, top1
+from pipeline.family import Criterion, Layers, Loss, Params, Whole, cross_entropy, top1
 
 
 def loss(config: RanetConfig, output: RanetOutput, targets: Tensor, criterion: Criterion = cross_entropy) -> Loss:
@@ -64,3 +64,8 @@ def layers(config: RanetConfig, net: nn.Module) -> Layers:
 
 def updates(config: RanetConfig, step: int) -> Sequence[str]:
     return ["main"]
+
+
+def whole(config: RanetConfig) -> Whole | str:
+    """Every forward runs all exits already."""
+    return "family.exit_distillation teaches the earlier exits what the last one answers, in the same forward"
