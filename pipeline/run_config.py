@@ -209,6 +209,20 @@ def origin(key: str, source: str, overrides: Sequence[str], environment: Mapping
     return next((name for name, layer in layers.items() if configs.has(layer, key)), "the default")
 
 
+def with_batch_size(source: str, overrides: Sequence[str], batch_size: int) -> list[str]:
+    """The overrides for a recipe on a batch of another size, with which `load` gives what `adaptnet train` trains.
+
+    If `training.scale_lr` is set and nothing names a reference batch, the recipe's own batch becomes that.
+    """
+    start: Mapping[str, object] = {}
+    given = reduce(configs.merge, [*recipes.layers(source), _together(overrides)], start)
+    training = configs.section(given, "training")
+    sized = [*overrides, f"training.batch_size={batch_size}"]
+    if training.get("scale_lr", "none") != "none" and training.get("reference_batch") is None:
+        sized.append(f"training.reference_batch={training.get('batch_size', TrainingConfig().batch_size)}")
+    return sized
+
+
 def _without_unused_defaults(layer: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     """A recipe's layer; a complete dump, as older versions wrote for each job, loses the keys that change nothing."""
     written = set(layer) >= DUMPED and set(CheckpointConfig.model_fields) <= set(configs.section(layer, "checkpoint"))

@@ -57,7 +57,10 @@ def parse(line: str) -> None:
     recipe = values.get("recipe")
     if recipe and not recipe.endswith(".yaml"):
         assert recipe in recipes.names(), f"{line}: no such recipe"
-        run_config.load(recipe, values.get("overrides") or (), data_home="/data")
+        overrides, batch_size = values.get("overrides") or (), values.get("batch_size")
+        if batch_size is not None:
+            overrides = run_config.with_batch_size(recipe, overrides, batch_size)
+        run_config.load(recipe, overrides, data_home="/data")
 
 
 def test_ci_runs_the_marked_blocks() -> None:

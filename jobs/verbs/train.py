@@ -46,6 +46,12 @@ def train(
         int | None,
         typer.Option(min=1, max=1000, help="train so many seeds, from the recipe's on, as runs NAME-s1, NAME-s2, ..."),
     ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="training.batch_size; with training.scale_lr the learning rates follow from the recipe's"
+        ),
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="print the resolved config and exit")] = False,
     listed: Annotated[
         bool, typer.Option("--list", is_eager=True, callback=_list_recipes, help="print every shipped recipe and exit")
@@ -65,6 +71,8 @@ def train(
 
       adaptnet train convnet_aig/toy --seeds 3
 
+      adaptnet train baseline/imagenet_resnet50 --batch-size 1024 training.scale_lr=linear
+
       adaptnet train --list
 
       adaptnet train baseline/imagenet_resnet50 data.root=/data/imagenet --show
@@ -74,10 +82,15 @@ def train(
     from pipeline import run_config
 
     layer = environment.recipe_layer()
-    config = run_config.load(recipe, overrides or (), data_home=data_home(), environment=layer)
+    overrides = overrides or []
+    if batch_size is not None:
+        overrides = run_config.with_batch_size(recipe, overrides, batch_size)
+    config = run_config.load(recipe, overrides, data_home=data_home(), environment=layer)
     if show:
         typer.echo(configs.dump_yaml(configs.as_mapping(config)), nl=False)
-        typer.echo("\n".join(environment.origins(config, recipe, overrides or (), layer)))
+        typer.echo("\n".join(environment.origins(config, recipe, overrides, layer)))
+        if config.training.scaling is not None:
+            typer.echo(f"# {config.training.scaling}")
         if seeds is not None:
             typer.echo(
                 f"# seeds: {config.seed} to {config.seed + seeds - 1}, as runs {config.name}-s{config.seed}, ..."

@@ -466,6 +466,8 @@ def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
     plan = replace(plan, teacher=teacher)
     if facts:
         events.writer.event("teacher", None, **facts)
+    if config.training.scaling is not None:
+        events.writer.event("learning-rate", text=config.training.scaling)
     for text in (*warnings, *context.family.warnings(config.family, config.data.largest_side_px)):
         events.writer.event("warning", text=text)
     if context.decoder_fault:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -35,6 +36,12 @@ from pipeline.training.teachers import AnyTeacher
 from pipeline.training.teachers.none import NoTeacherConfig
 
 EmaWarmup = Literal["ramp", "power", "none"]
+ScaleLr = Literal["none", "linear", "sqrt"]
+LR_SCALES: Mapping[ScaleLr, Callable[[float], float]] = {
+    "none": lambda ratio: 1.0,
+    "linear": lambda ratio: ratio,
+    "sqrt": math.sqrt,
+}
 
 
 class TrainingConfig(Config):
@@ -48,6 +55,9 @@ class TrainingConfig(Config):
     optimizer: AnyOptimizer = SgdConfig()
     other_optimizers: dict[str, AnyOptimizer] = Field(default_factory=dict)  # the other optimizers of a family, by name
     schedule: AnySchedule = CosineConfig()
+    # how the rates of all optimizers follow batch_size / reference_batch: see `TrainingConfig.lr_scale`
+    scale_lr: ScaleLr = "none"
+    reference_batch: Count | None = None  # the batch size that the optimizers' rates are for
     loss: AnyLoss = CrossEntropyConfig()
     teacher: AnyTeacher = NoTeacherConfig()
     decay_norms_and_biases: bool = False  # weight decay for them too, as in the papers of the four families
@@ -72,12 +82,41 @@ class TrainingConfig(Config):
         inert = {"new_head": "start_from is null"} if values["start_from"] is None else {}
         if section(values, "loss").get("target_threshold") is not None:
             inert["label_smoothing"] = "loss.target_threshold makes every target 0 or 1"
+        if values["scale_lr"] == "none":
+            inert["reference_batch"] = "scale_lr is none"
         if values["ema_decay"] is None:
             inert["ema_warmup"] = "ema_decay is null"
         teacher = section(values, "teacher")
         if teacher.get("weight") == 1 and teacher.get("kind", "none") != "none":
             inert |= dict.fromkeys(("loss", "label_smoothing"), "teacher.weight is 1: the answers alone are learned")
         return inert
+
+    @model_validator(mode="after")
+    def _has_a_reference(self) -> TrainingConfig:
+        if self.scale_lr != "none" and self.reference_batch is None:
+            raise fault("reference_batch", f"scale_lr is {self.scale_lr}: give the batch size that the rates are for")
+        return self
+
+    @property
+    def lr_scale(self) -> float:
+        """What the rates of all optimizers are multiplied by for this batch size.
+
+        linear: the ratio to the reference batch, for SGD (Goyal et al., 2017, arXiv 1706.02677, with a warm-up of 5
+        epochs). sqrt: its square root, for Adam and its kin (Malladi et al., NeurIPS 2022, arXiv 2205.10287; You et
+        al., ICLR 2020, for LAMB). Momentum, betas and weight decay stay.
+        """
+        return LR_SCALES[self.scale_lr](self.batch_size / (self.reference_batch or self.batch_size))
+
+    @property
+    def scaling(self) -> str | None:
+        """What `scale_lr` did, as a sentence for people; None if it is none."""
+        if self.scale_lr == "none":
+            return None
+        return (
+            f"scale_lr {self.scale_lr}: batch size {self.batch_size}, reference {self.reference_batch}, so all "
+            f"learning rates are multiplied by {self.lr_scale:.6g}; {self.optimizer.lr:g} becomes "
+            f"{self.optimizer.lr * self.lr_scale:.6g}"
+        )
 
     @model_validator(mode="after")
     def _within_the_epochs(self, info: ValidationInfo) -> TrainingConfig:

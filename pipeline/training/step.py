@@ -126,7 +126,8 @@ def train_step(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatc
     Collective.
     """
     epoch = state.step * plan.epochs_per_step
-    lr = optim.set_lr(state.optimizers, plan.training.schedule.lr_factor(epoch, plan.training.epochs))
+    factor = plan.training.schedule.lr_factor(epoch, plan.training.epochs) * plan.training.lr_scale
+    lr = optim.set_lr(state.optimizers, factor)
     micros = _with_answers(plan, state, _with_criteria(plan, micros), meter)
     for name in plan.family.updates(plan.config, state.step):
         outside_ddp = optim.is_outside_ddp(state.optimizers[name])
