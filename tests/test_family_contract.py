@@ -27,13 +27,15 @@ from pipeline.training.step import Meter, MicroBatch, train_step
 
 ARRN = {"widths": [6, 8, 10], "final": "M2x1", "head_width": 12}
 RANET = {"scales": [1, 2, 3], "channels": 4, "growth": 4, "first_blocks": 1, "more_blocks": 1}
+DROPS = {"drop_path": 0.3, "dropout": 0.3}
 DISTILLED = {"exit_distillation": 0.5, "exit_temperature": 2.0}
 CASES: dict[str, dict[str, Any]] = {
     "arrn": {**ARRN, "ladder_px": [16, 8, 4], "inner": ["F2x2", "M2x1"], "resolutions_px": [12, 8, 4]},
-    "arrn-kaiser": {**ARRN, "ladder_px": [18, 13, 9], "inner": ["F1x1", "M2x2"], "filters": "kaiser", "drop": 0.4},
+    "arrn-kaiser": {**ARRN, "ladder_px": [18, 13, 9], "inner": ["F1x1", "M2x2"], "filters": "kaiser", "drop": 0.4}
+    | DROPS,
     "arrn-box": {**ARRN, "ladder_px": [16, 12, 6], "inner": ["M2x1", "F2x1"], "filters": ["box", "dct"], "drop": 0},
     "baseline": {"net": "cifar_resnet", "depth": 8, "resolutions_px": [8]},
-    "baseline-stochastic": {"net": "cifar_preresnet", "depth": 8, "stochastic_depth": 0.5},
+    "baseline-stochastic": {"net": "cifar_preresnet", "depth": 8, "stochastic_depth": 0.5, "dropout": 0.3},
     "convnet_aig": {"depth": 8, "target_rate": 0.6, "gate_lr_factor": 0.5, "thresholds": [0.3, 0.7]},
     "convnet_aig-scaled": {"depth": 8, "target_rate": 0.5, "scaled": ["rate", "prob"]},
     "convnet_aig-fixed": {"depth": 14, "target_rate": [1.0, 0.5, 0.2, 1.0, 0.7, 0.9], "rate_reduction": "sum"},

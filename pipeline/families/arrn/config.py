@@ -74,6 +74,10 @@ class ArrnConfig(FamilyConfig):
     residual_gain: Weight = 0.1  # initial weight of the last norm of each block inside a residual
     drop: Probability | tuple[Probability, ...] | None = None  # p_n: of dropping residual n if all above it are dropped
     level_weights: tuple[Weight, ...] = ()  # instead of `drop`: shares of images that enter at R_0, R_1, ...
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # probability that the last block adds nothing for an image; falls linearly towards the first block
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the pooled features that the head does not see
     resolutions_px: tuple[Side, ...] = ()  # evaluated in addition to the finest; empty: the ladder's
 
     @classmethod

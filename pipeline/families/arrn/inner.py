@@ -100,12 +100,12 @@ class Fused(nn.Module):
         """The layer whose norm scales the block's output."""
         return self.expand if self.reduce is None else self.reduce
 
-    def forward(self, x: Tensor, counted: int) -> Tensor:
-        """x [B, C, H, W] -> the same shape; `counted` as in ConvNorm."""
+    def forward(self, x: Tensor, counted: int, scale: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W] -> the same shape; `counted` as in ConvNorm, scale [B] of what is added to x, None for 1."""
         y = _silu(self.expand(x, counted))
         if self.reduce is not None:
             y = self.reduce(y, counted)
-        return _sum(y, x) if self.skip else y
+        return _sum(_scaled(y, scale), x) if self.skip else y
 
 
 class MBConv(nn.Module):
@@ -121,14 +121,18 @@ class MBConv(nn.Module):
         self.last = ConvNorm(wide, channels, 1, border)
         self.skip = skip
 
-    def forward(self, x: Tensor, counted: int) -> Tensor:
-        """x [B, C, H, W] -> the same shape; `counted` as in ConvNorm."""
+    def forward(self, x: Tensor, counted: int, scale: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W] -> the same shape; `counted` and `scale` as in `Fused`."""
         y: Tensor = x if self.expand is None else _silu(self.expand(x, counted))
         y = _silu(self.depthwise(y, counted))
         pooled = y.mean(dim=(2, 3))  # [B, eC]
         gain = torch.sigmoid(_of_pixel(self.excite, F.silu(_of_pixel(self.squeeze, pooled))))[:, :, None, None]
         y = self.last(y * gain if torch.is_grad_enabled() else y.mul_(gain), counted)
-        return _sum(y, x) if self.skip else y
+        return _sum(_scaled(y, scale), x) if self.skip else y
+
+
+def _scaled(y: Tensor, scale: Tensor | None) -> Tensor:
+    return y if scale is None else y * scale.to(y.dtype)[:, None, None, None]
 
 
 def _silu(fresh: Tensor) -> Tensor:
@@ -169,8 +173,17 @@ class Stack(nn.Module):
         """The weight of the last norm of each block."""
         return [block.last.norm.weight for block in self.blocks if isinstance(block, Fused | MBConv)]
 
-    def forward(self, x: Tensor, counted: int) -> Tensor:
-        """x [B, C, H, W] -> the same shape; `counted` as in ConvNorm."""
+    @property
+    def num_skips(self) -> int:
+        """How many blocks add their input."""
+        return sum(bool(block.skip) for block in self.blocks)
+
+    def forward(self, x: Tensor, counted: int, scales: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W] -> the same shape; `counted` as in ConvNorm.
+
+        scales [B or more, blocks that add their input]: of what each block adds for each image; None for 1.
+        """
+        skips = iter(() if scales is None else scales[: len(x)].unbind(1))
         for block in self.blocks:
-            x = block(x, counted)
+            x = block(x, counted, next(skips, None) if block.skip else None)
         return x

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,12 +90,15 @@ class Residual(nn.Module):
         for weight in self.inner.gains:
             nn.init.constant_(weight, gain)
 
-    def forward(self, low: Tensor, rest: Tensor, kept: int) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, low: Tensor, rest: Tensor, kept: int, scales: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The next signal from low [b, C_n, h, w] = D r and rest [b', C_n, H, W] = r - U D r, where b = kept <= b'.
 
         Rows of `rest` beyond b run only so that every parameter has a gradient; the second result is their sum times 0.
+        scales: as in `Stack`.
         """
-        h = self.inner(rest, kept)
+        h = self.inner(rest, kept, scales)
         idle = zero_of(h[kept:]) if len(h) > kept else None
         return self.joined(low, h[:kept]), idle
 
@@ -122,15 +125,18 @@ class Arrn(nn.Module):
         self.head = nn.Conv2d(plan.widths[-1], config.head_width, 1, bias=False)
         self.norm = nn.BatchNorm2d(config.head_width)
         self.fc = nn.Linear(config.head_width, num_classes)
+        self.drop_path, self.dropout = config.drop_path, config.dropout
         _init_linear(self.stem)
         _init(nn.ModuleList([self.final, self.head]))
 
     def draw_noise(self, num_images: int) -> Tensor | None:
-        """Uniform numbers [B, N]; None without dropout.
+        """Uniform numbers [B, N] for Laplacian dropout; None if nothing is random.
 
-        They are on the CPU, so that batch sizes can be derived from them without waiting for the device.
+        With drop_path or dropout there are further ones: for each block that adds its input, and for each feature of
+        the head. They are on the CPU, so that batch sizes can be derived from them without waiting for the device.
         """
-        return torch.rand(num_images, len(self.residuals)) if any(self.probabilities) else None
+        further = sum(self._skips()) + self.fc.in_features if self.drop_path or self.dropout else 0
+        return torch.rand(num_images, len(self.residuals) + further) if any(self.probabilities) or further else None
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> ArrnOutput:
         """Residual n runs on the images that do not skip it.
@@ -144,44 +150,73 @@ class Arrn(nn.Module):
             noise = self.draw_noise(len(images))
         first = self.level(images)
         x = self.at_side(images, self.ladder[first])
+        scales, shares = self._dropped(noise, images.device)
         levels = [max(level, first) for level in self._drawn(noise, len(images))]
         counts = list(accumulate(levels.count(n) for n in range(len(self.ladder))))
         if len(set(levels)) == 1:
-            r, idle = self._chain(x, first, counts)
+            r, idle = self._chain(x, first, counts, scales)
         else:
             order = torch.tensor(levels).argsort(stable=True)
-            r, idle = self._chain(take(x, sent(order, x.device)), first, counts)
+            entering = sent(order, x.device)
+            r, idle = self._chain(take(x, entering), first, counts, None if scales is None else scales[entering])
             r = take(r, sent(order.argsort(), r.device))
-        logits = self.answer(r)
+        logits = self.answer(r, scales, shares)
         logits = logits if idle is None else logits + idle.to(logits.dtype)
         return ArrnOutput(logits, sent(torch.tensor(levels), images.device))
 
-    def answer(self, r: Tensor) -> Tensor:
-        """Logits [B, K] from the last residual's output [B, C_N, ...] at R_N."""
-        y = F.silu(self.norm(self.head(self.final(r, r.shape[0]))))  # [B, head width, R_N, R_N]
-        logits: Tensor = self.fc(y.mean(dim=(2, 3)))
+    def answer(self, r: Tensor, scales: Tensor | None = None, shares: Tensor | None = None) -> Tensor:
+        """Logits [B, K] from the last residual's output [B, C_N, ...] at R_N; scales, shares: as from `_dropped`."""
+        y = self.final(r, r.shape[0], None if scales is None else scales[:, sum(self._skips()[:-1]) :])
+        y = F.silu(self.norm(self.head(y))).mean(dim=(2, 3))  # [B, head width]
+        logits: Tensor = self.fc(y if shares is None else y * shares.to(y.dtype))
         return logits
+
+    def _skips(self) -> list[int]:
+        """The number of blocks that add their input, of each residual and of the final stage: [N + 1]."""
+        return [cast(Residual, residual).inner.num_skips for residual in self.residuals] + [self.final.num_skips]
+
+    def _dropped(self, noise: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """What each block adds is multiplied by scales [B, blocks], and each feature by shares [B, head width].
+
+        Block l of L is dropped with l/L · drop_path; what is kept is divided by its probability. None for 1.
+        Source: Huang et al., ECCV 2016 (arXiv 1603.09382), the linear rule.
+        """
+        if noise is None or not (self.drop_path or self.dropout):
+            return None, None
+        count = sum(self._skips())
+        _, blocks, features = torch.split(noise, [len(self.residuals), count, self.fc.in_features], dim=1)
+        survival = 1 - torch.linspace(0, 1, count + 1, device=noise.device)[1:] * self.drop_path
+        scales, shares = (blocks < survival) / survival, (features >= self.dropout) / (1 - self.dropout)
+        return (
+            sent(scales, device) if self.drop_path and count else None,
+            sent(shares, device) if self.dropout else None,
+        )
 
     def _drawn(self, noise: Tensor | None, count: int) -> list[int]:
         """The number of residuals that each image drops: the length of the leading run of noise below p_n."""
         if noise is None or not self.residuals:
             return [0] * count
-        dropped = noise.cpu() < torch.tensor(self.probabilities, dtype=noise.dtype)  # [B, N]
+        levels = noise[:, : len(self.residuals)].cpu()
+        dropped = levels < torch.tensor(self.probabilities, dtype=noise.dtype)  # [B, N]
         found: list[int] = dropped.long().cumprod(1).sum(1).tolist()
         return found
 
-    def _chain(self, x: Tensor, first: int, counts: list[int]) -> tuple[Tensor, Tensor | None]:
+    def _chain(
+        self, x: Tensor, first: int, counts: list[int], scales: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Maps images x [B, 3, ...] at R_first, in the order in which they enter, to r [B, C_N, ...] at R_N.
 
-        counts[n] images run residual n. An image enters the chain at its level as W x + b, the composition of all
-        linear maps above. The second result is the zero from idle rows, to be added to the logits.
+        counts[n] images run residual n; scales [B, blocks] are those of `_dropped`, in the same order. An image enters
+        the chain at its level as W x + b, the composition of all linear maps above. The second result is the zero from
+        idle rows, to be added to the logits.
         """
         top_up = min(LEAST_ROWS, len(x)) if torch.is_grad_enabled() else 0
         entry, r, idle = affine(self.stem), None, []
+        by_stack = [None] * len(self.residuals) if scales is None else torch.split(scales, self._skips(), dim=1)
         for n, residual in enumerate(self.residuals):
             assert isinstance(residual, Residual)
             if n >= first:
-                x, r, zero = self._step(n, x, r, entry, counts[n], top_up)
+                x, r, zero = self._step(n, x, r, entry, counts[n], top_up, by_stack[n])
                 idle += [zero]
             elif top_up:
                 size = (residual.project.in_channels, *scaled(x, self.ladder[n]))
@@ -193,7 +228,7 @@ class Arrn(nn.Module):
         return _cat([*rows, entry(x)] if len(x) else rows), torch.stack(found).sum() if found else None
 
     def _step(
-        self, n: int, x: Tensor, r: Tensor | None, entry: Affine, kept: int, top_up: int
+        self, n: int, x: Tensor, r: Tensor | None, entry: Affine, kept: int, top_up: int, scales: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Images that have not entered, signals that have, both at R_{n+1}, and the zero of idle rows, if any."""
         residual = self.residuals[n]
@@ -211,7 +246,7 @@ class Arrn(nn.Module):
         if joining:
             low.append(entry(smaller[:joining]))
         if low:
-            r, zero = residual(_cat(low), _cat(rest), kept)
+            r, zero = residual(_cat(low), _cat(rest), kept, scales)
             return smaller[joining:], r, zero
         return smaller, None, zero_of(residual.inner(rest[0], 0)) if rest else None
 

@@ -26,7 +26,9 @@ def updates(config: ArrnConfig, step: int) -> Sequence[str]:
 
 
 def varying(config: ArrnConfig) -> str | None:
-    """Dropout lets another number of images through each residual."""
+    """Dropout lets another number of images through each residual; what else is dropped is drawn on the host."""
+    if config.drop_path or config.dropout:
+        return "drop_path and dropout are drawn on the host"
     return "the number of images that a residual drops is random" if any(config.probabilities) else None
 
 

@@ -19,6 +19,7 @@ from torchvision.models.googlenet import GoogLeNetOutputs
 from pipeline.blocks import Logits, Stem, conv_bn, he_fan_out
 from pipeline.config import each_once, meant
 from pipeline.errors import ConfigError, JsonValue
+from pipeline.families.baseline.regularised import RegularisedResNet, dropped
 from pipeline.family import FamilyConfig
 
 TORCHVISION = (
@@ -39,6 +40,7 @@ TORCHVISION = (
     "vgg16",
     "vgg16_bn",
 )
+RESNETS = ("resnet", "wide_resnet")
 MIN_SIDE_PX = {
     "googlenet": 15,
     "densenet121": 29,
@@ -61,6 +63,10 @@ class BaselineConfig(FamilyConfig):
     stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = (
         0.0  # probability that the last block is dropped; CIFAR ResNets only
     )
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # probability that the last block is dropped for an image, which falls linearly towards the first; ResNets
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the pooled features that the head does not see
     batchnorm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None  # null: the net's default; see the docstring
     resolutions_px: Annotated[
         tuple[Annotated[int, Field(ge=8, le=8192)], ...], meant(each_once)
@@ -70,8 +76,12 @@ class BaselineConfig(FamilyConfig):
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
         net = values["net"]
         if str(net).startswith("cifar"):
-            return {"stem": f"{net} has a stem of its own"}
+            return {"stem": f"{net} has a stem of its own", "drop_path": f"stochastic_depth drops the blocks of {net}"}
         of_cifar = dict.fromkeys(("depth", "stochastic_depth"), f"it is for the CIFAR ResNets, not for {net}")
+        if not str(net).startswith(RESNETS):
+            of_cifar |= dict.fromkeys(
+                ("drop_path", "dropout"), f"it is for ResNets; {net} regularises as its authors do"
+            )
         return of_cifar | ({"batchnorm_momentum": "vgg16 has no BatchNorm"} if net == "vgg16" else {})
 
     @model_validator(mode="after")
@@ -100,11 +110,13 @@ def build(config: BaselineConfig, num_classes: int) -> nn.Module:
 
 def _build(config: BaselineConfig, num_classes: int) -> nn.Module:
     if config.net.startswith("cifar"):
-        return CifarResNet(config.depth, num_classes, config.net == "cifar_preresnet", config.stochastic_depth)
+        return CifarResNet(config, num_classes)
     options = {"aux_logits": False, "init_weights": True} if config.net == "googlenet" else {}
     net = torchvision.models.get_model(config.net, num_classes=num_classes, weights=None, **options)
     if config.stem == "cifar":
         _shrink_stem(net)
+    if isinstance(net, torchvision.models.ResNet) and (config.drop_path or config.dropout):
+        return RegularisedResNet(net, config.net, config.drop_path, config.dropout)
     return Plain(net, config.net)
 
 
@@ -145,9 +157,10 @@ def _shrink_stem(net: nn.Module) -> None:
 class CifarResNet(nn.Module):
     """3 stages of n basic blocks with widths 16, 32, 64; `pre` puts BatchNorm and ReLU before each convolution."""
 
-    def __init__(self, depth: int, num_classes: int, pre: bool, stochastic_depth: float) -> None:
+    def __init__(self, config: BaselineConfig, num_classes: int) -> None:
         super().__init__()
-        blocks, inputs = (depth - 2) // 6, 16
+        pre, stochastic_depth, self.dropout = config.net == "cifar_preresnet", config.stochastic_depth, config.dropout
+        blocks, inputs = (config.depth - 2) // 6, 16
         self.stem = nn.Sequential(*(conv_bn(3, 16, 3)[:1] if pre else [*conv_bn(3, 16, 3), nn.ReLU()]))
         kind = PreBlock if pre else BasicBlock
         layers = []
@@ -164,22 +177,26 @@ class CifarResNet(nn.Module):
         he_fan_out(self)
 
     def draw_noise(self, num_images: int) -> Tensor | None:
-        """Uniform numbers [B, L]; a block is dropped for an image whose number is not below the block's survival."""
-        if not self.stochastic:
+        """Uniform numbers [B, L], with dropout [B, L + F] for the F features; None if nothing is dropped.
+
+        A block is dropped for an image whose number is not below the block's survival.
+        """
+        if not self.stochastic and not self.dropout:
             return None
-        return torch.rand(num_images, len(self.layers), device=self.fc.weight.device)
+        columns = len(self.layers) + (self.fc.in_features if self.dropout else 0)
+        return torch.rand(num_images, columns, device=self.fc.weight.device)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Logits:
         """images [B, 3, H, W] -> logits [B, K]; noise as from `draw_noise`."""
         survival = self.get_buffer("survival")
-        if self.stochastic and self.training and noise is None:
+        if noise is None and self.training:
             noise = self.draw_noise(len(images))
         x = self.stem(images)  # [B, 16, H, W]
         for number, layer in enumerate(self.layers):
             scale = survival[number] if noise is None else (noise[:, number] < survival[number]).to(x.dtype)
             x = layer(x, scale.view(-1, 1, 1, 1) if self.stochastic else None)
         x = self.tail(x).mean(dim=(2, 3))  # [B, 64]
-        return Logits(self.fc(x))
+        return Logits(self.fc(x if noise is None else dropped(x, noise[:, len(self.layers) :], self.dropout)))
 
 
 class BasicBlock(nn.Module):

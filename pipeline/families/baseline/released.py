@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from pipeline.families.baseline.model import BaselineConfig, Plain
+from pipeline.families.baseline.regularised import RegularisedResNet
 from pipeline.weights import Loaded, load
 
 DENSE = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # as in torchvision's own files
@@ -24,7 +25,10 @@ def load_pretrained(
     deviation 0.5: set data.mean and data.std so.
     """
     last = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)][-1]
-    named = {_our_name(name) if isinstance(net, Plain) else name: value for name, value in tensors.items()}
+    named = {
+        _our_name(name) if isinstance(net, Plain | RegularisedResNet) else name: value
+        for name, value in tensors.items()
+    }
     auxiliary = [name for name in named if config.net == "googlenet" and name.startswith(AUXILIARY)]
     rest = {name: value for name, value in named.items() if name not in auxiliary}
     loaded = load(net, rest, head=lambda name: name.startswith(f"{last}."), new_head=new_head)
