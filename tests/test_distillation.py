@@ -16,6 +16,7 @@ from raised import fails
 from torch import Tensor, nn
 
 from pipeline import run_config
+from pipeline.bench import plan as plans
 from pipeline.data import toy
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.execution import launch, teaching
@@ -320,6 +321,11 @@ def test_a_run_learns_from_another_and_goes_on_with_no_other_teacher(finished: d
         launch.train(recipe(images, database, by(finished["ranet"])), student)
     with fails(ConfigError, "source", tmp_path / "none"):
         launch.train(recipe(images, database, by(tmp_path / "none")), tmp_path / "other")
+    taught = recipe(images, database, by(teacher))
+    alone, both = (plans.measure(each, 4, 8, train=None, timed=False) for each in (recipe(images, database), taught))
+    assert both.state_bytes - alone.state_bytes == 4 * alone.parameters  # the teacher's, of the same kind
+    with fails(ConfigError, "training.teacher.source", teacher):
+        plans.measure(taught, 3, 8, train=None, timed=False)
     three = toy.make(tmp_path / "three", num_classes=3, train=64, val=12, side_px=32, seed=5)
     with fails(ConfigError, "training.teacher.source", teacher):
         launch.train(recipe(three, database, by(teacher)), tmp_path / "other")

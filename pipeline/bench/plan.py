@@ -28,9 +28,11 @@ from pipeline.data.config import DataConfig
 from pipeline.data.dali import TrainLoader
 from pipeline.data.index import ImageIndex, open_splits
 from pipeline.errors import ConfigError, DataError
+from pipeline.execution import teaching
 from pipeline.run_config import RunConfig
 from pipeline.runs.records import Meta
 from pipeline.training import checkpoint, state
+from pipeline.training.distillation import Teacher, TrainedTeacher
 from pipeline.training.loop import device_of
 from pipeline.training.memory import keep_freed_memory
 from pipeline.training.plan import TrainingPlan
@@ -179,11 +181,13 @@ def measure(
     if device.type == "cpu":
         keep_freed_memory()
     plan, current = _fresh(config, num_classes, device)
+    plan = replace(plan, teacher=_teacher(config, num_classes, current, device))
     micros = [_random(config, num_classes, rows, device)]
     saved = _activations(plan, current, micros[0])
     rate, logged = _rate(plan, current, micros, rows, TIMED if timed else 1)
     parameters = sum(parameter.numel() for parameter in current.net.parameters())
     held = [*current.net.parameters(), *current.net.buffers(), *(current.ema.parameters() if current.ema else ())]
+    held += plan.teacher.net.parameters() if isinstance(plan.teacher, TrainedTeacher) else ()
     moments = [t for o in current.optimizers.values() for s in o.state.values() for t in s.values() if _is(t)]
     return MachineProfile(
         parameters=parameters,
@@ -195,6 +199,13 @@ def measure(
         metrics=logged + OTHER_METRICS,
         device=f"on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'this CPU'}",
     )
+
+
+def _teacher(config: RunConfig, num_classes: int, current: TrainState, device: torch.device) -> Teacher | None:
+    """The recipe's teacher. Raises ConfigError if it has another number of classes."""
+    folder = teaching.locate(config, Path("runs") / config.name)
+    pinned = None if folder is None else teaching.pin(folder, num_classes)
+    return teaching.open_teacher(config, pinned, current.net, device)[0]
 
 
 def _is(value: object) -> bool:

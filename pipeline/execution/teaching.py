@@ -45,23 +45,26 @@ def locate(config: RunConfig, run_dir: Path) -> Path | None:
     return resolve(teacher.source, resolve_uri(config.tracking.uri, run_dir)).absolute()
 
 
-def pin(folder: Path, classes: Sequence[str]) -> PinnedTeacher:
-    """The teacher in `folder`. Raises ConfigError if it has other classes, CheckpointError if it is damaged."""
+def pin(folder: Path, classes: Sequence[str] | int) -> PinnedTeacher:
+    """The teacher in `folder`, for these classes or, where their names are not known, for so many.
+
+    Raises ConfigError if it has others, CheckpointError if it is damaged.
+    """
     trained = describe(folder)
-    if tuple(classes) != trained.classes:
+    theirs = len(trained.classes) if isinstance(classes, int) else trained.classes
+    if theirs != (classes if isinstance(classes, int) else tuple(classes)):
         raise ConfigError(f"{SOURCE}: {_other_classes(trained, classes)}", key=SOURCE, subject=folder)
     return PinnedTeacher(trained, checkpoint.sha256(trained.weights))
 
 
-def _other_classes(trained: Trained, classes: Sequence[str]) -> str:
-    theirs, ours = set(trained.classes), set(classes)
-    only = [
-        f"only {who} has {', '.join(sorted(some)[:3])}"
-        for who, some in (("the teacher", theirs - ours), ("the data", ours - theirs))
-        if some
-    ]
-    numbers = f"the teacher {trained.folder} has {len(trained.classes)} classes, the data {len(classes)}"
-    return f"{numbers}; {' and '.join(only) or 'their order differs'}. A teacher answers for the student's own classes"
+def _other_classes(trained: Trained, classes: Sequence[str] | int) -> str:
+    count, names = (classes, ()) if isinstance(classes, int) else (len(classes), classes)
+    ours, theirs = set(names), set(trained.classes)
+    only = {"the teacher": theirs - ours, "the data": ours - theirs} if ours else {}
+    reasons = [f"only {who} has {', '.join(sorted(some)[:3])}" for who, some in only.items() if some]
+    differ = f"; {' and '.join(reasons) or 'their order differs'}" if ours else ""
+    numbers = f"the teacher {trained.folder} has {len(trained.classes)} classes, the data {count}"
+    return f"{numbers}{differ}. A teacher answers for the student's own classes"
 
 
 def identified(config: RunConfig, teacher: PinnedTeacher | None) -> RunConfig:
