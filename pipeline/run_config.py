@@ -22,7 +22,7 @@ from pipeline.training.config import CheckpointConfig, EvaluationConfig, Logging
 IDENTITY = "data.identity"
 DUMPED = {"name", "seed", "family", "data", "training", "compute", "checkpoint", "evaluation", "logging", "tracking"}
 STREAM = (  # keys of data that are in the fingerprint
-    *("held_out", "side_px", "side_schedule", "side_choices", "aug_repeats", "augment", "mean", "std"),
+    *("held_out", "side_px", "side_schedule", "side_choices", "aug_repeats", "augment", "mean", "std", "interpolation"),
     *("shuffle", "sampling", "lanes", "window"),
 )
 NOT_LEARNED = ("compile", "cuda_graphs", "channels_last", "start_from", "new_head")  # not in the fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import shutil
@@ -441,6 +442,23 @@ def test_evaluation_has_the_pixels_of_torchvisions_centre_crop(side: int, resize
     for ours, picture in zip(found, pictures, strict=True):
         difference = (ours.int() - theirs(picture).int()).abs()
         assert difference.max() <= {"torch": 0, "dali": 2}[resize]
+
+
+@pytest.mark.parametrize("resize", ["torch", "dali"])
+def test_bicubic_images_are_torchvisions(resize: Any) -> None:
+    """DALI's resize, which a GPU uses, keeps fractions between its two passes, where torch rounds."""
+    encoded = images.jpeg(97, 64)
+    config = DataConfig(root=Path("nowhere"), eval_side_px=32, eval_resize_px=40, interpolation="bicubic")
+    asked = DecoderConfig.of(config, CPU, threads=1, most=1)
+    decoder = Decoder(dataclasses.replace(asked, resize=resize))
+    decoder.put([encoded], config.eval_geometry(np.array([[64, 97]], dtype=np.int32)))
+    found = decoder.take().permute(0, 3, 1, 2)[0]
+    decoder.close()
+    picture = torch.from_numpy(np.array(upright(encoded))).permute(2, 0, 1)
+    theirs = v2.Compose([v2.Resize(40, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(32)])(picture)
+    bilinear = v2.Compose([v2.Resize(40, antialias=True), v2.CenterCrop(32)])(picture)
+    assert (found.int() - theirs.int()).abs().max() <= {"torch": 0, "dali": 2}[resize]
+    assert (bilinear.int() - theirs.int()).abs().max() > 4
 
 
 def test_small_images_keep_their_pixels() -> None:

@@ -64,6 +64,7 @@ class DataConfig(Config):
         IMAGENET_MEAN  # mean of each channel, for pixels in 0..1
     )
     std: Annotated[tuple[StandardDeviation, StandardDeviation, StandardDeviation], meant(_spread)] = IMAGENET_STD
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of resized images, antialiased
     shuffle: Literal["full", "block"] = "full"  # block: lanes read whole shards, for cold or networked storage
     sampling: Literal["natural", "balanced"] = "natural"  # balanced: every class has the same share of each epoch
     lanes: Annotated[int, Field(ge=1, le=65_536)] = (

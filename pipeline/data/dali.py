@@ -353,12 +353,14 @@ class DecoderConfig:
 
     fancy_upsampling: bool = True
     hw_decoder_load: float = 0.65  # used if `gpu`
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     @classmethod
     def of(cls, config: DataConfig, device: torch.device, threads: int, most: int) -> DecoderConfig:
         """What a run's keys under `data:` ask for. Raises ConfigError where the device does not fit them."""
         gpu = _on_gpu(config, device)
-        return cls(device, gpu, threads, most, None, config.fancy_upsampling, config.hw_decoder_load)
+        asked = (config.fancy_upsampling, config.hw_decoder_load, config.interpolation)
+        return cls(device, gpu, threads, most, None, *asked)
 
     def single(self) -> DecoderConfig:
         """The same for batches of one image."""
@@ -450,7 +452,7 @@ class Decoder:
 
         def cut(positions: Sequence[int]) -> None:
             for at in positions:
-                _cut(_resized(pictures[at], sizes[at]), origins[at], squares[at])
+                _cut(_resized(pictures[at], sizes[at], self.config.interpolation), origins[at], squares[at])
 
         if unresized(geometry):
             cut(everything)
@@ -486,12 +488,12 @@ def _windows(images: Sequence[Item], decoded: Iterable[Pixels], geometry: CropGe
     return found
 
 
-def _resized(picture: Pixels, size: list[int]) -> Pixels:
+def _resized(picture: Pixels, size: list[int], mode: str) -> Pixels:
     """A picture [h, w, 3] at another (height, width)."""
     if list(picture.shape[:2]) == size:
         return picture
     planes = torch.from_numpy(picture)[None].permute(0, 3, 1, 2)  # channels_last, and is resized as such
-    resized: Pixels = F.interpolate(planes, size=size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)[0].numpy()
+    resized: Pixels = F.interpolate(planes, size=size, mode=mode, antialias=True).permute(0, 2, 3, 1)[0].numpy()
     return resized
 
 
@@ -532,7 +534,8 @@ def _pipeline(config: DecoderConfig, in_dali: bool) -> Pipeline:
         )
         if not in_dali:
             return pictures
-        pictures = fn.resize(pictures, size=given("size", types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True)
+        kind = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[config.interpolation]
+        pictures = fn.resize(pictures, size=given("size", types.FLOAT), interp_type=kind, antialias=True)
         return fn.slice(
             pictures,
             start=given("origin", types.INT32),
