@@ -19,11 +19,31 @@ Named = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
+class ImagesExpected:
+    """The images that weights were made for, as `source` states: None where it does not state it.
+
+    mean, std: of each channel, for pixels in 0..1; side_px: of an evaluated image, which is cut from the middle of one
+    whose shorter side is resize_px; interpolation: of the resizing.
+    """
+
+    source: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    side_px: int | None = None
+    resize_px: int | None = None
+    interpolation: str | None = None
+
+
+@dataclass(frozen=True)
 class Loaded:
-    """initial: names of the net's values that keep their initial ones; left_out: names of the tensors not used."""
+    """initial: names of the net's values that keep their initial ones; left_out: names of the tensors not used.
+
+    expected: the images that the weights are for, if that is known.
+    """
 
     initial: Sequence[str] = ()
     left_out: Sequence[str] = ()
+    expected: ImagesExpected | None = None
 
 
 def nothing(name: str) -> bool:

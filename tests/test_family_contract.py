@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "arrn-box": {**ARRN, "ladder_px": [16, 12, 6], "inner": ["M2x1", "F2x1"], "filters": ["box", "dct"], "drop": 0},
     "baseline": {"net": "cifar_resnet", "depth": 8, "resolutions_px": [8]},
     "baseline-stochastic": {"net": "cifar_preresnet", "depth": 8, "stochastic_depth": 0.5, "dropout": 0.3},
+    "baseline-torchvision": {"net": "torchvision:mnasnet0_5"},
+    "baseline-timm": {"net": "timm:test_efficientnet"},
     "convnet_aig": {"depth": 8, "target_rate": 0.6, "gate_lr_factor": 0.5, "thresholds": [0.3, 0.7]},
     "convnet_aig-scaled": {"depth": 8, "target_rate": 0.5, "scaled": ["rate", "prob"]},
     "convnet_aig-fixed": {"depth": 14, "target_rate": [1.0, 0.5, 0.2, 1.0, 0.7, 0.9], "rate_reduction": "sum"},
@@ -46,6 +49,8 @@ CASES: dict[str, dict[str, Any]] = {
     "shape_adaptor-limit": {"net": "resnet50", "side_px": 16, "target_px": 5, "width": 0.125, "limit_px": 4},
     "shape_adaptor-autosc": {"net": "mobilenet_v2", "mode": "autosc", "side_px": 16, "width": 0.25},
 }
+if find_spec("timm") is None:
+    del CASES["baseline-timm"]  # the extra `timm`
 IMAGES, CLASSES, SIDE_PX = 8, 5, 16
 OFTEN = {"shape_adaptor": {"alpha_every": 2}}  # so that both phases come, before and after a cut
 STEPS = [(1, 4), (1, 3), (2, 3), (4, 4)]  # micro-batches of each rank, and the images of rank 0

@@ -32,6 +32,7 @@ DOORS = {  # what only these modules import; a benchmark also calls the peers th
         "jobs.verbs.serve",
         "jobs.ray.scheduler",
     },
+    "timm": {"pipeline.compat.timm"},
     "submitit": {"pipeline.compat.submitit", "jobs.slurm", "jobs.local", "jobs.schedulers"},
 }
 SOURCES = sorted(path for top in ("pipeline", "tuning", "jobs") for path in (ROOT / top).rglob("*.py"))
@@ -92,7 +93,7 @@ def _family_may(module: str, found: str) -> bool:
     top = found.split(".")[0]
     if top != "pipeline":
         return top in FAMILY_MAY_OUTSIDE
-    doors = ("pipeline.compat.torch", ".".join(module.split(".")[:3]))
+    doors = (*(f"pipeline.compat.{each}" for each in ("torch", "torchvision", "timm")), ".".join(module.split(".")[:3]))
     return part_of(found) in FAMILY_MAY or any(within(found, door) for door in doors)
 
 

@@ -6,17 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from raised import fails
 
 from pipeline import run_config
 from pipeline.data.toy import make
-from pipeline.deploy import evaluations, importing
+from pipeline.deploy import evaluations, export, importing
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.execution import launch
 from pipeline.families.baseline import FAMILY as BASELINE
 from pipeline.family import find
 from pipeline.registry.model import describe, load_model
 from pipeline.registry.resolve import resolve
 from pipeline.run_config import RunConfig
+from pipeline.runs.journal import read_all
 from pipeline.weights import Loaded
 
 
@@ -75,3 +78,28 @@ def test_weights_that_do_not_fit_are_refused_and_leave_nothing(images: Path, tmp
     with pytest.raises(kind):
         importing.import_weights(config, file, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_net_is_imported_predicts_exports_and_is_fine_tuned(images: Path, tmp_path: Path) -> None:
+    """Its run is like any other; what the weights expect otherwise, and what was left out, is said."""
+    torch.manual_seed(1)
+    theirs = torchvision.models.mnasnet0_5(num_classes=10)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
+    config = recipe(images, "family.net=torchvision:mnasnet0_5", "data.mean=[0.5,0.5,0.5]", "name=foreign")
+    done = importing.import_weights(config, tmp_path / "theirs.pt", tmp_path / "run")
+    assert done.loaded.left_out == [] and done.remark is not None and "data.mean=" in done.remark
+    assert [report.policy for report in done.result.reports][:1] == ["native"]
+    shown = load_model(resolve(str(tmp_path / "run")))
+    x = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(shown.net.eval()(x).logits, theirs.eval()(x))
+    made = export.export(str(tmp_path / "run"), "native", out=tmp_path / "net.pt2")
+    assert made.difference < 1e-4
+    torch.save(torchvision.models.mnasnet0_5(num_classes=4).state_dict(), tmp_path / "other.pt")
+    start = [f"training.start_from={tmp_path}/other.pt", "training.new_head=true", "training.epochs=0.5"]
+    tuned = recipe(images, "family.net=torchvision:mnasnet0_5", "data.mean=[0.5,0.5,0.5]", *start)
+    assert launch.train(tuned, tmp_path / "tuned").finished
+    events = [entry for entry in read_all(tmp_path / "tuned" / "journal" / "rank0.jsonl") if "event" in entry]
+    (started,) = [entry for entry in events if entry["event"] == "started-from"]
+    assert set(started["left_out"]) == {"classifier.1.weight", "classifier.1.bias"}
+    assert any("data.mean=" in str(entry.get("text")) for entry in events if entry["event"] == "warning")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.config import validate
+from pipeline.data import expectation
+from pipeline.data.config import DataConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.families.baseline.model import TORCHVISION, BaselineConfig, Plain, build
 from pipeline.families.baseline.released import load_pretrained as load_baseline
 from pipeline.family import find, load_pretrained
-from pipeline.training import weights_file
-from pipeline.weights import Loaded
+from pipeline.training import torchvision_weights, weights_file
+from pipeline.weights import ImagesExpected, Loaded
 
 SMALL: dict[str, dict[str, Any]] = {
     "arrn": {"ladder_px": [16, 8, 4], "widths": [6, 8, 10], "inner": ["F2x2", "M2x1"], "final": "M2x1"},
@@ -219,6 +223,76 @@ def test_a_head_for_other_classes_is_left_out_on_request_only(family: str, tmp_p
     assert count == len(weights)
     with fails(ConfigError, "training.new_head"):  # it fits
         into(family, tmp_path / "net.pt", new_head=True, classes=9)
+
+
+# ---- torchvision's published weights
+
+
+def published(folder: Path, name: str = "net", stated: str | None = None) -> tuple[str, bytes]:
+    """The URL of a file that states its hash, or another, in its name, and the file's content."""
+    content = b"weights"
+    digest = hashlib.sha256(content).hexdigest()[:8] if stated is None else stated
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}-{digest}.pth"
+    file.write_bytes(content)
+    return file.as_uri(), content
+
+
+def test_published_weights_are_fetched_once_and_checked(tmp_path: Path) -> None:
+    url, content = published(tmp_path / "there")
+    file = torchvision_weights.fetched(url, tmp_path / "here")
+    assert file.read_bytes() == content and file.parent == tmp_path / "here"
+    (tmp_path / "there" / file.name).unlink()
+    assert torchvision_weights.fetched(url, tmp_path / "here") == file  # which is there
+    file.write_bytes(b"damaged")
+    with fails(CheckpointError, "weights", subject=url):
+        torchvision_weights.fetched(url, tmp_path / "here")
+
+
+def test_weights_that_are_gone_or_have_another_hash_or_state_none_are_refused(tmp_path: Path) -> None:
+    other = published(tmp_path / "there", stated="0123abcd")[0]
+    unstated = published(tmp_path / "there", name="net-top1", stated="best")[0]
+    for url in (other, unstated, f"{tmp_path.as_uri()}/gone-0123abcd.pth"):
+        with fails(CheckpointError, "weights", subject=url):
+            torchvision_weights.fetched(url, tmp_path / "here")
+    assert not [*(tmp_path / "here").glob("*")]
+
+
+def test_unknown_names_of_weights_are_refused() -> None:
+    for name in ("torchvision:resnet50/V9", "torchvision:resnet51/DEFAULTS", "torchvision:resnet50"):
+        with fails(ConfigError, "training.start_from", subject=name):
+            weights_file.locate(Path(name))
+
+
+def test_every_file_of_torchvisions_states_its_hash_and_the_images_that_it_expects() -> None:
+    for name in torchvision.models.list_models(module=torchvision.models):
+        for weights in torchvision.models.get_model_weights(name):
+            assert torchvision_weights.HASH.search(weights.url), weights.url
+    found = torchvision_weights.expected(Path("/somewhere/resnet50-11ad3fa6.pth"))
+    preset = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.transforms()
+    assert found is not None and found.source == "torchvision:resnet50/IMAGENET1K_V2"
+    assert (found.side_px, found.resize_px) == (preset.crop_size[0], preset.resize_size[0])
+    assert (found.mean, found.std, found.interpolation) == (tuple(preset.mean), tuple(preset.std), "bilinear")
+    assert torchvision_weights.expected(Path("mine.pth")) is None
+    for name in ("googlenet-1378be20.pth", "inception_v3_google-0cc3c7bd.pth"):  # their nets here take images as given
+        half = torchvision_weights.expected(Path(name))
+        assert half is not None and half.mean == half.std == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({}, {"data.mean", "data.std", "data.interpolation", "data.eval_side_px", "data.eval_resize_px"}),
+        ({"mean": (0.5, 0.5, 0.5), "std": (0.4999, 0.5, 0.5), "side_px": 224, "interpolation": "bicubic"}, set()),
+        ({"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "side_px": 224}, {"data.interpolation"}),
+    ],
+)
+def test_what_the_recipe_has_otherwise_than_the_weights_expect_is_listed(keys: dict[str, Any], named: set[str]) -> None:
+    expected = ImagesExpected("theirs", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 224, 256, "bicubic")
+    data = DataConfig(root=Path("none"), **{"side_px": 192, **keys})
+    text = expectation.remark(expected, data, sides=True) or ""
+    assert set(re.findall(r"data\.\w+(?==)", text)) == named
+    assert expectation.remark(None, data, sides=True) is None
 
 
 # ---- torchvision's files

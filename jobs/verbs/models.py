@@ -313,7 +313,9 @@ def _shortened(cell: str, most: int = 60) -> str:
 
 @app.command("import", short_help="Create a run from weights that were trained elsewhere.")
 def import_weights(
-    file: Annotated[Path, typer.Argument(help=".pth, .pt, .tar or .safetensors file, or a checkpoint's folder")],
+    file: Annotated[
+        Path, typer.Argument(help=".pth, .pt or .safetensors file, a folder of ours, torchvision:NAME/WEIGHTS")
+    ],
     family: Annotated[str, typer.Option(help="family/recipe of the net, or a path ending in .yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. data.root=DIR")] = None,
     classes: Annotated[
@@ -325,9 +327,9 @@ def import_weights(
     ] = False,
 ) -> None:
     """Creates a run from weights that were trained elsewhere: a checkpoint of the released code of ConvNet-AIG, RANet
-    or Shape Adaptor, or torchvision's weights of ResNets, MobileNets, VGG and similar nets. Every tensor is used, or an
-    error lists those that do not fit. A head for another number of classes is left out with --new-head only. The run is
-    evaluated on the recipe's val split, and registered if the recipe sets tracking.register.
+    or Shape Adaptor, a file of torchvision's or timm's, or torchvision:NAME/WEIGHTS, which is downloaded. Every tensor
+    is used, or an error lists those that do not fit. A head for another number of classes is left out with --new-head
+    only. The run is evaluated on the recipe's val split, and registered if the recipe sets tracking.register.
 
     Examples:
 
@@ -344,6 +346,8 @@ def import_weights(
     folder = run_dir or Path("runs") / f"{config.name}-imported"
     done = importing.import_weights(config, file, folder, classes=_names(classes), new_head=new_head)
     typer.echo(f"{file}: {_account(done)}")
+    if done.remark:
+        typer.echo(done.remark)
     if done.result.reports:
         typer.echo(tables.of_reports(done.result.reports))
     typer.echo(f"run {folder}" + (f", registered as {done.result.version}" if done.result.version else ""))

@@ -13,6 +13,7 @@ import torch
 from pipeline import config as configs
 from pipeline import family as families
 from pipeline import run_config
+from pipeline.data import expectation
 from pipeline.data.index import Splits, open_splits
 from pipeline.errors import ConfigError, JsonValue
 from pipeline.evaluation import from_weights
@@ -35,11 +36,12 @@ from pipeline.weights import Loaded
 
 @dataclass(frozen=True)
 class Imported:
-    """A run made from external weights. file: what was in it; loaded: what became of it."""
+    """A run made from external weights. file: what was in it; loaded: what became of it; remark: see `expectation`."""
 
     result: Result
     file: WeightsFile
     loaded: Loaded
+    remark: str | None = None
 
     @property
     def num_tensors(self) -> int:
@@ -108,7 +110,8 @@ def _import(
                 journal.metrics(0, _evaluate(config, folder, splits, run_dir))
         name = checkpoint.name_of(0)
         records.write_status(run_dir, Status(finished=True, fingerprint=fingerprint, best=name, last=name))
-        return Imported(launch.conclude(config, run_dir, uploader), found, loaded)
+        remark = expectation.remark(found.expected or loaded.expected, config.data, sides=True)
+        return Imported(launch.conclude(config, run_dir, uploader), found, loaded, remark)
 
 
 def _with_weights(

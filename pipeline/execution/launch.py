@@ -45,7 +45,7 @@ from pipeline.runs.journal import Journal
 from pipeline.runs.lease import Lease
 from pipeline.runs.records import Status
 from pipeline.tracking import Uploader
-from pipeline.training import checkpoint, weights_file
+from pipeline.training import checkpoint, torchvision_weights, weights_file
 from pipeline.training.checkpoint import Storage
 from pipeline.training.step import num_micros, single_images
 from pipeline.training.teachers.base import TeacherConfig
@@ -173,7 +173,9 @@ def absolute(config: RunConfig) -> RunConfig:
     if data.index is not None:
         data = data.model_copy(update={"index": data.index.absolute()})
     start = config.training.start_from
-    changes = {"start_from": start.absolute() if start else None, "teacher": _absolute(config.training.teacher)}
+    if start is not None and not torchvision_weights.are_named(start):
+        start = start.absolute()
+    changes = {"start_from": start, "teacher": _absolute(config.training.teacher)}
     training = config.training.model_copy(update=changes)
     storage = config.checkpoint.storage
     if storage is not None and "://" not in storage:

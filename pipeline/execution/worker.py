@@ -20,7 +20,7 @@ from torch import nn
 from pipeline import config as configs
 from pipeline import family as families
 from pipeline import ranks, run_config
-from pipeline.data import probe
+from pipeline.data import expectation, probe
 from pipeline.data.bad import BadImages
 from pipeline.data.dali import DecodedEvalBatch, EvalLoader, TrainLoader
 from pipeline.data.index import ImageIndex, Splits, open_splits
@@ -426,7 +426,10 @@ def _fresh(context: RunContext, events: RunEvents, *, pretrained: bool) -> Train
 
     def prepare(net: nn.Module) -> None:
         if pretrained and training.start_from is not None:
-            events.remember("started-from", None, **_start_from(context, net, training.start_from))
+            facts, remark = _start_from(context, net, training.start_from)
+            events.remember("started-from", None, **facts)
+            if remark:
+                events.remember("warning", text=remark)
 
     current = state.fresh(
         context.family,
@@ -445,14 +448,15 @@ def _fresh(context: RunContext, events: RunEvents, *, pretrained: bool) -> Train
     return current
 
 
-def _start_from(context: RunContext, net: nn.Module, path: Path) -> dict[str, object]:
-    """Fills the net with the weights at `path`. Returns what was used, for the log."""
+def _start_from(context: RunContext, net: nn.Module, path: Path) -> tuple[dict[str, object], str | None]:
+    """Fills the net with the weights at `path`. Returns what was used, for the log, and what does not suit them."""
     found, config = weights_file.read(path), context.config
     new_head = config.training.new_head
     loaded = load_pretrained(context.family, config.family, net, found.tensors, new_head=new_head)
     used = len(found.tensors) - len(loaded.left_out)
     facts = {"entry": found.entry, "left_out": list(loaded.left_out), "initial": list(loaded.initial)}
-    return {"weights": str(path), "tensors": used, **{key: value for key, value in facts.items() if value}}
+    suits = expectation.remark(found.expected or loaded.expected, config.data, sides=False)
+    return {"weights": str(path), "tensors": used, **{key: value for key, value in facts.items() if value}}, suits
 
 
 # ---- train

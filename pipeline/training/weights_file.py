@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError
 from pipeline.runs.records import read_status
+from pipeline.training import torchvision_weights
+from pipeline.weights import ImagesExpected
 
 WRAPPERS = ("module", "_orig_mod")  # what DataParallel, DDP and torch.compile put before names
 ENTRIES = (  # under which training programs save a net; an average comes first, as in our own checkpoints
@@ -21,18 +23,25 @@ ENTRIES = (  # under which training programs save a net; an average comes first,
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """tensors: by name. entry: the dotted key under which they are in the file; others: keys that were not read."""
+    """tensors: by name. entry: the dotted key under which they are in the file; others: keys that were not read.
+
+    expected: the images that the weights are for, if the file is one of torchvision's.
+    """
 
     tensors: Mapping[str, Tensor]
     entry: str = ""
     others: Sequence[str] = ()
+    expected: ImagesExpected | None = None
 
 
 def locate(path: Path) -> Path:
     """The weights' file at `path`: the file itself, or the one in the folder of a checkpoint, a model or a run.
 
-    For a run it is the best checkpoint's, if it is in the run's folder. Raises CheckpointError if there is none.
+    For a run it is the best checkpoint's, if it is in the run's folder. `torchvision:NAME/WEIGHTS` is downloaded.
+    Raises CheckpointError if there is none, ConfigError if torchvision publishes no such weights.
     """
+    if torchvision_weights.are_named(path):
+        return torchvision_weights.locate(str(path))
     if not path.exists():
         raise no_weights(path, "no such file or folder to take weights from")
     if path.is_file():
@@ -80,7 +89,8 @@ def read(path: Path) -> WeightsFile:
     plain = {_without_wrappers(name): value for name, value in tensors.items()}
     if len(plain) < len(tensors):
         raise no_weights(path, f"has names that differ only in {' or '.join(WRAPPERS)}")
-    return WeightsFile(plain, ".".join(entry), [*others, *(name for name in values if name not in tensors)])
+    others = [*others, *(name for name in values if name not in tensors)]
+    return WeightsFile(plain, ".".join(entry), others, torchvision_weights.expected(path))
 
 
 def _content(path: Path) -> object:

@@ -19,6 +19,7 @@ from torchvision.models.googlenet import GoogLeNetOutputs
 from pipeline.blocks import Logits, Stem, conv_bn, he_fan_out
 from pipeline.config import each_once, meant
 from pipeline.errors import ConfigError, JsonValue
+from pipeline.families.baseline import foreign
 from pipeline.families.baseline.regularised import RegularisedResNet, dropped
 from pipeline.family import FamilyConfig
 
@@ -40,6 +41,7 @@ TORCHVISION = (
     "vgg16",
     "vgg16_bn",
 )
+OF_OURS = ("stem", "depth", "stochastic_depth", "drop_path", "dropout")  # keys that foreign nets do not have
 RESNETS = ("resnet", "wide_resnet")
 MIN_SIDE_PX = {
     "googlenet": 15,
@@ -50,7 +52,10 @@ MIN_SIDE_PX = {
 
 
 class BaselineConfig(FamilyConfig):
-    """`net` is a name of torchvision's, or cifar_resnet or cifar_preresnet of depth 6n+2.
+    """`net` is one of TORCHVISION, or cifar_resnet or cifar_preresnet of depth 6n+2, or a foreign net.
+
+    `torchvision:NAME` is any net of torchvision's that classifies images, `timm:NAME` any of timm's (the extra `timm`);
+    `foreign` says how they are built.
 
     The default `batchnorm_momentum` of MobileNetV3 is 0.01: its running statistics need about 500 steps until the net
     in eval mode agrees with the net in training mode. Use 0.1 for runs of a few hundred steps.
@@ -75,6 +80,8 @@ class BaselineConfig(FamilyConfig):
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
         net = values["net"]
+        if foreign.is_foreign(str(net)):
+            return dict.fromkeys(OF_OURS, f"{net} is built as its library builds it")
         if str(net).startswith("cifar"):
             return {"stem": f"{net} has a stem of its own", "drop_path": f"stochastic_depth drops the blocks of {net}"}
         of_cifar = dict.fromkeys(("depth", "stochastic_depth"), f"it is for the CIFAR ResNets, not for {net}")
@@ -86,8 +93,13 @@ class BaselineConfig(FamilyConfig):
 
     @model_validator(mode="after")
     def _rules(self) -> BaselineConfig:
-        known = (*TORCHVISION, "cifar_resnet", "cifar_preresnet")
-        if self.net not in known:
+        known = (*TORCHVISION, "cifar_resnet", "cifar_preresnet", "torchvision:NAME", "timm:NAME")
+        if foreign.is_foreign(self.net):
+            reason = foreign.why_unknown(self.net)
+            if reason:
+                raise ValueError(f"net (={self.net}): {reason}")
+            return self
+        if self.net not in known[:-2]:
             raise ValueError(f"net (={self.net}): no such net; known: {', '.join(known)}")
         if self.net.startswith("cifar") and (self.depth - 2) % 6:
             raise ValueError(f"depth (={self.depth}) of a CIFAR ResNet must be 6n+2, e.g. 20, 56, 110")
@@ -100,15 +112,24 @@ class BaselineConfig(FamilyConfig):
 
 
 def build(config: BaselineConfig, num_classes: int) -> nn.Module:
-    """The net on CPU, its weights drawn from torch's default generator as its authors do."""
+    """The net on CPU, its weights drawn from torch's default generator as its authors do.
+
+    Raises ConfigError if timm has no such net, or the net has no BatchNorm for `batchnorm_momentum`; ResourceError if
+    timm is not installed.
+    """
     net = _build(config, num_classes)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d) and config.batchnorm_momentum is not None:
-            module.momentum = config.batchnorm_momentum
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    if config.batchnorm_momentum is not None and not norms:
+        key = "family.batchnorm_momentum"
+        raise ConfigError(f"{key}: {config.net} has no BatchNorm; omit it", key=key, subject=config.net)
+    for module in norms:
+        module.momentum = module.momentum if config.batchnorm_momentum is None else config.batchnorm_momentum
     return net
 
 
 def _build(config: BaselineConfig, num_classes: int) -> nn.Module:
+    if foreign.is_foreign(config.net):
+        return foreign.build(config.net, num_classes)
     if config.net.startswith("cifar"):
         return CifarResNet(config, num_classes)
     options = {"aux_logits": False, "init_weights": True} if config.net == "googlenet" else {}
