@@ -80,6 +80,7 @@ def test_weights_that_do_not_fit_are_refused_and_leave_nothing(images: Path, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_foreign_net_is_imported_predicts_exports_and_is_fine_tuned(images: Path, tmp_path: Path) -> None:
     """Its run is like any other; what the weights expect otherwise, and what was left out, is said."""
     torch.manual_seed(1)
