@@ -100,7 +100,7 @@ def test_an_interrupted_restore_leaves_the_server_empty(team: TeamServer, tmp_pa
         server.run("restore.sh", broken, code=1)
         assert connect(server.uri).search_runs(["0"]) == []  # it runs on
         other = {"MLFLOW_ARTIFACTS": "s3://bucket/path"}
-        assert "keeps its own in s3://bucket/path" in server.run("restore.sh", whole, code=1, **other)
+        assert "stores artifacts in s3://bucket/path" in server.run("restore.sh", whole, code=1, **other)
         server.run("restore.sh", whole)
         restored = connect(server.uri)
         assert run_id in {run.info.run_id for run in restored.search_runs(["0"])}
