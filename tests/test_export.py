@@ -225,7 +225,7 @@ def test_logits_that_are_not_numbers_count_as_a_difference(tmp_path: Path) -> No
         pytest.param("baseline", "down-and-up-8px", marks=pytest.mark.long),
         pytest.param("convnet_aig-scaled", "expected-rate", marks=pytest.mark.long),
         pytest.param("convnet_aig-fixed", "mask-0.5", marks=pytest.mark.long),
-        ("convnet_aig-fixed", "gates-hard"),
+        pytest.param("convnet_aig-fixed", "gates-hard", marks=pytest.mark.long),
         pytest.param("ranet", "exit-2", marks=pytest.mark.long),
         pytest.param("shape_adaptor", "frozen", marks=pytest.mark.long),
     ],

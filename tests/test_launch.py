@@ -166,6 +166,7 @@ def log_of(run_dir: Path) -> str:
     return (run_dir.parent / f"{run_dir.name}.log").read_text()[-3000:]
 
 
+@pytest.mark.faults
 def test_a_worker_killed_in_mid_epoch_leaves_no_trace_in_the_weights(
     images: Path, whole: Path, ray_head: Head, tmp_path: Path
 ) -> None:

@@ -61,11 +61,11 @@ def test_the_lists_are_as_long_as_promised() -> None:
 
 @pytest.mark.parametrize("text", NOT_YAML, ids=short)
 def test_a_text_that_cannot_be_built_is_refused_within_a_second(tmp_path: Path, text: str) -> None:
-    path, began = tmp_path / "recipe.yaml", time.process_time()
+    path, began = tmp_path / "recipe.yaml", time.thread_time()
     path.write_text(text)
     with fails(ConfigError, "yaml", path):
         run_config.load(str(path))
-    assert time.process_time() - began < 1
+    assert time.thread_time() - began < 1
 
 
 @pytest.mark.parametrize(("text", "value"), AS_WRITTEN)

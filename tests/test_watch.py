@@ -280,7 +280,8 @@ def test_a_worker_that_a_raylet_has_just_forked_is_no_process_of_rays_own() -> N
         family = psutil.Process(raylet.pid)
         try:
             wait_for(lambda: len(family.children()) == 1)
-            assert [each.pid for each in ray_processes.of_driver(None)] == [raylet.pid]
+            found = {each.pid for each in ray_processes.of_driver(None)}  # the session's head may be among them
+            assert raylet.pid in found and family.children()[0].pid not in found
         finally:
             for each in [*family.children(), family]:
                 each.kill()

@@ -319,7 +319,7 @@ def test_torchvisions_files_of_every_baseline_are_used_whole(name: str) -> None:
     net = build(config, 1000)
     loaded = load_baseline(config, net, as_at_torchvision(theirs))
     assert not loaded.initial
-    assert all(each.startswith(("net.aux1.", "net.aux2.")) for each in loaded.left_out)
+    assert all(each.startswith(("aux1.", "aux2.")) for each in loaded.left_out)
     assert bool(loaded.left_out) == (name == "googlenet")
     assert isinstance(net, Plain)
     for each, value in net.net.state_dict().items():
