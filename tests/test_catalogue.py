@@ -252,6 +252,7 @@ class CountingStore(RestStore):
         return count
 
 
+@pytest.mark.long
 def test_a_server_is_queried_again_only_for_models_that_have_changed(tmp_path: Path) -> None:
     there = server().uri
     client = connect(there)

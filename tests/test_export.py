@@ -94,7 +94,12 @@ def written(maker: Callable[[Tensor], nn.Module], what: Input, file: Path) -> ex
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=[pytest.mark.long] if case in ("arrn", "ranet", "convnet_aig-scaled") else [])
+        pytest.param(
+            case,
+            marks=[pytest.mark.long]
+            if case in ("arrn", "ranet", "convnet_aig-scaled", "convnet_aig-fixed", "shape_adaptor")
+            else [],
+        )
         for case in CASES
     ],
 )

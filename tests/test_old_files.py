@@ -185,6 +185,7 @@ def test_the_registry_knows_versions_aliases_and_who_was_promoted(adaptnet: Any)
     assert "models:/old/1" in adaptnet("models", "show", "models:/old@champion")
 
 
+@pytest.mark.long
 def test_a_killed_sweep_resumes_to_the_table_of_its_own_code(
     home: Path, expected: Mapping[str, Any], adaptnet: Any
 ) -> None:

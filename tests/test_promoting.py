@@ -351,6 +351,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.long
 def test_a_pulled_folder_needs_no_mlflow(call: Callable[..., tuple[int, str]], home: Path, tmp_path: Path) -> None:
     assert call("models", "register", "runs/run1", "pulled")[0] == 0
     folder = tmp_path / "mine"

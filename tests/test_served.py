@@ -36,7 +36,7 @@ from pipeline.registry.publishing import publish_run
 from pipeline.registry.resolve import resolve
 from pipeline.tracking import sync
 
-pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+pytestmark = [pytest.mark.server, pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")]
 
 
 SECTION = {  # of a net that does less work at a lower resolution, whatever the image

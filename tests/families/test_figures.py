@@ -612,6 +612,7 @@ PUBLISHED = {  # the released code's list of sides that each layer reads, at the
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("net", "side_px", "mode"), PUBLISHED)
 def test_input_sides_of_layers_are_the_published_ones(net: str, side_px: int, mode: str) -> None:
     config = ShapeConfig(net=net, side_px=side_px, mode=mode, width=0.125)  # type: ignore[arg-type]

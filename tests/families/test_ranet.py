@@ -590,6 +590,7 @@ def test_a_budget_without_thresholds_or_images_is_refused(small: Ranet) -> None:
         MacsBudget(1000.0, small.config.num_exits).calibrated(small, Counted(images(4)))
 
 
+@pytest.mark.long
 def test_thresholds_are_fitted_on_confidences_of_all_ranks(small: Ranet, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policies(small.config, small)[-1]
     whole = policy.calibrated(small, Counted(images(40), images(24, seed=6)))

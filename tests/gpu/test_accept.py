@@ -96,6 +96,7 @@ def test_a_part_that_cannot_be_imported_is_a_row(conductor: Conductor) -> None:
     assert [(row["what"], row["value"]) for row in conductor.table.rows] == [("nothing", "exit code 1")]
 
 
+@pytest.mark.long
 def test_without_a_gpu_every_part_says_that_it_needs_one(tmp_path: Path) -> None:
     out = tmp_path / "accept.json"
     environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "DATA": "", "WHEELS": ""}
