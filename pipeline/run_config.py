@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError, JsonValue
 from pipeline.family import FamilyConfig
 from pipeline.tracking import TrackingConfig
 from pipeline.training.config import CheckpointConfig, EvaluationConfig, LoggingConfig, TrainingConfig
+from pipeline.training.teachers.trained import TrainedTeacherConfig
 
 IDENTITY = "data.identity"
 DUMPED = {"name", "seed", "family", "data", "training", "compute", "checkpoint", "evaluation", "logging", "tracking"}
@@ -297,6 +298,17 @@ def translated(saved: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
         return fingerprint(from_stored({"name": "stored", **nested}, "a stored fingerprint"), str(saved[IDENTITY]))
     except (ConfigError, KeyError):
         return saved
+
+
+TEACHER_BY_RUNS = "checked by each run"  # in the fingerprint of a group of runs, whose teacher may move
+
+
+def with_teacher(config: RunConfig, source: str) -> RunConfig:
+    """The recipe with this name of its teacher; as it is without a trained teacher."""
+    if not isinstance(config.training.teacher, TrainedTeacherConfig):
+        return config
+    teacher = config.training.teacher.model_copy(update={"source": source})
+    return config.model_copy(update={"training": config.training.model_copy(update={"teacher": teacher})})
 
 
 def fingerprint(config: RunConfig, data_identity: str) -> dict[str, JsonValue]:

@@ -11,8 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -408,3 +410,36 @@ def test_the_first_failure_is_that_of_a_lost_process() -> None:
     assert ray_train.peer_lost(peer) and not ray_train.peer_lost(ValueError("closed"))
     (other,) = ray_train.worker_failures(TimeoutError("no workers"))
     assert isinstance(other, TimeoutError)
+
+
+@dataclass
+class Fitting:
+    """A trainer whose fit lasts until `over` is set, and then fails if it has an error."""
+
+    error: Exception | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def fit(self) -> None:
+        self.over.wait(60)
+        if self.error is not None:
+            raise self.error
+
+
+def test_a_stop_ends_a_start_that_lasts_and_hides_no_failure() -> None:
+    class Stopping:
+        error, stops_unstarted = None, True
+
+    class StoppingAtItsEnd:
+        error = None
+
+        @property
+        def stops_unstarted(self) -> bool:
+            wait_for(lambda: not any(thread.name == "fit" for thread in threading.enumerate()), "the end of fit", 60)
+            return True
+
+    lasting, failing = Fitting(), Fitting(ResourceError("the disk is full", key="disk"))
+    assert not launch._fit(lasting, Stopping())  # type: ignore[arg-type]
+    lasting.over.set()
+    failing.over.set()
+    with fails(ResourceError, "disk"):
+        launch._fit(failing, StoppingAtItsEnd())  # type: ignore[arg-type]

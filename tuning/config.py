@@ -160,7 +160,8 @@ class Sweep:
         mapping = configs.as_mapping(self.config)
         own = {key: mapping[key] for key in ("recipe", "scheduler", "bounds", "objectives")}
         search = {key: value for key, value in configs.section(mapping, "search").items() if key != "samples"}
-        learned = {f"{OF_RECIPE}{key}": value for key, value in run_config.fingerprint(self.base, images).items()}
+        base = run_config.with_teacher(self.base, run_config.TEACHER_BY_RUNS)
+        learned = {f"{OF_RECIPE}{key}": value for key, value in run_config.fingerprint(base, images).items()}
         judged = {JUDGED_EVERY: str(self.base.evaluation.every), "space": mapping["space"]}
         return configs.flat({**own, "search": search}) | learned | judged
 

@@ -27,7 +27,7 @@ from pipeline.runs.journal import Journal
 from pipeline.runs.lease import Lease
 from pipeline.runs.records import About, Meta, Status
 from pipeline.tracking import Uploader
-from pipeline.training import checkpoint, state, weights_file
+from pipeline.training import checkpoint, state, torchvision_weights, weights_file
 from pipeline.training.checkpoint import Checkpointer
 from pipeline.training.state import TrainState
 from pipeline.training.weights_file import WeightsFile
@@ -85,9 +85,10 @@ def _import(
     launch.write_config(run_dir, config, fingerprint, ())
     recipe = configs.as_mapping(config)
     with Uploader(run_dir, config.tracking, recipe, command=sys.argv, fence=fence) as uploader:
-        digest = checkpoint.sha256(file) if file.is_file() else None
+        source = weights_file.locate(file)
+        digest = checkpoint.sha256(source) if source.is_file() else None
         origin: dict[str, JsonValue] = {
-            "file": file.name,
+            "file": str(file) if torchvision_weights.are_named(file) else file.name,
             "kept": list(loaded.initial),
             "left_out": list(loaded.left_out),
             "sha256": digest,

@@ -154,10 +154,9 @@ def _train(config: RunConfig, order: WorkerConfig, seen: Watched, progress: Prog
     checkpoint.claim_storage(storage, run_dir)
     if config.training.start_from is not None and not storage.names():  # needed for the first step only
         weights_file.locate(config.training.start_from)
-    folder = teaching.locate(config, run_dir)
-    teacher = None if folder is None else teaching.pin(folder, splits.train.classes)
+    folder, identified = _teacher(config, run_dir, splits.train.classes)
     order = replace(order, teacher=None if folder is None else str(folder))
-    fingerprint = run_config.fingerprint(teaching.identified(config, teacher), splits.train.identity)
+    fingerprint = run_config.fingerprint(identified, splits.train.identity)
     write_config(run_dir, config, fingerprint, order.allow_changed)
     with Uploader(run_dir, config.tracking, order.recipe, command=sys.argv, fence=order.fence) as uploader:
         with seen.watch.journal(uploader.journal):
@@ -182,6 +181,19 @@ def absolute(config: RunConfig) -> RunConfig:
         storage = str(Path(storage).absolute())
     saving = config.checkpoint.model_copy(update={"storage": storage})
     return config.model_copy(update={"data": data, "training": training, "checkpoint": saving})
+
+
+def _teacher(config: RunConfig, run_dir: Path, classes: Sequence[str]) -> tuple[Path | None, RunConfig]:
+    """The teacher's folder, and the recipe as in the fingerprint. A finished run may have lost its teacher."""
+    try:
+        folder = teaching.locate(config, run_dir)
+        return folder, teaching.identified(config, None if folder is None else teaching.pin(folder, classes))
+    except AdaptNetError:
+        status = records.read_status(run_dir)
+        source = status.fingerprint.get(teaching.SOURCE)
+        if not status.finished or not isinstance(source, str):
+            raise
+        return None, run_config.with_teacher(config, source)
 
 
 def _absolute(teacher: TeacherConfig) -> TeacherConfig:
@@ -342,7 +354,9 @@ def _stopped_unstarted(run_dir: Path, storage: Storage, fingerprint: Mapping[str
     """Writes the status of a run that was asked to stop while its workers started: it is at its newest checkpoint."""
     newest = max(storage.names(), default=None)
     step = checkpoint.step_of(newest) if newest else 0
-    records.write_status(run_dir, Status(False, step, fingerprint, None, newest))
+    best = records.read_status(run_dir).best
+    known = best if best in storage.names() else None
+    records.write_status(run_dir, Status(False, step, fingerprint, known, newest))
     journal.event("stopped", step=step)
 
 
@@ -375,6 +389,9 @@ def _run(config: RunConfig, order: WorkerConfig, seen: Watched) -> bool:
             raise _lost(config, run_dir, error, watch.reason) from error
         if not started:
             connection.ends_within_s = 5.0
+            failed = records.error_left(run_dir) or watch.end  # of an earlier start of the workers
+            if failed is not None:
+                raise failed
         return started
 
 
@@ -395,7 +412,7 @@ def _fit(trainer: Trainer, watch: RunWatch) -> bool:
     thread.start()
     while thread.is_alive() and watch.error is None:
         thread.join(0.2)
-        if watch.stops_unstarted:
+        if watch.stops_unstarted and thread.is_alive():
             return False
     if watch.error is not None:
         raise watch.error

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STDERR = 2
+_second: list[int] = []
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def into_file(path: Path | None) -> Iterator[None]:
     if path is None or target is None:
         yield
         return
-    before, stream = os.dup(STDERR), sys.stderr
+    before, stream = _kept(), sys.stderr
     try:
         if _leads_to_stderr(stream):
             stream.flush()
@@ -49,7 +50,15 @@ def into_file(path: Path | None) -> Iterator[None]:
         with suppress(OSError):
             if not path.stat().st_size:
                 path.unlink()
-        # `before` stays open: a thread or a handler may have kept the stream above
+
+
+def _kept() -> int:
+    """A second descriptor of standard error, always the same: a handler may have kept a stream that writes to it."""
+    if not _second:
+        _second.append(os.dup(STDERR))
+    else:
+        os.dup2(STDERR, _second[0])
+    return _second[0]
 
 
 def _leads_to_stderr(stream: object) -> bool:

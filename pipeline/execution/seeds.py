@@ -106,7 +106,7 @@ def create(runs: Sequence[SeedRun], allow_changed: Sequence[str] = ()) -> Path:
     recipe = configs.as_mapping(first)
     of_group = {"parent": None, "register": None, "upload_checkpoints": False}
     recipe = configs.merge(recipe, {"name": group.name, "tracking": of_group})
-    identity = run_config.fingerprint(first, "")
+    identity = run_config.fingerprint(run_config.with_teacher(first, run_config.TEACHER_BY_RUNS), "")
     with locked(group / LOCK, wait=True):
         if path.exists():
             saved = run_config.translated(configs.section(configs.read_mapping(path), "fingerprint"))

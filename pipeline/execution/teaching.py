@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import config as configs
-from pipeline import cost
+from pipeline import cost, run_config
 from pipeline import family as families
 from pipeline.data.config import DataConfig
 from pipeline.errors import AdaptNetError, ConfigError
@@ -69,10 +69,7 @@ def _other_classes(trained: Trained, classes: Sequence[str] | int) -> str:
 
 def identified(config: RunConfig, teacher: PinnedTeacher | None) -> RunConfig:
     """The recipe as in the fingerprint: its teacher is named by the weights, wherever they are."""
-    if teacher is None:
-        return config
-    named = config.training.teacher.model_copy(update={"source": f"sha256:{teacher.sha256}"})
-    return config.model_copy(update={"training": config.training.model_copy(update={"teacher": named})})
+    return config if teacher is None else run_config.with_teacher(config, f"sha256:{teacher.sha256}")
 
 
 def open_teacher(

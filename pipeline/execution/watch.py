@@ -242,7 +242,7 @@ class RunWatch:
         of = f"{self._failures} of {self._compute.max_failures} (compute.max_failures)"
         self._folder.event(kind, reason=self.reason, failure=of)
         self._guardians.retire(ENDS_WITHIN_S)
-        self._ending, self._killed_for, self._rank_heard = False, None, False
+        self._ending, self._killed_for, self._rank_heard = False, None, self._rank_heard and kind == "failed"
         return self._end
 
     def _progress(self, now: float) -> RunProgress:

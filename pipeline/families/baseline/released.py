@@ -42,13 +42,16 @@ def load_pretrained(
         loaded = _of_torchvision(config, net, tensors, new_head)
     if isinstance(net, Foreign) and new_head:
         _clear(net)
-    return loaded if ours else replace(loaded, expected=expected(net))
+    return loaded if ours or config.stem == "cifar" else replace(loaded, expected=expected(net))
 
 
 def _clear(net: Foreign) -> None:
-    """Sets the head's weights and biases to 0; its features are not, so it learns from the first step on."""
-    for name in net.head():
-        for parameter in net.get_submodule(name).parameters():
+    """Sets a linear head's weights and biases to 0; its features are not, so it learns from the first step on.
+
+    SqueezeNet's head is a convolution before a ReLU, through which nothing would learn from 0: it is left as drawn.
+    """
+    for head in map(net.get_submodule, net.head()):
+        for parameter in head.parameters() if isinstance(head, nn.Linear) else ():
             nn.init.zeros_(parameter)
 
 
