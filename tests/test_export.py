@@ -25,6 +25,7 @@ from pipeline.deploy.export import Input
 from pipeline.errors import ConfigError, ContractError
 from pipeline.families.convnet_aig.model import Aig
 from pipeline.family import Fitted, Report
+from pipeline.runs import files
 from pipeline.runs.records import Meta
 from pipeline.training import checkpoint
 
@@ -290,7 +291,7 @@ def test_the_command_writes_a_file_with_its_facts(
     assert str(file) in capsys.readouterr().out
     facts = export.read(file)
     weights = run_dir / "checkpoints" / "step-00000007" / "net.safetensors"
-    assert facts["sha256"] == checkpoint.sha256(weights) and facts["step"] == 7 and facts["source"] == str(run_dir)
+    assert facts["sha256"] == files.sha256(weights) and facts["step"] == 7 and facts["source"] == str(run_dir)
     assert (facts["mean"], facts["std"], facts["side_px"]) == ([0.5, 0.4, 0.3], [0.2, 0.3, 0.1], SIDE_PX)
     assert facts["classes"] == list("abcde") and facts["policy"] == "gates-hard" and facts["evaluated"]["top1"] == 0.9
     assert command(run_dir, "--policy", "all-open", "--out", file) == 2

@@ -26,6 +26,7 @@ from pipeline.registry import catalogue, promotion_log
 from pipeline.registry.model import describe
 from pipeline.registry.promotion_log import HolderChange
 from pipeline.registry.resolve import resolve
+from pipeline.runs import files
 from pipeline.runs.records import Meta
 from pipeline.tracking import connect
 from pipeline.training import checkpoint
@@ -388,7 +389,7 @@ def test_a_version_with_exchanged_files_is_not_promoted(call: Callable[..., tupl
     card = json.loads((place / "card.json").read_text())
     other = home / "runs" / "run2" / "checkpoints" / checkpoint.name_of(2) / "net.safetensors"
     shutil.copyfile(other, place / "net.safetensors")
-    card["weights"] = {"bytes": other.stat().st_size, "sha256": checkpoint.sha256(other)}
+    card["weights"] = {"bytes": other.stat().st_size, "sha256": files.sha256(other)}
     (place / "card.json").write_text(json.dumps(card))  # a complete folder, of another net
     with fails(CheckpointError, "weights", subject="models:/tampered/1"):
         promoting.promote("tampered", 1, uri=uri)

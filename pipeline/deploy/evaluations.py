@@ -38,7 +38,7 @@ from pipeline.registry.catalogue import RUNS
 from pipeline.registry.model import CARD, Trained, describe
 from pipeline.registry.resolve import resolve, run_folder
 from pipeline.run_config import RunConfig
-from pipeline.runs import journal, records
+from pipeline.runs import files, journal, records
 from pipeline.runs.files import DamagedFile, read_json, remark
 from pipeline.runs.records import ABOUT, About
 from pipeline.training import checkpoint
@@ -100,7 +100,7 @@ def evaluate(
     about = About(
         source=source,
         step=model.step,
-        sha256=checkpoint.sha256(model.weights),
+        sha256=files.sha256(model.weights),
         data=splits.val.identity,
         root=str(config.data.root),
         policies=tuple(policies) if policies else None,
@@ -302,7 +302,7 @@ class EvaluatedNet:
     @cached_property
     def sha256(self) -> str:
         """Checksum of the weights file."""
-        return checkpoint.sha256(self.model.weights)
+        return files.sha256(self.model.weights)
 
     @property
     def newest(self) -> Stored:
@@ -330,7 +330,7 @@ def find(source: str, uri: str | None = None) -> EvaluatedNet:
     homes = [run_dir / EVALUATIONS] if run_dir else []
     homes += [_of_version(_settled(source, uri))] if source.startswith("models:") else []
     homes += [Path(source) / EVALUATIONS] if (Path(source) / CARD).is_file() else []
-    accepted = (None, checkpoint.sha256(model.weights))  # the evaluation after training has no checksum
+    accepted = (None, files.sha256(model.weights))  # the evaluation after training has no checksum
     of_step = [each for home in homes for each in _read_all(home) if each.about.step == model.step]
     evaluations = [each for each in of_step if each.about.sha256 in accepted]
     evaluations.sort(key=lambda stored: (bool(stored.about.policies), -_written(stored)))

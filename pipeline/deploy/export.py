@@ -30,8 +30,8 @@ from pipeline.errors import ConfigError, ContractError, JsonValue, ResourceError
 from pipeline.family import Report
 from pipeline.registry.model import LoadedModel, describe, load_model
 from pipeline.registry.resolve import resolve
+from pipeline.runs import files
 from pipeline.runs.files import whole_file
-from pipeline.training import checkpoint
 
 FORMATS = ("pt2", "onnx")
 FACTS, KEY = "adaptnet.json", "adaptnet"  # where the facts are in a .pt2 and in an .onnx file
@@ -133,7 +133,7 @@ def export(
     facts: dict[str, JsonValue] = {
         "source": source,
         "step": trained.step,
-        "sha256": checkpoint.sha256(trained.weights),
+        "sha256": files.sha256(trained.weights),
     }
     return write(module, given, target, form, {**facts, **_facts(model, policy, reports, given)})
 

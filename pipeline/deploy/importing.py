@@ -22,7 +22,7 @@ from pipeline.execution import launch
 from pipeline.execution.launch import Result
 from pipeline.family import Fitted
 from pipeline.run_config import RunConfig
-from pipeline.runs import records
+from pipeline.runs import files, records
 from pipeline.runs.journal import Journal
 from pipeline.runs.lease import Lease
 from pipeline.runs.records import About, Meta, Status
@@ -86,7 +86,7 @@ def _import(
     recipe = configs.as_mapping(config)
     with Uploader(run_dir, config.tracking, recipe, command=sys.argv, fence=fence) as uploader:
         source = weights_file.locate(file)
-        digest = checkpoint.sha256(source) if source.is_file() else None
+        digest = files.sha256(source) if source.is_file() else None
         origin: dict[str, JsonValue] = {
             "file": str(file) if torchvision_weights.are_named(file) else file.name,
             "kept": list(loaded.initial),

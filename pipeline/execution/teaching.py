@@ -17,8 +17,8 @@ from pipeline.errors import AdaptNetError, ConfigError
 from pipeline.registry.model import Trained, describe, load_model
 from pipeline.registry.resolve import resolve
 from pipeline.run_config import RunConfig
+from pipeline.runs import files
 from pipeline.tracking import resolve_uri
-from pipeline.training import checkpoint
 from pipeline.training.distillation import Teacher, TrainedTeacher, WholeNetTeacher
 from pipeline.training.teachers.trained import TrainedTeacherConfig
 
@@ -54,7 +54,7 @@ def pin(folder: Path, classes: Sequence[str] | int) -> PinnedTeacher:
     theirs = len(trained.classes) if isinstance(classes, int) else trained.classes
     if theirs != (classes if isinstance(classes, int) else tuple(classes)):
         raise ConfigError(f"{SOURCE}: {_other_classes(trained, classes)}", key=SOURCE, subject=folder)
-    return PinnedTeacher(trained, checkpoint.sha256(trained.weights))
+    return PinnedTeacher(trained, files.sha256(trained.weights))
 
 
 def _other_classes(trained: Trained, classes: Sequence[str] | int) -> str:

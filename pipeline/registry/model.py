@@ -25,6 +25,7 @@ from pipeline.data.config import DataConfig
 from pipeline.errors import CheckpointError, JsonValue, ResourceError, UndecodableError
 from pipeline.evaluation.evaluate import choose, restored
 from pipeline.family import AnyFamily, FamilyConfig, Policy, Report
+from pipeline.runs import files
 from pipeline.runs.files import whole_folder
 from pipeline.runs.records import Meta
 from pipeline.training import checkpoint
@@ -71,7 +72,7 @@ def write_model_folder(
             (aside / RECIPE).write_text(configs.dump_yaml(meta.recipe), encoding="utf-8")
             whole = [report.to_json() for report in reports]
             (aside / "reports" / "reports.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
-            recipe = {"sha256": checkpoint.sha256(aside / RECIPE)}
+            recipe = {"sha256": files.sha256(aside / RECIPE)}
             card = {**_card(meta, whole, aside / WEIGHTS), "recipe": recipe, "evaluated_on": evaluated_on}
             (aside / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
     except OSError as error:
@@ -98,7 +99,7 @@ def _card(meta: Meta, reports: Sequence[Mapping[str, JsonValue]], weights: Path)
         "epoch": meta.epoch,
         "data": meta.data_identity,
         "classes": list(meta.classes),
-        "weights": {"bytes": weights.stat().st_size, "sha256": checkpoint.sha256(weights)},
+        "weights": {"bytes": weights.stat().st_size, "sha256": files.sha256(weights)},
         "reports": [{key: report.get(key) for key in (*FIGURES, "calibration")} for report in reports],
         "fingerprint": dict(meta.fingerprint),
     }
@@ -163,10 +164,10 @@ def _describe_model(folder: Path) -> Trained:
     if not known:
         raise _damaged(folder / CARD, f"model format {card['format']}; this version of adaptnet reads up to {FORMAT}")
     file = folder / WEIGHTS
-    if not file.is_file() or file.stat().st_size != size or checkpoint.sha256(file) != sha256:
+    if not file.is_file() or file.stat().st_size != size or files.sha256(file) != sha256:
         raise _damaged(file, f"not the weights that {CARD} was written for: damaged or exchanged")
     recipe = configs.read_mapping(folder / RECIPE)
-    if recipe_sha256 not in (None, checkpoint.sha256(folder / RECIPE)):
+    if recipe_sha256 not in (None, files.sha256(folder / RECIPE)):
         raise _damaged(folder / RECIPE, f"not the recipe that {CARD} was written for: damaged or exchanged")
     return Trained(folder, file, recipe, classes, step, card, card.get("data"))
 

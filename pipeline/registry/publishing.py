@@ -22,7 +22,7 @@ from pipeline.registry.model import FIGURES, load_model, weights_of, write_model
 from pipeline.registry.model_store import VersionRow
 from pipeline.registry.resolve import run_storage
 from pipeline.registry.session import session
-from pipeline.runs import records
+from pipeline.runs import files, records
 from pipeline.runs.records import Meta
 from pipeline.tracking import TrackingConfig, Uploader, resolve_uri, tracking_config
 from pipeline.tracking.client import Client
@@ -58,7 +58,7 @@ def publish(
     CheckpointError if the checkpoint is damaged.
     """
     checkpoint.verify(source)
-    meta, sha256 = checkpoint.read_meta(source), checkpoint.sha256(weights_of(source))
+    meta, sha256 = checkpoint.read_meta(source), files.sha256(weights_of(source))
     extra = {f"adaptnet.{key}": value for key, value in (remarks or {}).items()}
     same = {"adaptnet.step": str(meta.step), "adaptnet.weights_sha256": sha256}
     with session(uri) as client:

@@ -27,7 +27,7 @@ from pipeline.report import cells, folder, general, resolutions
 from pipeline.report.contact_sheet import contact_sheet
 from pipeline.report.page import Section, Shown, drawn, page
 from pipeline.report.thumbnails import thumbnails
-from pipeline.training import checkpoint
+from pipeline.runs import files
 
 NO_IMAGES = " The images are not available here; their names are shown instead."
 FIGURE_NAME = re.compile("[a-z0-9]+(-[a-z0-9]+)*")
@@ -70,7 +70,7 @@ def report(
 def _refuse_duplicates(nets: Sequence[EvaluatedNet]) -> None:
     seen: dict[str, str] = {}
     for net in nets:
-        key = checkpoint.sha256(net.model.weights)
+        key = files.sha256(net.model.weights)
         if key in seen:
             raise ConfigError(
                 f"{net.source}: the same net as {seen[key]}; give each net once", key="sources", subject=net.source

@@ -7,6 +7,7 @@ No other module renames files or folders.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -40,6 +41,12 @@ def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
 
 class DamagedFile(UserWarning):
     """A file of ours is damaged, and what is done without it."""
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> JsonValue:

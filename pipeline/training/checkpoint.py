@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import hashlib
 import io
 import json
 import os
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from pipeline import config as configs
 from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, JsonValue, ResourceError
 from pipeline.family import AnyFamily, FamilyConfig, find
-from pipeline.runs.files import move_folder, read_json, remark, sync_file, sync_folder, write_text
+from pipeline.runs.files import move_folder, read_json, remark, sha256, sync_file, sync_folder, write_text
 from pipeline.runs.records import META, Meta
 from pipeline.training import state as states
 from pipeline.training.config import CheckpointConfig
@@ -454,12 +453,6 @@ def write(folder: Path, mapping: Mapping[str, object], meta: Meta) -> None:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_meta(folder: Path) -> Meta:

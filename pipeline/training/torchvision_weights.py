@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -14,6 +13,7 @@ import torchvision
 from torchvision.models import WeightsEnum
 
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.runs import files
 from pipeline.weights import ImagesExpected
 
 PREFIX = "torchvision:"
@@ -63,7 +63,7 @@ def fetched(url: str, folder: Path) -> Path:
             torch.hub.download_url_to_file(url, str(file), hash_prefix=stated[1], progress=False)
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: another hash
         raise _fault(url, f"cannot be downloaded ({error})", file) from None
-    if not _sha256(file).startswith(stated[1]):
+    if not files.sha256(file).startswith(stated[1]):
         raise _fault(url, f"{file} has another hash than its name states: delete it", file)
     return file
 
@@ -75,11 +75,6 @@ def _fault(url: str, what: str, file: Path) -> CheckpointError:
         key="weights",
         subject=url,
     )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def expected(file: Path) -> ImagesExpected | None:
