@@ -58,7 +58,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
     The format of a part of one channel is ambiguous; torch takes it for contiguous, and then the whole is.
     """
-    if not is_channels_last(parts[0]):
+    if not is_channels_last(parts[0]) or all(map(is_channels_last, parts)):  # torch keeps what all have
         return torch.cat(list(parts), dim=1)
     rows = (part.permute(0, 2, 3, 1) for part in parts)
     return torch.cat(list(rows), dim=3).permute(0, 3, 1, 2)
