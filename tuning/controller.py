@@ -68,16 +68,20 @@ class Controller:
         with self.folder.uploader() as uploader:
             self._uploader = uploader
             if self._left():
-                with joined(self._compute, self._watcher, self.folder.run_dir / RAY_LOG):
-                    self._announce()
-                    while self._poll():
-                        time.sleep(POLL_S)
+                self._train()
             if self.record.num_ends:
                 self._log_progress()  # in case a driver was killed before it did
             run_dir, run_id, uri = self.folder.run_dir, uploader.run_id, uploader.uri
             result = outcome.conclude(self.folder.sweep, run_dir, self.record.trials, run_id=run_id, uri=uri)
             self._watcher.say(tables.tally(self.record.trials))
             return result
+
+    def _train(self) -> None:
+        """Trains until nothing is left to do, or a file `stop` appears."""
+        with joined(self._compute, self._watcher, self.folder.run_dir / RAY_LOG):
+            self._announce()
+            while self._poll():
+                time.sleep(POLL_S)
 
     def _announce(self) -> None:
         drawn = self.record.trials

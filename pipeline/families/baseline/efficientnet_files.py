@@ -31,7 +31,7 @@ def are(tensors: Mapping[str, Tensor]) -> bool:
 def renamed(net: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The names of the tensors by those that they have in timm's `net`; an unknown name is unchanged.
 
-    name: of the net, as in `baseline.net`. Raises ConfigError if the net does not pad as TensorFlow does.
+    name: of the net, as in `family.net`. Raises ConfigError if the net does not pad as TensorFlow does.
     """
     if not name.startswith("timm:tf_efficientnet_"):
         raise ConfigError(

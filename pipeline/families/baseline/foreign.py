@@ -55,7 +55,7 @@ def why_unknown(name: str) -> str | None:
     return "torchvision has no such net; " + (f"did you mean {' or '.join(close)}?" if close else "see its list_models")
 
 
-def timm_door() -> ModuleType:
+def timm_module() -> ModuleType:
     """The module `pipeline.compat.timm`. Raises ResourceError if timm is not installed."""
     if find_spec("timm") is None:
         raise ResourceError(
@@ -76,13 +76,13 @@ def build(name: str, num_classes: int) -> Foreign:
     """
     library, _, plain = name.partition(":")
     if library == "timm":
-        return Foreign(timm_door().create(plain, num_classes), name, timm_layers())
+        return Foreign(timm_module().create(plain, num_classes), name, timm_layers())
     return Foreign(_of_torchvision(plain, num_classes), name)
 
 
 def timm_layers() -> Mapping[type[nn.Module], image_noise.Replacement]:
     """timm's own layers that drop something, for `Foreign`."""
-    timm = timm_door()
+    timm = timm_module()
     return {timm.DropPath: lambda module: (timm.drop_path_rate(module), True, timm.drop_path_scales(module))}
 
 
@@ -100,7 +100,7 @@ def _of_torchvision(name: str, num_classes: int) -> nn.Module:
 class Foreign(nn.Module):
     """A net of another library with the forward that the pipeline expects.
 
-    name: as in `baseline.net`. random_layers: kinds of layers to replace, besides those of `image_noise.KNOWN`.
+    name: as in `family.net`. random_layers: kinds of layers to replace, besides those of `image_noise.KNOWN`.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Foreign(nn.Module):
     def head(self) -> Sequence[str]:
         """The names of the layers whose outputs are the classes."""
         if self.name.startswith("timm:"):
-            return [f"net.{name}" for name in timm_door().head_of(self.net)]
+            return [f"net.{name}" for name in timm_module().head_of(self.net)]
         layers = [(name, type(module)) for name, module in self.named_modules()]
         linear = [name for name, kind in layers if kind is nn.Linear]  # SqueezeNet has none
         return (linear or [name for name, kind in layers if kind is nn.Conv2d])[-1:]

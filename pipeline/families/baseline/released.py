@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.families.baseline import efficientnet_files
-from pipeline.families.baseline.foreign import Foreign, timm_door
+from pipeline.families.baseline.foreign import Foreign, timm_module
 from pipeline.families.baseline.model import BaselineConfig, Plain
 from pipeline.families.baseline.regularised import RegularisedResNet
 from pipeline.weights import ImagesExpected, Loaded, load
@@ -66,7 +66,7 @@ def expected(net: nn.Module) -> ImagesExpected | None:
 
 def _stated(net: Foreign) -> ImagesExpected:
     """As timm states them."""
-    stated, source = timm_door().stated(net.net), f"timm {net.name.partition(':')[2]}"
+    stated, source = timm_module().stated(net.net), f"timm {net.name.partition(':')[2]}"
     return ImagesExpected(source, stated.mean, stated.std, stated.side_px, stated.resize_px, stated.interpolation)
 
 
@@ -115,7 +115,7 @@ def _converted(net: Foreign, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
     """
     copies = {name: value.clone() for name, value in tensors.items()}
     try:
-        found = timm_door().converted(net.net, copies)
+        found = timm_module().converted(net.net, copies)
     except (KeyError, AttributeError, RuntimeError, ValueError):  # of another net: `load` lists what does not fit
         found = None
     if found is None:
