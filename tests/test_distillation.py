@@ -19,7 +19,7 @@ from pipeline import run_config
 from pipeline.bench import plan as plans
 from pipeline.data import toy
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.execution import launch, teaching
+from pipeline.execution import launch, seeds, teaching
 from pipeline.families.convnet_aig.model import Aig, AigConfig
 from pipeline.family import AnyFamily, FamilyConfig, find
 from pipeline.run_config import RunConfig
@@ -321,6 +321,7 @@ def test_a_run_learns_from_another_and_goes_on_with_no_other_teacher(finished: d
         launch.train(recipe(images, database, by(finished["ranet"])), student)
     with fails(ConfigError, "source", tmp_path / "none"):
         launch.train(recipe(images, database, by(tmp_path / "none")), tmp_path / "other")
+    assert launch.train(recipe(images, database, by(tmp_path / "none")), student).finished  # it needs no teacher more
     taught = recipe(images, database, by(teacher))
     alone, both = (plans.measure(each, 4, 8, train=None, timed=False) for each in (recipe(images, database), taught))
     assert both.state_bytes - alone.state_bytes == 4 * alone.parameters  # the teacher's, of the same kind
@@ -347,3 +348,16 @@ class Narrow(nn.Module):
 
     def forward(self, images: Tensor) -> tiny.Logits:
         return tiny.Logits(self.layer(images).mean(dim=(2, 3)))
+
+
+def test_a_group_of_seeds_leaves_its_teacher_to_its_runs(tmp_path: Path) -> None:
+    """They compare its weights. Its place is no part of a group's recipe; how much is learned from it is."""
+
+    def create(teacher: str, weight: float) -> None:
+        how = f"training.teacher={{kind: trained, source: {teacher}, weight: {weight}}}"
+        seeds.create(seeds.plan(recipe(tmp_path, how), 1, tmp_path / "runs" / "net"))
+
+    create("/one", 0.5)
+    create("/other", 0.5)
+    with fails(CheckpointError, "training.teacher.weight"):
+        create("/one", 0.7)

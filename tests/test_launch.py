@@ -414,13 +414,14 @@ def test_the_first_failure_is_that_of_a_lost_process() -> None:
 
 @dataclass
 class Fitting:
-    """A trainer whose fit lasts until `over` is set, and then fails if it has an error."""
+    """A trainer whose fit lasts so long, or until `over` is set, and then fails if it has an error."""
 
+    lasts_s: float
     error: Exception | None = None
     over: threading.Event = field(default_factory=threading.Event)
 
     def fit(self) -> None:
-        self.over.wait(60)
+        self.over.wait(self.lasts_s)
         if self.error is not None:
             raise self.error
 
@@ -437,9 +438,8 @@ def test_a_stop_ends_a_start_that_lasts_and_hides_no_failure() -> None:
             wait_for(lambda: not any(thread.name == "fit" for thread in threading.enumerate()), "the end of fit", 60)
             return True
 
-    lasting, failing = Fitting(), Fitting(ResourceError("the disk is full", key="disk"))
+    lasting, failing = Fitting(60), Fitting(0.1, ResourceError("the disk is full", key="disk"))
     assert not launch._fit(lasting, Stopping())  # type: ignore[arg-type]
     lasting.over.set()
-    failing.over.set()
     with fails(ResourceError, "disk"):
         launch._fit(failing, StoppingAtItsEnd())  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from jobs.verbs import train
 from pipeline import run_config
 from pipeline.data import toy
 from pipeline.execution import launch
-from pipeline.runs.records import read_status
+from pipeline.runs.records import read_status, write_status
 from pipeline.tracking import summaries
 from pipeline.training import checkpoint
 
@@ -38,6 +39,21 @@ def test_a_stopped_run_names_the_checkpoint_that_it_resumes_from(
     whole = launch.train(config, run_dir)
     assert whole.finished and whole.checkpoint is not None and Path(whole.checkpoint).name == read_status(run_dir).best
     assert summaries(run_dir)[0].status == "FINISHED"
+
+
+def test_a_stop_before_the_workers_start_forgets_neither_the_step_nor_the_best(tmp_path: Path) -> None:
+    """Of a run that had been evaluated; Ray is not even started."""
+    images = toy.make(tmp_path / "set", num_classes=2, train=16, val=8, side_px=32)
+    run_dir = tmp_path / "run"
+    launch.train(run_config.load("baseline/toy", [f"data.root={images}", *SMALL]), run_dir)
+    before = read_status(run_dir)
+    write_status(run_dir, replace(before, finished=False))
+    words = [each for each in SMALL if each != "compute.workers=0"]
+    config = run_config.load("baseline/toy", [f"data.root={images}", *words, "compute.workers=1"])
+    result = launch.train(config, run_dir, on_start=(run_dir / "stop").touch)
+    after = read_status(run_dir)
+    assert not result.finished and not after.finished
+    assert (after.step, after.best, after.last) == (before.step, before.best, before.last) and after.best is not None
 
 
 @pytest.mark.parametrize(("saved", "words"), [(False, "interrupted"), (True, "")])

@@ -247,7 +247,8 @@ def test_the_end_of_a_run_does_not_wait_for_a_server_that_never_answers(
             start = time.monotonic()
             assert register_best(run_dir, config, uploading) is None
         assert time.monotonic() - start < 200  # MLflow's import and a busy machine included
-    assert tracking_events(run_dir)[-1] == "tracking-left"
+    uploading._thread.join(300)  # now the server refuses, which the thread finds out after the end of the run
+    assert not uploading._thread.is_alive() and tracking_events(run_dir)[-1] == "tracking-left"
     assert [each["event"] for each in events(run_dir)].count("not-registered") == (0 if name is None else 1)
 
 
