@@ -287,7 +287,7 @@ def _check_batches(config: RunConfig, splits: Splits) -> None:
 def _why_unrecorded(config: RunConfig, rows: tuple[int, int], micros: int) -> str | None:
     """Why steps differ in shape; None if they do not. rows: the fewest and the most images of a worker in a step."""
     reasons = {
-        "training.compile is set, which records the net in its own way": config.training.compile,
+        "training.compile is set, which records the net in its own way": config.training.compile is True,
         "training.sync_batchnorm communicates within the net": config.training.sync_batchnorm,
         "data.side_schedule changes the size of images": bool(config.data.side_schedule),
         "data.side_choices changes the size of images": bool(config.data.side_choices),

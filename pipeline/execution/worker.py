@@ -33,11 +33,12 @@ from pipeline.execution.watched import WatchAddress, watched
 from pipeline.family import AnyFamily, load_pretrained
 from pipeline.run_config import RunConfig
 from pipeline.runs import lease, records
-from pipeline.runs.beats import LONG, Beats
+from pipeline.runs.beats import COMPILING, LONG, Beats
 from pipeline.runs.files import write_json
 from pipeline.runs.journal import Journal, SystemSampler, unreadable
 from pipeline.runs.records import About, Meta, Status
-from pipeline.training import checkpoint, loop, memory, optim, state, step, weights_file
+from pipeline.training import arithmetic, checkpoint, loop, memory, optim, state, step, weights_file
+from pipeline.training.arithmetic import Arithmetic, Chosen, Length, Timed
 from pipeline.training.checkpoint import Checkpointer, Storage
 from pipeline.training.loop import device_of
 from pipeline.training.plan import TrainingPlan
@@ -131,6 +132,8 @@ def _run(worker: WorkerConfig, beats: Beats, stack: ExitStack) -> None:
     events = RunEvents(context, writer, BadImages(context.splits.train, context.config.data.max_bad_share), beats)
     beats.enter("restoring", LONG)
     current = restore(context, events)
+    beats.enter("choosing how to compute", COMPILING)
+    context = events.context = settle(context, current, events)
     finished = train(context, current, events)
     beats.enter("the final evaluation", LONG)
     finish(context, current, events, finished=finished)
@@ -408,6 +411,8 @@ def restore(context: RunContext, events: RunEvents) -> TrainState:
     state.restore(current, mapping)
     events.bad.merge(mapping["bad"])
     events.best_key = meta.best_key
+    saved_training = configs.section(meta.recipe, "training")
+    events.arithmetic = arithmetic.of_checkpoint(context.config.training, saved_training, context.device)
     events.writer.event("resumed", step=current.step, checkpoint=where, changed=changed)
     _warn_of_batchnorm(context, events.writer, meta.workers or ranks.world())
     return current
@@ -457,6 +462,37 @@ def _start_from(context: RunContext, net: nn.Module, path: Path) -> tuple[dict[s
     facts = {"entry": found.entry, "left_out": list(loaded.left_out), "initial": list(loaded.initial)}
     suits = expectation.remark(found.expected or loaded.expected, config.data, sides=False)
     return {"weights": str(path), "tensors": used, **{key: value for key, value in facts.items() if value}}, suits
+
+
+# ---- settle
+
+
+def settle(context: RunContext, current: TrainState, events: RunEvents) -> RunContext:
+    """The context with what the recipe leaves open: as before the checkpoint, else timed by rank 0. Collective."""
+    config, chosen = context.config, events.arithmetic
+    if chosen is None:
+        found = _choose(context, current) if ranks.rank() == 0 else None
+        if found is not None and found.seconds:
+            events.writer.event("arithmetic", text=found.text)
+        chosen = ranks.agree(None if found is None else found.arithmetic)
+    assert chosen is not None
+    training = arithmetic.settled(config.training, chosen, context.device)
+    return replace(context, config=config.model_copy(update={"training": training}))
+
+
+def _choose(context: RunContext, current: TrainState) -> Chosen:
+    """How a new run computes."""
+    config, training, device, family = context.config, context.config.training, context.device, context.family
+    rows = min(-(-training.batch_size // ranks.world()), config.compute.max_batch_per_worker or training.batch_size)
+    macs = arithmetic.macs_of(current.net, config.data.side_px, device)
+    length = Length(macs, training.epochs * len(context.splits.train) / ranks.world(), rows)
+    layout = torch.channels_last if training.channels_last else torch.contiguous_format
+    shape = (length.timed_rows, 3, config.data.side_px, config.data.side_px)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device).contiguous(memory_format=layout)
+    targets = torch.arange(len(images), device=device) % len(context.splits.train.classes)
+    varying = config.data.side_schedule or config.data.side_choices or family.varying(config.family)
+    timed = Timed(family, config.family, current.net, images, targets)
+    return arithmetic.choose(training, length, timed, fixed_sizes=not varying)
 
 
 # ---- train
@@ -560,6 +596,7 @@ class RunEvents:
     latest: dict[str, float] = field(default_factory=dict)
     evaluated_at: int = -1
     best_key: str | None = None  # metric of the checkpoint that is resumed; a resumed run chooses by the same metric
+    arithmetic: Arithmetic | None = None  # how the run computed before its checkpoint
     remembered: list[tuple[str, int | None, dict[str, object]]] = field(
         default_factory=list
     )  # this rank's events that no journal has yet

@@ -68,11 +68,13 @@ class TrainingConfig(Config):
         None  # each layer's learning rate over that of the next one, for fine-tuning; null: all have the same
     )
     clip_norm: Positive | None = None
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
+    # auto: bf16 autocast on a GPU that has it, and on a CPU that has it and is faster with it; else fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True  # memory format of images and weights; faster on CPU too
     start_from: FilePath | None = None  # initial weights: a checkpoint's or model's folder, .safetensors or .pt
     new_head: bool = False  # start_from's head is for other classes: leave it out and train a new one
-    compile: bool = False  # torch.compile; without a C++ compiler the run logs a warning and trains uncompiled
+    # torch.compile; auto: in a long run, if it is faster here. Without a C++ compiler a run trains uncompiled
+    compile: Literal["auto"] | bool = "auto"
     cuda_graphs: bool = False  # records the net as CUDA graphs, for steps of fixed shapes; GPU only
     sync_batchnorm: bool = False  # BatchNorm over all ranks; GPU only
 

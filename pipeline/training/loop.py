@@ -101,8 +101,8 @@ def train(
     logged_at = state.step
     if state.step >= plan.total_steps:
         return True
-    beats.step, patience = state.step, LONG if plan.training.compile else 1.0  # other sides are compiled later
-    beats.enter(DATA.decode(), COMPILING if plan.training.compile else LONG)
+    beats.step, patience = state.step, LONG if plan.training.compile is True else 1.0  # other sides are compiled later
+    beats.enter(DATA.decode(), COMPILING if plan.training.compile is True else LONG)
     for micros in _waiting(batches, clock, beats):
         before = state.step
         lr = train_step(plan, state, micros, meter)

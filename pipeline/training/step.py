@@ -8,7 +8,6 @@ not a mean over images is taken of all micro-batches at once, at the cost of a s
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -26,6 +25,7 @@ from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError, ContractError
 from pipeline.family import Criterion, cross_entropy, top1
 from pipeline.training import optim
+from pipeline.training.arithmetic import why_uncompiled
 from pipeline.training.config import TrainingConfig
 from pipeline.training.criteria import criterion_of_step, together
 from pipeline.training.distillation import answers_of, divergence, taught
@@ -397,23 +397,8 @@ def wrap(
         ids = [device.index] if device.type == "cuda" else None
         ignore_in_ddp(wrapped, outside_ddp)
         wrapped = DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)
-    if training.compile and (why := _why_uncompiled(device)) is None:
+    if training.compile is True and (why := why_uncompiled(device)) is None:
         wrapped = torch.compile(wrapped)  # type: ignore[assignment]
-    elif training.compile:
+    elif training.compile is True:
         warnings.append(f"training.compile: {why}, so the net runs uncompiled")
     return wrapped, tuple(warnings)
-
-
-def _why_uncompiled(device: torch.device) -> str | None:
-    """Why torch.compile does not work here, found out by compiling a small function; None if it works."""
-    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
-        return "no C++ compiler (g++ or clang++) here"
-    try:
-        torch.compile(_probe)(torch.ones(4, device=device))
-    except Exception as error:  # torch's back ends raise errors of any class
-        return f"it does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
-    return None
-
-
-def _probe(x: Tensor) -> Tensor:
-    return (x * 2 + 1).sin()
