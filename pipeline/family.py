@@ -199,7 +199,8 @@ class Evaluated:
     the reports are available. curves() returns what training logged; it is empty without the run's folder. attacked
     holds evaluations of the same net on the same images under attack, by the attack's name; swept holds those at lower
     resolutions, by the sweep's name, whose policies have kind "resized". superclasses {name: classes} groups the
-    classes if the user gave a grouping.
+    classes if the user gave a grouping. seeds: of the mean of several seeds (`seed_means.mean_of`), the nets whose mean
+    this is, by rising seed; empty for a net.
     """
 
     name: str
@@ -217,6 +218,7 @@ class Evaluated:
     attacked: Mapping[str, Sequence[Report]] = field(default_factory=dict)
     swept: Mapping[str, Sequence[Report]] = field(default_factory=dict)
     superclasses: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    seeds: Sequence[Evaluated] = ()
 
 
 @runtime_checkable

@@ -46,7 +46,9 @@ class Series:
 
     faded: points that are shown but not candidates. group: series of one group (a family) share a colour and are shown
     or hidden together. reference: the series is a line without markers with which others are compared; its `texts` are
-    labels if there is room. neutral: the series, e.g. of a baseline, is drawn in ink instead of a colour.
+    labels if there is room. neutral: the series, e.g. of a baseline, is drawn in ink instead of a colour. background:
+    small grey marks behind the others, e.g. published points. x_sd, y_sd: standard deviations of x and y, drawn as
+    error bars of this length to each side; None for a point without.
     """
 
     name: str
@@ -58,6 +60,9 @@ class Series:
     group: str = ""
     reference: bool = False
     neutral: bool = False
+    background: bool = False
+    x_sd: Sequence[Number] = ()
+    y_sd: Sequence[Number] = ()
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline import run_config
 from pipeline.deploy import evaluations
 from pipeline.errors import ConfigError
 from pipeline.evaluation.over_seeds import SeedGroup, seed_of
+from pipeline.evaluation.seed_means import mean_of
 from pipeline.family import Evaluated
 from pipeline.runs import records, seed_runs
 from pipeline.training.checkpoint import differences
@@ -47,6 +49,23 @@ def pair(a: str, b: str, uri: str | None = None) -> tuple[SeedGroup, SeedGroup]:
     sources_a, sources_b = members(a) or [a], members(b) or [b]
     found = evaluations.together([evaluations.find(source, uri) for source in (*sources_a, *sources_b)])
     return group(a, found[: len(sources_a)]), group(b, found[len(sources_a) :])
+
+
+def means(sources: Sequence[str], members: Sequence[Sequence[str]], nets: Sequence[Evaluated]) -> list[Evaluated]:
+    """One net for each source: of a group the mean of its seeds, under a name that no other has.
+
+    members: of each source (see `members`); nets: of all members and single sources, in their order. Raises ConfigError
+    as `group` does.
+    """
+    left, shown = list(nets), list[Evaluated]()
+    for source, found in zip(sources, members, strict=True):
+        own = [left.pop(0) for _ in found or [source]]
+        shown.append(mean_of(group(source, own)) if found else own[0])
+    names = [net.name for net in shown]
+    return [
+        replace(net, name=source) if names.count(net.name) > 1 and net.seeds else net
+        for source, net in zip(sources, shown, strict=True)
+    ]
 
 
 def group(name: str, nets: Sequence[Evaluated]) -> SeedGroup:

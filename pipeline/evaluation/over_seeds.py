@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import inf, sqrt
+from math import sqrt
 from statistics import fmean, stdev
 
 import numpy as np
@@ -73,12 +73,15 @@ class GroupSide:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A difference a - b with its t interval low..high at LEVEL, degrees of freedom, and two-sided p."""
+    """A difference a - b with its t interval low..high at LEVEL, degrees of freedom, and two-sided p.
+
+    df is None if every seed and every image says the same: then nothing varies.
+    """
 
     difference: float
     low: float
     high: float
-    df: float
+    df: float | None
     p_value: float
 
     @property
@@ -116,6 +119,19 @@ class GroupAtCost:
     top1_a: float
     top1_b: float
     over_both: Estimate
+
+
+def in_words(a: SeedGroup, b: SeedGroup, found: Estimate, num_images: int) -> str:
+    """The verdict on a difference a - b of top-1 as a sentence, in points (1 point is 0.01) +- half the interval."""
+    counts = sorted({len(a.nets), len(b.nets)})
+    seeds = " and ".join(map(str, counts))
+    x, y = 100 * abs(found.difference), 100 * found.resolution
+    if not found.resolved:
+        return f"the difference of {x:.2f} points is below what {seeds} seeds resolve ({y:.2f} points)"
+    better, worse = (a, b) if found.difference > 0 else (b, a)
+    return (
+        f"{better.name} is better than {worse.name} by {x:.2f} ± {y:.2f} points ({seeds} seeds, {num_images:,} images)"
+    )
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -238,8 +254,8 @@ def _estimate(difference: float, variance: float, parts: Sequence[tuple[float, i
     """The t interval of a difference whose variance has these parts, each with its degrees of freedom."""
     from scipy.stats import t
 
-    if variance == 0:  # every seed and every image says the same
-        return Estimate(difference, difference, difference, inf, 0.0 if difference else 1.0)
+    if variance == 0:
+        return Estimate(difference, difference, difference, None, 0.0 if difference else 1.0)
     df = variance**2 / sum(part**2 / freedom for part, freedom in parts)
     error = sqrt(variance)
     half = _quantile(df) * error

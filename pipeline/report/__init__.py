@@ -18,14 +18,17 @@ from pipeline import config as configs
 from pipeline import family as families
 from pipeline import tracking
 from pipeline.data.index import ImageIndex
-from pipeline.deploy import evaluations
+from pipeline.deploy import evaluations, seed_groups
 from pipeline.deploy.evaluations import EvaluatedNet
 from pipeline.errors import ConfigError, ContractError
+from pipeline.evaluation.over_seeds import seed_of
 from pipeline.family import Evaluated
 from pipeline.figures import Bars, Figure, Gallery, HeatMap, Lines, Series, Table
-from pipeline.report import cells, folder, general, resolutions
+from pipeline.report import cells, folder, general, published, resolutions, seeds
 from pipeline.report.contact_sheet import contact_sheet
 from pipeline.report.page import Section, Shown, drawn, page
+from pipeline.report.published import PublishedPoint
+from pipeline.report.seeds import GroupComparison
 from pipeline.report.thumbnails import thumbnails
 from pipeline.runs import files
 
@@ -35,36 +38,69 @@ FIGURE_NAME = re.compile("[a-z0-9]+(-[a-z0-9]+)*")
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """A written report: its page, what it holds, the tracked runs that have it, and warnings about others."""
+    """A written report: its page, what it holds, the tracked runs that have it, and warnings about others.
+
+    verdicts: which recipe is better, one sentence for every two groups of seeds.
+    """
 
     page: Path
     num_nets: int
     num_policies: int
     num_figures: int
+    verdicts: Sequence[str] = ()
     sent: Sequence[str] = ()
     warnings: Sequence[str] = ()
 
 
 def report(
-    sources: Sequence[str], out: Path, *, groups: Path | None = None, uri: str | None = None, track: bool = True
+    sources: Sequence[str],
+    out: Path,
+    *,
+    groups: Path | None = None,
+    uri: str | None = None,
+    track: bool = True,
+    data_set: str | None = None,
 ) -> WrittenReport:
     """Writes the report of the nets in `sources` (run folders, checkpoint folders, versions) into the folder `out`.
 
-    groups is a file {superclass: [class, ...]}. With `track` the folder is also logged to the nets' tracked runs; a
-    server that cannot be reached gives a warning. Raises ConfigError for nets that cannot be compared, a net that is
-    given twice, and a folder `out` that holds other files.
+    A source may also be several seeds of a recipe (the folder NAME-seeds, or a pattern such as runs/NAME-s*): then its
+    figures are means with their spread, and every two such groups are compared. groups is a file {superclass: [class,
+    ...]}. data_set: a name in published.yaml, whose published points are drawn too, or "none"; None: the name of the
+    evaluated folder decides (see `published`). With `track` the folder is also logged to the nets' tracked runs, of a
+    folder NAME-seeds to the parent; a server that cannot be reached gives a warning. Raises ConfigError for nets that
+    cannot be compared, a net that is given twice, a pattern without a finished run, nets of a group that differ in more
+    than the seed, a data set that the images cannot be, and a folder `out` that holds other files.
     """
     folder.check(out)
-    nets = [evaluations.find(source, uri) for source in sources]
+    members = [seed_groups.members(source) for source in sources]
+    named = [source for given, found in zip(sources, members, strict=True) for source in found or [given]]
+    nets = [evaluations.find(source, uri) for source in named]
     _refuse_duplicates(nets)
     evaluated = evaluations.together(nets)
     if groups is not None:
         evaluated = grouped(evaluated, groups)
-    written = build(evaluated, out, evaluations.images(nets, evaluated[0].data))
+    shown = seed_groups.means(sources, members, evaluated)
+    data = evaluated[0].data
+    others = published.points(published.data_set_of(evaluated[0], _root(nets, data), data_set))
+    written = build(shown, out, evaluations.images(nets, data), others)
     if not track:
         return written
-    sent, warnings = tracking.send_folder([net.run_dir for net in nets if net.run_dir], out, "report", uri)
+    sent, warnings = tracking.send_folder(_run_dirs(sources, members, nets), out, "report", uri)
     return replace(written, sent=sent, warnings=warnings)
+
+
+def _root(nets: Sequence[EvaluatedNet], data: str) -> str | None:
+    """The folder of the data set on which the first net was evaluated, if that is known."""
+    stored = nets[0].on(data)
+    return stored.about.root if stored else None
+
+
+def _run_dirs(sources: Sequence[str], members: Sequence[Sequence[str]], nets: Sequence[EvaluatedNet]) -> list[Path]:
+    """The folders of the tracked runs that get the report: of the folder NAME-seeds that of the parent, else each."""
+    parents = {name: Path(given) for given, found in zip(sources, members, strict=True) for name in found}
+    dirs = [(parents.get(net.source), net.run_dir) for net in nets]
+    is_group = {parent: parent is not None and parent.is_dir() for parent, _ in dirs}
+    return list(dict.fromkeys(parent if parent and is_group[parent] else own for parent, own in dirs if own))
 
 
 def _refuse_duplicates(nets: Sequence[EvaluatedNet]) -> None:
@@ -112,13 +148,17 @@ def _wrong_group(path: Path, group: object, message: str, subject: object) -> Co
     return ConfigError(f"--groups {path}: {group}: {message}", key="--groups", subject=subject)
 
 
-def build(nets: Sequence[Evaluated], out: Path, images: ImageIndex | None = None) -> WrittenReport:
+def build(
+    nets: Sequence[Evaluated], out: Path, images: ImageIndex | None = None, others: Sequence[PublishedPoint] = ()
+) -> WrittenReport:
     """Writes the report of these nets into `out`; `images` is the split of their evaluation, if it is available.
 
-    Raises ContractError if a figure of a family breaks the contract in `pipeline.figures`.
+    others: points published for the same images. Raises ContractError if a figure of a family breaks the contract in
+    `pipeline.figures`, ConfigError if a seed's evaluation has no answers by image.
     """
     whole = general.all_policies(nets)
-    sections = list(_sections(nets, whole))
+    compared = seeds.comparisons(nets)
+    sections = list(_sections(nets, whole, compared, others))
     pictures = [(section, [_shown(figure, images) for figure in section.figures]) for section in sections]
     contents: dict[str, str | bytes] = {"policies.csv": cells.sheet(whole, {}).csv()}
     for heat_map in general.by_class(nets, all_classes=True):
@@ -128,17 +168,19 @@ def build(nets: Sequence[Evaluated], out: Path, images: ImageIndex | None = None
         if shown.png:
             contents[f"{folder.FIGURES}/{shown.figure.name}.png"] = shown.png
     footer = f"Made by adaptnet {version('adaptnet')} at {time.strftime('%Y-%m-%d %H:%M %Z')}."
-    contents[folder.PAGE] = page(_title(nets), _lead(nets), pictures, footer)
-    folder.write(out, _data(nets, sections), contents)
+    verdicts = [each.verdict for each in compared]
+    contents[folder.PAGE] = page(_title(nets), _lead(nets, compared), pictures, footer)
+    folder.write(out, {**_data(nets, sections), "over_seeds": seeds.to_json(nets, compared)}, contents)
     num_policies = sum(len(net.reports) for net in nets)
-    return WrittenReport(out / folder.PAGE, len(nets), num_policies, sum(len(group) for _, group in pictures))
+    num_figures = sum(len(group) for _, group in pictures)
+    return WrittenReport(out / folder.PAGE, len(nets), num_policies, num_figures, verdicts)
 
 
 def _title(nets: Sequence[Evaluated]) -> str:
     return f"Accuracy and cost of {nets[0].name}" if len(nets) == 1 else f"Accuracy and cost of {len(nets)} nets"
 
 
-def _lead(nets: Sequence[Evaluated]) -> list[str]:
+def _lead(nets: Sequence[Evaluated], compared: Sequence[GroupComparison]) -> list[str]:
     """The paragraphs under the title."""
     names = ", ".join(general.titled(net) for net in nets)
     unreadable = {name for net in nets for report in net.reports for name in report.unreadable}
@@ -149,11 +191,20 @@ def _lead(nets: Sequence[Evaluated]) -> list[str]:
         "Point at a mark, tap it, or move with the arrow keys to read its numbers. Click an entry of a legend to show "
         "its family only, again to show all. The same numbers are in policies.csv, figures/*.csv and data.json."
     )
-    return [f"{names}.", images, usage]
+    verdicts = [f"{each.verdict}." for each in compared]
+    return [f"{names}.", *verdicts, images, usage]
 
 
-def _sections(nets: Sequence[Evaluated], whole: Table) -> Iterator[Section]:
-    yield Section("frontier", "Accuracy against cost", general.frontiers(nets))
+def _sections(
+    nets: Sequence[Evaluated],
+    whole: Table,
+    compared: Sequence[GroupComparison],
+    others: Sequence[PublishedPoint],
+) -> Iterator[Section]:
+    yield Section("frontier", "Accuracy against cost", general.frontiers(nets, others))
+    of_seeds = seeds.tables(nets, compared)
+    if of_seeds:
+        yield Section("seeds", "Over seeds", of_seeds)
     yield Section("each-policy", "Each policy", general.policies(nets, whole))
     lower = resolutions.resolutions(nets)
     if lower:
@@ -164,13 +215,20 @@ def _sections(nets: Sequence[Evaluated], whole: Table) -> Iterator[Section]:
     for name in dict.fromkeys(net.family for net in nets):
         figures = families_own(name, nets)
         if figures:
-            yield Section(f"family-{name.replace('_', '-')}", f"Family {name}", figures)
+            first = ", first seed" if any(net.seeds for net in nets if net.family == name) else ""
+            yield Section(f"family-{name.replace('_', '-')}", f"Family {name}{first}", figures)
+    if others:
+        yield Section("published", "Published by others", published.tables(others))
 
 
 def families_own(name: str, nets: Sequence[Evaluated]) -> list[Figure]:
-    """The checked figures of a family, their names prefixed with its own. Raises ContractError for a faulty one."""
-    mine = [net for net in nets if net.family == name]
-    others = [net for net in nets if net.family != name]
+    """The checked figures of a family, their names prefixed with its own. Raises ContractError for a faulty one.
+
+    Of several seeds they are those of the first, for answers by image and curves have no mean.
+    """
+    single = [net.seeds[0] if net.seeds else net for net in nets]
+    mine = [net for net in single if net.family == name]
+    others = [net for net in single if net.family != name]
     figures, seen = [], set[str]()
     prefix = name.replace("_", "-")
     for figure in families.find(name).figures(mine, others):
@@ -197,7 +255,7 @@ def fault_of(figure: Figure) -> str | None:
 def _fault_of_shape(figure: Figure) -> str | None:
     if isinstance(figure, Lines):
         uneven = [series.name for series in figure.series if _is_uneven(series)]
-        return f"series {uneven[0]!r}: x, y, texts and faded differ in length" if uneven else None
+        return f"series {uneven[0]!r}: x, y, texts, faded, x_sd and y_sd differ in length" if uneven else None
     if isinstance(figure, Bars) and any(len(values) != len(figure.labels) for values in figure.series.values()):
         return f"a series does not have as many values as there are labels ({len(figure.labels)})"
     if isinstance(figure, HeatMap):
@@ -208,7 +266,8 @@ def _fault_of_shape(figure: Figure) -> str | None:
 
 
 def _is_uneven(series: Series) -> bool:
-    return len({len(series.x), len(series.y), len(series.texts or series.x), len(series.faded or series.x)}) > 1
+    optional = (series.texts, series.faded, series.x_sd, series.y_sd)
+    return len({len(series.x), len(series.y), *(len(part or series.x) for part in optional)}) > 1
 
 
 def _fault_of_grid(figure: HeatMap) -> str | None:
@@ -222,7 +281,7 @@ def _fault_of_grid(figure: HeatMap) -> str | None:
 
 def _numbers(figure: Figure) -> Iterator[float | None]:
     if isinstance(figure, Lines):
-        yield from (value for series in figure.series for value in (*series.x, *series.y))
+        yield from (v for series in figure.series for v in (*series.x, *series.y, *series.x_sd, *series.y_sd))
     elif isinstance(figure, Bars):
         yield from (value for values in figure.series.values() for value in values)
     elif isinstance(figure, HeatMap):
@@ -262,4 +321,5 @@ def _net(net: Evaluated) -> dict[str, object]:
         "reports": [report.to_json() for report in net.reports],
         "attacked": {attack: [report.to_json() for report in reports] for attack, reports in net.attacked.items()},
         "swept": {sweep: [report.to_json() for report in reports] for sweep, reports in net.swept.items()},
+        "seeds": [{"seed": seed_of(seed), **_net(seed)} for seed in net.seeds],
     }

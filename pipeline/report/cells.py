@@ -63,7 +63,10 @@ def point(figure: Lines, number_of_series: int, place: int) -> str:
     series = figure.series[number_of_series]
     name = series.texts[place] if series.texts else series.name
     x, y = number(series.x[place]), number(series.y[place])
-    return text(f"{name}\n{figure.y_label}: {y}\n{figure.x_label}: {x}")
+    x_sd, y_sd = (
+        f" ± {number(sd[place])}" if sd and sd[place] is not None else "" for sd in (series.x_sd, series.y_sd)
+    )
+    return text(f"{name}\n{figure.y_label}: {y}{y_sd}\n{figure.x_label}: {x}{x_sd}")
 
 
 @singledispatch
@@ -75,14 +78,17 @@ def sheet(figure: object, files: Mapping[int, str]) -> Sheet:
 @sheet.register
 def _(figure: Lines, files: Mapping[int, str]) -> Sheet:
     fades = any(any(series.faded) for series in figure.series)
+    spreads = any(series.x_sd or series.y_sd for series in figure.series)
     columns = ["series", "point", figure.x_label, figure.y_label] + (["faded"] if fades else [])
+    columns += [f"sd of {label}" for label in (figure.x_label, figure.y_label)] if spreads else []
     rows = []
     for series in figure.series:
+        none = [None] * len(series.x)
         names = series.texts or [""] * len(series.x)
-        faded = series.faded or [False] * len(series.x)
-        for x, y, name, pale in zip(series.x, series.y, names, faded, strict=True):
-            row = [text(series.name), text(name), number(x), number(y)]
-            rows.append(row + ([YES if pale else NO] if fades else []))
+        parts = (series.faded or none, series.x_sd or none, series.y_sd or none)
+        for x, y, name, pale, x_sd, y_sd in zip(series.x, series.y, names, *parts, strict=True):
+            row = [text(series.name), text(name), number(x), number(y)] + ([YES if pale else NO] if fades else [])
+            rows.append(row + ([number(x_sd), number(y_sd)] if spreads else []))
     return Sheet([text(column) for column in columns], rows, 2)
 
 

@@ -21,6 +21,7 @@ from pipeline.report import cells
 from pipeline.report.style import (
     COLOURS_OF_VALUES,
     DASHES,
+    GREY,
     HEIGHT,
     INK,
     LETTER,
@@ -31,6 +32,7 @@ from pipeline.report.style import (
     MOST_SPOTS,
     NEUTRAL_MARKER,
     PALETTE,
+    SMALL,
     WIDTH,
     Look,
     new_canvas,
@@ -93,7 +95,11 @@ def legend_entry(figure: Lines, number: int) -> Line2D:
     series = figure.series[number]
     if series.reference:
         return Line2D([], [], color=INK, linestyle=(0, (4, 3)), linewidth=1.3, gid=f"key-{number}")
-    own = [other for other in figure.series if not other.reference]
+    if series.background:
+        return Line2D(
+            [], [], color=INK, marker="o", markersize=SMALL, alpha=GREY, linestyle="none", gid=f"key-{number}"
+        )
+    own = [other for other in figure.series if not other.reference and not other.background]
     groups = list(dict.fromkeys(other.group or other.name for other in own if not other.neutral))
     at = next(place for place, other in enumerate(own) if other is series)
     colour = INK if series.neutral else PALETTE[groups.index(series.group or series.name) % len(PALETTE)]
@@ -117,6 +123,11 @@ def _plot(axes: Axes, number: int, series: Series, key: Line2D) -> None:
     y = np.asarray([np.nan if value is None else value for value in series.y], dtype=float)
     pale = np.asarray(series.faded or [False] * len(x), dtype=bool)
     look: Look = {"color": key.get_color(), "clip_on": False}
+    if series.background:
+        small: Look = {"marker": "o", "markersize": SMALL, "markeredgewidth": 0, "alpha": GREY, "linestyle": "none"}
+        axes.plot(x, y, gid=f"series-{number}-marks", zorder=1.5, **look, **small)
+        return
+    _error_bars(axes, number, series, look)
     if series.joined or series.reference:
         line: Look = {"linestyle": key.get_linestyle(), "linewidth": key.get_linewidth()}
         axes.plot(x, y, gid=f"series-{number}-line", zorder=2, **look, **line)
@@ -129,6 +140,19 @@ def _plot(axes: Axes, number: int, series: Series, key: Line2D) -> None:
         axes.plot(x[~pale], y[~pale], gid=f"series-{number}-marks", zorder=4, **mark, **edge)
     if pale.any():
         axes.plot(x[pale], y[pale], gid=f"series-{number}-faded", zorder=3, **mark, **hollow)
+
+
+def _error_bars(axes: Axes, number: int, series: Series, look: Look) -> None:
+    """One standard deviation to each side; none of length 0, and none to 0, which a logarithmic axis does not have."""
+    x, y = (np.asarray([np.nan if v is None else v for v in values], dtype=float) for values in (series.x, series.y))
+    for axis, at, sd in (("x", x, series.x_sd), ("y", y, series.y_sd)):
+        if not any(sd):
+            continue
+        length = np.asarray([value or np.nan for value in sd], dtype=float)
+        bar: Look = {f"{axis}err": np.stack([np.minimum(length, 0.99 * at), length]), "capsize": 3, "elinewidth": 1.2}
+        _, caps, lines = axes.errorbar(x, y, fmt="none", zorder=2.5, **look, **bar)
+        for place, part in enumerate((*caps, *lines)):
+            part.set_gid(f"series-{number}-{axis}bar{place}")
 
 
 def _scale(axes: Axes, figure: Lines) -> None:

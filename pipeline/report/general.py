@@ -5,15 +5,18 @@ A point is a policy of a trained net with its cost. Letters: K classes, P points
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from pipeline import family as families
 from pipeline.evaluation.frontier import dominated
+from pipeline.evaluation.seed_means import over_seeds
 from pipeline.family import Evaluated, Latency, Report
-from pipeline.figures import Cell, Figure, HeatMap, Lines, Series, Table, marks
+from pipeline.figures import Cell, Figure, HeatMap, Lines, Number, Series, Table, marks
+from pipeline.report import published
 from pipeline.report.cells import NO, YES
+from pipeline.report.published import PublishedPoint
 
 MOST_CLASSES = 60  # rows of the heat map; with more classes it shows the worst and the best
 WIDE = 8  # ratio of the highest to the lowest cost above which the axis is logarithmic
@@ -24,15 +27,20 @@ OTHERS = "in no group"
 
 @dataclass(frozen=True)
 class Point:
-    """A policy of a net with its cost in the unit of a frontier."""
+    """A policy of a net with its cost in the unit of a frontier; over seeds, both are means with deviations."""
 
     net: Evaluated
     report: Report
     cost: float
+    cost_sd: Number = None
 
     @property
     def name(self) -> str:
         return f"{self.net.name} · {self.report.policy}"
+
+    @property
+    def top1_sd(self) -> Number:
+        return _deviation(self.net, self.report, lambda report: 100 * report.top1)
 
 
 @dataclass(frozen=True)
@@ -59,14 +67,25 @@ def frontier(points: Sequence[Point]) -> Frontier:
 
 def by_macs(nets: Sequence[Evaluated]) -> Frontier:
     """The frontier of all policies; the cost is in millions of MACs per image."""
-    return frontier([Point(net, report, report.macs_mean / 1e6) for net in nets for report in net.reports])
+    return _by_cost(nets, lambda report: report.macs_mean / 1e6)
 
 
 def by_latency(nets: Sequence[Evaluated], batch: int) -> Frontier:
     """The frontier of the policies measured at this batch size; the cost is in ms per batch."""
-    return frontier(
-        [Point(net, report, e.median_ms) for net in nets for report in net.reports for e in timed(report, batch)]
-    )
+    return _by_cost(nets, lambda report: next((entry.median_ms for entry in timed(report, batch)), None))
+
+
+def _by_cost(nets: Sequence[Evaluated], cost: Callable[[Report], Number]) -> Frontier:
+    """The frontier of the policies that have a cost."""
+    costs = [(net, report, cost(report)) for net in nets for report in net.reports]
+    known = [(net, report, value) for net, report, value in costs if value is not None]
+    return frontier([Point(net, report, value, _deviation(net, report, cost)) for net, report, value in known])
+
+
+def _deviation(net: Evaluated, report: Report, figure: Callable[[Report], Number]) -> Number:
+    """The standard deviation over the net's seeds; None without seeds."""
+    found = over_seeds(net, report.policy, figure)
+    return found.sd if found else None
 
 
 def timed(report: Report, batch: int) -> Sequence[Latency]:
@@ -82,21 +101,37 @@ def batches(nets: Sequence[Evaluated]) -> list[int]:
 # ---- accuracy against cost
 
 
-def frontiers(nets: Sequence[Evaluated]) -> list[Figure]:
-    """Accuracy against MACs and against the time of a batch, and a table of the points on the first frontier."""
+def frontiers(nets: Sequence[Evaluated], others: Sequence[PublishedPoint] = ()) -> list[Figure]:
+    """Accuracy against MACs and against the time of a batch, and a table of the points on the first frontier.
+
+    others: points published for the same images, which are drawn behind those of the first picture.
+    """
     macs = by_macs(nets)
     caption = (
         f"Each point is one policy of one net on the same {_images(nets)}. Faded points are dominated: another point "
         "is at least as accurate and costs at most as much. The dashed line joins the points that are not. A baseline "
         "computes the same for every image."
-    ) + "".join(f" {text}" for text in _conditions(nets))
-    figures: list[Figure] = [_drawn(macs, "frontier-macs", "Accuracy against MACs", "MMACs per image", caption)]
+    ) + "".join(f" {text}" for text in (*_bars(nets), *_conditions(nets)))
+    if others:
+        caption += " " + published.caption(others, [(p.report.macs_mean, p.report.top1) for p in _undominated(macs)])
+    title = "Accuracy against MACs"
+    figures: list[Figure] = [_drawn(macs, "frontier-macs", title, "MMACs per image", caption, others)]
     for size in batches(nets):
         times, entries = by_latency(nets, size), _entries(nets, size)
         title = f"Accuracy against time, batch size {size}"
         label = f"ms per batch of {size}"
         figures.append(_drawn(times, f"frontier-latency-{size}", title, label, _measured(entries, size)))
     return [*figures, _choices(macs)]
+
+
+def _bars(nets: Sequence[Evaluated]) -> Iterator[str]:
+    """What the error bars are, if there are any."""
+    names = [net.name for net in nets if net.seeds]
+    if names:
+        yield (
+            f"A point of {', '.join(names)} is a mean over seeds; its bars reach one standard deviation over the seeds "
+            "to each side, and whether it is dominated is decided by the means."
+        )
 
 
 def _conditions(nets: Sequence[Evaluated]) -> Iterator[str]:
@@ -116,10 +151,13 @@ def _images(nets: Sequence[Evaluated]) -> str:
     return f"{counts[0]:,} images" if len(counts) == 1 else f"images ({counts[0]:,} to {counts[-1]:,} of them)"
 
 
-def _drawn(points: Frontier, name: str, title: str, x_label: str, caption: str) -> Lines:
-    costs = [point.cost for point in points.points]
+def _drawn(
+    points: Frontier, name: str, title: str, x_label: str, caption: str, others: Sequence[PublishedPoint] = ()
+) -> Lines:
     names = list(dict.fromkeys(point.net.name for point in points.points))
-    series = [_line(points), *(_series(points, net) for net in names)]
+    behind = [published.series(others)] if others else []
+    costs = [*(point.cost for point in points.points), *(x for each in behind for x in each.x)]
+    series = [_line(points), *(_series(points, net) for net in names), *behind]
     wide = bool(costs) and min(costs) > 0 and max(costs) > WIDE * min(costs)
     return Lines(name, title, caption, x_label, TOP1, series, log_x=wide)
 
@@ -146,8 +184,11 @@ def _series(frontier: Frontier, name: str) -> Series:
     family = mine[0][0].net.family
     adaptive = families.find(family).adaptive
     kind = family if adaptive else "iso-cost baseline"
+    spreads = any(point.net.seeds for point, _ in mine)
     return Series(
         name=name if kind in name else f"{name} ({kind})",
+        x_sd=[point.cost_sd for point, _ in mine] if spreads else (),
+        y_sd=[point.top1_sd for point, _ in mine] if spreads else (),
         x=[point.cost for point, _ in mine],
         y=[100 * point.report.top1 for point, _ in mine],
         texts=[point.name for point, _ in mine],
@@ -250,12 +291,18 @@ def policies(nets: Sequence[Evaluated], whole: Table) -> list[Table]:
 
 def titled(net: Evaluated) -> str:
     """The net's name, followed by its family's if the name does not contain that."""
-    return net.name if net.family in net.name else f"{net.name} ({net.family})"
+    name = net.name if net.family in net.name else f"{net.name} ({net.family})"
+    return f"{name} over {_of_seeds(net)}" if net.seeds else name
+
+
+def _of_seeds(net: Evaluated) -> str:
+    return "1 seed" if len(net.seeds) == 1 else f"{len(net.seeds)} seeds"
 
 
 def _about(net: Evaluated) -> str:
+    what = f"Means over {_of_seeds(net)}" if net.seeds else f"Step {net.step:,}"
     text = (
-        f"Step {net.step:,}, {net.parameters:,} parameters, images of {net.side_px} px. ECE is the expected "
+        f"{what}, {net.parameters:,} parameters, images of {net.side_px} px. ECE is the expected "
         "calibration error; % of full is the mean MACs over those of the net's own forward; "
     )
     first = net.reports[0]
