@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from pipeline.families.baseline import FAMILY as BASELINE
 from pipeline.family import Evaluated
 from pipeline.figures import Lines
 from pipeline.report import build, cells, draw, general, published, report, seeds
-from pipeline.report.published import PublishedPoint
 from pipeline.run_config import RunConfig
 
 
@@ -244,8 +242,15 @@ def test_a_stated_data_set_that_the_images_cannot_be_is_refused(stated: str) -> 
         published.data_set_of(counted(10, 9_000), "/data/imagenet", stated)
 
 
-def beaten(points: Sequence[PublishedPoint], macs: float, top1: float) -> bool:
-    return any(point.macs <= macs and point.top1 >= top1 for point in points)
+def test_the_caption_counts_our_points_that_a_published_one_beats_by_brute_force() -> None:
+    draws = np.random.default_rng(3)
+    (first, *_) = published.points("cifar10")
+    for _ in range(20):
+        others = [replace(first, macs=macs, top1=top1) for macs, top1 in draws.random((3, 2))]
+        own = [(macs, top1) for macs, top1 in draws.random((4, 2))]
+        own = [p for p in own if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in own)]
+        lost = sum(any(other.macs <= macs and other.top1 >= top1 for other in others) for macs, top1 in own)
+        assert f"beat {lost} of the {len(own)} points" in published.caption(others, own)
 
 
 @pytest.mark.usefixtures("drawn_families")
@@ -255,13 +260,7 @@ def test_published_points_are_grey_behind_ours_and_decide_nothing(tmp_path: Path
     alone, beside = general.frontiers(nets)[0], general.frontiers(nets, others)[0]
     assert isinstance(alone, Lines) and isinstance(beside, Lines)
     assert list(beside.series[:-1]) == list(alone.series) and beside.series[-1].background
-    best = [(report.macs_mean, report.top1) for net in nets for report in net.reports]
-    best = [p for p in best if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in best)]
-    lost = sum(beaten(others, *point) for point in best)
-    assert (
-        beside.caption.endswith(published.caption(others, best))
-        and f"beat {lost} of the {len(best)} " in beside.caption
-    )
+    assert published.caption(others, [])[:30] in beside.caption and "Grey" not in alone.caption
     assert draw.legend_entry(beside, len(beside.series) - 1).get_color() == draw.INK
     build(nets, tmp_path / "out", None, others)
     page = read_page(tmp_path / "out" / "index.html")

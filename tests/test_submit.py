@@ -24,10 +24,12 @@ from jobs.slurm import script as scripts
 from jobs.slurm.scheduler import refused
 from jobs.verbs.submit import SubmitOptions, plan
 from jobs.verbs.submit import run as submit
+from pipeline import config as configs
 from pipeline import run_config
 from pipeline.config import as_mapping
 from pipeline.errors import AdaptNetError, ConfigError, ResourceError
-from pipeline.runs import provenance
+from pipeline.execution import seeds
+from pipeline.runs import provenance, seed_runs
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGENET = ("baseline/imagenet_resnet50", "data.root=/data/imagenet")
@@ -121,6 +123,7 @@ PROFILES = {
         ({"array": "seed=1,2%0"}, "--array", "%0"),
         ({"array": "seed=1,2%1", "where": "local"}, "--array", "1"),
         ({"array": "name=a b,c"}, "name", None),
+        ({"array": "seed=1,2", "arguments": (*IMAGENET, "--seeds", "2")}, "--array", "seed=1,2"),
         ({"partition": "gpu\n#SBATCH --exclusive"}, "--partition", None),
         ({"name": "a\nb"}, "--name", None),
         ({"arguments": (*IMAGENET, "--run-dir", "runs/a\nb")}, "arguments", None),
@@ -291,6 +294,55 @@ def test_an_array_may_hold_lists_and_be_throttled(tmp_path: Path) -> None:
     assert Path(submission.jobs[0].home).name == "r-family.resolutions_px-16"
     many, _ = plan(SubmitOptions("train", train[:2], array="seed=1,2,3"))
     assert "#SBATCH --array=0-2%3\n" in scripts.script(many)
+
+
+def test_seeds_are_an_array_of_one_task_each_below_one_parent(tmp_path: Path) -> None:
+    train = ("baseline/toy", f"data.root={tmp_path}", "--run-dir", "runs/r", "--seeds", "3", "seed=5")
+    submission, configs = plan(SubmitOptions("train", train))
+    assert "#SBATCH --array=0-2%3\n" in scripts.script(submission)
+    assert [(Path(job.home).name, config.seed) for job, config in zip(submission.jobs, configs, strict=True)] == [
+        ("r-s5", 5), ("r-s6", 6), ("r-s7", 7)
+    ]  # fmt: skip
+    assert {config.tracking.parent for config in configs} == {tmp_path / "runs" / "r-seeds"}
+    single, _ = plan(SubmitOptions("train", (*train[:5], "1")))
+    assert "#SBATCH --array" not in scripts.script(single)
+
+
+@pytest.mark.parametrize("where", ["slurm", "ray"])
+def test_submitting_seeds_forms_the_group_that_training_them_here_forms(
+    where: str, tmp_path: Path, tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_schedulers.fake_slurm(tools, tmp_path / "state")
+    line = [
+        "train",
+        "baseline/toy",
+        f"data.root={tmp_path}",
+        "name=net",
+        "--seeds",
+        "2",
+        "--where",
+        where,
+        "--time",
+        "1h",
+    ]
+    with fake_schedulers.job_server() as server:
+        options = ["--address", server.address] if where == "ray" else []
+        assert run("submit", *line, *options, "--dry-run") == 0
+        assert not list(tmp_path.glob("runs/*")), "a dry run leaves no files"
+        assert run("submit", *line, *options) == 0
+    group = tmp_path / "runs" / "net-seeds"
+    assert seed_runs.seeds_in(group) == (1, 2)
+    here = tmp_path / "here" / "net"
+    config = run_config.load("baseline/toy", [f"data.root={tmp_path}", "name=net"])
+    trained = seeds.create(seeds.plan(config, 2, here))
+    saved = [configs.read_mapping(folder / "config.yaml")["fingerprint"] for folder in (group, trained)]
+    assert saved[0] == saved[1]
+    for seed in (1, 2):
+        folder = seed_runs.folder_of(group, seed)
+        submitted = run_config.load(str(folder / "slurm" / "recipe.yaml"))
+        assert seeds.is_member(submitted) and (submitted.seed, submitted.tracking.parent) == (seed, group)
+        assert len(records.of_home(folder)) == 1
+    assert capsys.readouterr().out.count("adaptnet train in") == 2
 
 
 def test_a_profile_with_options_that_are_now_set_elsewhere_is_read_from_an_old_record(tmp_path: Path) -> None:

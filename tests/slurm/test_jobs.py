@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from jobs.schedulers.attempts import Attempts, JobAttempt
 from pipeline.data import toy
 from pipeline.tracking import connect
+from pipeline.tracking.ledger import Ledger
 
 pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).parents[2]
@@ -519,6 +520,22 @@ def test_an_array_trains_a_run_for_each_value(user: Workspace) -> None:
         return all(re.search(row, printed, re.MULTILINE) for row in rows)
 
     user.until(listed, "seeds-seed1", 60)
+
+
+def test_seeds_are_tasks_of_one_array_below_one_parent(user: Workspace) -> None:
+    own = ["name=spread", f"data.root={user.images}", "tracking.register=null", *SMALL, "training.epochs=1"]
+    words = ["--seeds", "2", "--nodes", "1", "--time", "20m"]
+    printed = user.adaptnet("submit", "train", "convnet_aig/toy", *own, *words)
+    assert re.findall(r"^job \d+_(\d)", printed, re.MULTILINE) == ["0", "1"]
+    for seed in (1, 2):
+        user.until(lambda seed=seed: user.finished(f"spread-s{seed}"), f"spread-s{seed}", 240)  # type: ignore[misc]
+    user.until(lambda: user.finished("spread-seeds"), "spread-s2", 60)
+    ids = {name: Ledger.peek(user.home / f"runs/spread-{name}").run_id for name in ("s1", "s2", "seeds")}
+    client = connect(f"sqlite:///{user.home}/runs/mlflow.db")
+    parents = {client.get_run(str(ids[name])).data.tags["mlflow.parentRunId"] for name in ("s1", "s2")}
+    assert parents == {ids["seeds"]}
+    user.adaptnet("report", "runs/spread-seeds", "--out", "report")
+    assert "over 2 seeds" in (user.home / "report" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(
