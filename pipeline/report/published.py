@@ -138,8 +138,8 @@ def caption(found: Sequence[PublishedPoint], own: Sequence[tuple[float, float]])
     costs = [*(point.macs for point in found), *(macs for macs, _ in own)]
     beaten = dominated(costs, [*(point.top1 for point in found), *(top1 for _, top1 in own)])[len(found) :]
     return (
-        f"Grey marks are published by others for the same images, at the side in px that each name ends with; they do "
-        f"not decide what is dominated here. They beat {sum(beaten)} of the {len(own)} points that are not dominated."
+        "Grey marks are published by others for the same images, which their nets may see at another side; they do not "
+        f"decide what is dominated here. They beat {sum(beaten)} of the {len(own)} points that are not dominated."
     )
 
 

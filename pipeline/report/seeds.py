@@ -15,6 +15,7 @@ from pipeline.family import Evaluated, Report
 from pipeline.figures import Cell, Number, Table, marks
 from pipeline.report.general import TOP1, batches, timed, titled
 
+INTERVAL = f"{100 * LEVEL:.0f} %"
 FIGURES: dict[str, Callable[[Report], Number]] = {  # as on the page, in the page's units
     TOP1: lambda report: 100 * report.top1,
     "top-5 (%)": lambda report: None if report.top5 is None else 100 * report.top5,
@@ -98,23 +99,23 @@ def _spreads(net: Evaluated, name: str) -> Table:
         for figure, values in _figures(net, report)
     ]
     caption = (
-        f"Seeds {seeds}. sd is the standard deviation over seeds (over n - 1), from and to bound the {LEVEL:.0%} "
+        f"Seeds {seeds}. sd is the standard deviation over seeds (over n - 1), from and to bound the {INTERVAL} "
         "interval of the mean by Student's t; one seed has neither. MACs of a policy that computes the same for every "
         "image do not depend on the seed."
     )
-    columns = ["policy", "figure", "mean", "sd", f"{LEVEL:.0%} from", "to", "n"]
+    columns = ["policy", "figure", "mean", "sd", f"{INTERVAL} from", "to", "n"]
     return Table(f"seeds-{name}", titled(net), caption, columns, rows)
 
 
 def _tests(compared: Sequence[GroupComparison]) -> Table:
     rows = [row for each in compared for row in _rows(each)]
     caption = (
-        f"Differences are in points of top-1 with the {LEVEL:.0%} interval over seeds and images: what new seeds and "
+        f"Differences are in points of top-1 with the {INTERVAL} interval over seeds and images: what new seeds and "
         "new images could give. Groups of the same seeds are compared in pairs. At equal MACs each net is mixed from "
         "the policies of its own frontier. Each test is on its own: of twenty tests of equal recipes one finds a "
         "difference."
     )
-    columns = ["A", "B", "policies", "A (%)", "B (%)", "A - B", f"{LEVEL:.0%} from", "to", "p", "verdict"]
+    columns = ["A", "B", "policies", "A (%)", "B (%)", "A - B", f"{INTERVAL} from", "to", "p", "verdict"]
     return Table("seed-tests", "Which is better?", caption, columns, rows)
 
 
