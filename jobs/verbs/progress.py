@@ -119,10 +119,11 @@ class View:
 
 
 def _event_line(record: Record) -> str:
-    skip = ("event", "attempt", "fence", "time", "step")
-    facts = ", ".join(f"{key} {value}" for key, value in record.items() if key not in skip and value not in (None, []))
+    skip = ("event", "attempt", "fence", "time", "step", "text")
+    facts = [f"{key} {value}" for key, value in record.items() if key not in skip and value not in (None, [])]
+    text = [str(record["text"])] if "text" in record else []
     at = f" at step {record['step']}" if record.get("step") is not None else ""
-    return f"[{record['event']}]{at} {facts}".rstrip()
+    return f"[{record['event']}]{at} {', '.join([*text, *facts])}".rstrip()
 
 
 @contextmanager

@@ -6,13 +6,13 @@ runs are not timed: they compute in fp32 on a CPU, in bf16 on a GPU that has it,
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import product
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,10 @@ from pipeline.training.plan import use_bf16
 
 FASTER = 0.9  # a choice is taken if its time is at most this share of a simpler one's
 TIMED_MACS = 2e10  # of a timed pass; the backward pass counts as two forward passes
-WARM, TIMED = 3, 5  # passes of each choice
+WARM, TIMED = 3, 7  # passes of each choice
 WORTH_TIMING = 2e13  # MACs of one worker from which bf16 is timed on a CPU: about 5 minutes of 70 GMAC/s
-# MACs of one worker from which a compiled net is timed: about 15 minutes of a CPU's 70 GMAC/s or a GPU's 20 TMAC/s
-WORTH_COMPILING: Mapping[str, float] = {"cpu": 6e13, "cuda": 2e16}
+# MACs of one worker from which a compiled net is timed: about 7 minutes of a CPU's 70 GMAC/s or of a GPU's 40 TMAC/s
+WORTH_COMPILING: Mapping[str, float] = {"cpu": 3e13, "cuda": 2e16}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,10 @@ def _computes_bf16(device: torch.device) -> bool:
 
 
 def _time(choices: Sequence[Arithmetic], timed: Timed) -> tuple[dict[Arithmetic, float], dict[Arithmetic, str]]:
-    """The median seconds of a pass of each choice, in turn; and why a choice fails, but for the first."""
+    """The least seconds of a pass of each choice, in turn, since other programs only add; and why a choice fails.
+
+    Errors of the first choice are raised.
+    """
     if timed.device.type == "cpu":
         keep_freed_memory()
     passes, failed = {choices[0]: timed.pass_of(choices[0])}, dict[Arithmetic, str]()
@@ -185,7 +188,7 @@ def _time(choices: Sequence[Arithmetic], timed: Timed) -> tuple[dict[Arithmetic,
             failed[choice] = _first_line(error)
     laps = [{choice: _seconds(each) for choice, each in passes.items()} for _ in range(TIMED)]
     torch.compiler.reset()
-    return {choice: median(lap[choice] for lap in laps) for choice in passes}, failed
+    return {choice: min(lap[choice] for lap in laps) for choice in passes}, failed
 
 
 def _warm_up(once: Callable[[], None]) -> None:
@@ -212,6 +215,7 @@ def why_uncompiled(device: torch.device) -> str | None:
     """Why torch.compile does not work here, found out by compiling a small function; None if it works."""
     if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
         return "no C++ compiler (g++ or clang++) here"
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no CUDA
     try:
         torch.compile(_probe)(torch.ones(4, device=device))
     except Exception as error:  # torch's back ends raise errors of any class
