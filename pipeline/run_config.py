@@ -45,9 +45,9 @@ MOST_WORKERS = 10_000
 Workers = Annotated[int, Field(ge=1, le=MOST_WORKERS)]
 
 
-def _whole_above_1(gpus: float) -> float:
-    if gpus > 1 and gpus != int(gpus):
-        raise ValueError("above 1 it must be whole: a worker shares one GPU or has several of its own")
+def _whole(gpus: float) -> float:
+    if gpus != int(gpus):
+        raise ValueError("it must be whole: NCCL connects no workers that share a GPU")
     return gpus
 
 
@@ -68,7 +68,7 @@ class ComputeConfig(Config):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus_per_worker: Annotated[float, Field(gt=0, le=4096)] = 1.0
-    gpus_per_worker: Annotated[float, Field(ge=0, le=64), AfterValidator(_whole_above_1)] | None = (
+    gpus_per_worker: Annotated[float, Field(ge=0, le=64), AfterValidator(_whole)] | None = (
         None  # null: 1 where the device is a GPU
     )
     max_batch_per_worker: Count | None = None  # images in memory at once; more are accumulated

@@ -38,6 +38,7 @@ OF_RECIPES = [
     ("compute.cpus_per_worker=0", "compute.cpus_per_worker"),
     ("compute.cpus_per_worker=1e9", "compute.cpus_per_worker"),
     ("compute.gpus_per_worker=1.5", "compute.gpus_per_worker"),
+    ("compute.gpus_per_worker=0.5", "compute.gpus_per_worker"),
     ("compute.gpus_per_worker=-1", "compute.gpus_per_worker"),
     ("compute.gpus_per_worker=1000", "compute.gpus_per_worker"),
     ("compute.max_batch_per_worker=0", "compute.max_batch_per_worker"),

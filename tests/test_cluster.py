@@ -38,7 +38,7 @@ def test_the_demand_of_workers_is_a_sum() -> None:
     compute = ComputeConfig(cpus_per_worker=1.5)
     assert demand(compute, 4, gpu=False) == {"CPU": 6.0}
     assert demand(compute, 4, gpu=True) == {"CPU": 6.0, "GPU": 4.0}
-    assert demand(compute.model_copy(update={"gpus_per_worker": 0.5}), 4, gpu=True) == {"CPU": 6.0, "GPU": 2.0}
+    assert demand(compute.model_copy(update={"gpus_per_worker": 2}), 4, gpu=True) == {"CPU": 6.0, "GPU": 8.0}
 
 
 @pytest.mark.ray
