@@ -498,7 +498,7 @@ def _slurmd(cluster: RealSlurm, node: str) -> int:
 
 
 def test_a_job_after_another_waits_for_it_and_shows_why(user: Workspace) -> None:
-    first = user.train("first", nodes="1")
+    first = user.train("first", "training.epochs=5000", nodes="1")  # it has not ended when it is cancelled
     second = user.train("second", "--after", "first", nodes="1")
     assert user.cluster.show(second)["Dependency"].startswith(f"afterok:{first}")
     assert "the job that it depends on has not ended" in user.adaptnet("jobs", "show", "second")
