@@ -9,7 +9,9 @@ a resize to the same size is omitted; the tensors that the next sub-network read
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.blocks import conv_bn, he_fan_out, joined, take
 from pipeline.errors import ConfigError
+from pipeline.families.ranet import together
 from pipeline.families.ranet.config import BlockPlan, RanetConfig
 
 CIFAR_CLASSIFIER = 128  # channels of a classifier's convolutions
@@ -56,11 +59,23 @@ class Features:
         else:
             self._held.append(x)
 
+    def grow(self, x: Tensor, layers: int) -> None:
+        """Adds the outputs of several layers of one growth, of which x is the last."""
+        growth = (x.shape[1] - self._widths[-1]) // layers
+        self._widths += [self._widths[-1] + growth * n for n in range(1, layers + 1)]
+        self._held = [x]
+
     def __getitem__(self, number: int) -> Tensor:
         width, last = self._widths[number], number == len(self._widths) - 1
         if last or len(self._held) == 1:
             return self._held[-1][:, :width]
         return self._held[min(number, len(self._held) - 2)][:, :width]
+
+    @property
+    def widest(self) -> Tensor:
+        """The widest tensor of the first resolution, which contains all before it."""
+        before, last = self._held[-2:][0], self._held[-1]
+        return last if before.shape[-2:] == last.shape[-2:] else before
 
     @property
     def held(self) -> list[Tensor]:
@@ -86,10 +101,11 @@ class FusedLayer(nn.Module):
         self.below = _bottleneck(plan.below[number], plan.from_below, plan.bottleneck_below, 1)
         self.own = _bottleneck(plan.widths[number], own, plan.bottleneck, 2 if down else 1)
 
-    def forward(self, x: Tensor, below: Tensor) -> Tensor:
-        """x [B, C, H, W] and the previous sub-network's tensor -> [B, C + growth, h, w]."""
+    def forward(self, x: Tensor, found: Tensor) -> Tensor:
+        """x [B, C, H, W] and what `below` computed from the previous sub-network -> [B, C + growth, h, w]."""
         own = self.own(x)
-        return joined([_resized(x, own), _resized(self.below(below), own), own])
+        size = own.shape[-2:]
+        return joined([resized(x, size), resized(found, size), own])
 
 
 class NormalLayer(nn.Module):
@@ -111,20 +127,49 @@ class RanetBlock(nn.Module):
         super().__init__()
         layer = FusedLayer if plan.fused else NormalLayer
         self.layers = nn.ModuleList([layer(plan, number) for number in range(plan.layers)])
+        self.down = plan.fused and plan.down
         self.merge = _basic(plan.below[-1], plan.merged, 1) if plan.fused else None
         width = plan.widths[-1] + plan.merged
         self.transition = None if plan.reduced is None else _basic(width, plan.reduced, 1)
 
     def forward(self, features: Features, below: Features | None) -> Tensor:
         """The block's output; features: those of x [B, C, H, W], to which the layers' outputs are added."""
-        x = features[0]
-        for number, layer in enumerate(self.layers):
-            x = layer(x) if below is None else layer(x, below[number])
-            features.append(x)
+        x = self._together(features, below) if self._runs_together(below) else self._one_by_one(features, below)
         if self.merge is not None:
             assert below is not None
-            x = joined([x, _resized(self.merge(below[len(self.layers)]), x)])
+            x = joined([x, resized(self.merge(below[len(self.layers)]), x.shape[-2:])])
         return x if self.transition is None else self.transition(x)
+
+    def _runs_together(self, below: Features | None) -> bool:
+        return together.trains(self) and (below is None or together.are_joinable(self._bottlenecks("below")))
+
+    def _one_by_one(self, features: Features, below: Features | None) -> Tensor:
+        x = features[0]
+        for number, layer in enumerate(self.layers):
+            x = layer(x) if below is None else layer(x, cast(FusedLayer, layer).below(below[number]))
+            features.append(x)
+        return x
+
+    def _together(self, features: Features, below: Features | None) -> Tensor:
+        """All layers of the input's size at once; then the one that halves it, if there is one."""
+        x = features[0]
+        found, last = None, x
+        own = self._bottlenecks("own")
+        if below is not None:
+            found = together.joined_bottlenecks(self._bottlenecks("below"), below.widest)
+            if self.down:
+                each = found.shape[1] // len(own)
+                found, last = found.split([found.shape[1] - each, each], dim=1)
+            found = resized(found, x.shape[-2:])
+        x = together.grow(x, found, own[:-1] if self.down else own)
+        features.grow(x, len(own) - self.down)
+        if self.down:
+            x = self.layers[-1](x, last)
+            features.append(x)
+        return x
+
+    def _bottlenecks(self, name: Literal["own", "below"]) -> list[nn.Sequential]:
+        return [getattr(layer, name) for layer in self.layers]
 
 
 class Classifier(nn.Module):
@@ -253,13 +298,14 @@ def _basic(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequen
     return nn.Sequential(*conv_bn(inputs, outputs, kernel, stride), nn.ReLU(inplace=True))
 
 
-def _resized(x: Tensor, like: Tensor) -> Tensor:
-    """x at the height and width of `like`, bilinear with aligned corners and no antialias, as the released code.
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """x at the height and width `size`, bilinear with aligned corners and no antialias, as the released code.
 
     Autocast computes it in fp32; the result has x's type again, as what reads it is a convolution.
     """
-    size = like.shape[-2:]
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=True).to(x.dtype)
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, list(size), mode="bilinear", align_corners=True).to(x.dtype)
 
 
 def _base(config: RanetConfig) -> list[nn.Module]:
