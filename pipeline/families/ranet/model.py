@@ -103,9 +103,12 @@ class FusedLayer(nn.Module):
 
     def forward(self, x: Tensor, found: Tensor) -> Tensor:
         """x [B, C, H, W] and what `below` computed from the previous sub-network -> [B, C + growth, h, w]."""
-        own = self.own(x)
-        size = own.shape[-2:]
-        return joined([resized(x, size), resized(found, size), own])
+        return _fused(x, found, self.own(x))
+
+
+def _fused(x: Tensor, found: Tensor, own: Tensor) -> Tensor:
+    size = own.shape[-2:]
+    return joined([resized(x, size), resized(found, size), own])
 
 
 class NormalLayer(nn.Module):
@@ -161,10 +164,11 @@ class RanetBlock(nn.Module):
                 each = found.shape[1] // len(own)
                 found, last = found.split([found.shape[1] - each, each], dim=1)
             found = resized(found, x.shape[-2:])
-        x = together.grow(x, found, own[:-1] if self.down else own)
-        features.grow(x, len(own) - self.down)
-        if self.down:
-            x = self.layers[-1](x, last)
+        halving = own.pop() if self.down else None
+        x, smaller = together.grow(x, found, own, halving)
+        features.grow(x, len(own))
+        if smaller is not None:
+            x = _fused(x, last, smaller)
             features.append(x)
         return x
 
@@ -305,6 +309,8 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     """
     if x.shape[-2:] == size:
         return x
+    if x.requires_grad and size[0] < x.shape[2] and not torch.compiler.is_compiling():
+        return together.reduced(x, size)
     return F.interpolate(x, list(size), mode="bilinear", align_corners=True).to(x.dtype)
 
 

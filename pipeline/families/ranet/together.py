@@ -115,25 +115,41 @@ class Growing:
         self.map = x.new_empty(batch, height, width, self.inputs + self.layers * self.growth)
         self.gradient: Tensor | None = None
 
+    def summed(self) -> Tensor:
+        """The gradient, to which shares are added; 0 before the first."""
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.map)
+        return self.gradient
+
     def of_found(self, whole: Tensor) -> Tensor:
         """The channels [B, H, W, L, c] of whole, the map or its gradient, that each layer takes from below."""
         return whole[..., self.inputs :].unflatten(3, (self.layers, self.growth))[..., : self.found]
 
 
-def grow(x: Tensor, found: Tensor | None, layers: Sequence[nn.Sequential]) -> Tensor:
+def grow(
+    x: Tensor, found: Tensor | None, layers: Sequence[nn.Sequential], last: nn.Sequential | None
+) -> tuple[Tensor, Tensor | None]:
     """x [B, C, H, W], to which each layer, a bottleneck that preserves the size, appends its outputs: [B, C', H, W].
 
-    found [B, L*c, H, W]: c channels for each layer, which go before its own.
+    found [B, L*c, H, W]: c channels for each layer, which go before its own. last: a bottleneck of another size, which
+    reads the result; its outputs are the second result.
     """
     growing = Growing(x, found, layers)
     order = _Begin.apply(growing, x, found)
-    for convolution, *middle, _ in layers:
-        weight = _rows(cast(nn.Conv2d, convolution).weight.to(x.dtype)).flatten(1)
-        y = _Product.apply(growing, order, weight)
-        for module in middle:
-            y = module(y)
-        order = _Append.apply(growing, order, y, weight.shape[1] + growing.found)
-    return cast(Tensor, _Finish.apply(growing, order))
+    for layer in layers:
+        y = _through(layer[1:-1], _product(growing, order, layer))
+        order = _Append.apply(growing, order, y, layer[0].in_channels + growing.found)
+    y = None if last is None else _through(last[1:], _product(growing, order, last))
+    return cast(Tensor, _Finish.apply(growing, order)), y
+
+
+def _product(growing: Growing, order: Tensor, layer: nn.Sequential) -> Tensor:
+    weight = _rows(layer[0].weight.to(growing.map.dtype)).flatten(1)
+    return cast(Tensor, _Product.apply(growing, order, weight))
+
+
+def _through(modules: nn.Sequential, x: Tensor) -> Tensor:
+    return cast(Tensor, modules(x))
 
 
 # Each of these functions takes the empty tensor that the one before it returns, and so runs after it, and before it in
@@ -175,7 +191,7 @@ class _Product(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         rows = _rows(gradient).flatten(0, 2)
         inputs, by_inputs = (
-            whole.flatten(0, 2)[:, : weight.shape[1]] for whole in (ctx.growing.map, ctx.growing.gradient)
+            whole.flatten(0, 2)[:, : weight.shape[1]] for whole in (ctx.growing.map, ctx.growing.summed())
         )
         by_inputs.addmm_(rows, weight)
         return None, None, rows.t() @ inputs
@@ -208,7 +224,7 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.growing.gradient = _rows(gradient).clone(memory_format=torch.contiguous_format)
+        ctx.growing.summed().add_(_rows(gradient))
         return None, None
 
 
@@ -218,3 +234,41 @@ def _rows(x: Tensor) -> Tensor:
 
 def _channels(rows: Tensor) -> Tensor:
     return rows.permute(0, 3, 1, 2)
+
+
+# ---- resizing
+
+
+def reduced(x: Tensor, size: Sequence[int]) -> Tensor:
+    """x [B, C, H, W] at a smaller height and width: bilinear with aligned corners, also under autocast in fp32."""
+    return cast(Tensor, _Reduced.apply(x, tuple(size)))
+
+
+class _Reduced(torch.autograd.Function):
+    """Torch's interpolation; its backward pass as a product along each axis.
+
+    Torch's own backward pass loses the memory format on a CPU, and adds in a random order on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
+        ctx.dtype, ctx.side = x.dtype, x.shape[-2:]
+        return F.interpolate(x, size, mode="bilinear", align_corners=True).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows = _rows(gradient.to(torch.promote_types(gradient.dtype, torch.float32)))
+        (height, width), (batch, h, w, channels) = ctx.side, rows.shape
+        across, down = (_linear(*each, rows.dtype, rows.device) for each in ((width, w), (height, h)))
+        rows = torch.bmm(across.expand(batch * h, width, w), rows.reshape(batch * h, w, channels))
+        rows = torch.bmm(down.expand(batch, height, h), rows.view(batch, h, width * channels))
+        return _channels(rows.view(batch, height, width, channels)).to(ctx.dtype), None
+
+
+@cache
+def _linear(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The transposed linear interpolation, with aligned ends, of `old` samples to `new`, [old, new]; as `_places`."""
+    with torch.inference_mode(False), torch.no_grad():
+        units = torch.eye(old, dtype=torch.float64)[None]
+        return F.interpolate(units, new, mode="linear", align_corners=True)[0].to(device, dtype)
