@@ -32,11 +32,11 @@ BOUNDS = {
     "baseline/imagenet_resnet50,data.augment.three_augment=true,data.augment.color_jitter=0.3": Bounds(650),
     "baseline/imagenet_resnet50,training.ema_decay=0.999,training.cuda_graphs=true": Bounds(31),
     "convnet_aig/imagenet_50,training.cuda_graphs=true": Bounds(51, waits=16),
-    "ranet/imagenet_32,training.cuda_graphs=true": Bounds(205, waits=2),
+    "ranet/imagenet_32,training.cuda_graphs=true": Bounds(200, waits=2),
     "convnet_aig/imagenet_50": Bounds(1006, waits=16),
     "shape_adaptor/imagenet_resnet50": Bounds(870),
     "arrn/imagenet:t": Bounds(1315, relaid=13),
-    "ranet/imagenet_32": Bounds(7070, waits=2),
+    "ranet/imagenet_32": Bounds(4742, waits=2),
 }
 CHECKED = 32  # kernels of the check that all weights are finite
 FLUSHED = 2  # kernels of a log point, which waits once

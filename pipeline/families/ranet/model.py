@@ -21,6 +21,7 @@ from pipeline.blocks import conv_bn, he_fan_out, joined, take
 from pipeline.errors import ConfigError
 from pipeline.families.ranet import together
 from pipeline.families.ranet.config import BlockPlan, RanetConfig
+from pipeline.families.ranet.growing import grow
 
 CIFAR_CLASSIFIER = 128  # channels of a classifier's convolutions
 
@@ -162,10 +163,10 @@ class RanetBlock(nn.Module):
             found = together.joined_bottlenecks(self._bottlenecks("below"), below.widest)
             if self.down:
                 each = found.shape[1] // len(own)
-                found, last = found.split([found.shape[1] - each, each], dim=1)
+                found, last = torch.split(found, [found.shape[1] - each, each], dim=1)
             found = resized(found, x.shape[-2:])
         halving = own.pop() if self.down else None
-        x, smaller = together.grow(x, found, own, halving)
+        x, smaller = grow(x, found, own, halving)
         features.grow(x, len(own))
         if smaller is not None:
             x = _fused(x, last, smaller)
