@@ -318,6 +318,13 @@ def test_mixup_is_torchvisions_for_the_same_share() -> None:
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
+def test_mixup_keeps_the_memory_format() -> None:
+    images, labels = batch()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        mixed, _ = mixup(images.contiguous(memory_format=layout), labels, CLASSES, share=0.3)
+        assert mixed.is_contiguous(memory_format=layout)
+
+
 def test_cutmix_is_torchvisions_for_the_same_share_and_centre(monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = batch(height=10, width=16)
     theirs = v2.CutMix(num_classes=CLASSES)

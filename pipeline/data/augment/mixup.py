@@ -37,8 +37,9 @@ class MixUp(MixOperation):
 
 
 def mixup(images: Tensor, labels: Tensor, num_classes: int, *, share: float) -> tuple[Tensor, Tensor]:
-    """`share` of each image and of its target, the rest from the image before it."""
-    return torch.lerp(images.roll(1, 0), images, share), mixed_targets(labels, num_classes, share)
+    """`share` of each image and of its target, the rest from the image before it; the memory format stays."""
+    mixed = torch.lerp(images.roll(1, 0), images, share, out=torch.empty_like(images))
+    return mixed, mixed_targets(labels, num_classes, share)
 
 
 def mixed_targets(labels: Tensor, num_classes: int, share: float) -> Tensor:
