@@ -154,6 +154,25 @@ def test_a_filter_pair_applies_its_matrix_to_each_axis_in_either_memory_format(k
             assert found.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [3, 12])
+@pytest.mark.parametrize("kind", ALL)
+def test_the_rest_is_what_the_enlarged_low_pass_leaves(
+    kind: Filter, channels: int, layout: torch.memory_format
+) -> None:
+    pair, inputs = FilterPair(kind), []
+    for size in ((12, 8), (6, 4)):
+        made = torch.randn(2, channels, *size, dtype=torch.float64)
+        inputs.append(made.contiguous(memory_format=layout).requires_grad_())
+    x, low = inputs
+    found, wanted = pair.rest(x, low), x - pair.resize(low, (12, 8))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert found.is_contiguous(memory_format=layout)
+    gradient = torch.randn_like(wanted)
+    mine, theirs = (torch.autograd.grad(each, inputs, gradient) for each in (found, wanted))
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_a_filter_pair_first_used_in_inference_mode_works_in_training() -> None:
     net = build(small(), CLASSES)
     with torch.inference_mode():

@@ -39,6 +39,17 @@ class FilterPair:
                 return x
             return self._box(x, size) if self.kind == "box" and _whole(x, size) else self._matrices(x, size)
 
+    def rest(self, x: Tensor, low: Tensor) -> Tensor:
+        """x [B, C, H, W] minus low [B, C, h, w] enlarged; in channels_last the product subtracts it itself."""
+        size = (x.shape[-2], x.shape[-1])
+        if self.kind == "box" or x.dtype != low.dtype or x.shape[1] < FEW_CHANNELS:
+            return x - self.resize(low, size)
+        if size == tuple(low.shape[-2:]) or not (is_channels_last(x) and is_channels_last(low)):
+            return x - self.resize(low, size)
+        with torch.autocast(x.device.type, enabled=False):
+            whole = x.permute(0, 2, 3, 1).reshape(-1, size[1], x.shape[1])
+            return _of_columns(torch.baddbmm(whole, *self._factors(low, size, -1)), size)
+
     def _box(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if size[0] > x.shape[-2]:
             return F.interpolate(x, size, mode="nearest-exact")
@@ -51,24 +62,33 @@ class FilterPair:
         if x.shape[1] < FEW_CHANNELS:
             x = torch.matmul(rows, torch.matmul(x.contiguous(), columns.t()))
             return x.contiguous(memory_format=torch.channels_last)
-        batch, channels, height, width = x.shape
-        x = torch.bmm(rows.expand(batch, *rows.shape), x.permute(0, 2, 3, 1).reshape(batch, height, width * channels))
-        x = torch.bmm(columns.expand(batch * size[0], *columns.shape), x.view(batch * size[0], width, channels))
-        return x.view(batch, *size, channels).permute(0, 3, 1, 2)
+        return _of_columns(torch.bmm(*self._factors(x, size)), size)
 
-    def _matrix(self, like: Tensor, old: int, new: int) -> Tensor:
-        """The matrix [new, old] of one axis."""
-        key = (old, new, like.dtype, like.device)
+    def _factors(self, x: Tensor, size: tuple[int, int], sign: int = 1) -> tuple[Tensor, Tensor]:
+        """The factors of the second product that resizes x, in channels_last: [B*h, w, W] and [B*h, W, C]."""
+        batch, channels, height, width = x.shape
+        rows, columns = self._matrix(x, height, size[0]), self._matrix(x, width, size[1], sign)
+        x = torch.bmm(rows.expand(batch, *rows.shape), x.permute(0, 2, 3, 1).reshape(batch, height, width * channels))
+        return columns.expand(batch * size[0], *columns.shape), x.view(batch * size[0], width, channels)
+
+    def _matrix(self, like: Tensor, old: int, new: int, sign: int = 1) -> Tensor:
+        """The matrix [new, old] of one axis, times `sign`."""
+        key = (old * sign, new, like.dtype, like.device)
         if key in self._cache:
             return self._cache[key]
         with torch.inference_mode(False):  # the matrix may be used in a later training step
-            made = torch.from_numpy(matrix(self.kind, old, new)).to(like.device, like.dtype)
+            made = torch.from_numpy(sign * matrix(self.kind, old, new)).to(like.device, like.dtype)
         if type(made) is Tensor:  # not a tracer's fake tensor
             self._cache[key] = made
         return made
 
     def __getstate__(self) -> dict[str, object]:
         return {"kind": self.kind, "_cache": {}}
+
+
+def _of_columns(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B*H, W, C] -> [B, C, H, W]"""
+    return x.view(-1, *size, x.shape[2]).permute(0, 3, 1, 2)
 
 
 def _whole(x: Tensor, size: tuple[int, int]) -> bool:

@@ -105,7 +105,8 @@ class Residual(nn.Module):
     def joined(self, low: Tensor, h: Tensor) -> Tensor:
         """The next signal from low and from h [b, C_n, H, W], the output of `inner` for the rest."""
         h = self.pair.resize(h, _size(low))
-        return affine(self.project)(low + (h - h.mean(dim=(2, 3), keepdim=True)))
+        centre = h.sum(dim=(2, 3), keepdim=True) * (-1 / (h.shape[2] * h.shape[3]))  # minus the mean
+        return affine(self.project)(low + h + centre)  # added: the gradient of a subtracted mean takes two whole maps
 
 
 class Arrn(nn.Module):
@@ -237,7 +238,7 @@ class Arrn(nn.Module):
         size = scaled(x if r is None else r, self.ladder[n + 1])
         if r is not None:
             low.append(pair.resize(r, size))
-            rest.append(r - pair.resize(low[0], _size(r)))
+            rest.append(pair.rest(r, low[0]))
         joining = kept - (0 if r is None else len(r))
         run = joining + max(0, top_up - kept)
         smaller = pair.resize(x, size) if len(x) else x
