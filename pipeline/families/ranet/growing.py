@@ -31,11 +31,18 @@ class Growing:
         self.map = x.new_empty(batch, height, width, self.inputs + self.layers * self.growth)
         self.gradient: Tensor | None = None
 
-    def summed(self) -> Tensor:
-        """The gradient, to which shares are added; 0 before the first."""
+    def add(self, share: Tensor) -> None:
+        """Adds a share [B, H, W, C] of the gradient."""
+        if self.gradient is None:
+            self.gradient = share.clone(memory_format=torch.contiguous_format)
+        else:
+            self.gradient.add_(share)
+
+    def add_product(self, by_outputs: Tensor, weight: Tensor) -> None:
+        """Adds by_outputs [BHW, C'] times weight [C', c], a share of the gradient of the first c channels."""
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.map)
-        return self.gradient
+        self.gradient.flatten(0, 2)[:, : weight.shape[1]].addmm_(by_outputs, weight)
 
     def of_found(self, whole: Tensor) -> Tensor:
         """The channels [B, H, W, L, c] of whole, the map or its gradient, that each layer takes from below."""
@@ -109,12 +116,10 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        rows = to_rows(gradient).flatten(0, 2)
-        inputs, by_inputs = (
-            whole.flatten(0, 2)[:, : weight.shape[1]] for whole in (ctx.growing.map, ctx.growing.summed())
-        )
-        by_inputs.addmm_(rows, weight)
-        return None, None, rows.t() @ inputs
+        by_outputs = to_rows(gradient).flatten(0, 2)
+        ctx.growing.add_product(by_outputs, weight)
+        inputs = ctx.growing.map.flatten(0, 2)[:, : weight.shape[1]]
+        return None, None, by_outputs.t() @ inputs
 
 
 class _Append(torch.autograd.Function):
@@ -149,7 +154,7 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.growing.summed().add_(to_rows(gradient))
+        ctx.growing.add(to_rows(gradient))
         return None, None
 
 
