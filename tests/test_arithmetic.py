@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from pipeline.training.arithmetic import Arithmetic, Length, Timed
 from pipeline.training.config import TrainingConfig
 
 CPU = torch.device("cpu")
-SHORT, LONG = Length(1_000_000, 1_000.0, 4), Length(1_000_000, 1e9, 4)
+SHORT, LONG = Length(1_000_000, 1_000.0, 4, 30), Length(1_000_000, 1e9, 4, 30)
 HAS_BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no products of bf16")
 
@@ -92,6 +92,11 @@ def test_nets_whose_maps_change_size_are_not_compiled_unless_the_recipe_says_so(
     assert not arithmetic.choose(fixed, LONG, _timed(), fixed_sizes=False).seconds
     told = fixed.model_copy(update={"compile": True})
     assert arithmetic.choose(told, LONG, _timed(), fixed_sizes=False).arithmetic.compiled
+
+
+def test_a_net_of_many_layers_is_not_compiled_in_a_run_that_compiling_would_prolong() -> None:
+    many = replace(LONG, layers=10**9)
+    assert not arithmetic.choose(TrainingConfig(precision="fp32"), many, _timed(), fixed_sizes=True).seconds
 
 
 @pytest.mark.parametrize(("bf16", "compiled"), [(False, False), (False, True), (True, False), (True, True)])

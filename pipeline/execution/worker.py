@@ -38,7 +38,7 @@ from pipeline.runs.files import write_json
 from pipeline.runs.journal import Journal, SystemSampler, unreadable
 from pipeline.runs.records import About, Meta, Status
 from pipeline.training import arithmetic, checkpoint, loop, memory, optim, state, step, weights_file
-from pipeline.training.arithmetic import Arithmetic, Chosen, Length, Timed
+from pipeline.training.arithmetic import Arithmetic, Chosen, Timed
 from pipeline.training.checkpoint import Checkpointer, Storage
 from pipeline.training.loop import device_of
 from pipeline.training.plan import TrainingPlan
@@ -484,10 +484,11 @@ def _choose(context: RunContext, current: TrainState) -> Chosen:
     """How a new run computes."""
     config, training, device, family = context.config, context.config.training, context.device, context.family
     rows = min(-(-training.batch_size // ranks.world()), config.compute.max_batch_per_worker or training.batch_size)
-    macs = arithmetic.macs_of(current.net, config.data.side_px, device)
-    length = Length(macs, training.epochs * len(context.splits.train) / ranks.world(), rows)
+    side_px, seen = config.data.side_px, training.epochs * len(context.splits.train) / ranks.world()
+    image = torch.zeros(1, 3, side_px, side_px, device=device)
+    length = arithmetic.length_of(current.net, image, images=seen, rows=rows)
     layout = torch.channels_last if training.channels_last else torch.contiguous_format
-    shape = (length.timed_rows, 3, config.data.side_px, config.data.side_px)
+    shape = (length.timed_rows, 3, side_px, side_px)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device).contiguous(memory_format=layout)
     targets = torch.arange(len(images), device=device) % len(context.splits.train.classes)
     varying = config.data.side_schedule or config.data.side_choices or family.varying(config.family)

@@ -28,8 +28,9 @@ FASTER = 0.9  # a choice is taken if its time is at most this share of a simpler
 TIMED_MACS = 2e10  # of a timed pass; the backward pass counts as two forward passes
 WARM, TIMED = 3, 7  # passes of each choice
 WORTH_TIMING = 2e13  # MACs of one worker from which bf16 is timed on a CPU: about 5 minutes of 70 GMAC/s
-# MACs of one worker from which a compiled net is timed: about 7 minutes of a CPU's 70 GMAC/s or of a GPU's 40 TMAC/s
-WORTH_COMPILING: Mapping[str, float] = {"cpu": 3e13, "cuda": 2e16}
+# MACs of one worker, for each of the net's layers, from which a compiled net is timed. Compiling takes about half a
+# second a layer, which is to be at most a twentieth of the run at a CPU's 70 GMAC/s or a GPU's 20 TMAC/s.
+WORTH_COMPILING: Mapping[str, float] = {"cpu": 7e11, "cuda": 2e14}
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,13 @@ class Timed:
 class Length:
     """How long a run is. macs: of one image's forward pass. images: of one worker, over the whole training.
 
-    rows: images of one worker in memory at once.
+    rows: images of one worker in memory at once. layers: the net's modules without parts.
     """
 
     macs: int
     images: float
     rows: int
+    layers: int
 
     @property
     def work(self) -> float:
@@ -118,9 +120,10 @@ class Length:
         return max(2, min(self.rows, int(TIMED_MACS / (3 * self.macs))))
 
 
-def macs_of(net: nn.Module, side_px: int, device: torch.device) -> int:
-    """The MACs of one image's forward pass; the net is not changed."""
-    return cost.measure(deepcopy(net), torch.zeros(1, 3, side_px, side_px, device=device)).macs
+def length_of(net: nn.Module, image: Tensor, *, images: float, rows: int) -> Length:
+    """The length of a run of this net on images like `image` [1, 3, S, S]; the net is not changed."""
+    layers = sum(not any(module.children()) for module in net.modules())
+    return Length(cost.measure(deepcopy(net), image).macs, images, rows, layers)
 
 
 def choose(training: TrainingConfig, length: Length, timed: Timed, *, fixed_sizes: bool) -> Chosen:
@@ -156,8 +159,9 @@ def _choices(
     precisions, compiled = [use_bf16(training.precision, device)], [training.compile is True]
     if training.precision == "auto" and _computes_bf16(device) and length.work >= WORTH_TIMING:
         precisions.append(True)
-    long_enough = fixed_sizes and not training.cuda_graphs and length.work >= WORTH_COMPILING[device.type]
-    if training.compile == "auto" and long_enough and why_uncompiled(device) is None:
+    long_enough = length.work >= WORTH_COMPILING[device.type] * length.layers
+    possible = training.compile == "auto" and fixed_sizes and not training.cuda_graphs
+    if possible and long_enough and why_uncompiled(device) is None:
         compiled.append(True)
     return [Arithmetic(bf16, each) for each, bf16 in product(compiled, precisions)]
 
