@@ -20,12 +20,12 @@ from pipeline import run_config
 from pipeline.config import as_mapping, validate
 from pipeline.data import augment
 from pipeline.data.augment import AugmentConfig
+from pipeline.data.augment.chain import PixelOp
 from pipeline.data.augment.cutmix import box_of, cutmix
 from pipeline.data.augment.flip import Flip, mirror
 from pipeline.data.augment.levels import ENHANCES, MOVES, NAMES, Strongest, arguments
 from pipeline.data.augment.low_pass import low_pass
 from pipeline.data.augment.mixup import mixup
-from pipeline.data.augment.pixel_ops import PixelOp
 from pipeline.data.augment.policies import POLICIES, steps_of
 from pipeline.data.augment.rand_augment import argument
 from pipeline.data.augment.random_erasing import erased

@@ -168,3 +168,9 @@ def _with_requirements(names: set[str]) -> set[str]:
 
 def _normal(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
+
+
+def test_listing_and_packing_images_does_without_torch() -> None:
+    """Its import takes longer than indexing a small set."""
+    code = "import sys, pipeline.data.config, pipeline.data.index, pipeline.data.pack; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

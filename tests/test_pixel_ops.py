@@ -14,7 +14,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
-from pipeline.data.augment.pixel_ops import PixelOp, apply_chain
+from pipeline.data.augment.chain import PixelOp
+from pipeline.data.pixel_ops import apply_chain
 from tests import images as pictures
 
 SAMPLE = Path(os.environ.get("ADAPTNET_DATA", "/none"), "imagenet-sample")

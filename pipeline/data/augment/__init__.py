@@ -15,10 +15,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import create_model, model_validator
-from torch import Tensor
 
 from pipeline.config import Config, fault
 from pipeline.data.augment.operation import Crop, ImageOperation, MixOperation, Operation
@@ -98,6 +96,9 @@ class _AugmentConfig(Config):
 
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     AugmentConfig = _AugmentConfig
 else:
     _KEYS = {key: (field.annotation, field) for each in OPERATIONS for key, field in each.model_fields.items()}
@@ -142,6 +143,8 @@ def draw(augment: AugmentConfig, keys: SampleKeys, side_px: int) -> dict[str, ND
 
 def placed(augment: AugmentConfig, draws: Mapping[str, NDArray[np.generic]], device: torch.device) -> dict[str, Tensor]:
     """The draws as tensors where `apply_to_uint8` and `apply_to_normalised` take them: on the device or on the host."""
+    import torch
+
     found = {name: torch.from_numpy(drawn) for name, drawn in draws.items()}
     for each in image_operations(augment):
         if not each.on_host:

@@ -7,8 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.data.augment.chain import ChainOperation
-from pipeline.data.augment.pixel_ops import Floats
+from pipeline.data.augment.chain import ChainOperation, Floats
 from pipeline.data.augment.policies import policy_chains
 from pipeline.data.augment.rand_augment import rand_chains
 from pipeline.data.augment.trivial_wide import trivial_wide

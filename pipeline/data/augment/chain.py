@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from enum import IntEnum
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data.augment.operation import ImageOperation
-from pipeline.data.augment.pixel_ops import apply_chain
+from pipeline.data.philox import Ints
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Floats = NDArray[np.float64]
+
+
+class PixelOp(IntEnum):
+    """An operation on one image; its argument in the comment."""
+
+    IDENTITY = 0
+    SHEAR_X = 1  # tangent of the angle
+    SHEAR_Y = 2
+    TRANSLATE_X = 3  # whole pixels to the right
+    TRANSLATE_Y = 4  # whole pixels down
+    ROTATE = 5  # degrees, counter-clockwise
+    BRIGHTNESS = 6  # factor, 1: unchanged
+    COLOR = 7  # saturation's factor, 0: grey
+    CONTRAST = 8  # factor
+    SHARPNESS = 9  # factor
+    POSTERIZE = 10  # bits that are kept
+    SOLARIZE = 11  # levels from here on are inverted
+    SOLARIZE_ADD = 12  # is added to levels below 128, as in timm
+    AUTO_CONTRAST = 13
+    EQUALIZE = 14
+    INVERT = 15
+    BLUR = 16  # standard deviation, pixels
+
+
+def chain_of(ops: Ints, arguments: Floats) -> Floats:
+    """A chain [b, n, 2] for `apply_chain` from ops and arguments [b, n]."""
+    return np.stack([ops.astype(np.float64), arguments], axis=-1)
 
 
 class ChainOperation(ImageOperation):
@@ -24,4 +58,6 @@ class ChainOperation(ImageOperation):
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
         """Images [B, S, S, 3] after their chains [B, n, 2]."""
+        from pipeline.data.pixel_ops import apply_chain
+
         return apply_chain(images, drawn, self.uncovered)

@@ -7,8 +7,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from pipeline.data.augment.chain import ChainOperation
-from pipeline.data.augment.pixel_ops import Floats, PixelOp, chain_of
+from pipeline.data.augment.chain import ChainOperation, Floats, PixelOp, chain_of
 from pipeline.data.philox import Purpose, SampleKeys, between
 
 OPS = np.array([PixelOp.BRIGHTNESS, PixelOp.CONTRAST, PixelOp.COLOR])

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
-from torch import Tensor
 
 from pipeline.data.augment.mixup import mixed_targets
 from pipeline.data.augment.operation import MixOperation
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CutMix(MixOperation):

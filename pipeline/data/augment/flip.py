@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 
 from pipeline.data.augment.operation import ImageOperation
 from pipeline.data.philox import Purpose, SampleKeys, uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Flip(ImageOperation):
@@ -40,6 +41,8 @@ class Flip(ImageOperation):
 
 def mirror(images: Tensor, flips: Tensor) -> Tensor:
     """Images [B, S, S, 3] with those mirrored where `flips` [B] is true."""
+    import torch
+
     if images.is_cuda:  # where the host would have to wait for the positions of the flips
         return torch.where(flips[:, None, None, None], images.flip(2), images)
     chosen = flips.nonzero()[:, 0]

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from pipeline.data.augment.pixel_ops import Floats, PixelOp
+from pipeline.data.augment.chain import Floats, PixelOp
 from pipeline.data.philox import Ints
 
 NAMES: Mapping[str, PixelOp] = {
@@ -46,6 +45,8 @@ class Strongest:
 
 def arguments(strongest: Strongest, bins: int) -> Floats:
     """The argument of each PixelOp at each of `bins` levels, [ops, bins]; those of `ENHANCES` less 1."""
+    import torch
+
     table = np.zeros((len(PixelOp), bins))
     highest = dict.fromkeys(ENHANCES, strongest.enhance) | {PixelOp.ROTATE: strongest.rotate}
     highest |= dict.fromkeys((PixelOp.SHEAR_X, PixelOp.SHEAR_Y), strongest.shear)

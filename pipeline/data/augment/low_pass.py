@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import AfterValidator, Field
-from torch import Tensor
 
 from pipeline.config import Side
 from pipeline.data.augment.operation import ImageOperation
 from pipeline.data.philox import Ints, Purpose, SampleKeys, uniform
 from pipeline.errors import JsonValue
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def _falling(sides: tuple[int, ...]) -> tuple[int, ...]:
@@ -74,6 +76,8 @@ def low_pass(images: Tensor, levels: Tensor, sides_px: Sequence[int]) -> Tensor:
 @cache
 def _projections(side_px: int, sides_px: tuple[int, ...], device: torch.device) -> Tensor:
     """The projections onto each side's lowest frequencies, [levels + 1, S, S]; the first is the identity."""
+    import torch
+
     samples, frequencies = np.arange(side_px)[None] + 0.5, np.arange(side_px)[:, None]
     cosines = math.sqrt(2 / side_px) * np.cos(np.pi / side_px * frequencies * samples)  # orthonormal DCT-II
     cosines[0] /= math.sqrt(2)
@@ -83,6 +87,8 @@ def _projections(side_px: int, sides_px: tuple[int, ...], device: torch.device) 
 
 
 def _memory_format_of(images: Tensor) -> torch.memory_format:
+    import torch
+
     last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 

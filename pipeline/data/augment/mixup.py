@@ -5,15 +5,15 @@ torchvision v2's mathematics. Source: Zhang et al., mixup (ICLR 2018).
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
 from pipeline.data.augment.operation import MixOperation
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MixUp(MixOperation):
@@ -38,12 +38,17 @@ class MixUp(MixOperation):
 
 def mixup(images: Tensor, labels: Tensor, num_classes: int, *, share: float) -> tuple[Tensor, Tensor]:
     """`share` of each image and of its target, the rest from the image before it; the memory format stays."""
+    import torch
+
     mixed = torch.lerp(images.roll(1, 0), images, share, out=torch.empty_like(images))
     return mixed, mixed_targets(labels, num_classes, share)
 
 
 def mixed_targets(labels: Tensor, num_classes: int, share: float) -> Tensor:
     """Targets [B, K]: `share` of each image's class, the rest of the class of the image before it."""
+    import torch
+    import torch.nn.functional as F
+
     targets = F.one_hot(labels, num_classes).float()
     return torch.lerp(targets.roll(1, 0), targets, share)
 

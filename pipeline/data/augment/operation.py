@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.crop_geometry import CropGeometry
 from pipeline.data.philox import Ints, SampleKeys
 from pipeline.errors import JsonValue
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Operation(Config, ABC):

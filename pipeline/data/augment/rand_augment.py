@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.augment.chain import Floats, PixelOp, chain_of
 from pipeline.data.augment.levels import ENHANCES, MOVES
-from pipeline.data.augment.pixel_ops import Floats, PixelOp, chain_of
 from pipeline.data.philox import Ints, SampleKeys, below, uniform
 
 HIGHEST = 10.0  # level

@@ -5,15 +5,16 @@ Source: Zhong et al., Random Erasing (AAAI 2020).
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from pipeline.data.augment.operation import ImageOperation
 from pipeline.data.philox import Ints, Purpose, SampleKeys, below, between, uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ATTEMPTS = 10  # to draw a rectangle that is smaller than the image
 SCALE = (0.02, 0.33)  # of the image's area
@@ -68,6 +69,8 @@ def erased(images: Tensor, rectangles: Tensor) -> Tensor:
 
 def _within(rectangles: Tensor, side: int) -> Tensor:
     """Which pixels [B, S, S] are within the rectangles."""
+    import torch
+
     places = torch.arange(side, device=rectangles.device)
     start, length = rectangles[:, :2, None], rectangles[:, 2:, None]
     inside = (places >= start) & (places < start + length)  # [B, 2, S]

@@ -11,8 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pipeline.data.augment.chain import ChainOperation
-from pipeline.data.augment.pixel_ops import Floats, PixelOp, chain_of
+from pipeline.data.augment.chain import ChainOperation, Floats, PixelOp, chain_of
 from pipeline.data.philox import Purpose, SampleKeys, below, between
 
 OPS = np.array([PixelOp.COLOR, PixelOp.SOLARIZE, PixelOp.BLUR])

@@ -9,8 +9,8 @@ from functools import cache
 
 import numpy as np
 
+from pipeline.data.augment.chain import Floats, chain_of
 from pipeline.data.augment.levels import NAMES, Strongest, arguments, signed
-from pipeline.data.augment.pixel_ops import Floats, chain_of
 from pipeline.data.philox import SampleKeys, below, uniform
 
 BINS = 31

@@ -11,7 +11,6 @@ where two pixels are equally near, either may be taken. A blur works by rows and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
@@ -20,34 +19,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.philox import Ints
+from pipeline.data.augment.chain import Floats, PixelOp
 
-Floats = NDArray[np.float64]
 ONE_PX = 1 << 16  # fixed-point coordinates
 BLUR_RADIUS_PX = 8  # four of the largest standard deviations
 CPU_BYTES = 1 << 17  # of images that a CPU handles at a time, so that they stay in its cache
-
-
-class PixelOp(IntEnum):
-    """An operation on one image; its argument in the comment."""
-
-    IDENTITY = 0
-    SHEAR_X = 1  # tangent of the angle
-    SHEAR_Y = 2
-    TRANSLATE_X = 3  # whole pixels to the right
-    TRANSLATE_Y = 4  # whole pixels down
-    ROTATE = 5  # degrees, counter-clockwise
-    BRIGHTNESS = 6  # factor, 1: unchanged
-    COLOR = 7  # saturation's factor, 0: grey
-    CONTRAST = 8  # factor
-    SHARPNESS = 9  # factor
-    POSTERIZE = 10  # bits that are kept
-    SOLARIZE = 11  # levels from here on are inverted
-    SOLARIZE_ADD = 12  # is added to levels below 128, as in timm
-    AUTO_CONTRAST = 13
-    EQUALIZE = 14
-    INVERT = 15
-    BLUR = 16  # standard deviation, pixels
 
 
 def apply_chain(images: Tensor, chain: Tensor, fill: Sequence[int] = (0, 0, 0)) -> Tensor:
@@ -286,8 +262,3 @@ OTHERS: Mapping[PixelOp, Callable[[Tensor, Tensor], Tensor]] = {
     PixelOp.SHARPNESS: _sharpened,
     PixelOp.BLUR: _blurred,
 }
-
-
-def chain_of(ops: Ints, arguments: Floats) -> Floats:
-    """A chain [b, n, 2] for `apply_chain` from ops and arguments [b, n]."""
-    return np.stack([ops.astype(np.float64), arguments], axis=-1)
