@@ -41,6 +41,7 @@ VERBS = {  # the module jobs.verbs.<verb> is imported when the verb is used
     "doctor": "Check this machine: what it offers, and what is missing.",
     "runs": "List runs and send their journals to the tracking server.",
     "plan": "Estimate what a recipe needs on a number of nodes: memory, steps, reading, decoding, saving, time.",
+    "reproduce": "Try a published claim: train its arms with several seeds and judge it by fixed rules.",
     "sweep": "Train every sample of a search space, or resume the sweep in its folder.",
     "bench": "Measure our speed as a ratio to that of a named peer, in one run.",
 }

@@ -116,6 +116,13 @@ def test_flips_have_their_probability_and_differ_by_epoch() -> None:
     assert drawn(AugmentConfig(flip=1.0), "flip", 20_000).all()
 
 
+def test_alternating_flips_show_both_sides_in_every_two_epochs() -> None:
+    config = AugmentConfig(flip_alternates=True)
+    first, second, third = (drawn(config, "flip", 2000, epoch) for epoch in (0, 1, 2))
+    assert (first != second).all() and (first == third).all()
+    assert (first == drawn(AugmentConfig(), "flip", 2000)).all()
+
+
 def test_an_operation_that_is_off_draws_nothing() -> None:
     assert augment.draw(AugmentConfig(flip=0.0), keys(5), side_px=32) == {}
     assert set(augment.draw(AugmentConfig(), keys(5), side_px=32)) == {"flip"}

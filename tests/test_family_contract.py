@@ -40,7 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "baseline-torchvision": {"net": "torchvision:mnasnet0_5"},
     "baseline-timm": {"net": "timm:test_efficientnet"},
     "convnet_aig": {"depth": 8, "target_rate": 0.6, "gate_lr_factor": 0.5, "thresholds": [0.3, 0.7]},
-    "convnet_aig-scaled": {"depth": 8, "target_rate": 0.5, "scaled": ["rate", "prob"]},
+    "convnet_aig-scaled": {"depth": 8, "target_rate": 0.5, "scaled": ["rate", "prob"]}
+    | {"controls": ["shuffled", "mask"]},
     "convnet_aig-fixed": {"depth": 14, "target_rate": [1.0, 0.5, 0.2, 1.0, 0.7, 0.9], "rate_reduction": "sum"},
     "ranet": {**RANET, "width_factors": [4, 2, 1], "budgets": [0.5, 0.8]},
     "ranet-imagenet": {**RANET, "stem": "imagenet", "scales": [1, 2, 2], "width_factors": [2, 2, 1], "depth": "even"}

@@ -109,9 +109,9 @@ def _train_one(config: RunConfig, folder: Path, allow_changed: Sequence[str]) ->
     received: set[int] = set()
     if seeds.is_member(config):  # a job of an array
         run = seeds.SeedRun(config, folder)
-        result = seeds.member(run, lambda each: _followed(each, allow_changed, received))
+        result = seeds.member(run, lambda each: followed(each, allow_changed, received))
     else:
-        result = _followed(seeds.SeedRun(config, folder), allow_changed, received)
+        result = followed(seeds.SeedRun(config, folder), allow_changed, received)
     _print_result(result)
     if not result.finished:  # a nonzero status, so that a script does not run its next line
         raise _stopped(received)
@@ -121,7 +121,7 @@ def _stopped(received: set[int]) -> typer.Exit:
     return typer.Exit(INTERRUPTED if signal.SIGINT in received else STOPPED)
 
 
-def _followed(run: SeedRun, allow_changed: Sequence[str], received: set[int]) -> Result:
+def followed(run: SeedRun, allow_changed: Sequence[str], received: set[int]) -> Result:
     """Trains one run and shows its progress; the signals that asked it to stop are added to `received`."""
     from jobs.verbs import progress
     from pipeline.execution import launch
@@ -145,7 +145,7 @@ def _train_seeds(config: RunConfig, count: int, folder: Path, allow_changed: Seq
 
     def train_one(run: SeedRun) -> Result:
         typer.echo(f"seed {run.config.seed}: {run.folder}")
-        result = _followed(run, allow_changed, received)
+        result = followed(run, allow_changed, received)
         _print_result(result)
         return result
 

@@ -18,6 +18,7 @@ from pipeline.evaluation.evaluate import Batches, Evaluator, calibrate, choose, 
 from pipeline.evaluation.robustness import Attack, Attacked, ResolutionSweep
 from pipeline.family import HELD_OUT, THESE_IMAGES, Fitted, Report
 from pipeline.run_config import RunConfig
+from pipeline.training.config import LAST
 from pipeline.training.loop import device_of
 from pipeline.training.plan import use_bf16
 from pipeline.weights import load
@@ -51,7 +52,7 @@ def check_policies(config: RunConfig, splits: Splits) -> None:
 
 def _check_best(best: str | None, policy: str, num_classes: int) -> None:
     logged = [f"eval/{policy}/top1", *([f"eval/{policy}/top5"] if num_classes >= 5 else [])]
-    if best is not None and best not in logged:
+    if best is not None and best not in (LAST, *logged):
         raise ConfigError(
             f"checkpoint.best (={best}): no evaluation during training gives it; they run the first policy and give "
             f"{' and '.join(logged)}",
@@ -75,7 +76,7 @@ def evaluator(config: RunConfig, device: torch.device, num_classes: int, *, late
 
 def chosen_on(metric: str) -> str:
     """The images on which this metric chooses a checkpoint, as `Report` names them; the metric itself if of others."""
-    return {"eval": THESE_IMAGES, "held_out": HELD_OUT}.get(metric.partition("/")[0], metric)
+    return {"eval": THESE_IMAGES, "held_out": HELD_OUT, LAST: ""}.get(metric.partition("/")[0], metric)
 
 
 def eval_loader(config: RunConfig, split: ImageIndex, device: torch.device, threads: int) -> EvalLoader:

@@ -60,13 +60,14 @@ def report(
     uri: str | None = None,
     track: bool = True,
     data_set: str | None = None,
+    first: Sequence[Figure] = (),
 ) -> WrittenReport:
     """Writes the report of the nets in `sources` (run folders, checkpoint folders, versions) into the folder `out`.
 
     A source may also be several seeds of a recipe (the folder NAME-seeds, or a pattern such as runs/NAME-s*): then its
     figures are means with their spread, and every two such groups are compared. groups is a file {superclass: [class,
     ...]}. data_set: a name in published.yaml, whose published points are drawn too, or "none"; None: the name of the
-    evaluated folder decides (see `published`). With `track` the folder is also logged to the nets' tracked runs, of a
+    evaluated folder decides (see `published`). first: as of `build`. With `track` the folder is also logged to the nets' tracked runs, of a
     folder NAME-seeds to the parent; a server that cannot be reached gives a warning. Raises ConfigError for nets that
     cannot be compared, a net that is given twice, a pattern without a finished run, nets of a group that differ in more
     than the seed, a data set that the images cannot be, and a folder `out` that holds other files.
@@ -82,7 +83,7 @@ def report(
     shown = seed_groups.means(sources, members, evaluated)
     data = evaluated[0].data
     others = published.points(published.data_set_of(evaluated[0], _root(nets, data), data_set))
-    written = build(shown, out, evaluations.images(nets, data), others)
+    written = build(shown, out, evaluations.images(nets, data), others, first)
     if not track:
         return written
     sent, warnings = tracking.send_folder(_run_dirs(sources, members, nets), out, "report", uri)
@@ -149,16 +150,21 @@ def _wrong_group(path: Path, group: object, message: str, subject: object) -> Co
 
 
 def build(
-    nets: Sequence[Evaluated], out: Path, images: ImageIndex | None = None, others: Sequence[PublishedPoint] = ()
+    nets: Sequence[Evaluated],
+    out: Path,
+    images: ImageIndex | None = None,
+    others: Sequence[PublishedPoint] = (),
+    first: Sequence[Figure] = (),
 ) -> WrittenReport:
     """Writes the report of these nets into `out`; `images` is the split of their evaluation, if it is available.
 
-    others: points published for the same images. Raises ContractError if a figure of a family breaks the contract in
+    others: points published for the same images. first: figures at the top, under the heading "Result". Raises ContractError if a figure of a family breaks the contract in
     `pipeline.figures`, ConfigError if a seed's evaluation has no answers by image.
     """
     whole = general.all_policies(nets)
     compared = seeds.comparisons(nets)
-    sections = list(_sections(nets, whole, compared, others))
+    result = [Section("result", "Result", first)] if first else []
+    sections = [*result, *_sections(nets, whole, compared, others)]
     pictures = [(section, [_shown(figure, images) for figure in section.figures]) for section in sections]
     contents: dict[str, str | bytes] = {"policies.csv": cells.sheet(whole, {}).csv()}
     for heat_map in general.by_class(nets, all_classes=True):

@@ -157,7 +157,7 @@ def _choices(
 ) -> Sequence[Arithmetic]:
     """All that the recipe leaves open and that this device can do, from the simplest."""
     precisions, compiled = [use_bf16(training.precision, device)], [training.compile is True]
-    if training.precision == "auto" and _computes_bf16(device) and length.work >= WORTH_TIMING:
+    if training.precision == "auto" and computes_bf16(device) and length.work >= WORTH_TIMING:
         precisions.append(True)
     long_enough = length.work >= WORTH_COMPILING[device.type] * length.layers
     possible = training.compile == "auto" and fixed_sizes and not training.cuda_graphs
@@ -166,7 +166,7 @@ def _choices(
     return [Arithmetic(bf16, each) for each, bf16 in product(compiled, precisions)]
 
 
-def _computes_bf16(device: torch.device) -> bool:
+def computes_bf16(device: torch.device) -> bool:
     """Whether this device is a CPU with instructions for products of bf16."""
     if device.type != "cpu":
         return False

@@ -384,7 +384,10 @@ class Checkpointer:
             del self._scores[name]
 
     def best(self) -> str | None:
-        """Name of the best checkpoint in the storage, of the newest if none has a score; None before the first."""
+        """Name of the best checkpoint in the storage, of the newest if none has a score; None before the first.
+
+        With `checkpoint.best: last` none has a score.
+        """
         scored = [(score, name) for name, score in self._scores.items() if score is not None]
         return max(scored)[1] if scored else max(self._scores, default=None)
 

@@ -154,10 +154,16 @@ class TrainingConfig(Config):
         return True if value == "auto" else value
 
 
+LAST = "last"  # of `checkpoint.best`: no checkpoint is chosen
+
+
 def _is_top(key: str) -> str | None:
-    if key.startswith("eval/") and key.endswith(("/top1", "/top5")):
+    if key == LAST or (key.startswith("eval/") and key.endswith(("/top1", "/top5"))):
         return None
-    return "checkpoints are ranked by eval/POLICY/top1 or eval/POLICY/top5 of the evaluations during training"
+    return (
+        "checkpoints are ranked by eval/POLICY/top1 or eval/POLICY/top5 of the evaluations during training, or not at "
+        "all: last"
+    )
 
 
 def _some(names: tuple[str, ...]) -> str | None:
@@ -175,7 +181,7 @@ class CheckpointConfig(Config):
     keep_last: Count = 2
     keep_best: Annotated[int, Field(ge=0, le=1_000_000)] = 1
     best: Annotated[str, meant(_is_top)] | None = (
-        None  # metric that is best when highest; null: the first policy's top-1
+        None  # metric that is best when highest; null: the first policy's top-1; last: the last checkpoint is taken
     )
 
     @field_validator("storage")

@@ -14,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline import cost
 from pipeline.config import validate
 from pipeline.errors import ConfigError
-from pipeline.families.baseline.inference import BaselineResolution, policies
+from pipeline.families.baseline.inference import BaselineResolution, MultiCrop, policies
 from pipeline.families.baseline.model import MIN_SIDE_PX, TORCHVISION, BaselineConfig, CifarResNet, build
+from pipeline.families.baseline.objective import groups
+from pipeline.families.baseline.speedrun import SpeedrunNet
 from pipeline.families.convnet_aig.model import AigConfig
 from pipeline.families.convnet_aig.model import build as build_aig
 from pipeline.family import Prediction
@@ -208,6 +210,50 @@ def test_macs_are_counted_for_each_size_of_images() -> None:
         with FlopCounterMode(display=False) as counter:
             found = predict(policy, net, x)
         assert found.macs.sum().item() == counter.get_total_flops() // 2
+
+
+# ---- the speed-run net
+
+
+def patches_of(net: SpeedrunNet, x: Tensor) -> Tensor:
+    """Outputs of the whitening filters, [12, n]."""
+    return F.conv2d(x, net.whiten.get_buffer("weight")[:12]).transpose(0, 1).flatten(1)
+
+
+def test_the_speedrun_net_whitens_the_first_training_batch_once() -> None:
+    torch.manual_seed(0)
+    net, x = build(BaselineConfig(net="speedrun"), 10), torch.randn(16, 3, 16, 16).cumsum(-1)
+    assert isinstance(net, SpeedrunNet) and cost.measure(net, torch.zeros(1, 3, 32, 32)).macs == 118_147_360
+    net.eval()(x)
+    assert not net.whiten.is_fitted
+    net.train()(x)
+    flat = patches_of(net, x)
+    torch.testing.assert_close(flat @ flat.T / flat.shape[1], torch.eye(12), atol=0.02, rtol=0)
+    before = net.state_dict()
+    net(10 * x)
+    assert torch.equal(before["whiten.weight"], net.whiten.get_buffer("weight"))
+    other = build(BaselineConfig(net="speedrun"), 10)
+    other.load_state_dict(before)
+    assert isinstance(other, SpeedrunNet) and other.whiten.is_fitted
+
+
+def test_the_speedrun_nets_norms_learn_their_biases_alone_and_faster() -> None:
+    config = BaselineConfig(net="speedrun")
+    net = build(config, 10)
+    (rest, biases) = groups(config, net)["main"]
+    assert biases.lr_factor == 64 and not biases.decay and len(biases.parameters) == 6
+    grouped = {id(p) for p in (*rest.parameters, *biases.parameters)}
+    assert grouped == {id(p) for p in net.parameters() if p.requires_grad}
+
+
+def test_six_views_of_an_image_and_of_its_mirror_image_have_the_same_answer() -> None:
+    net = build(BaselineConfig(net="cifar_resnet", depth=8), 10).eval()
+    policy, x = MultiCrop(), torch.randn(3, 3, 16, 16)
+    found, mirrored = predict(policy, net, x), predict(policy, net, x.flip(-1))
+    assert (found.macs == 6 * predict(BaselineResolution(), net, x).macs).all()
+    plain = predict(BaselineResolution(), net, x).logits, predict(BaselineResolution(), net, x.flip(-1)).logits
+    assert not torch.allclose(found.logits, plain[0])
+    torch.testing.assert_close(found.logits.sum(), mirrored.logits.sum(), atol=0.5, rtol=0.05)
 
 
 # ---- config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -19,6 +20,7 @@ from pipeline.config import validate
 from pipeline.errors import ConfigError, ContractError
 from pipeline.families.baseline.model import BaselineConfig
 from pipeline.families.baseline.model import build as build_baseline
+from pipeline.families.convnet_aig.controls import FixedMask, ShuffledGates
 from pipeline.families.convnet_aig.inference import ExpectedProb, ExpectedRate, Gates, policies
 from pipeline.families.convnet_aig.model import STAGES, Aig, AigConfig, GatedBlock, build, logistic, straight_through
 from pipeline.families.convnet_aig.objective import groups, loss, rate_loss
@@ -577,3 +579,36 @@ def test_take_and_put_preserve_the_memory_format(layout: torch.memory_format) ->
     found = put(x.clone(), rows, taken + 1)
     assert torch.equal(found[[0, 3]], x[[0, 3]] + 1) and torch.equal(found[[1, 2, 4]], x[[1, 2, 4]])
     assert found.is_contiguous(memory_format=layout)
+
+
+# ---- controls
+
+
+def held_out(count: int = 64) -> list[tuple[Tensor, Tensor]]:
+    return [(part, torch.zeros(len(part))) for part in images(count).split(16)]
+
+
+@pytest.mark.parametrize("kind", [ShuffledGates, FixedMask])
+def test_a_control_keeps_the_rates_but_not_the_decisions(mixed: Aig, kind: type[ShuffledGates | FixedMask]) -> None:
+    with torch.no_grad():
+        control = kind().calibrated(mixed.eval(), held_out())
+        gates = torch.cat([predict(Gates("gates-hard"), mixed, part).facts["gates"] for part, _ in held_out()]).float()
+        found = control.predict(mixed, images(400)).facts["gates"].float()
+    assert control.rates == pytest.approx(gates.mean(0).tolist())
+    if kind is FixedMask:
+        assert (found == found[0]).all() and found[0].sum() == math.ceil(gates.sum(1).mean() - 1e-6)
+        assert gates.mean(0)[found[0] == 1].min() >= gates.mean(0)[found[0] == 0].max()
+    else:
+        assert (found.mean(0) - gates.mean(0)).abs().max() < 0.1
+        assert {tuple(row) for row in found.tolist()} <= {tuple(row) for row in gates.tolist()}
+    assert json.loads(json.dumps(control.state())) == control.state()
+    assert kind().restored(control.state()) == control
+
+
+def test_controls_that_run_all_blocks_give_the_whole_nets_answers(mixed: Aig) -> None:
+    for kind in (ShuffledGates, FixedMask):
+        control = kind(patterns=(("1" * len(mixed.blocks), 3),))
+        with torch.no_grad():
+            noise = torch.full((8, len(mixed.gates())), math.inf)
+            whole = mixed.eval()(images(8), noise).logits
+            torch.testing.assert_close(control.predict(mixed, images(8)).logits, whole)

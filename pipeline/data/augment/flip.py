@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
@@ -10,13 +11,17 @@ from pydantic import Field
 
 from pipeline.data.augment.operation import ImageOperation
 from pipeline.data.philox import Purpose, SampleKeys, uniform
+from pipeline.errors import JsonValue
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Flip(ImageOperation):
-    """Each image is mirrored with the same probability."""
+    """Each image is mirrored with the same probability.
+
+    Source of flip_alternates: Jordan, arXiv 2404.00498: of two epochs each image is seen from both sides.
+    """
 
     name: ClassVar[str] = "flip"
     order: ClassVar[int] = 10
@@ -24,6 +29,12 @@ class Flip(ImageOperation):
     stage: ClassVar[Literal["uint8", "normalised"]] = "uint8"
 
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability of a horizontal flip
+    flip_alternates: bool = False  # drawn for the first epoch only; every odd epoch mirrors the others
+
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        """`flip_alternates` changes nothing where nothing is flipped."""
+        return {"flip_alternates": "flip is 0"} if values["flip"] == 0 else {}
 
     @property
     def active(self) -> bool:
@@ -32,7 +43,11 @@ class Flip(ImageOperation):
 
     def draw(self, keys: SampleKeys, side_px: int) -> NDArray[np.bool_]:
         """Which images [b] are mirrored."""
-        return uniform(keys.words(self.purpose)[0]) < self.flip
+        if not self.flip_alternates:
+            return uniform(keys.words(self.purpose)[0]) < self.flip
+        first = SampleKeys(keys.seed, np.zeros_like(keys.epochs), keys.rows)
+        mirrored: NDArray[np.bool_] = (uniform(first.words(self.purpose)[0]) < self.flip) ^ (keys.epochs % 2 == 1)
+        return mirrored
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
         """Mirrors images [B, S, S, 3] where `drawn` [B] is true."""

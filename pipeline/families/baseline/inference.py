@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline import cost
 from pipeline.blocks import per_image
 from pipeline.families.baseline.model import BaselineConfig
-from pipeline.family import FixedPolicy, Prediction, Settings
+from pipeline.family import FixedPolicy, Policy, Prediction, Settings
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,47 @@ class BaselineResolution(FixedPolicy):
         return _resized(smaller, (images.shape[-2], images.shape[-1])) if self.up_again else smaller
 
 
+@dataclass(frozen=True)
+class MultiCrop(FixedPolicy):
+    """The mean of the logits of six views: the image and two shifts of it by a pixel along the diagonal, all mirrored.
+
+    The image and its mirror image have half of the weight. Source: Jordan, arXiv 2404.00498, its evaluation.
+    """
+
+    name: str = "multi-crop"
+
+    @property
+    def kind(self) -> str:
+        return "views"
+
+    @property
+    def settings(self) -> Settings:
+        return {"views": 6}
+
+    def predict(self, net: nn.Module, images: Tensor) -> Prediction:
+        height, width = images.shape[-2:]
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        shifted = [padded[..., y : y + height, x : x + width] for y, x in ((0, 0), (2, 2))]
+        weights = (0.5, 0.25, 0.25)
+        logits = sum(
+            weight * (net(view).logits.float() + net(view.flip(-1)).logits.float()) / 2
+            for weight, view in zip(weights, (images, *shifted), strict=True)
+        )
+        assert isinstance(logits, Tensor)
+        macs = self.once(images.shape[1:], lambda: cost.measure(net, images[:1]).macs)
+        return Prediction(logits, per_image(6 * macs, images))
+
+
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
-def policies(config: BaselineConfig, net: nn.Module) -> Sequence[BaselineResolution]:
+def resolutions(config: BaselineConfig) -> Sequence[BaselineResolution]:
     """`native` first, then each of `resolutions_px` natively and down-and-up."""
     sides = config.resolutions_px
     return [BaselineResolution(), *(BaselineResolution(side, up) for side in sides for up in (False, True))]
+
+
+def policies(config: BaselineConfig, net: nn.Module) -> Sequence[Policy]:
+    """`native` first, then the other resolutions, then `multi-crop` if the recipe asks for it."""
+    return [*resolutions(config), *([MultiCrop()] if config.multi_crop else [])]

@@ -19,7 +19,7 @@ from torchvision.models.googlenet import GoogLeNetOutputs
 from pipeline.blocks import Logits, Stem, conv_bn, he_fan_out
 from pipeline.config import each_once, meant
 from pipeline.errors import ConfigError, JsonValue
-from pipeline.families.baseline import foreign
+from pipeline.families.baseline import foreign, speedrun
 from pipeline.families.baseline.regularised import RegularisedResNet, dropped
 from pipeline.family import FamilyConfig
 
@@ -48,11 +48,12 @@ MIN_SIDE_PX = {
     "densenet121": 29,
     "vgg16": 32,
     "vgg16_bn": 32,
+    "speedrun": speedrun.MIN_SIDE_PX,
 }  # smaller: an empty map; others: 8
 
 
 class BaselineConfig(FamilyConfig):
-    """`net` is one of TORCHVISION, or cifar_resnet or cifar_preresnet of depth 6n+2, or a foreign net.
+    """`net` is one of TORCHVISION, or cifar_resnet or cifar_preresnet of depth 6n+2, or speedrun, or a foreign net.
 
     `torchvision:NAME` is any net of torchvision's that classifies images, `timm:NAME` any of timm's (the extra `timm`);
     `foreign` says how they are built.
@@ -76,6 +77,7 @@ class BaselineConfig(FamilyConfig):
     resolutions_px: Annotated[
         tuple[Annotated[int, Field(ge=8, le=8192)], ...], meant(each_once)
     ] = ()  # also evaluated at these, natively and down-and-up
+    multi_crop: bool = False  # a policy that averages the answers to six views of an image
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
@@ -89,11 +91,13 @@ class BaselineConfig(FamilyConfig):
             of_cifar |= dict.fromkeys(
                 ("drop_path", "dropout"), f"it is for ResNets; {net} regularises as its authors do"
             )
+        if net == "speedrun":
+            of_cifar["stem"] = "speedrun has a stem of its own"
         return of_cifar | ({"batchnorm_momentum": "vgg16 has no BatchNorm"} if net == "vgg16" else {})
 
     @model_validator(mode="after")
     def _rules(self) -> BaselineConfig:
-        known = (*TORCHVISION, "cifar_resnet", "cifar_preresnet", "torchvision:NAME", "timm:NAME")
+        known = (*TORCHVISION, "cifar_resnet", "cifar_preresnet", "speedrun", "torchvision:NAME", "timm:NAME")
         if foreign.is_foreign(self.net):
             reason = foreign.why_unknown(self.net)
             if reason:
@@ -132,6 +136,8 @@ def _build(config: BaselineConfig, num_classes: int) -> nn.Module:
         return foreign.build(config.net, num_classes)
     if config.net.startswith("cifar"):
         return CifarResNet(config, num_classes)
+    if config.net == "speedrun":
+        return speedrun.SpeedrunNet(num_classes)
     options = {"aux_logits": False, "init_weights": True} if config.net == "googlenet" else {}
     net = torchvision.models.get_model(config.net, num_classes=num_classes, weights=None, **options)
     if config.stem == "cifar":

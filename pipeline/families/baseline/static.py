@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from pipeline.families.baseline.inference import BaselineResolution, policies
+from pipeline.families.baseline.inference import BaselineResolution, resolutions
 from pipeline.families.baseline.model import BaselineConfig
 from pipeline.family import Report
 
@@ -28,8 +28,8 @@ class StaticBaseline(nn.Module):
 def static(
     config: BaselineConfig, net: nn.Module, reports: Sequence[Report]
 ) -> Mapping[str, Callable[[Tensor], nn.Module]]:
-    """All policies: `native`, and each resolution natively and down-and-up."""
-    return {policy.name: partial(_at, policy, net) for policy in policies(config, net)}
+    """`native`, and each resolution natively and down-and-up."""
+    return {policy.name: partial(_at, policy, net) for policy in resolutions(config)}
 
 
 def _at(policy: BaselineResolution, net: nn.Module, images: Tensor) -> nn.Module:

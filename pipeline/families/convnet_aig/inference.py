@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline import cost, ranks
 from pipeline.blocks import constant, per_image
 from pipeline.errors import ContractError, JsonValue
+from pipeline.families.convnet_aig.controls import FixedMask, ShuffledGates
 from pipeline.families.convnet_aig.model import Aig, AigConfig, GatedBlock, logistic
 from pipeline.family import FixedPolicy, MeasuresOnce, Policy, Prediction, Settings
 
@@ -189,7 +190,9 @@ def likelihoods(net: Aig, images: Tensor, noise: Tensor) -> Tensor:
 
 
 def policies(config: AigConfig, net: nn.Module) -> Sequence[Policy]:
-    """`gates-hard` first (opens if execution is more likely than not), then sampled, each threshold, scaled nets."""
+    """`gates-hard` first (opens if execution is more likely than not), then sampled, thresholds, scaled, controls."""
     at = [Gates(f"gates-{p:g}", odds=math.log(p / (1 - p)), threshold=p) for p in config.thresholds]
     scaled = {"rate": ExpectedRate, "prob": ExpectedProb}
-    return [Gates("gates-hard"), Gates("gates-sampled", sampled=True), *at, *(scaled[kind]() for kind in config.scaled)]
+    controls = {"shuffled": ShuffledGates, "mask": FixedMask}
+    others = (*(scaled[kind]() for kind in config.scaled), *(controls[kind]() for kind in config.controls))
+    return [Gates("gates-hard"), Gates("gates-sampled", sampled=True), *at, *others]

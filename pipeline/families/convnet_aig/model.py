@@ -46,6 +46,9 @@ class AigConfig(FamilyConfig):
     scaled: Annotated[
         tuple[Literal["rate", "prob"], ...], meant(each_once)
     ] = ()  # policies that run all blocks, scaled by their likelihood
+    controls: Annotated[
+        tuple[Literal["shuffled", "mask"], ...], meant(each_once)
+    ] = ()  # policies that run blocks as often as the gates do, whatever the image
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:

@@ -1,0 +1,323 @@
+"""Claims: the rule of the verdict, rules that are fixed before the runs, and runs that go on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow_here import database
+from numpy.typing import NDArray
+from raised import fails
+
+from jobs import cli
+from pipeline import family as families
+from pipeline.data import toy
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.evaluation.robustness import ResolutionSweep
+from pipeline.execution import launch
+from pipeline.execution.launch import Result
+from pipeline.execution.seeds import SeedRun
+from pipeline.family import Policy
+from pipeline.runs import records
+from tuning.reproduce import claim as claims
+from tuning.reproduce import costs, measuring, results, running
+from tuning.reproduce.claim import ClaimConfig, LoadedClaim
+from tuning.reproduce.running import Deadline
+from tuning.reproduce.verdict import difference, judge, overall
+
+CLAIM = """
+title: Two of ours
+source: this test
+claimed: A gated net differs from a plain one.
+published: none
+seeds: 2
+overrides:
+  training: {batch_size: 8, epochs: 1, schedule: {warmup_epochs: 0}}
+  data: {side_px: 16, eval_side_px: 16, eval_resize_px: 16, held_out: 0.25}
+  compute: {workers: 0}
+  evaluation: {latency_repeats: 0}
+arms:
+  plain: {recipe: baseline/toy, overrides: {family: {depth: 8, resolutions_px: [8]}}}
+  gated: {recipe: convnet_aig/toy, overrides: {family: {depth: 8, thresholds: [0.2, 0.8], controls: [mask]}}}
+evaluations:
+  lower: {arms: [plain], policies: [native], sides_px: [8]}
+statements:
+  - says: the gated net is not far below
+    a: {arms: [gated], policy: gates-hard}
+    b: {arms: [plain], policy: native}
+    more_than: -200
+  - says: it costs no thousand MACs less
+    a: {arms: [gated], policy: gates-hard, figure: macs}
+    b: {arms: [plain], policy: native, figure: macs}
+    less_than: -1000
+  - says: gates are as good as any mixture
+    a: {arms: [gated], policy: gates-mask}
+    b: {arms: [gated], policies: [gates-0.2, gates-0.8], at_macs_of: {arm: gated, policy: gates-0.2}}
+    more_than: -200
+    control: true
+  - says: lower resolutions do not help by 200 points
+    a: {arms: [plain], policy: native@8px, evaluation: lower}
+    b: {value: 30}
+    less_than: 200
+  - says: classes differ in their layers by less than 100
+    a: {arms: [gated], policy: gates-hard, figure: class_sd, fact: layers}
+    b: {arms: [gated], policy: gates-hard, figure: class_sd, fact: layers, shuffled_labels: true}
+    less_than: 100
+"""
+
+
+# ---- the rule
+
+
+def answers(*shares: float, images: int = 400, seed: int = 0) -> NDArray[np.float64]:
+    """Hits [S, N] in 0 and 100 of one seed for each share that is right, all on the same images."""
+    difficulty = np.random.default_rng(seed).permutation(np.linspace(0, 1, images))
+    return np.stack([100.0 * (difficulty < share) for share in shares])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "more_than", "verdict"),
+    [
+        ((0.90, 0.91, 0.90), (0.80, 0.81, 0.80), 1.0, "confirmed"),
+        ((0.80, 0.81, 0.80), (0.90, 0.91, 0.90), 1.0, "refuted"),
+        ((0.90, 0.91, 0.90), (0.90, 0.91, 0.90), 1.0, "refuted"),
+        ((0.90, 0.91, 0.90), (0.89, 0.90, 0.89), 1.0, "not resolved"),
+        ((0.95, 0.70, 0.90), (0.80, 0.80, 0.80), 1.0, "not resolved"),
+        ((0.95,), (0.10,), 1.0, "not resolved"),
+    ],
+)
+def test_the_verdict_is_where_the_whole_interval_lies(
+    a: tuple[float, ...], b: tuple[float, ...], more_than: float, verdict: str
+) -> None:
+    seeds = tuple(range(len(a)))
+    found = difference(seeds, answers(*a), answers(*b))
+    assert judge(found, more_than=more_than) == verdict
+    swapped = difference(seeds, answers(*b), answers(*a))
+    assert judge(swapped, less_than=-more_than) == verdict
+
+
+def test_one_seed_and_no_seed_are_never_resolved() -> None:
+    found = difference((1,), answers(0.9), answers(0.1))
+    assert found.low is None and judge(found, more_than=0) == judge(None, less_than=0) == "not resolved"
+
+
+def test_a_claim_is_refuted_by_one_statement_and_confirmed_by_all() -> None:
+    assert overall(["confirmed", "confirmed"]) == "confirmed"
+    assert overall(["confirmed", "not resolved"]) == "not resolved"
+    assert overall(["confirmed", "not resolved", "refuted"]) == "refuted"
+
+
+def test_a_figure_with_one_value_for_each_seed_is_tested_over_seeds() -> None:
+    a, b = np.array([[3.0], [3.1], [3.05]]), np.array([[1.0], [1.1], [1.0]])
+    assert judge(difference((1, 2, 3), a, b), more_than=1) == "confirmed"
+    assert judge(difference((1, 2, 3), a, b), more_than=2.03) == "not resolved"
+
+
+def test_a_mixture_has_the_mean_cost_of_the_target() -> None:
+    macs = [30.0, 10.0, 20.0]
+    for target in (10.0, 12.5, 20.0, 29.0):
+        shares = measuring.mixture(macs, target)
+        assert sum(shares) == pytest.approx(1) and np.dot(shares, macs) == pytest.approx(target)
+    assert measuring.mixture(macs, 99.0) == [1, 0, 0] and np.isnan(measuring.mixture(macs, 9.0)).all()
+
+
+# ---- the files
+
+
+@pytest.mark.parametrize("change", ["more_than: -1\n    less_than: 1", "sure: true"])
+def test_a_statement_has_one_threshold_and_no_unknown_key(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(CLAIM.replace("more_than: -200", change, 1))
+    with pytest.raises(ConfigError):
+        claims.read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("arms: [gated], policy: gates-mask", "arms: [other], policy: gates-mask"),
+        ("evaluation: lower", "evaluation: x"),
+    ],
+)
+def test_what_a_statement_names_exists(tmp_path: Path, old: str, new: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(CLAIM.replace(old, new, 1))
+    with pytest.raises(ConfigError):
+        claims.read(str(path))
+
+
+def test_an_unknown_claim_is_an_error_about_the_claim() -> None:
+    with fails(ConfigError, "claim", "trianer"):
+        claims.read("trianer")
+
+
+def policies_of(claim: LoadedClaim, arm: str) -> dict[str, Policy]:
+    """The policies of an arm's net, which is built without memory."""
+    config = claim.arms[arm].family
+    family = families.find(config.name)
+    with torch.device("meta"):
+        net = family.build(config, 10)
+    return {policy.name: policy for policy in family.policies(config, net)}
+
+
+def evaluated(config: ClaimConfig, claim: LoadedClaim, arm: str, evaluation: str) -> set[str]:
+    """The names of the policies that an evaluation of an arm gives."""
+    found = policies_of(claim, arm)
+    if evaluation == measuring.FINAL:
+        wanted = claim.arms[arm].evaluation.policies
+        return {name for name in found if wanted is None or name in wanted}
+    extra = config.evaluations[evaluation]
+    chosen = [policy for name, policy in found.items() if extra.policies is None or name in extra.policies]
+    swept = ResolutionSweep(extra.sides_px, extra.up_again).of(chosen) if extra.sides_px else chosen
+    return {policy.name for policy in swept}
+
+
+@pytest.mark.parametrize("name", claims.names())
+def test_each_shipped_claim_names_recipes_and_policies_that_exist(name: str) -> None:
+    claim = claims.load(name, data_home="/data")
+    for quantity in claim.config.quantities():
+        for arm in quantity.arms:
+            named = {*quantity.policies, quantity.policy, quantity.shares_of} - {None}
+            assert named <= evaluated(claim.config, claim, arm, quantity.evaluation), f"{name}: {arm}"
+        if quantity.at_macs_of:
+            other = quantity.at_macs_of
+            assert other.policy in evaluated(claim.config, claim, other.arm, measuring.FINAL), f"{name}: {other}"
+    for config in claim.arms.values():
+        assert config.checkpoint.best == "last" and config.data.held_out > 0 and config.seed == 1
+    assert any(statement.published for statement in claim.config.statements) or claim.config.published
+
+
+# ---- the runs
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a few images, a claim's file, and an empty tracking database for runs."""
+    home = tmp_path_factory.mktemp("claims")
+    toy.make(home / "images", num_classes=2, train=24, val=8, side_px=16, seed=5)
+    (home / "tiny.yaml").write_text(CLAIM)
+    (home / "runs").mkdir()
+    shutil.copyfile(database().path, home / "runs" / "mlflow.db")
+    return home
+
+
+def load(home: Path, *overrides: str) -> LoadedClaim:
+    images = [f"data.root={home}/images", f"tracking.uri=sqlite:///{home}/runs/mlflow.db"]
+    return claims.load(str(home / "tiny.yaml"), [*images, "tracking.register=null", *overrides])
+
+
+def train(run: SeedRun) -> Result:
+    return launch.train(run.config, run.folder)
+
+
+def tried(home: Path, folder: Path, train_one: Callable[[SeedRun], Result] = train, count: int = 2) -> LoadedClaim:
+    claim = load(home)
+    running.open_folder(claim, folder, resume=(folder / running.CLAIM).exists())
+    running.train(claim, running.plan(claim, folder, count), train_one, Deadline(None))
+    return claim
+
+
+@pytest.fixture(scope="module")
+def done(home: Path) -> Path:
+    """The folder of a claim whose second run was stopped; the same call went on with it."""
+    folder, started = home / "runs" / "tiny", list[str]()
+
+    def stop_the_second(run: SeedRun) -> Result:
+        started.append(run.folder.name)
+        return train(run) if len(started) == 1 else Result(run.folder, False, 0, (), None, None, "", None)
+
+    tried(home, folder, stop_the_second)
+    assert started == ["plain-s1", "gated-s1"]
+    partial = results.read(folder)
+    assert partial["seeds"] == {"plain": [1], "gated": []} and partial["verdict"] == "not resolved"
+    tried(home, folder)
+    return folder
+
+
+def test_seeds_come_outermost_and_no_finished_run_is_repeated(home: Path, done: Path) -> None:
+    runs = running.plan(load(home), done, 2)
+    assert [each.name for each in runs] == ["plain-s1", "gated-s1", "plain-s2", "gated-s2"]
+    assert set(running.remaining(load(home), runs).values()) == {0}
+    tried(home, done)
+    assert {records.attempts(each.run.folder) for each in runs} == {1}
+
+
+def test_the_result_has_each_statement_with_its_interval_and_the_files_hash(home: Path, done: Path) -> None:
+    result = results.read(done)
+    assert result["seeds"] == {"plain": [1, 2], "gated": [1, 2]} and result["sha256"] == load(home).sha256
+    assert json.loads((done / running.CLAIM).read_text())["sha256"] == result["sha256"]
+    verdicts = [each["verdict"] for each in result["statements"]]
+    assert (
+        verdicts == ["confirmed", "refuted", "confirmed", "confirmed", "confirmed"] and result["verdict"] == "refuted"
+    )
+    assert all(each["found"]["seeds"] == [1, 2] for each in result["statements"])
+    last = records.read_status(done / "plain-s1")
+    assert last.best == last.last
+
+
+def test_the_same_seeds_give_the_same_table(home: Path, done: Path) -> None:
+    shutil.copytree(done, again := home / "runs" / "again", ignore=shutil.ignore_patterns("*-s2", "result.json"))
+    tried(home, again)
+    first, second = results.read(done), results.read(again)
+    assert results.rows(first) == results.rows(second) and first["policies"] == second["policies"]
+
+
+def test_a_changed_file_and_other_overrides_are_refused(home: Path, done: Path, tmp_path: Path) -> None:
+    with fails(ConfigError, "--resume"):
+        running.open_folder(load(home), done, resume=False)
+    with fails(CheckpointError, "claim.overrides"):
+        running.open_folder(load(home, "training.epochs=2"), done, resume=True)
+    running.open_folder(load(home, "logging.every=7 steps"), done, resume=True)
+    (tmp_path / "tiny.yaml").write_text(CLAIM.replace("more_than: -200", "more_than: -201"))
+    changed = claims.load(str(tmp_path / "tiny.yaml"), [f"data.root={home}/images"])
+    with fails(CheckpointError, "claim.sha256"):
+        running.open_folder(changed, done, resume=True)
+
+
+def test_a_section_is_a_function_of_the_result_and_replaces_itself_alone(done: Path, tmp_path: Path) -> None:
+    result, path = results.read(done), tmp_path / "RESULTS.md"
+    other = {**result, "claim": "another", "planned_seeds": 3}
+    results.update(path, other)
+    results.update(path, result)
+    first = path.read_text()
+    results.update(path, {**result, "verdict": "confirmed"})
+    assert path.read_text() != first
+    results.update(path, result)
+    assert path.read_text() == first and results.markdown(other) in first and results.markdown(result) in first
+    assert "2 of 3 seeds" in first
+
+
+def test_a_run_is_asked_to_stop_once_the_time_is_over(tmp_path: Path) -> None:
+    with Deadline(0).over(tmp_path):
+        for _ in range(60):
+            if (tmp_path / "stop").exists():
+                break
+            time.sleep(0.1)
+    assert (tmp_path / "stop").exists() and Deadline(0).is_over and not Deadline(None).is_over
+
+
+def test_the_cost_is_that_of_three_forward_passes(home: Path) -> None:
+    found = costs.of_arm(load(home).arms["plain"], 2)
+    assert found.images == 18 and found.gmacs == pytest.approx(3 * found.macs * 18 / 1e9) and found.images_per_s > 0
+
+
+def test_the_command_prints_the_cost_the_table_and_the_page(
+    home: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["reproduce", str(home / "tiny.yaml"), f"data.root={home}/images", "tracking.register=null"]
+    words += [f"tracking.uri=sqlite:///{home}/runs/mlflow.db", "--run-dir", str(done), "--resume"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--results", str(tmp_path / "RESULTS.md")])
+    assert not ended.value.code
+    printed = capsys.readouterr().out
+    assert "every run is finished" in printed and "refuted" in printed
+    assert (done / "report" / "index.html").is_file() and "## tiny:" in (tmp_path / "RESULTS.md").read_text()
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--seeds", "3", "--hours", "0"])
+    assert ended.value.code == cli.STOPPED and "plain-s3" in capsys.readouterr().out
