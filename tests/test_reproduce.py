@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,7 @@ from tuning.reproduce.claim import ClaimConfig, LoadedClaim
 from tuning.reproduce.running import Deadline
 from tuning.reproduce.verdict import difference, judge, overall
 
+ROOT = Path(__file__).parents[1]
 CLAIM = """
 title: Two of ours
 source: this test
@@ -261,6 +264,15 @@ def test_the_result_has_each_statement_with_its_interval_and_the_files_hash(home
     assert last.best == last.last
 
 
+def test_the_first_seed_of_each_arm_is_registered_as_claim_and_arm(home: Path, tmp_path: Path) -> None:
+    claim = claims.load(str(home / "tiny.yaml"), [f"data.root={home}/images"])
+    runs = running.plan(claim, tmp_path, 2)
+    names = ["tiny-plain", "tiny-gated", None, None]
+    assert [each.run.config.tracking.register for each in runs] == names
+    beside = claim.tracked(tmp_path / "runs").arms["plain"].tracking.uri
+    assert beside == f"sqlite:///{tmp_path}/runs/mlflow.db"
+
+
 def test_the_same_seeds_give_the_same_table(home: Path, done: Path) -> None:
     shutil.copytree(done, again := home / "runs" / "again", ignore=shutil.ignore_patterns("*-s2", "result.json"))
     tried(home, again)
@@ -321,3 +333,21 @@ def test_the_command_prints_the_cost_the_table_and_the_page(
     with pytest.raises(SystemExit) as ended:
         cli.main([*words, "--seeds", "3", "--hours", "0"])
     assert ended.value.code == cli.STOPPED and "plain-s3" in capsys.readouterr().out
+
+
+@pytest.mark.faults
+def test_a_killed_command_goes_on_and_gives_the_same_table(home: Path, done: Path, tmp_path: Path) -> None:
+    """It is killed with a checkpoint of the first run on disk; the weights are those of a run that was not killed."""
+    tiny, folder = tmp_path / "tiny.yaml", tmp_path / "runs" / "tiny"
+    tiny.write_text((home / "tiny.yaml").read_text())
+    shutil.copytree(home / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("tiny", "again"))
+    words = [sys.executable, "-m", "jobs.cli", "reproduce", str(tiny), f"data.root={home}/images"]
+    words += ["tracking.register=null", f"tracking.uri=sqlite:///{tmp_path}/runs/mlflow.db", "--run-dir", str(folder)]
+    words += ["checkpoint.every=1 steps"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        while not list(folder.glob("*/checkpoints/step-*/COMPLETE.json")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    subprocess.run([*words, "--resume"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert results.rows(results.read(folder)) == results.rows(results.read(done))

@@ -26,6 +26,8 @@ from pipeline.tracking import resolve_uri
 
 CLAIMS = Path(__file__).parents[1] / "claims"
 MOST_SEEDS = 1000
+PUBLISHED = "published"  # what a value is
+OF_THE_MACHINE = ("data.root", "data.index", "data.decode", "compute.", "tracking.", "logging.", "checkpoint.")
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
 Value = Annotated[float, Field(ge=-1e9, le=1e9)]
 UNITS = {"top1": "points", "macs": "MMACs", "class_sd": "of the fact"}
@@ -101,7 +103,7 @@ class Quantity(Config):
     def what(self) -> str:
         """For people, e.g. "aig gates-hard"."""
         if self.value is not None:
-            return "published"
+            return PUBLISHED
         arms = self.arms[0] if len(self.arms) == 1 else f"mean of {len(self.arms)} arms"
         at = f"{'+'.join(self.policies)} at random as {self.shares_of}" if self.shares_of else ""
         if self.at_macs_of is not None:
@@ -193,6 +195,11 @@ class LoadedClaim:
     sha256: str
     overrides: Sequence[str]
     arms: Mapping[str, RunConfig]
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The user's overrides that change what is learned or measured; the others are this machine's."""
+        return tuple(text for text in self.overrides if not text.startswith(OF_THE_MACHINE))
 
     def tracked(self, runs: Path | None) -> LoadedClaim:
         """The claim whose arms, unless they say where, are tracked beside other runs: in mlflow.db of that folder."""

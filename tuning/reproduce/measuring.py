@@ -60,6 +60,11 @@ class ClaimFigures:
     def _names(self, arm: str) -> Sequence[str]:
         return [FINAL, *self.claim.config.evaluations_of(arm)]
 
+    def begun(self, arm: str) -> tuple[int, ...]:
+        """The seeds of an arm whose training has begun, rising."""
+        planned = seed_runs.seeds_in(seed_runs.group_of(self.folder / arm))
+        return tuple(seed for seed in planned if (self.run_of(arm, seed) / "config.yaml").is_file())
+
     def seeds_of(self, *arms: str) -> tuple[int, ...]:
         """The seeds of which all these arms are done, rising."""
         found = [set(seed_runs.seeds_in(seed_runs.group_of(self.folder / arm))) for arm in arms]

@@ -23,7 +23,7 @@ from pipeline.figures import Table
 from pipeline.report import report
 from pipeline.runs import journal, provenance
 from pipeline.runs.files import read_json, write_json, write_text
-from tuning.reproduce.claim import UNITS, ClaimStatement, LoadedClaim
+from tuning.reproduce.claim import PUBLISHED, UNITS, ClaimStatement, LoadedClaim
 from tuning.reproduce.measuring import ClaimFigures, evaluation_of
 from tuning.reproduce.verdict import MeasuredDifference, judge, overall
 
@@ -64,13 +64,13 @@ def conclude(measured: ClaimFigures, planned: int) -> dict[str, JsonValue]:
     verdicts = [judge(found, more_than=each.more_than, less_than=each.less_than) for each, found in judged]
     statements = [_statement(*pair, verdict) for pair, verdict in zip(judged, verdicts, strict=True)]
     done = {arm: list(measured.seeds_of(arm)) for arm in claim.arms}
-    runs = [measured.run_of(arm, seed) for arm, of_arm in done.items() for seed in of_arm]
+    runs = [measured.run_of(arm, seed) for arm in claim.arms for seed in measured.begun(arm)]
     return {
         "format": FORMAT,
         "claim": claim.name,
         **{key: value for key, value in configs.as_mapping(config).items() if key in OF_FILE},
         "sha256": claim.sha256,
-        "overrides": list(claim.overrides),
+        "overrides": list(claim.learned),
         "seeds": {arm: _json(of_arm) for arm, of_arm in done.items()},
         "planned_seeds": planned,
         "verdict": overall(verdicts),
@@ -118,7 +118,7 @@ def _json(value: object) -> JsonValue:
 def _seconds(run: Path) -> float:
     """How long a run computed: over its starts, from the first line of rank 0's journal to the last one."""
     times: dict[int, list[float]] = {}
-    for record in journal.read(run / "journal" / "rank0.jsonl")[0]:
+    for record in journal.read_all(run / "journal" / "rank0.jsonl"):
         times.setdefault(record["attempt"], []).append(record["time"])
     return sum(max(each) - min(each) for each in times.values())
 
@@ -159,7 +159,10 @@ def _row(statement: Json) -> list[str]:
 
 def _side(statement: Json, found: Json, side: str) -> str:
     """E.g. "aig gates-hard 89.12 ± 0.20"."""
-    return f"{statement[side]} {_with_sd(section(found, side))}"
+    figure = section(found, side)
+    return f"{statement[side]} " + (
+        _with_sd(figure) if statement[side] != PUBLISHED else f"{_number(figure['mean']):g}"
+    )
 
 
 def _with_sd(of_spread: Json, factor: float = 1.0) -> str:

@@ -23,7 +23,6 @@ from tuning.reproduce.claim import ExtraEvaluation, LoadedClaim, override_texts
 from tuning.reproduce.measuring import ClaimFigures, evaluation_of
 
 CLAIM, CLAIM_FORMAT = "claim.json", 1
-OF_THE_MACHINE = ("data.root", "data.index", "data.decode", "compute.", "tracking.", "logging.", "checkpoint.")
 ASKED_EVERY_S = 1.0
 TrainOne: TypeAlias = Callable[[SeedRun], Result]
 
@@ -83,7 +82,7 @@ def open_folder(claim: LoadedClaim, folder: Path, *, resume: bool) -> Path:
     with other overrides: the rules of a verdict are fixed before its runs.
     """
     folder = launch.make_folder(folder)
-    mine = {"format": CLAIM_FORMAT, "claim": claim.name, "sha256": claim.sha256, "overrides": _learned(claim)}
+    mine = {"format": CLAIM_FORMAT, "claim": claim.name, "sha256": claim.sha256, "overrides": list(claim.learned)}
     if not (folder / CLAIM).exists():
         write_json(folder / CLAIM, mine)
         return folder
@@ -111,11 +110,6 @@ def _check_same(folder: Path, mine: Mapping[str, object]) -> None:
                 key=f"claim.{key}",
                 subject=folder,
             )
-
-
-def _learned(claim: LoadedClaim) -> list[str]:
-    """The user's overrides that change what is learned or measured."""
-    return [text for text in claim.overrides if not text.startswith(OF_THE_MACHINE)]
 
 
 def plan(claim: LoadedClaim, folder: Path, count: int) -> list[ClaimRun]:
