@@ -290,6 +290,8 @@ def test_a_changed_file_and_other_overrides_are_refused(home: Path, done: Path, 
     changed = claims.load(str(tmp_path / "tiny.yaml"), [f"data.root={home}/images"])
     with fails(CheckpointError, "claim.sha256"):
         running.open_folder(changed, done, resume=True)
+    running.open_folder(load(home), tmp_path / "begun", resume=False)
+    assert running.open_folder(changed, tmp_path / "begun", resume=False)  # no run has begun
 
 
 def test_a_section_is_a_function_of_the_result_and_replaces_itself_alone(done: Path, tmp_path: Path) -> None:

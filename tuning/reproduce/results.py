@@ -72,7 +72,7 @@ def conclude(measured: ClaimFigures, planned: int) -> dict[str, JsonValue]:
         "sha256": claim.sha256,
         "overrides": list(claim.learned),
         "seeds": {arm: _json(of_arm) for arm, of_arm in done.items()},
-        "planned_seeds": planned,
+        "planned_seeds": max(planned, *map(len, done.values())),
         "verdict": overall(verdicts),
         "statements": _json(statements),
         "policies": _json([row for arm in claim.arms for row in _policies(measured, arm)]),

@@ -16,7 +16,7 @@ from pipeline.evaluation.robustness import ResolutionSweep
 from pipeline.execution import launch, seeds
 from pipeline.execution.launch import Result
 from pipeline.execution.seeds import SeedRun
-from pipeline.runs import records
+from pipeline.runs import records, seed_runs
 from pipeline.runs.files import read_json, write_json
 from tuning.reproduce import results
 from tuning.reproduce.claim import ExtraEvaluation, LoadedClaim, override_texts
@@ -78,12 +78,12 @@ class ClaimOutcome:
 def open_folder(claim: LoadedClaim, folder: Path, *, resume: bool) -> Path:
     """The claim's folder, with claim.json written before the first run.
 
-    Raises ConfigError if it holds a claim and `resume` is not set, CheckpointError if it was begun by another file or
-    with other overrides: the rules of a verdict are fixed before its runs.
+    Raises ConfigError if runs have begun in it and `resume` is not set, CheckpointError if they were begun by another
+    file or with other overrides: the rules of a verdict are fixed before its runs.
     """
     folder = launch.make_folder(folder)
     mine = {"format": CLAIM_FORMAT, "claim": claim.name, "sha256": claim.sha256, "overrides": list(claim.learned)}
-    if not (folder / CLAIM).exists():
+    if not any(seed_runs.stem_of(path.parent.name) for path in folder.glob("*/config.yaml")):
         write_json(folder / CLAIM, mine)
         return folder
     if not resume:
