@@ -22,6 +22,7 @@ from pipeline.training.arithmetic import Length
 from pipeline.training.loop import device_of
 from pipeline.training.plan import use_bf16
 
+MOST_ROWS = 64  # images of a measured step, which all arms take in turn
 Precision = Literal["fp32", "bf16"]
 
 
@@ -61,8 +62,9 @@ def of_arm(config: RunConfig, runs: int) -> ArmCost:
     sides = config.data.side_choices or (config.data.side_px,)
     macs = fmean(arithmetic.macs_of(net, side, torch.device("cpu")) for side in sides)
     length = Length(round(macs), images, config.training.batch_size)
+    rows = min(MOST_ROWS, length.timed_rows)
     rates = {
-        precision: plans.measure(_in(config, precision), num_classes, length.timed_rows, train=None).images_per_s or 0.0
+        precision: plans.measure(_in(config, precision), num_classes, rows, train=None).images_per_s or 0.0
         for precision in _precisions(config, length)
     }
     best = max(rates, key=lambda precision: rates[precision])
