@@ -22,7 +22,7 @@ from pipeline.training.arithmetic import Length
 from pipeline.training.loop import device_of
 from pipeline.training.plan import use_bf16
 
-MOST_ROWS = 64  # images of a measured step, which all arms take in turn
+MOST_ROWS = 64  # most images of a measured step
 Precision = Literal["fp32", "bf16"]
 
 
