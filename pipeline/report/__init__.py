@@ -67,10 +67,12 @@ def report(
     A source may also be several seeds of a recipe (the folder NAME-seeds, or a pattern such as runs/NAME-s*): then its
     figures are means with their spread, and every two such groups are compared. groups is a file {superclass: [class,
     ...]}. data_set: a name in published.yaml, whose published points are drawn too, or "none"; None: the name of the
-    evaluated folder decides (see `published`). first: as of `build`. With `track` the folder is also logged to the nets' tracked runs, of a
-    folder NAME-seeds to the parent; a server that cannot be reached gives a warning. Raises ConfigError for nets that
-    cannot be compared, a net that is given twice, a pattern without a finished run, nets of a group that differ in more
-    than the seed, a data set that the images cannot be, and a folder `out` that holds other files.
+    evaluated folder decides (see `published`). first: as of `build`. With `track` the folder is also logged to the
+    nets' tracked runs, of a folder NAME-seeds to the parent; a server that cannot be reached gives a warning.
+
+    Raises ConfigError for nets that cannot be compared, a net that is given twice, a pattern without a finished run,
+    nets of a group that differ in more than the seed, a data set that the images cannot be, and a folder `out` that
+    holds other files.
     """
     folder.check(out)
     members = [seed_groups.members(source) for source in sources]
@@ -158,8 +160,8 @@ def build(
 ) -> WrittenReport:
     """Writes the report of these nets into `out`; `images` is the split of their evaluation, if it is available.
 
-    others: points published for the same images. first: figures at the top, under the heading "Result". Raises ContractError if a figure of a family breaks the contract in
-    `pipeline.figures`, ConfigError if a seed's evaluation has no answers by image.
+    others: points published for the same images. first: figures at the top, under the heading "Result". Raises
+    ContractError if a figure of a family breaks the contract in `pipeline.figures`, ConfigError if a seed's evaluation has no answers by image.
     """
     whole = general.all_policies(nets)
     compared = seeds.comparisons(nets)

@@ -6,7 +6,7 @@ Evaluations and saves are not counted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
@@ -59,16 +59,19 @@ def of_arm(config: RunConfig, runs: int) -> ArmCost:
     splits = open_splits(absolute(config).data, config.seed)
     num_classes, images = len(splits.train.classes), config.training.epochs * len(splits.train)
     net = families.find(config.family.name).build(config.family, num_classes)
+    rows = config.training.batch_size
     sides = config.data.side_choices or (config.data.side_px,)
-    macs = fmean(arithmetic.macs_of(net, side, torch.device("cpu")) for side in sides)
-    length = Length(round(macs), images, config.training.batch_size)
-    rows = min(MOST_ROWS, length.timed_rows)
+    lengths = [arithmetic.length_of(net, torch.zeros(1, 3, side, side), images=images, rows=rows) for side in sides]
+    length = replace(lengths[0], macs=round(fmean(each.macs for each in lengths)))
     rates = {
-        precision: plans.measure(_in(config, precision), num_classes, rows, train=None).images_per_s or 0.0
+        precision: plans.measure(
+            _in(config, precision), num_classes, min(MOST_ROWS, length.timed_rows), train=None
+        ).images_per_s
+        or 0.0
         for precision in _precisions(config, length)
     }
     best = max(rates, key=lambda precision: rates[precision])
-    return ArmCost(macs, images, runs, rates[best], best)
+    return ArmCost(length.macs, images, runs, rates[best], best)
 
 
 def _precisions(config: RunConfig, length: Length) -> list[Precision]:
