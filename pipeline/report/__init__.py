@@ -161,7 +161,8 @@ def build(
     """Writes the report of these nets into `out`; `images` is the split of their evaluation, if it is available.
 
     others: points published for the same images. first: figures at the top, under the heading "Result". Raises
-    ContractError if a figure of a family breaks the contract in `pipeline.figures`, ConfigError if a seed's evaluation has no answers by image.
+    ContractError if a figure of a family breaks the contract in `pipeline.figures`, ConfigError if a seed's
+    evaluation has no answers by image.
     """
     whole = general.all_policies(nets)
     compared = seeds.comparisons(nets)
