@@ -468,14 +468,16 @@ def _start_from(context: RunContext, net: nn.Module, path: Path) -> tuple[dict[s
 
 
 def settle(context: RunContext, current: TrainState, events: RunEvents) -> RunContext:
-    """The context with what the recipe leaves open: as before the checkpoint, else timed by rank 0. Collective."""
+    """The context with what the recipe leaves open: as before the checkpoint, else as rank 0 has timed it. Collective.
+
+    All ranks time, since a net's forward pass may be collective.
+    """
     config, chosen = context.config, events.arithmetic
     if chosen is None:
-        found = _choose(context, current) if ranks.rank() == 0 else None
-        if found is not None and found.seconds:
+        found = ranks.agree(_choose(context, current))
+        if found.seconds:
             events.writer.event("arithmetic", text=found.text)
-        chosen = ranks.agree(None if found is None else found.arithmetic)
-    assert chosen is not None
+        chosen = found.arithmetic
     training = arithmetic.settled(config.training, chosen, context.device)
     return replace(context, config=config.model_copy(update={"training": training}))
 
