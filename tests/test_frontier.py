@@ -9,7 +9,7 @@ import pytest
 from raised import fails
 
 from pipeline.errors import ConfigError
-from pipeline.evaluation.frontier import best_within, dominated, macs_text, parse_budget
+from pipeline.evaluation.frontier import best_within, dominated, macs_text, merit, parse_budget
 from pipeline.family import Report
 
 
@@ -70,6 +70,17 @@ def test_the_best_within_a_budget_is_the_most_accurate_then_the_cheapest() -> No
     budget = parse_budget("0.5M")
     with fails(ConfigError, "budget", "0.5M"):
         best_within(reports, [budget.cost_of(r) for r in reports], budget)
+
+
+def test_no_budget_chooses_a_control_and_no_frontier_has_one() -> None:
+    """Though it is the cheapest and the most accurate."""
+    control = Report("mask", 10, 0.9, None, 0.1, 1e6, 1e6, 0.1, kind="gates-control")
+    real = Report("hard", 10, 0.8, None, 0.1, 2e6, 2e6, 0.2, kind="gates")
+    reports, costs = [control, real], [1e6, 2e6]
+    assert best_within(reports, costs, parse_budget("3M")) == 1
+    with fails(ConfigError, "budget"):
+        best_within(reports, costs, parse_budget("1.5M"))
+    assert dominated(costs, [merit(each.kind, each.top1) for each in reports]) == [True, False]
 
 
 def test_macs_are_written_with_a_unit() -> None:

@@ -221,7 +221,7 @@ def train(run: SeedRun) -> Result:
 
 def tried(home: Path, folder: Path, train_one: Callable[[SeedRun], Result] = train, count: int = 2) -> LoadedClaim:
     claim = load(home)
-    running.open_folder(claim, folder, resume=(folder / running.CLAIM).exists())
+    running.open_folder(claim, folder, running.images_of(claim), resume=(folder / running.CLAIM).exists())
     running.train(claim, running.plan(claim, folder, count), train_one, Deadline(None))
     return claim
 
@@ -282,16 +282,19 @@ def test_the_same_seeds_give_the_same_table(home: Path, done: Path) -> None:
 
 def test_a_changed_file_and_other_overrides_are_refused(home: Path, done: Path, tmp_path: Path) -> None:
     with fails(ConfigError, "--resume"):
-        running.open_folder(load(home), done, resume=False)
+        running.open_folder(load(home), done, "images", resume=False)
     with fails(CheckpointError, "claim.overrides"):
-        running.open_folder(load(home, "training.epochs=2"), done, resume=True)
-    running.open_folder(load(home, "logging.every=7 steps"), done, resume=True)
+        running.open_folder(load(home, "training.epochs=2"), done, "images", resume=True)
+    with fails(CheckpointError, "claim.images"):
+        running.open_folder(load(home), done, "others", resume=True)
+    same = load(home, "logging.every=7 steps")
+    running.open_folder(same, done, running.images_of(same), resume=True)
     (tmp_path / "tiny.yaml").write_text(CLAIM.replace("more_than: -200", "more_than: -201"))
     changed = claims.load(str(tmp_path / "tiny.yaml"), [f"data.root={home}/images"])
     with fails(CheckpointError, "claim.sha256"):
-        running.open_folder(changed, done, resume=True)
-    running.open_folder(load(home), tmp_path / "begun", resume=False)
-    assert running.open_folder(changed, tmp_path / "begun", resume=False)  # no run has begun
+        running.open_folder(changed, done, "images", resume=True)
+    running.open_folder(load(home), tmp_path / "begun", "images", resume=False)
+    assert running.open_folder(changed, tmp_path / "begun", "images", resume=False)  # no run has begun
 
 
 def test_a_section_is_a_function_of_the_result_and_replaces_itself_alone(done: Path, tmp_path: Path) -> None:
@@ -353,3 +356,19 @@ def test_a_killed_command_goes_on_and_gives_the_same_table(home: Path, done: Pat
         process.kill()
     subprocess.run([*words, "--resume"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     assert results.rows(results.read(folder)) == results.rows(results.read(done))
+
+
+def test_typing_errors_of_a_claim_are_found_before_it_trains(home: Path, tmp_path: Path) -> None:
+    with fails(ConfigError, "checkpoint.best"):
+        load(home, "checkpoint.best=eval/native/top1")
+    (tmp_path / "typo.yaml").write_text(CLAIM.replace("policy: native", "policy: natve"))
+    with fails(ConfigError, "policy"):
+        claims.check_policies(claims.load(str(tmp_path / "typo.yaml"), [f"data.root={home}/images"]))
+
+
+def test_a_file_with_other_text_is_not_written_over(done: Path, tmp_path: Path) -> None:
+    other = tmp_path / "README.md"
+    other.write_text("# Mine")
+    with fails(ConfigError, "--results"):
+        results.update(other, results.read(done))
+    assert other.read_text() == "# Mine"

@@ -85,7 +85,8 @@ def reproduce(
     claim = claim.tracked(None if run_dir else Path("runs").absolute())
     runs = running.plan(claim, folder, count)
     if not plan:
-        running.open_folder(claim, folder, resume=resume)
+        claims.check_policies(claim)
+        running.open_folder(claim, folder, running.images_of(claim), resume=resume)
     _print_costs(claim, runs)
     if plan:
         return

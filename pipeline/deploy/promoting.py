@@ -17,7 +17,7 @@ from pipeline import tracking
 from pipeline.deploy import evaluations
 from pipeline.deploy.evaluations import Evaluation
 from pipeline.errors import CheckpointError, ConfigError, JsonValue
-from pipeline.evaluation.frontier import dominated, macs_text
+from pipeline.evaluation.frontier import dominated, macs_text, merit
 from pipeline.family import Report
 from pipeline.registry import catalogue, promotion_log
 from pipeline.registry.catalogue import Version, listed
@@ -217,10 +217,10 @@ def gate(challenger: Sequence[Report], champion: Sequence[Report]) -> str | None
     Equal points count for the champion: a change must improve something.
     """
     both = [*champion, *challenger]
-    theirs = dominated([r.macs_mean for r in both], [r.top1 for r in both])[len(champion) :]
+    theirs = dominated([r.macs_mean for r in both], [merit(r.kind, r.top1) for r in both])[len(champion) :]
     if not all(theirs):
         return None
-    own = dominated([r.macs_mean for r in challenger], [r.top1 for r in challenger])
+    own = dominated([r.macs_mean for r in challenger], [merit(r.kind, r.top1) for r in challenger])
     return "; ".join(_by_how_much(r, champion) for r, beaten in zip(challenger, own, strict=True) if not beaten)
 
 

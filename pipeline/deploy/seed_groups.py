@@ -94,6 +94,9 @@ def _short(name: str) -> str:
 
 
 def _learned(net: Evaluated) -> dict[str, object]:
-    """What decides what is learned, without the seed and the images, of which a seed holds out its own."""
+    """What decides what is learned, without the seed and the images, of which a seed holds out its own.
+
+    Without the precision too, which each run may choose by timing; reports name it.
+    """
     fingerprint = run_config.fingerprint(run_config.from_stored(net.recipe, f"recipe of {net.name}"), "")
-    return {key: value for key, value in fingerprint.items() if key != "seed"}
+    return {key: value for key, value in fingerprint.items() if key not in ("seed", "training.precision")}

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError
-from pipeline.evaluation.frontier import dominated
+from pipeline.evaluation.frontier import dominated, merit
 from pipeline.family import Evaluated, Report
 from pipeline.figures import hits
 
@@ -143,7 +143,7 @@ def report_of(net: Evaluated, policy: str | None, option: str) -> Report:
 
 def frontier_of(net: Evaluated) -> list[Report]:
     """The undominated policies, cheapest first."""
-    beaten = dominated([r.macs_mean for r in net.reports], [r.top1 for r in net.reports])
+    beaten = dominated([r.macs_mean for r in net.reports], [merit(r.kind, r.top1) for r in net.reports])
     best = [report for report, is_beaten in zip(net.reports, beaten, strict=True) if not is_beaten]
     return sorted(best, key=lambda report: report.macs_mean)
 

@@ -20,6 +20,14 @@ FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 BUDGET = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>ms|s|%|[kmgt]?(macs)?)", re.IGNORECASE)
 
 
+CONTROL = "-control"  # ends the kind of a policy that only serves to be compared with
+
+
+def merit(kind: str, top1: float) -> float:
+    """A policy's top-1 in 0..1; that of a control is below all others, so that no frontier and no budget has it."""
+    return float("-inf") if kind.endswith(CONTROL) else top1
+
+
 def dominated(costs: Sequence[float], accuracies: Sequence[float]) -> list[bool]:
     """Whether each point is beaten by one that is at least as accurate and at most as expensive.
 
@@ -77,16 +85,18 @@ def best_within(reports: Sequence[Report], costs: Sequence[float], budget: Budge
 
     costs [n] in the budget's unit. Raises ConfigError naming the cheapest policy if every one is above the budget.
     """
-    within = [number for number, cost in enumerate(costs) if cost <= budget.amount]
+    merits = [merit(report.kind, report.top1) for report in reports]
+    possible = [number for number, each in enumerate(merits) if each > float("-inf")]
+    within = [number for number in possible if costs[number] <= budget.amount]
     if not within:
-        cheapest = min(range(len(costs)), key=lambda number: costs[number])
+        cheapest = min(possible, key=lambda number: costs[number])
         raise ConfigError(
             f"budget (={budget.text}): every policy costs more; the cheapest is {reports[cheapest].policy} at "
             f"{budget.written(costs[cheapest])}",
             key="budget",
             subject=budget.text,
         )
-    return max(within, key=lambda number: (reports[number].top1, -costs[number]))
+    return max(within, key=lambda number: (merits[number], -costs[number]))
 
 
 def macs_text(macs: float) -> str:

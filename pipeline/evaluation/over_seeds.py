@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError
 from pipeline.evaluation.comparing import LEVEL, Rows, answers, answers_at, frontier_of, report_of
-from pipeline.evaluation.frontier import dominated
+from pipeline.evaluation.frontier import dominated, merit
 from pipeline.family import Evaluated
 
 Table2D = NDArray[np.float64]  # [S, N], hits of each seed on each image
@@ -204,7 +204,7 @@ def _costs(group: SeedGroup) -> list[float]:
 
 
 def _by_name(net: Evaluated) -> dict[str, tuple[float, float]]:
-    return {report.policy: (report.macs_mean, report.top1) for report in net.reports}
+    return {report.policy: (report.macs_mean, merit(report.kind, report.top1)) for report in net.reports}
 
 
 def _check(*groups: SeedGroup) -> None:

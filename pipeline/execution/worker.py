@@ -468,13 +468,10 @@ def _start_from(context: RunContext, net: nn.Module, path: Path) -> tuple[dict[s
 
 
 def settle(context: RunContext, current: TrainState, events: RunEvents) -> RunContext:
-    """The context with what the recipe leaves open: as before the checkpoint, else as rank 0 has timed it. Collective.
-
-    All ranks time, since a net's forward pass may be collective.
-    """
+    """The context with what the recipe leaves open: as before the checkpoint, else as rank 0 timed it. Collective."""
     config, chosen = context.config, events.arithmetic
     if chosen is None:
-        found = ranks.agree(_choose(context, current))
+        found = _choose(context, current)
         if found.seconds:
             events.writer.event("arithmetic", text=found.text)
         chosen = found.arithmetic
@@ -483,7 +480,7 @@ def settle(context: RunContext, current: TrainState, events: RunEvents) -> RunCo
 
 
 def _choose(context: RunContext, current: TrainState) -> Chosen:
-    """How a new run computes."""
+    """How a new run computes. Collective."""
     config, training, device, family = context.config, context.config.training, context.device, context.family
     rows = min(-(-training.batch_size // ranks.world()), config.compute.max_batch_per_worker or training.batch_size)
     side_px, seen = config.data.side_px, training.epochs * len(context.splits.train) / ranks.world()

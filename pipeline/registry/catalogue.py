@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.evaluation.frontier import Budget, dominated
+from pipeline.evaluation.frontier import Budget, dominated, merit
 from pipeline.registry import cache, store_reader
 from pipeline.registry.model_store import RegisteredModel, VersionRow
 from pipeline.tracking.address import database_file, resolve_uri
@@ -71,7 +71,8 @@ class Version:
     @cached_property
     def dominated(self) -> list[bool]:
         """For each report whether another one is at least as accurate and costs no more."""
-        return dominated([r["macs_mean"] for r in self.reports], [r["top1"] for r in self.reports])
+        merits = [merit(str(report.get("kind", "")), report["top1"]) for report in self.reports]
+        return dominated([report["macs_mean"] for report in self.reports], merits)
 
     def is_of(self, dataset: str) -> bool:
         """Whether it was trained or evaluated on the images with this name or identity."""

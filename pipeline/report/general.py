@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from pipeline import family as families
-from pipeline.evaluation.frontier import dominated
+from pipeline.evaluation.frontier import dominated, merit
 from pipeline.evaluation.seed_means import over_seeds
 from pipeline.family import Evaluated, Latency, Report
 from pipeline.figures import Cell, Figure, HeatMap, Lines, Number, Series, Table, marks
@@ -62,7 +62,7 @@ def _same(point: Point, net: Evaluated, report: Report) -> bool:
 
 def frontier(points: Sequence[Point]) -> Frontier:
     """The frontier of these points."""
-    return Frontier(points, dominated([p.cost for p in points], [p.report.top1 for p in points]))
+    return Frontier(points, dominated([p.cost for p in points], [merit(p.report.kind, p.report.top1) for p in points]))
 
 
 def by_macs(nets: Sequence[Evaluated]) -> Frontier:

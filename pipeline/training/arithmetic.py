@@ -11,13 +11,13 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 
-from pipeline import cost
+from pipeline import cost, ranks
 from pipeline.errors import JsonValue
 from pipeline.family import AnyFamily, FamilyConfig, cross_entropy
 from pipeline.training.config import TrainingConfig
@@ -79,6 +79,13 @@ class Timed:
     def device(self) -> torch.device:
         return self.images.device
 
+    def started(self) -> Timed:
+        """The same with a copy of the net that has seen the images once, as its first forward may be collective."""
+        net = deepcopy(self.net).train()
+        with torch.no_grad():
+            net(self.images)
+        return replace(self, net=net)
+
     def pass_of(self, choice: Arithmetic) -> Callable[[], None]:
         """A forward and a backward pass of a copy of the net."""
         net: nn.Module = deepcopy(self.net).train()
@@ -127,15 +134,18 @@ def length_of(net: nn.Module, image: Tensor, *, images: float, rows: int) -> Len
 
 
 def choose(training: TrainingConfig, length: Length, timed: Timed, *, fixed_sizes: bool) -> Chosen:
-    """How a new run computes. timed: the net of the run, with `length.timed_rows` images.
+    """How a new run computes: of what all ranks can do, as rank 0 has timed it. Collective.
+
+    timed: the net of the run, with `length.timed_rows` images.
 
     fixed_sizes: all steps have maps of the same sizes, without which each new size would be compiled.
     """
-    choices = _choices(training, length, timed.device, fixed_sizes=fixed_sizes)
+    possible = ranks.gather(_choices(training, length, timed.device, fixed_sizes=fixed_sizes))
+    choices = [each for each in possible[0] if all(each in of_rank for of_rank in possible)] or [possible[0][0]]
     if len(choices) == 1:
         return Chosen(choices[0])
     seconds, failed = _time(choices, timed)
-    return Chosen(_fastest(seconds), seconds, failed)
+    return ranks.agree(Chosen(_fastest(seconds), seconds, failed))
 
 
 def of_checkpoint(training: TrainingConfig, saved: Mapping[str, JsonValue], device: torch.device) -> Arithmetic:
@@ -181,6 +191,7 @@ def _time(choices: Sequence[Arithmetic], timed: Timed) -> tuple[dict[Arithmetic,
     """
     if timed.device.type == "cpu":
         keep_freed_memory()
+    timed = timed.started()
     passes, failed = {choices[0]: timed.pass_of(choices[0])}, dict[Arithmetic, str]()
     _warm_up(passes[choices[0]])
     for choice in choices[1:]:

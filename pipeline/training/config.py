@@ -184,6 +184,11 @@ class CheckpointConfig(Config):
         None  # metric that is best when highest; null: the first policy's top-1; last: the last checkpoint is taken
     )
 
+    @classmethod
+    def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
+        """Keys that change nothing under these values, each with the reason."""
+        return {"keep_best": "best is last"} if values["best"] == "last" else {}
+
     @field_validator("storage")
     @classmethod
     def _without_secrets(cls, storage: str | None) -> str | None:

@@ -605,6 +605,14 @@ def test_a_control_keeps_the_rates_but_not_the_decisions(mixed: Aig, kind: type[
     assert kind().restored(control.state()) == control
 
 
+def test_the_draw_of_shuffled_gates_does_not_depend_on_the_batch(mixed: Aig) -> None:
+    with torch.no_grad():
+        control = ShuffledGates().calibrated(mixed.eval(), held_out())
+        whole = control.predict(mixed, images(40)).facts["gates"]
+        parts = [control.predict(mixed, images(40)[n : n + 3]).facts["gates"] for n in range(0, 40, 3)]
+    assert torch.equal(torch.cat(parts), whole) and len(whole.unique(dim=0)) > 1
+
+
 def test_controls_that_run_all_blocks_give_the_whole_nets_answers(mixed: Aig) -> None:
     for kind in (ShuffledGates, FixedMask):
         control = kind(patterns=(("1" * len(mixed.blocks), 3),))

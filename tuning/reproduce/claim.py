@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from pipeline import config as configs
+from pipeline import family as families
 from pipeline import run_config
 from pipeline.config import Config, Side
 from pipeline.errors import ConfigError
@@ -26,8 +27,21 @@ from pipeline.tracking import resolve_uri
 
 CLAIMS = Path(__file__).parents[1] / "claims"
 MOST_SEEDS = 1000
+CLASSES = 10  # of the net that is built to know its policies
 PUBLISHED = "published"  # what a value is
-OF_THE_MACHINE = ("data.root", "data.index", "data.decode", "compute.", "tracking.", "logging.", "checkpoint.")
+OF_THE_COMPUTER = (
+    "device",
+    "address",
+    "cpus_per_worker",
+    "start_patience_s",
+    "max_failures",
+    "hang_after_s",
+    "on_hang",
+)
+OF_THE_MACHINE: tuple[str, ...] = (  # keys that change neither what is learned nor what is measured
+    *("data.root", "data.index", "data.decode", "tracking.", "logging.", "checkpoint.every"),
+    *(f"compute.{key}" for key in OF_THE_COMPUTER),
+)
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
 Value = Annotated[float, Field(ge=-1e9, le=1e9)]
 UNITS = {"top1": "points", "macs": "MMACs", "class_sd": "of the fact"}
@@ -88,11 +102,17 @@ class Quantity(Config):
     @model_validator(mode="after")
     def _rules(self) -> Quantity:
         if self.value is not None:
-            if self.arms or self.policy or self.policies:
-                raise ValueError("a published value has no arms and no policies")
+            if self.model_fields_set - {"value"}:
+                raise ValueError("a published value has no other key")
             return self
         if not self.arms or (self.policy is None) == (not self.policies):
             raise ValueError("give value, or arms with either policy or policies")
+        if self.policy and (self.at_macs_of or self.shares_of):
+            raise ValueError("at_macs_of and shares_of are for policies, of which there are several")
+        if self.policies and self.figure == "class_sd":
+            raise ValueError("figure class_sd is of one policy")
+        if self.shuffled_labels and self.figure != "class_sd":
+            raise ValueError("shuffled_labels is for figure class_sd")
         if self.policies and (self.at_macs_of is None) == (self.shares_of is None):
             raise ValueError("policies are mixed: give at_macs_of or shares_of")
         if (self.fact is None) != (self.figure != "class_sd" and self.shares_of is None):
@@ -259,7 +279,35 @@ def load(
             raise ConfigError(
                 f"claim {source}, arm {arm}: {error}", key=error.key, keys=error.keys, subject=error.subject
             ) from None
+        if (best := arms[arm].checkpoint.best) != "last":
+            raise ConfigError(
+                f"claim {source}, arm {arm}: checkpoint.best (={best}): a claim is judged by the last checkpoint; "
+                "leave it out",
+                key="checkpoint.best",
+                subject=best,
+            )
     return LoadedClaim(name, config, sha256, tuple(overrides), arms)
+
+
+def check_policies(claim: LoadedClaim) -> None:
+    """Raises ConfigError if a statement names a policy of the evaluation after training that its arm does not have."""
+    for quantity in claim.config.quantities():
+        if quantity.evaluation == FINAL:
+            for arm in quantity.arms:
+                _check_names(claim.arms[arm], arm, [*quantity.policies, *filter(None, (quantity.policy,))])
+        if quantity.at_macs_of is not None:
+            _check_names(claim.arms[quantity.at_macs_of.arm], quantity.at_macs_of.arm, [quantity.at_macs_of.policy])
+
+
+def _check_names(config: RunConfig, arm: str, named: Sequence[str]) -> None:
+    family = families.find(config.family.name)
+    known = [each.name for each in family.policies(config.family, family.build(config.family, CLASSES).eval())]
+    if unknown := [name for name in named if name not in known]:
+        raise ConfigError(
+            f"claim: arm {arm} has no policy {', '.join(unknown)}; known: {', '.join(known)}",
+            key="policy",
+            subject=unknown[0],
+        )
 
 
 class _RunNamed(Config):

@@ -5,10 +5,11 @@ Letters: S seeds, N images, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from tuning.reproduce.verdict import MeasuredDifference, difference
 SHUFFLES, SHUFFLE_SEED = 200, 0
 OF_CLAIM = "claim-"  # begins the folders of a claim's evaluations
 PER_IMAGE = {"top1": 100.0, "macs": 1e-6}  # what turns an image's number into the unit of the figure
+T = TypeVar("T")
 PerImage = NDArray[np.float64]  # [N]
 
 
@@ -108,7 +110,7 @@ class ClaimFigures:
             return [1.0]
         if quantity.shares_of is not None:
             report = self.report(arm, seed, quantity.evaluation, quantity.shares_of)
-            return list(report.facts[str(quantity.fact)])
+            return list(_known(report.facts, str(quantity.fact), "facts")[str(quantity.fact)])
         assert quantity.at_macs_of is not None
         target = self.report(quantity.at_macs_of.arm, seed, FINAL, quantity.at_macs_of.policy).macs_mean
         macs = [self.report(arm, seed, quantity.evaluation, name).macs_mean for name in quantity.policies]
@@ -163,6 +165,14 @@ def mixture(macs: Sequence[float], target: float) -> list[float]:
     return shares
 
 
+def _known(found: Mapping[str, T], name: str, what: str) -> Mapping[str, T]:
+    """What was found. Raises ConfigError if it has no such fact."""
+    if name not in found:
+        known = ", ".join(each for each in found if each.startswith("facts.") or what == "facts")
+        raise ConfigError(f"fact {name}: the policy has none of that name; known: {known}", key="fact", subject=name)
+    return found
+
+
 def _not_there(place: Path, policy: str, why: str) -> ConfigError:
     return ConfigError(f"{place}: policy {policy}: {why}", key="policy", subject=policy)
 
@@ -180,7 +190,8 @@ def _per_image(arrays: Arrays, figure: str) -> PerImage:
 
 def _class_sd(arrays: Arrays, fact: str, *, shuffled: bool) -> float:
     """The standard deviation over classes of a fact's mean; shuffled: the mean of that over SHUFFLES permutations."""
-    values, labels = arrays[f"facts.{fact}"].astype(np.float64), arrays["labels"]
+    key = f"facts.{fact}"
+    values, labels = _known(arrays, key, key)[key].astype(np.float64), arrays["labels"]
     if not shuffled:
         return _sd_of_means(values, labels)
     generator = np.random.default_rng(SHUFFLE_SEED)

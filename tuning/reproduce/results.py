@@ -249,6 +249,12 @@ def update(path: Path, result: Json) -> None:
     """
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if text and not text.startswith(HEAD):
+            raise ConfigError(
+                f"--results (={path}): holds other text, which would be lost; name another file",
+                key="--results",
+                subject=path,
+            )
         sections = {match[1]: match[0] for match in re.finditer(r"^## ([^:\n]+):.*?(?=^## |\Z)", text, re.M | re.S)}
         sections[str(result["claim"])] = markdown(result)
         parts = [HEAD, PREFACE, *(sections[name].rstrip("\n") + "\n" for name in sorted(sections))]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+from pipeline.data.index import open_splits
 from pipeline.deploy import evaluations
 from pipeline.errors import CheckpointError, ConfigError, DivergedError
 from pipeline.evaluation.robustness import ResolutionSweep
@@ -75,14 +76,21 @@ class ClaimOutcome:
     diverged: dict[str, str] = field(default_factory=dict)
 
 
-def open_folder(claim: LoadedClaim, folder: Path, *, resume: bool) -> Path:
-    """The claim's folder, with claim.json written before the first run.
+def images_of(claim: LoadedClaim) -> str:
+    """The identity of the images that the arms are evaluated on. Raises DataError if they cannot be read."""
+    config = next(iter(claim.arms.values()))
+    return open_splits(launch.absolute(config).data, config.seed).val.identity
+
+
+def open_folder(claim: LoadedClaim, folder: Path, images: str, *, resume: bool) -> Path:
+    """The claim's folder, with claim.json written before the first run. images: as of `images_of`.
 
     Raises ConfigError if runs have begun in it and `resume` is not set, CheckpointError if they were begun by another
-    file or with other overrides: the rules of a verdict are fixed before its runs.
+    file, with other overrides or images: the rules of a verdict are fixed before its runs.
     """
     folder = launch.make_folder(folder)
     mine = {"format": CLAIM_FORMAT, "claim": claim.name, "sha256": claim.sha256, "overrides": list(claim.learned)}
+    mine["images"] = images
     if not any(seed_runs.stem_of(path.parent.name) for path in folder.glob("*/config.yaml")):
         write_json(folder / CLAIM, mine)
         return folder
@@ -102,7 +110,8 @@ def _check_same(folder: Path, mine: Mapping[str, object]) -> None:
     except (OSError, ValueError):
         found = None
     held = found if isinstance(found, dict) else {}
-    for key, what in (("sha256", "the claim's file has another SHA-256"), ("overrides", "other overrides were given")):
+    changes = {"sha256": "the claim's file has another SHA-256", "overrides": "other overrides were given"}
+    for key, what in {**changes, "images": "the evaluated images are others"}.items():
         if held.get(key) != mine[key]:
             raise CheckpointError(
                 f"{folder}: {what} than when it was begun ({mine[key]}, not {held.get(key)}), and the rules of a "

@@ -55,8 +55,9 @@ class Whitening(nn.Module):
     """A convolution over patches whose outputs are uncorrelated and of variance 1, each with both signs.
 
     The filters are the eigenvectors of the patches' covariance over the roots of their eigenvalues, from the first
-    batch that is seen in training mode; until then they are drawn. `fitted` [] is 1 from then on. Collective in that
-    forward.
+    batch (of several micro-batches the first one) that is seen in training mode; until then they are drawn. `fitted` []
+    is 1 from then on. Collective in that forward. A moving average of the net takes the filters over as it takes over
+    the weights of the first steps: at once with a warm-up of the average, slowly with `training.ema_warmup: none`.
     """
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from pipeline.errors import ContractError, JsonValue
 from pipeline.families.convnet_aig.model import Aig, GatedBlock
 from pipeline.family import MeasuresOnce, Prediction, Settings
 
-SHUFFLE_SEED = 0
+SCATTER = 1009.0  # spreads sums of pixels over many whole numbers
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class GateControl(MeasuresOnce):
         assert isinstance(net, Aig)
         if not self.patterns:
             raise ContractError(f"policy {self.by}: it must be calibrated before it predicts", key="calibration")
-        gates = self._drawn(len(images)).to(images.device)  # [B, L]
+        gates = self._drawn(images).to(images.device)  # [B, L]
         x = net.stem(images)
         for block, opened in zip(net.blocks, gates.unbind(1), strict=True):
             assert isinstance(block, GatedBlock)
@@ -79,8 +79,8 @@ class GateControl(MeasuresOnce):
         """The patterns as a table [n, L] bool."""
         return torch.tensor([[bit == "1" for bit in gates] for gates, _ in self.patterns])
 
-    def _drawn(self, count: int) -> Tensor:
-        """The blocks that run for each of `count` images, [B, L] bool."""
+    def _drawn(self, images: Tensor) -> Tensor:
+        """The blocks that run for each of the images, [B, L] bool."""
         raise NotImplementedError
 
 
@@ -88,17 +88,18 @@ class GateControl(MeasuresOnce):
 class ShuffledGates(GateControl):
     """Each image runs the blocks of a held-out training image drawn at random: the same rates, but no decision.
 
-    Images of one batch are not exchanged, for they may be of one class. The generator is seeded at each call.
+    Images of one batch are not exchanged, for they may be of one class. The draw is a function of the image's pixels:
+    it does not depend on the batch.
     """
 
     by: ClassVar[str] = "shuffled"
     name: str = "gates-shuffled"
 
-    def _drawn(self, count: int) -> Tensor:
-        generator = torch.Generator().manual_seed(SHUFFLE_SEED)
-        weights = torch.tensor([float(number) for _, number in self.patterns])
-        chosen = torch.multinomial(weights, count, replacement=True, generator=generator)
-        return self._table()[chosen]
+    def _drawn(self, images: Tensor) -> Tensor:
+        numbers = (images.flatten(1).double().sum(1) * SCATTER).remainder(1).cpu()  # [B], evenly in 0..1
+        counts = torch.tensor([float(number) for _, number in self.patterns], dtype=torch.float64)
+        chosen = torch.searchsorted(counts.cumsum(0) / counts.sum(), numbers, right=True)
+        return self._table()[chosen.clamp_max(len(counts) - 1)]
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,12 @@ class FixedMask(GateControl):
     by: ClassVar[str] = "mask"
     name: str = "gates-mask"
 
-    def _drawn(self, count: int) -> Tensor:
+    def _drawn(self, images: Tensor) -> Tensor:
         rates = torch.tensor(self.rates)
         number = int(torch.ceil(rates.double().sum() - 1e-6))
         mask = torch.zeros(len(rates), dtype=torch.bool)
         mask[rates.argsort(descending=True, stable=True)[:number]] = True
-        return mask.expand(count, -1)
+        return mask.expand(len(images), -1)
 
 
 def _texts(gates: Tensor) -> list[str]:
