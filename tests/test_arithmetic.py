@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -114,15 +115,17 @@ def test_a_run_times_its_net_once_and_goes_on_as_it_began(tmp_path: Path) -> Non
     words = [f"data.root={images}", "family.depth=8", "training.batch_size=8", "training.epochs=1000000"]
     words += ["compute.workers=0", "tracking.register=null", "training.compile=false", "evaluation.every=2 steps"]
     config, run_dir = run_config.load("baseline/toy", words), tmp_path / "run"
-    saved = []
-    for _ in range(2):
-        stop = run_dir / "stop"
+    saved, stop = [], run_dir / "stop"
+    for start in range(3):
+        if start == 1:  # as if it had been killed before its first checkpoint
+            shutil.rmtree(run_dir / "checkpoints")
+            (run_dir / "status.json").unlink()
         result = launch.train(config, run_dir, on_start=stop.touch)
         meta = checkpoint.open_storage(config.checkpoint, run_dir).meta(checkpoint.name_of(result.step))
         saved.append(meta.recipe["training"])
     events = [
         each for each in journal.read_all(run_dir / "journal" / "rank0.jsonl") if each.get("event") == "arithmetic"
     ]
-    assert len(events) == 1 and saved[0] == saved[1]
+    assert len(events) == 1 and saved[0] == saved[1] == saved[2]
     taken = "bf16" if "computes in bf16" in str(events[0]["text"]) else "auto"
     assert isinstance(saved[0], dict) and saved[0]["precision"] == taken and saved[0]["compile"] is False

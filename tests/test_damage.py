@@ -36,7 +36,16 @@ from tuning.record import SweepRecord
 from tuning.space import Sample
 
 OF_RUNS = (
-    *("attempt.json", "id", "lease.json", "status.json", "tracking.json", "progress.json", "config.yaml"),
+    *(
+        "attempt.json",
+        "id",
+        "lease.json",
+        "status.json",
+        "tracking.json",
+        "progress.json",
+        "config.yaml",
+        "arithmetic.json",
+    ),
     *("environment.json", "checkpoints/OWNER", "journal/rank0.jsonl", "journal/driver.jsonl", "journal/node0.jsonl"),
     *(f"checkpoints/step-00000004/{name}" for name in ("COMPLETE.json", "meta.json", "state.pt", "net.safetensors")),
     *("evaluations/final/about.json", "evaluations/final/reports.json", "evaluations/final/native.npz"),

@@ -34,17 +34,19 @@ from pipeline.family import AnyFamily, load_pretrained
 from pipeline.run_config import RunConfig
 from pipeline.runs import lease, records
 from pipeline.runs.beats import COMPILING, LONG, Beats
-from pipeline.runs.files import write_json
+from pipeline.runs.files import read_json, write_json
 from pipeline.runs.journal import Journal, SystemSampler, unreadable
 from pipeline.runs.records import About, Meta, Status
 from pipeline.training import arithmetic, checkpoint, loop, memory, optim, state, step, weights_file
 from pipeline.training.arithmetic import Arithmetic, Chosen, Timed
 from pipeline.training.checkpoint import Checkpointer, Storage
+from pipeline.training.config import TrainingConfig
 from pipeline.training.loop import device_of
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainState
 from pipeline.training.step import MicroBatch
 
+ARITHMETIC = "arithmetic.json"  # in the run folder: the precision and compilation that the run has chosen
 EVALUATING = 3.0  # what follows the last batch gives no sign
 
 
@@ -287,6 +289,10 @@ class Writer(Protocol):
         """Writes about.json of an evaluation."""
         ...
 
+    def arithmetic(self, training: TrainingConfig) -> None:
+        """Writes the settings that a new run has chosen."""
+        ...
+
     def status(self, current: TrainState, *, finished: bool) -> None:
         """Writes status.json and the journal's last event."""
         ...
@@ -312,6 +318,8 @@ class NoWriter:
         return None
 
     def about(self, folder: Path, about: About) -> None: ...
+
+    def arithmetic(self, training: TrainingConfig) -> None: ...
 
     def status(self, current: TrainState, *, finished: bool) -> None: ...
 
@@ -356,6 +364,11 @@ class Rank0:
 
     def about(self, folder: Path, about: About) -> None:
         records.write_about(folder, about)
+
+    def arithmetic(self, training: TrainingConfig) -> None:
+        """Writes the settings that a new run has chosen."""
+        chosen = {"precision": training.precision, "compile": training.compile}
+        write_json(self.context.run_dir / ARITHMETIC, chosen)
 
     def status(self, current: TrainState, *, finished: bool) -> None:
         """Writes status.json and the journal's last event."""
@@ -469,14 +482,25 @@ def _start_from(context: RunContext, net: nn.Module, path: Path) -> tuple[dict[s
 
 def settle(context: RunContext, current: TrainState, events: RunEvents) -> RunContext:
     """The context with what the recipe leaves open: as before the checkpoint, else as rank 0 timed it. Collective."""
-    config, chosen = context.config, events.arithmetic
+    config, device = context.config, context.device
+    chosen = events.arithmetic or ranks.agree(_chosen_before(context))
     if chosen is None:
         found = _choose(context, current)
+        events.writer.arithmetic(arithmetic.settled(config.training, found.arithmetic, device))
         if found.seconds:
             events.writer.event("arithmetic", text=found.text)
         chosen = found.arithmetic
-    training = arithmetic.settled(config.training, chosen, context.device)
+    training = arithmetic.settled(config.training, chosen, device)
     return replace(context, config=config.model_copy(update={"training": training}))
+
+
+def _chosen_before(context: RunContext) -> Arithmetic | None:
+    """What an earlier start without a checkpoint has chosen, so that it is not timed again; None if there was none."""
+    try:
+        saved = read_json(context.run_dir / ARITHMETIC)
+    except (OSError, ValueError):
+        return None
+    return arithmetic.of_checkpoint(context.config.training, saved, context.device) if isinstance(saved, dict) else None
 
 
 def _choose(context: RunContext, current: TrainState) -> Chosen:

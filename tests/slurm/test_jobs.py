@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).parents[2]
 STARTS_WITHIN_S = 300  # imports, Ray on two nodes, workers: on two cores that others share
 SMALL = ["family.depth=8", "training.batch_size=64", "logging.every=10 steps", "evaluation.latency_repeats=0"]
-SMALL += ["evaluation.every=1000 epochs"]
+SMALL += ["evaluation.every=1000 epochs", "training.precision=fp32", "training.compile=false"]
 
 
 @pytest.fixture(scope="module")
