@@ -30,6 +30,7 @@ ARCHIVE = Path(__file__).parent / "fixtures" / "bc067e3.tar.xz"
 THERE = "/tmp/adaptnet-old"  # where make.sh worked
 TEXTS = (".yaml", ".json", ".jsonl", ".csv", ".txt")
 INSTRUCTIONS = "AVX512"  # of the processor that wrote the files, by torch's name
+REORDERED = ("killed-ranet",)  # RANet's layers run together since: its sums are in another order
 ROUNDING = 2e-3  # of sums and norms on processors with the same instructions
 OTHER_ROUNDING = 2e-2  # on others
 RUNS = ("stopped-convnet_aig", "killed-ranet", "stopped-arrn", "killed-shape_adaptor")
@@ -135,7 +136,7 @@ def test_an_interrupted_run_resumes_to_the_weights_of_its_own_code(
         assert [now.sum().item(), now.norm().item()] == pytest.approx([total, norm], rel=rounding, abs=rounding)
     accuracy = top1(run_dir)
     assert accuracy.keys() == then["top1"].keys()
-    if same_machine(expected):
+    if same_machine(expected) and name not in REORDERED:
         assert sha256((newest / "net.safetensors").read_bytes()).hexdigest() == then["sha256"]
         assert accuracy == then["top1"]
 

@@ -222,7 +222,7 @@ class LoadedClaim:
         return tuple(text for text in self.overrides if not text.startswith(OF_THE_MACHINE))
 
     def tracked(self, runs: Path | None) -> LoadedClaim:
-        """The claim whose arms, unless they say where, are tracked beside other runs: in mlflow.db of that folder."""
+        """The claim whose arms, unless they say where, are tracked in the database of that folder."""
         if runs is None:
             return self
         uri = resolve_uri(None, runs / "any")

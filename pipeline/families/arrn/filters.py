@@ -40,9 +40,9 @@ class FilterPair:
             return self._box(x, size) if self.kind == "box" and _whole(x, size) else self._matrices(x, size)
 
     def rest(self, x: Tensor, low: Tensor) -> Tensor:
-        """x [B, C, H, W] minus low [B, C, h, w] enlarged; in channels_last the product subtracts it itself."""
+        """x [B, C, H, W] minus low [B, C, h, w] enlarged; on a GPU in channels_last by the product itself."""
         size = (x.shape[-2], x.shape[-1])
-        if self.kind == "box" or x.dtype != low.dtype or x.shape[1] < FEW_CHANNELS:
+        if not x.is_cuda or self.kind == "box" or x.dtype != low.dtype or x.shape[1] < FEW_CHANNELS:
             return x - self.resize(low, size)
         if size == tuple(low.shape[-2:]) or not (is_channels_last(x) and is_channels_last(low)):
             return x - self.resize(low, size)

@@ -105,6 +105,8 @@ class Residual(nn.Module):
     def joined(self, low: Tensor, h: Tensor) -> Tensor:
         """The next signal from low and from h [b, C_n, H, W], the output of `inner` for the rest."""
         h = self.pair.resize(h, _size(low))
+        if not h.is_cuda:
+            return affine(self.project)(low + (h - h.mean(dim=(2, 3), keepdim=True)))
         centre = h.sum(dim=(2, 3), keepdim=True) * (-1 / (h.shape[2] * h.shape[3]))  # minus the mean
         return affine(self.project)(low + h + centre)  # added: the gradient of a subtracted mean takes two whole maps
 

@@ -43,7 +43,7 @@ class GateControl(MeasuresOnce):
     def rates(self) -> list[float]:
         """The share of the held-out images that ran each block, [L]."""
         counts = torch.tensor([count for _, count in self.patterns], dtype=torch.float64)
-        rates: list[float] = (counts @ self._table().double() / counts.sum()).tolist()
+        rates: list[float] = ((counts[:, None] * self._table()).sum(0) / counts.sum()).tolist()
         return rates
 
     def check(self, net: nn.Module, images: Tensor) -> None:
