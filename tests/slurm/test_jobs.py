@@ -588,7 +588,7 @@ def test_time_limits_lose_no_step_and_change_no_result(user: Workspace) -> None:
     assert set(tracked.values()) == {1}
     assert {step for key, step in tracked if key == "train/loss"} >= set(range(10, last + 1, 10))
     with user.training("straight", *own, *two):
-        user.until(lambda: last in user.steps("straight"), "straight", 300)
+        user.until(lambda: last in user.steps("straight"), "straight", 900)
     one, other = (
         load_file(user.home / f"runs/{name}/checkpoints/step-{last:08d}/net.safetensors")
         for name in ("limited", "straight")
