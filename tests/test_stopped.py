@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jobs.verbs import train
 from pipeline import run_config
 from pipeline.data import toy
 from pipeline.execution import launch
+from pipeline.execution.seeds import SeedRun
 from pipeline.runs.records import read_status, write_status
 from pipeline.tracking import summaries
 from pipeline.training import checkpoint
@@ -88,3 +90,11 @@ def test_a_fault_of_ours_is_printed_without_the_passwords_in_it(
     printed = capsys.readouterr()
     assert ended.value.code == 1 and "postgresql://me@host/db is away" in printed.err and "Traceback" in printed.err
     assert "hu/" not in printed.err
+
+
+def test_a_signal_before_the_run_removes_an_old_request_is_not_lost(tmp_path: Path) -> None:
+    """SIGTERM that arrived while the folder's lease was taken: the run saves and stops."""
+    images = toy.make(tmp_path / "set", num_classes=2, train=16, val=8, side_px=32)
+    config = run_config.load("baseline/toy", [f"data.root={images}", *SMALL])
+    result = train.followed(SeedRun(config, tmp_path / "run"), (), {signal.SIGTERM})
+    assert not result.finished and result.step < 2

@@ -126,13 +126,19 @@ def followed(run: SeedRun, allow_changed: Sequence[str], received: set[int]) -> 
     from jobs.verbs import progress
     from pipeline.execution import launch
 
-    with progress.follow(run.folder) as view, stop_on_signals(run.folder, received):
+    with progress.follow(run.folder) as view, stop_on_signals(run.folder, received) as signals:
+
+        def start() -> None:
+            view.start()
+            if signals:  # received before, when the run's start removed an old request to stop
+                (run.folder / "stop").touch()
+
         return launch.train(
             run.config,
             run.folder,
             allow_changed=allow_changed,
             progress=view.index,
-            on_start=view.start,
+            on_start=start,
             notify=view.notify,
         )
 
