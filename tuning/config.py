@@ -18,7 +18,7 @@ from pipeline import run_config
 from pipeline.config import Config, Positive
 from pipeline.errors import ConfigError
 from pipeline.run_config import RunConfig, RunName
-from tuning import space
+from tuning import shipped, space
 from tuning.space import Case, Sample, Values
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -176,7 +176,7 @@ def translated(saved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
 def names() -> list[str]:
     """The names of the shipped sweeps."""
-    return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+    return shipped.names(SWEEPS)
 
 
 def title(name: str) -> str:
@@ -186,19 +186,7 @@ def title(name: str) -> str:
 
 def path_of(source: str) -> Path:
     """The file of a shipped sweep, or the path itself. Raises ConfigError with the nearest name."""
-    if source.endswith((".yaml", ".yml")):
-        if not Path(source).is_file():
-            raise ConfigError(f"sweep {source}: no such file", key="sweep", subject=source)
-        return Path(source)
-    if source not in names():
-        close = get_close_matches(source, names(), 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(
-            f"sweep {source}: no such sweep; {hint}known: {', '.join(names())}; or a path to a .yaml",
-            key="sweep",
-            subject=source,
-        )
-    return SWEEPS / f"{source}.yaml"
+    return shipped.path_of("sweep", source, SWEEPS)
 
 
 def question_of(path: Path) -> str:

@@ -29,7 +29,7 @@ TIMED_MACS = 2e10  # of a timed pass; the backward pass counts as two forward pa
 WARM, TIMED = 3, 7  # passes of each choice
 WORTH_TIMING = 2e13  # MACs of one worker from which bf16 is timed on a CPU: about 5 minutes of 70 GMAC/s
 # MACs of one worker, for each of the net's layers, from which a compiled net is timed. Compiling takes about half a
-# second a layer, which is to be at most a twentieth of the run at a CPU's 70 GMAC/s or a GPU's 20 TMAC/s.
+# second a layer, which is to be at most a twentieth of the run at a CPU's 70 GMAC/s or, assumed, a GPU's 20 TMAC/s.
 WORTH_COMPILING: Mapping[str, float] = {"cpu": 7e11, "cuda": 2e14}
 
 

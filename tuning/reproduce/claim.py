@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +23,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.from_weights import FINAL
 from pipeline.run_config import RunConfig, RunName
 from pipeline.tracking import resolve_uri
+from tuning import shipped
 
 CLAIMS = Path(__file__).parents[1] / "claims"
 MOST_SEEDS = 1000
@@ -236,7 +236,7 @@ def _tracked(config: RunConfig, uri: str) -> RunConfig:
 
 def names() -> list[str]:
     """The names of the shipped claims."""
-    return sorted(path.stem for path in CLAIMS.glob("*.yaml"))
+    return shipped.names(CLAIMS)
 
 
 def read(source: str) -> tuple[str, ClaimConfig, str]:
@@ -244,7 +244,7 @@ def read(source: str) -> tuple[str, ClaimConfig, str]:
 
     Raises ConfigError naming each fault.
     """
-    path = _path_of(source)
+    path = shipped.path_of("claim", source, CLAIMS)
     config = configs.validate(ClaimConfig, configs.read_mapping(path), f"claim {source}")
     return path.stem, config, hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -312,23 +312,6 @@ def _check_names(config: RunConfig, arm: str, named: Sequence[str]) -> None:
 
 class _RunNamed(Config):
     name: RunName
-
-
-def _path_of(source: str) -> Path:
-    """The file of a shipped claim, or the path itself. Raises ConfigError with the nearest name."""
-    if source.endswith((".yaml", ".yml")):
-        if not Path(source).is_file():
-            raise ConfigError(f"claim {source}: no such file", key="claim", subject=source)
-        return Path(source)
-    if source not in names():
-        close = get_close_matches(source, names(), 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(
-            f"claim {source}: no such claim; {hint}known: {', '.join(names())}; or a path to a .yaml",
-            key="claim",
-            subject=source,
-        )
-    return CLAIMS / f"{source}.yaml"
 
 
 def override_texts(values: Mapping[str, JsonValue]) -> list[str]:
