@@ -1,4 +1,4 @@
-"""Augmentations that draw a chain of pixel operations (pixel_ops.py) for each image."""
+"""Augmentations that draw a chain of pixel operations (pipeline/data/pixel_ops.py) for each image."""
 
 from __future__ import annotations
 
