@@ -94,6 +94,14 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return found
 
 
+def kill_a_worker(process: subprocess.Popen[bytes]) -> bool:
+    for worker in reversed(workers_of(process)):
+        with contextlib.suppress(psutil.Error):
+            worker.send_signal(signal.SIGKILL)
+            return True
+    return False
+
+
 def wait_until_gone(processes: list[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(processes, timeout=600)
     assert not alive
@@ -103,7 +111,7 @@ def kill(kind: str, process: subprocess.Popen[bytes], log: Path) -> None:
     """Sends SIGKILL to the driver, to one worker, or to Ray's own processes; without these the driver exits."""
     family = family_of(process)
     if kind == "worker":
-        workers_of(process)[-1].send_signal(signal.SIGKILL)
+        wait_for(lambda: kill_a_worker(process), process, log)  # between two trials there is none
         return
     if kind == "cluster":
         for child in family:
