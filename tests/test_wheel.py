@@ -20,6 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HOOK = "import sys; sys.path.insert(0, sys.argv[1]); import backend; print(getattr(backend, sys.argv[2])(sys.argv[3]))"
+SMALL = ("data.root=toy", "training.epochs=1", "training.batch_size=32", "evaluation.latency_repeats=1")
 NAMES = ("pipeline", "jobs", "tuning", "infra")
 CLEAN = """
 import adaptnet, importlib.util, sys
@@ -189,14 +190,23 @@ def test_a_wheel_of_the_source_distribution_is_the_same(wheel: Path, tmp_path: P
 
 
 @pytest.mark.long
+@pytest.mark.ray
+def test_workers_of_ray_import_the_installed_package(installed: Installed) -> None:
+    installed.run("adaptnet", "data", "toy", "toy", "--classes", 3, "--train", 90, "--val", 30)
+    text = installed.run("adaptnet", "train", "baseline/toy", *SMALL, "compute.workers=2", "name=several")
+    assert "finished at step" in text
+
+
+@pytest.mark.long
 def test_the_installed_command_trains_predicts_and_runs_jobs_of_its_snapshot(installed: Installed) -> None:
-    small = ("data.root=toy", "training.epochs=1", "training.batch_size=32", "evaluation.latency_repeats=1")
     assert "DALI" in installed.run("adaptnet", "doctor")
     installed.run("adaptnet", "data", "toy", "toy", "--classes", 3, "--train", 90, "--val", 30)
-    installed.run("adaptnet", "train", "baseline/toy", *small, "compute.workers=1", "name=mine", "tracking.register=m")
+    installed.run("adaptnet", "train", "baseline/toy", *SMALL, "compute.workers=0", "name=mine", "tracking.register=m")
     picture = min((installed.here / "toy" / "val").rglob("*.jpg"))
     line = installed.run("adaptnet", "predict", "runs/mine", picture, "--budget", "100%")
     assert str(picture) in line
+    answer = f"import adaptnet; print(adaptnet.load('runs/mine').predict({str(picture)!r}).label)"
+    assert installed.run("python", "-c", answer).strip() in line
     of_zoo = installed.site / "adaptnet" / "pipeline" / "zoo" / "nets" / "mine"
     installed.run("adaptnet", "models", "pull", "models:/m@candidate", of_zoo)
     assert "zoo:mine" in installed.run("adaptnet", "models", "list", "--zoo")
@@ -205,7 +215,7 @@ def test_the_installed_command_trains_predicts_and_runs_jobs_of_its_snapshot(ins
     installed.run("adaptnet", "report", "zoo:mine", "--no-track")
     assert (installed.here / "report" / "index.html").is_file()
     job = ("compute.workers=0", "name=job", "tracking.register=null", "--where", "local", "--time", "10m")
-    installed.run("adaptnet", "submit", "train", "baseline/toy", *small, *job)
+    installed.run("adaptnet", "submit", "train", "baseline/toy", *SMALL, *job)
     assert "finished at step" in installed.run("adaptnet", "jobs", "logs", "job", "-f")
     (code,) = (installed.here / "runs" / "job").rglob("code-*")
     assert {path.name for path in code.iterdir() if path.is_dir()} == {"adaptnet"}
