@@ -23,6 +23,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from pipeline.errors import AdaptNetError, ConfigError, without_secrets
+from pipeline.installation import module
 from pipeline.runs.files import DamagedFile
 from pipeline.training import memory
 
@@ -80,7 +81,7 @@ class VerbGroup(TyperGroup):
         """The command of a verb, from its module; None if there is no such verb."""
         if cmd_name not in VERBS:
             return None
-        command = get_command(importlib.import_module(f"jobs.verbs.{cmd_name}").app)
+        command = get_command(importlib.import_module(module(f"jobs.verbs.{cmd_name}")).app)
         assert isinstance(command, Command)
         return _with_copyable_examples(command)
 
@@ -150,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(arguments)
     except SystemExit as exit_:
-        cluster = sys.modules.get("pipeline.execution.cluster")
+        cluster = sys.modules.get(module("pipeline.execution.cluster"))
         if cluster is not None:  # imported by a verb that needs Ray
             cluster.leave_frozen_ray(exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None))
         raise

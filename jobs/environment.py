@@ -53,6 +53,11 @@ def recipe_layer(variables: Mapping[str, str] | None = None) -> dict[str, JsonVa
     return configs.nested({key: value for key, value in given.items() if (key, value) != ("compute.address", "local")})
 
 
+def tracking_uri() -> str | None:
+    """What MLFLOW_TRACKING_URI names; None if it is unset or empty."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
 def origins(config: RunConfig, source: str, overrides: Sequence[str], layer: Mapping[str, JsonValue]) -> list[str]:
     """Lines for `--show`: where the value of each key in HONOURED is from."""
     from pipeline import run_config

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipeline.config import Config
 from pipeline.errors import ConfigError, JsonValue
 from pipeline.figures import Arrays, Figure
+from pipeline.installation import module
 from pipeline.weights import Loaded, load, unwrapped
 
 Settings: TypeAlias = "Mapping[str, int | float | str | bool]"
@@ -433,9 +434,9 @@ def find(name: str) -> AnyFamily:
         raise ConfigError(
             f"family.name (={name}): no such family; known: {', '.join(names())}{hint}", key="family.name", subject=name
         )
-    family: AnyFamily = importlib.import_module(f"pipeline.families.{name}").FAMILY
+    family: AnyFamily = importlib.import_module(f"{_families().__name__}.{name}").FAMILY
     return family
 
 
 def _families() -> ModuleType:
-    return importlib.import_module("pipeline.families")
+    return importlib.import_module(module("pipeline.families"))

@@ -14,9 +14,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 # A module imports only from layers to the left of its own; `pipeline` is the package itself.
-ORDER = """errors | compat | pipeline config | ranks cost figures weights | runs | data | family | blocks | families |
-training | tracking | recipes | run_config | evaluation | registry | execution | deploy | report |
-bench | tuning | jobs"""
+ORDER = """errors installation | compat | pipeline config | ranks cost figures weights | runs | data | family | blocks |
+families | training | tracking | recipes | run_config | evaluation | zoo | registry | execution | deploy | report |
+bench | tuning | jobs | api"""
 PLACE = {name: place for place, names in enumerate(ORDER.split("|")) for name in names.split()}
 FAMILY_MAY = {"errors", "config", "ranks", "cost", "figures", "weights", "family", "blocks"}
 FAMILY_MAY_OUTSIDE = {"torch", "torchvision", "numpy", "pydantic", *sys.stdlib_module_names}
@@ -113,6 +113,33 @@ def test_nothing_below_jobs_prints_or_parses_arguments() -> None:
     ]
     assert not calls
     assert not [pair for pair in ALL if within(pair[0], "pipeline") and pair[1].split(".")[0] in {"argparse", "typer"}]
+
+
+def test_modules_of_ours_are_named_in_texts_only_where_the_name_is_that_of_the_installation() -> None:
+    """In a wheel `pipeline.x` is called adaptnet.pipeline.x: code asks `installation.module` for the name."""
+    known = {module_of(path) for path in SOURCES if "." in module_of(path)}
+    bare = [
+        f"{path}:{node.lineno} {node.value}"
+        for path in SOURCES
+        for tree in [ast.parse(path.read_text(encoding="utf-8"))]
+        for allowed in [_told_to_module(tree) | _values_of(tree, "_PLACES")]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in allowed
+        if node.value.split(":")[0] in known or node.value.rstrip(".") in known
+    ]
+    assert not bare, "\n".join(bare)
+
+
+def _told_to_module(tree: ast.Module) -> set[int]:
+    """The texts within the arguments of `module(...)`, by identity."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return {id(each) for call in calls if call.func.id == "module" for each in ast.walk(call)}  # type: ignore[attr-defined]
+
+
+def _values_of(tree: ast.Module, name: str) -> set[int]:
+    """The texts within what a module assigns to a name, by identity."""
+    made = [node for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name]
+    return {id(each) for node in made for each in ast.walk(node)}
 
 
 BARE = """

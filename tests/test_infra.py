@@ -84,7 +84,13 @@ def test_every_copied_source_exists_and_is_not_ignored() -> None:
 
 def test_the_image_contains_every_package_and_the_files_that_they_read() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
-    assert packages | {"infra", "pyproject.toml", "constraints.txt", PROJECT["readme"]} == set(copied())
+    assert packages | {
+        "infra",
+        "pyproject.toml",
+        "constraints.txt",
+        PROJECT["readme"],
+        *PROJECT["license-files"],
+    } == set(copied())
 
 
 def test_the_base_is_one_exact_version_in_every_stage() -> None:

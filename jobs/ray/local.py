@@ -28,6 +28,7 @@ import psutil
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.execution import allocation
 from pipeline.execution.allocation import JoinedNode, Node
+from pipeline.installation import CODE, module
 from pipeline.runs.files import read_json, write_text
 
 CLUSTERS = Path("runs") / "clusters"
@@ -206,11 +207,11 @@ def _keeper(node: Node, gpus: Sequence[str]) -> subprocess.Popen[bytes]:
     mine = gpus[node.rank * node.gpus : (node.rank + 1) * node.gpus]
     keys = {"names": node.names, "ip": node.ip, "key": node.key, "folder": str(node.folder), "rank": node.rank}
     keys |= {"cpus": node.cpus, "gpus": node.gpus, "patience_s": node.patience_s}
-    paths = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [str(CODE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(mine), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with open(node.log, "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "jobs.ray.local", json.dumps(keys)],
+            [sys.executable, "-m", module("jobs.ray.local"), json.dumps(keys)],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -18,10 +18,10 @@ from jobs.ray import kuberay
 from jobs.ray.site import Aws, Gcp, Kubernetes, Launched, Machine, Machines, OnPremise, Pod, Site, Size
 from pipeline import config as configs
 from pipeline.errors import ConfigError
+from pipeline.installation import HOME, INSTALLED
 
-ROOT = Path(__file__).parents[2]
-CONSTRAINTS = ROOT / "constraints.txt"
-COPIED = ("pipeline", "jobs", "tuning", "infra", "pyproject.toml", "constraints.txt", "README.md")
+CONSTRAINTS = HOME / "constraints.txt"
+COPIED = ("pipeline", "jobs", "tuning", "infra", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
 PORT = 6379  # port of a head that is alone on its machine or in its pod
 DASHBOARD_PORT = 8265
 TOKEN = "~/.ray/auth_token"  # Ray's default place
@@ -176,7 +176,13 @@ def _docker(site: Launched) -> dict[str, object]:
 
 
 def _copied() -> dict[str, str]:
-    return {f"~/adaptnet/{name}": str(ROOT / name) for name in COPIED}
+    if INSTALLED:
+        raise ConfigError(
+            "this site has neither an image nor a prefix, so its machines install a copy of the checkout, and this "
+            "adaptnet was installed from a wheel: set image or prefix, or use the command of a checkout",
+            key="image",
+        )
+    return {f"~/adaptnet/{name}": str(HOME / name) for name in COPIED}
 
 
 def _shared(site: Launched) -> str:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from jobs.schedulers import JobState, NodeEnv, Scheduler, records
 from jobs.schedulers.records import JobRecord, record_of
-from jobs.schedulers.snapshot import PACKAGES, ROOT
 from jobs.schedulers.submission import Job, Submission, refuse_options
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.execution import ray_token
+from pipeline.installation import CODE, PACKAGES, module
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -110,7 +110,7 @@ class RayJobs(Scheduler):
 def entrypoint(job: Job, name: str) -> str:
     """The shell line that runs a job. Output goes to Ray and to the job's log; `tee` survives the stop signal."""
     joins = ["compute.address=auto"] if job.uses_ray else []
-    line = shlex.join(["python", "-m", "jobs.cli", job.verb, *job.arguments, *joins])
+    line = shlex.join(["python", "-m", module("jobs.cli"), job.verb, *job.arguments, *joins])
     log = shlex.quote(str(_log(job, name)))
     return shlex.join(["bash", "-c", f"exec > >(trap '' TERM; exec tee -a {log}) 2>&1; exec {line}"])
 
@@ -154,7 +154,7 @@ def _log(job: Job, name: str) -> Path:
 def _environment() -> dict[str, object]:
     """Ray's runtime environment: a copy of our packages as they are now."""
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(SAVES_WITHIN_S), "PYTHONUNBUFFERED": "1"}
-    packages = [str(ROOT / package) for package in PACKAGES]
+    packages = [str(CODE / package) for package in PACKAGES]
     return {"py_modules": packages, "excludes": ["__pycache__"], "env_vars": variables}
 
 

@@ -11,8 +11,9 @@ from pydantic import Field, JsonValue, model_validator
 from pipeline import config as configs
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.installation import HOME
 
-SITES = Path(__file__).parents[2] / "infra" / "ray" / "sites"
+SITES = HOME / "infra" / "ray" / "sites"
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,36}[a-z0-9])?$")]  # KubeRay's rule, the strictest
 Folder = Annotated[str, Field(pattern=r"^/[^\s:]+$")]

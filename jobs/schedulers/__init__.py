@@ -122,7 +122,7 @@ class Scheduler(Protocol):
 def registry() -> dict[str, Scheduler]:
     """All schedulers by the names that `--where` takes."""
     folders = [path.parent.name for root in jobs.__path__ for path in sorted(Path(root).glob("*/scheduler.py"))]
-    modules = [importlib.import_module(f"jobs.{folder}.scheduler") for folder in folders]
+    modules = [importlib.import_module(f"{jobs.__name__}.{folder}.scheduler") for folder in folders]
     return {name: scheduler for module in modules for name, scheduler in module.SCHEDULERS.items()}
 
 

@@ -13,8 +13,9 @@ from jobs.schedulers.gpus import Value
 from pipeline import config as configs
 from pipeline.config import Config
 from pipeline.errors import ConfigError, JsonValue, without_secrets
+from pipeline.installation import HOME
 
-SITES = Path(__file__).parents[2] / "infra" / "slurm" / "sites"
+SITES = HOME / "infra" / "slurm" / "sites"
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]  # goes into the script unquoted
 ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # a line of the batch script would end at a newline
 Text = Annotated[str, Field(pattern=ONE_LINE)]

@@ -9,15 +9,14 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
+from pipeline.installation import CODE, PACKAGES
 from pipeline.runs import provenance
 from pipeline.runs.files import whole_folder, write_text
 
-ROOT = Path(__file__).parents[2]
-PACKAGES = ("pipeline", "jobs", "tuning")
-KINDS = (".py", ".yaml", ".html", ".css", ".js")
+KINDS = (".py", ".yaml", ".html", ".css", ".js", ".json", ".safetensors")
 
 
-def name(root: Path = ROOT) -> str:
+def name(root: Path = CODE) -> str:
     """The snapshot folder's name, which holds the digest of the code in the checkout `root`."""
     digest = sha256()
     for relative, path in _sources(root).items():
@@ -25,7 +24,7 @@ def name(root: Path = ROOT) -> str:
     return f"code-{digest.hexdigest()[:12]}"
 
 
-def save(folder: Path, root: Path = ROOT) -> None:
+def save(folder: Path, root: Path = CODE) -> None:
     """Copies the code of the checkout `root` to `folder`, completely or not at all; does nothing if it exists."""
     if folder.is_dir():
         return

@@ -19,7 +19,7 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_com
 
 @app.command()
 def evaluate(
-    source: Annotated[str, typer.Argument(help="run folder, checkpoint folder or models:/NAME@ALIAS")],
+    source: Annotated[str, typer.Argument(help="run folder, checkpoint folder, models:/NAME@ALIAS or zoo:NAME")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. data.root=/data/other")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="only this policy; repeatable")] = None,
     facts: Annotated[bool, typer.Option("--facts", help="also print the family's facts by class")] = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.cli import data_home
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, JsonValue
 
 if TYPE_CHECKING:
     from pipeline.deploy.importing import Imported
@@ -38,26 +39,64 @@ Uri = Annotated[str | None, typer.Option(help="tracking server; default: runs/ml
 
 @app.command("list", short_help="List versions.")
 def list_models(
-    name: Annotated[str | None, typer.Argument(help="only versions of this name")] = None, uri: Uri = None
+    name: Annotated[str | None, typer.Argument(help="only versions of this name")] = None,
+    uri: Uri = None,
+    zoo: Annotated[bool, typer.Option("--zoo", help="list the nets that are shipped with adaptnet instead")] = False,
 ) -> None:
     """Prints one line for each version, newest first: aliases, family, step, and accuracy and MACs of its default
-    policy.
+    policy. With --zoo it lists the nets that are shipped, which are called zoo:NAME.
 
     Examples:
 
       adaptnet models list
+
+      adaptnet models list --zoo
 
       adaptnet models list aig-toy --uri http://tracking:5000
     """
     from jobs import tables
     from pipeline.registry import catalogue
 
+    if zoo:
+        _list_zoo(name, uri)
+        return
     versions = catalogue.versions(catalogue.address(uri), name)
     if not versions:
         typer.echo("the registry has no versions yet")
         return
     rows = [["version", "aliases", "family", "step", "policy", "top-1 %", "MMACs", "created"]]
     typer.echo(tables.align([*rows, *(_row(version) for version in versions)]))
+
+
+def _list_zoo(name: str | None, uri: str | None) -> None:
+    from jobs import tables
+    from pipeline import zoo
+
+    if name is not None or uri is not None:
+        raise ConfigError("--zoo lists all shipped nets; omit NAME and --uri", key="--zoo", subject=name or uri)
+    names = zoo.names()
+    if not names:
+        typer.echo("the zoo has no nets yet")
+        return
+    rows = [["net", "family", "classes", "policies", "policy", "top-1 %", "MMACs"]]
+    typer.echo(tables.align([*rows, *(_zoo_row(each) for each in names)]))
+
+
+def _zoo_row(name: str) -> list[str]:
+    from pipeline import zoo
+    from pipeline.registry.model import describe
+
+    model = describe(zoo.folder(name))
+    reports = model.stored_reports
+    figures = [str(reports[0]["policy"]), *_figures(reports[0])] if reports else ["-"] * 3
+    family = str(model.section("family")["name"])
+    return [f"{zoo.SCHEME}{name}", family, str(len(model.classes)), str(len(reports)), *figures]
+
+
+def _figures(report: Mapping[str, JsonValue]) -> list[str]:
+    top1, macs = report["top1"], report["macs_mean"]
+    assert isinstance(top1, int | float) and isinstance(macs, int | float)
+    return [f"{100 * top1:.2f}", f"{macs / 1e6:.3f}"]
 
 
 def _row(version: Version) -> list[str]:

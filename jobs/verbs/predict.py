@@ -22,7 +22,7 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_com
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, run folder or checkpoint folder")],
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, zoo:NAME, run folder or checkpoint folder")],
     images: Annotated[list[str], typer.Argument(help="files, folders, patterns, or - for paths on standard input")],
     budget: Annotated[str | None, typer.Option(help="largest mean cost per image: 0.8G or 300M MACs, 5ms, 50%")] = None,
     policy: Annotated[str | None, typer.Option(help="use this policy instead of a budget")] = None,
@@ -36,9 +36,9 @@ def predict(
     ] = None,
 ) -> None:
     """Classifies each IMAGE under the most accurate policy within the budget and prints the most probable classes and
-    the MACs used. MODEL is a registry version, a run's folder or a checkpoint's folder. IMAGE is a file, a folder, a
-    pattern, or - for a list of paths on standard input. Images that cannot be read are listed at the end; the exit
-    status is then 1, or 2 if no image can be read.
+    the MACs used. MODEL is a registry version, a net of the zoo, a run's folder or a checkpoint's folder. IMAGE is a
+    file, a folder, a pattern, or - for a list of paths on standard input. Images that cannot be read are listed at the
+    end; the exit status is then 1, or 2 if no image can be read.
 
     Examples:
 

@@ -14,7 +14,9 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_com
 def report(
     sources: Annotated[
         list[str],
-        typer.Argument(help="run folders, checkpoint folders, models:/NAME@ALIAS, or seeds: NAME-seeds, 'NAME-s*'"),
+        typer.Argument(
+            help="run folders, checkpoint folders, models:/NAME@ALIAS, zoo:NAME, or seeds: NAME-seeds, 'NAME-s*'"
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder of the report: new, empty or that of an earlier report")] = Path(
         "report"

@@ -24,6 +24,7 @@ from pipeline.bench.rows import BenchRow, compare, interleave
 from pipeline.config import as_mapping, dump_yaml
 from pipeline.data import toy
 from pipeline.errors import ResourceError
+from pipeline.installation import module
 from pipeline.runs import journal
 
 PATIENCE_S = 300.0
@@ -139,7 +140,9 @@ def _submit(workspace: Path, run: Path, arguments: Sequence[str], site: SiteProf
 
 
 def _adaptnet(*words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "jobs.cli", *words], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", module("jobs.cli"), *words], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         command = f"adaptnet {' '.join(words[:3])}"
         raise ResourceError(

@@ -15,6 +15,7 @@ import typer
 
 from jobs.cli import data_home
 from pipeline.errors import ConfigError, ResourceError, without_secrets
+from pipeline.installation import module
 
 if TYPE_CHECKING:
     from jobs.schedulers.profile import SiteProfile
@@ -413,7 +414,7 @@ def _parsed(options: SubmitOptions) -> dict[str, object]:
 
     from typer.main import get_command
 
-    command = get_command(importlib.import_module(f"jobs.verbs.{options.verb}").app)
+    command = get_command(importlib.import_module(module(f"jobs.verbs.{options.verb}")).app)
     return dict(command.make_context(options.verb, list(options.arguments or ())).params)
 
 

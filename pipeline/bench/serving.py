@@ -30,12 +30,12 @@ from pipeline.bench.rows import BenchRow, compare, interleave, on_threads
 from pipeline.data import pixels
 from pipeline.errors import ConfigError, ResourceError, without_secrets
 from pipeline.execution import sockets
+from pipeline.installation import CODE, HOME
 from pipeline.registry import catalogue
 from pipeline.registry.model import LoadedModel, load_model
 from pipeline.registry.resolve import resolve
 
-CHECKOUT = Path(__file__).parents[2]
-RAY = CHECKOUT / "infra" / "ray" / "serve.yaml"
+RAY = HOME / "infra" / "ray" / "serve.yaml"
 START_S = 180.0
 
 
@@ -194,7 +194,7 @@ def _started(
     command: Sequence[str], environment: Mapping[str, str], address: str, health: str, path: str
 ) -> Iterator[str]:
     """Runs `python COMMAND` as a server in a process group of its own; yields the URL of `path` when it is ready."""
-    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": str(CHECKOUT), **environment}
+    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": str(CODE), **environment}
     env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', '')}"  # mlflow starts uvicorn by its name
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([sys.executable, *command], env=env, stdout=log, stderr=log, start_new_session=True)

@@ -27,6 +27,7 @@ from pipeline.bench.rows import BenchRow, compare, interleave
 from pipeline.config import as_mapping
 from pipeline.errors import ResourceError
 from pipeline.execution import cluster
+from pipeline.installation import module
 from pipeline.run_config import ComputeConfig, RunConfig
 from pipeline.training import state, step
 from pipeline.training.loop import device_of, train
@@ -259,7 +260,7 @@ def _under_torchrun(setup: LoopSetup, folder: Path) -> float:
     setup_file.write_text(json.dumps(plain), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, "-m", "pipeline.bench.torchrun", str(setup_file), str(path)], capture_output=True, text=True
+        [*command, "-m", module("pipeline.bench.torchrun"), str(setup_file), str(path)], capture_output=True, text=True
     )
     if done.returncode:
         raise ResourceError(f"torchrun failed: {done.stderr.strip().splitlines()[-1]}", key="torchrun")

@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 
 from pipeline.data.config import DataConfig
+from pipeline.installation import module
 
 DRIVER = Path("/proc/driver/nvidia/version")
 TIMEOUT_S, IMAGES = 120.0, 32
-CHILD = (sys.executable, "-m", "pipeline.data.probe")
+CHILD = (sys.executable, "-m", module("pipeline.data.probe"))
 
 
 def fault(config: DataConfig, device: torch.device) -> str:

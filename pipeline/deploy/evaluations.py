@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline import config as configs
 from pipeline import family as families
-from pipeline import run_config
+from pipeline import run_config, zoo
 from pipeline.data.config import DataConfig
 from pipeline.data.index import ImageIndex, Splits, open_splits
 from pipeline.data.store import Progress
@@ -44,6 +44,7 @@ from pipeline.runs.records import ABOUT, About
 from pipeline.training import checkpoint
 
 EVALUATIONS = "evaluations"
+NAMED = ("models:", zoo.SCHEME)  # how a source begins that is not a path
 Array: TypeAlias = NDArray[np.generic]
 HARMLESS = (  # keys that change where an evaluation runs, not its result
     *("data.root", "data.index", "data.decode", "data.io_threads", "data.read_ahead", "compute."),
@@ -82,11 +83,11 @@ def evaluate(
 ) -> Evaluation:
     """Runs the trained net `source` on the val split with its policies, in this process, and stores the reports.
 
-    source is the folder of a run or of a checkpoint, or `models:/NAME@ALIAS`; overrides change its recipe, e.g.
-    data.root: of another set without a val split all images are used. With an attack the images are perturbed first,
-    with a sweep each policy runs at each of its sides; both are stored separately. `progress` gets the account of the
-    images. Raises ConfigError if the images have other classes than the net, an override has no effect here, or the
-    folder `out` holds an evaluation of another kind.
+    source is the folder of a run or of a checkpoint, `models:/NAME@ALIAS` or `zoo:NAME`; overrides change its recipe,
+    e.g. data.root: of another set without a val split all images are used. With an attack the images are perturbed
+    first, with a sweep each policy runs at each of its sides; both are stored separately. `progress` gets the account
+    of the images. Raises ConfigError if the images have other classes than the net, an override has no effect here, or
+    the folder `out` holds an evaluation of another kind.
     """
     for override in overrides:
         _check_used(override)
@@ -226,8 +227,8 @@ def _home(source: str, name: str, step: int) -> Path:
 
 
 def _of_version(source: str) -> Path:
-    """Where the evaluations of a registry version are."""
-    return RUNS / EVALUATIONS / source.replace("models:/", "").replace("/", "-")
+    """Where the evaluations of a registry version or of a net of the zoo are."""
+    return RUNS / EVALUATIONS / source.replace("models:/", "").replace(zoo.SCHEME, "zoo-").replace("/", "-")
 
 
 # ---- stored evaluations
@@ -319,16 +320,33 @@ class EvaluatedNet:
         return list(dict.fromkeys(each.data for each in self.evaluations if each.plain))
 
 
-def find(source: str, uri: str | None = None) -> EvaluatedNet:
-    """The trained net that `source` names (folder of a run or checkpoint, or a version) and its stored evaluations.
+def find(source: str, uri: str | None = None, *, nets: Path | None = None) -> EvaluatedNet:
+    """The trained net that `source` names (a folder, a version, a net of the zoo) and its stored evaluations.
 
-    Raises ConfigError if none is stored.
+    nets: the zoo's folder; default: the shipped one. Raises ConfigError if none is stored.
     """
-    folder = resolve(source, uri)
+    net = look_up(source, uri, nets=nets)
+    if not net.sets:
+        raise no_evaluation(source)
+    return net
+
+
+def no_evaluation(source: str) -> ConfigError:
+    """The error for a net of which no evaluation is stored."""
+    return ConfigError(
+        f"{source}: no evaluation of it is stored; make one with `adaptnet evaluate {source}`",
+        key="source",
+        subject=source,
+    )
+
+
+def look_up(source: str, uri: str | None = None, *, nets: Path | None = None) -> EvaluatedNet:
+    """Like `find`, of a net without a stored evaluation too."""
+    folder = resolve(source, uri, nets=nets)
     model = describe(folder)
     run_dir = _run_of(source, uri)
     homes = [run_dir / EVALUATIONS] if run_dir else []
-    homes += [_of_version(_settled(source, uri))] if source.startswith("models:") else []
+    homes += [_of_version(_settled(source, uri))] if source.startswith(NAMED) else []
     homes += [Path(source) / EVALUATIONS] if (Path(source) / CARD).is_file() else []
     accepted = (None, files.sha256(model.weights))  # the evaluation after training has no checksum
     of_step = [each for home in homes for each in _read_all(home) if each.about.step == model.step]
@@ -336,18 +354,13 @@ def find(source: str, uri: str | None = None) -> EvaluatedNet:
     evaluations.sort(key=lambda stored: (bool(stored.about.policies), -_written(stored)))
     if inside := [reports_v1.read(report) for report in _reports_inside(folder)]:
         evaluations.append(Stored(inside, None, About(data=model.evaluated_on or "unknown", step=model.step)))
-    net = EvaluatedNet(source, model, run_dir, evaluations)
-    if not net.sets:
-        raise ConfigError(
-            f"{source}: no evaluation of it is stored; make one with `adaptnet evaluate {source}`",
-            key="source",
-            subject=source,
-        )
-    return net
+    return EvaluatedNet(source, model, run_dir, evaluations)
 
 
 def _run_of(source: str, uri: str | None) -> Path | None:
     """The folder of the run that trained a net, if it is on this machine."""
+    if source.startswith(zoo.SCHEME):
+        return None
     if source.startswith("models:"):
         return run_folder(catalogue.lookup(source, catalogue.address(uri)), catalogue.address(uri))
     folder = Path(source).absolute()
@@ -460,7 +473,7 @@ def _unique(sources: Sequence[str]) -> list[str]:
     """Short names: the last part of a path, or NAME/VERSION; the whole source if two are equal."""
     short = [source.removeprefix("models:/").rstrip("/") for source in sources]
     short = [
-        name if source.startswith("models:") else Path(source).resolve().name
+        name if source.startswith(NAMED) else Path(source).resolve().name
         for name, source in zip(short, sources, strict=True)
     ]
     return [source if short.count(name) > 1 else name for name, source in zip(short, sources, strict=True)]

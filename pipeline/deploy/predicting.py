@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, median
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -42,6 +43,9 @@ class Choice:
     cost: float | None = None
 
 
+Image: TypeAlias = Path | bytes  # an image's file, or its content: JPEG, PNG or another format that we read
+
+
 @dataclass(frozen=True)
 class Classified:
     """The classes of an image with their probabilities, the most probable first, and the MACs that it took."""
@@ -62,7 +66,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained net and its stored evaluation.
+    """A trained net and its stored evaluation; without one, `reports` is empty and budgets are refused.
 
     sha256: of the weights. cache: folder for measurements on this machine.
     """
@@ -79,7 +83,7 @@ class Predictor:
         policies = restored(self.model.policies, [report.to_json() for report in self.reports])
         return {policy.name: policy for policy in policies}
 
-    def choose(self, budget: Budget | None, policy: str | None, sample: Sequence[Path]) -> Choice:
+    def choose(self, budget: Budget | None, policy: str | None, sample: Sequence[Image]) -> Choice:
         """The given policy, else the most accurate one within the budget, else the net's default.
 
         A budget in milliseconds limits the time of a pass over one image on this device, which is measured on images of
@@ -89,7 +93,9 @@ class Predictor:
             choose(list(self.policies.values()), [policy])
             return Choice(policy, "as given")
         if budget is None:
-            return Choice(self.reports[0].policy, "the net's default; --budget chooses another")
+            return Choice(self._default, "the net's default; --budget chooses another")
+        if not self.reports:
+            raise evaluations.no_evaluation(self.source)
         times = self._milliseconds(sample) if budget.unit == "ms" else [None] * len(self.reports)
         costs = [budget.cost_of(report, ms) for report, ms in zip(self.reports, times, strict=True)]
         best = best_within(self.reports, costs, budget)
@@ -99,15 +105,19 @@ class Predictor:
         why = f"the most accurate within {budget.text}: {price}, {accuracy}"
         return Choice(report.policy, why, budget, costs[best])
 
+    @property
+    def _default(self) -> str:
+        return self.reports[0].policy if self.reports else self.model.policies[0].name
+
     def answers(
-        self, files: Sequence[Path], policy: str, *, top: int = 5, batch_size: int = 64
+        self, files: Sequence[Image], policy: str, *, top: int = 5, batch_size: int = 64
     ) -> Iterator[Classified | Unreadable]:
         """One answer for each file, in the given order. top: how many classes an answer lists."""
         for start in range(0, len(files), READ_AT_ONCE):
             yield from self._answer(files[start : start + READ_AT_ONCE], policy, top, batch_size)
 
     def _answer(
-        self, files: Sequence[Path], policy: str, top: int, batch_size: int
+        self, files: Sequence[Image], policy: str, top: int, batch_size: int
     ) -> Iterator[Classified | Unreadable]:
         encoded, bad = _read(files)
         good = [number for number in range(len(files)) if number not in bad]
@@ -120,10 +130,10 @@ class Predictor:
         rows = dict(zip(good, range(len(good)), strict=True))
         for number, file in enumerate(files):
             if number in bad:
-                yield Unreadable(str(file), bad[number])
+                yield Unreadable(_name(file), bad[number])
             else:
                 row = rows[number]
-                yield self._named(str(file), answers.probabilities[row], float(answers.macs[row]), top)
+                yield self._named(_name(file), answers.probabilities[row], float(answers.macs[row]), top)
 
     def _predict(self, encoded: Sequence[bytes], policy: str, batch_size: int) -> Answers:
         return predict(self._ready, encoded, policy, batch_size=batch_size)
@@ -139,7 +149,7 @@ class Predictor:
 
     # ---- time on this device
 
-    def _milliseconds(self, sample: Sequence[Path]) -> list[float]:
+    def _milliseconds(self, sample: Sequence[Image]) -> list[float]:
         """The time of one image under each policy, from the cache or measured now."""
         path = self.cache / f"{self._key}.json"
         stored = _stored_times(path, [report.policy for report in self.reports])
@@ -159,7 +169,18 @@ class Predictor:
         text = json.dumps([self.sha256, fitted, where, torch.__version__], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def _pictures(self, sample: Sequence[Path]) -> Tensor:
+    def prepared(self, images: Sequence[Image]) -> Tensor:
+        """The images as in the evaluation, [N, 3, S, S] f32 on the device, normalised.
+
+        Raises UndecodableError naming the positions of those that cannot be read.
+        """
+        encoded, bad = _read(images)
+        if bad:
+            raise UndecodableError(len(images), bad)
+        config = self.model.data_config
+        return pixels.normalise(dali.decode(encoded, config, self.model.device), config.mean, config.std)
+
+    def _pictures(self, sample: Sequence[Image]) -> Tensor:
         encoded, bad = _read(sample[:SAMPLE])
         usable = [each for number, each in enumerate(encoded) if number not in bad]
         config, device = self.model.data_config, self.model.device
@@ -175,7 +196,7 @@ class Predictor:
             )
         return pixels.normalise(raw, config.mean, config.std)
 
-    def late(self, choice: Choice, sample: Sequence[Path]) -> str | None:
+    def late(self, choice: Choice, sample: Sequence[Image]) -> str | None:
         """A warning if these images take longer than a budget in milliseconds allows; None if they do not."""
         if choice.budget is None or choice.budget.unit != "ms":
             return None
@@ -200,10 +221,19 @@ class Predictor:
         return {name: 1e3 * mean(median(turns) for turns in rounds) for name, rounds in times.items()}
 
 
-def load(source: str, uri: str | None = None, *, device: str = "auto", cache: Path | None = None) -> Predictor:
-    """The net that `source` names (folder of a run or checkpoint, or a version), ready to classify.
+def load(
+    source: str,
+    uri: str | None = None,
+    *,
+    device: str = "auto",
+    cache: Path | None = None,
+    nets: Path | None = None,
+    evaluated: bool = True,
+) -> Predictor:
+    """The net that `source` names (a folder, a version, a net of the zoo), ready to classify.
 
-    Raises ConfigError if no evaluation of it is stored, or the device is unknown or not available.
+    nets: the zoo's folder; default: the shipped one. Raises ConfigError if the device is unknown or not available, or,
+    unless `evaluated` is off, no evaluation of it is stored.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device (={device}): auto, cpu or cuda", key="--device", subject=device)
@@ -211,10 +241,10 @@ def load(source: str, uri: str | None = None, *, device: str = "auto", cache: Pa
         raise ConfigError(
             "--device (=cuda): torch finds no GPU here; choose auto or cpu", key="--device", subject=device
         )
-    net = evaluations.find(source, uri)
+    net = (evaluations.find if evaluated else evaluations.look_up)(source, uri, nets=nets)
     model = load_model(net.model.folder, device_of(device))
     home = cache or Path.home() / ".cache" / "adaptnet" / "latency"
-    return Predictor(source, model, net.newest.reports, net.sha256, home)
+    return Predictor(source, model, net.newest.reports if net.sets else (), net.sha256, home)
 
 
 def exceeded(choice: Choice, answers: Sequence[Classified], full_macs: float) -> str | None:
@@ -235,12 +265,17 @@ def exceeded(choice: Choice, answers: Sequence[Classified], full_macs: float) ->
     )
 
 
-def _read(files: Sequence[Path]) -> tuple[list[bytes], dict[int, str]]:
-    """The bytes of each file, and by position the reasons of those that cannot be read."""
+def _name(image: Image) -> str:
+    """The image's file; "" of one that is given by its content."""
+    return str(image) if isinstance(image, Path) else ""
+
+
+def _read(images: Sequence[Image]) -> tuple[list[bytes], dict[int, str]]:
+    """The bytes of each image, and by position the reasons of those that cannot be read."""
     encoded, bad = list[bytes](), dict[int, str]()
-    for number, file in enumerate(files):
+    for number, image in enumerate(images):
         try:
-            encoded.append(read_image(str(file)))
+            encoded.append(image if isinstance(image, bytes) else read_image(str(image)))
         except DecodeError as error:
             encoded.append(b"")
             bad[number] = str(error)

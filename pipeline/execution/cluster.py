@@ -21,9 +21,9 @@ from pipeline.errors import ResourceError
 from pipeline.execution import allocation, ray_messages, ray_processes, ray_token, sockets
 from pipeline.execution.ray_token import own_sigterm
 from pipeline.execution.sockets import HERE, connection_error, host_and_port
+from pipeline.installation import CODE
 from pipeline.run_config import ComputeConfig
 
-CODE = Path(__file__).parents[2]  # the folder of our packages
 SHUTDOWN_S = 60.0  # a living Ray ends within a second or two, on a busy machine later
 STOPPED_S = 5.0  # how long the end of a Ray may take one of whose processes is stopped
 POLL_S = 0.5

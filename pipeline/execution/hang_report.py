@@ -9,12 +9,11 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipeline.errors import JsonValue
 from pipeline.execution.guardian import STATES, STOPPED
+from pipeline.installation import CODE
 
-CODE = Path(__file__).parents[2]
 THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
 MOST_FRAMES = 40
 BELOW = "in work"  # what is below is Ray's

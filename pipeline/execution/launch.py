@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import config as configs
 from pipeline import family as families
-from pipeline import run_config
+from pipeline import run_config, zoo
 from pipeline.data.augment import mix_operations
 from pipeline.data.index import Splits, open_splits
 from pipeline.data.store import Progress
@@ -197,7 +197,7 @@ def _teacher(config: RunConfig, run_dir: Path, classes: Sequence[str]) -> tuple[
 
 
 def _absolute(teacher: TeacherConfig) -> TeacherConfig:
-    if not isinstance(teacher, TrainedTeacherConfig) or teacher.source.startswith("models:"):
+    if not isinstance(teacher, TrainedTeacherConfig) or teacher.source.startswith(("models:", zoo.SCHEME)):
         return teacher
     return teacher.model_copy(update={"source": str(Path(teacher.source).absolute())})
 

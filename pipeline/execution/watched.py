@@ -13,14 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from pipeline.execution.guardian import SIGNAL, GuardianOrder
+from pipeline.installation import CODE, module
 from pipeline.runs import beats
 from pipeline.runs.beats import Beats
 
-CODE = Path(__file__).parents[2]
-PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from pipeline.execution.guardian import main; main()"
+PROGRAM = (
+    f"import sys; sys.path.insert(0, sys.argv[1]); from {module('pipeline.execution.guardian')} import main; main()"
+)
 
 
 @dataclass(frozen=True)

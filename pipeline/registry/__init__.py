@@ -24,4 +24,4 @@ PUBLISHED_CODE_USES = {
 def __getattr__(name: str) -> object:
     if name not in PUBLISHED_CODE_USES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"pipeline.registry.{PUBLISHED_CODE_USES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{PUBLISHED_CODE_USES[name]}"), name)

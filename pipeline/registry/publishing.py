@@ -16,6 +16,7 @@ from pipeline import config as configs
 from pipeline.errors import ResourceError, without_secrets
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.family import Report
+from pipeline.installation import CODE, TOP
 from pipeline.registry.catalogue import Version
 from pipeline.registry.client_store import search_versions, version_row
 from pipeline.registry.model import FIGURES, load_model, weights_of, write_model_folder
@@ -148,12 +149,11 @@ def save_mlflow_model(folder: Path, destination: Path) -> None:
             ]
         ),
     )
-    package = Path(__file__).parents[1]
     mlflow.pyfunc.save_model(
         destination,
-        python_model=str(package / "registry" / "pyfunc_model.py"),
+        python_model=str(Path(__file__).with_name("pyfunc_model.py")),
         artifacts={"model": str(folder)},
-        code_paths=[str(package)],
+        code_paths=[str(CODE / TOP)],
         signature=signature,
         input_example=pandas.DataFrame({"image": [base64.b64encode(_example_image()).decode()]}),
         model_config={"files": ""},

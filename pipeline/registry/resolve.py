@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 
 from pipeline import config as configs
+from pipeline import zoo
 from pipeline.errors import CheckpointError, ConfigError, ResourceError, without_secrets
 from pipeline.registry import store_reader
 from pipeline.registry.catalogue import Version, address, lookup
@@ -35,19 +36,25 @@ def run_folder(version: Version, uri: str) -> Path | None:
     return folder if here else None
 
 
-def resolve(reference: str, uri: str | None = None, *, cache: Path | None = None) -> Path:
-    """A local folder that `describe` and `load_model` accept: for a version, or for a run, checkpoint or model folder.
+def resolve(reference: str, uri: str | None = None, *, cache: Path | None = None, nets: Path | None = None) -> Path:
+    """A local folder that `describe` and `load_model` accept.
 
-    A run's folder means its best checkpoint, or for its newest while it trains. A version in a remote store is
-    downloaded once into `cache` (default: the user's). `uri` is the registry; default: runs/mlflow.db here.
+    reference: a version, a net of the zoo, or the folder of a run, a checkpoint or a model. A run's folder means its
+    best checkpoint, or its newest while it trains. A version in a remote store is downloaded once into `cache`
+    (default: the user's). `uri` is the registry (default: runs/mlflow.db here), `nets` the zoo's folder (default: the
+    shipped one).
     Raises ConfigError if nothing has this name, CheckpointError if its files are missing or damaged.
     """
     if reference.startswith("models:"):
         return _fetch(lookup(reference, address(uri)), address(uri), cache)
+    if reference.startswith(zoo.SCHEME):
+        return zoo.folder(reference, nets)
     folder = Path(reference)
     if not folder.is_dir():
         what = "a file" if folder.is_file() else "no such folder"
-        raise _no_net(reference, f"{what}; give the folder of a run or of a checkpoint, or models:/NAME@ALIAS")
+        raise _no_net(
+            reference, f"{what}; give the folder of a run or of a checkpoint, models:/NAME@ALIAS, or zoo:NAME"
+        )
     if (folder / "meta.json").is_file() or (folder / CARD).is_file():
         return folder
     if folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file():

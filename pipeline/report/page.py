@@ -66,7 +66,7 @@ def page(title: str, facts: Sequence[str], sections: Sequence[tuple[Section, Seq
 
 @cache
 def _part(name: str) -> str:
-    return files("pipeline.report").joinpath(name).read_text(encoding="utf-8")
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _html(text: str) -> str:

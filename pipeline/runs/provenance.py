@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from pipeline.errors import without_secrets
+from pipeline.installation import CODE
 from pipeline.runs.files import read_json, write_text
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "nvidia-dali-cuda130", "numpy", "safetensors")
@@ -50,7 +51,7 @@ class Environment(TypedDict, total=False):
 
 def record(run_dir: Path, command: Sequence[str]) -> None:
     """Writes environment.json, requirements.txt and, if the code is a changed git checkout, git.diff into `run_dir`."""
-    source = Path(__file__).resolve().parents[2]
+    source = CODE.resolve()
     git = git_state(source) or _kept(source)
     environment: Environment = {
         "command": [without_secrets(word) for word in command],
