@@ -48,7 +48,8 @@ class Series:
     or hidden together. reference: the series is a line without markers with which others are compared; its `texts` are
     labels if there is room. neutral: the series, e.g. of a baseline, is drawn in ink instead of a colour. background:
     small grey marks behind the others, e.g. published points. x_sd, y_sd: standard deviations of x and y, drawn as
-    error bars of this length to each side; None for a point without.
+    error bars of this length to each side; None for a point without. labels: written beside the points, faintly beside
+    faded ones, as far as there is room.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Series:
     background: bool = False
     x_sd: Sequence[Number] = ()
     y_sd: Sequence[Number] = ()
+    labels: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,12 @@ def test_a_points_text_has_the_numbers_of_its_row(made: Path) -> None:
     for name in ("frontier-macs", "frontier-latency-1", "tiny-training"):
         (_, _, x_label, y_label, *_), *rows = page.tables[name]
         mine = [row for row in rows if row[0] != "not dominated" and row[3]]  # y is there
-        expected = [f"{row[1] or row[0]}\n{y_label}: {row[3]}\n{x_label}: {row[2]}" for row in mine]
+        sd = {place: column for place, column in enumerate(page.tables[name][0]) if column == f"sd of {y_label}"}
+        bars = [[f" ± {float(row[place]):.2g}" for place in sd if row[place]] for row in mine]
+        expected = [
+            f"{row[1] or row[0]}\n{y_label}: {row[3]}{''.join(bar)}\n{x_label}: {row[2]}"
+            for row, bar in zip(mine, bars, strict=True)
+        ]
         assert page.spots[name] == expected and expected
 
 
@@ -143,7 +148,7 @@ def test_the_frontiers_numbers_are_those_of_policies_csv(made: Path) -> None:
     ):
         at = [head.index(name) for name in ("net", "policy", column, "top-1 (%)", verdict)]
         of_policies = [[f"{row[at[0]]} · {row[at[1]]}", *(row[place] for place in at[2:])] for row in rows]
-        drawn = [row[1:] for row in read_csv(made / "figures" / f"{figure}.csv")[1:] if row[0] != "not dominated"]
+        drawn = [row[1:5] for row in read_csv(made / "figures" / f"{figure}.csv")[1:] if row[0] != "not dominated"]
         assert sorted(drawn) == sorted(of_policies)
 
 
@@ -172,7 +177,7 @@ def test_faded_points_are_those_dominated_by_brute_force() -> None:
     for seed in range(20):
         nets = [drawn_nets.net(f"n{k}", 7 * seed + k, policies=[f"p{n}" for n in range(9)]) for k in range(3)]
         doubled = replace(nets[2], reports=[*nets[2].reports, replace(nets[2].reports[0], policy="twin")])
-        figure = general.frontiers([*nets[:2], doubled])[0]
+        figure = general.frontiers([*nets[:2], doubled])[1]
         assert isinstance(figure, Lines)
         points = [
             (x, y, pale)
@@ -206,7 +211,7 @@ def test_a_latency_caption_describes_the_measurement_and_warns_of_doubtful_ones(
     def caption(**changes: Any) -> str:
         net = drawn_nets.net("n")
         reports = [replace(r, latency=[replace(entry, **changes) for entry in r.latency]) for r in net.reports]
-        return general.frontiers([replace(net, reports=reports)])[1].caption
+        return general.frontiers([replace(net, reports=reports)])[2].caption
 
     quiet = caption(waited_share=0.01)
     assert "Some <CPU> & more with 2 threads" in quiet and "up to 1.3 times the median" in quiet
@@ -214,7 +219,7 @@ def test_a_latency_caption_describes_the_measurement_and_warns_of_doubtful_ones(
     assert "40 %" in caption(waited_share=0.4) and "busy" in caption(waited_share=0.4)
     one, other = drawn_nets.net("one"), drawn_nets.net("other")
     slow = [replace(r, latency=[replace(entry, device="GPU") for entry in r.latency]) for r in other.reports]
-    assert "same device" in general.frontiers([one, replace(other, reports=slow)])[1].caption
+    assert "same device" in general.frontiers([one, replace(other, reports=slow)])[2].caption
 
 
 # ---- classes
@@ -327,7 +332,7 @@ def test_every_drawn_figure_has_a_png(made: Path) -> None:
 
 def test_marks_and_legend_entries_carry_their_group_and_no_two_series_look_alike() -> None:
     nets = [drawn_nets.net(f"n{k}", k, family="tiny" if k % 2 else "other") for k in range(11)]
-    figure = general.frontiers(nets)[0]
+    figure = general.frontiers(nets)[1]
     assert isinstance(figure, Lines)
     svg = draw.picture(figure).svg
     assert svg.count('data-group="tiny" class="key"') == 5 and svg.count('data-group="other" class="key"') == 6
@@ -360,7 +365,7 @@ def test_spots_are_on_their_marks() -> None:
 
 
 def test_the_same_figure_gives_the_same_drawing() -> None:
-    figure = general.frontiers(drawn_nets.three())[0]
+    figure = general.frontiers(drawn_nets.three())[1]
     assert isinstance(figure, Lines)
     assert draw.picture(figure) == draw.picture(figure)
 
@@ -576,3 +581,42 @@ def test_the_images_of_an_evaluation_are_found_in_their_folder(runs: Path) -> No
     found = evaluations.images([net], net.sets[0])
     assert found is not None and len(found) == 30 and found.identity == net.sets[0]
     assert evaluations.images([net], "another") is None
+
+
+def test_the_points_that_are_not_dominated_are_labelled_and_no_label_covers_another() -> None:
+    figure = next(each for each in general.frontiers(drawn_nets.three()) if each.name == "frontier-macs")
+    assert isinstance(figure, Lines)
+    drawing = draw.draw(figure)
+    notes = {note.get_gid(): note for note in drawing.canvas.axes[0].texts}
+    free = [
+        f"series-{number}-label{place}"
+        for number, series in enumerate(figure.series)
+        for place in range(len(series.labels))
+        if not series.faded[place]
+    ]
+    assert free and set(free) <= set(notes)
+    boxes = [note.get_tightbbox().extents for note in notes.values() if note.arrow_patch is None]
+    for number, one in enumerate(boxes):
+        for other in boxes[:number]:
+            assert min(one[2], other[2]) <= max(one[0], other[0]) or min(one[3], other[3]) <= max(one[1], other[1])
+
+
+def test_the_recommended_policy_is_the_cheapest_near_the_best() -> None:
+    net = drawn_nets.net("mine", policies=["a", "b", "c", "d"])
+    figures = {"a": (0.900, 4e8), "b": (0.895, 3e8), "c": (0.891, 2e8), "d": (0.889, 1e8)}
+    reports = [replace(r, top1=figures[r.policy][0], macs_mean=figures[r.policy][1]) for r in net.reports]
+    cheap, best = general.recommendation([replace(net, reports=reports)])
+    assert " c: " in cheap and "50 %" in cheap and " a: " in best
+    (alone,) = general.recommendation([replace(net, reports=[reports[0], reports[3]])])
+    assert " a: " in alone
+
+
+def test_a_single_training_has_bars_of_the_images_and_curves() -> None:
+    net = drawn_nets.net("mine", policies=["a"])
+    point = general.by_macs([net]).points[0]
+    top1 = net.reports[0].top1
+    assert point.top1_sd == pytest.approx(100 * (top1 * (1 - top1) / 10_000) ** 0.5)
+    assert general.training([net]) == []
+    logged = replace(net, curves=lambda: {"train/top1": [(1, 0.5), (2, 0.75)], "train/loss": [(1, 2.0), (2, 1.0)]})
+    loss, top = general.training([net, logged])
+    assert [series.y for series in loss.series] == [[2.0, 1.0]] and [series.y for series in top.series] == [[50, 75]]

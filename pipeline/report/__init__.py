@@ -85,7 +85,8 @@ def report(
     shown = seed_groups.means(sources, members, evaluated)
     data = evaluated[0].data
     others = published.points(published.data_set_of(evaluated[0], _root(nets, data), data_set))
-    written = build(shown, out, evaluations.images(nets, data), others, first)
+    root = _root(nets, data)
+    written = build(shown, out, evaluations.images(nets, data), others, first, Path(root).name if root else "")
     if not track:
         return written
     sent, warnings = tracking.send_folder(_run_dirs(sources, members, nets), out, "report", uri)
@@ -157,12 +158,13 @@ def build(
     images: ImageIndex | None = None,
     others: Sequence[PublishedPoint] = (),
     first: Sequence[Figure] = (),
+    data_set: str = "",
 ) -> WrittenReport:
     """Writes the report of these nets into `out`; `images` is the split of their evaluation, if it is available.
 
-    others: points published for the same images. first: figures at the top, under the heading "Result". Raises
-    ContractError if a figure of a family breaks the contract in `pipeline.figures`, ConfigError if a seed's
-    evaluation has no answers by image.
+    others: points published for the same images. first: figures at the top, under the heading "Result". data_set: the
+    name of the images' set, for the title. Raises ContractError if a figure of a family breaks the contract in
+    `pipeline.figures`, ConfigError if a seed's evaluation has no answers by image.
     """
     whole = general.all_policies(nets)
     compared = seeds.comparisons(nets)
@@ -178,15 +180,22 @@ def build(
             contents[f"{folder.FIGURES}/{shown.figure.name}.png"] = shown.png
     footer = f"Made by adaptnet {version('adaptnet')} at {time.strftime('%Y-%m-%d %H:%M %Z')}."
     verdicts = [each.verdict for each in compared]
-    contents[folder.PAGE] = page(_title(nets), _lead(nets, compared), pictures, footer)
+    contents[folder.PAGE] = page(_title(nets, data_set), _lead(nets, compared), pictures, footer)
     folder.write(out, {**_data(nets, sections), "over_seeds": seeds.to_json(nets, compared)}, contents)
     num_policies = sum(len(net.reports) for net in nets)
     num_figures = sum(len(group) for _, group in pictures)
     return WrittenReport(out / folder.PAGE, len(nets), num_policies, num_figures, verdicts)
 
 
-def _title(nets: Sequence[Evaluated]) -> str:
-    return f"Accuracy and cost of {nets[0].name}" if len(nets) == 1 else f"Accuracy and cost of {len(nets)} nets"
+def _title(nets: Sequence[Evaluated], data_set: str) -> str:
+    """What was measured: the nets, the images with their number and side, and the device."""
+    what = nets[0].name if len(nets) == 1 else f"{len(nets)} nets"
+    counts, sides = {report.num_images for net in nets for report in net.reports}, {net.side_px for net in nets}
+    several = len(counts) > 1
+    images = f"{'up to ' if several else ''}{max(counts, default=0):,} images of {'/'.join(map(str, sorted(sides)))} px"
+    devices = sorted({entry.device for net in nets for report in net.reports for entry in report.latency})
+    on = f" on {data_set}" if data_set else ""
+    return f"Accuracy and cost of {what}{on}: {images}" + (f", {'; '.join(devices)}" if devices else "")
 
 
 def _lead(nets: Sequence[Evaluated], compared: Sequence[GroupComparison]) -> list[str]:
@@ -201,7 +210,7 @@ def _lead(nets: Sequence[Evaluated], compared: Sequence[GroupComparison]) -> lis
         "its family only, again to show all. The same numbers are in policies.csv, figures/*.csv and data.json."
     )
     verdicts = [f"{each.verdict}." for each in compared]
-    return [f"{names}.", *verdicts, images, usage]
+    return [*general.recommendation(nets), f"{names}.", *verdicts, images, usage]
 
 
 def _sections(
@@ -215,6 +224,9 @@ def _sections(
     if of_seeds:
         yield Section("seeds", "Over seeds", of_seeds)
     yield Section("each-policy", "Each policy", general.policies(nets, whole))
+    curves = general.training(nets)
+    if curves:
+        yield Section("training", "Training", curves)
     lower = resolutions.resolutions(nets)
     if lower:
         yield Section("resolutions", "Lower resolutions", lower)
@@ -264,7 +276,7 @@ def fault_of(figure: Figure) -> str | None:
 def _fault_of_shape(figure: Figure) -> str | None:
     if isinstance(figure, Lines):
         uneven = [series.name for series in figure.series if _is_uneven(series)]
-        return f"series {uneven[0]!r}: x, y, texts, faded, x_sd and y_sd differ in length" if uneven else None
+        return f"series {uneven[0]!r}: x, y, texts, faded, x_sd, y_sd and labels differ in length" if uneven else None
     if isinstance(figure, Bars) and any(len(values) != len(figure.labels) for values in figure.series.values()):
         return f"a series does not have as many values as there are labels ({len(figure.labels)})"
     if isinstance(figure, HeatMap):
@@ -275,7 +287,7 @@ def _fault_of_shape(figure: Figure) -> str | None:
 
 
 def _is_uneven(series: Series) -> bool:
-    optional = (series.texts, series.faded, series.x_sd, series.y_sd)
+    optional = (series.texts, series.faded, series.x_sd, series.y_sd, series.labels)
     return len({len(series.x), len(series.y), *(len(part or series.x) for part in optional)}) > 1
 
 

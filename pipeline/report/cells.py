@@ -63,9 +63,7 @@ def point(figure: Lines, number_of_series: int, place: int) -> str:
     series = figure.series[number_of_series]
     name = series.texts[place] if series.texts else series.name
     x, y = number(series.x[place]), number(series.y[place])
-    x_sd, y_sd = (
-        f" ± {number(sd[place])}" if sd and sd[place] is not None else "" for sd in (series.x_sd, series.y_sd)
-    )
+    x_sd, y_sd = (f" ± {sd[place]:.2g}" if sd and sd[place] is not None else "" for sd in (series.x_sd, series.y_sd))
     return text(f"{name}\n{figure.y_label}: {y}{y_sd}\n{figure.x_label}: {x}{x_sd}")
 
 

@@ -14,13 +14,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from pipeline.figures import Bars, HeatMap, Lines, Series
+from pipeline.figures import Bars, HeatMap, Lines, Number, Series
 from pipeline.report import cells
 from pipeline.report.style import (
     COLOURS_OF_VALUES,
     DASHES,
+    FAINT,
     GREY,
     HEIGHT,
     INK,
@@ -83,9 +85,7 @@ def _(figure: Lines) -> Drawing:
     _freeze(canvas)
     drawing = Drawing(canvas, [series.group for series in figure.series])
     drawing.spots += _point_spots(axes, figure)
-    for series in figure.series:
-        if series.reference and series.texts:
-            _name_points(axes, series, [spot.box for spot in drawing.spots])
+    _name_points(axes, figure, [spot.box for spot in drawing.spots])
     drawing.spots += _key_spots(canvas, drawing.groups, across) if shown else []
     return drawing
 
@@ -232,23 +232,51 @@ def _key_spots(canvas: Canvas, groups: Sequence[str], across: int) -> list[Spot]
     return spots
 
 
-PLACES = ((-8, 6, "right", "bottom"), (8, -6, "left", "top"), (8, 6, "left", "bottom"), (-8, -6, "right", "top"))
+NEAR = ((-8, 6), (8, -6), (8, 6), (-8, -6))
+FAR = tuple((x * far, y * far) for far in (2.5, 4.5) for x, y in (*NEAR, (0, 10), (0, -10)))  # joined by a thin line
 
 
-def _name_points(axes: Axes, series: Series, marks: Sequence[Box]) -> None:
-    """Writes the texts beside their points where they cover nothing; a text without such a place is left out."""
+def _name_points(axes: Axes, figure: Lines, marks: Sequence[Box]) -> None:
+    """Writes each label beside its point, or farther away with a line to it, where it covers nothing.
+
+    Points that are not faded come first. A label for which there is no room is left out.
+    """
     height = _height(axes)
     taken = [(x + 3, height - y - h + 3, x + w - 3, height - y - 3) for x, y, w, h in marks]
-    taken += [(x - 1, y - 1, x + 1, y + 1) for x, y in _along(axes, series)]
-    for x, y, text in zip(series.x, series.y, series.texts, strict=True):
-        for right, up, ha, va in PLACES:
-            offset: Look = {"xytext": (right, up), "textcoords": "offset points", "ha": ha, "va": va}
-            note = axes.annotate(short(text, 24), (x, y), annotation_clip=False, **offset)
-            box = note.get_window_extent().extents
-            if _inside(box, axes.bbox.extents) and not any(_overlap(box, other) for other in taken):
-                taken.append((box[0], box[1], box[2], box[3]))
-                break
-            note.remove()
+    taken += [
+        (x - 1, y - 1, x + 1, y + 1) for series in figure.series if series.reference for x, y in _along(axes, series)
+    ]
+    labelled = [
+        (bool(series.faded and series.faded[place]), number, place)
+        for number, series in enumerate(figure.series)
+        for place in range(len(series.labels))
+        if series.y[place] is not None
+    ]
+    for faded, number, place in sorted(labelled):
+        series = figure.series[number]
+        look: Look = {"alpha": FAINT if faded else 1.0, "gid": f"series-{number}-label{place}"}
+        at = (series.x[place], series.y[place])
+        if found := _placed(axes, series.labels[place], at, taken, look):
+            taken.append(found)
+
+
+def _placed(
+    axes: Axes, label: str, at: tuple[float, Number], taken: Sequence[Sequence[float]], look: Look
+) -> tuple[float, float, float, float] | None:
+    """Writes the label at the first place that is free; returns its box, None if no place is."""
+    for right, up in (*NEAR, *FAR):
+        sides: Look = {"ha": "center" if right == 0 else "left" if right > 0 else "right"}
+        sides |= {"va": "bottom" if up > 0 else "top"}
+        offset: Look = {"xytext": (right, up), "textcoords": "offset points", "annotation_clip": False}
+        line: Look = {"arrowprops": {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": FAINT, "shrinkB": 5}}
+        note = axes.annotate(short(label, 28), at, **offset, **sides, **look, **(line if abs(up) > 6 else {}))
+        note.get_window_extent()  # moves the text to its offset; this extent includes the line
+        left, low, end, high = Text.get_window_extent(note).extents
+        box = (float(left), float(low), float(end), float(high))
+        if _inside(box, axes.bbox.extents) and not any(_overlap(box, other) for other in taken):
+            return box
+        note.remove()
+    return None
 
 
 def _along(axes: Axes, series: Series) -> list[tuple[float, float]]:

@@ -5,21 +5,24 @@ A point is a policy of a trained net with its cost. Letters: K classes, P points
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from pipeline import family as families
 from pipeline.evaluation.frontier import dominated, merit
 from pipeline.evaluation.seed_means import over_seeds
-from pipeline.family import Evaluated, Latency, Report
-from pipeline.figures import Cell, Figure, HeatMap, Lines, Number, Series, Table, marks
+from pipeline.family import Curves, Evaluated, Latency, Report
+from pipeline.figures import Cell, Figure, HeatMap, Lines, Number, Series, Table, marks, over_training
 from pipeline.report import published
 from pipeline.report.cells import NO, YES
 from pipeline.report.published import PublishedPoint
 
 MOST_CLASSES = 60  # rows of the heat map; with more classes it shows the worst and the best
 WIDE = 8  # ratio of the highest to the lowest cost above which the axis is logarithmic
+WHOLE = 0.005  # distance of a policy's share of the whole net's MACs from 1 below which it leaves nothing out
+NEAR_PP = 1.0  # points of top-1 below the best within which the cheapest policy is recommended
 MAX_WAITED = 0.1  # share of time spent waiting for a core above which a latency is doubtful
 TOP1 = "top-1 (%)"
 OTHERS = "in no group"
@@ -40,7 +43,16 @@ class Point:
 
     @property
     def top1_sd(self) -> Number:
-        return _deviation(self.net, self.report, lambda report: 100 * report.top1)
+        """The standard deviation over the seeds, in points; of a single training the standard error over the images."""
+        if self.net.seeds:
+            return _deviation(self.net, self.report, lambda report: 100 * report.top1)
+        return 100 * math.sqrt(self.report.top1 * (1 - self.report.top1) / max(1, self.report.num_images))
+
+    @property
+    def label(self) -> str:
+        """The policy's name; of one that leaves nothing out also the MACs of the whole net."""
+        whole = abs(self.report.relative_macs - 1) < WHOLE
+        return f"{self.report.policy} (whole, {self.report.macs_mean / 1e6:.3g} M)" if whole else self.report.policy
 
 
 @dataclass(frozen=True)
@@ -102,9 +114,9 @@ def batches(nets: Sequence[Evaluated]) -> list[int]:
 
 
 def frontiers(nets: Sequence[Evaluated], others: Sequence[PublishedPoint] = ()) -> list[Figure]:
-    """Accuracy against MACs and against the time of a batch, and a table of the points on the first frontier.
+    """A table of the points on the frontier by MACs; then accuracy against MACs and against the time of a batch.
 
-    others: points published for the same images, which are drawn behind those of the first picture.
+    others: points published for the same images, which are drawn behind those of the picture by MACs.
     """
     macs = by_macs(nets)
     caption = (
@@ -115,17 +127,19 @@ def frontiers(nets: Sequence[Evaluated], others: Sequence[PublishedPoint] = ()) 
     if others:
         caption += " " + published.caption(others, [(p.report.macs_mean, p.report.top1) for p in _undominated(macs)])
     title = "Accuracy against MACs"
-    figures: list[Figure] = [_drawn(macs, "frontier-macs", title, "MMACs per image", caption, others)]
+    figures: list[Figure] = [_choices(macs), _drawn(macs, "frontier-macs", title, "MMACs per image", caption, others)]
     for size in batches(nets):
         times, entries = by_latency(nets, size), _entries(nets, size)
         title = f"Accuracy against time, batch size {size}"
         label = f"ms per batch of {size}"
         figures.append(_drawn(times, f"frontier-latency-{size}", title, label, _measured(entries, size)))
-    return [*figures, _choices(macs)]
+    return figures
 
 
 def _bars(nets: Sequence[Evaluated]) -> Iterator[str]:
-    """What the error bars are, if there are any."""
+    """What the error bars are."""
+    if any(not net.seeds for net in nets):
+        yield "The bars of a single training reach one standard error over the images to each side."
     names = [net.name for net in nets if net.seeds]
     if names:
         yield (
@@ -169,7 +183,6 @@ def _line(frontier: Frontier) -> Series:
         name="not dominated",
         x=[point.cost for point in best],
         y=[100 * point.report.top1 for point in best],
-        texts=[point.report.policy for point in best],
         reference=True,
     )
 
@@ -185,10 +198,12 @@ def _series(frontier: Frontier, name: str) -> Series:
     adaptive = families.find(family).adaptive
     kind = family if adaptive else "iso-cost baseline"
     spreads = any(point.net.seeds for point, _ in mine)
+    labels = [p.label for p, _ in mine] if adaptive or len(mine) > 1 else [name]
     return Series(
         name=name if kind in name else f"{name} ({kind})",
         x_sd=[point.cost_sd for point, _ in mine] if spreads else (),
-        y_sd=[point.top1_sd for point, _ in mine] if spreads else (),
+        y_sd=[point.top1_sd for point, _ in mine],
+        labels=labels,
         x=[point.cost for point, _ in mine],
         y=[100 * point.report.top1 for point, _ in mine],
         texts=[point.name for point, _ in mine],
@@ -199,10 +214,64 @@ def _series(frontier: Frontier, name: str) -> Series:
     )
 
 
+def recommendation(nets: Sequence[Evaluated]) -> list[str]:
+    """Which policy is the most accurate, and which is the cheapest within NEAR_PP points of it, in sentences."""
+    points = [p for p in by_macs(nets).points if merit(p.report.kind, p.report.top1) >= 0]
+    if not points:
+        return []
+    best = max(points, key=lambda p: (p.report.top1, -p.cost))
+    near = min((p for p in points if 100 * (best.report.top1 - p.report.top1) <= NEAR_PP), key=lambda p: p.cost)
+    several = len(nets) > 1
+    text = f"The most accurate policy is {_named(best, several)}: {_spoken(best)}."
+    if near is best:
+        return [f"{text} No cheaper one is within {NEAR_PP:g} point of it."]
+    less = 100 * (1 - near.cost / best.cost)
+    return [
+        f"The cheapest policy within {NEAR_PP:g} point of the best is {_named(near, several)}: {_spoken(near)}, "
+        f"{less:.0f} % fewer MACs than the best.",
+        text,
+    ]
+
+
+def _named(point: Point, several: bool) -> str:
+    return f"{point.report.policy} of {point.net.name}" if several else point.report.policy
+
+
+def _spoken(point: Point) -> str:
+    sd = point.top1_sd
+    spread = "" if sd is None else f" ± {sd:.1f}"
+    return f"top-1 {100 * point.report.top1:.1f}{spread} %, {point.cost:.3g} million MACs per image"
+
+
+def training(nets: Sequence[Evaluated]) -> list[Lines]:
+    """Loss and top-1 of the training images over the training, of the nets whose run's folder is at hand."""
+    curves = [(net.name, (net.seeds[0] if net.seeds else net).curves()) for net in nets]
+    return [*_curve(curves, "train/loss", "loss"), *_curve(curves, "train/top1", TOP1, 100.0)]
+
+
+def _curve(curves: Sequence[tuple[str, Curves]], key: str, y_label: str, factor: float = 1.0) -> list[Lines]:
+    """One picture of this key of every net that logged it; none if no net did."""
+    what = key.removeprefix("train/")
+    title = f"{'Loss' if what == 'loss' else 'Top-1'} of the training images"
+    caption = "Means over the interval since the last log point, of augmented images; of several seeds the first one."
+    frame = Lines(f"training-{what}", title, caption, "step", y_label, ())
+    own = [over_training(frame, logged, {key: name}) for name, logged in curves]
+    drawn = [one for one in own if one is not None]
+    if not drawn:
+        return []
+    label = "epoch" if all(one.x_label == "epoch" for one in drawn) else "step"
+    kept = [_scaled(series, factor) for one in drawn if one.x_label == label for series in one.series]
+    return [replace(frame, x_label=label, series=kept)]
+
+
+def _scaled(series: Series, factor: float) -> Series:
+    return replace(series, y=[None if value is None else factor * value for value in series.y])
+
+
 def _choices(frontier: Frontier) -> Table:
     best = sorted(_undominated(frontier), key=lambda point: point.cost)
     rows = [_row(point) for point in best]
-    caption = "The points of the first picture that are not dominated, cheapest first: one of these is the best choice."
+    caption = "The points of the next picture that are not dominated, cheapest first: one of these is the best choice."
     return Table(
         "frontier-points", "Points on the frontier", caption, ["net", "policy", TOP1, "MMACs mean", "% of full"], rows
     )

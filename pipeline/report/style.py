@@ -29,6 +29,7 @@ DASHES: tuple[Literal["-"] | tuple[float, tuple[float, ...]], ...] = (
     (0, (6, 2, 1.5, 2)),
 )
 SMALL, GREY = 4.5, 0.45  # size in px and opacity of background marks, which are grey in any theme
+FAINT = 0.6  # opacity of a faded point's label
 NEUTRAL_MARKER = "s"  # marker of a neutral series, which is drawn in ink
 COLOURS_OF_VALUES = "viridis"  # from dark blue to light yellow, with rising lightness
 WIDTH, HEIGHT = 640, 400  # px of a figure; the size of a heat map depends on its cells
