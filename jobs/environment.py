@@ -63,8 +63,9 @@ def origins(config: RunConfig, source: str, overrides: Sequence[str], layer: Map
     from pipeline import run_config
 
     mapping, lines = configs.as_mapping(config), []
+    found = run_config.origins(list(HONOURED), source, overrides, layer)
     for key, variable in HONOURED.items():
-        origin = run_config.origin(key, source, overrides, layer).replace("environment", f"the variable {variable}")
+        origin = found[key].replace("environment", f"the variable {variable}")
         lines.append(f"# {key}: {without_secrets(str(configs.at(mapping, key)))} is from {origin}")
     return lines
 

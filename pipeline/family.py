@@ -129,6 +129,7 @@ class Latency:
 class Report:
     """The results of one policy on one split; a mean is over images, each counted once whatever the number of ranks.
 
+    loss is the mean cross-entropy in nats, None in older files and if it is not finite;
     top1, top5, ece in 0..1 (top5 is None below 5 classes); a label that shares its logit with others counts by the
     chance of drawing it among them. macs are multiply-accumulates per image; relative_macs is macs_mean over the MACs
     of the net's own forward; kind and settings are the policy's; latency has one entry per batch size; facts {name:
@@ -158,6 +159,7 @@ class Report:
     precision: str = ""
     chosen_on: str = ""
     last_top1: float | None = None
+    loss: float | None = None
 
     @property
     def choice(self) -> str:

@@ -200,14 +200,21 @@ def _with_home(
         raise
 
 
-def origin(key: str, source: str, overrides: Sequence[str], environment: Mapping[str, JsonValue]) -> str:
-    """Where `load` takes the value of a dotted key from: "the command", "the recipe", "environment", "the default"."""
+def origins(
+    keys: Sequence[str], source: str, overrides: Sequence[str], environment: Mapping[str, JsonValue]
+) -> dict[str, str]:
+    """Where `load` takes the value of each dotted key from.
+
+    That is "the command", "the recipe", "environment" or "the default".
+    """
     layers: dict[str, Mapping[str, object]] = {
         "the command": _together(overrides),
         "the recipe": reduce(configs.merge, recipes.layers(source), {}),
         "environment": environment,
     }
-    return next((name for name, layer in layers.items() if configs.has(layer, key)), "the default")
+    return {
+        key: next((name for name, layer in layers.items() if configs.has(layer, key)), "the default") for key in keys
+    }
 
 
 def with_batch_size(source: str, overrides: Sequence[str], batch_size: int) -> list[str]:

@@ -32,6 +32,8 @@ def test_a_label_that_shares_its_logit_counts_by_the_chance_of_drawing_it() -> N
     assert hits(arrays) == pytest.approx(FIRST)
     assert hits(arrays, 5) == pytest.approx(FIFTH)
     assert top1(LOGITS, LABELS).tolist() == pytest.approx(FIRST)
+    wanted = -LOGITS.double().log_softmax(1)[range(len(LABELS)), LABELS]
+    assert arrays["loss"].tolist() == pytest.approx(wanted.tolist(), nan_ok=True)
 
 
 @pytest.mark.parametrize("count", [1, 7, 5000])

@@ -51,7 +51,7 @@ def test_the_command_precedes_the_recipe_and_the_recipe_the_environment(
     layer = environment.recipe_layer(variables)
     config = run_config.load(str(source), overrides, environment=layer)
     assert config.tracking.uri == uri
-    assert run_config.origin("tracking.uri", str(source), overrides, layer) == origin
+    assert run_config.origins(["tracking.uri"], str(source), overrides, layer) == {"tracking.uri": origin}
     (line,) = [each for each in environment.origins(config, str(source), overrides, layer) if "tracking.uri" in each]
     assert origin.replace("environment", "the variable MLFLOW_TRACKING_URI") in line and str(uri) in line
 

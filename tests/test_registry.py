@@ -212,6 +212,13 @@ def test_publishing_twice_or_after_a_kill_creates_one_version(run_dir: Path, mon
     monkeypatch.undo()
     assert version is not None and died >= 5
     assert publish_run(run_dir, "aig", run_id=run_id, uri=uri) == version
+    assert version.tags["adaptnet.seed"] == "1" and "=" in version.tags["adaptnet.net"]
+    run = client.get_run(run_id)
+    (output,) = run.outputs.model_outputs  # once, whenever the process was killed
+    (logged,) = client.search_logged_models([run.info.experiment_id])
+    assert (logged.model_id, logged.source_run_id, str(logged.status)) == (output.model_id, run_id, "READY")
+    assert json.loads(logged.tags["mlflow.modelVersions"]) == [{"name": "aig", "version": "1"}]
+    assert client.get_model_version("aig", "1").source == logged.artifact_location
     assert [(v.version, v.aliases) for v in catalogue.versions(uri)] == [(1, ("candidate",))]
     other = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
     newer = publish_run(run_dir, "aig", run_id=other, uri=uri)
@@ -243,7 +250,7 @@ class Overtaken:
         self._client, self._overtake = client, [overtake]
 
     def __getattr__(self, name: str) -> Any:
-        if name == "log_artifacts" and self._overtake:
+        if name == "log_model_artifacts" and self._overtake:
             self._overtake.pop()()
         return getattr(self._client, name)
 
@@ -278,7 +285,8 @@ def test_a_version_on_a_server_is_downloaded_once_and_checked(trained: Path, tmp
     stamp = (folder / "net.safetensors").stat().st_mtime_ns
     assert resolve(version.reference, uri, cache=tmp_path / "cache") == folder
     assert (folder / "net.safetensors").stat().st_mtime_ns == stamp
-    (stored,) = server()._folder.glob(f"artifacts/*/{version.run_id}/artifacts/models/*/artifacts/*/net.safetensors")
+    logged = connect(uri).get_model_version(name, "1").source.split("/")[-2]
+    (stored,) = server()._folder.glob(f"artifacts/*/models/{logged}/artifacts/artifacts/*/net.safetensors")
     whole = stored.read_bytes()
     stored.write_bytes(whole[:-1] + b"\x01")
     with fails(CheckpointError, "source", subject=version.reference):

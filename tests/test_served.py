@@ -243,6 +243,14 @@ def test_paths_and_arrays_are_accepted_in_process(uri: str, tmp_path: Path, monk
     assert model.predict([str(tmp_path / "one.jpg")]).equals(wanted)
     array = np.zeros((40, 48, 3), np.uint8)
     assert model.predict(pandas.DataFrame({"image": [array, array]})).label.nunique() == 1
+    pixels = np.random.default_rng(2).integers(0, 256, (3, 40, 48, 3), dtype=np.uint8)
+    rows = model.predict(pandas.DataFrame({"image": list(pixels)}))
+    assert model.predict(pixels).equals(rows) and model.predict(list(pixels)).equals(rows)
+    assert model.predict(pixels[0]).equals(rows[:1])
+    for wrong in (pixels[0, :, :, 0], pixels[..., :2], pixels / 255.0, [pixels[0], pixels[0, 0]]):
+        with pytest.raises(mlflow.MlflowException) as refused:
+            model.predict(wrong)
+        assert refused.value.json_kwargs["key"] == "image" and len(str(refused.value)) < 500
     assert model.metadata.signature.inputs is not None and model.input_example is not None
     with pytest.raises(mlflow.MlflowException) as refused:
         model.predict([str(tmp_path / "nothing.jpg")])

@@ -21,7 +21,7 @@ from pipeline.tracking import TrackingConfig, Uploader, connect, resolve_uri, sy
 from pipeline.tracking.mlflow import MlflowTracker
 from pipeline.tracking.replay import Composite, Replay
 from pipeline.tracking.tensorboard import TensorBoardTracker
-from pipeline.tracking.tracker import Ending, MetricPoint, NoProgress, Tracker
+from pipeline.tracking.tracker import DatasetUse, Ending, MetricPoint, NoProgress, Tracker
 
 CONFIG = TrackingConfig(upload_checkpoints=False)
 Curve = list[tuple[int, float]]
@@ -47,6 +47,9 @@ class MemoryTracker:
 
     def log_summary(self, facts: Mapping[str, str]) -> None:
         self._store["facts"] = {**self._store.get("facts", {}), **facts}
+
+    def log_inputs(self, datasets: Sequence[DatasetUse]) -> None:
+        self._store["inputs"] = list(datasets)
 
     def running(self) -> None:
         self._store["status"] = "RUNNING"

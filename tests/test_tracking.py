@@ -286,7 +286,8 @@ def test_a_resumed_run_is_running_again_with_its_changes_as_tags(runs: Path) -> 
     assert sole_run(client).info.status == "KILLED"
     with Uploader(run_dir, TrackingConfig(), changed):
         pass  # it was asked to stop, and has saved
-    assert sole_run(client).info.status == "SCHEDULED"
+    assert sole_run(client).info.status == "SCHEDULED"  # neither failed nor killed, and not finished
+    assert sole_run(client).data.tags["adaptnet.status"] == "STOPPED"
     assert summaries(run_dir)[0].status == "STOPPED"
 
 

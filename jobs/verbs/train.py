@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,8 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs import shown_recipe
 from jobs.cli import INTERRUPTED, STOPPED, data_home
-from pipeline.runs import lease
+from jobs.run_lines import EvaluationPoint, best_of, duration, evaluations, percent
+from jobs.shown_recipe import RecipeSource
+from pipeline.errors import ConfigError
+from pipeline.runs import journal, lease
 
 if TYPE_CHECKING:
     from pipeline.execution.launch import Result
@@ -25,18 +31,11 @@ SOME_FAILED = 1  # exit status when the training of a seed diverged
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
 
-def _list_recipes(requested: bool) -> None:
-    from jobs import tables
-    from pipeline import recipes
-
-    if requested:
-        typer.echo(tables.of_pairs({name: recipes.title(name) for name in recipes.names()}))
-        raise typer.Exit
-
-
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="family/recipe, family/recipe:variant, or a path ending in .yaml")],
+    recipe: Annotated[
+        str | None, typer.Argument(help="family/recipe, family/recipe:variant, or a path ending in .yaml")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. training.epochs=3")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="folder of the run; default runs/NAME")] = None,
     allow_changed: Annotated[
@@ -52,10 +51,11 @@ def train(
             min=1, help="training.batch_size; with training.scale_lr the learning rates follow from the recipe's"
         ),
     ] = None,
-    show: Annotated[bool, typer.Option("--show", help="print the resolved config and exit")] = False,
-    listed: Annotated[
-        bool, typer.Option("--list", is_eager=True, callback=_list_recipes, help="print every shipped recipe and exit")
+    show: Annotated[
+        bool, typer.Option("--show", help="print the resolved recipe and exit; as YAML if not on a terminal")
     ] = False,
+    listed: Annotated[bool, typer.Option("--list", help="print every shipped recipe and exit")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --show or --list: print one JSON document")] = False,
 ) -> None:
     """Trains RECIPE, or resumes the run in its folder: the same command does both. With --seeds it trains one run after
     the other, each in a folder of its own; finished ones are not trained again. They are the children of one MLflow
@@ -77,42 +77,56 @@ def train(
 
       adaptnet train baseline/imagenet_resnet50 data.root=/data/imagenet --show
     """
-    from jobs import environment
-    from pipeline import config as configs
-    from pipeline import run_config
-
-    layer = environment.recipe_layer()
-    overrides = overrides or []
-    if batch_size is not None:
-        overrides = run_config.with_batch_size(recipe, overrides, batch_size)
-    config = run_config.load(recipe, overrides, data_home=data_home(), environment=layer)
-    if show:
-        typer.echo(configs.dump_yaml(configs.as_mapping(config)), nl=False)
-        typer.echo("\n".join(environment.origins(config, recipe, overrides, layer)))
-        if config.training.scaling is not None:
-            typer.echo(f"# {config.training.scaling}")
-        if seeds is not None:
-            typer.echo(
-                f"# seeds: {config.seed} to {config.seed + seeds - 1}, as runs {config.name}-s{config.seed}, ..."
-            )
+    if listed:
+        _list_recipes(as_json=as_json)
         return
+    if recipe is None:
+        raise ConfigError("name a recipe; `adaptnet train --list` shows the shipped ones", key="recipe")
+    if as_json and not show:
+        raise ConfigError("--json belongs to --show and --list; `adaptnet runs list` shows runs", key="--json")
+    config, source = _resolved(recipe, overrides or [], batch_size)
     folder = run_dir or Path("runs") / config.name
-    if seeds is not None:
+    if show:
+        shown_recipe.show(config, source, seeds=seeds, as_json=as_json)
+    elif seeds is not None:
         _train_seeds(config, seeds, folder, allow_changed or ())
     else:
         _train_one(config, folder, allow_changed or ())
+
+
+def _resolved(recipe: str, overrides: list[str], batch_size: int | None) -> tuple[RunConfig, RecipeSource]:
+    from jobs import environment
+    from pipeline import run_config
+
+    layer = environment.recipe_layer()
+    if batch_size is not None:
+        overrides = run_config.with_batch_size(recipe, overrides, batch_size)
+    config = run_config.load(recipe, overrides, data_home=data_home(), environment=layer)
+    return config, RecipeSource(recipe, overrides, layer)
+
+
+def _list_recipes(*, as_json: bool) -> None:
+    from jobs import tables
+    from pipeline import recipes
+
+    titles = {name: recipes.title(name) for name in recipes.names()}
+    if as_json:
+        typer.echo(json.dumps([{"recipe": name, "title": title} for name, title in titles.items()], indent=1))
+    else:
+        typer.echo(tables.align([["recipe", "what it trains"], *map(list, titles.items())], left=True))
 
 
 def _train_one(config: RunConfig, folder: Path, allow_changed: Sequence[str]) -> None:
     from pipeline.execution import seeds
 
     received: set[int] = set()
+    run = seeds.SeedRun(config, folder)
     if seeds.is_member(config):  # a job of an array
-        run = seeds.SeedRun(config, folder)
         result = seeds.member(run, lambda each: followed(each, allow_changed, received))
     else:
-        result = followed(seeds.SeedRun(config, folder), allow_changed, received)
+        result = followed(run, allow_changed, received)
     _print_result(result)
+    _print_next(result)
     if not result.finished:  # a nonzero status, so that a script does not run its next line
         raise _stopped(received)
 
@@ -125,8 +139,10 @@ def followed(run: SeedRun, allow_changed: Sequence[str], received: set[int]) -> 
     """Trains one run and shows its progress; the signals that asked it to stop are added to `received`."""
     from jobs.verbs import progress
     from pipeline.execution import launch
+    from pipeline.tracking import resolve_uri
 
-    with progress.follow(run.folder) as view, stop_on_signals(run.folder, received) as signals:
+    uri = resolve_uri(run.config.tracking.uri, run.folder)
+    with progress.follow(run.folder, uri) as view, stop_on_signals(run.folder, received) as signals:
 
         def start() -> None:
             view.start()
@@ -228,10 +244,46 @@ def _print_result(result: Result) -> None:
         )
         typer.echo(f"stopped at step {result.step}; the same command {resumes}")
         return
-    typer.echo(f"finished at step {result.step}; best checkpoint {result.checkpoint}")
+    typer.echo(f"finished at step {result.step}{_time_of(result.run_dir)}")
     if result.reports:
         typer.echo(tables.of_reports(result.reports))
-    if result.run_id:
-        typer.echo(f"MLflow run {result.run_id} in {result.tracking_uri}")
+    typer.echo(tables.of_pairs(_outcome(result)))
     if result.version:
         typer.echo(f"registered as {result.version}, now @candidate")
+
+
+def _outcome(result: Result) -> dict[str, str]:
+    """The best and the last accuracy while training, and where everything is."""
+    from jobs.verbs.progress import look_at, shorter
+
+    evaluated = [each for each in evaluations(_written(result.run_dir)) if each.split == "val"]
+    pairs = {}
+    if (best := best_of(evaluated)) is not None:
+        pairs = {"best top-1": _accuracy(best), "last top-1": _accuracy(evaluated[-1])}
+    pairs |= {"run": shorter(result.run_dir), "best checkpoint": shorter(Path(result.checkpoint or "none"))}
+    if result.run_id:
+        pairs |= {"MLflow run": result.run_id, "to see it": look_at(result.tracking_uri)}
+    return pairs
+
+
+def _accuracy(evaluation: EvaluationPoint) -> str:
+    return f"{percent(evaluation.top1)} on val at step {evaluation.step}"
+
+
+def _written(run_dir: Path) -> list[journal.Record]:
+    path = run_dir / "journal" / f"rank0{journal.SUFFIX}"
+    return list(journal.read_all(path)) if path.is_file() else []
+
+
+def _time_of(run_dir: Path) -> str:
+    """From the first start of the run to its end, pauses included; "" if the journal does not say."""
+    times = [record["time"] for record in _written(run_dir) if record.get("event") in ("started", "finished")]
+    return f", {duration(times[-1] - times[0])} after it was started" if len(times) > 1 else ""
+
+
+def _print_next(result: Result) -> None:
+    """The command that a person would use next."""
+    from jobs.verbs.progress import shorter
+
+    if result.finished:
+        typer.echo(f"next: adaptnet evaluate {shlex.quote(shorter(result.run_dir))}")

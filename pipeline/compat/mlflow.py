@@ -14,20 +14,23 @@ import mlflow.environment_variables
 import mlflow.exceptions
 import mlflow.pyfunc
 import mlflow.store.db.utils
+import numpy as np
+import pandas  # type: ignore[import-untyped]
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.types.schema import AnyType
 
 from pipeline.compat import require
 
 if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
-    from mlflow.types import ParamSchema
+    from mlflow.types import ParamSchema, Schema
 
 TRIED = "3.17"
 MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations"
 
 require("mlflow", mlflow.environment_variables, ["_MLFLOW_IS_IN_SERVING_ENVIRONMENT.get"], tried=TRIED)
 require("mlflow", mlflow.store.db.utils, ["_get_latest_schema_revision"], tried=TRIED)
-require("mlflow", mlflow.pyfunc, ["_enforce_params_schema"], tried=TRIED)
+require("mlflow", mlflow.pyfunc, ["_enforce_params_schema", "_enforce_schema"], tried=TRIED)
 require("mlflow", mlflow.exceptions, ["MlflowException.serialize_as_json"], tried=TRIED)
 
 
@@ -54,6 +57,34 @@ def _checked(params: object, schema: ParamSchema | None) -> object:
     if check is not None and isinstance(params, dict):
         check(params)
     return _enforce_params_schema(params, schema)
+
+
+_enforce_schema: Callable[..., object] = mlflow.pyfunc._enforce_schema
+
+
+def take_arrays(column: str) -> None:
+    """Lets models whose input is one column of any type take arrays as they are, as a table with this column.
+
+    An array [N, H, W, C] is N images, another array of numbers is one image, and a list may hold several. Without it
+    MLflow makes a table of an array's rows, and its error prints the whole array. A server's requests stay as they are.
+    """
+
+    def enforce(data: object, schema: Schema, flavor: str | None = None) -> object:
+        ours = not is_serving() and [type(each.type) for each in schema.inputs] == [AnyType]
+        images = _arrays_in(data) if ours else None
+        if images is not None:
+            data = pandas.DataFrame({column: pandas.Series(images, dtype=object)})
+        return _enforce_schema(data, schema, flavor)
+
+    mlflow.pyfunc._enforce_schema = enforce
+
+
+def _arrays_in(data: object) -> list[object] | None:
+    """The images of an array of numbers, or of a list of such arrays; None for anything else."""
+    if isinstance(data, np.ndarray) and data.dtype.kind in "uifb" and data.ndim > 1:
+        return list(data) if data.ndim == 4 else [data]
+    of_arrays = isinstance(data, list) and data and all(isinstance(each, np.ndarray) for each in data)
+    return list(data) if of_arrays and isinstance(data, list) else None
 
 
 class RequestRefused(mlflow.exceptions.MlflowException):  # type: ignore[misc]

@@ -6,6 +6,7 @@ class, without knowing their meaning. Letters: N images, B of them in a batch, K
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from pipeline import cost, ranks
 from pipeline.data import pixels
@@ -215,6 +217,7 @@ def _results(prediction: Prediction, batch: LabelledBatch) -> dict[str, Tensor]:
         "rank_of_truth": (prediction.logits > own).sum(1),
         "tied": (prediction.logits == own).sum(1),
         "confidence": confidence,
+        "loss": cross_entropy(prediction.logits.float(), batch.labels, reduction="none"),
         "macs": prediction.macs.double(),
         **{f"facts/{name}": fact.float() for name, fact in prediction.facts.items()},
     }
@@ -269,6 +272,7 @@ def _report(
         precision=evaluator.precision,
         chosen_on=evaluator.chosen_on,
         last_top1=evaluator.last_top1.get(policy.name),
+        loss=_finite_mean(arrays["loss"]),
     )
 
 
@@ -282,6 +286,11 @@ def calibration_error(confidence: NDArray[np.float32], hit: NDArray[np.bool_]) -
     bins = np.minimum((chosen * BINS).astype(np.int64), BINS - 1)
     gaps = np.bincount(bins, weights=hit - chosen, minlength=BINS)  # of each bin: images x (accuracy - confidence)
     return float(np.abs(gaps).sum() / len(chosen))
+
+
+def _finite_mean(values: NDArray[np.float32]) -> float | None:
+    mean = float(values.astype(np.float64).mean())
+    return mean if math.isfinite(mean) else None
 
 
 def _row(values: NDArray[Any]) -> list[float]:

@@ -143,6 +143,7 @@ def metrics_of(reports: Sequence[Report]) -> dict[str, float]:
             "top1": report.top1,
             "top5": report.top5,
             "ece": report.ece,
+            "loss": report.loss,
             "gmacs": report.macs_mean / 1e9,
             "gmacs_p95": report.macs_p95 / 1e9,
             "full_share": report.relative_macs,

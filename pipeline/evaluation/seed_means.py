@@ -58,6 +58,7 @@ def _mean(reports: Sequence[Report]) -> Report:
         top1=fmean(report.top1 for report in reports),
         top5=_mean_if_all([report.top5 for report in reports]),
         ece=fmean(report.ece for report in reports),
+        loss=_mean_if_all([report.loss for report in reports]),
         macs_mean=fmean(report.macs_mean for report in reports),
         macs_p95=fmean(report.macs_p95 for report in reports),
         relative_macs=fmean(report.relative_macs for report in reports),

@@ -71,15 +71,16 @@ class FolderThread:
 
     def _run(self) -> None:
         tail = Tail(self._run_dir / "journal", from_end=True)
-        saved, hang = 0.0, None
+        saved, written = 0.0, RunProgress()
         ended = False
         while not ended:
             ended = self._over.wait(PASS_S)
             with suppress(OSError, ResourceError):  # a full disk: training reports it
                 self._pass(tail)
                 new = self.progress
-                if new is not None and (ended or new.hang != hang or time.monotonic() - saved > SAVE_EVERY_S):
-                    saved, hang = time.monotonic(), new.hang
+                due = time.monotonic() - saved > SAVE_EVERY_S
+                if new is not None and (ended or due or _differs(new, written)):
+                    saved, written = time.monotonic(), new
                     progress.write(self._run_dir, new)
             self._passed = time.monotonic()
 
@@ -97,3 +98,8 @@ class FolderThread:
         while self._events and self._journal is not None:
             kind, facts = self._events.popleft()
             self._journal.event(kind, None, **facts)
+
+
+def _differs(new: RunProgress, written: RunProgress) -> bool:
+    """Whether a reader must know at once: of a hang, or of another phase while no steps are made."""
+    return new.hang != written.hang or (new.step == written.step and new.phase != written.phase)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,14 @@ import torch
 from torch import nn
 
 from pipeline import config as configs
+from pipeline import cost, ranks, run_config
 from pipeline import family as families
-from pipeline import ranks, run_config
 from pipeline.data import expectation, probe
 from pipeline.data.bad import BadImages
 from pipeline.data.dali import DecodedEvalBatch, EvalLoader, TrainLoader
 from pipeline.data.index import ImageIndex, Splits, open_splits
 from pipeline.errors import AdaptNetError, CheckpointError, ConfigError, JsonValue, ResourceError
-from pipeline.evaluation.evaluate import Evaluator, calibrate, choose, evaluate
+from pipeline.evaluation.evaluate import Evaluator, calibrate, choose, device_name, evaluate
 from pipeline.evaluation.from_weights import FINAL, chosen_on, eval_loader, evaluator, metrics_of, placed
 from pipeline.execution import teaching
 from pipeline.execution.teaching import PinnedTeacher
@@ -42,7 +43,7 @@ from pipeline.training.arithmetic import Arithmetic, Chosen, Timed
 from pipeline.training.checkpoint import Checkpointer, Storage
 from pipeline.training.config import TrainingConfig
 from pipeline.training.loop import device_of
-from pipeline.training.plan import TrainingPlan
+from pipeline.training.plan import TrainingPlan, precision_of, use_bf16
 from pipeline.training.state import TrainState
 from pipeline.training.step import MicroBatch
 
@@ -537,12 +538,42 @@ def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
     if context.decoder_fault:
         text = f"{socket.gethostname()}: decoding a JPEG on the GPU failed ({context.decoder_fault}); the CPU decodes"
         events.remember("warning", text=text)
-    events.writer.event("started", step=current.step, total_steps=plan.total_steps, workers=ranks.world())
+    events.writer.event("started", step=current.step, total_steps=plan.total_steps, **_facts(context, current))
     with _train_loader(context, current.step, events) as loader:
         finished = loop.train(plan, current, _micro_batches(context, plan, loader), events, beats=events.beats)
     events.beats.enter("saving", LONG)
     events.writer.flush()
     return finished
+
+
+def _facts(context: RunContext, current: TrainState) -> dict[str, object]:
+    """What is trained, on what and how: the facts of the event `started`, for people and trackers."""
+    config, training, splits, net = context.config, context.config.training, context.splits, current.net
+    side_px = config.data.side_for_eval
+    image = torch.zeros(1, 3, side_px, side_px, device=context.device)
+    autocast = use_bf16(training.precision, context.device)
+    return {
+        "workers": ranks.world(),
+        "device": device_name(context.device),
+        "precision": precision_of(context.device, autocast=autocast),
+        "compile": training.compile is True,
+        "epochs": training.epochs,
+        "batch_size": training.batch_size,
+        "net": {
+            "family": config.family.name,
+            "parameters": sum(each.numel() for each in net.parameters()),
+            "macs": cost.measure(deepcopy(net), image).macs,
+            "side_px": side_px,
+        },
+        "data": {
+            "root": str(config.data.root),
+            "classes": len(splits.train.classes),
+            "train_images": len(splits.train),
+            "val_images": len(splits.val),
+            "train": splits.train.identity,
+            "val": splits.val.identity if len(splits.val) else "",
+        },
+    }
 
 
 def _plan(context: RunContext, current: TrainState) -> tuple[TrainingPlan, Sequence[str]]:

@@ -44,6 +44,7 @@ FIGURES = (
     "top1",
     "top5",
     "ece",
+    "loss",
     "macs_mean",
     "macs_p95",
     "full_share",

@@ -13,20 +13,21 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline import config as configs
-from pipeline.errors import ResourceError, without_secrets
+from pipeline.errors import JsonValue, ResourceError, without_secrets
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.family import Report
 from pipeline.installation import CODE, TOP
+from pipeline.registry import logged_models
 from pipeline.registry.catalogue import Version
 from pipeline.registry.client_store import search_versions, version_row
 from pipeline.registry.model import FIGURES, load_model, weights_of, write_model_folder
 from pipeline.registry.model_store import VersionRow
 from pipeline.registry.resolve import run_storage
 from pipeline.registry.session import session
-from pipeline.runs import files, records
+from pipeline.runs import files, provenance, records
 from pipeline.runs.records import Meta
 from pipeline.tracking import TrackingConfig, Uploader, resolve_uri, tracking_config
-from pipeline.tracking.client import Client
+from pipeline.tracking.client import Client, LoggedModelEntity
 from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.mlflow import TAG_CHARS
 from pipeline.training import checkpoint
@@ -62,6 +63,7 @@ def publish(
     meta, sha256 = checkpoint.read_meta(source), files.sha256(weights_of(source))
     extra = {f"adaptnet.{key}": value for key, value in (remarks or {}).items()}
     same = {"adaptnet.step": str(meta.step), "adaptnet.weights_sha256": sha256}
+    shown = f"{checkpoint.name_of(meta.step)}-{sha256[:8]}"
     with session(uri) as client:
         made = _first(client, name, run_id, same)
         if made is not None:
@@ -69,20 +71,23 @@ def publish(
                 client.set_model_version_tag(name, str(made.version), key, value)
         else:
             _make_name(client, name)
-            place = f"models/{checkpoint.name_of(meta.step)}-{sha256[:8]}"
-            _upload(client, source, reports, run_id, place, evaluated_on)
+            tags = same | _version_tags(meta, reports, evaluated_on) | extra
+            logged = logged_models.ensure(client, run_id, shown, tags)
+            _upload(client, source, reports, logged, evaluated_on)
             new = version_row(
                 client.create_model_version(
                     name,
-                    f"{client.get_run(run_id).info.artifact_uri}/{place}",
+                    logged.artifact_location,
                     run_id,
-                    tags=same | _version_tags(meta, reports, evaluated_on) | extra,
+                    tags=tags,
                     description=_description(meta, reports),
+                    model_id=logged.model_id,
                 )
             )
             made = _first(client, name, run_id, same) or new
             if made.version < new.version:  # another process was faster
                 _delete(client, new)
+        logged_models.link(client, run_id, shown, made)
         holder = client.get_registered_model(name).aliases.get(alias)
         if holder is None or int(holder) < made.version:
             client.set_registered_model_alias(name, alias, str(made.version))
@@ -114,13 +119,13 @@ def _make_name(client: Client, name: str) -> None:
 
 
 def _upload(
-    client: Client, source: Path, reports: Sequence[Report], run_id: str, place: str, evaluated_on: str | None
+    client: Client, source: Path, reports: Sequence[Report], logged: LoggedModelEntity, evaluated_on: str | None
 ) -> None:
-    """Stores the MLflow model of a checkpoint among the artifacts of the run; repeating it stores equal files."""
+    """Stores the MLflow model of a checkpoint as a logged model of the run; repeating it stores equal files."""
     with tempfile.TemporaryDirectory(prefix="adaptnet-publish-") as scratch:
         folder = write_model_folder(source, reports, Path(scratch) / "model", evaluated_on=evaluated_on)
         save_mlflow_model(folder, Path(scratch) / "mlflow")
-        client.log_artifacts(run_id, str(Path(scratch) / "mlflow"), place)
+        logged_models.store(client, logged, Path(scratch) / "mlflow", step=checkpoint.read_meta(source).step)
 
 
 def save_mlflow_model(folder: Path, destination: Path) -> None:
@@ -179,7 +184,8 @@ def requirements() -> list[str]:
 
 def _version_tags(meta: Meta, reports: Sequence[Report], evaluated_on: str | None) -> dict[str, str]:
     figures = [{key: value for key, value in report.to_json().items() if key in FIGURES} for report in reports]
-    recipe, started = meta.recipe, configs.section(meta.recipe, "training").get("start_from")
+    recipe, training = meta.recipe, configs.section(meta.recipe, "training")
+    started = training.get("start_from")
     tags = {
         "adaptnet.family": str(meta.family["name"]),
         "adaptnet.recipe": str(recipe.get("name")),
@@ -188,9 +194,18 @@ def _version_tags(meta: Meta, reports: Sequence[Report], evaluated_on: str | Non
         "adaptnet.fingerprint": configs.fingerprint(meta.fingerprint),
         "adaptnet.reports": json.dumps(figures),
     }
+    tags |= {f"adaptnet.{key}": str(training[key]) for key in ("epochs", "batch_size") if key in training}
+    tags |= {"adaptnet.seed": str(recipe["seed"])} if "seed" in recipe else {}
+    tags |= {"adaptnet.net": _settings(meta.family)}
     tags |= {"adaptnet.evaluated_on": evaluated_on} if evaluated_on else {}
     tags |= {"adaptnet.start_from": str(started)} if started else {}
     return tags | ({"adaptnet.imported": json.dumps(meta.imported)} if meta.imported else {})
+
+
+def _settings(family: Mapping[str, JsonValue]) -> str:
+    """The settings of a net on one line: "depth=14, target_rate=0.7"."""
+    pairs = configs.flat({key: value for key, value in family.items() if key != "name"})
+    return ", ".join(f"{key}={value}" for key, value in pairs.items())[:TAG_CHARS]
 
 
 def _description(meta: Meta, reports: Sequence[Report]) -> str:
@@ -212,7 +227,7 @@ def publish_run(
     status = records.read_status(run_dir)
     if not status.finished or status.best is None:
         return None
-    home = run_dir / FINAL
+    home, recipe = run_dir / FINAL, provenance.recipe_of(provenance.read(run_dir))
     return publish(
         run_storage(run_dir).fetch(status.best),
         load_reports(home),
@@ -221,7 +236,7 @@ def publish_run(
         uri=uri,
         alias=alias,
         evaluated_on=records.read_about(home).data,
-        remarks=remarks,
+        remarks={**({"recipe": recipe} if recipe else {}), **(remarks or {})},
     )
 
 

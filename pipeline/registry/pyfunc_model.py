@@ -1,10 +1,11 @@
 """The code of a published MLflow model. MLflow runs this file when the model is loaded; nothing is unpickled.
 
-Input: one column `image` (or a column without a name) of encoded images as bytes or base64 text, paths of image files,
-or uint8 arrays [H, W, 3], in JSON as nested lists under `dataframe_records` or `dataframe_split`. Output, one row for
-each image: `label` and its `probability`, the `macs` that it took, the `policy` that was used, and the `top_k` most
-probable `labels` with their `probabilities`. Parameters: `policy`; or `budget`, e.g. "0.8G" MACs or "50%" of the full
-net, for the most accurate policy within it; `top_k`.
+Input: an array uint8 [H, W, 3] or [N, H, W, 3], a list of arrays, or a table with one column `image` (or a column
+without a name) of encoded images as bytes or base64 text, paths of image files, or such arrays, in JSON as nested lists
+under `dataframe_records` or `dataframe_split`. Output, one row for each image: `label` and its `probability`, the
+`macs` that it took, the `policy` that was used, and the `top_k` most probable `labels` with their `probabilities`.
+Parameters: `policy`; or `budget`, e.g. "0.8G" MACs or "50%" of the full net, for the most accurate policy within it;
+`top_k`.
 
 A server reads no files unless it is started with the model configuration {"files": FOLDER}: then those of that folder.
 """
@@ -18,7 +19,7 @@ import pandas  # type: ignore[import-untyped]
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from pipeline.compat.mlflow import RequestRefused, check_params, is_serving
+from pipeline.compat.mlflow import RequestRefused, check_params, is_serving, take_arrays
 from pipeline.errors import AdaptNetError, ConfigError
 from pipeline.registry.model import Answers, load_model, predict
 from pipeline.registry.requests import (
@@ -46,6 +47,7 @@ class PyfuncModel(PythonModel):  # type: ignore[misc]
         files = (context.model_config or {}).get("files")
         self._files = Path(files) if files else None
         check_params(PARAMETERS, _checked)
+        take_arrays(COLUMNS[0])
 
     def predict(
         self,

@@ -73,6 +73,14 @@ def record(run_dir: Path, command: Sequence[str]) -> None:
         (run_dir / "git.diff").unlink(missing_ok=True)
 
 
+def recipe_of(environment: Environment) -> str | None:
+    """The recipe that the command `adaptnet train RECIPE` named; None if it was another command."""
+    command = environment.get("command", [])
+    place = command.index("train") + 1 if "train" in command else len(command)
+    named = command[place : place + 1]
+    return named[0] if named and not named[0].startswith("-") and "=" not in named[0] else None
+
+
 def read(run_dir: Path) -> Environment:
     """environment.json as `record` has written it; empty if it has not."""
     try:

@@ -34,11 +34,34 @@ class RunData(Protocol):
     metrics: Mapping[str, float]
 
 
+class ModelOutput(Protocol):
+    """That a run has made a logged model."""
+
+    model_id: str
+
+
+class RunOutputsEntity(Protocol):
+    """What a run has made."""
+
+    model_outputs: Sequence[ModelOutput]
+
+
+class LoggedModelEntity(Protocol):
+    """A logged model as MLflow returns it."""
+
+    model_id: str
+    source_run_id: str
+    artifact_location: str
+    creation_timestamp: int
+    tags: Mapping[str, str]
+
+
 class RunEntity(Protocol):
     """A run as MLflow returns it."""
 
     info: RunInfo
     data: RunData
+    outputs: RunOutputsEntity | None
 
 
 class ExperimentEntity(Protocol):
@@ -47,6 +70,7 @@ class ExperimentEntity(Protocol):
     experiment_id: str
     name: str
     lifecycle_stage: str
+    tags: Mapping[str, str]
 
 
 class VersionEntity(Protocol):
@@ -104,7 +128,11 @@ class Client(Protocol):
     def get_experiment(self, experiment_id: str) -> ExperimentEntity: ...
     def get_experiment_by_name(self, name: str) -> ExperimentEntity | None: ...
     def restore_experiment(self, experiment_id: str) -> None: ...
-    def create_experiment(self, name: str, *, artifact_location: str | None) -> str: ...
+    def create_experiment(
+        self, name: str, *, artifact_location: str | None, tags: Mapping[str, str] | None = None
+    ) -> str: ...
+    def set_experiment_tag(self, experiment_id: str, key: str, value: str) -> None: ...
+    def log_inputs(self, run_id: str | None, *, datasets: Sequence[object]) -> None: ...
     def get_registered_model(self, name: str) -> ModelEntity: ...
     def create_registered_model(
         self, name: str, tags: Mapping[str, str] | None = None, description: str | None = None
@@ -122,7 +150,18 @@ class Client(Protocol):
         *,
         tags: Mapping[str, str],
         description: str,
+        model_id: str | None = None,
     ) -> VersionEntity: ...
+    def create_logged_model(
+        self, experiment_id: str, *, name: str, source_run_id: str, tags: Mapping[str, str], model_type: str
+    ) -> LoggedModelEntity: ...
+    def search_logged_models(
+        self, experiment_ids: Sequence[str], *, filter_string: str
+    ) -> Sequence[LoggedModelEntity]: ...
+    def log_model_artifacts(self, model_id: str, local_dir: str) -> None: ...
+    def set_logged_model_tags(self, model_id: str, tags: Mapping[str, str]) -> None: ...
+    def finalize_logged_model(self, model_id: str, status: str) -> None: ...
+    def log_outputs(self, run_id: str, models: Sequence[object]) -> None: ...
     def delete_model_version(self, name: str, version: str) -> None: ...
     def set_model_version_tag(self, name: str, version: str, key: str, value: str) -> None: ...
     def get_model_version_download_uri(self, name: str, version: str) -> str: ...

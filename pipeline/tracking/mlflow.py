@@ -6,11 +6,14 @@ duplicates; files are overwritten by equal ones; the run is found again by a tag
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from pipeline import config as configs
@@ -18,9 +21,13 @@ from pipeline.errors import JsonValue, ResourceError, without_secrets
 from pipeline.runs import provenance
 from pipeline.tracking.address import database_file
 from pipeline.tracking.client import Client, ExperimentEntity, OwedAnswers, RunEntity, connect
+from pipeline.tracking.description import MARK
 from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.replay import as_text
-from pipeline.tracking.tracker import Ending, MetricPoint
+from pipeline.tracking.tracker import DatasetUse, Ending, MetricPoint
+
+if TYPE_CHECKING:  # importing MLflow takes seconds
+    from mlflow.entities import DatasetInput
 
 PAIRS_PER_CALL = 100  # MLflow's limits
 PARAM_CHARS = 6000
@@ -29,7 +36,10 @@ KEY_CHARS = 250
 FOLDER_CHARS = 200
 ID_TAG = "adaptnet.run_dir_id"
 STATUS = {"STOPPED": "SCHEDULED"}  # MLflow has no status for a stopped run that can be resumed; this is the closest
-SUMMARY_TAGS = {"note": "mlflow.note.content"}  # other facts become adaptnet.KEY
+NOTE = "mlflow.note.content"
+PARAMS = {"parameters": "net.parameters", "macs": "net.macs"}  # facts that are parameters as well, as columns of runs
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # makes MLflow's page open the view of trainings
+DIGEST_CHARS = 36  # MLflow's limit
 
 
 class MlflowTracker:
@@ -44,6 +54,7 @@ class MlflowTracker:
         self._client: Client | None = None
         self._ledger: Ledger | None = None
         self._tags: dict[str, str] = {}  # set by this object
+        self._params: dict[str, str] = {}  # as MLflow has them
         self.answers = OwedAnswers()
 
     @property
@@ -67,7 +78,7 @@ class MlflowTracker:
             experiment = _experiment(client, self.uri, ledger.experiment)
             run = client.create_run(experiment, tags={ID_TAG: ledger.id}, run_name=run_dir.name)
         ledger.attach(run.info.run_id)
-        _describe(client, run.info.run_id, run_dir, recipe)
+        self._params = _describe(client, run.info.run_id, run_dir, recipe)
         self._client, self._ledger, self.status = client, ledger, run.info.status
         return ledger
 
@@ -113,12 +124,38 @@ class MlflowTracker:
             if key == "parent":
                 run_id = Ledger.peek(Path(value)).run_id  # None until the parent has been sent itself
                 self._set_tag("mlflow.parentRunId", run_id or "")
+            elif key == "description":
+                self._describe_run(value[:TAG_CHARS])
             else:
-                self._set_tag(SUMMARY_TAGS.get(key, f"adaptnet.{key}"), value[:TAG_CHARS])
+                self._set_tag(NOTE if key == "note" else _key(f"adaptnet.{key}"), value[:TAG_CHARS])
+                if key in PARAMS:
+                    self._log_param(PARAMS[key], value)
+
+    def log_inputs(self, datasets: Sequence[DatasetUse]) -> None:
+        self._opened.log_inputs(self.run_id, datasets=[_dataset_input(each) for each in datasets])
+
+    def _describe_run(self, text: str) -> None:
+        """Sets the run's description, unless a person has written one."""
+        if self._tags.get(NOTE) == text:
+            return
+        present = self._opened.get_run(self.run_id).data.tags.get(NOTE, "")
+        if not present.strip() or present.endswith(MARK):
+            self._set_tag(NOTE, text)
+
+    def _log_param(self, key: str, value: str) -> None:
+        """A parameter of MLflow's never changes; a new value is a tag, as for keys of the recipe."""
+        from mlflow.entities import Param
+
+        if key not in self._params:
+            self._opened.log_batch(self.run_id, params=[Param(key, value)])
+            self._params[key] = value
+        elif self._params[key] != value:
+            self._set_tag(f"changed.{key}", value)
 
     def running(self) -> None:
         if self.status != "RUNNING":
             self._opened.update_run(self.run_id, status="RUNNING")
+            self._set_tag("adaptnet.status", "RUNNING")
             self.status = "RUNNING"
 
     def finish(self, ending: Ending) -> None:
@@ -127,6 +164,7 @@ class MlflowTracker:
             return
         if ending.error:
             self._set_tag("adaptnet.error", ending.error[:TAG_CHARS])
+        self._set_tag("adaptnet.status", ending.status)  # MLflow calls a stopped run scheduled
         self._opened.set_terminated(self.run_id, status, end_time=_milliseconds(ending.time))
         self.status = status
 
@@ -141,8 +179,11 @@ class MlflowTracker:
             self._tags[key] = value
 
 
-def _describe(client: Client, run_id: str, run_dir: Path, recipe: Mapping[str, JsonValue]) -> None:
-    """Sends the recipe as parameters, once; tags for what has changed since, and for where the run came from."""
+def _describe(client: Client, run_id: str, run_dir: Path, recipe: Mapping[str, JsonValue]) -> dict[str, str]:
+    """Sends the recipe as parameters, once; tags for what has changed since, and for where the run came from.
+
+    Returns the parameters that MLflow has.
+    """
     from mlflow.entities import Param, RunTag
 
     known = client.get_run(run_id).data.params
@@ -154,6 +195,7 @@ def _describe(client: Client, run_id: str, run_dir: Path, recipe: Mapping[str, J
         client.log_batch(run_id, params=new[start : start + PAIRS_PER_CALL])
     for start in range(0, len(pairs), PAIRS_PER_CALL):
         client.log_batch(run_id, tags=pairs[start : start + PAIRS_PER_CALL])
+    return {**params, **known}
 
 
 def _origin(run_dir: Path) -> dict[str, str]:
@@ -167,6 +209,7 @@ def _origin(run_dir: Path) -> dict[str, str]:
     tags |= {"mlflow.user": environment["user"]} if "user" in environment else {}
     tags |= {"mlflow.source.git.commit": git["commit"]} if git else {}
     tags |= {"adaptnet.sweep": sweep} if sweep else {}
+    tags |= {"adaptnet.recipe": recipe} if (recipe := provenance.recipe_of(environment)) else {}
     return {key: as_text(value) for key, value in tags.items()}
 
 
@@ -205,7 +248,7 @@ def _experiment(client: Client, uri: str, name: str) -> str:
         path = database_file(uri)
         place = None if path is None else (path.parent / "mlartifacts").as_uri() + "/" + _folder_name(name)
         try:
-            return str(client.create_experiment(name, artifact_location=place))
+            return str(client.create_experiment(name, artifact_location=place, tags=KIND))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -213,7 +256,24 @@ def _experiment(client: Client, uri: str, name: str) -> str:
         assert experiment is not None
     if experiment.lifecycle_stage == "deleted":
         raise deleted_experiment(experiment, without_secrets(uri))
+    if not KIND.keys() & experiment.tags.keys():
+        with suppress(MlflowException):  # the user may lack the permission
+            for key, kind in KIND.items():
+                client.set_experiment_tag(experiment.experiment_id, key, kind)
     return str(experiment.experiment_id)
+
+
+def _dataset_input(used: DatasetUse) -> DatasetInput:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=used.name,
+        digest=used.identity[:DIGEST_CHARS],
+        source_type="local",
+        source=json.dumps({"uri": used.root}),
+        profile=json.dumps({"num_images": used.num_images, "num_classes": used.num_classes}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", used.context)])
 
 
 def _folder_name(experiment: str) -> str:

@@ -13,14 +13,16 @@ from pathlib import Path
 
 from pipeline import config as configs
 from pipeline.errors import JsonValue, without_secrets
-from pipeline.runs import journal
+from pipeline.runs import journal, provenance
 from pipeline.runs.files import write_json
 from pipeline.runs.journal import FirstValues, Record
 from pipeline.runs.records import read_status
+from pipeline.tracking import description
 from pipeline.tracking.address import TrackingConfig
 from pipeline.tracking.tracker import Ending, MetricPoint, Progress, Tracker
 
 POINTS_PER_CALL = 1000  # as many as MLflow accepts
+INPUTS = "inputs"  # key of Progress.files: the data sets that were sent
 STATUS_EVENTS = ("driver-started", "driver-ended")  # events of the journal `driver`
 
 
@@ -63,6 +65,7 @@ class Replay:
         self._pending: list[MetricPoint] = []  # read but not sent
         self._events: list[Record] = []
         self._checkpoints_sent = 0
+        self._final: dict[str, float] = {}  # what is measured once, after training
 
     def send(self, *, final: bool) -> None:
         """Sends everything new; if `final`, also plots, the best and the last checkpoint, and how the run ended.
@@ -74,6 +77,7 @@ class Replay:
         self._send_metrics(self._progress)
         self._send_locations()
         self._send_summary()
+        self._send_inputs(self._progress)
         if self.tracker.takes_files:
             self._send_files(self._progress, final=final)
         self._send_status(final=final)
@@ -95,8 +99,10 @@ class Replay:
         first = self._first.setdefault(path.name, FirstValues())
         metrics = [record for record in records if first.take(record)]
         self._events += [record for record in records if "event" in record]
+        self._final |= {r["key"]: r["value"] for r in metrics if description.FINAL.fullmatch(r["key"])}
         if after > progress.offsets.get(path.name, 0):
-            self._pending = [MetricPoint(r["key"], r["step"], r["value"], r.get("time", 0.0)) for r in metrics]
+            charted = [record for record in metrics if description.is_charted(record["key"])]
+            self._pending = [MetricPoint(r["key"], r["step"], r["value"], r.get("time", 0.0)) for r in charted]
         self._read[path.name] = after
         return True
 
@@ -126,11 +132,31 @@ class Replay:
         self._checkpoints_sent = len(saved)
 
     def _send_summary(self) -> None:
-        """The note (note.md) and the run that this one is a part of."""
-        note = self._run_dir / "note.md"
-        facts = {"note": without_secrets(note.read_text(encoding="utf-8")) if note.is_file() else ""}
+        """The note (note.md) or a description from the figures, the figures, and the run that this one is a part of."""
+        note, started = self._run_dir / "note.md", self._started()
+        facts = description.summary_facts(started, self._final)
+        if note.is_file():
+            facts["note"] = without_secrets(note.read_text(encoding="utf-8"))
+        elif text := description.description(self._recipe_name(), started, self._final):
+            facts["description"] = without_secrets(text)
         facts |= {"parent": str(self._config.parent)} if self._config.parent else {}
         self.tracker.log_summary(facts)
+
+    def _send_inputs(self, progress: Progress) -> None:
+        """The data sets, once."""
+        found = description.datasets(self._started())
+        stamp: JsonValue = [each.identity for each in found]
+        if found and progress.files.get(INPUTS) != stamp:
+            self.tracker.log_inputs(found)
+            progress.files[INPUTS] = stamp
+            progress.save()
+
+    def _started(self) -> Record:
+        """The newest start of the training; empty if there is none."""
+        return next((r for r in reversed(self._events) if r["event"] == "started"), {})
+
+    def _recipe_name(self) -> str:
+        return provenance.recipe_of(provenance.read(self._run_dir)) or str(self._recipe.get("name", self._run_dir.name))
 
     def _send_status(self, *, final: bool) -> None:
         last: Record = next((r for r in reversed(self._events) if r["event"] in STATUS_EVENTS), {"event": None})

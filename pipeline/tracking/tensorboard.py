@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import dump_yaml
 from pipeline.errors import ConfigError, JsonValue, without_secrets
 from pipeline.runs.journal import FirstValues
-from pipeline.tracking.tracker import Ending, MetricPoint, NoProgress
+from pipeline.tracking.tracker import DatasetUse, Ending, MetricPoint, NoProgress
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -75,6 +75,9 @@ class TensorBoardTracker:
         except Exception:
             self._start_over()
             raise
+
+    def log_inputs(self, datasets: Sequence[DatasetUse]) -> None:
+        self.log_summary({f"dataset.{each.context}": f"{each.name}, {each.num_images:,} images" for each in datasets})
 
     def running(self) -> None:
         self.log_summary({"status": "RUNNING"})

@@ -35,6 +35,18 @@ class Ending:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class DatasetUse:
+    """A split that a run uses: the data set's name, where it is, what identifies its images, how many, and for what."""
+
+    name: str
+    root: str
+    identity: str
+    num_images: int
+    num_classes: int
+    context: str  # training or validation
+
+
 class Progress(Protocol):
     """How much of a run folder a tracker has received.
 
@@ -86,8 +98,12 @@ class Tracker(Protocol):
     def log_summary(self, facts: Mapping[str, str]) -> None:
         """Sets facts about the run: a value replaces the previous one of its key; other keys are unchanged.
 
-        Known keys: checkpoint, checkpoint.best, checkpoint.last (locations), note (Markdown), parent (a run folder).
+        Known keys: checkpoint, checkpoint.best, checkpoint.last (locations), note (Markdown, as in note.md),
+        description (Markdown, from the run's figures), parent (a run folder), status, and what `summary_facts` gives.
         """
+
+    def log_inputs(self, datasets: Sequence[DatasetUse]) -> None:
+        """Records which splits the run uses."""
 
     def running(self) -> None:
         """Marks the run as running, also if it had ended before."""

@@ -215,7 +215,8 @@ def test_killing_the_server_in_training_and_publishing_loses_and_doubles_nothing
 def kill_in_upload(team: TeamServer, artifacts: Path, run_id: str) -> None:
     """Kills the server once a file of the model has arrived, and starts it after the outage."""
     deadline = time.monotonic() + 300
-    while not list(artifacts.glob(f"*/{run_id}/artifacts/models/*/*")):
+    models = f"SELECT model_id FROM logged_models WHERE source_run_id = '{run_id}'"
+    while not any(any(artifacts.glob(f"*/models/{model}/artifacts/*")) for (model,) in team.rows(models)):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     team.kill()
