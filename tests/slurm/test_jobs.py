@@ -44,14 +44,14 @@ class Workspace:
     home: Path
     images: Path
 
-    def attempt(self, *words: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
+    def attempt(self, *words: str, seconds: float = 900) -> subprocess.CompletedProcess[str]:
         env = {**self.cluster.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(self.home)}
         line = [sys.executable, "-m", "jobs.cli", *words]
         return subprocess.run(
             line, cwd=self.home, env=env, capture_output=True, text=True, timeout=seconds, check=False
         )
 
-    def adaptnet(self, *words: str, seconds: float = 300) -> str:
+    def adaptnet(self, *words: str, seconds: float = 900) -> str:
         done = self.attempt(*words, seconds=seconds)
         assert done.returncode == 0, f"{words}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
@@ -321,9 +321,9 @@ def test_the_readmes_walk_through_works_from_a_fresh_clone(tmp_path: Path) -> No
 
 def test_the_cost_of_jobs_is_measured(user: Workspace) -> None:
     words = ["bench", "scaling", "--nodes", "2", "--site", "testcluster"]
-    printed = user.adaptnet(*words, "--slurm", "convnet_aig/toy", "training.epochs=1", seconds=300)
+    printed = user.adaptnet(*words, "--slurm", "convnet_aig/toy", "training.epochs=1")
     assert re.search(r"^job start to first step +\S+ +s +\d+\.\d+ +by hand to first step$", printed, re.MULTILINE)
-    printed = user.adaptnet(*words, "--warning", seconds=300)
+    printed = user.adaptnet(*words, "--warning")
     (seconds,) = re.findall(r"^warning to all ranks saved +(\S+) +s$", printed.replace("  \n", "\n"), re.MULTILINE)
     assert 0 < float(seconds) < 10
     assert not [path for path in (user.home / "runs").iterdir() if path.name.startswith("bench-")]
