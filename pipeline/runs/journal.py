@@ -275,11 +275,19 @@ GPU_QUERY = "index,utilization.gpu,memory.used,memory.total"  # columns of nvidi
 
 
 def _gpu_load(gpus: Sequence[str] | None) -> dict[str, float]:
-    """The load of these GPUs, or all of the node, by nvidia-smi, which comes with the driver; empty without it."""
+    """The load of these GPUs by nvidia-smi, which comes with the driver; empty without it.
+
+    It is that of all GPUs of the node if `gpus` is None or nvidia-smi does not know these, e.g. slices of a GPU.
+    """
     if shutil.which("nvidia-smi") is None:
         return {}
+    chosen = _asked([f"--id={','.join(gpus)}"]) if gpus else {}
+    return chosen or _asked([])
+
+
+def _asked(chosen: Sequence[str]) -> dict[str, float]:
+    """What nvidia-smi says with these options; empty if it fails."""
     try:
-        chosen = [] if gpus is None else [f"--id={','.join(gpus)}"]
         command = ["nvidia-smi", *chosen, f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
