@@ -6,6 +6,7 @@ Without a process group every function behaves as for one rank, so the same code
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_alone = threading.Event()  # set within `alone`, for the threads of the backward pass too
 
 
 def rank() -> int:
@@ -23,7 +25,11 @@ def rank() -> int:
 
 
 def world() -> int:
-    """Number of processes."""
+    """Number of processes; 1 within `alone`."""
+    return 1 if _alone.is_set() else _processes()
+
+
+def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -97,6 +103,20 @@ def take_from_rank_0(tensors: Iterable[Tensor]) -> None:
         dist.broadcast(together, src=0)
         for tensor, part in zip(some, torch.split(together, [tensor.numel() for tensor in some]), strict=True):
             tensor.detach().copy_(part.view_as(tensor))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A context in which this rank communicates with no other, so that it may fail without blocking them.
+
+    `world` is 1 there and `rank` stays; every function behaves as for one rank.
+    """
+    assert not _alone.is_set(), "alone is not nested"
+    _alone.set()
+    try:
+        yield
+    finally:
+        _alone.clear()
 
 
 def barrier() -> None:

@@ -71,7 +71,10 @@ class ComputeConfig(Config):
     gpus_per_worker: Annotated[float, Field(ge=0, le=64), AfterValidator(_whole)] | None = (
         None  # null: 1 where the device is a GPU
     )
-    max_batch_per_worker: Count | None = None  # images in memory at once; more are accumulated
+    # images in memory at once, more are accumulated; auto: as many as fit, found by trying; null: all
+    max_batch_per_worker: Count | Literal["auto"] | None = None
+    # cuDNN times its algorithms for each new shape of a map; auto: if the maps of all steps have the same sizes
+    cudnn_benchmark: Literal["auto"] | bool = "auto"
     start_patience_s: Annotated[float, Field(gt=0, le=1e6)] = 60.0  # how long to wait for the workers to start
     max_failures: Annotated[int, Field(ge=0, le=1_000_000)] = 3  # lost workers that a run survives
     # no progress for so long, and 20 median steps, is a hang
@@ -84,13 +87,19 @@ class ComputeConfig(Config):
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
         """Keys that change nothing under these values, each with the reason."""
         of_ray = ("gpus_per_worker", "start_patience_s", "max_failures", "on_hang")
-        return dict.fromkeys(of_ray, "workers is 0, which does without Ray") if values["workers"] == 0 else {}
+        inert = dict.fromkeys(of_ray, "workers is 0, which does without Ray") if values["workers"] == 0 else {}
+        return inert | ({"cudnn_benchmark": "device is cpu"} if values["device"] == "cpu" else {})
 
     @model_validator(mode="after")
     def _rules(self) -> ComputeConfig:
         if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
             raise ValueError(f"workers (={list(self.workers)}): the minimum comes first")
         return self
+
+    @property
+    def max_batch(self) -> int | None:
+        """The images that a worker has in memory at once; None if that is its whole share or found by trying."""
+        return None if self.max_batch_per_worker == "auto" else self.max_batch_per_worker
 
     @property
     def most_workers(self) -> int:
@@ -108,6 +117,7 @@ class RunConfig(Config):
 
     name: RunName  # name of the run and its folder
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    profile: Annotated[int, Field(ge=0, le=1000)] = 0  # steps whose times are traced, after 5 others; 0: none
     family: SerializeAsAny[FamilyConfig]
     data: DataConfig
     training: TrainingConfig = TrainingConfig()

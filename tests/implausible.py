@@ -42,6 +42,9 @@ OF_RECIPES = [
     ("compute.gpus_per_worker=-1", "compute.gpus_per_worker"),
     ("compute.gpus_per_worker=1000", "compute.gpus_per_worker"),
     ("compute.max_batch_per_worker=0", "compute.max_batch_per_worker"),
+    ("compute.max_batch_per_worker=often", "compute.max_batch_per_worker"),
+    ("profile=-1", "profile"),
+    ("profile=1001", "profile"),
     ("compute.max_batch_per_worker=100000000", "compute.max_batch_per_worker"),
     ("compute.start_patience_s=0", "compute.start_patience_s"),
     ("compute.start_patience_s=1:30", "compute.start_patience_s"),
@@ -327,6 +330,9 @@ OF_SITES = [
     ("partition: ''", "partition"),
     ("modules: cuda", "modules"),
     ("environment: {1X: a}", "environment"),
+    ("nccl: {timeout: 23}", "nccl.timeout"),
+    ("nccl: {infiniband: often}", "nccl.infiniband"),
+    ("{nccl: {interface: ib0}, environment: {NCCL_SOCKET_IFNAME: eth0}}", "environment.NCCL_SOCKET_IFNAME"),
     ("container: image.sif", "container"),
 ]
 # texts that no recipe can be, however YAML reads them

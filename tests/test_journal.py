@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -151,6 +152,29 @@ def test_system_metrics_continue_their_count_after_a_restart(tmp_path: Path) -> 
     values = {r["key"].rpartition("/")[2]: r["value"] for r in records}
     assert 0 <= values["cpu_utilization_percentage"] <= 100 and 0 < values["system_memory_usage_percentage"] < 100
     assert values["process_memory_usage_megabytes"] > 5 and values["disk_available_megabytes"] > 0
+
+
+NVIDIA_SMI = """#!/bin/sh
+case "$1" in
+--id=GPU-b) echo "1, 20, 10, 100" ;;
+--id=*) exit 6 ;;
+*) printf "0, 10, 10, 100\\n1, 20, 10, 100\\n" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("gpus", "read"), [(["GPU-b"], {"1"}), (["GPU-slice"], {"0", "1"}), (None, {"0", "1"})])
+def test_the_gpus_of_the_job_alone_are_read_where_nvidia_smi_knows_them(
+    gpus: list[str] | None, read: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    writer = Journal(tmp_path, "node0")
+    with SystemSampler(writer, 0.05, gpus):
+        while not (records := list(read_all(writer.path))):
+            time.sleep(0.05)
+    assert {r["key"].split("gpu_")[1].split("_")[0] for r in records if "gpu_" in r["key"]} == read
 
 
 def test_gpus_are_read_from_the_output_of_nvidia_smi() -> None:

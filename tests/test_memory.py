@@ -15,6 +15,7 @@ from pipeline.data import toy
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.execution import worker
 from pipeline.runs.records import error_left
+from pipeline.training import fitting
 from pipeline.training.memory import oom_message
 
 GIVEN_BACK = """
@@ -72,9 +73,13 @@ def test_running_out_of_memory_is_one_error_that_names_a_smaller_setting_that_wo
     assert "compute.max_batch_per_worker" in done.stderr and "Traceback" not in done.stderr
     error = error_left(tmp_path / "run")
     assert error is not None and (error.key, error.subject) == ("training.batch_size", "4096")
-    line += ["compute.max_batch_per_worker=64"]
-    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0 and "finished" in done.stdout, done.stdout + done.stderr
+    for value in ("64", "auto"):
+        again = [*line, f"compute.max_batch_per_worker={value}"]
+        again[again.index(str(tmp_path / "run"))] = str(tmp_path / value)
+        done = subprocess.run(again, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0 and "finished" in done.stdout, done.stdout + done.stderr
+    found = fitting.remembered(tmp_path / "auto")
+    assert found is not None and found < 4096
 
 
 def test_out_of_memory_with_fewer_workers_than_the_most_is_a_resource_error() -> None:

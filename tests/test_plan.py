@@ -10,7 +10,9 @@ from raised import fails
 
 from jobs import cli
 from pipeline import run_config
+from pipeline.bench import advice
 from pipeline.bench import plan as plans
+from pipeline.bench.measured import MeasuredProfiles
 from pipeline.bench.plan import Images, MachineProfile, plan
 from pipeline.errors import ConfigError
 from pipeline.run_config import RunConfig
@@ -79,7 +81,7 @@ def test_what_is_measured_is_what_a_run_has(finished: dict[str, Path]) -> None:
     lines = [json.loads(line) for line in (run_dir / "journal" / "rank0.jsonl").read_text().splitlines()]
     first = next(line["step"] for line in lines if line.get("key") == "train/loss")
     logged = {line["key"] for line in lines if line.get("step") == first and "key" in line}
-    assert cost.metrics == len([key for key in logged if key.startswith(("train/", "time/", "data/"))])
+    assert cost.metrics == len([key for key in logged if key.startswith(("train/", "time/", "data/", "memory/"))])
     twice = plans.measure(config, images.classes, 16, train=None, timed=False)
     assert twice.activation_bytes == pytest.approx(cost.activation_bytes, rel=0.05) and twice.images_per_s is None
 
@@ -88,6 +90,7 @@ def test_the_verb_prints_measured_and_given_numbers_and_marks_the_others(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # for the measurements that are remembered
     words = ["plan", "convnet_aig/toy", "--nodes", "2", "--gpus-per-node", "4"]
     with fails(ConfigError, "data.root"):
         cli.app(args=words, prog_name="adaptnet")
@@ -100,6 +103,51 @@ def test_the_verb_prints_measured_and_given_numbers_and_marks_the_others(
         and "3,000 images/s on the target machine" in printed
     )
     assert "reading" in printed and "neither measured nor given" in printed and "network: a step computes" in printed
+
+
+def test_a_measurement_is_remembered_for_the_same_step_only(tmp_path: Path) -> None:
+    what = {"classes": 4, "rows": 8}
+    MeasuredProfiles(recipe(), what, tmp_path).put(COST)
+    found = MeasuredProfiles(recipe("training.batch_size=512", "name=other"), what, tmp_path).find()
+    assert found is not None and found.profile == COST
+    for other in ("data.side_px=64", "family.depth=20", "training.ema_decay=0.9"):
+        assert MeasuredProfiles(recipe(other), what, tmp_path).find() is None
+    assert MeasuredProfiles(recipe(), {**what, "rows": 2}, tmp_path).find() is None
+    (path,) = tmp_path.iterdir()
+    path.write_text("{}")
+    assert MeasuredProfiles(recipe(), what, tmp_path).find() is None
+
+
+def _advice(workers: int, *overrides: str, gpus: int = 4, network: float | None = None) -> str:
+    config = recipe(*overrides)
+    found = plan(config, workers, IMAGES, COST, network_bytes_per_s=network)
+    return "\n".join(advice.advise(config, found, gpus_per_node=gpus))
+
+
+def test_a_batch_too_small_for_its_gpus_is_answered_with_one_that_fills_them_and_its_learning_rate() -> None:
+    text = _advice(32, "training.optimizer.lr=0.1")
+    assert "8 images a GPU: batch 256 over 32 GPUs is too small" in text and "with batch 2048 each has 64" in text
+    assert "--batch-size 2048 training.scale_lr=linear" in text and "becomes 0.8" in text
+    rooted = _advice(32, "training.optimizer.kind=adamw", "training.optimizer.lr=0.001")
+    assert "training.scale_lr=sqrt" in rooted and f"becomes {0.001 * 8**0.5:.4g}" in rooted
+    assert "lamb" in _advice(256, "training.optimizer.lr=0.1") and "lamb" not in text
+    assert "too small" not in _advice(8) + _advice(32, gpus=0)
+
+
+def test_advice_names_the_workers_that_were_asked_for_unless_the_recipe_has_them() -> None:
+    assert "compute.workers=8: one for each GPU" in _advice(8)
+    assert "compute.workers=8" not in _advice(8, "compute.workers=8")
+
+
+def test_advice_names_the_limit_of_the_network_and_the_cores_that_decode() -> None:
+    assert "compute.cpus_per_worker=2, so 8 cores on each node" in _advice(2)
+    assert "decoding" not in _advice(2, "compute.cpus_per_worker=2")
+    slow, fast = _advice(2, network=1e6), _advice(2, network=1e12)
+    assert "the network is the limit" in slow and "network" not in fast
+    found = plan(recipe(), 2, IMAGES, COST, network_bytes_per_s=1e6)
+    batch = int(slow.split("(batch ")[1].split(")")[0])
+    enough = plan(recipe(f"training.batch_size={batch}"), 2, IMAGES, COST, network_bytes_per_s=1e6)
+    assert found.limit == "network" and enough.step_s == pytest.approx(enough.communication_s, rel=0.05)
 
 
 def test_the_table_in_infras_readme_follows_from_the_formulas() -> None:

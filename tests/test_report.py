@@ -31,7 +31,7 @@ from pipeline.errors import ConfigError, ContractError, ResourceError
 from pipeline.families.baseline import FAMILY as BASELINE
 from pipeline.family import Evaluated
 from pipeline.figures import Bars, HeatMap, Lines, Series, Table
-from pipeline.report import NO_IMAGES, build, cells, draw, fault_of, folder, general, grouped, report, style
+from pipeline.report import NO_IMAGES, build, cells, draw, fault_of, folder, general, grouped, report, style, training
 from pipeline.report.resolutions import resolutions
 from pipeline.report.thumbnails import SIDE_PX, thumbnails
 
@@ -249,6 +249,15 @@ def test_lower_sides_are_drawn_with_the_images_own_and_listed_in_a_table() -> No
     assert [series.x for series in lines.series] == [[8.0, 16.0, 32.0], [16.0, 32.0]] * 3
     assert lines.series[0].y == [100 * one.reports[0].top1] * 3
     assert len(table.rows) == 3 * (3 + 2) and table.rows[0][:4] == ["one", "low", 32, "no"]
+
+
+def test_the_speed_of_a_training_is_the_median_of_its_log_points() -> None:
+    first, second, *_ = drawn_nets.three()
+    assert not training.speeds([first, second])
+    points = {"time/images_per_s": [(2, 100.0), (4, 300.0), (6, 200.0)], "time/macs_share_of_peak": [(2, 0.25)]}
+    (table,) = training.speeds([first, replace(second, curves=lambda: points), replace(first, curves=dict)])
+    assert list(table.columns) == ["net", *training.COLUMNS]
+    assert [list(row) for row in table.rows] == [[second.name, 200.0, None, 25.0, None, None]]
 
 
 def test_of_many_resolution_curves_each_nets_first_is_drawn() -> None:

@@ -76,6 +76,23 @@ def test_the_batch_script_of_each_profile_is_the_golden_one(
     assert not list(tmp_path.glob("runs/*")), "a dry run leaves no files"
 
 
+def test_a_site_says_how_nccl_connects_its_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = "nccl: {interface: ib0, infiniband: true, adapters: 'mlx5_0,mlx5_1', timeout: 22}"
+    (tmp_path / "s.yaml").write_text(f"{keys}\nenvironment: {{NCCL_DEBUG: INFO}}")
+    assert run("submit", "train", *IMAGENET, "--site", str(tmp_path / "s.yaml"), "--nodes", "2", "--dry-run") == 0
+    exported = [line for line in capsys.readouterr().out.splitlines() if "NCCL" in line or "GLOO" in line]
+    assert set(exported) == {
+        "export NCCL_SOCKET_IFNAME=ib0",
+        "export GLOO_SOCKET_IFNAME=ib0",
+        "export NCCL_IB_DISABLE=0",
+        "export NCCL_IB_HCA=mlx5_0,mlx5_1",
+        "export NCCL_IB_TIMEOUT=22",
+        "export NCCL_DEBUG=INFO",
+    }
+    assert not profile.SiteProfile().nccl.variables
+    assert "GLOO_SOCKET_IFNAME" not in profile.Nccl(interface="^lo").variables  # gloo has no exclusions
+
+
 def test_the_command_line_takes_precedence_over_profile_and_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--partition", "big", "--time", "1-00:30:00", "--nodes", "2-8", "--gpus-per-node", "2", "--qos", "high"]
     line = ["submit", "train", *IMAGENET, "compute.cpus_per_worker=3", "--site", "example", *options, "--dry-run"]

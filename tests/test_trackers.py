@@ -341,3 +341,13 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_run(
     with fails(ConfigError, "tracking.also", subject="tensorboard"):
         Uploader(tmp_path, TrackingConfig(also=("tensorboard",)), {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_profile_is_sent_as_artifacts(tmp_path: Path) -> None:
+    run_dir, recipe = run_folder(tmp_path / "run")
+    (run_dir / "profile").mkdir()
+    for name in ("table.txt", "trace.json.gz"):
+        (run_dir / "profile" / name).write_text("x")
+    store: dict[str, Any] = {}
+    Replay(run_dir, MemoryTracker(store), CONFIG, recipe).send(final=False)
+    assert {"profile/table.txt", "profile/trace.json.gz"} <= store["files"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -47,6 +47,31 @@ class ContainerImage(Config):
     options: tuple[Text, ...] = ("--nv",)
 
 
+class Nccl(Config):
+    """How NCCL connects the GPUs of several nodes; null leaves a choice to NCCL."""
+
+    interface: Text | None = None  # network interfaces of its TCP connections and of gloo's, e.g. eth0 or ^lo,docker0
+    infiniband: bool | None = None  # false: never use it
+    adapters: Text | None = None  # InfiniBand adapters, e.g. mlx5_0,mlx5_1
+    # an adapter gives a message up after 4 us x 2^timeout, 7 times; larger for large clusters
+    timeout: Annotated[int, Field(ge=1, le=22)] | None = None
+    debug: Literal["WARN", "INFO"] | None = None
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """The environment variables that say this."""
+        off = None if self.infiniband is None else str(int(not self.infiniband))
+        named = {
+            "NCCL_SOCKET_IFNAME": self.interface,
+            "GLOO_SOCKET_IFNAME": None if self.interface is None or self.interface[0] in "^=" else self.interface,
+            "NCCL_IB_DISABLE": off,
+            "NCCL_IB_HCA": self.adapters,
+            "NCCL_IB_TIMEOUT": None if self.timeout is None else str(self.timeout),
+            "NCCL_DEBUG": self.debug,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+
 class SiteProfile(Config):
     """Defaults of `adaptnet submit`; an option on the command line takes precedence."""
 
@@ -62,6 +87,7 @@ class SiteProfile(Config):
     modules: tuple[Text, ...] = ()  # loaded by `module load`
     setup: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # shell lines, after the modules
     environment: Mapping[VariableName, str] = Field(default_factory=dict)
+    nccl: Nccl = Nccl()
     container: ContainerImage | None = None
     scratch: Text | None = None  # a fast local folder of each node; jobs get it as TMPDIR
     mail_user: Text | None = None
@@ -90,6 +116,8 @@ class SiteProfile(Config):
             raise ValueError(f"memory_gb and one of extra.{', extra.'.join(MEMORY)} set the memory: give one of them")
         if faults := [name for name, value in self.extra.items() if "\n" in str(value)]:
             raise ValueError(f"extra.{faults[0]}: a value has one line")
+        if twice := sorted(set(self.nccl.variables) & set(self.environment)):
+            raise configs.fault(f"environment.{twice[0]}", "the section nccl sets it too: give one of them")
         for name, value in self.environment.items():
             if without_secrets(value) != value:
                 raise ValueError(f"environment.{name}: has a password, which every job's script would show; export it")

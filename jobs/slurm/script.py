@@ -101,7 +101,8 @@ def _additional(submission: Submission) -> dict[str, object]:
 def _setup(submission: Submission) -> list[str]:
     profile = submission.profile
     lines = [_load(module) for module in profile.modules]
-    lines += [f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()]
+    variables = {**profile.nccl.variables, **profile.environment}
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in variables.items()]
     lines += [f"export TMPDIR={shlex.quote(profile.scratch)}"] if profile.scratch else []
     lines += [f'export PYTHONPATH={shlex.quote(str(submission.snapshot))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
     return [*lines, *profile.setup]

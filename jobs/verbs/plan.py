@@ -12,6 +12,10 @@ from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.bench.plan import Images, MachineProfile, ResourcePlan
+    from pipeline.data.index import ImageIndex
+    from pipeline.run_config import RunConfig
+
+UNTIMED_ROWS = 2  # images of a step whose time does not matter
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -37,10 +41,12 @@ def plan(
     ] = None,
     network_gbs: Annotated[float | None, typer.Option(min=0.001, help="GB/s that each worker can send")] = None,
     measured_rows: Annotated[int, typer.Option(min=1, help="number of images in the step measured here")] = 8,
+    anew: Annotated[bool, typer.Option("--anew", help="measure again what an earlier plan has measured")] = False,
 ) -> None:
     """Estimates what RECIPE needs on N nodes of G GPUs: memory, steps, reading, decoding, saving, time. A step is
     measured on this machine's device, unless --images-per-s gives the speed of one worker on the target machine.
-    Decoding is measured if the images are available here.
+    Decoding is measured if the images are available here. Measurements are remembered for the next plan. Below the
+    table it says what to change: the batch and its learning rate, the threads that decode, the network.
 
     Examples:
 
@@ -49,6 +55,7 @@ def plan(
       adaptnet plan baseline/imagenet_resnet50 --nodes 8 --gpus-per-node 8 --images 1281167 --images-per-s 3000
     """
     from pipeline import run_config
+    from pipeline.bench import advice
     from pipeline.bench import plan as plans
 
     home = data_home() or ("nowhere" if images else None)
@@ -60,12 +67,37 @@ def plan(
     known, train = available if available is not None else (plans.Images(images or 0, classes), None)
     known = plans.Images(images or known.count, known.classes, image_kb * 1e3 if image_kb else known.mean_bytes)
     to_decode = train if decoded_per_s is None else None
-    cost = plans.measure(config, known.classes, measured_rows, train=to_decode, timed=images_per_s is None)
+    cost = _measured(config, known.classes, measured_rows, to_decode, timed=images_per_s is None, anew=anew)
     where = "on the target machine, as given" if images_per_s else None
     cost = plans.given(cost, images_per_s=images_per_s, decoded_per_s=decoded_per_s, device=where)
     workers = nodes * max(1, gpus_per_node)
     bandwidth = network_gbs * 1e9 if network_gbs else None
-    _print(config.name, plans.plan(config, workers, known, cost, network_bytes_per_s=bandwidth), known, cost)
+    estimate = plans.plan(config, workers, known, cost, network_bytes_per_s=bandwidth)
+    _print(config.name, estimate, known, cost)
+    for line in advice.advise(config, estimate, gpus_per_node=gpus_per_node):
+        typer.echo(f"- {line}")
+
+
+def _measured(
+    config: RunConfig, classes: int, rows: int, train: ImageIndex | None, *, timed: bool, anew: bool
+) -> MachineProfile:
+    """The measurement of an earlier plan, or one that is made now; says which."""
+    from pipeline.bench import plan as plans
+    from pipeline.bench.measured import MeasuredProfiles
+    from pipeline.runs.progress import clock
+
+    rows = rows if timed else min(rows, UNTIMED_ROWS)
+    what = {"classes": classes, "rows": rows, "timed": timed, "images": None if train is None else train.identity}
+    profiles = MeasuredProfiles(config, what)
+    known = None if anew else profiles.find()
+    if known is not None:
+        typer.echo(f"measured {clock(known.at)}; --anew measures again", err=True)
+        return known.profile
+    decoding = "" if train is None else ", then decoding on one thread"
+    typer.echo(f"measuring a step of {rows} images of {config.data.side_px} px{decoding} ...", err=True)
+    profile = plans.measure(config, classes, rows, train=train, timed=timed)
+    profiles.put(profile)
+    return profile
 
 
 def _print(name: str, estimate: ResourcePlan, images: Images, cost: MachineProfile) -> None:

@@ -41,7 +41,7 @@ from pipeline.training.step import Meter, MicroBatch, train_step
 
 INDEX_BYTES = 4 * 4 + 2 * 8 + 8  # bytes of one image: shard, label, height, width; offset, length; name's hash
 WARM, TIMED = 2, 5  # steps
-OTHER_METRICS = 10  # values of a log point besides the step's own: rates, shares of time, lr, epoch, bad images
+OTHER_METRICS = 13  # values of a log point besides the step's own: rates, shares, memory, lr, epoch, bad images
 DECODED = 512  # images over which decoding is measured
 
 
@@ -115,7 +115,7 @@ def plan(
             subject=batch,
         )
     rows = ceil(batch / workers)
-    micro = min(rows, config.compute.max_batch_per_worker or rows)
+    micro = min(rows, config.compute.max_batch or rows)
     micro = ceil(rows / ceil(rows / micro))
     steps = max(1, round(config.training.epochs * images.count / batch))
     gradients = 2 * (workers - 1) / workers * 4 * cost.parameters
@@ -177,7 +177,7 @@ def measure(
 
     Measures decoding as well if `train` images are given.
     """
-    device = device_of("auto" if config.compute.device == "cuda" else config.compute.device)  # the run may be elsewhere
+    device = here(config)
     if device.type == "cpu":
         keep_freed_memory()
     plan, current = _fresh(config, num_classes, device)
@@ -199,6 +199,11 @@ def measure(
         metrics=logged + OTHER_METRICS,
         device=f"on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'this CPU'}",
     )
+
+
+def here(config: RunConfig) -> torch.device:
+    """The device of this machine on which a plan is measured; the run itself may be elsewhere."""
+    return device_of("auto" if config.compute.device == "cuda" else config.compute.device)
 
 
 def _teacher(config: RunConfig, num_classes: int, current: TrainState, device: torch.device) -> Teacher | None:
@@ -268,15 +273,19 @@ def _activations(plan: TrainingPlan, current: TrainState, micro: MicroBatch) -> 
 def _rate(
     plan: TrainingPlan, current: TrainState, micros: list[MicroBatch], rows: int, steps: int
 ) -> tuple[float, int]:
-    """Images/s, and the number of values that a step logs. Afterwards the optimizers hold their moments."""
+    """Images/s, and the number of values that a step logs. Afterwards the optimizers hold their moments.
+
+    A single step is not warmed up: its rate is not asked for.
+    """
     times, meter, plan = [], Meter(), replace(plan, batch_size=rows)
-    for _ in range(WARM + steps):
+    warm = WARM if steps > 1 else 0
+    for _ in range(warm + steps):
         start = time.perf_counter()
         train_step(plan, current, micros, meter)
         if plan.device.type == "cuda":
             torch.cuda.synchronize(plan.device)
         times.append(time.perf_counter() - start)
-    return rows / median(times[WARM:]), len(meter.flush())
+    return rows / median(times[warm:]), len(meter.flush())
 
 
 def _saved_bytes(current: TrainState) -> int:

@@ -116,9 +116,14 @@ class DataConfig(Config):
         return due[-1] if due else self.side_px
 
     @property
+    def sides_px(self) -> tuple[int, ...]:
+        """The sides that training images have in some epoch, rising."""
+        return tuple(sorted(set(self.side_choices or (self.side_px, *(side for _, side in self.side_schedule)))))
+
+    @property
     def largest_side_px(self) -> int:
         """The largest side of a training image in any epoch."""
-        return max(self.side_choices or [self.side_px, *(side for _, side in self.side_schedule)])
+        return max(self.sides_px)
 
     def eval_geometry(self, image_sizes: NDArray[np.int32]) -> CropGeometry:
         """What evaluation cuts from images of `image_sizes` [b, 2]."""

@@ -271,7 +271,7 @@ def _check_batches(config: RunConfig, splits: Splits) -> None:
     compute, batch_size = config.compute, config.training.batch_size
     stream = Stream(splits.train, config.data, seed=config.seed, batch_size=batch_size)
     for world in range(max(1, compute.fewest_workers), max(1, compute.most_workers) + 1):
-        rows, cap = stream.row_bounds(world), compute.max_batch_per_worker
+        rows, cap = stream.row_bounds(world), compute.max_batch
         micros = num_micros(rows, world, cap)
         if config.training.cuda_graphs and (reason := _why_unrecorded(config, rows, micros)):
             raise ConfigError(
@@ -280,8 +280,19 @@ def _check_batches(config: RunConfig, splits: Splits) -> None:
                 key="training.cuda_graphs",
                 subject=reason,
             )
+        if compute.max_batch_per_worker == "auto" and config.training.sync_batchnorm and world > 1:
+            raise _synchronised_by_trying(world)
         if rows[0] // micros == 1 and (needs := _needs_several(config, world)):
             raise single_images(needs, world, cap if micros > 1 else None)
+
+
+def _synchronised_by_trying(world: int) -> ConfigError:
+    return ConfigError(
+        f"compute.max_batch_per_worker (=auto): each of {world} workers tries a step by itself, but "
+        "training.sync_batchnorm communicates within the net; give the number of images, or leave it out",
+        key="compute.max_batch_per_worker",
+        subject="auto",
+    )
 
 
 def _why_unrecorded(config: RunConfig, rows: tuple[int, int], micros: int) -> str | None:
@@ -293,6 +304,7 @@ def _why_unrecorded(config: RunConfig, rows: tuple[int, int], micros: int) -> st
         "data.side_choices changes the size of images": bool(config.data.side_choices),
         f"steps have {rows[0]} to {rows[1]} images": rows[0] != rows[1],
         f"compute.max_batch_per_worker splits a step into {micros} micro-batches": micros > 1,
+        "compute.max_batch_per_worker (=auto) may split a step": config.compute.max_batch_per_worker == "auto",
     }
     found = [reason for reason, holds in reasons.items() if holds]
     return found[0] if found else families.find(config.family.name).varying(config.family)

@@ -38,12 +38,26 @@ from pipeline.runs.beats import COMPILING, LONG, Beats
 from pipeline.runs.files import read_json, write_json
 from pipeline.runs.journal import Journal, SystemSampler, unreadable
 from pipeline.runs.records import About, Meta, Status
-from pipeline.training import arithmetic, checkpoint, loop, memory, optim, state, step, weights_file
+from pipeline.training import (
+    arithmetic,
+    checkpoint,
+    fitting,
+    loop,
+    memory,
+    optim,
+    profiling,
+    speed,
+    state,
+    step,
+    weights_file,
+)
 from pipeline.training.arithmetic import Arithmetic, Chosen, Timed
 from pipeline.training.checkpoint import Checkpointer, Storage
 from pipeline.training.config import TrainingConfig
+from pipeline.training.fitting import Fit
 from pipeline.training.loop import device_of
 from pipeline.training.plan import TrainingPlan, precision_of, use_bf16
+from pipeline.training.profiling import StepProfiler
 from pipeline.training.state import TrainState
 from pipeline.training.step import MicroBatch
 
@@ -97,6 +111,8 @@ def work(worker: WorkerConfig, beats: Beats | None = None) -> None:
             raise
         config = run_config.from_mapping(worker.recipe, "the driver's recipe", stored=True)
         described = out_of_memory(config, message)
+        if config.compute.max_batch_per_worker == "auto":
+            fitting.remember_half(run_dir, _rows(config))
         records.leave_error(described, run_dir, ranks.rank())
         raise described from error
 
@@ -105,16 +121,24 @@ def out_of_memory(config: RunConfig, message: str) -> AdaptNetError:
     """The error of a rank that ran out of memory: ResourceError if more workers would help, else ConfigError."""
     kind = ResourceError if ranks.world() < config.compute.most_workers else ConfigError
     world, trained, evaluated = ranks.world(), config.training.batch_size, config.evaluation.batch_size
-    rows = min(trained // world, config.compute.max_batch_per_worker or trained)
+    rows = _rows(config)
+    found = "the same command resumes with half as many at once"
+    auto = config.compute.max_batch_per_worker == "auto"
+    way_out = found if auto else f"set compute.max_batch_per_worker below {rows} or to auto, which splits a step"
     return kind(
         f"{socket.gethostname()}: out of memory ({message}). A worker trains on {rows} images of "
         f"{config.data.largest_side_px} px at once, of training.batch_size (={trained}), and evaluates "
         f"{evaluated // world} of {config.data.side_for_eval} px, of evaluation.batch_size (={evaluated}). Make these "
-        f"smaller, or set compute.max_batch_per_worker below {rows}, which splits a step into micro-batches. "
+        f"smaller, or {way_out}. "
         "`adaptnet plan` estimates what a recipe needs; the same command resumes from the newest checkpoint",
         key="training.batch_size",
         subject=trained,
     )
+
+
+def _rows(config: RunConfig) -> int:
+    """The images that a worker has in memory at once by its recipe."""
+    return min(config.training.batch_size // ranks.world(), config.compute.max_batch or config.training.batch_size)
 
 
 def _guarded(worker: WorkerConfig, stack: ExitStack) -> Beats:
@@ -170,6 +194,17 @@ class RunContext:
     def syncs_batchnorm(self) -> bool:
         """Whether BatchNorm's statistics are over the images of all ranks."""
         return self.config.training.sync_batchnorm and self.device.type == "cuda"
+
+    @property
+    def fixed_sizes(self) -> bool:
+        """Whether the maps of all steps have the same sizes."""
+        return len(self.config.data.sides_px) == 1 and not self.family.varying(self.config.family)
+
+    @property
+    def benchmarks_cudnn(self) -> bool:
+        """Whether cuDNN chooses its algorithms by timing them."""
+        wanted = self.config.compute.cudnn_benchmark
+        return self.device.type == "cuda" and (self.fixed_sizes if wanted == "auto" else wanted)
 
     def evaluator(self, *, latency: bool) -> Evaluator:
         return evaluator(self.config, self.device, len(self.splits.train.classes), latency=latency)
@@ -236,7 +271,13 @@ def _sample_system(context: RunContext, attempt: int, stack: ExitStack) -> None:
         name, fence = f"node{node}", context.worker.fence
         journal = Journal(context.run_dir / "journal", name, attempt=attempt, fence=fence)
         stack.callback(journal.close)
-        stack.enter_context(SystemSampler(journal, context.config.logging.system_every_s))
+        stack.enter_context(SystemSampler(journal, context.config.logging.system_every_s, _visible_gpus()))
+
+
+def _visible_gpus() -> list[str] | None:
+    """The GPUs that this process sees, as nvidia-smi names them; None if torch does not say."""
+    found = [getattr(torch.cuda.get_device_properties(n), "uuid", None) for n in range(torch.cuda.device_count())]
+    return [f"GPU-{uuid}" for uuid in found] if found and all(found) else None
 
 
 def _place(worker: WorkerConfig) -> tuple[int, int]:
@@ -294,6 +335,10 @@ class Writer(Protocol):
         """Writes the settings that a new run has chosen."""
         ...
 
+    def max_batch(self, fit: Fit) -> None:
+        """Writes the images that were found to fit into memory at once."""
+        ...
+
     def status(self, current: TrainState, *, finished: bool) -> None:
         """Writes status.json and the journal's last event."""
         ...
@@ -321,6 +366,8 @@ class NoWriter:
     def about(self, folder: Path, about: About) -> None: ...
 
     def arithmetic(self, training: TrainingConfig) -> None: ...
+
+    def max_batch(self, fit: Fit) -> None: ...
 
     def status(self, current: TrainState, *, finished: bool) -> None: ...
 
@@ -370,6 +417,9 @@ class Rank0:
         """Writes the settings that a new run has chosen."""
         chosen = {"precision": training.precision, "compile": training.compile}
         write_json(self.context.run_dir / ARITHMETIC, chosen)
+
+    def max_batch(self, fit: Fit) -> None:
+        fitting.remember(self.context.run_dir, fit)
 
     def status(self, current: TrainState, *, finished: bool) -> None:
         """Writes status.json and the journal's last event."""
@@ -507,7 +557,7 @@ def _chosen_before(context: RunContext) -> Arithmetic | None:
 def _choose(context: RunContext, current: TrainState) -> Chosen:
     """How a new run computes. Collective."""
     config, training, device, family = context.config, context.config.training, context.device, context.family
-    rows = min(-(-training.batch_size // ranks.world()), config.compute.max_batch_per_worker or training.batch_size)
+    rows = min(-(-training.batch_size // ranks.world()), config.compute.max_batch or training.batch_size)
     side_px, seen = config.data.side_px, training.epochs * len(context.splits.train) / ranks.world()
     image = torch.zeros(1, 3, side_px, side_px, device=device)
     length = arithmetic.length_of(current.net, image, images=seen, rows=rows)
@@ -515,9 +565,8 @@ def _choose(context: RunContext, current: TrainState) -> Chosen:
     shape = (length.timed_rows, 3, side_px, side_px)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device).contiguous(memory_format=layout)
     targets = torch.arange(len(images), device=device) % len(context.splits.train.classes)
-    varying = config.data.side_schedule or config.data.side_choices or family.varying(config.family)
     timed = Timed(family, config.family, current.net, images, targets)
-    return arithmetic.choose(training, length, timed, fixed_sizes=not varying)
+    return arithmetic.choose(training, length, timed, fixed_sizes=context.fixed_sizes)
 
 
 # ---- train
@@ -526,6 +575,7 @@ def _choose(context: RunContext, current: TrainState) -> Chosen:
 def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
     """Trains until the end of the plan or a request to stop; True at the end. Collective."""
     config = context.config
+    torch.backends.cudnn.benchmark = context.benchmarks_cudnn
     plan, warnings = _plan(context, current)
     teacher, facts = teaching.open_teacher(config, context.teacher, current.net, context.device)
     plan = replace(plan, teacher=teacher)
@@ -540,7 +590,12 @@ def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
         events.remember("warning", text=text)
     events.writer.event("started", step=current.step, total_steps=plan.total_steps, **_facts(context, current))
     with _train_loader(context, current.step, events) as loader:
-        finished = loop.train(plan, current, _micro_batches(context, plan, loader), events, beats=events.beats)
+        rows = loader.stream.row_bounds(ranks.world())
+        batches = _micro_batches(context, plan, loader, _max_batch(context, plan, current, rows, events))
+        if config.profile and ranks.rank() == 0:
+            finished = _train_profiled(context, plan, current, batches, events)
+        else:
+            finished = loop.train(plan, current, batches, events, beats=events.beats)
     events.beats.enter("saving", LONG)
     events.writer.flush()
     return finished
@@ -576,6 +631,43 @@ def _facts(context: RunContext, current: TrainState) -> dict[str, object]:
     }
 
 
+def _max_batch(
+    context: RunContext, plan: TrainingPlan, current: TrainState, rows: tuple[int, int], events: RunEvents
+) -> int | None:
+    """The images in memory at once: the recipe's number, or the one that was found by trying. Collective."""
+    config = context.config
+    if config.compute.max_batch_per_worker != "auto":
+        return config.compute.max_batch
+    events.beats.enter("trying how many images fit", COMPILING)
+    start = ranks.agree(fitting.remembered(context.run_dir))
+    need = fitting.Need(rows, config.data.largest_side_px, fitting.fewest_at_once(current.net, config.data))
+    found = fitting.fit(plan, current, need, start)
+    events.writer.max_batch(found)
+    if found.failed:
+        events.writer.event("max-batch", step=current.step, text=found.text(plan.batch_size))
+    return found.max_batch
+
+
+def _train_profiled(
+    context: RunContext,
+    plan: TrainingPlan,
+    current: TrainState,
+    batches: Iterator[Sequence[MicroBatch]],
+    events: RunEvents,
+) -> bool:
+    """`loop.train` with the first steps profiled, on one rank. Collective."""
+    steps, folder = context.config.profile, context.run_dir / profiling.FOLDER
+
+    def done(at: int, table: str | None) -> None:
+        short = f"the training ended before the profile of {steps} steps began"
+        text = f"{short}; nothing was written" if table is None else f"trace and table are in {folder}\n{table}"
+        events.writer.event("profile", step=at, text=text)
+
+    with StepProfiler(steps, context.device, context.run_dir, done, events.beats) as profiler:
+        profiled, take_step = profiler.batches(batches), profiler.take_step
+        return loop.train(plan, current, profiled, events, beats=events.beats, take_step=take_step)
+
+
 def _plan(context: RunContext, current: TrainState) -> tuple[TrainingPlan, Sequence[str]]:
     """The plan, and a warning for each requested feature that is not available here. Collective."""
     config, training = context.config, context.config.training
@@ -598,8 +690,15 @@ def _plan(context: RunContext, current: TrainState) -> tuple[TrainingPlan, Seque
         save_every=config.checkpoint.every,
         evaluate_every=config.evaluation.every,
         class_weights=None if weights is None else weights.to(context.device),
+        macs=speed.macs_by_side(current.net, config.data.sides_px, context.device),
     )
-    return plan, warnings
+    return replace(plan, peak_macs_per_s=_peak(plan)), warnings
+
+
+def _peak(plan: TrainingPlan) -> float:
+    """The MACs a second that the devices of all ranks reach, if they are like that of rank 0. Collective."""
+    mine = speed.matrix_peak(plan.device, autocast=plan.autocast) if ranks.rank() == 0 else 0.0
+    return ranks.world() * ranks.agree(mine)
 
 
 def _train_loader(context: RunContext, start_step: int, events: RunEvents) -> TrainLoader:
@@ -618,9 +717,11 @@ def _train_loader(context: RunContext, start_step: int, events: RunEvents) -> Tr
     )
 
 
-def _micro_batches(context: RunContext, plan: TrainingPlan, loader: TrainLoader) -> Iterator[Sequence[MicroBatch]]:
-    rows = loader.stream.row_bounds(ranks.world())
-    parts = step.num_micros(rows, ranks.world(), context.config.compute.max_batch_per_worker)
+def _micro_batches(
+    context: RunContext, plan: TrainingPlan, loader: TrainLoader, max_batch: int | None
+) -> Iterator[Sequence[MicroBatch]]:
+    """The micro-batches of each step, of at most `max_batch` images."""
+    parts = step.num_micros(loader.stream.row_bounds(ranks.world()), ranks.world(), max_batch)
     for batch in loader:
         yield step.micro_batches(plan, context.config.data, batch, parts)
 

@@ -24,7 +24,7 @@ from pipeline.errors import ConfigError, ContractError
 from pipeline.evaluation.over_seeds import seed_of
 from pipeline.family import Evaluated
 from pipeline.figures import Bars, Figure, Gallery, HeatMap, Lines, Series, Table
-from pipeline.report import cells, folder, general, published, resolutions, seeds
+from pipeline.report import cells, folder, general, published, resolutions, seeds, training
 from pipeline.report.contact_sheet import contact_sheet
 from pipeline.report.page import Section, Shown, drawn, page
 from pipeline.report.published import PublishedPoint
@@ -233,6 +233,9 @@ def _sections(
     classes = general.by_class(nets)
     if classes:
         yield Section("classes", "Classes", classes)
+    speeds = training.speeds(nets)
+    if speeds:
+        yield Section("training", "Training", speeds)
     for name in dict.fromkeys(net.family for net in nets):
         figures = families_own(name, nets)
         if figures:

@@ -20,7 +20,7 @@ import threading
 import time
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,11 +229,11 @@ class SystemSampler:
     """Records the load of this node every `every_s` seconds in the node's own journal, while its `with` block runs.
 
     Metrics are `system/<journal's name>/...` with names that trackers know; the step counts samples and
-    continues that of the journal. GPUs are read by nvidia-smi.
+    continues that of the journal. GPUs are read by nvidia-smi: those of `gpus`, by UUID, or all of the node.
     """
 
-    def __init__(self, journal: Journal, every_s: float = 10.0) -> None:
-        self._journal, self._every_s = journal, every_s
+    def __init__(self, journal: Journal, every_s: float = 10.0, gpus: Sequence[str] | None = None) -> None:
+        self._journal, self._every_s, self._gpus = journal, every_s, gpus
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="system-metrics", daemon=True)
 
@@ -250,7 +250,7 @@ class SystemSampler:
         try:
             _host_load(self._journal.path)  # psutil measures since the previous call
             while not self._stop.wait(self._every_s):
-                values = {**_host_load(self._journal.path), **_gpu_load()}
+                values = {**_host_load(self._journal.path), **_gpu_load(self._gpus)}
                 self._journal.metrics(step, {f"system/{self._journal.name}/{key}": v for key, v in values.items()})
                 step += 1
         except (OSError, ResourceError):  # the folder is full or removed: training reports it at its next line
@@ -274,12 +274,21 @@ def _host_load(where: Path) -> dict[str, float]:
 GPU_QUERY = "index,utilization.gpu,memory.used,memory.total"  # columns of nvidia-smi
 
 
-def _gpu_load() -> dict[str, float]:
-    """The load of this node's GPUs by nvidia-smi, which comes with the driver; empty without it."""
+def _gpu_load(gpus: Sequence[str] | None) -> dict[str, float]:
+    """The load of these GPUs by nvidia-smi, which comes with the driver; empty without it.
+
+    It is that of all GPUs of the node if `gpus` is None or nvidia-smi does not know these, e.g. slices of a GPU.
+    """
     if shutil.which("nvidia-smi") is None:
         return {}
+    chosen = _asked([f"--id={','.join(gpus)}"]) if gpus else {}
+    return chosen or _asked([])
+
+
+def _asked(chosen: Sequence[str]) -> dict[str, float]:
+    """What nvidia-smi says with these options; empty if it fails."""
     try:
-        command = ["nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
+        command = ["nvidia-smi", *chosen, f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}

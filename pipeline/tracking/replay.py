@@ -212,7 +212,7 @@ def as_text(value: object) -> str:
 def _small_files(run_dir: Path) -> list[Path]:
     """The files that are sent as they are, without hidden ones, which are still being written."""
     patterns = ("*.yaml", "*.csv", "environment.json", "requirements.txt", "git.diff", "bad_images.json", "status.json")
-    nested = ("evaluations/*/*.json", "plots/*.png")
+    nested = ("evaluations/*/*.json", "plots/*.png", "profile/*")
     found = (path for pattern in (*patterns, *nested) for path in run_dir.glob(pattern))
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 

@@ -21,8 +21,9 @@ from pipeline.errors import DivergedError
 from pipeline.runs.beats import COMPILING, LONG, Beats
 from pipeline.training.memory import keep_freed_memory
 from pipeline.training.plan import TrainingPlan
+from pipeline.training.speed import Speed
 from pipeline.training.state import TrainState
-from pipeline.training.step import Meter, MicroBatch, train_step
+from pipeline.training.step import Meter, MicroBatch, StepFunction, train_step
 
 DATA, STEP = b"waiting for data", b"a step"  # phases, for a report of a hang
 SYNC_EVERY_S = 2.0  # how often rank 0 decides on stopping and on events in minutes
@@ -87,17 +88,19 @@ def train(
     *,
     sync_every_s: float = SYNC_EVERY_S,
     beats: Beats | None = None,
+    take_step: StepFunction = train_step,
 ) -> bool:
     """Trains `state` until `plan.total_steps`, or until rank 0 wants to stop; True if it reached the end.
 
     batches[i] is this rank's share of the batch of step `state.step + i`. The state is on disk when the function
     returns. Each evaluation is followed by a save, so that the best state is among the checkpoints. `beats` gets a sign
-    of progress at each batch and each step. Collective.
+    of progress at each batch and each step. `take_step` is `train_step`, or what observes it. Collective.
     Raises DivergedError at a loss or gradient norm that is not finite; nothing is saved after that step.
     """
     if plan.device.type == "cpu":
         keep_freed_memory()
     meter, clock, sync, beats = Meter(), Clock(), RankSync(plan, state.step, sync_every_s), beats or Beats()
+    speed = Speed(plan)
     logged_at = state.step
     if state.step >= plan.total_steps:
         return True
@@ -105,12 +108,13 @@ def train(
     beats.enter(DATA.decode(), COMPILING if plan.training.compile is True else LONG)
     for micros in _waiting(batches, clock, beats):
         before = state.step
-        lr = train_step(plan, state, micros, meter)
+        lr = take_step(plan, state, micros, meter)
+        speed.count(micros)
         beats.step, beats.patience = state.step, patience
         ended = state.step >= plan.total_steps
         decided = sync.decide(state.step, events)
         if ended or decided.stop or decided.log or _due(plan.log_every, plan, before):
-            _log(meter, clock, plan, state, events, lr=lr, steps=state.step - logged_at)
+            _log(meter, clock, speed, plan, state, events, lr=lr, steps=state.step - logged_at)
             logged_at = state.step
         evaluated = ended or decided.evaluate or _due(plan.evaluate_every, plan, before)
         if evaluated:
@@ -200,7 +204,15 @@ class RankSync:
 
 
 def _log(
-    meter: Meter, clock: Clock, plan: TrainingPlan, state: TrainState, events: TrainingEvents, *, lr: float, steps: int
+    meter: Meter,
+    clock: Clock,
+    speed: Speed,
+    plan: TrainingPlan,
+    state: TrainState,
+    events: TrainingEvents,
+    *,
+    lr: float,
+    steps: int,
 ) -> None:
     _check_finite(meter, lr, events)
     means, times = meter.flush(), clock.flush()
@@ -208,6 +220,7 @@ def _log(
     values |= {f"time/{name}": value for name, value in times.items()}
     values["time/interval_steps"] = float(steps)
     values["time/images_per_s"] = steps * plan.batch_size / times["interval_s"]
+    values |= speed.flush(times["interval_s"])
     values["train/lr"] = lr
     values["train/epoch"] = state.step * plan.epochs_per_step
     events.log(state.step, values)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -29,7 +29,8 @@ class TrainingPlan:
     forward: the net, compiled and wrapped in DDP if the recipe asks for it.
     batch_size: images of all ranks in a step. epochs_per_step: batch_size over the images of an epoch.
     class_weights: the weight of each class in the loss, [K] on the device; None without. teacher: the net whose answers
-    are learned too; None without.
+    are learned too; None without. macs: multiply-accumulates of one image's forward pass, by its side in pixels; empty
+    if unknown. peak_macs_per_s: what the devices of all ranks reach in matrix products; None if unknown.
     """
 
     family: AnyFamily
@@ -47,6 +48,8 @@ class TrainingPlan:
     evaluate_every: Duration = NEVER
     class_weights: Tensor | None = None
     teacher: Teacher | None = None
+    macs: Mapping[int, int] = field(default_factory=dict)
+    peak_macs_per_s: float | None = None
 
     @cached_property
     def batchnorms(self) -> tuple[BatchNorm, ...]:

@@ -120,6 +120,14 @@ class Meter:
         return {name: total / count for name, (total, count) in sorted(whole.items())}
 
 
+class StepFunction(Protocol):
+    """`train_step`, or a function around it."""
+
+    def __call__(self, plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch], meter: Meter, /) -> float:
+        """Moves `state` by one step; returns the learning rate. Collective."""
+        ...
+
+
 def train_step(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch], meter: Meter) -> float:
     """Moves `state` by one step over this rank's share of the batch, given as micro-batches; returns the learning rate.
 

@@ -6,15 +6,17 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 
 import torch.hub
-import torchvision
-from torchvision.models import WeightsEnum
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.runs import files
 from pipeline.weights import ImagesExpected
+
+if TYPE_CHECKING:  # importing torchvision takes about as long as torch
+    from torchvision.models import WeightsEnum
 
 PREFIX = "torchvision:"
 HALVED = ("googlenet", "inception_v3")  # torchvision's loader adds a layer to them, which turns other images into these
@@ -36,6 +38,8 @@ def locate(source: str) -> Path:
 
 
 def _found(source: str) -> WeightsEnum:
+    import torchvision
+
     name, _, weights = source.removeprefix(PREFIX).partition("/")
     names = torchvision.models.list_models(module=torchvision.models)
     known = [each.name for each in torchvision.models.get_model_weights(name)] if name in names else []
@@ -88,6 +92,8 @@ def _all() -> tuple[tuple[str, WeightsEnum], ...]:
 
 
 def _each() -> Iterator[tuple[str, WeightsEnum]]:
+    import torchvision
+
     for name in torchvision.models.list_models(module=torchvision.models):
         yield from ((name, weights) for weights in torchvision.models.get_model_weights(name))
 
