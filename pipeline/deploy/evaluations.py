@@ -324,6 +324,18 @@ def find(source: str, uri: str | None = None) -> EvaluatedNet:
 
     Raises ConfigError if none is stored.
     """
+    net = opened(source, uri)
+    if not net.sets:
+        raise ConfigError(
+            f"{source}: no evaluation of it is stored; make one with `adaptnet evaluate {source}`",
+            key="source",
+            subject=source,
+        )
+    return net
+
+
+def opened(source: str, uri: str | None = None) -> EvaluatedNet:
+    """Like `find`, also of a net that has no stored evaluation."""
     folder = resolve(source, uri)
     model = describe(folder)
     run_dir = _run_of(source, uri)
@@ -336,14 +348,7 @@ def find(source: str, uri: str | None = None) -> EvaluatedNet:
     evaluations.sort(key=lambda stored: (bool(stored.about.policies), -_written(stored)))
     if inside := [reports_v1.read(report) for report in _reports_inside(folder)]:
         evaluations.append(Stored(inside, None, About(data=model.evaluated_on or "unknown", step=model.step)))
-    net = EvaluatedNet(source, model, run_dir, evaluations)
-    if not net.sets:
-        raise ConfigError(
-            f"{source}: no evaluation of it is stored; make one with `adaptnet evaluate {source}`",
-            key="source",
-            subject=source,
-        )
-    return net
+    return EvaluatedNet(source, model, run_dir, evaluations)
 
 
 def _run_of(source: str, uri: str | None) -> Path | None:
