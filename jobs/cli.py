@@ -30,6 +30,7 @@ from pipeline.training import memory
 VERBS = {  # the module jobs.verbs.<verb> is imported when the verb is used
     "train": "Train a recipe, or resume the run in its folder.",
     "evaluate": "Measure a trained net under each of its policies: accuracy, MACs and latency.",
+    "choose": "Recommend recipes for a folder of images and a limit of cost.",
     "export": "Write a static policy of a trained net as a .pt2 or ONNX file.",
     "compare": "Test two trained nets on the same images, as they are and at equal cost.",
     "submit": "Run a verb as a job: on SLURM, on a Ray cluster or as a process of this machine.",

@@ -41,6 +41,7 @@ from pipeline.errors import ConfigError, JsonValue
 
 LONGEST = 1_000_000_000  # a duration's number
 RULE = "rule"  # the type of pydantic's error that `fault` makes
+MAX_HINT_DEPTH = 3  # sections below one in which the key of a slip is looked for
 MAX_SHOWN = 200  # characters of a value in a message
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
@@ -291,19 +292,40 @@ def _line(model: type[BaseModel], path: list[str], value: object, fault: dict[st
     key = ".".join(path) or "(the whole)"
     if fault["type"] == "extra_forbidden":
         known = sorted(_keys_at(model, path[:-1]))
-        close = get_close_matches(path[-1], known, 1)
-        nested = [f"{name}.{path[-1]}" for name in known if path[-1] in _keys_at(model, [*path[:-1], name])]
-        close = close or nested[:1]
-        hint = f"; did you mean {'.'.join([*path[:-1], close[0]])}?" if close else ""
+        close = get_close_matches(path[-1], known, 1) or _below(model, path[:-1], path[-1])
+        hint = f"; did you mean {' or '.join('.'.join([*path[:-1], each]) for each in close)}?" if close else ""
         return f"{key}: no such key; known: {', '.join(known)}{hint}"
     if fault["type"] == "missing":
         return f"{key}: this key is required"
     rule = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if fault["type"] == "string_type" and isinstance(value, bool | int | float):
         rule = f"in YAML this is a {'truth value' if isinstance(value, bool) else 'number'}; quote it to give a text"
+    if fault["type"] == "model_type" and path and not isinstance(value, Mapping):
+        rule = _a_section(key, _models_at(model, path), value)
     if isinstance(value, dict) or fault["type"] == SECRET:
         return f"{key}: {rule}" if path or not _named(value, fault) else rule
     return f"{key} (={shortened(value)}): {rule}"
+
+
+def _below(model: type[BaseModel], path: Sequence[str], key: str) -> list[str]:
+    """Where `key` is in the sections below `path`, relative to it: at the least depth at which it exists."""
+    sections = [[name] for name in sorted(_keys_at(model, path))]
+    for _ in range(MAX_HINT_DEPTH):
+        found = [".".join([*each, key]) for each in sections if key in _keys_at(model, [*path, *each], inside=True)]
+        if found:
+            return found[:3]
+        sections = [[*each, name] for each in sections for name in sorted(_keys_at(model, [*path, *each], inside=True))]
+    return []
+
+
+def _a_section(key: str, models: Sequence[type[BaseModel]], value: object) -> str:
+    """The rule that a section breaks that was given as one value, with a key that it has."""
+    kinds = [kind_of(each) for each in models if "kind" in each.model_fields]
+    if kinds:
+        kind = value if value in kinds else "KIND"
+        return f"this is a section of keys; write {key}.kind={kind}; kinds: {', '.join(kinds)}"
+    known = sorted({name for each in models for name in each.model_fields})
+    return f"this is a section of keys; set one of them, e.g. {key}.{known[0]}=VALUE; known: {', '.join(known)}"
 
 
 def _place(mapping: Mapping[str, object], fault: dict[str, Any]) -> tuple[list[str], Any]:
@@ -327,16 +349,23 @@ def _follow(mapping: object, loc: Sequence[str | int]) -> tuple[list[str], Any]:
     return path, mapping
 
 
-def _keys_at(model: type[BaseModel], path: Sequence[str]) -> set[str]:
+def _keys_at(model: type[BaseModel], path: Sequence[str], *, inside: bool = False) -> set[str]:
+    """The keys of the section at `path`; of one that is no section those of the last above it, none if `inside`."""
+    return {key for each in _models_at(model, path, inside=inside) for key in each.model_fields}
+
+
+def _models_at(model: type[BaseModel], path: Sequence[str], *, inside: bool = False) -> list[type[BaseModel]]:
     models: list[type[BaseModel]] = [model]
     for part in path:
-        models = [
+        found = [
             inner
             for outer in models
             if part in outer.model_fields
             for inner in _models_in(outer.model_fields[part].annotation)
-        ] or models
-    return {key for each in models for key in each.model_fields}
+            if not (inside and get_origin(outer.model_fields[part].annotation) is dict)  # its keys are names
+        ]
+        models = found if found or inside else models
+    return models
 
 
 def _models_in(annotation: object) -> Iterator[type[BaseModel]]:

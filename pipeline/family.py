@@ -428,6 +428,11 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(_families().__path__) if m.ispkg)
 
 
+def summary(name: str) -> str:
+    """What the nets of a family are, in one line: that of its package."""
+    return (importlib.import_module(f"{_families().__name__}.{name}").__doc__ or name).partition("\n")[0]
+
+
 def find(name: str) -> AnyFamily:
     """The family with this name. Raises ConfigError naming the known ones."""
     if name not in names():

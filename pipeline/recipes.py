@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, JsonValue
 
 FOLDER = Path(__file__).parent / "families"
 YAML = (".yaml", ".yml")
+HEADINGS = ("Source", "Command", "Hardware", "Published", "Ours")  # of a recipe's header
 FORMER = {  # names of recipes before they became variants; RECIPE_VARIANT is read as RECIPE:VARIANT without an entry
     "arrn/imagenet_s_steep": "arrn/imagenet",
     "baseline/cifar10_low_pass": "baseline/cifar10_resolutions:low_pass",
@@ -41,6 +42,17 @@ def names() -> list[str]:
 
 def title(name: str) -> str:
     """The first sentence of the header of a shipped recipe or variant."""
+    return re.split(r"\.(?= |$)", _comment(name), maxsplit=1)[0]
+
+
+def header(name: str) -> dict[str, str]:
+    """What the header of a shipped recipe or variant says under Source, Command, Hardware, Published and Ours."""
+    parts = re.split(rf"(?:^|(?<=[.)] ))({'|'.join(HEADINGS)})(?:, [^:]*)?: ", _comment(name))
+    return dict(zip(parts[1::2], (part.strip() for part in parts[2::2]), strict=True))
+
+
+def _comment(name: str) -> str:
+    """The comment above a shipped recipe or variant, as one line."""
     recipe, variant = _split(name)
     lines = _path(recipe).read_text(encoding="utf-8").splitlines()
     if variant:
@@ -48,8 +60,7 @@ def title(name: str) -> str:
         place = next(number for number, line in enumerate(lines) if key.match(line))
         lines = [line.strip() for line in lines[:place]]
         lines = [*takewhile(lambda line: line.startswith("#"), reversed(lines))][::-1]
-    header = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
-    return re.split(r"\.(?= |$)", header, maxsplit=1)[0]
+    return " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
 
 
 def layers(source: str) -> list[dict[str, JsonValue]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -192,3 +193,22 @@ def test_an_error_in_the_data_section_names_its_key() -> None:
 
 def test_channels_last_auto_of_older_recipes_is_read() -> None:
     assert run_config.load("baseline/toy", ["training.channels_last=auto"]).training.channels_last is True
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "suggested"),
+    [
+        ("lr=0.1", "lr", "training.optimizer.lr"),
+        ("batch_size=8", "batch_size", "training.batch_size"),
+        ("optimizer.lr=0.1", "optimizer", "training.optimizer"),
+        ("training.lr=0.1", "training.lr", "training.optimizer.lr"),
+        ("training.optimizer=sgd", "training.optimizer", "training.optimizer.kind=sgd"),
+        ("training.schedule=late", "training.schedule", "training.schedule.kind=KIND"),
+        ("training=3", "training", "training.batch_size=VALUE"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_answered_with_the_right_one(override: str, key: str, suggested: str) -> None:
+    with fails(ConfigError, key) as caught:
+        run_config.load("baseline/toy", ["data.root=x", override])
+    assert re.search(rf"\b{re.escape(suggested)}\b", str(caught.value)), caught.value
+    assert "other_optimizers.lr" not in str(caught.value), "a mapping by name has no such key"

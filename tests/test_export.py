@@ -222,6 +222,10 @@ def test_logits_that_are_not_numbers_count_as_a_difference(tmp_path: Path) -> No
 # ---- ONNX
 
 
+def batch_axis(batch: Any) -> int | str:
+    return "batch" if batch == "dynamic" else int(batch)
+
+
 @needs_onnx
 @pytest.mark.parametrize(
     ("case", "name"),
@@ -244,6 +248,7 @@ def test_onnxruntime_gives_the_same_logits(case: str, name: str, tmp_path: Path)
     done = written(static[name], given(batch), tmp_path / "net.onnx")
     assert done.difference < 1e-5 and export.read(done.file) == done.facts
     session = onnxruntime.InferenceSession(done.file, providers=["CPUExecutionProvider"])
+    assert [each.shape[0] for each in (*session.get_inputs(), *session.get_outputs())] == [batch_axis(batch)] * 2
     for count in (1,) if batch == 1 else (1, 3, 7):
         images = given(batch).pictures(count, 4)
         with torch.no_grad():
@@ -285,7 +290,9 @@ def test_the_command_writes_a_file_with_its_facts(
 ) -> None:
     assert command(run_dir) == 0
     listed = ["all-open", "mask-0.3", "mask-0.5", "mask-0.7", "expected-rate", "gates-hard"]
-    assert capsys.readouterr().out.split() == listed
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert [name for name in rows if name in listed] == listed, "the policies that can be exported, in order"
+    assert "90.00" in rows["gates-hard"] and "90.00" not in rows["all-open"], "figures of policies that have some"
     file = tmp_path / "net.pt2"
     assert command(run_dir, "--policy", "gates-hard", "--batch", "1", "--out", file, "--raw") == 0
     assert str(file) in capsys.readouterr().out

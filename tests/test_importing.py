@@ -104,3 +104,19 @@ def test_a_foreign_net_is_imported_predicts_exports_and_is_fine_tuned(images: Pa
     (started,) = [entry for entry in events if entry["event"] == "started-from"]
     assert set(started["left_out"]) == {"classifier.1.weight", "classifier.1.bias"}
     assert any("data.mean=" in str(entry.get("text")) for entry in events if entry["event"] == "warning")
+
+
+def test_the_first_example_of_the_help_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no images and no ADAPTNET_DATA: a file of torchvision's and the names of its classes are enough."""
+    from jobs import cli
+    from jobs.verbs import models
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ADAPTNET_DATA", raising=False)
+    torch.save(torchvision.models.resnet50(num_classes=3).state_dict(), "resnet50.pth")
+    Path("names.txt").write_text("ant\nbee\ncat\n")
+    example = next(line.split() for line in (models.import_weights.__doc__ or "").splitlines() if "--classes" in line)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(example[1:])
+    assert ended.value.code in (None, 0)
+    assert describe(resolve("runs/baseline-imagenet_resnet50-imported")).classes == ("ant", "bee", "cat")

@@ -8,7 +8,7 @@ import pytest
 from raised import fails
 
 from jobs import cli
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from tests import images
 
 
@@ -47,3 +47,27 @@ def test_a_user_error_is_one_message_and_exit_code_2(tmp_path: Path, capsys: pyt
 def test_every_help_shows_an_example(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", *verb, "--help") == 0
     assert f"adaptnet data {verb[0] if verb else 'toy'} " in capsys.readouterr().out
+
+
+def test_info_lists_the_images_of_each_class_and_says_where_a_new_index_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, name, count in (("train", "many", 12), ("train", "few", 2), ("val", "many", 3), ("val", "few", 1)):
+        folder = tmp_path / split / name
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / f"{number}.jpg").write_bytes(images.jpeg(8, 8))
+    assert run("data", "info", tmp_path) == 0
+    first = capsys.readouterr()
+    rows = [line.split() for line in first.out.splitlines()]
+    assert ["few", "2", "1"] in rows and ["many", "12", "3"] in rows
+    assert first.out.count("warning: ") == 2, "unequal classes, and few images in val"
+    assert str(tmp_path / ".adaptnet-index") in first.err
+    assert run("data", "info", tmp_path) == 0
+    assert str(tmp_path / ".adaptnet-index") not in capsys.readouterr().err, "said once"
+
+
+def test_a_missing_folder_is_not_offered_as_the_place_of_a_toy_set(tmp_path: Path) -> None:
+    with fails(DataError, "data.root", subject="nothing") as caught:
+        cli.app(args=["data", "info", str(tmp_path / "nothing")])
+    assert f"data toy {tmp_path}" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""README.md and the help texts: commands parse, recipes resolve, and the map of folders matches the tree."""
+"""README.md, guides and help texts: commands parse, recipes resolve, and the map of folders matches the tree."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from pipeline import recipes, run_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "infra" / "docs").glob("*.md"))}
+PAGES = "\n".join([README, *GUIDES.values()])
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES, re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[str]:
@@ -70,10 +72,10 @@ def test_ci_runs_the_marked_blocks() -> None:
     done = subprocess.run(
         ["bash", "-c", f"{function}\nreadme_commands"], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    marked = re.findall(r"^<!-- CI runs [^\n]*-->\n```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    marked = re.findall(r"^<!-- CI runs [^\n]*-->\n```sh\n(.*?)^```", PAGES, re.DOTALL | re.MULTILINE)
     lines = [line.partition(" #")[0].rstrip() for block in marked for line in block.splitlines()]
     assert done.stdout.splitlines() == [line for line in lines if line.startswith("adaptnet ")]
-    assert len(marked) == README.count("<!-- CI runs") > 1
+    assert len(marked) == PAGES.count("<!-- CI runs") > 1
 
 
 def test_each_line_of_a_block_is_an_adaptnet_command_a_make_target_or_the_activation() -> None:
@@ -88,7 +90,7 @@ def test_each_command_parses(line: str) -> None:
 
 def test_each_command_in_prose_names_a_verb_or_a_make_target() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```.*?^```", "", PAGES, flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"make ([a-z-]+)", " ".join(re.findall(r"`([^`]+)`", prose))):
         assert re.search(rf"^[a-z -]*\b{target}\b[a-z -]*:", makefile, re.MULTILINE), f"make {target}: no such target"
     for line in re.findall(r"`(adaptnet [^`<]+)`", prose):

@@ -30,6 +30,7 @@ from pipeline.config import as_mapping
 from pipeline.errors import AdaptNetError, ConfigError, ResourceError
 from pipeline.execution import seeds
 from pipeline.runs import provenance, seed_runs
+from tests import images
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGENET = ("baseline/imagenet_resnet50", "data.root=/data/imagenet")
@@ -574,3 +575,20 @@ def _await_end(job: records.JobRecord) -> None:
     while schedulers.state_of(job).alive:
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_a_dry_run_ends_with_a_summary_and_checks_the_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "photos" / split / "a").mkdir(parents=True)
+        (tmp_path / "photos" / split / "a" / "1.jpg").write_bytes(images.jpeg())
+    for root, readable in ((tmp_path / "photos", True), (tmp_path / "nowhere", False)):
+        line = ["baseline/imagenet_resnet50", f"data.root={root}", "--site", "example", "--nodes", "2", "--dry-run"]
+        assert run("submit", "train", *line) == 0, "the images may be on the nodes alone"
+        summary = capsys.readouterr().out.rpartition("\n\n")[2]
+        facts = dict(re.findall(r"^# (\w[\w ]*?) {2,}(.*)", summary, re.MULTILINE))
+        assert set(facts) == {"jobs", "GPUs", "images a GPU", "data", "logs", "next"}
+        assert facts["images a GPU"].startswith("32 ") and str(root) in facts["data"]
+        assert ("WARNING" in facts["data"]) is not readable
+        assert facts["logs"] == str(tmp_path / "runs" / "baseline-imagenet_resnet50" / "slurm")

@@ -28,6 +28,7 @@ from pipeline.evaluation.evaluate import Evaluator, _waited_s, evaluate
 from pipeline.families.convnet_aig.model import AigOutput
 from pipeline.family import Params, Prediction, find
 from pipeline.training import checkpoint, optim, state
+from pipeline.training.config import TrainingConfig
 from pipeline.training.loop import train
 from pipeline.training.optimizers.adamw import AdamWConfig
 from pipeline.training.optimizers.lamb import LambConfig
@@ -405,3 +406,8 @@ def test_the_time_that_threads_waited_for_a_core_is_measured() -> None:
         for thread in work:
             thread.join()
     assert while_they_ran > 0.1  # of three threads' 0.2 s, two thirds
+
+
+def test_a_batch_above_the_training_images_is_warned_of() -> None:
+    training = TrainingConfig(batch_size=64)
+    assert training.above(64) is None and "64" in (training.above(63) or "")

@@ -53,7 +53,8 @@ def parameters(submission: Submission) -> dict[str, object]:
         "array_parallelism": submission.throttle or len(submission.jobs),
         "additional_parameters": _additional(submission),
     }
-    return {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in options.items() if value is not None}
+    return given | {"wckey": None}  # submitit's default is its own name, which sites that check such keys refuse
 
 
 def python(submission: Submission) -> str:

@@ -13,11 +13,13 @@ import typer
 
 if TYPE_CHECKING:
     from pipeline.data.account import LeftOut
-    from pipeline.data.index import ImageIndex
+    from pipeline.data.index import ImageIndex, Splits
     from pipeline.data.pack import PackReport
 
 LINE_EVERY_S = 5.0
-SHOWN = 20  # bad images that are printed without --all
+SHOWN = 20  # bad images, and classes, that are printed without --all
+IMBALANCE = 5  # ratio of the largest class to the smallest above which `info` warns
+LARGEST_ERROR = 3.0  # points of standard error of top-1 above which `info` calls a val split small
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -202,8 +204,10 @@ def info(
         float, typer.Option(help="for a set without a val split, like data.validation_share")
     ] = 0.1,
     seed: Annotated[int, typer.Option(help="seed of the drawn val split, like seed in a recipe")] = 0,
+    show_all: Annotated[bool, typer.Option("--all", help="list every class")] = False,
 ) -> None:
-    """Shows the splits, classes, sizes and bytes of a set, where its index is, and how to shuffle it.
+    """Shows the splits, classes, sizes and bytes of a set, where its index is, and how to shuffle it. Warns of classes
+    of very unequal size and of a small val split.
 
     Examples:
 
@@ -214,12 +218,13 @@ def info(
     from jobs import tables
     from pipeline.config import validate
     from pipeline.data.config import DataConfig
-    from pipeline.data.index import account_of, open_splits
+    from pipeline.data.index import account_of, open_index, open_splits
 
     given = {"root": str(root), "index": index and str(index), "validation_share": validation_share, "max_bad_share": 1}
     config = validate(DataConfig, given, "data")
     with _progress() as progress:
-        splits = open_splits(config, seed, lambda what, done, total: progress(what, done, total) if total else None)
+        open_index(config.root, config.index, progress)
+        splits = open_splits(config, seed)
     whole = splits.train.whole
     drawn = "" if whole.meta.has_splits else f" (val drawn with seed {seed})"
     facts = {
@@ -237,6 +242,9 @@ def info(
     typer.echo()
     for line in account_of(splits, config, seed).lines():
         typer.echo(line)
+    typer.echo(f"\n{_class_table(splits, show_all)}")
+    for line in _doubts(splits):
+        typer.echo(f"warning: {line}")
     typer.echo("\nshorter side, pixels")
     typer.echo(_histogram(whole))
     _print_bad(whole.meta.set_aside, show_all=False)
@@ -248,6 +256,35 @@ def _classes(index: ImageIndex) -> str:
     counts = np.bincount(index.label, minlength=len(index.classes))
     names = ", ".join(index.classes[:5]) + (", …" if len(index.classes) > 5 else "")
     return f"{len(index.classes):,}, each of {counts.min():,} to {counts.max():,} training images: {names}"
+
+
+def _class_table(splits: Splits, show_all: bool) -> str:
+    from jobs import tables
+    from pipeline.data.naming import shown
+
+    counts = list(zip(splits.train.classes, splits.train.class_counts, splits.val.class_counts, strict=True))
+    listed = counts if show_all else counts[:SHOWN]
+    rows = [["class", "train", "val"], *([shown(name), f"{train:,}", f"{val:,}"] for name, train, val in listed)]
+    more = f"\n  and {len(counts) - len(listed):,} more (--all prints them)" if len(listed) < len(counts) else ""
+    return tables.align(rows) + more
+
+
+def _doubts(splits: Splits) -> Iterator[str]:
+    """What makes a training on these images, or its evaluation, doubtful."""
+    classes, counts = splits.train.classes, splits.train.class_counts
+    least, most = min(counts, default=0), max(counts, default=0)
+    if most > IMBALANCE * least:
+        few, many = classes[counts.index(least)], classes[counts.index(most)]
+        yield (
+            f"classes of unequal size: {many} has {most:,} training images, {few} {least:,}; "
+            "training.loss.class_weights=inverse-frequency or data.sampling=balanced makes up for it"
+        )
+    error = 50 / max(1, len(splits.val)) ** 0.5  # of a share of 50 %, the largest
+    if error > LARGEST_ERROR:
+        yield (
+            f"a small val split: on {len(splits.val):,} images top-1 has a standard error of up to {error:.1f} points, "
+            "so that smaller differences say nothing; add images, or raise data.validation_share if val is drawn"
+        )
 
 
 def _storage(index: ImageIndex) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +11,19 @@ import typer
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.deploy.export import Batch
+    from pipeline.deploy.export import Batch, Exportable
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+
+EXPLAINED = {  # what a policy of each kind does
+    "": "runs the same blocks for every image; no policy of an evaluation",
+    "resolution": "runs the net at one resolution",
+    "exit": "stops at one exit",
+    "gates": "gates decide for each image; a file takes one image at a time (--batch 1)",
+    "scaled": "runs all blocks, each scaled by how often its gate opens",
+    "shape": "runs the net with its learned shapes fixed",
+    "views": "averages the answers on several views of each image",
+}
 
 
 @app.command()
@@ -37,7 +47,7 @@ def export(
     mean, std, classes and MACs per image. Gates that decide image by image can be exported for one image at a time
     (--batch 1), with each block as a branch of the graph.
 
-    Without --policy this lists the policies that can be exported.
+    Without --policy this lists the net's policies, what each does, and which of them can be exported.
 
     Examples:
 
@@ -50,7 +60,7 @@ def export(
     from pipeline.deploy import export as exports
 
     if policy is None:
-        typer.echo("\n".join(exports.names(model, uri)))
+        _list(exports.exportable(model, uri), model)
         return
     done = exports.export(
         model,
@@ -68,6 +78,29 @@ def export(
     if branches := done.facts["branches"]:
         typer.echo(f"these images took {done.both_ways} of the {branches} branches in both directions")
     typer.echo(f"written to {done.file} ({done.file.stat().st_size / 1e6:.2f} MB)")
+
+
+def _list(policies: Sequence[Exportable], model: str) -> None:
+    from jobs import tables
+
+    fixed = [each for each in policies if each.fixed]
+    rows = [["policy", "top-1 %", "MMACs", "what it does"], *(_row(each) for each in fixed)]
+    typer.echo("A policy is one way to run the net. A file holds one, which must do the same for every image:\n")
+    typer.echo(tables.align(rows, left=True))
+    if deciding := [each.name for each in policies if not each.fixed]:
+        typer.echo(f"\nThese decide image by image and cannot be exported: {', '.join(deciding)}")
+    if all(each.report is None for each in policies):
+        typer.echo(f"\nNo figures are stored; `adaptnet evaluate {model}` measures them")
+    if fixed:
+        typer.echo(f"\nNext: adaptnet export {model} --policy {fixed[0].name}")
+
+
+def _row(policy: Exportable) -> list[str]:
+    report = policy.report
+    figures = [f"{100 * report.top1:.2f}", f"{report.macs_mean / 1e6:.3f}"] if report else ["-", "-"]
+    settings = ", ".join(f"{name}={value}" for name, value in policy.settings.items())
+    what = EXPLAINED.get(policy.kind, policy.kind) + (f" ({settings})" if settings else "")
+    return [policy.name, *figures, what]
 
 
 def _batch(text: str) -> Batch:

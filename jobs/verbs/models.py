@@ -35,6 +35,8 @@ app = typer.Typer(
     help=EXAMPLES, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
 )
 Uri = Annotated[str | None, typer.Option(help="tracking server; default: runs/mlflow.db")]
+Licence = Annotated[str | None, typer.Option(help="licence of the weights; default: the registered one")]
+Note = Annotated[str | None, typer.Option(help="note for users; default: the registered one")]
 
 
 @app.command("list", short_help="List versions.")
@@ -315,6 +317,66 @@ def pull(
     typer.echo(f"{version.reference} is in {folder}; `adaptnet predict {folder} IMAGE` works without MLflow")
 
 
+@app.command("card", short_help="Print the model card of a net, in Hugging Face's form.")
+def show_card(
+    source: Annotated[
+        str, typer.Argument(help="name of a registered model, models:/NAME@ALIAS, a run's or a model's folder")
+    ],
+    licence: Licence = None,
+    note: Note = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; default: print it")] = None,
+    uri: Uri = None,
+) -> None:
+    """Prints the model card of a net as Markdown with YAML front matter: what it is, its data, the figures of each
+    policy, its limits, how to load it, its licence, recipe, seed and commit. Figures are those of stored evaluations.
+
+    Examples:
+
+      adaptnet models card aig-toy
+
+      adaptnet models card runs/convnet_aig-toy --licence CC-BY-4.0 --out README.md
+    """
+    from pipeline.deploy import model_card
+    from pipeline.runs.files import write_text
+
+    text = model_card.card(source, uri, licence=licence, note=note)
+    if out is None:
+        typer.echo(text)
+        return
+    write_text(out, text)
+    typer.echo(f"written to {out}")
+
+
+@app.command(short_help="Write a net as a folder for Hugging Face's Hub.")
+def push(
+    source: Annotated[
+        str, typer.Argument(help="name of a registered model, models:/NAME@ALIAS, a run's or a model's folder")
+    ],
+    to: Annotated[Path, typer.Option(help="a new folder")],
+    licence: Licence = None,
+    note: Note = None,
+    uri: Uri = None,
+) -> None:
+    """Writes a net to a folder in the layout that huggingface_hub.upload_folder takes: README.md (its model card),
+    model.safetensors, recipe.yaml and config.json. Nothing is uploaded. All commands that take a model's folder take
+    this one: predict, evaluate, export.
+
+    Examples:
+
+      adaptnet models push aig-toy --to aig-toy-hub --licence CC-BY-4.0
+
+      adaptnet models push runs/convnet_aig-toy --to upload
+    """
+    from pipeline.deploy import model_card
+
+    folder = model_card.push(source, to, uri, licence=licence, note=note)
+    typer.echo(f"written to {folder}; `adaptnet predict {folder} IMAGE` works, and to upload it:")
+    typer.echo(
+        f'python -c \'from huggingface_hub import upload_folder; upload_folder(repo_id="USER/NAME", '
+        f'folder_path="{folder}")\''
+    )
+
+
 @app.command(short_help="Show how two versions differ.")
 def diff(
     a: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
@@ -372,7 +434,9 @@ def import_weights(
 
     Examples:
 
-      adaptnet models import resnet50.pth --family baseline/imagenet_resnet50
+      adaptnet models import resnet50.pth --family baseline/imagenet_resnet50 --classes names.txt
+
+      adaptnet models import resnet50.pth --family baseline/imagenet_resnet50 data.root=/data/imagenet
 
       adaptnet models import best.pth.tar --family ranet/cifar10_b1 --classes names.txt
     """

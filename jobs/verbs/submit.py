@@ -142,6 +142,7 @@ def run(options: SubmitOptions) -> None:
     script = scheduler.preview(submission)
     if options.dry_run:
         _show(script, configs)
+        typer.echo("\n" + _summary(submission, configs))
         return
     for job in submission.jobs:
         _refuse_second(Path(job.home))
@@ -474,3 +475,37 @@ def _show(script: str, configs: Sequence[RunConfig]) -> None:
     for config in configs:
         typer.echo(f"# {config.name}")
         typer.echo(dump_yaml(as_mapping(config)), nl=False)
+
+
+def _summary(submission: Submission, configs: Sequence[RunConfig]) -> str:
+    """What a dry run would have submitted, as comment lines."""
+    from jobs import tables
+
+    first, resources = submission.jobs[0], submission.resources
+    nodes = "-".join(map(str, dict.fromkeys(resources.nodes)))
+    gpus = resources.gpus_per_node
+    facts = {
+        "jobs": f"{len(submission.jobs)}: {first.verb} in {', '.join(job.home for job in submission.jobs)}",
+        "GPUs": f"{gpus} on each of {nodes} nodes"
+        if gpus
+        else f"none; {resources.cpus_per_task} CPUs of {nodes} nodes",
+        **(_of_training(configs[0], gpus > 0) if configs else {}),
+        "logs": str(first.folder),
+        "next": f"the same command without --dry-run, then adaptnet jobs show {first.home}",
+    }
+    return "\n".join(f"# {line}" for line in tables.of_pairs(facts).splitlines())
+
+
+def _of_training(config: RunConfig, on_gpus: bool) -> dict[str, str]:
+    from pipeline.data.sources import layout
+    from pipeline.errors import DataError
+
+    batch, workers = config.training.batch_size, config.compute.most_workers
+    what = "images a GPU" if on_gpus else "images a worker"
+    shares = f"{batch / max(1, workers):g} of a step of {batch:,}, over {workers} workers"
+    try:
+        layout(config.data.root)
+        data = f"{config.data.root}, which is here"
+    except DataError as error:
+        data = f"WARNING: not readable on this machine; the job needs it on its nodes: {error}"
+    return {what: shares, "data": data}

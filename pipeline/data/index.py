@@ -292,7 +292,10 @@ def open_index(root: Path, folder: Path | None = None, progress: Progress | None
     for place in places:
         if _is_whole(place / listing.key):
             return ImageIndex(place / listing.key, root, slice(0, len(listing.names)))
-    return build(listing, places, progress)
+    index = build(listing, places, progress)
+    if progress:
+        progress(f"wrote the index of the images to {index.folder}; data.index=FOLDER puts it elsewhere", 0, 0)
+    return index
 
 
 def build(listing: Listing, places: Sequence[Path], progress: Progress | None = None) -> ImageIndex:
@@ -346,7 +349,10 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _places(root: Path) -> list[Path]:
-    """Folders for the index: beside the data unless that is read-only, then the user's cache."""
+    """Folders for the index: beside the data unless that is read-only, then the user's cache.
+
+    Beside the data, every node that sees the images sees their index; a home folder may be another one on each node.
+    """
     beside = root / ".adaptnet-index"
     writable = root.is_dir() and root.stat().st_mode & 0o222 and os.access(root, os.W_OK)
     cache = Path.home() / ".cache" / "adaptnet" / "index"

@@ -54,7 +54,7 @@ def layout(root: Path) -> SourceLayout:
     if not root.is_dir():
         raise DataError(
             f"{root}: no such folder; expected {_EXPECTED} in it. Give another folder (in a recipe: data.root), or "
-            f"generate a small set for a first try: adaptnet data toy {root}",
+            f"generate a small set for a first try: adaptnet data toy toy-data",
             key="data.root",
             subject=root,
         )

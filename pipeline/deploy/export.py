@@ -138,10 +138,37 @@ def export(
     return write(module, given, target, form, {**facts, **_facts(model, policy, reports, given)})
 
 
-def names(source: str, uri: str | None = None) -> list[str]:
-    """The policies of the trained net `source` that can be exported."""
-    model = load_model(resolve(source, uri))
-    return list(model.family.static(model.family_config, model.net, _reports(source, uri)))
+@dataclass(frozen=True)
+class Exportable:
+    """A way to run a net that can be exported, or cannot (`fixed` is False) since it decides by image.
+
+    kind and settings are the policy's, "" and {} of a form of the net that is no policy of it; report: its stored
+    figures.
+    """
+
+    name: str
+    fixed: bool
+    kind: str
+    settings: Mapping[str, int | float | str | bool]
+    report: Report | None
+
+
+def exportable(source: str, uri: str | None = None) -> list[Exportable]:
+    """The ways to run the trained net `source`: those that can be exported first."""
+    model, reports = load_model(resolve(source, uri)), _reports(source, uri)
+    figures = {report.policy: report for report in reports}
+    policies = {policy.name: policy for policy in model.policies}
+    static = model.family.static(model.family_config, model.net, reports)
+    return [
+        Exportable(
+            name,
+            name in static,
+            policies[name].kind if name in policies else "",
+            policies[name].settings if name in policies else {},
+            figures.get(name),
+        )
+        for name in dict.fromkeys([*static, *policies])
+    ]
 
 
 def _check(form: str, side_px: int | None, batch: Batch) -> None:
@@ -235,7 +262,7 @@ def _traced(module: nn.Module, given: Input) -> torch.export.ExportedProgram:
     """The module as a graph; weights that it does not use are removed, unless they are as few as BatchNorm's counts."""
     images = given.pictures(given.sizes[0])
     module(images)  # so that the net's own rules raise first
-    shapes = {0: torch.export.Dim("batch", min=1, max=MOST_IMAGES)} if given.batch == "dynamic" else None
+    shapes = _dynamic(given.batch)
     try:
         program = torch.export.export(module, (images,), dynamic_shapes=(shapes,))
         unused = _unused(program)
@@ -246,6 +273,11 @@ def _traced(module: nn.Module, given: Input) -> torch.export.ExportedProgram:
         name = type(module).__name__
         raise ContractError(f"{name}: torch.export cannot trace it: {error}", key="forward", subject=name) from error
     return program
+
+
+def _dynamic(batch: Batch | JsonValue) -> dict[int, object] | None:
+    """The sizes of the images that may vary, by axis; None if none may."""
+    return {0: torch.export.Dim("batch", min=1, max=MOST_IMAGES)} if batch == "dynamic" else None
 
 
 def _unused(program: torch.export.ExportedProgram) -> list[str]:
@@ -284,7 +316,14 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path, facts: Mapping
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, facts: Mapping[str, JsonValue]) -> RunFile:
     import onnxruntime
 
-    exported = torch.onnx.export(program, input_names=["images"], output_names=["logits"], verbose=False, dynamo=True)
+    exported = torch.onnx.export(
+        program,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=(_dynamic(facts["batch"]),),  # names the axis
+        verbose=False,
+        dynamo=True,
+    )
     assert exported is not None
     exported.model.metadata_props[KEY] = json.dumps(facts)
     exported.save(path)

@@ -583,6 +583,8 @@ def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
         events.writer.event("teacher", None, **facts)
     if config.training.scaling is not None:
         events.writer.event("learning-rate", text=config.training.scaling)
+    small = config.training.above(len(context.splits.train))
+    warnings = [*([small] if small else ()), *warnings]
     for text in (*warnings, *context.family.warnings(config.family, config.data.largest_side_px)):
         events.writer.event("warning", text=text)
     if context.decoder_fault:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,6 @@ from pipeline.evaluation.evaluate import choose, restored
 from pipeline.family import AnyFamily, FamilyConfig, Policy, Report
 from pipeline.runs import files
 from pipeline.runs.files import whole_folder
-from pipeline.runs.records import Meta
 from pipeline.training import checkpoint
 from pipeline.training.memory import keep_freed_memory
 from pipeline.training.plan import precision_of
@@ -35,9 +34,11 @@ from pipeline.training.plan import precision_of
 if TYPE_CHECKING:
     from pipeline.data.dali import Decoding
 
-FORMAT = 1
+FORMAT, HUB_FORMAT = 1, 2  # of a model folder; of one with the file names of Hugging Face's Hub
 DECODERS = 4  # of a net at most; each holds a batch of images
 WEIGHTS, RECIPE, CARD = "net.safetensors", "recipe.yaml", "card.json"
+HUB_WEIGHTS = "model.safetensors"
+ORIGIN_OF_CARD = "origin"  # key of card.json
 FIGURES = (
     "policy",
     "num_images",
@@ -57,25 +58,37 @@ FIGURES = (
 
 
 def write_model_folder(
-    source: Path, reports: Sequence[Report], destination: Path, *, evaluated_on: str | None = None
+    source: Path,
+    reports: Sequence[Report],
+    destination: Path,
+    *,
+    evaluated_on: str | None = None,
+    origin: Mapping[str, JsonValue] | None = None,
+    for_hub: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Writes the net of a checkpoint folder as a model folder, completely or not at all. Returns `destination`.
+    """Writes the net of a checkpoint or model folder as a model folder, completely or not at all.
 
-    evaluated_on: identity of the images of the reports.
-    Raises CheckpointError if the checkpoint is damaged, ResourceError if the folder cannot be written.
+    evaluated_on: identity of the images of the reports. origin: further facts for the card. for_hub: adds files to the
+    folder before it is moved to its place; the weights then have their name on Hugging Face's Hub.
+    Returns `destination`. Raises CheckpointError if the source is damaged, ResourceError if the folder cannot be
+    written.
     """
-    checkpoint.verify(source)
-    meta = checkpoint.read_meta(source)
+    trained = describe(source)
+    facts, name = _card_of(source), HUB_WEIGHTS if for_hub else WEIGHTS
     try:
         with whole_folder(destination) as aside:
             (aside / "reports").mkdir()
-            shutil.copyfile(weights_of(source), aside / WEIGHTS)
-            (aside / RECIPE).write_text(configs.dump_yaml(meta.recipe), encoding="utf-8")
+            shutil.copyfile(trained.weights, aside / name)
+            shown = {key: value for key, value in trained.recipe.items() if for_hub is None or key != "tracking"}
+            (aside / RECIPE).write_text(configs.dump_yaml(shown), encoding="utf-8")
             whole = [report.to_json() for report in reports]
             (aside / "reports" / "reports.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
             recipe = {"sha256": files.sha256(aside / RECIPE)}
-            card = {**_card(meta, whole, aside / WEIGHTS), "recipe": recipe, "evaluated_on": evaluated_on}
+            card = {**facts, **_of_files(whole, aside / name), "recipe": recipe, "evaluated_on": evaluated_on}
+            card |= {"format": HUB_FORMAT if for_hub else FORMAT} | ({ORIGIN_OF_CARD: dict(origin)} if origin else {})
             (aside / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
+            if for_hub is not None:
+                for_hub(aside)
     except OSError as error:
         raise ResourceError(
             f"{destination}: the model cannot be written there ({error.strerror})",
@@ -91,17 +104,26 @@ def weights_of(folder: Path) -> Path:
     return ema if ema.exists() else folder / WEIGHTS
 
 
-def _card(meta: Meta, reports: Sequence[Mapping[str, JsonValue]], weights: Path) -> dict[str, JsonValue]:
+def _of_files(reports: Sequence[Mapping[str, JsonValue]], weights: Path) -> dict[str, JsonValue]:
     return {
-        "format": FORMAT,
+        "weights": {"file": weights.name, "bytes": weights.stat().st_size, "sha256": files.sha256(weights)},
+        "reports": [{key: report.get(key) for key in (*FIGURES, "calibration")} for report in reports],
+    }
+
+
+def _card_of(source: Path) -> dict[str, JsonValue]:
+    """What a card says of the net itself, from the folder of a model or of a checkpoint."""
+    if (source / CARD).is_file():
+        card: dict[str, JsonValue] = json.loads((source / CARD).read_text(encoding="utf-8"))
+        return card
+    meta = checkpoint.read_meta(source)
+    return {
         "name": meta.recipe.get("name"),
         "family": meta.family["name"],
         "step": meta.step,
         "epoch": meta.epoch,
         "data": meta.data_identity,
         "classes": list(meta.classes),
-        "weights": {"bytes": weights.stat().st_size, "sha256": files.sha256(weights)},
-        "reports": [{key: report.get(key) for key in (*FIGURES, "calibration")} for report in reports],
         "fingerprint": dict(meta.fingerprint),
     }
 
@@ -156,15 +178,19 @@ def describe(folder: Path) -> Trained:
 def _describe_model(folder: Path) -> Trained:
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        known = card["format"] <= FORMAT
+        known = card["format"] <= HUB_FORMAT
         weights, classes, step = card["weights"], tuple(card["classes"]), int(card["step"])
-        size, sha256 = weights["bytes"], weights["sha256"]
+        size, sha256, name = weights["bytes"], weights["sha256"], weights.get("file", WEIGHTS)
         recipe_sha256 = card.get("recipe", {}).get("sha256")  # None in cards written before this checksum existed
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder / CARD, f"cannot be read ({type(error).__name__}: {error})") from None
     if not known:
-        raise _damaged(folder / CARD, f"model format {card['format']}; this version of adaptnet reads up to {FORMAT}")
-    file = folder / WEIGHTS
+        raise _damaged(
+            folder / CARD, f"model format {card['format']}; this version of adaptnet reads up to {HUB_FORMAT}"
+        )
+    if name not in (WEIGHTS, HUB_WEIGHTS):
+        raise _damaged(folder / CARD, f"the weights (={name}) are neither {WEIGHTS} nor {HUB_WEIGHTS}")
+    file = folder / name
     if not file.is_file() or file.stat().st_size != size or files.sha256(file) != sha256:
         raise _damaged(file, f"not the weights that {CARD} was written for: damaged or exchanged")
     recipe = configs.read_mapping(folder / RECIPE)

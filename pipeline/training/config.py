@@ -109,6 +109,15 @@ class TrainingConfig(Config):
         """
         return LR_SCALES[self.scale_lr](self.batch_size / (self.reference_batch or self.batch_size))
 
+    def above(self, num_images: int) -> str | None:
+        """A warning if a step has more images than the training split; None if it does not."""
+        if self.batch_size <= num_images:
+            return None
+        return (
+            f"training.batch_size (={self.batch_size:,}) is above the {num_images:,} training images: each step shows "
+            f"images more than once, and an epoch is less than a step; set it to {max(1, num_images // 8):,} or less"
+        )
+
     @property
     def scaling(self) -> str | None:
         """What `scale_lr` did, as a sentence for people; None if it is none."""

@@ -51,12 +51,12 @@ def locate(path: Path) -> Path:
     if best is not None:
         places.append(path / "checkpoints" / best)
     for place in places:
-        for file in (place / "ema.safetensors", place / "net.safetensors"):
-            if file.is_file():
-                return file
+        for name in ("ema.safetensors", "net.safetensors", "model.safetensors"):
+            if (place / name).is_file():
+                return place / name
     raise no_weights(
         path,
-        f"a folder without weights; looked for ema.safetensors and net.safetensors in "
+        f"a folder without weights; looked for ema.safetensors, net.safetensors and model.safetensors in "
         f"{' and '.join(map(str, places))}. Name the folder of a checkpoint, or of a finished run whose checkpoints "
         "are in its own folder (checkpoint.storage=null)",
     )

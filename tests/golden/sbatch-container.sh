@@ -12,7 +12,6 @@
 #SBATCH --requeue
 #SBATCH --signal=USR2@90
 #SBATCH --time=720
-#SBATCH --wckey=submitit
 
 # setup
 export PYTHONPATH=HERE/runs/baseline-imagenet_resnet50/slurm/code-SHA256"${PYTHONPATH:+:$PYTHONPATH}"

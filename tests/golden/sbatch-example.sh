@@ -18,7 +18,6 @@
 #SBATCH --requeue
 #SBATCH --signal=USR2@120
 #SBATCH --time=1440
-#SBATCH --wckey=submitit
 
 # setup
 module load cuda/13.0 && case "$(module load cuda/13.0 2>&1)" in *'Lmod has detected the following error'*|*'Unable to locate a modulefile'*|*ModuleCmd_Load.c*) false;; esac || { echo 'adaptnet: module load cuda/13.0: '"$(module load cuda/13.0 2>&1 | tail -n 5 | tr "\n" " ")"; exit 2; }

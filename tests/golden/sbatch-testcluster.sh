@@ -11,7 +11,6 @@
 #SBATCH --requeue
 #SBATCH --signal=USR2@45
 #SBATCH --time=30
-#SBATCH --wckey=submitit
 
 # setup
 export PYTHONPATH=HERE/runs/baseline-imagenet_resnet50/slurm/code-SHA256"${PYTHONPATH:+:$PYTHONPATH}"
