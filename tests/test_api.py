@@ -73,14 +73,16 @@ def test_the_examples_of_the_docstrings_are_true(name: str, here: Path, model: a
 
 
 def test_the_readmes_programs_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first is run; what it names is here under the same name. Of the others the names must exist."""
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    """README's is run; what it names is here under the same name. Of the guide's the names must exist."""
+    root = Path(__file__).parents[1]
+    text = "".join((root / name).read_text(encoding="utf-8") for name in ("README.md", "infra/docs/python.md"))
     first, *others = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     for missing, present in (("runs/convnet_aig-toy", "runs/toy"), ("cat.png", "picture.jpg"), ("80%", "100%")):
         assert missing in first
         first = first.replace(missing, present)
     exec(compile(first, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) > 1
+    assert others
     for name in re.findall(r"\badaptnet((?:\.\w+)+)\(", "".join(others)):
         assert callable(attrgetter(name.removeprefix("."))(adaptnet))
 
