@@ -73,8 +73,9 @@ class ComputeConfig(Config):
     )
     # images in memory at once, more are accumulated; auto: as many as fit, found by trying; null: all
     max_batch_per_worker: Count | Literal["auto"] | None = None
-    # cuDNN times its algorithms for each new shape of a map; auto: if the maps of all steps have the same sizes
-    cudnn_benchmark: Literal["auto"] | bool = "auto"
+    # cuDNN times its algorithms for each new shape of a map, or only if the maps of all steps have the same sizes. Each
+    # start may then choose others, so that a resumed run is the same within rounding, but not bit for bit
+    cudnn_benchmark: Literal["fixed-sizes"] | bool = False
     start_patience_s: Annotated[float, Field(gt=0, le=1e6)] = 60.0  # how long to wait for the workers to start
     max_failures: Annotated[int, Field(ge=0, le=1_000_000)] = 3  # lost workers that a run survives
     # no progress for so long, and 20 median steps, is a hang

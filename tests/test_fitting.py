@@ -17,9 +17,8 @@ from pipeline.data import toy
 from pipeline.errors import ConfigError
 from pipeline.execution import launch
 from pipeline.family import find
-from pipeline.runs.files import read_json, write_json
 from pipeline.training import fitting, state
-from pipeline.training.fitting import Fit, Need, fit
+from pipeline.training.fitting import Fit, Need, Remembered, fit
 from pipeline.training.loop import train
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainState
@@ -175,21 +174,29 @@ def test_a_run_keeps_what_an_earlier_start_has_found(tmp_path: Path) -> None:
     """And it is then the run that was told so."""
     images = toy.make(tmp_path / "set", num_classes=4, train=64, val=16, side_px=16, seed=5)
     (tmp_path / "found").mkdir()
-    write_json(tmp_path / "found" / fitting.FILE, {"max_batch_per_worker": 4})
+    fitting.remember(tmp_path / "found", 4, None)
     found, told = (_run(tmp_path / name, images, value) for name, value in (("found", "auto"), ("told", "4")))
-    assert read_json(tmp_path / "found" / fitting.FILE) == {"max_batch_per_worker": 4}
+    assert fitting.remembered(tmp_path / "found") == Remembered(4, (16, 16))
     assert not (tmp_path / "told" / fitting.FILE).exists()
     assert found and all(torch.equal(value, told[name]) for name, value in found.items())
 
 
-def test_a_start_after_a_later_step_ran_out_of_memory_begins_with_half(tmp_path: Path) -> None:
+def test_a_start_after_a_step_ran_out_of_memory_tries_half_however_many_ranks_say_so(tmp_path: Path) -> None:
+    current = tiny.fresh(tiny.training(), DROPPING)
+    plan = tiny.plan(current.net, tiny.training(), DROPPING, total_steps=STEPS)
     assert fitting.remembered(tmp_path) is None
-    for rows, half in ((64, 32), (64, 16)):
-        fitting.remember_half(tmp_path, rows)
-        assert fitting.remembered(tmp_path) == half
-    fitting.remember(tmp_path, Fit(1))
-    fitting.remember_half(tmp_path, 64)
-    assert fitting.remembered(tmp_path) == 1
+    for used, half in ((None, 32), (32, 16), (1, 1)):
+        step = fitting.remembering(tmp_path, (64, 64), used, Limited(0))
+        for _ in range(2):  # as of two ranks
+            with pytest.raises(RuntimeError):
+                step(plan, current, next(iter(tiny.batches(0))), Meter())
+            assert fitting.remembered(tmp_path) == Remembered(half, None)
+
+
+def test_a_remembered_number_that_is_too_small_for_the_net_is_tried_anew(tmp_path: Path) -> None:
+    current = tiny.fresh(tiny.training(), DROPPING)
+    plan = tiny.plan(current.net, tiny.training(), DROPPING, total_steps=STEPS)
+    assert fit(plan, current, Need((8, 8), 4, 2), start=1, take_step=Limited(8)).max_batch is None
 
 
 @pytest.mark.parametrize("other", ["training.cuda_graphs=true", "training.sync_batchnorm=true"])

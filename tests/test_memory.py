@@ -79,7 +79,7 @@ def test_running_out_of_memory_is_one_error_that_names_a_smaller_setting_that_wo
         done = subprocess.run(again, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0 and "finished" in done.stdout, done.stdout + done.stderr
     found = fitting.remembered(tmp_path / "auto")
-    assert found is not None and found < 4096
+    assert found is not None and found.max_batch is not None and found.max_batch < 4096
 
 
 def test_out_of_memory_with_fewer_workers_than_the_most_is_a_resource_error() -> None:

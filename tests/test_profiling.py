@@ -18,6 +18,7 @@ from pipeline.training import profiling, speed
 from pipeline.training.loop import train
 from pipeline.training.profiling import StepProfiler, TraceSpan, summary
 from pipeline.training.state import TrainState
+from pipeline.training.step import train_step
 
 STEPS = 3
 DONE = list[tuple[int, str | None]]
@@ -31,7 +32,7 @@ def _trained(folder: Path, *, steps: int, done: DONE | None = None) -> TrainStat
         train(plan, current, tiny.batches(0), events)
         return current
     with StepProfiler(STEPS, tiny.CPU, folder, lambda at, table: done.append((at, table))) as profiler:
-        train(plan, current, profiler.batches(tiny.batches(0)), events, take_step=profiler.take_step)
+        train(plan, current, profiler.batches(tiny.batches(0)), events, take_step=profiler.around(train_step))
     return current
 
 

@@ -257,7 +257,7 @@ def test_the_caption_counts_our_points_that_a_published_one_beats_by_brute_force
 def test_published_points_are_grey_behind_ours_and_decide_nothing(tmp_path: Path) -> None:
     others = published.points("cifar10")
     nets = [drawn_nets.net(f"n{seed}", seed) for seed in range(4)]
-    alone, beside = general.frontiers(nets)[0], general.frontiers(nets, others)[0]
+    alone, beside = general.frontiers(nets)[0], general.frontiers(nets, others)[1]
     assert isinstance(alone, Lines) and isinstance(beside, Lines)
     assert list(beside.series[:-1]) == list(alone.series) and beside.series[-1].background
     assert published.caption(others, [])[:30] in beside.caption and "Grey" not in alone.caption

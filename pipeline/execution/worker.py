@@ -54,12 +54,11 @@ from pipeline.training import (
 from pipeline.training.arithmetic import Arithmetic, Chosen, Timed
 from pipeline.training.checkpoint import Checkpointer, Storage
 from pipeline.training.config import TrainingConfig
-from pipeline.training.fitting import Fit
 from pipeline.training.loop import device_of
 from pipeline.training.plan import TrainingPlan, precision_of, use_bf16
 from pipeline.training.profiling import StepProfiler
 from pipeline.training.state import TrainState
-from pipeline.training.step import MicroBatch
+from pipeline.training.step import MicroBatch, StepFunction
 
 ARITHMETIC = "arithmetic.json"  # in the run folder: the precision and compilation that the run has chosen
 EVALUATING = 3.0  # what follows the last batch gives no sign
@@ -111,8 +110,6 @@ def work(worker: WorkerConfig, beats: Beats | None = None) -> None:
             raise
         config = run_config.from_mapping(worker.recipe, "the driver's recipe", stored=True)
         described = out_of_memory(config, message)
-        if config.compute.max_batch_per_worker == "auto":
-            fitting.remember_half(run_dir, _rows(config))
         records.leave_error(described, run_dir, ranks.rank())
         raise described from error
 
@@ -204,7 +201,7 @@ class RunContext:
     def benchmarks_cudnn(self) -> bool:
         """Whether cuDNN chooses its algorithms by timing them."""
         wanted = self.config.compute.cudnn_benchmark
-        return self.device.type == "cuda" and (self.fixed_sizes if wanted == "auto" else wanted)
+        return self.device.type == "cuda" and (self.fixed_sizes if wanted == "fixed-sizes" else wanted)
 
     def evaluator(self, *, latency: bool) -> Evaluator:
         return evaluator(self.config, self.device, len(self.splits.train.classes), latency=latency)
@@ -271,11 +268,14 @@ def _sample_system(context: RunContext, attempt: int, stack: ExitStack) -> None:
         name, fence = f"node{node}", context.worker.fence
         journal = Journal(context.run_dir / "journal", name, attempt=attempt, fence=fence)
         stack.callback(journal.close)
-        stack.enter_context(SystemSampler(journal, context.config.logging.system_every_s, _visible_gpus()))
+        every_s = context.config.logging.system_every_s
+        stack.enter_context(SystemSampler(journal, every_s, _visible_gpus(context.device)))
 
 
-def _visible_gpus() -> list[str] | None:
-    """The GPUs that this process sees, as nvidia-smi names them; None if torch does not say."""
+def _visible_gpus(device: torch.device) -> list[str] | None:
+    """The GPUs that this process sees, as nvidia-smi names them; None on a CPU, or if torch does not say."""
+    if device.type != "cuda":
+        return None
     found = [getattr(torch.cuda.get_device_properties(n), "uuid", None) for n in range(torch.cuda.device_count())]
     return [f"GPU-{uuid}" for uuid in found] if found and all(found) else None
 
@@ -335,7 +335,7 @@ class Writer(Protocol):
         """Writes the settings that a new run has chosen."""
         ...
 
-    def max_batch(self, fit: Fit) -> None:
+    def max_batch(self, max_batch: int | None, rows: tuple[int, int]) -> None:
         """Writes the images that were found to fit into memory at once."""
         ...
 
@@ -367,7 +367,7 @@ class NoWriter:
 
     def arithmetic(self, training: TrainingConfig) -> None: ...
 
-    def max_batch(self, fit: Fit) -> None: ...
+    def max_batch(self, max_batch: int | None, rows: tuple[int, int]) -> None: ...
 
     def status(self, current: TrainState, *, finished: bool) -> None: ...
 
@@ -418,8 +418,8 @@ class Rank0:
         chosen = {"precision": training.precision, "compile": training.compile}
         write_json(self.context.run_dir / ARITHMETIC, chosen)
 
-    def max_batch(self, fit: Fit) -> None:
-        fitting.remember(self.context.run_dir, fit)
+    def max_batch(self, max_batch: int | None, rows: tuple[int, int]) -> None:
+        fitting.remember(self.context.run_dir, max_batch, rows)
 
     def status(self, current: TrainState, *, finished: bool) -> None:
         """Writes status.json and the journal's last event."""
@@ -593,11 +593,15 @@ def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
     events.writer.event("started", step=current.step, total_steps=plan.total_steps, **_facts(context, current))
     with _train_loader(context, current.step, events) as loader:
         rows = loader.stream.row_bounds(ranks.world())
-        batches = _micro_batches(context, plan, loader, _max_batch(context, plan, current, rows, events))
+        max_batch = _max_batch(context, plan, current, rows, events)
+        batches = _micro_batches(context, plan, loader, max_batch)
+        take_step: StepFunction = step.train_step
+        if config.compute.max_batch_per_worker == "auto":
+            take_step = fitting.remembering(context.run_dir, rows, max_batch, take_step)
         if config.profile and ranks.rank() == 0:
-            finished = _train_profiled(context, plan, current, batches, events)
+            finished = _train_profiled(context, plan, current, batches, events, take_step)
         else:
-            finished = loop.train(plan, current, batches, events, beats=events.beats)
+            finished = loop.train(plan, current, batches, events, beats=events.beats, take_step=take_step)
     events.beats.enter("saving", LONG)
     events.writer.flush()
     return finished
@@ -641,10 +645,12 @@ def _max_batch(
     if config.compute.max_batch_per_worker != "auto":
         return config.compute.max_batch
     events.beats.enter("trying how many images fit", COMPILING)
-    start = ranks.agree(fitting.remembered(context.run_dir))
+    known = ranks.agree(fitting.remembered(context.run_dir))
+    if known is not None and known.rows == rows:  # a start that tries again could find another number
+        return known.max_batch
     need = fitting.Need(rows, config.data.largest_side_px, fitting.fewest_at_once(current.net, config.data))
-    found = fitting.fit(plan, current, need, start)
-    events.writer.max_batch(found)
+    found = fitting.fit(plan, current, need, known.max_batch if known else None)
+    events.writer.max_batch(found.max_batch, rows)
     if found.failed:
         events.writer.event("max-batch", step=current.step, text=found.text(plan.batch_size))
     return found.max_batch
@@ -656,6 +662,7 @@ def _train_profiled(
     current: TrainState,
     batches: Iterator[Sequence[MicroBatch]],
     events: RunEvents,
+    take_step: StepFunction,
 ) -> bool:
     """`loop.train` with the first steps profiled, on one rank. Collective."""
     steps, folder = context.config.profile, context.run_dir / profiling.FOLDER
@@ -666,8 +673,8 @@ def _train_profiled(
         events.writer.event("profile", step=at, text=text)
 
     with StepProfiler(steps, context.device, context.run_dir, done, events.beats) as profiler:
-        profiled, take_step = profiler.batches(batches), profiler.take_step
-        return loop.train(plan, current, profiled, events, beats=events.beats, take_step=take_step)
+        profiled, take = profiler.batches(batches), profiler.around(take_step)
+        return loop.train(plan, current, profiled, events, beats=events.beats, take_step=take)
 
 
 def _plan(context: RunContext, current: TrainState) -> tuple[TrainingPlan, Sequence[str]]:

@@ -14,6 +14,13 @@ CHARTED = ("top1", "gmacs")  # of these figures, what remains a metric: runs are
 MARK = "*Written by adaptnet from the run's figures; a description that a person has changed is left alone.*"
 
 
+def shortened(text: str, most: int) -> str:
+    """A description of at most `most` characters: whole lines of it, and MARK at its end if that is there."""
+    if len(text) <= most or not text.endswith(MARK):
+        return text[:most]
+    return f"{text[: most - len(MARK) - 2].rpartition(chr(10))[0]}\n\n{MARK}"
+
+
 def is_charted(key: str) -> bool:
     """Whether a metric is sent as one: not a figure that is measured once and is in the summary."""
     match = FINAL.fullmatch(key)

@@ -21,7 +21,7 @@ from pipeline.errors import JsonValue, ResourceError, without_secrets
 from pipeline.runs import provenance
 from pipeline.tracking.address import database_file
 from pipeline.tracking.client import Client, ExperimentEntity, OwedAnswers, RunEntity, connect
-from pipeline.tracking.description import MARK
+from pipeline.tracking.description import MARK, shortened
 from pipeline.tracking.ledger import Ledger
 from pipeline.tracking.replay import as_text
 from pipeline.tracking.tracker import DatasetUse, Ending, MetricPoint
@@ -125,7 +125,7 @@ class MlflowTracker:
                 run_id = Ledger.peek(Path(value)).run_id  # None until the parent has been sent itself
                 self._set_tag("mlflow.parentRunId", run_id or "")
             elif key == "description":
-                self._describe_run(value[:TAG_CHARS])
+                self._describe_run(shortened(value, TAG_CHARS))
             else:
                 self._set_tag(NOTE if key == "note" else _key(f"adaptnet.{key}"), value[:TAG_CHARS])
                 if key in PARAMS:
@@ -154,8 +154,8 @@ class MlflowTracker:
 
     def running(self) -> None:
         if self.status != "RUNNING":
+            self._set_tag("adaptnet.status", "RUNNING")  # first: a kill in between must not leave STOPPED on it
             self._opened.update_run(self.run_id, status="RUNNING")
-            self._set_tag("adaptnet.status", "RUNNING")
             self.status = "RUNNING"
 
     def finish(self, ending: Ending) -> None:

@@ -50,12 +50,14 @@ class Need:
         """Images of the largest micro-batch."""
         return -(-self.rows[1] // self.micros(max_batch))
 
+    def allows(self, max_batch: int) -> bool:
+        """Whether every rank's micro-batches are large enough with so many images at once."""
+        return self.rows[0] // -(-self.rows[1] // max_batch) >= self.fewest_at_once
+
     def halved(self, max_batch: int | None) -> int | None:
         """Half as many images in memory; None if some rank's micro-batches would be too small."""
         half = self.largest(max_batch) // 2
-        if half == 0 or self.rows[0] // -(-self.rows[1] // half) < self.fewest_at_once:
-            return None
-        return half
+        return half if half and self.allows(half) else None
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,11 @@ def fit(
 ) -> Fit:
     """The largest of `start`, its half, its quarter ... with which a step fits into the memory of every rank.
 
-    start: images in memory at once; None: the whole share of a rank. `state` is not changed. Collective.
-    Raises ConfigError if the smallest micro-batch does not fit.
+    start: images in memory at once; None, or too few for this net: the whole share of a rank. `state` is not changed.
+    Collective. Raises ConfigError if the smallest micro-batch does not fit.
     """
-    max_batch, failed = start, list[tuple[int, int, str]]()
+    max_batch = start if start is not None and need.allows(start) else None
+    failed = list[tuple[int, int, str]]()
     while True:
         messages = ranks.gather(_rehearse(plan, state, need, max_batch, take_step))
         found = [(rank, message) for rank, message in enumerate(messages) if message is not None]
@@ -159,26 +162,47 @@ def _random_images(plan: TrainingPlan, net: nn.Module, need: Need, micros: int) 
     return [MicroBatch(images[part], labels[part], labels[part]) for part in split(rows, micros)]
 
 
-def remembered(run_dir: Path) -> int | None:
-    """The images at once that an earlier start of the run has found; None if there was none."""
+@dataclass(frozen=True)
+class Remembered:
+    """What an earlier start has found. rows: the share of a rank for which it was tried; None: it is to be tried."""
+
+    max_batch: int | None
+    rows: tuple[int, int] | None
+
+
+def remembered(run_dir: Path) -> Remembered | None:
+    """What an earlier start of the run has found; None if there was none."""
     try:
         saved = read_json(run_dir / FILE)
     except (OSError, ValueError):
         return None
-    found = saved.get("max_batch_per_worker") if isinstance(saved, dict) else None
-    return found if isinstance(found, int) and found > 0 else None
+    if not isinstance(saved, dict) or "max_batch_per_worker" not in saved:
+        return None
+    found, rows = saved["max_batch_per_worker"], saved.get("rows")
+    if found is not None and not (isinstance(found, int) and found > 0):
+        return None
+    tried = [each for each in rows if isinstance(each, int)] if isinstance(rows, list) else []
+    return Remembered(found, (tried[0], tried[1]) if len(tried) == 2 else None)
 
 
-def remember_half(run_dir: Path, rows: int) -> None:
-    """After a later step has run out of memory: the next start begins with half of what this one had.
-
-    rows: what this one had if nothing was remembered.
-    """
-    half = (remembered(run_dir) or rows) // 2
-    if half:
-        remember(run_dir, Fit(half))
-
-
-def remember(run_dir: Path, found: Fit) -> None:
+def remember(run_dir: Path, max_batch: int | None, rows: tuple[int, int] | None) -> None:
     """Writes what `remembered` reads."""
-    write_json(run_dir / FILE, {"max_batch_per_worker": found.max_batch})
+    write_json(run_dir / FILE, {"max_batch_per_worker": max_batch, "rows": list(rows) if rows else None})
+
+
+def remembering(run_dir: Path, rows: tuple[int, int], max_batch: int | None, take_step: StepFunction) -> StepFunction:
+    """`take_step`; if it runs out of memory, the next start begins with half of `max_batch`, and tries that.
+
+    rows: the fewest and the most images of a rank. Every rank that runs out writes the same.
+    """
+
+    def step(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch], meter: Meter, /) -> float:
+        try:
+            return take_step(plan, state, micros, meter)
+        except (MemoryError, RuntimeError) as error:
+            if oom_message(error) is not None:
+                half = Need(rows, 0).largest(max_batch) // 2
+                remember(run_dir, max(1, half), None)
+            raise
+
+    return step

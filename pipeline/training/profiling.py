@@ -25,7 +25,7 @@ from pipeline.runs.beats import LONG, Beats
 from pipeline.runs.files import write_bytes, write_text
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainState
-from pipeline.training.step import Meter, MicroBatch, StepFunction, train_step
+from pipeline.training.step import Meter, MicroBatch, StepFunction
 
 T = TypeVar("T")
 FOLDER, TRACE, TABLE = "profile", "trace.json.gz", "table.txt"  # in the run folder
@@ -188,7 +188,7 @@ def _table(title: str, usages: Sequence[Usage], steps: int) -> list[str]:
 class StepProfiler:
     """Records `steps` steps of a training after a warm-up, and writes `profile/` into the run folder.
 
-    `batches` and `take_step` are given to `loop.train`; the files are written at the end of the last recorded step, or
+    `batches` and `around` are given to `loop.train`; the files are written at the end of the last recorded step, or
     on leaving the `with` block. `done` then gets the table; it gets None if the training ended within the warm-up.
     """
 
@@ -226,14 +226,18 @@ class StepProfiler:
                 return
             yield batch
 
-    def take_step(self, plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch], meter: Meter) -> float:
-        """`train_step`, which is annotated in the trace. Collective."""
-        lr = self._annotated(train_step, plan, state, micros, meter)
-        self._step, self._taken = state.step, self._taken + 1
-        if self._taken == UNRECORDED + WARMING:
-            self._cpu_s, self._wall_s = time.process_time(), time.perf_counter()
-        self._profiler.step()
-        return lr
+    def around(self, take_step: StepFunction) -> StepFunction:
+        """`take_step`, which is annotated in the trace."""
+
+        def step(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch], meter: Meter, /) -> float:
+            lr = self._annotated(take_step, plan, state, micros, meter)
+            self._step, self._taken = state.step, self._taken + 1
+            if self._taken == UNRECORDED + WARMING:
+                self._cpu_s, self._wall_s = time.process_time(), time.perf_counter()
+            self._profiler.step()
+            return lr
+
+        return step
 
     @staticmethod
     def _annotated(
@@ -243,8 +247,12 @@ class StepProfiler:
             return step(plan, state, micros, meter)
 
     def _ready(self, profiler: torch_profile) -> None:
-        with self._beats.during("writing the profile", LONG):
-            table = self._write(profiler)
+        """Writes the files. A profile that cannot be written ends no training; the table then says why."""
+        try:
+            with self._beats.during("writing the profile", LONG):
+                table = self._write(profiler)
+        except (OSError, ValueError, MemoryError) as error:
+            table = f"the profile could not be written: {type(error).__name__}: {error}"
         self._written = True
         self._done(self._step, table)
 

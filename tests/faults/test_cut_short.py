@@ -67,7 +67,7 @@ def tracked(run_dir: Path) -> tuple[int, list[tuple[str, int]], int]:
         (key, point.step)
         for run in runs
         for key in run.data.metrics
-        if not key.startswith(("system/", "time/"))
+        if not key.startswith(("system/", "time/", "memory/"))
         for point in client.get_metric_history(run.info.run_id, key)  # type: ignore[attr-defined]
     ]
     assert points

@@ -40,7 +40,7 @@ BOUNDS = {
 }
 CHECKED = 32  # kernels of the check that all weights are finite
 FLUSHED = 2  # kernels of a log point, which waits once
-STORED = 30  # kernels that bring a policy's results to the host, which waits once
+STORED = 32  # kernels that bring a policy's results to the host, which waits once
 
 
 @pytest.fixture(scope="module")
