@@ -54,7 +54,7 @@ def test_a_groups_figures_are_the_means_of_its_seeds_and_have_their_deviation() 
         assert mean.latency[1].median_ms == pytest.approx(np.mean([report.latency[1].median_ms for report in own]))
         assert mean.top1_by_class[0] == pytest.approx(np.mean([report.top1_by_class[0] for report in own]))
         assert mean.top1_by_class[1] is None, "no seed has images of this class"
-    (frontier, *_) = general.frontiers([net])
+    (_, frontier, *_) = general.frontiers([net])
     assert isinstance(frontier, Lines)
     points = frontier.series[1]
     costs = [[report.macs_mean / 1e6 for report in seed.reports] for seed in net.seeds]
@@ -73,11 +73,12 @@ def test_what_not_every_seed_has_or_was_measured_alike_has_no_mean() -> None:
 
 
 @pytest.mark.usefixtures("drawn_families")
-def test_one_seed_and_single_nets_have_no_error_bars() -> None:
+def test_one_seed_and_single_nets_have_no_error_bars_of_seeds() -> None:
     single, one = drawn_nets.net("single", 7), mean_of(drawn_group("g", 1))
-    (frontier, *_) = general.frontiers([single, one])
+    (_, frontier, *_) = general.frontiers([single, one])
     assert isinstance(frontier, Lines)
-    assert "bar" not in draw.picture(frontier).svg
+    svg = draw.picture(frontier).svg
+    assert "xbar" not in svg and "series-2-ybar" not in svg and "series-1-ybar" in svg  # of the images, of one training
     assert seeds.comparisons([single, one]) == []
     (table,) = seeds.tables([single, one], [])
     assert all(row[3:] == [None, None, None, 1] for row in table.rows)
@@ -85,7 +86,7 @@ def test_one_seed_and_single_nets_have_no_error_bars() -> None:
 
 @pytest.mark.usefixtures("drawn_families")
 def test_error_bars_are_one_deviation_long_in_the_colour_and_group_of_their_points() -> None:
-    (frontier, *_) = general.frontiers([mean_of(drawn_group("g", 1, 2, 3)), drawn_nets.net("single", 7)])
+    (_, frontier, *_) = general.frontiers([mean_of(drawn_group("g", 1, 2, 3)), drawn_nets.net("single", 7)])
     assert isinstance(frontier, Lines)
     (axes,) = draw.draw(frontier).canvas.axes
     (upright,) = [part for part in axes.collections if part.get_gid() == "series-1-ybar2"]
@@ -257,7 +258,7 @@ def test_the_caption_counts_our_points_that_a_published_one_beats_by_brute_force
 def test_published_points_are_grey_behind_ours_and_decide_nothing(tmp_path: Path) -> None:
     others = published.points("cifar10")
     nets = [drawn_nets.net(f"n{seed}", seed) for seed in range(4)]
-    alone, beside = general.frontiers(nets)[0], general.frontiers(nets, others)[1]
+    alone, beside = general.frontiers(nets)[1], general.frontiers(nets, others)[1]
     assert isinstance(alone, Lines) and isinstance(beside, Lines)
     assert list(beside.series[:-1]) == list(alone.series) and beside.series[-1].background
     assert published.caption(others, [])[:30] in beside.caption and "Grey" not in alone.caption
