@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from inspect import signature
 from operator import attrgetter
 from pathlib import Path
 
@@ -20,13 +21,18 @@ import torch
 from PIL import Image
 from raised import fails
 
+from jobs.verbs import data as data_verb
+from pipeline import config as configs
 from pipeline import run_config
 from pipeline.api import datasets, runs
-from pipeline.data.index import open_index
+from pipeline.data.config import DataConfig
+from pipeline.data.index import open_index, open_splits
 from pipeline.errors import ConfigError, DataError, UndecodableError
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.evaluation.frontier import parse_budget
 from pipeline.registry.resolve import pull_version, resolve
+
+SEEDED = (datasets.open, data_verb.info)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,7 @@ def test_every_public_name_is_there_and_others_are_not() -> None:
         adaptnet.nothing  # type: ignore[attr-defined]  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["adaptnet", "pipeline.api.models", "pipeline.api.runs", "pipeline.api.datasets"])
+@pytest.mark.parametrize("name", ["adaptnet", "pipeline.api.models", "pipeline.api.runs", "pipeline.api.image_sets"])
 def test_the_examples_of_the_docstrings_are_true(name: str, here: Path, model: adaptnet.Model) -> None:
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     names = {"adaptnet": adaptnet, "model": model}
@@ -172,6 +178,16 @@ def test_a_wrong_argument_is_named(
         model.predict(images, **settings)  # type: ignore[call-overload]
 
 
+def test_an_image_that_pillow_cannot_finish_is_named_by_its_position(here: Path, model: adaptnet.Model) -> None:
+    content = Path("picture.jpg").read_bytes()
+    truncated, closed = Image.open(io.BytesIO(content[: len(content) // 2])), Image.open("picture.jpg")
+    closed.close()
+    for call in (model.predict, model.tensor):
+        with fails(UndecodableError, "images", subject="1, 2") as caught:
+            call([content, truncated, closed])
+        assert set(caught.value.reasons) == {1, 2} and caught.value.num_images == 3
+
+
 def test_an_unreadable_image_is_named_by_its_position(here: Path, model: adaptnet.Model) -> None:
     with fails(UndecodableError, "images", subject="1") as caught:
         model.predict(["picture.jpg", "nothing.jpg", "picture.jpg"])
@@ -214,6 +230,9 @@ def test_overrides_are_those_of_the_command() -> None:
     given = {"training": {"epochs": 3, "precision": "fp32"}, "data.root": Path("a b: c"), "name": "x"}
     texts = ["training.epochs=3", "training.precision=fp32", "data.root='a b: c'", "name=x"]
     assert run_config.load("baseline/toy", runs.as_overrides(given)) == run_config.load("baseline/toy", texts)
+    for text in ("\U0001f600 ä\u4e2d", "a\x85b\u2028c\x7f\ufeff\ufffe", 'tab\tquote"\\'):
+        (override,) = runs.as_overrides({"data.root": text})
+        assert configs.parse_override(override) == {"data": {"root": text}}
     for value in (object(), float("nan"), {1, 2}):
         with fails(ConfigError, "training.epochs"):
             runs.as_overrides({"training": {"epochs": value}})
@@ -243,6 +262,17 @@ def test_a_split_holds_the_images_of_its_folder(here: Path) -> None:
     assert images.val[-1] == images.val[len(images.val) - 1]
     with pytest.raises(IndexError):
         images.val[len(images.val)]
+
+
+def test_a_drawn_val_split_is_that_of_a_training_by_default(here: Path, tmp_path: Path) -> None:
+    assert [signature(each).parameters["seed"].default for each in SEEDED] == [
+        run_config.RunConfig.model_fields["seed"].default
+    ] * 2
+    shutil.copytree(here / "images" / "train", tmp_path / "images")
+    images = datasets.open(tmp_path / "images", index=tmp_path / "index")
+    config = DataConfig(root=tmp_path / "images", index=tmp_path / "index")
+    drawn = open_splits(config, run_config.load("baseline/toy", data_home="/d").seed).val
+    assert [each.name for each in images.val] == [drawn.file(row) for row in range(len(drawn))]
 
 
 def test_a_folder_without_images_and_an_unknown_setting_are_named(tmp_path: Path) -> None:

@@ -71,6 +71,26 @@ def test_each_printed_command_is_a_recipe_that_resolves(folder: ImageFolder) -> 
         assert config.data.root == folder.root
 
 
+@pytest.mark.parametrize("folder", [PHOTOS, MANY], ids=["photos", "many"])
+def test_a_command_for_a_clusters_recipe_takes_no_more_cpus_than_there_are(
+    folder: ImageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choosing.os, "cpu_count", lambda: 4)
+    for each in choosing.recommend(folder):
+        words = shlex.split(each.command)
+        config = run_config.load(words[2], [word for word in words if word.startswith("compute.")], data_home="/d")
+        assert config.compute.workers == 1 or each.candidate.config.compute.device != "cuda"
+        assert config.compute.cpus_per_worker == min(4, each.candidate.config.compute.cpus_per_worker)
+
+
+def test_macs_that_training_changes_are_said_to_be_those_of_its_start() -> None:
+    found = [each for each in choosing.candidates(None) if each.family in ("shape_adaptor", "ranet")]
+    assert {each.family for each in found} == {"shape_adaptor", "ranet"}
+    for each in found:
+        text = " ".join(choosing._reasons(each, MANY))
+        assert ("at the start of the training" in text) is (each.family == "shape_adaptor")
+
+
 def test_a_limit_in_time_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow_here import finish, run_folder
+from PIL import Image
 from raised import fails
 
 from jobs.cli import main
@@ -20,6 +21,7 @@ from pipeline import family as families
 from pipeline.deploy import evaluations, model_card, predicting
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.family import Report
+from pipeline.registry import public
 from pipeline.registry.model import describe, load_model
 from pipeline.registry.resolve import resolve
 from pipeline.runs.records import Meta
@@ -29,6 +31,8 @@ REPORTS = [
     Report("gates-hard", 50, 0.9, None, 0.01, 3e7, 4e7, 0.6, kind="gates", settings={"gates": "hard"}),
     Report("gates-sampled", 50, 0.8, None, 0.02, 2e7, 4e7, 0.4, kind="gates", settings={"gates": "sampled"}),
 ]
+
+TEXTS = (".md", ".yaml", ".json")
 
 
 @pytest.fixture
@@ -107,6 +111,68 @@ def test_a_pushed_folder_is_the_same_net_everywhere(run: Path, tmp_path: Path) -
     assert "drawn shapes" in card and "tracking" not in (folder / "recipe.yaml").read_text()
     again = model_card.push(str(folder), tmp_path / "again")
     assert (again / "README.md").read_text() == card and describe(again).step == describe(folder).step
+
+
+def test_neither_card_nor_pushed_folder_names_a_place_of_this_machine(run: Path, tmp_path: Path) -> None:
+    """Every absolute path that a run may hold is below /secret or tmp_path."""
+    step = run / "checkpoints" / "step-00000007"
+    meta, family = checkpoint.read_meta(step), families.find("convnet_aig")
+    teacher = {"kind": "trained", "source": "/secret/runs/teacher"}
+    recipe = dict(meta.recipe) | {
+        "data": {**configs.section(meta.recipe, "data"), "root": "/secret/shapes", "index": "/secret/index"},
+        "training": {"start_from": "/secret/weights/first.pt", "teacher": teacher},
+        "checkpoint": {"storage": "file:///secret/storage", "keep_last": 3},
+        "compute": {"address": "secret:6379"},
+        "logging": {},
+        "tracking": {"uri": "sqlite:////secret/mlflow.db"},
+    }
+    shutil.rmtree(step)
+    net = family.build(configs.validate(family.config, configs.section(recipe, "family"), "family"), 5)
+    fingerprint = {"seed": 1, "training.teacher.source": "/secret/runs/teacher"}
+    changed = Meta(step=7, recipe=recipe, fingerprint=fingerprint, classes=meta.classes)
+    checkpoint.write(step, {"net": net.state_dict(), "step": 7}, changed)
+    (run / "evaluations" / "final" / "about.json").write_text(
+        json.dumps({"step": 7, "data": "abc", "root": "/secret/shapes"})
+    )
+    (run / "environment.json").write_text(json.dumps({"git": {"commit": "c0ffee", "branch": "b", "dirty": True}}))
+    folder = model_card.push(str(run), tmp_path / "hub")
+    again = model_card.push(str(folder), tmp_path / "again")
+    texts = {path: path.read_text() for home in (folder, again) for path in home.rglob("*.*") if path.suffix in TEXTS}
+    assert len(texts) == 10
+    for path, text in {**texts, Path("card"): model_card.card(str(run))}.items():
+        assert "secret" not in text and str(tmp_path) not in text, path
+        assert path.name != "card" or "commit c0ffee with uncommitted changes." in text
+    stored = configs.read_mapping(folder / "recipe.yaml")
+    assert stored["checkpoint"] == {"keep_last": 3} and configs.section(stored, "data")["root"] == "shapes"
+    assert configs.section(stored, "training") == {
+        "start_from": "first.pt",
+        "teacher": {"kind": "trained", "source": "teacher"},
+    }
+    assert (folder / "README.md").read_text() == (again / "README.md").read_text() == model_card.card(str(run))
+    assert load_model(again).classes == meta.classes
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("models:/net@champion", "models:/net@champion"),
+        ("torchvision:resnet50", "torchvision:resnet50"),
+        ("zoo:net", "zoo:net"),
+        ("runs/net/", "net"),
+        ("s3://bucket/runs/net", "net"),
+        ("/", "unknown"),
+    ],
+)
+def test_of_a_source_the_name_stays_that_others_can_use(source: str, name: str) -> None:
+    assert public.name_of(source) == name
+
+
+def test_the_example_of_a_card_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_card.push(str(run), tmp_path / "FOLDER")
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 40), (200, 10, 10)).save("image.jpg")
+    (program,) = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    exec(compile(program, "README.md", "exec"), {})
 
 
 def test_a_pushed_folder_is_whole_or_not_there(run: Path, tmp_path: Path) -> None:

@@ -592,3 +592,16 @@ def test_a_dry_run_ends_with_a_summary_and_checks_the_images(
         assert facts["images a GPU"].startswith("32 ") and str(root) in facts["data"]
         assert ("WARNING" in facts["data"]) is not readable
         assert facts["logs"] == str(tmp_path / "runs" / "baseline-imagenet_resnet50" / "slurm")
+
+
+@pytest.mark.parametrize("several", [["--array", "seed=1,2"], ["--seeds", "2"]])
+def test_the_summary_of_several_runs_names_the_folder_of_their_logs(
+    several: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["baseline/toy", f"data.root={tmp_path}", "compute.workers=0", *several, "--time", "1h", "--dry-run"]
+    assert run("submit", "train", *line) == 0
+    script, _, summary = capsys.readouterr().out.rpartition("\n\n")
+    facts = dict(re.findall(r"^# (\w[\w ]*?) {2,}(.*)", summary, re.MULTILINE))
+    (output,) = re.findall(r"^#SBATCH --output=(.*)", script, re.MULTILINE)
+    assert output.startswith(facts["logs"] + "/") and Path(facts["logs"]).name == "slurm"
+    assert facts["images a worker"].endswith("in the job's own process")

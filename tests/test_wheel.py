@@ -167,6 +167,17 @@ def test_the_installed_package_takes_no_other_name(installed: Installed) -> None
     assert version[0].isdigit() and found == "True"
 
 
+def test_a_public_module_has_the_same_classes_by_each_of_its_names(installed: Installed) -> None:
+    code = (
+        "import adaptnet.datasets; from {}.api import image_sets; import adaptnet as a; from importlib import reload\n"
+    )
+    code += "assert a.datasets.ImageSet is image_sets.ImageSet and a.datasets.open is image_sets.open\n"
+    code += "print(reload(a).datasets is adaptnet.datasets)"
+    assert installed.run("python", "-c", code.format("adaptnet.pipeline")).split() == ["True"]
+    command = [sys.executable, "-c", code.format("pipeline")]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300).stdout == b"True\n"
+
+
 def test_the_installed_command_starts(installed: Installed) -> None:
     assert "train" in installed.run("adaptnet", "--help")
     assert "convnet_aig/toy" in installed.run("adaptnet", "train", "--list")

@@ -1,8 +1,8 @@
 """The build backend (PEP 517) that pyproject.toml names: setuptools, on a tree whose packages are all in `adaptnet`.
 
 A wheel must not take the names `pipeline`, `jobs` and `tuning`, which other distributions may have. So it is built from
-a copy of the checkout that holds them as `adaptnet.pipeline` and so on, with their imports rewritten; `__init__.py` and
-`__main__.py` of `pipeline/api` are those of `adaptnet`. Where a module is named in a text, the code itself asks
+a copy of the checkout that holds them as `adaptnet.pipeline` and so on, with their imports rewritten; the files PUBLIC
+of `pipeline/api` are also those of `adaptnet`. Where a module is named in a text, the code itself asks
 `pipeline.installation` for the name. An editable install leaves the checkout as it is.
 """
 
@@ -28,7 +28,8 @@ Settings = Mapping[str, str | list[str] | None] | None
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("pipeline", "jobs", "tuning")
-API = Path("pipeline") / "api"  # whose modules are also those of `adaptnet`
+API = Path("pipeline") / "api"
+PUBLIC = ("__init__.py", "__main__.py", "datasets.py", "py.typed")  # of API, which are also files of `adaptnet`
 FILES = ("infra/ray/serve.yaml", "infra/ray/sites", "infra/slurm/sites", "constraints.txt")  # which our code reads
 PROJECT = ("pyproject.toml", "README.md", "LICENSE")
 SOURCE = (*PROJECT, "Makefile", "constraints.txt", *PACKAGES, "infra")  # of a source distribution
@@ -93,9 +94,8 @@ def stage(root: Path, folder: Path) -> None:
         _copy(root / name, package / name)
     for name in PROJECT:
         _copy(root / name, folder / name)
-    for path in (root / API).glob("__*__.py"):
-        shutil.copyfile(path, package / path.name)
-    shutil.copyfile(root / API / "py.typed", package / "py.typed")
+    for name in PUBLIC:
+        shutil.copyfile(root / API / name, package / name)
     for path in package.rglob("*.py"):
         path.write_text(rewritten(path.read_text(encoding="utf-8"), str(path)), encoding="utf-8")
     for path in package.rglob("*.yaml"):

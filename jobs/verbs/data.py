@@ -203,7 +203,7 @@ def info(
     validation_share: Annotated[
         float, typer.Option(help="for a set without a val split, like data.validation_share")
     ] = 0.1,
-    seed: Annotated[int, typer.Option(help="seed of the drawn val split, like seed in a recipe")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the drawn val split, like seed in a recipe")] = 1,
     show_all: Annotated[bool, typer.Option("--all", help="list every class")] = False,
 ) -> None:
     """Shows the splits, classes, sizes and bytes of a set, where its index is, and how to shuffle it. Warns of classes
@@ -213,7 +213,7 @@ def info(
 
       adaptnet data info packed/imagenet
 
-      adaptnet data info /data/photos --validation-share 0.2 --seed 1
+      adaptnet data info /data/photos --validation-share 0.2 --seed 2
     """
     from jobs import tables
     from pipeline.config import validate

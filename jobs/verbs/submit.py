@@ -490,7 +490,7 @@ def _summary(submission: Submission, configs: Sequence[RunConfig]) -> str:
         if gpus
         else f"none; {resources.cpus_per_task} CPUs of {nodes} nodes",
         **(_of_training(configs[0], gpus > 0) if configs else {}),
-        "logs": str(first.folder),
+        "logs": str(submission.folder),
         "next": f"the same command without --dry-run, then adaptnet jobs show {first.home}",
     }
     return "\n".join(f"# {line}" for line in tables.of_pairs(facts).splitlines())
@@ -502,7 +502,8 @@ def _of_training(config: RunConfig, on_gpus: bool) -> dict[str, str]:
 
     batch, workers = config.training.batch_size, config.compute.most_workers
     what = "images a GPU" if on_gpus else "images a worker"
-    shares = f"{batch / max(1, workers):g} of a step of {batch:,}, over {workers} workers"
+    over = f"over {workers} workers" if workers else "in the job's own process"
+    shares = f"{batch / max(1, workers):g} of a step of {batch:,}, {over}"
     try:
         layout(config.data.root)
         data = f"{config.data.root}, which is here"

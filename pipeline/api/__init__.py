@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_PLACES = {  # public names: the modules that define them; a module is public as a whole where both are equal
+_MODULES = ("datasets",)  # public as a whole; they define nothing themselves
+_PLACES = {  # public names: the modules that define them
     "AdaptNetError": "pipeline.errors",
     "Classification": "pipeline.api.models",
     "FrontierPoint": "pipeline.api.models",
     "Model": "pipeline.api.models",
-    "datasets": "pipeline.api.datasets",
     "evaluate": "pipeline.api.runs",
     "families": "pipeline.api.runs",
     "load": "pipeline.api.models",
@@ -47,13 +47,14 @@ _PLACES = {  # public names: the modules that define them; a module is public as
 def __getattr__(name: str) -> object:
     if name == "__version__":
         return version("adaptnet")
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(sorted(_PLACES))}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(__dir__())}")
     from pipeline.installation import module
 
-    found = import_module(module(_PLACES[name]))
-    return found if _PLACES[name].endswith(f".{name}") else getattr(found, name)
+    return getattr(import_module(module(_PLACES[name])), name)
 
 
 def __dir__() -> list[str]:
-    return sorted((*_PLACES, "__version__"))
+    return sorted((*_MODULES, *_PLACES, "__version__"))

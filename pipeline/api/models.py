@@ -167,7 +167,7 @@ class Model:
         """
         _check_limits(policy, budget, top, batch_size)
         given, single = _listed(images)
-        encoded = [_encoded(each, position) for position, each in enumerate(given)]
+        encoded = _all_encoded(given)
         within = None if budget is None else parse_budget(str(budget))
         chosen = self._predictor.choose(within, policy, encoded).policy
         answers = list(self._predictor.answers(encoded, chosen, top=top, batch_size=batch_size))
@@ -184,7 +184,7 @@ class Model:
         Raises UndecodableError naming the positions of images that cannot be read.
         """
         given, _ = _listed(images)
-        return self._predictor.prepared([_encoded(each, position) for position, each in enumerate(given)])
+        return self._predictor.prepared(_all_encoded(given))
 
 
 def load(source: str | Path, *, uri: str | None = None, device: str = "auto", zoo: str | Path | None = None) -> Model:
@@ -234,6 +234,20 @@ def _listed(images: Picture | Pictures) -> tuple[list[Picture], bool]:
         key="images",
         subject=type(images).__name__,
     )
+
+
+def _all_encoded(images: Sequence[Picture]) -> list[Path | bytes]:
+    """The images as files or as the content of some. Raises UndecodableError for images that Pillow cannot read."""
+    encoded: list[Path | bytes] = []
+    reasons: dict[int, str] = {}
+    for position, each in enumerate(images):
+        try:
+            encoded.append(_encoded(each, position))
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow's for a truncated, a closed and a broken image
+            reasons[position] = f"Pillow cannot read it ({error})"
+    if reasons:
+        raise UndecodableError(len(images), reasons)
+    return encoded
 
 
 def _encoded(image: Picture, position: int) -> Path | bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from pipeline.execution.launch import Result
 from tuning import config as sweep_configs
 from tuning import sweep as sweeps
 from tuning.outcome import Outcome
+
+ESCAPED = re.compile(r"[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")  # YAML forbids these, or ends a line
 
 
 def train(
@@ -118,7 +121,7 @@ def as_overrides(values: Mapping[str, object]) -> list[str]:
 
 def _written(key: str, value: object) -> str:
     try:
-        return json.dumps(value, default=_plain, allow_nan=False)
+        text = json.dumps(value, default=_plain, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError):
         kind = type(value).__name__
         raise ConfigError(
@@ -126,6 +129,7 @@ def _written(key: str, value: object) -> str:
             key=key,
             subject=repr(value)[:60],
         ) from None
+    return ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _plain(value: object) -> str:

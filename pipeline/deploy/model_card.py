@@ -19,7 +19,7 @@ from pipeline.deploy import evaluations
 from pipeline.deploy.evaluations import EvaluatedNet, Stored
 from pipeline.errors import ConfigError, JsonValue
 from pipeline.family import Report
-from pipeline.registry import catalogue, store_reader
+from pipeline.registry import catalogue, public, store_reader
 from pipeline.registry.model import ORIGIN_OF_CARD, write_model_folder
 from pipeline.runs import provenance
 from pipeline.runs.files import write_json, write_text
@@ -39,13 +39,14 @@ class CardFacts:
     """What a card states besides the net, its recipe and its evaluations; None or {} where it is not known.
 
     name: title of the card. licence: of the weights, as the user gave it. commit: of the code that trained the net.
-    lineage: the weights that the training started from.
+    uncommitted: whether that code had changes besides. lineage: the weights that the training started from.
     """
 
     name: str
     licence: str | None = None
     note: str | None = None
     commit: str | None = None
+    uncommitted: bool = False
     lineage: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -83,10 +84,14 @@ def push(
         stored.reports if stored else (),
         folder,
         evaluated_on=stored.data if stored else None,
-        origin={"name": facts.name, "licence": facts.licence, "note": facts.note, "commit": facts.commit}
-        | dict(facts.lineage),
+        origin=_origin(facts),
         for_hub=add,
     )
+
+
+def _origin(facts: CardFacts) -> dict[str, JsonValue]:
+    known: dict[str, JsonValue] = {"name": facts.name, "licence": facts.licence, "note": facts.note}
+    return {**known, "commit": facts.commit, "uncommitted": facts.uncommitted, **facts.lineage}
 
 
 def reference_of(source: str) -> str:
@@ -103,14 +108,17 @@ def _facts(net: EvaluatedNet, source: str, uri: str | None, licence: str | None,
     }
     known |= {key: text for key, text in (("licence", licence), ("note", note)) if text}
     name = known.get("name") or str(net.model.recipe.get("name") or net.config.name)
-    lineage: dict[str, str] = {key: known[key] for key in ("start_from", "imported") if key in known}
-    return CardFacts(name, known.get("licence"), known.get("note"), known.get("commit"), lineage)
+    lineage = {key: public.name_of(known[key]) for key in ("start_from",) if key in known}
+    lineage |= {key: known[key] for key in ("imported",) if key in known}
+    changed = known.get("uncommitted", "").lower() == "true"
+    return CardFacts(name, known.get("licence"), known.get("note"), known.get("commit"), changed, lineage)
 
 
 def _of_training(net: EvaluatedNet) -> dict[str, str]:
     git = provenance.read(net.run_dir).get("git") if net.run_dir else None
     started = net.model.section("training").get("start_from")
-    return ({"commit": git["commit"]} if git else {}) | ({"start_from": str(started)} if started else {})
+    of_code = {"commit": git["commit"], "uncommitted": str(git.get("dirty", False))} if git else {}
+    return of_code | ({"start_from": str(started)} if started else {})
 
 
 def _of_folder(net: EvaluatedNet) -> dict[str, str]:
@@ -123,10 +131,11 @@ def _of_version(source: str, uri: str | None) -> dict[str, str]:
     place = catalogue.address(uri)
     version = catalogue.lookup(source, place)
     run = store_reader.run(place, version.run_id) if version.run_id else None
-    commit = run.tags.get("mlflow.source.git.commit") if run else None
+    of_run = {"commit": "mlflow.source.git.commit", "uncommitted": "adaptnet.git.dirty"}
+    of_code = {key: run.tags[tag] for key, tag in of_run.items() if tag in run.tags} if run else {}
     keys = ("licence", "note", "start_from", "imported")
     known = {key: version.tags[f"adaptnet.{key}"] for key in keys if f"adaptnet.{key}" in version.tags}
-    return {"name": version.name, **known, **({"commit": commit} if commit else {})}
+    return {"name": version.name, **known, **of_code}
 
 
 # ---- the text
@@ -223,11 +232,9 @@ def _limits(net: EvaluatedNet) -> Iterator[str]:
 
 def _loading() -> Iterator[str]:
     yield "```sh\nadaptnet predict FOLDER image.jpg --budget 80%   # FOLDER holds this card\n```\n"
-    yield "```python\nfrom pathlib import Path\n"
-    yield "from pipeline.registry.model import load_model, predict\n"
-    yield 'model = load_model(Path("FOLDER"))'
-    yield 'answers = predict(model, [Path("image.jpg").read_bytes()])'
-    yield "print(model.classes[answers.probabilities[0].argmax()])\n```"
+    yield "```python\nimport adaptnet\n"
+    yield 'answer = adaptnet.load("FOLDER").predict("image.jpg")'
+    yield "print(answer.label, answer.probability)\n```"
 
 
 def _licence(facts: CardFacts) -> str:
@@ -239,10 +246,11 @@ def _licence(facts: CardFacts) -> str:
 def _training(net: EvaluatedNet, facts: CardFacts) -> Iterator[str]:
     yield f"- Recipe `{net.model.recipe.get('name')}`, family `{net.config.name}`, step {net.model.step:,}."
     yield f"- Seed: {net.model.recipe.get('seed')}."
-    yield f"- Code: {f'commit {facts.commit}' if facts.commit else 'the commit was not recorded'}."
+    changes = " with uncommitted changes" if facts.uncommitted else ""
+    yield f"- Code: {f'commit {facts.commit}{changes}' if facts.commit else 'the commit was not recorded'}."
     yield from (f"- {key.replace('_', ' ').capitalize()}: {value}" for key, value in facts.lineage.items())
-    learned = {key: value for key, value in net.model.recipe.items() if key not in ("tracking", "compute", "logging")}
-    yield f"\n<details><summary>The recipe</summary>\n\n```yaml\n{configs.dump_yaml(learned)}```\n\n</details>\n"
+    learned = configs.dump_yaml(public.recipe(net.model.recipe))
+    yield f"\n<details><summary>The recipe</summary>\n\n```yaml\n{learned}```\n\n</details>\n"
 
 
 def _data_name(net: EvaluatedNet) -> str:

@@ -25,6 +25,7 @@ from pipeline.data.config import DataConfig
 from pipeline.errors import CheckpointError, JsonValue, ResourceError, UndecodableError
 from pipeline.evaluation.evaluate import choose, restored
 from pipeline.family import AnyFamily, FamilyConfig, Policy, Report
+from pipeline.registry import public
 from pipeline.runs import files
 from pipeline.runs.files import whole_folder
 from pipeline.training import checkpoint
@@ -69,19 +70,23 @@ def write_model_folder(
     """Writes the net of a checkpoint or model folder as a model folder, completely or not at all.
 
     evaluated_on: identity of the images of the reports. origin: further facts for the card. for_hub: adds files to the
-    folder before it is moved to its place; the weights then have their name on Hugging Face's Hub.
+    folder before it is moved to its place; the weights then have their name on Hugging Face's Hub, and recipe and card
+    name no place on this machine.
     Returns `destination`. Raises CheckpointError if the source is damaged, ResourceError if the folder cannot be
     written.
     """
     trained = describe(source)
     facts, name = _card_of(source), HUB_WEIGHTS if for_hub else WEIGHTS
+    shown = public.recipe(trained.recipe) if for_hub else trained.recipe
+    if for_hub:
+        facts = _shared(facts)
     try:
         with whole_folder(destination) as aside:
             (aside / "reports").mkdir()
             shutil.copyfile(trained.weights, aside / name)
-            shown = {key: value for key, value in trained.recipe.items() if for_hub is None or key != "tracking"}
             (aside / RECIPE).write_text(configs.dump_yaml(shown), encoding="utf-8")
             whole = [report.to_json() for report in reports]
+            whole = [_shared(each) for each in whole] if for_hub else whole
             (aside / "reports" / "reports.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
             recipe = {"sha256": files.sha256(aside / RECIPE)}
             card = {**facts, **_of_files(whole, aside / name), "recipe": recipe, "evaluated_on": evaluated_on}
@@ -96,6 +101,11 @@ def write_model_folder(
             subject=destination,
         ) from None
     return destination
+
+
+def _shared(facts: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """The facts without places of this machine; names of classes are never places."""
+    return {key: each if key == "classes" else public.without_places(each) for key, each in facts.items()}
 
 
 def weights_of(folder: Path) -> Path:

@@ -7,6 +7,7 @@ predicts an accuracy on other images.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ FEW_IMAGES = 500  # of a class, below which a recipe that starts from trained we
 MOST = 3  # recipes that are recommended
 ENLARGED = 2.0  # how much worse it is to enlarge images than to shrink them, in octaves of the side
 TRIALS = ("toy", "_small")  # ends of the names of recipes that only try the software
+LEARN_SHAPES = ("shape_adaptor",)  # families whose training changes the size of maps, and so the MACs
 PASSES = 5  # timed passes of a policy over one image
 
 
@@ -246,7 +248,8 @@ def _reasons(each: Candidate, folder: ImageFolder) -> Iterator[str]:
     if families.find(each.family).adaptive:
         known = len(cost.policies) + len(cost.deciding)
         yield f"adaptive: {len(each.within)} of its {known} policies are within the limit: {_some(each.within)}"
-    yield f"at most {macs_text(each.macs)} an image, {cost.parameters / 1e6:.3g} M parameters"
+    when = " at the start of the training" if each.family in LEARN_SHAPES else ""
+    yield f"at most {macs_text(each.macs)} an image{when}, {cost.parameters / 1e6:.3g} M parameters"
     if each.ms:
         yield f"{min(each.ms[name] for name in each.within):.3g} to {max(each.ms.values()):.3g} ms an image here"
 
@@ -262,8 +265,12 @@ def _command(each: Candidate, folder: ImageFolder) -> str:
     words.append(f"tracking.register={name}")
     if each.tuned and not _downloads(each):
         words.append("training.start_from=FILE")
-    if each.config.compute.device == "cuda":
-        words += ["compute.workers=1", "compute.device=auto"]
+    compute = each.config.compute
+    cpus = min(compute.cpus_per_worker, os.cpu_count() or 1)
+    if compute.device == "cuda":
+        words += ["compute.workers=1", f"compute.cpus_per_worker={cpus:g}", "compute.device=auto"]
+    elif cpus < compute.cpus_per_worker:
+        words.append(f"compute.cpus_per_worker={cpus:g}")
     if each.config.training.batch_size > max(1, folder.images // 4):
         words.append(f"--batch-size {max(2, 1 << max(0, folder.images // 16).bit_length())} training.scale_lr=linear")
     return " ".join(words)
