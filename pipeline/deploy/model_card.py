@@ -19,7 +19,7 @@ from pipeline.deploy import evaluations
 from pipeline.deploy.evaluations import EvaluatedNet, Stored
 from pipeline.errors import ConfigError, JsonValue
 from pipeline.family import Report
-from pipeline.registry import catalogue, public, store_reader
+from pipeline.registry import catalogue, public
 from pipeline.registry.model import ORIGIN_OF_CARD, write_model_folder
 from pipeline.runs import provenance
 from pipeline.runs.files import write_json, write_text
@@ -130,9 +130,7 @@ def _of_folder(net: EvaluatedNet) -> dict[str, str]:
 def _of_version(source: str, uri: str | None) -> dict[str, str]:
     place = catalogue.address(uri)
     version = catalogue.lookup(source, place)
-    run = store_reader.run(place, version.run_id) if version.run_id else None
-    of_run = {"commit": "mlflow.source.git.commit", "uncommitted": "adaptnet.git.dirty"}
-    of_code = {key: run.tags[tag] for key, tag in of_run.items() if tag in run.tags} if run else {}
+    of_code = catalogue.code_of(version, place)
     keys = ("licence", "note", "start_from", "imported")
     known = {key: version.tags[f"adaptnet.{key}"] for key in keys if f"adaptnet.{key}" in version.tags}
     return {"name": version.name, **known, **of_code}

@@ -159,6 +159,13 @@ def lookup(reference: str, uri: str) -> Version:
     return wanted[0]
 
 
+def code_of(version: Version, uri: str) -> dict[str, str]:
+    """`commit` of the code that trained the version, and `uncommitted`: "True" if it had changes; as far as known."""
+    run = store_reader.run(uri, version.run_id) if version.run_id else None
+    tags = {"commit": "mlflow.source.git.commit", "uncommitted": "adaptnet.git.dirty"}
+    return {key: run.tags[tag] for key, tag in tags.items() if tag in run.tags} if run else {}
+
+
 def _unknown(reference: str, why: str) -> ConfigError:
     return ConfigError(f"{reference}: {why}", key="reference", subject=reference)
 
