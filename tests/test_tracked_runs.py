@@ -15,7 +15,7 @@ from pipeline.family import Report
 from pipeline.runs import provenance
 from pipeline.runs.journal import Journal
 from pipeline.tracking import connect, resolve_uri, sync
-from pipeline.tracking.description import MARK, description, is_charted
+from pipeline.tracking.description import MARK, description, is_charted, shortened
 
 NET = {"family": "tiny", "parameters": 201098, "macs": 12_345_678, "side_px": 32}
 DATA = {
@@ -136,3 +136,12 @@ def test_a_loss_that_is_known_is_a_metric() -> None:
     report = Report("a", 1, 1.0, None, 0.0, 1.0, 1.0, 1.0, loss=0.5)
     assert metrics_of([report])["eval/a/loss"] == 0.5
     assert "eval/a/loss" not in metrics_of([Report("a", 1, 1.0, None, 0.0, 1.0, 1.0, 1.0)])
+
+
+def test_a_shortened_description_keeps_whole_lines_and_its_mark() -> None:
+    text = "\n".join(f"line {number}" for number in range(100)) + f"\n\n{MARK}"
+    short = shortened(text, 300)
+    assert len(short) <= 300 and short.endswith(f"\n\n{MARK}") and shortened(text, len(text)) == text
+    lines = short.removesuffix(f"\n\n{MARK}").splitlines()
+    assert lines and lines == text.splitlines()[: len(lines)]
+    assert shortened("a person's words " * 50, 300) == ("a person's words " * 50)[:300]

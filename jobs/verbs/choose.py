@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,7 +49,7 @@ def choose(
         raise ConfigError("--images: give a folder of images, or --table for all recipes", key="--images")
     limits = _limit("--max-macs", max_macs, "macs"), _limit("--latency", latency, "ms")
     folder = _folder(images)
-    say = None if as_json else lambda line: typer.echo(line, err=True)
+    say = partial(typer.echo, err=True)
     found = choosing.recommend(folder, max_macs=limits[0], latency=limits[1], progress=say)
     typer.echo(json.dumps(_mapping(folder, found), indent=1) if as_json else _text(folder, found))
 

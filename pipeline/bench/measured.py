@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -40,14 +41,13 @@ class MeasuredProfiles:
         """The measurement, if there is a readable one."""
         try:
             found = read_json(self._path)
-            content = found["profile"]  # type: ignore[index,call-overload]
-            names = {field.name for field in fields(MachineProfile)}
-            assert isinstance(content, dict)
-            if set(content) != names:
-                return None
-            return Measured(MachineProfile(**content), float(found["at"]))  # type: ignore[index,call-overload,arg-type]
-        except (OSError, ValueError, LookupError, TypeError, AssertionError):
+        except (OSError, ValueError):
             return None
+        content, at = (found.get("profile"), found.get("at")) if isinstance(found, dict) else (None, None)
+        names = {field.name for field in fields(MachineProfile)}
+        if not isinstance(content, dict) or set(content) != names or not isinstance(at, float):
+            return None
+        return Measured(MachineProfile(**cast("dict[str, Any]", content)), at)
 
     def put(self, profile: MachineProfile) -> None:
         """Remembers a measurement; a read-only cache is left as it is."""

@@ -208,11 +208,8 @@ def _check_target(target: Path, form: str, force: bool) -> None:
 
 def _reports(source: str, uri: str | None) -> Sequence[Report]:
     """The stored reports of the net; empty if it was never evaluated."""
-    try:
-        net = evaluations.find(source, uri)
-    except ConfigError:
-        return ()
-    stored = net.on(net.sets[0])
+    net = evaluations.look_up(source, uri)
+    stored = net.on(net.sets[0]) if net.sets else None
     return stored.reports if stored else ()
 
 

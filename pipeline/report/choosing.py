@@ -204,7 +204,9 @@ def _timed(ranked: Sequence[Candidate], latency: Budget, progress: Callable[[str
     for each in ranked:
         try:
             times = measured_ms(each)
-        except ResourceError:  # a package that the net needs is not installed
+        except ResourceError as error:  # a package that the net needs is not installed
+            if progress:
+                progress(f"{each.recipe} is left out: {error}")
             continue
         if progress:
             progress(f"{each.recipe}: {', '.join(f'{name} {ms:.3g} ms' for name, ms in times.items())}")
