@@ -389,11 +389,11 @@ def test_the_code_of_a_version_is_that_of_its_run(tmp_path: Path) -> None:
     shutil.copyfile(database().path, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = connect(uri)
-    git = {"mlflow.source.git.commit": "c0ffee", "adaptnet.git.dirty": "True"}
+    git = {"mlflow.source.git.commit": "c0ffee", "adaptnet.git.dirty": "true"}
     run_ids = [client.create_run("0", tags=own).info.run_id for own in (git, {})]
     client.create_registered_model("of-code")
     for number, run_id in enumerate(run_ids, 1):
         place = f"{client.get_run(run_id).info.artifact_uri}/x"
         client.create_model_version("of-code", place, run_id, tags=tags(0, number))
     known = [catalogue.code_of(catalogue.lookup(f"models:/of-code/{number}", uri), uri) for number in (1, 2)]
-    assert known == [{"commit": "c0ffee", "uncommitted": "True"}, {}]
+    assert known == [{"commit": "c0ffee", "uncommitted": "true"}, {}]

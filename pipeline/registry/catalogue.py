@@ -160,7 +160,7 @@ def lookup(reference: str, uri: str) -> Version:
 
 
 def code_of(version: Version, uri: str) -> dict[str, str]:
-    """`commit` of the code that trained the version, and `uncommitted`: "True" if it had changes; as far as known."""
+    """`commit` of the code that trained the version, and `uncommitted`: "true" if it had changes; as far as known."""
     run = store_reader.run(uri, version.run_id) if version.run_id else None
     tags = {"commit": "mlflow.source.git.commit", "uncommitted": "adaptnet.git.dirty"}
     return {key: run.tags[tag] for key, tag in tags.items() if tag in run.tags} if run else {}
