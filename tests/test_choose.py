@@ -12,11 +12,10 @@ from raised import fails
 from jobs import cli
 from pipeline import recipes, run_config
 from pipeline.data.toy import make
-from pipeline.deploy import net_costs
+from pipeline.deploy import choosing, net_costs
+from pipeline.deploy.choosing import ImageFolder
 from pipeline.errors import AdaptNetError, ConfigError
 from pipeline.evaluation.frontier import parse_budget
-from pipeline.report import choosing
-from pipeline.report.choosing import ImageFolder
 
 GUIDE = Path(__file__).parents[1] / "infra" / "docs" / "choose.md"
 PHOTOS = ImageFolder(Path("/data/my photos"), (60, 50, 55), 480.0)

@@ -12,8 +12,8 @@ import typer
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
+    from pipeline.deploy.choosing import ImageFolder, Recommendation
     from pipeline.evaluation.frontier import Budget, Unit
-    from pipeline.report.choosing import ImageFolder, Recommendation
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -40,7 +40,7 @@ def choose(
 
       adaptnet choose --table
     """
-    from pipeline.report import choosing
+    from pipeline.deploy import choosing
 
     if table:
         typer.echo(choosing.markdown())
@@ -74,7 +74,7 @@ def _folder(images: Path) -> ImageFolder:
     from pipeline.config import validate
     from pipeline.data.config import DataConfig
     from pipeline.data.index import open_index, open_splits
-    from pipeline.report.choosing import ImageFolder
+    from pipeline.deploy.choosing import ImageFolder
 
     config = validate(DataConfig, {"root": str(images), "max_bad_share": 1}, "data")
     open_index(config.root, progress=line_printer(lambda line: typer.echo(line, err=True)))
