@@ -48,6 +48,11 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
         return torch.tensor(values, dtype=dtype, device=device)
 
 
+def dropped(features: Tensor, noise: Tensor, rate: float) -> Tensor:
+    """Features [B, F] of which those with noise [B, F] below `rate` are 0, and the others are divided by 1 - rate."""
+    return features if rate == 0 else features * ((noise >= rate) / (1 - rate)).to(features.dtype)
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether the memory format of x [B, C, H, W] is channels_last and not also contiguous."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

@@ -201,3 +201,13 @@ def test_listing_and_packing_images_does_without_torch() -> None:
     """Its import takes longer than indexing a small set."""
     code = "import sys, pipeline.data.config, pipeline.data.index, pipeline.data.pack; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_recipe_is_read_and_planned_without_the_libraries_that_only_nets_and_runs_need() -> None:
+    """Each of them takes as long to import as torch; a remembered plan is printed within two seconds."""
+    code = (
+        "import sys; from pipeline import family, run_config; from pipeline.bench import advice, measured, plan;"
+        "[family.find(name) for name in family.names()];"
+        "print(sorted({'torchvision', 'torch._dynamo', 'nvidia', 'mlflow', 'ray'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -20,7 +20,8 @@ from pipeline.config import validate
 from pipeline.data import expectation
 from pipeline.data.config import DataConfig
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.families.baseline.model import TORCHVISION, BaselineConfig, Plain, build
+from pipeline.families.baseline.model import TORCHVISION, BaselineConfig, build
+from pipeline.families.baseline.plain import Plain
 from pipeline.families.baseline.released import load_pretrained as load_baseline
 from pipeline.family import find, load_pretrained
 from pipeline.training import torchvision_weights, weights_file

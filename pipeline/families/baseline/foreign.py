@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -36,6 +35,8 @@ MNASNET = {"mnasnet0_5": 0.5, "mnasnet0_75": 0.75, "mnasnet1_0": 1.0, "mnasnet1_
 @cache
 def torchvision_names() -> Sequence[str]:
     """The names of all nets of torchvision that classify images."""
+    import torchvision  # it takes as long as torch
+
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
 
@@ -92,22 +93,35 @@ def _of_torchvision(name: str, num_classes: int) -> nn.Module:
 
         net: nn.Module = UnversionedMNASNet(MNASNET[name], num_classes=num_classes)
         return net
+    from torchvision.models import get_model
+
     options = {"aux_logits": False, "init_weights": True} if name in WITHOUT_AUXILIARY else {}
-    built: nn.Module = torchvision.models.get_model(name, num_classes=num_classes, weights=None, **options)
+    built: nn.Module = get_model(name, num_classes=num_classes, weights=None, **options)
     return built
 
 
-class Foreign(nn.Module):
+class OfLibrary(nn.Module):
+    """A net that another library defines; the names of its weights in our files are `net.` and the library's.
+
+    name: as in `family.net`.
+    """
+
+    def __init__(self, net: nn.Module, name: str) -> None:
+        super().__init__()
+        self.net, self.name = net, name
+
+
+class Foreign(OfLibrary):
     """A net of another library with the forward that the pipeline expects.
 
-    name: as in `family.net`. random_layers: kinds of layers to replace, besides those of `image_noise.KNOWN`.
+    name: as in `family.net`. random_layers: kinds of layers to replace, besides torch's and torchvision's.
     """
 
     def __init__(
         self, net: nn.Module, name: str, random_layers: Mapping[type[nn.Module], image_noise.Replacement] | None = None
     ) -> None:
-        super().__init__()
-        self.net, self.name, self.noise = net, name, ImageNoise()
+        super().__init__(net, name)
+        self.noise = ImageNoise()
         self.random = image_noise.replace_random_layers(net, self.noise, random_layers) > 0
 
     def draw_noise(self, num_images: int) -> Tensor | None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 BITS = 31  # products with the factors below stay within 63 bits
 MASK = 2**BITS - 1
@@ -79,10 +78,6 @@ class DroppedImages(nn.Module):
 
 
 Replacement = Callable[[nn.Module], tuple[float, bool, bool]]  # rate, whether whole images are dropped, scales
-KNOWN: Mapping[type[nn.Module], Replacement] = {
-    nn.Dropout: lambda module: (float(module.p), False, True),  # type: ignore[arg-type]
-    StochasticDepth: lambda module: (float(module.p), module.mode == "row", True),  # type: ignore[arg-type]
-}
 
 
 def replace_random_layers(
@@ -92,7 +87,14 @@ def replace_random_layers(
 
     more: further kinds of layers. One with rate 0 drops nothing and stays.
     """
-    kinds, count = {**KNOWN, **(more or {})}, 0
+    from torchvision.ops import StochasticDepth  # torchvision takes as long to import as torch
+
+    kinds: dict[type[nn.Module], Replacement] = {
+        nn.Dropout: lambda module: (float(module.p), False, True),  # type: ignore[arg-type]
+        StochasticDepth: lambda module: (float(module.p), module.mode == "row", True),  # type: ignore[arg-type]
+        **(more or {}),
+    }
+    count = 0
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):
             if type(child) not in kinds:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from pipeline.blocks import Logits
 from pipeline.families.baseline.model import BaselineConfig
-from pipeline.families.baseline.speedrun import SpeedrunNet
 from pipeline.family import Criterion, Loss, Params, cross_entropy
 
 BIAS_LR_FACTOR = 64.0  # Jordan, arXiv 2404.00498
@@ -22,8 +21,11 @@ def loss(config: BaselineConfig, output: Logits, targets: Tensor, criterion: Cri
 
 def groups(config: BaselineConfig, net: nn.Module) -> Mapping[str, Sequence[Params]]:
     """All parameters alike; of the speed-run net the biases of BatchNorm apart."""
-    if not isinstance(net, SpeedrunNet):
+    if config.net != "speedrun":
         return {"main": [Params(list(net.parameters()))]}
+    from pipeline.families.baseline.speedrun import SpeedrunNet
+
+    assert isinstance(net, SpeedrunNet)
     biases = net.norm_biases()
     fast = {id(parameter) for parameter in biases}
     others = [p for p in net.parameters() if p.requires_grad and id(p) not in fast]

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from pipeline.blocks import Logits
+from pipeline.blocks import Logits, dropped
+from pipeline.families.baseline.foreign import OfLibrary
 
 
-class RegularisedResNet(nn.Module):
+class RegularisedResNet(OfLibrary):
     """A ResNet that drops blocks and pooled features, for each image, in training or with `noise`.
 
     Otherwise it is torchvision's; its state dict is that of the same net without either.
     """
 
+    net: ResNet
+
     def __init__(self, net: ResNet, name: str, drop_path: float, dropout: float) -> None:
-        super().__init__()
-        self.net, self.name, self.dropout = net, name, dropout
+        super().__init__(net, name)
+        self.dropout = dropout
         count = len(list(self._blocks()))
         rates = torch.linspace(0, 1, count + 1)[1:] * drop_path
         self.register_buffer("survival", 1 - rates, persistent=False)  # [L]
@@ -65,8 +68,3 @@ def _scaled(block: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
     shortcut = x if block.downsample is None else block.downsample(x)
     joined: Tensor = block.relu(shortcut + residual * scale.to(residual.dtype))
     return joined
-
-
-def dropped(features: Tensor, noise: Tensor, rate: float) -> Tensor:
-    """Features [B, F] of which those with noise [B, F] below `rate` are 0, and the others are divided by 1 - rate."""
-    return features if rate == 0 else features * ((noise >= rate) / (1 - rate)).to(features.dtype)

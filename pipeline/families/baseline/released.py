@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.families.baseline import efficientnet_files
-from pipeline.families.baseline.foreign import Foreign, timm_module
-from pipeline.families.baseline.model import BaselineConfig, Plain
-from pipeline.families.baseline.regularised import RegularisedResNet
+from pipeline.families.baseline.foreign import Foreign, OfLibrary, timm_module
+from pipeline.families.baseline.model import BaselineConfig
 from pipeline.weights import ImagesExpected, Loaded, load
 
 DENSE = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # as in torchvision's own files
@@ -59,7 +58,7 @@ def expected(net: nn.Module) -> ImagesExpected | None:
     """The images for which published weights of this net are, as far as all of them agree; None if there are none."""
     if isinstance(net, Foreign) and net.name.startswith("timm:"):
         return _stated(net)
-    if not isinstance(net, Plain | RegularisedResNet | Foreign):
+    if not isinstance(net, OfLibrary):
         return None
     return HALF if net.name.rpartition(":")[2] in HALVES else IMAGENET
 
@@ -72,7 +71,7 @@ def _stated(net: Foreign) -> ImagesExpected:
 
 def _of_torchvision(config: BaselineConfig, net: nn.Module, tensors: Mapping[str, Tensor], new_head: bool) -> Loaded:
     heads = net.head() if isinstance(net, Foreign) else _last_linear(net)
-    wrapped = isinstance(net, Plain | RegularisedResNet | Foreign)
+    wrapped = isinstance(net, OfLibrary)
     names = {_our_name(name) if wrapped else name: name for name in tensors}
     classifiers = AUXILIARY.get(config.net.rpartition(":")[2], ())
     auxiliary = [name for name in names if classifiers and name.startswith(classifiers)]

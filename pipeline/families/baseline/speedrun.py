@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pipeline import ranks
 from pipeline.blocks import Logits
 from pipeline.errors import ConfigError
+from pipeline.families.baseline.model import MIN_SIDE_PX
 
-MIN_SIDE_PX = 16  # smaller: an empty map
 PATCH = 2  # side of a whitened patch in pixels
 WIDTHS = (64, 256, 256)
 MOMENTUM = 0.4  # of BatchNorm's running statistics: few steps follow
@@ -40,8 +40,8 @@ class SpeedrunNet(nn.Module):
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Logits:
         """images [B, 3, S, S] -> logits [B, K]. Raises ConfigError for images below MIN_SIDE_PX."""
-        if (side := min(images.shape[-2:])) < MIN_SIDE_PX:
-            message = f"images of {side} px: speedrun needs at least {MIN_SIDE_PX} px"
+        if (side := min(images.shape[-2:])) < (least := MIN_SIDE_PX["speedrun"]):
+            message = f"images of {side} px: speedrun needs at least {least} px"
             raise ConfigError(message, key="images", subject=side)
         x = self.groups(F.gelu(self.whiten(images)))  # [B, 256, S/8, S/8]
         return Logits(HEAD_SCALE * self.fc(x.amax(dim=(2, 3))))
