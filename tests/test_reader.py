@@ -106,7 +106,52 @@ def test_short_reads_are_joined_and_a_truncated_file_is_found(
 def test_a_dropped_file_stays_open_for_the_reads_under_way(index: ImageIndex) -> None:
     reader = Reader(index, threads=4, most_open=0)  # every file is dropped at once
     rows = np.arange(8).repeat(16)
-    found = [each for task in reader.start(rows) for each in task.result()]
+    found = reader.start(rows).result()
     reader.close()
     assert [each.reason for each in found] == [None] * len(rows)
     assert len({each.encoded for each in found}) == 8
+
+
+def counted(reader: Reader, rows: list[int], storage: Storage, monkeypatch: pytest.MonkeyPatch) -> list[readers.Read]:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", storage)
+        return reader.start(rows).result()
+
+
+@pytest.mark.parametrize(
+    ("rows", "reads"), [([0, 1, 2, 3], 1), ([3, 1, 0, 2], 1), ([2, 2, 3], 1), ([7], 1), ([0, 4, 1, 5, 1], 2)]
+)
+def test_neighbours_in_a_shard_are_read_at_once_and_are_the_same_images(
+    index: ImageIndex, monkeypatch: pytest.MonkeyPatch, rows: list[int], reads: int
+) -> None:
+    monkeypatch.setattr(readers, "RUN_GAP", 2048)  # a label lies between two images, but images are longer than that
+    reader, storage = Reader(index, threads=2), Storage(0, 0, 1 << 30)
+    found = counted(reader, rows, storage, monkeypatch)
+    assert found == [reader.read(row) for row in rows]
+    reader.close()
+    assert len(storage.numbers) == reads
+
+
+def test_a_run_that_cannot_be_read_at_once_is_read_image_by_image(
+    index: ImageIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, storage = Reader(index, threads=1), Storage(1, errno.EIO, 1 << 30)
+    found = counted(reader, [0, 1, 2, 3], storage, monkeypatch)
+    assert found == [reader.read(row) for row in range(4)]
+    assert len(storage.numbers) == 1 + 4
+    path, offset, length = index.location(3)
+    os.truncate(path, offset + length // 2)
+    cut = reader.start([0, 1, 2, 3]).result()
+    reader.close()
+    assert [read.reason is None for read in cut] == [True, True, True, False]
+    assert cut[:3] == found[:3] and cut[3].encoded == found[3].encoded[: length // 2]
+
+
+def test_runs_are_read_in_parts_of_bounded_bytes(index: ImageIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Reader(index, threads=2)
+    whole = reader.start(list(range(8))).result()
+    monkeypatch.setattr(readers, "RUN_BYTES", int(index.length[:2].sum()) + 2048)
+    storage = Storage(0, 0, 1 << 30)
+    assert counted(reader, list(range(8)), storage, monkeypatch) == whole
+    reader.close()
+    assert len(storage.numbers) >= 4

@@ -97,8 +97,7 @@ class TrainSource:
     def finish(self, begun: BegunStep) -> Request:
         """The batch, with unreadable images replaced. Raises DataError if a class has no readable image left."""
         plan, rows = begun.plan, begun.rows
-        found = [read for future in begun.reads for read in future.result()]
-        reads = dict(zip(begun.missing.tolist(), found, strict=True))
+        reads = dict(zip(begun.missing.tolist(), begun.reads.result(), strict=True))
         unreadable = []
         for at, read in reads.items():
             while read.reason:
@@ -153,8 +152,8 @@ class EvalSource:
 
     def finish(self, begun: tuple[Ints, Pending]) -> Request:
         """The batch without the images whose bytes turn out to be bad."""
-        rows, futures = begun
-        reads: list[Read] = [read for future in futures for read in future.result()]
+        rows, pending = begun
+        reads = pending.result()
         unreadable = [(int(row), read.reason) for row, read in zip(rows, reads, strict=True) if read.reason]
         readable = np.array([read.reason is None for read in reads], dtype=bool)
         rows = rows[readable]

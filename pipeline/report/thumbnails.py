@@ -43,7 +43,7 @@ def thumbnails(images: ImageIndex | None, rows: Iterable[int]) -> dict[int, Thum
     wanted = sorted({row for row in rows if 0 <= row < len(images)})
     reader = Reader(images, THREADS)
     try:
-        read = [image for part in reader.start(wanted) for image in part.result()]
+        read = reader.start(wanted).result()
     finally:
         reader.close()
     return {row: Thumbnail(images.file(row), _small(image.encoded)) for row, image in zip(wanted, read, strict=True)}
