@@ -26,12 +26,14 @@ from pipeline.report.style import (
     GREY,
     HEIGHT,
     INK,
+    KEY,
     LETTER,
     LINE,
     MARKER,
     MARKERS,
     MOST_MARKED,
     MOST_SPOTS,
+    NARROW,
     NEUTRAL_MARKER,
     PALETTE,
     SMALL,
@@ -47,39 +49,41 @@ from pipeline.report.svg import Box, Drawing, Spot, svg
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure: `svg` as an element of a page, `png` as a file."""
+    """A drawn figure: `svg` as an element of a page, `narrow` the same for a phone ("": none), `png` as a file."""
 
     svg: str
+    narrow: str
     png: bytes
 
 
 def picture(figure: Lines | Bars | HeatMap) -> Picture:
-    """Draws the figure as SVG and PNG."""
+    """Draws the figure as SVG and PNG; a heat map only in one width, as its cells need it."""
     with style():
-        drawing = draw(figure)
-        return Picture(svg(figure.name, drawing), png(drawing.canvas))
+        drawing = draw(figure, WIDTH)
+        narrow = "" if isinstance(figure, HeatMap) else svg(f"{figure.name}-narrow", draw(figure, NARROW))
+        return Picture(svg(figure.name, drawing), narrow, png(drawing.canvas))
 
 
 # ---- one drawing for each kind of figure
 
 
 @singledispatch
-def draw(figure: object) -> Drawing:
-    """Draws a figure: Lines, Bars or HeatMap."""
+def draw(figure: object, width: float = WIDTH) -> Drawing:
+    """Draws a figure: Lines, Bars or HeatMap. Its width in px is this one, or more if its bars or cells need it."""
     raise AssertionError(figure)
 
 
 @draw.register
-def _(figure: Lines) -> Drawing:
+def _(figure: Lines, width: float = WIDTH) -> Drawing:
     entries = [legend_entry(figure, number) for number in range(len(figure.series))]
-    names = [short(series.name, 60) for series in figure.series]
-    across = _across(names)
+    names = _legend_names([series.name for series in figure.series], width)
+    across = _across(names, width)
     shown = len(names) > 1
-    canvas = new_canvas(WIDTH, HEIGHT, LINE * ceil(len(names) / across) if shown else 0)
+    canvas = new_canvas(width, _height_of(width), LINE * ceil(len(names) / across) if shown else 0)
     axes = canvas.add_subplot(xlabel=cells.text(figure.x_label), ylabel=cells.text(figure.y_label))
     for number, series in enumerate(figure.series):
         _plot(axes, number, series, entries[number])
-    _scale(axes, figure)
+    _scale(axes, figure, width)
     if shown:
         _legend(canvas, entries, names, across)
     _freeze(canvas)
@@ -155,24 +159,37 @@ def _error_bars(axes: Axes, number: int, series: Series, look: Look) -> None:
             part.set_gid(f"series-{number}-{axis}bar{place}")
 
 
-def _scale(axes: Axes, figure: Lines) -> None:
+def _height_of(width: float) -> float:
+    """A narrow drawing is less flat, so that its points have room."""
+    return HEIGHT if width >= WIDTH else 0.9 * width
+
+
+def _scale(axes: Axes, figure: Lines, width: float) -> None:
     axes.margins(0.05, 0.1)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     if figure.log_x:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axes.get_xlim()
+        room = width >= WIDTH or high < 50 * low
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if room else (1,)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel(f"{cells.text(figure.x_label)}, logarithmic")
     elif all(float(x).is_integer() for series in figure.series for x in series.x):
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(8 if width >= WIDTH else 4, integer=True))
 
 
-def _across(names: Sequence[str]) -> int:
+def _legend_names(names: Sequence[str], width: float) -> list[str]:
+    """The names as a legend of this width holds them."""
+    most = min(60, int((width - KEY) / LETTER))
+    return [short(name, most) for name in names]
+
+
+def _across(names: Sequence[str], width: float) -> int:
     """The number of entries in a row of a legend."""
-    widest = max((len(name) for name in names), default=1) * LETTER + 60
-    return max(1, min(len(names), int(WIDTH // widest)))
+    widest = max((len(name) for name in names), default=1) * LETTER + KEY
+    return max(1, min(len(names), int(width // widest)))
 
 
 def _legend(canvas: Canvas, entries: Sequence[Artist], names: Sequence[str], across: int) -> None:
@@ -299,14 +316,15 @@ def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 @draw.register
-def _(figure: Bars) -> Drawing:
+def _(figure: Bars, width: float = WIDTH) -> Drawing:
     labels = [short(label) for label in figure.labels]
-    names = list(figure.series)
-    across = _across(names)
-    upright = max((len(label) for label in labels), default=0) * LETTER * len(labels) > WIDTH - 100
+    names = _legend_names(list(figure.series), width)
+    across = _across(names, width)
+    upright = max((len(label) for label in labels), default=0) * LETTER * len(labels) > width - 100
     room = 7 * max((len(label) for label in labels), default=0) if upright else 0
-    width = max(WIDTH, 90 + 9 * len(labels) * max(1, len(names)), 90 + 18 * len(labels))
-    canvas = new_canvas(width, HEIGHT - 60 + room, LINE * ceil(len(names) / across) if len(names) > 1 else 0)
+    tall = _height_of(width) - 60 + room
+    width = max(width, 90 + 9 * len(labels) * max(1, len(names)), 90 + 18 * len(labels))
+    canvas = new_canvas(width, tall, LINE * ceil(len(names) / across) if len(names) > 1 else 0)
     axes = canvas.add_subplot(ylabel=cells.text(figure.y_label))
     axes.grid(visible=False, axis="x")
     bars = _bars(axes, figure)
@@ -316,7 +334,7 @@ def _(figure: Bars) -> Drawing:
         entries = [
             Patch(facecolor=PALETTE[n % len(PALETTE)], edgecolor=INK, hatch=_hatch(n)) for n in range(len(names))
         ]
-        _legend(canvas, entries, [short(name, 60) for name in names], across)
+        _legend(canvas, entries, names, across)
     _freeze(canvas)
     return Drawing(canvas, [], [Spot(_box(patch, axes), text) for patch, text in bars])
 
@@ -347,7 +365,7 @@ def _box(patch: Patch, axes: Axes) -> Box:
 
 
 @draw.register
-def _(figure: HeatMap) -> Drawing:
+def _(figure: HeatMap, width: float = WIDTH) -> Drawing:
     rows, columns = [short(row) for row in figure.rows], [short(column, 44) for column in figure.columns]
     step = max(1, ceil(len(rows) / 110))  # with very many rows, only some get a label
     cell_height = 20 if len(rows) <= 110 else 1800 / len(rows)
@@ -356,7 +374,7 @@ def _(figure: HeatMap) -> Drawing:
     head = 24 if flat else max(map(len, columns), default=0) * LETTER * 0.95
     side = max((len(row) for row in rows), default=0) * LETTER
     groups = max((len(name) for name in figure.groups), default=0) * LETTER
-    width = max(340, 40 + side + groups + cell_width * len(columns))
+    width = max(NARROW, 40 + side + groups + cell_width * len(columns))
     canvas = new_canvas(width, 90 + head + cell_height * len(rows))
     axes = canvas.add_subplot()
     values = np.array([[np.nan if v is None else v for v in row] for row in figure.values], dtype=float)

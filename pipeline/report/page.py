@@ -24,6 +24,7 @@ class Shown:
     figure: Figure
     sheet: Sheet
     svg: str = ""
+    narrow: str = ""  # the drawing for a phone, if it has its own
     png: bytes = b""
     images: Mapping[int, Thumbnail] | None = None
 
@@ -42,7 +43,7 @@ def drawn(figure: Figure, images: Mapping[int, Thumbnail], contact: bytes = b"")
     sheet = cells.sheet(figure, {row: image.file for row, image in images.items()})
     if isinstance(figure, Lines | Bars | HeatMap):
         drawing = picture(figure)
-        return Shown(figure, sheet, drawing.svg, drawing.png)
+        return Shown(figure, sheet, drawing.svg, drawing.narrow, drawing.png)
     return Shown(figure, sheet, png=contact, images=images if isinstance(figure, Gallery) else None)
 
 
@@ -98,10 +99,17 @@ def _figure(shown: Shown) -> str:
     opening = f'<figure id="{name}"{side}>\n<h3>{_html(figure.title)}</h3>\n'
     if isinstance(figure, Table):
         return f"{opening}{_box(figure.title, table)}{caption}</figure>\n"
-    seen = _gallery(figure, shown.images or {}) if isinstance(figure, Gallery) else _box(figure.title, shown.svg)
+    seen = _gallery(figure, shown.images or {}) if isinstance(figure, Gallery) else _box(figure.title, _drawing(shown))
     numbers = _box(f"Numbers of: {figure.title}", table)
     details = f"<details>\n<summary>Numbers (figures/{name}.csv)</summary>\n{numbers}</details>\n"
     return f"{opening}{seen}{caption}{details}</figure>\n"
+
+
+def _drawing(shown: Shown) -> str:
+    """The drawing, or those for two widths of which the page shows one."""
+    if not shown.narrow:
+        return shown.svg
+    return f'<div class="wide">{shown.svg}</div>\n<div class="narrow">{shown.narrow}</div>'
 
 
 def _box(title: str, inner: str) -> str:

@@ -23,6 +23,7 @@ pytestmark = [
 DESKTOP, PHONE, NARROWEST = 1280, 390, 360
 PAPER = 718  # px of an A4 page between its margins
 FRONTIERS = ("frontier-macs", "frontier-latency-1", "frontier-latency-32")
+DRAWINGS = "[...document.querySelectorAll('svg.drawing')].filter((svg) => svg.getBoundingClientRect().width)"
 TIP = "document.getElementById('tip').hidden ? null : document.getElementById('tip').textContent"
 SHOWN = """[...document.querySelectorAll('#%s svg g[data-group]')]
   .filter((g) => getComputedStyle(g).visibility === 'visible').map((g) => g.dataset.group)"""
@@ -59,7 +60,8 @@ def test_smoke_the_page_renders_without_errors_and_requests(
     ink = np.abs(seen - paper).max(axis=2) > 60
     assert 0.005 < ink.mean() < 0.6  # neither blank nor covered
     left, top, right, bottom = browser.run(
-        "(() => { const b = document.querySelector('#frontier-macs svg').getBoundingClientRect();"
+        f"(() => {{ const b = document.querySelector('#frontier-macs {'.narrow' if width == PHONE else '.wide'} svg')"
+        ".getBoundingClientRect();"
         "return [b.left + scrollX, b.top + scrollY, b.right + scrollX, b.bottom + scrollY]; })()"
     )
     scale = seen.shape[1] / width
@@ -82,13 +84,32 @@ def test_the_page_does_not_scroll_sideways_and_small_text_is_legible(browser: Ch
     browser.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     assert browser.run("document.documentElement.scrollWidth") <= width
     smallest = browser.run(
-        "Math.min(...[...document.querySelectorAll('svg.drawing')].flatMap((svg) => {"
+        f"Math.min(...{DRAWINGS}.flatMap((svg) => {{"
         "const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;"
         "return [...svg.querySelectorAll('text')].map((t) => scale * parseFloat(getComputedStyle(t).fontSize)); }))"
     )
     assert smallest >= 11
+    drawings = browser.run(f"{DRAWINGS}.map((svg) => svg.closest('figure').id)")
+    assert len(drawings) == len(set(drawings)) and set(FRONTIERS) < set(drawings)  # each in one width
     assert browser.run("Math.min(...[...document.querySelectorAll('td, th, p, figcaption, li')]"
                        ".map((e) => parseFloat(getComputedStyle(e).fontSize)))") >= 11  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [PHONE, NARROWEST])
+def test_points_and_bars_fit_a_phone_without_scrolling_in_their_box(browser: Chromium, page: Path, width: int) -> None:
+    browser.open(page, width)
+    boxes = browser.run(
+        "[...document.querySelectorAll('.narrow')].map((d) => d.closest('.box')).map("
+        "(b) => b.scrollWidth - b.clientWidth)"
+    )
+    assert boxes and max(boxes) <= 0
+    outside = browser.run(
+        f"{DRAWINGS}.filter((svg) => svg.closest('.narrow')).flatMap((svg) => {{"
+        "const frame = svg.getBoundingClientRect(); return [...svg.querySelectorAll('text')].filter((t) => {"
+        "const b = t.getBoundingClientRect(); return b.left < frame.left - 1 || b.right > frame.right + 1; })"
+        ".map((t) => t.textContent); })"
+    )
+    assert outside == []
 
 
 def test_pointing_at_a_mark_shows_its_name_and_numbers(browser: Chromium, page: Path) -> None:
@@ -107,7 +128,7 @@ def test_a_tap_on_a_phone_names_a_mark(browser: Chromium, page: Path) -> None:
     browser.open(page, PHONE)
     browser.ask("Emulation.setTouchEmulationEnabled", enabled=True)
     try:
-        browser.tap("#frontier-macs .spot")
+        browser.tap("#frontier-macs .narrow .spot")
         assert "first-net · low" in browser.run(TIP)
         left, right = browser.run(
             "(() => { const b = document.getElementById('tip').getBoundingClientRect(); return [b.left, b.right]; })()"
