@@ -353,6 +353,8 @@ class Family(Generic[ConfigT, OutputT]):
     whole(config)                 -> how the net answers with nothing left out of what training leaves out at random, so
                                      that it can teach itself; a sentence on why there is no such net
     policies(config, net)         -> the ways to run the trained net; the first one is the default
+    describe(kind, settings)      -> what a policy of this kind with these settings does, in a few words for people; by
+                                     default its kind
     load_pretrained(config, net, tensors, new_head)
                                   -> fills a fresh net from weights by name (the released code's, torchvision's, a
                                      smaller net's), as `pipeline.weights.load` does: every tensor is used, but for a
@@ -378,6 +380,7 @@ class Family(Generic[ConfigT, OutputT]):
     load_pretrained: Callable[[ConfigT, nn.Module, Mapping[str, Tensor], bool], Loaded] = (
         lambda _, net, tensors, new_head: load(net, tensors)
     )
+    describe: Callable[[str, Settings], str] = lambda kind, _: kind
     mean_over_images: Callable[[ConfigT], bool] = lambda _: True
     layers: Callable[[ConfigT, nn.Module], Layers] | None = None
     varying: Callable[[ConfigT], str | None] = lambda _: None

@@ -277,6 +277,8 @@ def test_each_policy_returns_logits_and_the_macs_of_that_forward(case: str) -> N
     net.eval()
     policies = family.policies(config, net)
     assert len({policy.name for policy in policies}) == len(policies) > 0
+    said = [family.describe(policy.kind, policy.settings) for policy in policies]
+    assert len(set(said)) == len(said) and all(len(text.split()) > 2 and len(text) <= 100 for text in said)
     for policy in policies:
         assert isinstance(policy, Policy)
         fitted = policy.calibrated(net, [(images, torch.arange(IMAGES) % CLASSES)])

@@ -15,14 +15,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-EXPLAINED = {  # what a policy of each kind does
+EXPLAINED = {  # of kinds that say more here than their description
     "": "runs the same blocks for every image; no policy of an evaluation",
-    "resolution": "runs the net at one resolution",
-    "exit": "stops at one exit",
-    "gates": "gates decide for each image; a file takes one image at a time (--batch 1)",
-    "scaled": "runs all blocks, each scaled by how often its gate opens",
-    "shape": "runs the net with its learned shapes fixed",
-    "views": "averages the answers on several views of each image",
+    "gates": "; a file takes one image at a time (--batch 1)",
 }
 
 
@@ -98,9 +93,7 @@ def _list(policies: Sequence[Exportable], model: str) -> None:
 def _row(policy: Exportable) -> list[str]:
     report = policy.report
     figures = [f"{100 * report.top1:.2f}", f"{report.macs_mean / 1e6:.3f}"] if report else ["-", "-"]
-    settings = ", ".join(f"{name}={value}" for name, value in policy.settings.items())
-    what = EXPLAINED.get(policy.kind, policy.kind) + (f" ({settings})" if settings else "")
-    return [policy.name, *figures, what]
+    return [policy.name, *figures, policy.what + EXPLAINED.get(policy.kind, "")]
 
 
 def _batch(text: str) -> Batch:

@@ -142,14 +142,14 @@ def export(
 class Exportable:
     """A way to run a net that can be exported, or cannot (`fixed` is False) since it decides by image.
 
-    kind and settings are the policy's, "" and {} of a form of the net that is no policy of it; report: its stored
-    figures.
+    kind is the policy's and what says what it does, both "" of a form of the net that is no policy of it; report: its
+    stored figures.
     """
 
     name: str
     fixed: bool
     kind: str
-    settings: Mapping[str, int | float | str | bool]
+    what: str
     report: Report | None
 
 
@@ -164,7 +164,7 @@ def exportable(source: str, uri: str | None = None) -> list[Exportable]:
             name,
             name in static,
             policies[name].kind if name in policies else "",
-            policies[name].settings if name in policies else {},
+            model.family.describe(policies[name].kind, policies[name].settings) if name in policies else "",
             figures.get(name),
         )
         for name in dict.fromkeys([*static, *policies])

@@ -25,6 +25,7 @@ WHOLE = 0.005  # distance of a policy's share of the whole net's MACs from 1 bel
 NEAR_PP = 1.0  # points of top-1 below the best within which the cheapest policy is recommended
 MAX_WAITED = 0.1  # share of time spent waiting for a core above which a latency is doubtful
 TOP1 = "top-1 (%)"
+WHAT = "what it does"
 OTHERS = "in no group"
 
 
@@ -272,14 +273,19 @@ def _choices(frontier: Frontier) -> Table:
     best = sorted(_undominated(frontier), key=lambda point: point.cost)
     rows = [_row(point) for point in best]
     caption = "The points of the next picture that are not dominated, cheapest first: one of these is the best choice."
-    return Table(
-        "frontier-points", "Points on the frontier", caption, ["net", "policy", TOP1, "MMACs mean", "% of full"], rows
-    )
+    columns = ["net", "policy", TOP1, "MMACs mean", "% of full", WHAT]
+    return Table("frontier-points", "Points on the frontier", caption, columns, rows)
 
 
 def _row(point: Point) -> list[Cell]:
     report = point.report
-    return [point.net.name, report.policy, 100 * report.top1, report.macs_mean / 1e6, 100 * report.relative_macs]
+    figures = [100 * report.top1, report.macs_mean / 1e6, 100 * report.relative_macs]
+    return [point.net.name, report.policy, *figures, what(point.net, report)]
+
+
+def what(net: Evaluated, report: Report) -> str:
+    """What a policy of the net does, in a few words."""
+    return families.find(net.family).describe(report.kind, report.settings)
 
 
 def _entries(nets: Sequence[Evaluated], size: int) -> list[Latency]:
@@ -325,12 +331,14 @@ def all_policies(nets: Sequence[Evaluated]) -> Table:
     macs, times = by_macs(nets), {size: by_latency(nets, size) for size in sizes}
     columns = ["net", "family", "policy", TOP1, "top-5 (%)", "ECE", "MMACs mean", "MMACs p95", "% of full"]
     columns += [text for size in sizes for text in (f"ms @{size} median", f"ms @{size} p95")]
-    columns += ["dominated", *(f"dominated @{size}" for size in sizes), "images"]
+    columns += ["dominated", *(f"dominated @{size}" for size in sizes), "images", WHAT]
     rows = []
     for net in nets:
         for report in net.reports:
             verdicts = [each.verdict(net, report) for each in (macs, *times.values())]
-            rows.append([net.name, net.family, *_figures(report, sizes), *verdicts, report.num_images])
+            rows.append(
+                [net.name, net.family, *_figures(report, sizes), *verdicts, report.num_images, what(net, report)]
+            )
     return Table("policies", "All policies", "", columns, rows)
 
 

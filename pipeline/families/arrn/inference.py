@@ -77,3 +77,11 @@ def policies(config: ArrnConfig, net: nn.Module) -> Sequence[ArrnResolution]:
     """The finest resolution first, then each lower one with residuals skipped and with all residuals run."""
     lower = [ArrnResolution(side, full) for side in config.evaluated_px for full in (False, True)]
     return [ArrnResolution(config.plan.ladder[0]), *lower]
+
+
+def describe(kind: str, settings: Settings) -> str:
+    """What a policy does, in a few words."""
+    side = settings["side_px"]
+    if settings["full"]:
+        return f"images reduced to {side} px and enlarged again; all residuals run"
+    return f"images of at most {side} px; the residuals of finer resolutions are skipped"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.families.baseline.inference import policies
+from pipeline.families.baseline.inference import describe, policies
 from pipeline.families.baseline.model import BaselineConfig, build
 from pipeline.families.baseline.objective import groups, loss, updates
 from pipeline.families.baseline.released import load_pretrained
@@ -16,6 +16,7 @@ FAMILY = Family(
     groups=groups,
     updates=updates,
     policies=policies,
+    describe=describe,
     load_pretrained=load_pretrained,
     static=static,
     adaptive=False,

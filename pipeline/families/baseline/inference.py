@@ -92,3 +92,13 @@ def resolutions(config: BaselineConfig) -> Sequence[BaselineResolution]:
 def policies(config: BaselineConfig, net: nn.Module) -> Sequence[Policy]:
     """`native` first, then the other resolutions, then `multi-crop` if the recipe asks for it."""
     return [*resolutions(config), *([MultiCrop()] if config.multi_crop else [])]
+
+
+def describe(kind: str, settings: Settings) -> str:
+    """What a policy does, in a few words."""
+    if kind == "views":
+        return f"the mean answer to {settings['views']} views of each image"
+    if not settings:
+        return "the net on the images as they are"
+    side = settings["side_px"]
+    return f"images reduced to {side} px and enlarged again" if settings["up_again"] else f"images resized to {side} px"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.families.convnet_aig.figures import figures
-from pipeline.families.convnet_aig.inference import policies
+from pipeline.families.convnet_aig.inference import describe, policies
 from pipeline.families.convnet_aig.model import AigConfig, build
 from pipeline.families.convnet_aig.objective import groups, loss, mean_over_images, updates, whole
 from pipeline.families.convnet_aig.released import load_pretrained
@@ -19,6 +19,7 @@ FAMILY = Family(
     updates=updates,
     whole=whole,
     policies=policies,
+    describe=describe,
     load_pretrained=load_pretrained,
     figures=figures,
     static=static,

@@ -196,3 +196,17 @@ def policies(config: AigConfig, net: nn.Module) -> Sequence[Policy]:
     controls = {"shuffled": ShuffledGates, "mask": FixedMask}
     others = (*(scaled[kind]() for kind in config.scaled), *(controls[kind]() for kind in config.controls))
     return [Gates("gates-hard"), Gates("gates-sampled", sampled=True), *at, *others]
+
+
+def describe(kind: str, settings: Settings) -> str:
+    """What a policy does, in a few words."""
+    found = {
+        "hard": "a block runs for an image if its gate says that it is more likely than not",
+        "sampled": "a block runs for an image with the probability that its gate gives",
+        "threshold": f"a block runs for an image if its gate's probability exceeds {settings.get('threshold')}",
+        "rate": "all blocks run, each scaled by how often its gate opens",
+        "prob": "all blocks run, each scaled by the image's own gate",
+        "shuffled": "control: each image runs the blocks that another image's gates chose",
+        "mask": "control: every image runs the same blocks, each as often as its gate opens",
+    }
+    return found[str(settings.get("gates", settings.get("by")))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.families.ranet.config import RanetConfig
 from pipeline.families.ranet.figures import figures
-from pipeline.families.ranet.inference import policies
+from pipeline.families.ranet.inference import describe, policies
 from pipeline.families.ranet.model import build
 from pipeline.families.ranet.objective import groups, layers, loss, updates, whole
 from pipeline.families.ranet.released import load_pretrained
@@ -20,6 +20,7 @@ FAMILY = Family(
     updates=updates,
     whole=whole,
     policies=policies,
+    describe=describe,
     load_pretrained=load_pretrained,
     figures=figures,
     static=static,

@@ -356,3 +356,14 @@ def _versions(net: nn.Module) -> int:
     """A number that grows when weights or statistics are written."""
     tensors = (*net.parameters(), *net.buffers())
     return sum(version_of(tensor) or 0 for tensor in tensors)
+
+
+def describe(kind: str, settings: Settings) -> str:
+    """What a policy does, in a few words."""
+    if kind == "exit":
+        return f"every image takes the answer of exit {settings['exit']}"
+    if kind == "anytime":
+        return "every exit answers, and the last one counts"
+    budget = float(settings["budget"])
+    share = f"{budget:,.0f} MACs" if budget > 1 else f"{100 * budget:g} % of the MACs"
+    return f"an image stops at the first exit that is sure enough: {share} on average"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.families.shape_adaptor.figures import figures
-from pipeline.families.shape_adaptor.inference import policies
+from pipeline.families.shape_adaptor.inference import describe, policies
 from pipeline.families.shape_adaptor.model import ShapeConfig, build
 from pipeline.families.shape_adaptor.objective import groups, loss, optimizers, updates, varying
 from pipeline.families.shape_adaptor.static import static
@@ -19,6 +19,7 @@ FAMILY = Family(
     varying=varying,
     optimizers=optimizers,
     policies=policies,
+    describe=describe,
     load_pretrained=load_pretrained,
     figures=figures,
     static=static,

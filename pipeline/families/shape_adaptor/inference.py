@@ -116,3 +116,8 @@ def _facts(net: ShapeNet, plan: ShapePlan, images: Tensor) -> dict[str, Tensor]:
 def policies(config: ShapeConfig, net: nn.Module) -> Sequence[Live | AtShape]:
     """`live` first, then `frozen`."""
     return [Live(), AtShape()]
+
+
+def describe(kind: str, settings: Settings) -> str:
+    """What a policy does, in a few words."""
+    return "the learned shape, frozen" if settings["frozen"] else "the learned shape"
