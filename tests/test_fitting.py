@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,12 @@ from torch import Tensor
 
 from pipeline import ranks, run_config
 from pipeline.data import toy
-from pipeline.errors import ConfigError
-from pipeline.execution import launch
+from pipeline.errors import ConfigError, ResourceError
+from pipeline.execution import launch, worker
+from pipeline.execution.worker import WorkerConfig
 from pipeline.family import find
+from pipeline.runs import records
+from pipeline.runs.journal import Journal, read_all
 from pipeline.training import fitting, state
 from pipeline.training.fitting import Fit, Need, Remembered, fit
 from pipeline.training.loop import train
@@ -29,7 +32,7 @@ STEPS = 4
 
 
 class Limited:
-    """`train_step` on a device with memory for so many images at once; it fails as torch does, after the forward."""
+    """`train_step` on a CPU with memory for so many images at once; it fails as torch does, after the forward."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -54,12 +57,14 @@ def _batches(rows: slice, parts: int):
         yield [MicroBatch(images[some], labels[some], labels[some]) for some in split(len(labels), parts)]
 
 
-def _trained(folder: Path, rows: slice, need: Need, most: int | None) -> tuple[dict[str, Tensor], Fit | None]:
-    """A run in fp64 whose micro-batches have 2 images, or as many as it finds to fit if memory holds `most` images."""
+def _trained(
+    folder: Path, rows: slice, need: Need, most: int | None, told: int = 2
+) -> tuple[dict[str, Tensor], Fit | None]:
+    """A run in fp64 whose micro-batches have `told` images, or as many as fit if memory holds `most` images at once."""
     current = _double(tiny.fresh(tiny.training(), DROPPING))
     plan = tiny.plan(current.net, tiny.training(), DROPPING, total_steps=STEPS)
     found = None if most is None else _fitted(plan, current, need, most)
-    max_batch = 2 if found is None else found.max_batch
+    max_batch = told if found is None else found.max_batch
     train(plan, current, _batches(rows, need.micros(max_batch)), tiny.Recorder(folder))
     return tiny.tensors(current), found
 
@@ -77,8 +82,8 @@ def _fitted(plan: TrainingPlan, current: TrainState, need: Need, most: int) -> F
 def test_a_run_whose_micro_batch_was_halved_equals_one_that_had_the_smaller_one(tmp_path: Path) -> None:
     need = Need((8, 8), tiny.SIDE)
     told, _ = _trained(tmp_path / "told", slice(None), need, None)
-    halved, found = _trained(tmp_path / "halved", slice(None), need, 3)
-    assert found is not None and found.max_batch == 2 and [images for images, *_ in found.failed] == [8, 4]
+    halved, found = _trained(tmp_path / "halved", slice(None), need, 5)
+    assert found is not None and found.max_batch == 2 and [images for images, *_ in found.failed] == [8]
     for name, value in told.items():
         torch.testing.assert_close(halved[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
@@ -86,7 +91,7 @@ def test_a_run_whose_micro_batch_was_halved_equals_one_that_had_the_smaller_one(
 def _of_rank(rank: int, folder: Path) -> None:
     """Rank 1 alone runs out of memory."""
     rows, need = ranks.shard(8, rank, 2), Need((4, 4), tiny.SIDE)
-    told, _ = _trained(folder / f"told{rank}", rows, need, None)
+    told, _ = _trained(folder / f"told{rank}", rows, need, None, 1)
     halved, found = _trained(folder / f"halved{rank}", rows, need, 3 if rank == 1 else 100)
     assert found is not None
     torch.save((told, halved, found.max_batch, [rank for _, rank, _ in found.failed]), folder / f"{rank}.pt")
@@ -97,7 +102,7 @@ def test_all_ranks_halve_where_one_is_out_of_memory_and_nothing_else_changes(tmp
     alone, _ = _trained(tmp_path / "alone", slice(None), Need((8, 8), tiny.SIDE), None)
     for rank in (0, 1):
         told, halved, max_batch, failed = torch.load(tmp_path / f"{rank}.pt")
-        assert (max_batch, failed) == (2, [1])
+        assert (max_batch, failed) == (1, [1])
         for name, value in told.items():
             torch.testing.assert_close(halved[name], value, rtol=1e-9, atol=1e-9, msg=name)
     assert set(alone) == set(told)
@@ -156,7 +161,7 @@ def test_trying_leaves_the_state_of_any_family_as_it_was(recipe: str) -> None:
     plan = TrainingPlan(family, config.family, training, 1, classes, tiny.CPU, current.net, 8, 0.1)
     before = {name: each.clone() for name, each in tiny.tensors(current).items()}
     found = fit(plan, current, Need((8, 8), config.data.side_px, 2), take_step=Limited(4))
-    assert found.max_batch == 4 and current.step == 0 and not any(each.state for each in current.optimizers.values())
+    assert found.max_batch == 2 and current.step == 0 and not any(each.state for each in current.optimizers.values())
     after = tiny.tensors(current)
     assert set(before) == set(after) and all(torch.equal(before[name], each) for name, each in after.items())
 
@@ -208,3 +213,39 @@ def test_what_cannot_be_tried_is_refused_before_the_start(tmp_path: Path, other:
     config = run_config.load("baseline/toy", [*own, "compute.max_batch_per_worker=auto"])
     with fails(ConfigError, "training.cuda_graphs" if "graphs" in other else "compute.max_batch_per_worker"):
         launch.train(config, tmp_path / "run")
+
+
+def test_workers_that_run_out_in_a_real_step_start_again_with_half_as_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until a step fits, or nothing smaller is left to try."""
+    config = run_config.load("convnet_aig/toy", ["compute.max_batch_per_worker=auto"])
+    order, journal = WorkerConfig({}, str(tmp_path), 1), Journal(tmp_path, "driver")
+    starts = list[int]()
+
+    def run(most: int) -> Callable[..., bool]:
+        def attempt(*_: object) -> bool:
+            known = fitting.remembered(tmp_path)
+            starts.append(16 if known is None or known.max_batch is None else known.max_batch)
+            if starts[-1] <= most:
+                return True
+            fitting.remember(tmp_path, max(1, starts[-1] // 2), None)
+            error = worker.out_of_memory(config, "bad_alloc")
+            records.leave_error(error, tmp_path, 0)
+            raise error
+
+        return attempt
+
+    monkeypatch.setattr(launch, "_run", run(4))
+    assert launch._run_within_memory(config, order, None, journal) and starts == [16, 8, 4]
+    assert records.error_left(tmp_path) is None
+    assert [each["event"] for each in read_all(journal.path)] == ["max-batch"] * 2
+    monkeypatch.setattr(launch, "_run", run(0))
+    with fails(ResourceError, "training.batch_size"):
+        launch._run_within_memory(config, order, None, journal)
+    assert starts[3:] == [4, 2, 1]
+    alone = run_config.load("convnet_aig/toy", ["compute.max_batch_per_worker=auto", "compute.workers=0"])
+    fitting.remember(tmp_path, 8, None)
+    with fails(ResourceError, "training.batch_size"):
+        launch._run_within_memory(alone, order, None, journal)
+    assert starts[6:] == [8]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -117,6 +118,11 @@ class Background:
     def get(self) -> DecodedBatch | LoaderFailure | None:
         """The next batch, or None after the last one. Nothing follows None or a failure."""
         return self._ready.get()
+
+    def fill(self) -> None:
+        """Waits until READY batches are ready, or nothing more comes."""
+        while self._thread.is_alive() and not self._ready.full():
+            time.sleep(0.01)
 
     def close(self) -> None:
         """Ends the thread, the decoder and the reader; waits for them."""

@@ -186,6 +186,10 @@ class TrainLoader:
         """A decoder of single images."""
         return self._new_decoder((self._decoder_config if self._pictures is None else self._on_cpu).single())
 
+    def fill(self) -> None:
+        """Waits until the next batches are decoded: then the loader has the memory that it needs."""
+        self._background().fill()
+
     def close(self) -> None:
         """Ends the background thread and frees its decoder; the next batch starts it again. Pictures stay in memory."""
         if self._thread is not None:

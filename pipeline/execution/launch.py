@@ -45,7 +45,7 @@ from pipeline.runs.journal import Journal
 from pipeline.runs.lease import Lease
 from pipeline.runs.records import Status
 from pipeline.tracking import Uploader
-from pipeline.training import checkpoint, torchvision_weights, weights_file
+from pipeline.training import checkpoint, fitting, torchvision_weights, weights_file
 from pipeline.training.checkpoint import Storage
 from pipeline.training.step import num_micros, single_images
 from pipeline.training.teachers.base import TeacherConfig
@@ -160,7 +160,7 @@ def _train(config: RunConfig, order: WorkerConfig, seen: Watched, progress: Prog
     write_config(run_dir, config, fingerprint, order.allow_changed)
     with Uploader(run_dir, config.tracking, order.recipe, command=sys.argv, fence=order.fence) as uploader:
         with seen.watch.journal(uploader.journal):
-            if not _is_finished(run_dir, fingerprint) and not _run(config, order, seen):
+            if not _is_finished(run_dir, fingerprint) and not _run_within_memory(config, order, seen, uploader.journal):
                 _stopped_unstarted(run_dir, storage, fingerprint, uploader.journal)
             beats.enter("registering the net", LONG)
             return conclude(config, run_dir, uploader)
@@ -370,6 +370,29 @@ def _stopped_unstarted(run_dir: Path, storage: Storage, fingerprint: Mapping[str
     known = best if best in storage.names() else None
     records.write_status(run_dir, Status(False, step, fingerprint, known, newest))
     journal.event("stopped", step=step)
+
+
+def _run_within_memory(config: RunConfig, order: WorkerConfig, seen: Watched, journal: Journal) -> bool:
+    """`_run`; if `compute.max_batch_per_worker: auto` has let through too much, again from the newest checkpoint.
+
+    Each time begins with at most half as many images in memory, until the fewest with which the net works. Not in this
+    process, which would keep what it has allocated: there the user's next start does it.
+    """
+    run_dir, compute = Path(order.run_dir), config.compute
+    while compute.max_batch_per_worker == "auto" and compute.workers != 0:
+        before = fitting.remembered(run_dir)
+        try:
+            return _run(config, order, seen)
+        except AdaptNetError as error:
+            found = fitting.remembered(run_dir)
+            if error.key != worker.OUT_OF_MEMORY or found is None or found.max_batch is None or found == before:
+                raise
+            reason = str(error).partition(worker.AT_ONCE)[0]
+        again = f"{reason} The workers start again from the newest checkpoint and try {found.max_batch} images at once"
+        journal.event("max-batch", text=again)
+        for left in run_dir.glob("error-*.json"):
+            left.unlink()
+    return _run(config, order, seen)
 
 
 def _run(config: RunConfig, order: WorkerConfig, seen: Watched) -> bool:

@@ -61,6 +61,7 @@ from pipeline.training.state import TrainState
 from pipeline.training.step import MicroBatch, StepFunction
 
 ARITHMETIC = "arithmetic.json"  # in the run folder: the precision and compilation that the run has chosen
+OUT_OF_MEMORY, AT_ONCE = "training.batch_size", " A worker trains on"  # key and second sentence of the error
 EVALUATING = 3.0  # what follows the last batch gives no sign
 
 
@@ -123,12 +124,12 @@ def out_of_memory(config: RunConfig, message: str) -> AdaptNetError:
     auto = config.compute.max_batch_per_worker == "auto"
     way_out = found if auto else f"set compute.max_batch_per_worker below {rows} or to auto, which splits a step"
     return kind(
-        f"{socket.gethostname()}: out of memory ({message}). A worker trains on {rows} images of "
+        f"{socket.gethostname()}: out of memory ({message}).{AT_ONCE} {rows} images of "
         f"{config.data.largest_side_px} px at once, of training.batch_size (={trained}), and evaluates "
         f"{evaluated // world} of {config.data.side_for_eval} px, of evaluation.batch_size (={evaluated}). Make these "
         f"smaller, or {way_out}. "
         "`adaptnet plan` estimates what a recipe needs; the same command resumes from the newest checkpoint",
-        key="training.batch_size",
+        key=OUT_OF_MEMORY,
         subject=trained,
     )
 
@@ -593,7 +594,7 @@ def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
     events.writer.event("started", step=current.step, total_steps=plan.total_steps, **_facts(context, current))
     with _train_loader(context, current.step, events) as loader:
         rows = loader.stream.row_bounds(ranks.world())
-        max_batch = _max_batch(context, plan, current, rows, events)
+        max_batch = _max_batch(context, plan, current, loader, events)
         batches = _micro_batches(context, plan, loader, max_batch)
         take_step: StepFunction = step.train_step
         if config.compute.max_batch_per_worker == "auto":
@@ -638,17 +639,18 @@ def _facts(context: RunContext, current: TrainState) -> dict[str, object]:
 
 
 def _max_batch(
-    context: RunContext, plan: TrainingPlan, current: TrainState, rows: tuple[int, int], events: RunEvents
+    context: RunContext, plan: TrainingPlan, current: TrainState, loader: TrainLoader, events: RunEvents
 ) -> int | None:
     """The images in memory at once: the recipe's number, or the one that was found by trying. Collective."""
     config = context.config
     if config.compute.max_batch_per_worker != "auto":
         return config.compute.max_batch
     events.beats.enter("trying how many images fit", COMPILING)
-    known = ranks.agree(fitting.remembered(context.run_dir))
+    known, rows = ranks.agree(fitting.remembered(context.run_dir)), loader.stream.row_bounds(ranks.world())
     if known is not None and known.rows == rows:  # a start that tries again could find another number
         return known.max_batch
     need = fitting.Need(rows, config.data.largest_side_px, fitting.fewest_at_once(current.net, config.data))
+    loader.fill()  # what it needs is not left for the step
     found = fitting.fit(plan, current, need, known.max_batch if known else None)
     events.writer.max_batch(found.max_batch, rows)
     if found.failed:

@@ -3,7 +3,7 @@
 Each rank takes one step on random images with a copy of the training state, and communicates with no other rank. If
 memory runs out on any rank, all ranks halve their micro-batches and try again. The state itself, the random numbers and
 the images of the data set are not touched, so the run equals one whose recipe gives the number that was found. The copy
-stays as a margin for what a real step needs besides, such as the buffers of the communication.
+and some images stay as a margin for what a real step needs besides, such as the buffers of the communication.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from pipeline.data.augment import mix_operations
 from pipeline.data.config import DataConfig
 from pipeline.errors import ConfigError
 from pipeline.runs.files import read_json, write_json
-from pipeline.training.memory import oom_message
+from pipeline.training.memory import oom_message, returning_freed_memory
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainState
 from pipeline.training.step import Meter, MicroBatch, StepFunction, num_micros, split, train_step
 
 FILE = "max_batch.json"  # in the run folder
+BESIDES = 2  # times a rank's normalised images: memory of their augmentation
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,20 @@ def fit(
 ) -> Fit:
     """The largest of `start`, its half, its quarter ... with which a step fits into the memory of every rank.
 
-    start: images in memory at once; None, or too few for this net: the whole share of a rank. `state` is not changed.
+    On a CPU it is half of that where something did not fit. start: images in memory at once; None, or too few for this
+    net: the whole share of a rank. `state` is not changed.
     Collective. Raises ConfigError if the smallest micro-batch does not fit.
     """
     max_batch = start if start is not None and need.allows(start) else None
     failed = list[tuple[int, int, str]]()
+    on_cpu = plan.device.type == "cpu"
     while True:
-        messages = ranks.gather(_rehearse(plan, state, need, max_batch, take_step))
+        with returning_freed_memory() if on_cpu else nullcontext():
+            messages = ranks.gather(_rehearse(plan, state, need, max_batch, take_step))
         found = [(rank, message) for rank, message in enumerate(messages) if message is not None]
         if not found:
-            return Fit(max_batch, tuple(failed))
+            spare = need.halved(max_batch) if failed and on_cpu else None  # the heap of a step is less compact
+            return Fit(max_batch if spare is None else spare, tuple(failed))
         failed.append((need.largest(max_batch), *found[0]))
         smaller = need.halved(max_batch)
         if smaller is None:
@@ -142,7 +148,10 @@ def _message(plan: TrainingPlan, state: TrainState, need: Need, micros: int, tak
     """What `_rehearse` returns. The copy and its images are freed on return."""
     try:
         current = copy.deepcopy(state)
-        take_step(replace(plan, forward=current.net), current, _random_images(plan, current.net, need, micros), Meter())
+        images = _random_images(plan, current.net, need, micros)
+        besides = [torch.empty_like(micro.images) for micro in images for _ in range(BESIDES)]
+        take_step(replace(plan, forward=current.net), current, images, Meter())
+        del besides
     except (MemoryError, RuntimeError) as error:
         message = oom_message(error)
         if message is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # malloc.h of glibc
 SETTINGS = {
@@ -11,6 +13,7 @@ SETTINGS = {
     M_TOP_PAD: 64 << 20,  # grow heaps by 64 MiB, the size of a thread's heap, so that no thread's arena is trimmed
 }
 IN_MAIN_THREAD = {M_MMAP_MAX: 0}  # never serve an allocation by mmap, which would be returned when it is freed
+RETURNING = {M_MMAP_MAX: 1 << 16, M_MMAP_THRESHOLD: 1 << 20}
 IN_OTHERS = {M_MMAP_THRESHOLD: 32 << 20}  # mmap only above so many bytes, because a thread's heap ends at 64 MiB
 
 OUT_OF_MEMORY = (  # messages of torch on a GPU and on a CPU, of its libraries, and of the C++ library that DALI uses
@@ -45,3 +48,18 @@ def keep_freed_memory() -> bool:
     settings = SETTINGS | (IN_MAIN_THREAD if main else IN_OTHERS)
     accepted = [mallopt(name, value) == 1 for name, value in settings.items()]
     return all(accepted)
+
+
+@contextmanager
+def returning_freed_memory() -> Iterator[None]:
+    """Large allocations within the block go back to the kernel when they are freed; afterwards `keep_freed_memory`.
+
+    Otherwise a heap that has once grown to the limit would leave nothing to the other allocators of this process.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        for name, value in RETURNING.items():
+            ctypes.CDLL(None).mallopt(name, value)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
