@@ -30,6 +30,10 @@ from pipeline.runs import journal
 PATIENCE_S = 300.0
 SMALL = ("tracking.register=null", "evaluation.latency_repeats=0", "logging.every=1 steps")
 SAVED = "baseline/imagenet_resnet50"  # the net that is saved on a warning: 25.6 million parameters
+LASTING = (  # trains until it is cancelled; with the recipe's learning rate four images diverge within some steps
+    *("checkpoint.every=100000 steps", "evaluation.every=100000 epochs", "training.epochs=100000"),
+    "training.optimizer.lr=1e-6",
+)
 TINY = ("data.side_px=32", "data.shuffle=full", "training.batch_size=4", "family.resolutions_px=[]")
 
 
@@ -84,8 +88,7 @@ def warnings(overrides: Sequence[str], site: SiteProfile, *, nodes: int, rounds:
     with _workspace() as workspace:
         for _ in range(rounds):
             run = _new(workspace)
-            never = ["checkpoint.every=100000 steps", "evaluation.every=100000 epochs", "training.epochs=100000"]
-            arguments = [SAVED, f"data.root={workspace}/images", *SMALL, *TINY, *never, *overrides]
+            arguments = [SAVED, f"data.root={workspace}/images", *SMALL, *TINY, *LASTING, *overrides]
             job = _submit(workspace, run, arguments, site, nodes)
             _until(lambda run=run: len(_steps(run)) > 1, run)  # type: ignore[misc]
             began = time.time()
@@ -177,10 +180,13 @@ def _log(run: Path) -> list[str]:
 
 
 def _until(holds: Callable[[], bool], run: Path) -> None:
+    """Waits for it. Raises ResourceError if the run's job has ended without it, or after PATIENCE_S."""
     deadline = time.monotonic() + PATIENCE_S
     while not holds():
-        if time.monotonic() > deadline:
-            raise ResourceError(
-                f"{run}: timed out after {PATIENCE_S:g} s; {' / '.join(_log(run)[-3:])}", key="slurm", subject=run
-            )
-        time.sleep(0.2)
+        over = _ended(run)
+        if over and holds():
+            return
+        if over or time.monotonic() > deadline:
+            what = "its job has ended" if over else f"timed out after {PATIENCE_S:g} s"
+            raise ResourceError(f"{run}: {what}; {' / '.join(_log(run)[-3:])}", key="slurm", subject=run)
+        time.sleep(1)
