@@ -67,7 +67,8 @@ class ComputeConfig(Config):
         1  # 0: in this process; [min, max]: elastic
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    cpus_per_worker: Annotated[float, Field(gt=0, le=4096)] = 1.0
+    # auto: as many as each GPU has on its node; without GPUs, as many as each worker has
+    cpus_per_worker: Annotated[float, Field(gt=0, le=4096)] | Literal["auto"] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0, le=64), AfterValidator(_whole)] | None = (
         None  # null: 1 where the device is a GPU
     )
@@ -101,6 +102,11 @@ class ComputeConfig(Config):
     def max_batch(self) -> int | None:
         """The images that a worker has in memory at once; None if that is its whole share or found by trying."""
         return None if self.max_batch_per_worker == "auto" else self.max_batch_per_worker
+
+    @property
+    def cpus(self) -> float | None:
+        """The CPUs of a worker; None if they depend on the node."""
+        return None if self.cpus_per_worker == "auto" else self.cpus_per_worker
 
     @property
     def most_workers(self) -> int:

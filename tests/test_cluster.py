@@ -17,7 +17,7 @@ from ray_here import Head
 from pipeline.errors import ResourceError
 from pipeline.execution import allocation
 from pipeline.execution.allocation import Node
-from pipeline.execution.cluster import cluster, demand
+from pipeline.execution.cluster import cluster, cpu_share, demand, with_cpus
 from pipeline.run_config import ComputeConfig
 
 
@@ -39,6 +39,42 @@ def test_the_demand_of_workers_is_a_sum() -> None:
     assert demand(compute, 4, gpu=False) == {"CPU": 6.0}
     assert demand(compute, 4, gpu=True) == {"CPU": 6.0, "GPU": 4.0}
     assert demand(compute.model_copy(update={"gpus_per_worker": 2}), 4, gpu=True) == {"CPU": 6.0, "GPU": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("own", "nodes", "gpu", "cpus"),
+    [
+        ({"workers": 8}, [(16, 8)], True, 2),
+        ({"workers": 4, "gpus_per_worker": 2}, [(16, 8)], True, 4),
+        ({"workers": 16}, [(96, 8), (20, 8)], True, 2),
+        ({"workers": 8}, [(4, 8), (64, 0)], True, 0.5),
+        ({"workers": 4}, [(16, 0)], False, 4),
+        ({"workers": (2, 3)}, [(9, 0), (8, 0)], False, 4),
+        ({"workers": 4}, [(2, 0)], False, 0.5),
+    ],
+)
+def test_the_cpus_of_a_node_are_shared_by_its_gpus_or_its_workers(
+    own: dict[str, object], nodes: list[tuple[int, int]], gpu: bool, cpus: float
+) -> None:
+    compute = ComputeConfig(cpus_per_worker="auto", **own)  # type: ignore[arg-type]
+    resources = [{"CPU": float(cpus), **({"GPU": float(gpus)} if gpus else {})} for cpus, gpus in nodes]
+    assert cpu_share(compute, resources, gpu=gpu) == cpus
+
+
+def test_a_run_in_this_process_has_all_cpus_that_it_may_use() -> None:
+    assert with_cpus(ComputeConfig(cpus_per_worker="auto", workers=0)).cpus == len(os.sched_getaffinity(0))
+    assert with_cpus(ComputeConfig(cpus_per_worker=3.0)).cpus == 3
+
+
+@pytest.mark.ray
+def test_workers_that_share_a_nodes_cpus_fit_on_it(ray_head: Head) -> None:
+    compute = ComputeConfig(workers=2, cpus_per_worker="auto", address=ray_head.address, device="cpu")
+    with cluster(compute):
+        import ray
+
+        whole = ray.cluster_resources()["CPU"]
+        assert whole / 2 <= demand(compute, 2, gpu=False)["CPU"] <= whole
+        assert with_cpus(compute).cpus == demand(compute, 1, gpu=False)["CPU"]
 
 
 @pytest.mark.ray

@@ -89,9 +89,13 @@ def _network(plan: ResourcePlan) -> Iterator[str]:
 def _decoding(config: RunConfig, plan: ResourcePlan, gpus_per_node: int) -> Iterator[str]:
     if plan.decode_cores is None:
         return
-    threads, has = ceil(plan.decode_cores), config.data.decode_threads or max(1, int(config.compute.cpus_per_worker))
+    threads, cpus = ceil(plan.decode_cores), config.compute.cpus
+    node = threads * max(1, gpus_per_node)
+    if cpus is None and config.data.decode_threads is None:
+        yield f"decoding keeps {threads} cores of each worker busy, so {node} cores on each node"
+        return
+    has = config.data.decode_threads or max(1, int(cpus or 1))
     if threads > has:
-        node = threads * max(1, gpus_per_node)
         yield (
             f"decoding keeps {threads} cores of each worker busy, the recipe gives {has}: compute.cpus_per_worker="
             f"{threads}, so {node} cores on each node; or smaller images by `adaptnet data pack`, or a GPU's decoder"

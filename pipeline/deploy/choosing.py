@@ -268,10 +268,11 @@ def _command(each: Candidate, folder: ImageFolder) -> str:
     if each.tuned and not _downloads(each):
         words.append("training.start_from=FILE")
     compute = each.config.compute
-    cpus = min(compute.cpus_per_worker, os.cpu_count() or 1)
+    here = float(os.cpu_count() or 1)
+    cpus = min(compute.cpus or here, here)
     if compute.device == "cuda":
         words += ["compute.workers=1", f"compute.cpus_per_worker={cpus:g}", "compute.device=auto"]
-    elif cpus < compute.cpus_per_worker:
+    elif compute.cpus is not None and cpus < compute.cpus:
         words.append(f"compute.cpus_per_worker={cpus:g}")
     if each.config.training.batch_size > max(1, folder.images // 4):
         words.append(f"--batch-size {max(2, 1 << max(0, folder.images // 16).bit_length())} training.scale_lr=linear")

@@ -10,9 +10,10 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,7 @@ from pipeline.run_config import ComputeConfig
 SHUTDOWN_S = 60.0  # a living Ray ends within a second or two, on a busy machine later
 STOPPED_S = 5.0  # how long the end of a Ray may take one of whose processes is stopped
 POLL_S = 0.5
+LEAST_CPUS = 0.01  # Ray counts in ten-thousandths
 HEALTH_CHECK_S = "0.5"  # how often Ray's controller polls the workers; a report waits for one poll
 
 _frozen: list[tuple[threading.Thread, list[psutil.Process]]] = []  # ends that were given up, with Ray's own processes
@@ -223,10 +225,37 @@ def computes_on_gpu(compute: ComputeConfig) -> bool:
     return compute.device == "cuda" or (compute.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
 
 
+def with_cpus(compute: ComputeConfig) -> ComputeConfig:
+    """`compute` with a number of CPUs; for "auto", a worker's share of the node of the cluster that has the fewest."""
+    if compute.cpus is not None:
+        return compute
+    if compute.workers == 0:
+        return compute.model_copy(update={"cpus_per_worker": float(len(os.sched_getaffinity(0)))})
+    import ray
+
+    nodes = [each["Resources"] for each in ray.nodes() if each["Alive"]]
+    found = cpu_share(compute, nodes, gpu=computes_on_gpu(compute))
+    return compute.model_copy(update={"cpus_per_worker": found})
+
+
+def cpu_share(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]], *, gpu: bool) -> float:
+    """The CPUs of each worker if its node's are shared: by the GPUs, without them by the workers spread over the nodes.
+
+    nodes: their resources, as Ray names them. At least 1, of fewer a part.
+    """
+    used = [node for node in nodes if node.get("GPU" if gpu else "CPU")]
+    workers = ceil(compute.most_workers / max(1, len(used)))
+    each = 1.0 if compute.gpus_per_worker is None else compute.gpus_per_worker
+    shares = [node.get("CPU", 0.0) / (node["GPU"] / max(1.0, each) if gpu else workers) for node in used]
+    least = min(shares, default=1.0)
+    return float(int(least)) if least >= 1 else max(least, LEAST_CPUS)
+
+
 def demand(compute: ComputeConfig, workers: int, *, gpu: bool) -> dict[str, float]:
     """The CPUs and GPUs of `workers` workers, as Ray names resources: {"CPU": 4.0, "GPU": 2.0}."""
     gpus = compute.gpus_per_worker if compute.gpus_per_worker is not None else float(gpu)
-    needed = {"CPU": workers * compute.cpus_per_worker, "GPU": workers * gpus if gpu else 0.0}
+    cpus = compute.cpus if compute.cpus is not None else with_cpus(compute).cpus
+    needed = {"CPU": workers * (cpus or 0.0), "GPU": workers * gpus if gpu else 0.0}
     return {name: amount for name, amount in needed.items() if amount}
 
 
@@ -239,7 +268,7 @@ def _check_resources(compute: ComputeConfig) -> None:
     while lacking := _lacking(needed, ray.cluster_resources()):
         if time.monotonic() >= deadline:
             raise ResourceError(
-                f"compute.workers (={compute.workers}) x cpus_per_worker (={compute.cpus_per_worker:g}) needs "
+                f"compute.workers (={compute.workers}) x cpus_per_worker (={compute.cpus_per_worker}) needs "
                 f"{'; '.join(lacking)}. Lower one of them, or wait longer for nodes (compute.start_patience_s)",
                 key="compute.workers",
                 subject=compute.workers,

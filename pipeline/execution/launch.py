@@ -382,7 +382,7 @@ def _run_within_memory(config: RunConfig, order: WorkerConfig, seen: Watched, jo
     while compute.max_batch_per_worker == "auto" and compute.workers != 0:
         before = fitting.remembered(run_dir)
         try:
-            return _run(config, order, seen)
+            return _run(config, order, seen, journal)
         except AdaptNetError as error:
             found = fitting.remembered(run_dir)
             if error.key != worker.OUT_OF_MEMORY or found is None or found.max_batch is None or found == before:
@@ -392,24 +392,36 @@ def _run_within_memory(config: RunConfig, order: WorkerConfig, seen: Watched, jo
         journal.event("max-batch", text=again)
         for left in run_dir.glob("error-*.json"):
             left.unlink()
-    return _run(config, order, seen)
+    return _run(config, order, seen, journal)
 
 
-def _run(config: RunConfig, order: WorkerConfig, seen: Watched) -> bool:
+def _with_cpus(order: WorkerConfig, config: RunConfig, journal: Journal) -> WorkerConfig:
+    """The order with the CPUs that each worker gets, if the recipe leaves that to the node."""
+    if config.compute.cpus is not None:
+        return order
+    compute = cluster.with_cpus(config.compute)
+    journal.event(
+        "cpus", text=f"each worker has {compute.cpus:g} CPUs of its node, of which images are decoded as well"
+    )
+    return replace(order, recipe=configs.as_mapping(config.model_copy(update={"compute": compute})))
+
+
+def _run(config: RunConfig, order: WorkerConfig, seen: Watched, journal: Journal) -> bool:
     """Trains; False if the run was asked to stop before its workers had started."""
     run_dir, watch = Path(order.run_dir), seen.watch
     if config.compute.workers == 0:
-        worker.work(replace(order, under_ray=False), seen.beats)
+        worker.work(_with_cpus(replace(order, under_ray=False), config, journal), seen.beats)
         return True
     seen.beats.enter("starting Ray", UNWATCHED)
     if (run_dir / "stop").exists():
         return False
     with cluster.cluster(config.compute, run_dir / RAY_LOG) as connection:
         seen.beats.enter("waiting for the workers", UNWATCHED)
+        order = _with_cpus(order, config, journal)
         order = replace(order, watch=watch.address(cluster.own_ip(config.compute)))
         try:
             with watch.over_ray(cluster.gcs_address(config.compute)):
-                started = _fit(_trainer(config.compute, order), watch)
+                started = _fit(_trainer(cluster.with_cpus(config.compute), order), watch)
         except Exception as error:  # Ray wraps a worker's error in classes of its own
             if watch.error is not None:
                 connection.ends_within_s, connection.lost = 1.0, watch.ray_lost

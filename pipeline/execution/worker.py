@@ -186,7 +186,7 @@ class RunContext:
     @property
     def threads(self) -> int:
         """Threads that decode images on this rank."""
-        return self.config.data.decode_threads or max(1, int(self.config.compute.cpus_per_worker))
+        return self.config.data.decode_threads or max(1, int(self.config.compute.cpus or 1))
 
     @property
     def syncs_batchnorm(self) -> bool:
