@@ -419,10 +419,11 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def top1(logits: Tensor, labels: Tensor) -> Tensor:
     """Whether each image's label has the highest logit, [B] f32; it counts 1/n where n classes share that logit.
 
-    logits [B, K], labels [B]. A label whose logit is not a number does not count.
+    logits [B, K], labels [B]; of several answers to an image [B, n, K] and [B, n] -> [B, n]. A label whose logit is not
+    a number does not count.
     """
-    own = logits.gather(1, labels[:, None])
-    above, level = (logits > own).sum(1), (logits == own).sum(1)
+    own = logits.gather(-1, labels[..., None])
+    above, level = (logits > own).sum(-1), (logits == own).sum(-1)
     return ((above == 0) & (level > 0)) / level.clamp(min=1).float()
 
 

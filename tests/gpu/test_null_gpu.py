@@ -36,7 +36,7 @@ BOUNDS = {
     "convnet_aig/imagenet_50": Bounds(1006, waits=16),
     "shape_adaptor/imagenet_resnet50": Bounds(870),
     "arrn/imagenet:t": Bounds(1290),
-    "ranet/imagenet_32": Bounds(4705, waits=2),
+    "ranet/imagenet_32": Bounds(4600, waits=2),
 }
 CHECKED = 32  # kernels of the check that all weights are finite
 FLUSHED = 2  # kernels of a log point, which waits once

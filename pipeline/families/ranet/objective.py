@@ -24,7 +24,8 @@ def loss(config: RanetConfig, output: RanetOutput, targets: Tensor, criterion: C
     The parts are `ce` of the last exit, `ce/<exit>` and `top1/<exit>` of each, and `distillation`. The class of a mixed
     image, for top-1, is the one with the largest share.
     """
-    exits = torch.stack([criterion(logits, targets) for logits in output.exits.unbind(1)])
+    answers = output.exits.to(torch.promote_types(output.exits.dtype, torch.float32))  # [B, E, K]
+    exits = torch.stack([criterion(logits, targets) for logits in answers.unbind(1)])
     by_exit = {f"ce/{number:02d}": value for number, value in enumerate(exits.detach(), 1)}
     truth = targets if targets.dim() == 1 else targets.argmax(1)
     parts = {"ce": exits[-1].detach(), **by_exit}
@@ -32,8 +33,8 @@ def loss(config: RanetConfig, output: RanetOutput, targets: Tensor, criterion: C
     if config.exit_distillation:
         distilled = exit_divergence(output.exits, config.exit_temperature)
         total, parts["distillation"] = total + config.exit_distillation * distilled, distilled.detach()
-    each = [top1(logits, truth).mean() for logits in output.exits.detach().unbind(1)]
-    hits = {f"top1/{number:02d}": value for number, value in enumerate(each, 1)}
+    each = top1(answers.detach(), truth[:, None].expand(answers.shape[:2])).mean(0)  # [E]
+    hits = {f"top1/{number:02d}": value for number, value in enumerate(each.unbind(), 1)}
     return Loss(total, parts | hits)
 
 
