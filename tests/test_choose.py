@@ -49,6 +49,13 @@ def test_what_is_recommended_is_within_the_limit_and_few_and_each_of_its_kind(fo
         assert all(cost.policies.get(name, cost.macs) <= parse_budget(limit).amount for name in each.candidate.within)
 
 
+@pytest.mark.parametrize("limit", ["6M", "20M", "60M", "300M"])
+def test_no_net_is_recommended_for_its_poorest_policy_alone(limit: str) -> None:
+    folder = ImageFolder(Path("/images"), (600,) * 12, 48.0)
+    for each in choosing.recommend(folder, max_macs=parse_budget(limit)):
+        assert each.candidate.macs >= each.candidate.cost.macs / 8, each.candidate.recipe
+
+
 def test_few_images_a_class_put_trained_weights_first() -> None:
     assert choosing.recommend(PHOTOS)[0].candidate.tuned
     assert not choosing.recommend(MANY)[0].candidate.tuned

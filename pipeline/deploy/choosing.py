@@ -30,6 +30,7 @@ from pipeline.errors import ConfigError, ResourceError
 from pipeline.evaluation.frontier import Budget, macs_text
 from pipeline.run_config import RunConfig
 
+POOREST = 1 / 8  # share of the net's MACs: a policy below it answers much worse than the net
 FEW_IMAGES = 500  # of a class, below which a recipe that starts from trained weights comes first
 MOST = 3  # recipes that are recommended
 ENLARGED = 2.0  # how much worse it is to enlarge images than to shrink them, in octaves of the side
@@ -166,7 +167,11 @@ def _too_tight(key: str, budget: Budget, least: float) -> ConfigError:
 
 
 def _fitting(found: Sequence[Candidate], folder: ImageFolder) -> list[Candidate]:
-    """Those whose side fits the images about as well as any, and where images are few all that have trained weights."""
+    """Those whose side fits the images about as well as any, and where images are few all that have trained weights.
+
+    Not those of which only the poorest policies are within the limit, if there are others.
+    """
+    found = [each for each in found if each.macs >= POOREST * each.cost.macs] or found
     best = min(_misfit(each, folder) for each in found)
     few = folder.images_a_class < FEW_IMAGES
     return [each for each in found if _misfit(each, folder) <= best + 1 or (few and each.tuned)]

@@ -591,7 +591,8 @@ def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
     if context.decoder_fault:
         text = f"{socket.gethostname()}: decoding a JPEG on the GPU failed ({context.decoder_fault}); the CPU decodes"
         events.remember("warning", text=text)
-    events.writer.event("started", step=current.step, total_steps=plan.total_steps, **_facts(context, current))
+    facts = _facts(context, current) if ranks.rank() == 0 else {}  # the journal of rank 0 has the event
+    events.writer.event("started", step=current.step, total_steps=plan.total_steps, **facts)
     with _train_loader(context, current.step, events) as loader:
         rows = loader.stream.row_bounds(ranks.world())
         max_batch = _max_batch(context, plan, current, loader, events)

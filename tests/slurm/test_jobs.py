@@ -325,7 +325,7 @@ def test_the_cost_of_jobs_is_measured(user: Workspace) -> None:
     assert re.search(r"^job start to first step +\S+ +s +\d+\.\d+ +by hand to first step$", printed, re.MULTILINE)
     printed = user.adaptnet(*words, "--warning")
     (seconds,) = re.findall(r"^warning to all ranks saved +(\S+) +s$", printed.replace("  \n", "\n"), re.MULTILINE)
-    assert 0 < float(seconds) < 10
+    assert 0 < float(seconds) < 60
     assert not [path for path in (user.home / "runs").iterdir() if path.name.startswith("bench-")]
 
 
