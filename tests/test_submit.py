@@ -419,6 +419,18 @@ def test_edits_after_submission_do_not_change_the_job(tmp_path: Path) -> None:
     assert (copy / "pipeline" / "one.py").read_text() == "# pipeline\n"
 
 
+def test_snapshots_share_the_weights_of_the_zoo_and_nothing_else(tmp_path: Path) -> None:
+    checkout, copy = tmp_path / "checkout", tmp_path / "copy"
+    for package in snapshot.PACKAGES:
+        (checkout / package).mkdir(parents=True)
+    files = [checkout / "pipeline" / name for name in ("model.safetensors", "module.py")]
+    for file in files:
+        file.write_text("x")
+    snapshot.save(copy, checkout)
+    shared = [os.path.samefile(file, copy / file.relative_to(checkout)) for file in files]
+    assert shared == [True, False] and (copy / "pipeline" / "module.py").read_text() == "x"
+
+
 def test_a_snapshot_holds_recipes_and_the_state_of_git(tmp_path: Path) -> None:
     snapshot.save(tmp_path / "copy")
     assert (tmp_path / "copy" / "pipeline" / "families" / "ranet" / "recipes" / "toy.yaml").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,7 +14,8 @@ from pipeline.installation import CODE, PACKAGES
 from pipeline.runs import provenance
 from pipeline.runs.files import whole_folder, write_text
 
-KINDS = (".py", ".yaml", ".html", ".css", ".js", ".json", ".safetensors")
+WEIGHTS = ".safetensors"
+KINDS = (".py", ".yaml", ".html", ".css", ".js", ".json", WEIGHTS)
 
 
 def name(root: Path = CODE) -> str:
@@ -33,8 +35,17 @@ def save(folder: Path, root: Path = CODE) -> None:
             for relative, path in _sources(root).items():
                 target = aside / relative
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+                _copy(path, target)
             write_text(aside / provenance.KEPT, json.dumps(provenance.git_state(root)))
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Weights of the zoo, which nobody edits, are linked where that is possible, so that snapshots stay small."""
+    if path.suffix == WEIGHTS:
+        with suppress(OSError):  # another file system
+            os.link(path, target)
+            return
+    shutil.copyfile(path, target)
 
 
 def _sources(root: Path) -> Mapping[str, Path]:
