@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+PLURALS = {"net": "nets", "policy": "policies", "figure": "figures"}
+
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
 
@@ -65,9 +67,9 @@ def report(
     from pipeline.report import report as make
 
     written = make(sources, out, groups=groups, uri=uri, track=track, data_set=published)
-    typer.echo(
-        f"{written.num_nets} nets, {written.num_policies} policies, {written.num_figures} figures: {written.page}"
-    )
+    counts = {"net": written.num_nets, "policy": written.num_policies, "figure": written.num_figures}
+    found = ", ".join(f"{count} {name if count == 1 else PLURALS[name]}" for name, count in counts.items())
+    typer.echo(f"{found}: {written.page}")
     for verdict in written.verdicts:
         typer.echo(verdict)
     for run in written.sent:
