@@ -354,7 +354,7 @@ class Family(Generic[ConfigT, OutputT]):
                                      that it can teach itself; a sentence on why there is no such net
     policies(config, net)         -> the ways to run the trained net; the first one is the default
     describe(kind, settings)      -> what a policy of this kind with these settings does, in a few words for people; by
-                                     default its kind
+                                     default its kind; KeyError for one that its policies do not have
     load_pretrained(config, net, tensors, new_head)
                                   -> fills a fresh net from weights by name (the released code's, torchvision's, a
                                      smaller net's), as `pipeline.weights.load` does: every tensor is used, but for a

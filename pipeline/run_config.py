@@ -67,7 +67,7 @@ class ComputeConfig(Config):
         1  # 0: in this process; [min, max]: elastic
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # auto: as many as each GPU has on its node; without GPUs, as many as each worker has
+    # auto: as many as each GPU has on its node; without GPUs, as many as each worker of this run has if it is alone
     cpus_per_worker: Annotated[float, Field(gt=0, le=4096)] | Literal["auto"] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0, le=64), AfterValidator(_whole)] | None = (
         None  # null: 1 where the device is a GPU

@@ -47,10 +47,10 @@ def test_the_demand_of_workers_is_a_sum() -> None:
         ({"workers": 8}, [(16, 8)], True, 2),
         ({"workers": 4, "gpus_per_worker": 2}, [(16, 8)], True, 4),
         ({"workers": 16}, [(96, 8), (20, 8)], True, 2),
-        ({"workers": 8}, [(4, 8), (64, 0)], True, 0.5),
+        ({"workers": 8}, [(4, 8), (64, 0)], True, 1),
         ({"workers": 4}, [(16, 0)], False, 4),
         ({"workers": (2, 3)}, [(9, 0), (8, 0)], False, 4),
-        ({"workers": 4}, [(2, 0)], False, 0.5),
+        ({"workers": 4}, [(2, 0)], False, 1),
     ],
 )
 def test_the_cpus_of_a_node_are_shared_by_its_gpus_or_its_workers(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,9 @@ from torch import Tensor
 
 from pipeline import ranks, run_config
 from pipeline.data import toy
-from pipeline.errors import ConfigError, ResourceError
-from pipeline.execution import launch, worker
-from pipeline.execution.worker import WorkerConfig
+from pipeline.errors import ConfigError
+from pipeline.execution import launch
 from pipeline.family import find
-from pipeline.runs import records
-from pipeline.runs.journal import Journal, read_all
 from pipeline.training import fitting, state
 from pipeline.training.fitting import Fit, Need, Remembered, fit
 from pipeline.training.loop import train
@@ -192,12 +189,21 @@ def test_a_start_after_a_step_ran_out_of_memory_tries_half_however_many_ranks_sa
     current = tiny.fresh(tiny.training(), DROPPING)
     plan = tiny.plan(current.net, tiny.training(), DROPPING, total_steps=STEPS)
     assert fitting.remembered(tmp_path) is None
-    for used, half in ((None, 32), (32, 16), (1, 1)):
-        step = fitting.remembering(tmp_path, (64, 64), used, Limited(0))
+    for used, half in ((None, 32), (32, 16), (2, 1)):
+        step = fitting.remembering(tmp_path, Need((64, 64), 4), used, Limited(0))
         for _ in range(2):  # as of two ranks
             with pytest.raises(RuntimeError):
                 step(plan, current, next(iter(tiny.batches(0))), Meter())
             assert fitting.remembered(tmp_path) == Remembered(half, None)
+
+
+def test_a_step_that_runs_out_with_the_fewest_images_leaves_nothing_to_try(tmp_path: Path) -> None:
+    current = tiny.fresh(tiny.training(), DROPPING)
+    plan = tiny.plan(current.net, tiny.training(), DROPPING, total_steps=STEPS)
+    step = fitting.remembering(tmp_path, Need((64, 64), 4, 2), 2, Limited(0))
+    with pytest.raises(RuntimeError):
+        step(plan, current, next(iter(tiny.batches(0))), Meter())
+    assert fitting.remembered(tmp_path) is None
 
 
 def test_a_remembered_number_that_is_too_small_for_the_net_is_tried_anew(tmp_path: Path) -> None:
@@ -213,39 +219,3 @@ def test_what_cannot_be_tried_is_refused_before_the_start(tmp_path: Path, other:
     config = run_config.load("baseline/toy", [*own, "compute.max_batch_per_worker=auto"])
     with fails(ConfigError, "training.cuda_graphs" if "graphs" in other else "compute.max_batch_per_worker"):
         launch.train(config, tmp_path / "run")
-
-
-def test_workers_that_run_out_in_a_real_step_start_again_with_half_as_many(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Until a step fits, or nothing smaller is left to try."""
-    config = run_config.load("convnet_aig/toy", ["compute.max_batch_per_worker=auto"])
-    order, journal = WorkerConfig({}, str(tmp_path), 1), Journal(tmp_path, "driver")
-    starts = list[int]()
-
-    def run(most: int) -> Callable[..., bool]:
-        def attempt(*_: object) -> bool:
-            known = fitting.remembered(tmp_path)
-            starts.append(16 if known is None or known.max_batch is None else known.max_batch)
-            if starts[-1] <= most:
-                return True
-            fitting.remember(tmp_path, max(1, starts[-1] // 2), None)
-            error = worker.out_of_memory(config, "bad_alloc")
-            records.leave_error(error, tmp_path, 0)
-            raise error
-
-        return attempt
-
-    monkeypatch.setattr(launch, "_run", run(4))
-    assert launch._run_within_memory(config, order, None, journal) and starts == [16, 8, 4]
-    assert records.error_left(tmp_path) is None
-    assert [each["event"] for each in read_all(journal.path)] == ["max-batch"] * 2
-    monkeypatch.setattr(launch, "_run", run(0))
-    with fails(ResourceError, "training.batch_size"):
-        launch._run_within_memory(config, order, None, journal)
-    assert starts[3:] == [4, 2, 1]
-    alone = run_config.load("convnet_aig/toy", ["compute.max_batch_per_worker=auto", "compute.workers=0"])
-    fitting.remember(tmp_path, 8, None)
-    with fails(ResourceError, "training.batch_size"):
-        launch._run_within_memory(alone, order, None, journal)
-    assert starts[6:] == [8]

@@ -427,6 +427,9 @@ def test_snapshots_share_the_weights_of_the_zoo_and_nothing_else(tmp_path: Path)
     for file in files:
         file.write_text("x")
     snapshot.save(copy, checkout)
+    (checkout / "pipeline" / "linked.safetensors").symlink_to("model.safetensors")
+    snapshot.save(copy / "again", checkout)
+    assert not (copy / "again" / "pipeline" / "linked.safetensors").is_symlink()
     shared = [os.path.samefile(file, copy / file.relative_to(checkout)) for file in files]
     assert shared == [True, False] and (copy / "pipeline" / "module.py").read_text() == "x"
 
@@ -490,6 +493,9 @@ def test_needs_follow_the_device_and_the_number_of_workers(tmp_path: Path) -> No
     assert plan(sweep)[0].job.needs == WorkerNeeds(2, 1.0, 1.0), "the device is auto, and the nodes have GPUs"
     train = ("convnet_aig/toy", f"data.root={tmp_path}", "compute.workers=0")
     assert plan(SubmitOptions("train", train, time_limit="30m"))[0].job.needs is None
+    shared = ("convnet_aig/toy", f"data.root={tmp_path}", "compute.workers=8", "compute.cpus_per_worker=auto")
+    options = SubmitOptions("train", shared, time_limit="30m", nodes="2", cpus_per_task=16)
+    assert plan(options)[0].job.needs == WorkerNeeds(8, 4.0, 0.0), "four workers on each node of 16 CPUs"
 
 
 def test_a_sweeps_job_is_in_the_sweeps_folder(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def _copy(path: Path, target: Path) -> None:
     """Weights of the zoo, which nobody edits, are linked where that is possible, so that snapshots stay small."""
     if path.suffix == WEIGHTS:
         with suppress(OSError):  # another file system
-            os.link(path, target)
+            os.link(path.resolve(), target)
             return
     shutil.copyfile(path, target)
 

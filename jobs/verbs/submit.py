@@ -340,15 +340,10 @@ def _placement(resources: Resources) -> list[str]:
     """Overrides: a worker for each GPU, or one per node without GPUs; the node's CPUs are shared equally."""
     each = max(1, resources.gpus_per_node)
     fewest, most = (count * each for count in resources.nodes)
-    cpus = _cpus_of_each(resources)
+    cpus = max(1, resources.cpus_per_task // each)
     workers = f"[{fewest}, {most}]" if fewest < most else f"{most}"
     device = "cuda" if resources.gpus_per_node else "cpu"
     return [f"compute.workers={workers}", f"compute.cpus_per_worker={cpus}", f"compute.device={device}"]
-
-
-def _cpus_of_each(resources: Resources) -> int:
-    """The CPUs of a worker if those of its node are shared equally."""
-    return max(1, resources.cpus_per_task // max(1, resources.gpus_per_node))
 
 
 def _array_overrides(array: str | None) -> list[tuple[list[str], str]]:
@@ -405,7 +400,9 @@ def _needs(compute: ComputeConfig, resources: Resources) -> WorkerNeeds | None:
         return None
     gpu = compute.device == "cuda" or (compute.device == "auto" and resources.gpus_per_node > 0)
     if compute.cpus is None:
-        compute = compute.model_copy(update={"cpus_per_worker": float(_cpus_of_each(resources))})
+        node = {"CPU": float(resources.cpus_per_task), "GPU": float(resources.gpus_per_node)}
+        share = cluster.cpu_share(compute, [node] * resources.nodes[0], gpu=gpu)
+        compute = compute.model_copy(update={"cpus_per_worker": share})
     one = cluster.demand(compute, 1, gpu=gpu)
     return WorkerNeeds(compute.fewest_workers, one["CPU"], one.get("GPU", 0.0))
 

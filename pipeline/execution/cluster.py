@@ -28,7 +28,6 @@ from pipeline.run_config import ComputeConfig
 SHUTDOWN_S = 60.0  # a living Ray ends within a second or two, on a busy machine later
 STOPPED_S = 5.0  # how long the end of a Ray may take one of whose processes is stopped
 POLL_S = 0.5
-LEAST_CPUS = 0.01  # Ray counts in ten-thousandths
 HEALTH_CHECK_S = "0.5"  # how often Ray's controller polls the workers; a report waits for one poll
 
 _frozen: list[tuple[threading.Thread, list[psutil.Process]]] = []  # ends that were given up, with Ray's own processes
@@ -241,14 +240,13 @@ def with_cpus(compute: ComputeConfig) -> ComputeConfig:
 def cpu_share(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]], *, gpu: bool) -> float:
     """The CPUs of each worker if its node's are shared: by the GPUs, without them by the workers spread over the nodes.
 
-    nodes: their resources, as Ray names them. At least 1, of fewer a part.
+    nodes: their resources, as Ray names them. At least 1.
     """
     used = [node for node in nodes if node.get("GPU" if gpu else "CPU")]
     workers = ceil(compute.most_workers / max(1, len(used)))
     each = 1.0 if compute.gpus_per_worker is None else compute.gpus_per_worker
     shares = [node.get("CPU", 0.0) / (node["GPU"] / max(1.0, each) if gpu else workers) for node in used]
-    least = min(shares, default=1.0)
-    return float(int(least)) if least >= 1 else max(least, LEAST_CPUS)
+    return float(max(1, int(min(shares, default=1.0))))
 
 
 def demand(compute: ComputeConfig, workers: int, *, gpu: bool) -> dict[str, float]:
@@ -263,9 +261,10 @@ def _check_resources(compute: ComputeConfig) -> None:
     """Raises ResourceError if the cluster is too small; a cluster by address may grow for `start_patience_s`."""
     import ray
 
-    needed = demand(compute, compute.fewest_workers, gpu=computes_on_gpu(compute))
     deadline = time.monotonic() + (compute.start_patience_s if compute.address else 0)
-    while lacking := _lacking(needed, ray.cluster_resources()):
+    while lacking := _lacking(
+        demand(compute, compute.fewest_workers, gpu=computes_on_gpu(compute)), ray.cluster_resources()
+    ):
         if time.monotonic() >= deadline:
             raise ResourceError(
                 f"compute.workers (={compute.workers}) x cpus_per_worker (={compute.cpus_per_worker}) needs "

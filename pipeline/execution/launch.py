@@ -45,7 +45,7 @@ from pipeline.runs.journal import Journal
 from pipeline.runs.lease import Lease
 from pipeline.runs.records import Status
 from pipeline.tracking import Uploader
-from pipeline.training import checkpoint, fitting, torchvision_weights, weights_file
+from pipeline.training import checkpoint, torchvision_weights, weights_file
 from pipeline.training.checkpoint import Storage
 from pipeline.training.step import num_micros, single_images
 from pipeline.training.teachers.base import TeacherConfig
@@ -160,7 +160,7 @@ def _train(config: RunConfig, order: WorkerConfig, seen: Watched, progress: Prog
     write_config(run_dir, config, fingerprint, order.allow_changed)
     with Uploader(run_dir, config.tracking, order.recipe, command=sys.argv, fence=order.fence) as uploader:
         with seen.watch.journal(uploader.journal):
-            if not _is_finished(run_dir, fingerprint) and not _run_within_memory(config, order, seen, uploader.journal):
+            if not _is_finished(run_dir, fingerprint) and not _run(config, order, seen, uploader.journal):
                 _stopped_unstarted(run_dir, storage, fingerprint, uploader.journal)
             beats.enter("registering the net", LONG)
             return conclude(config, run_dir, uploader)
@@ -372,56 +372,33 @@ def _stopped_unstarted(run_dir: Path, storage: Storage, fingerprint: Mapping[str
     journal.event("stopped", step=step)
 
 
-def _run_within_memory(config: RunConfig, order: WorkerConfig, seen: Watched, journal: Journal) -> bool:
-    """`_run`; if `compute.max_batch_per_worker: auto` has let through too much, again from the newest checkpoint.
-
-    Each time begins with at most half as many images in memory, until the fewest with which the net works. Not in this
-    process, which would keep what it has allocated: there the user's next start does it.
-    """
-    run_dir, compute = Path(order.run_dir), config.compute
-    while compute.max_batch_per_worker == "auto" and compute.workers != 0:
-        before = fitting.remembered(run_dir)
-        try:
-            return _run(config, order, seen, journal)
-        except AdaptNetError as error:
-            found = fitting.remembered(run_dir)
-            if error.key != worker.OUT_OF_MEMORY or found is None or found.max_batch is None or found == before:
-                raise
-            reason = str(error).partition(worker.AT_ONCE)[0]
-        again = f"{reason} The workers start again from the newest checkpoint and try {found.max_batch} images at once"
-        journal.event("max-batch", text=again)
-        for left in run_dir.glob("error-*.json"):
-            left.unlink()
-    return _run(config, order, seen, journal)
-
-
-def _with_cpus(order: WorkerConfig, config: RunConfig, journal: Journal) -> WorkerConfig:
-    """The order with the CPUs that each worker gets, if the recipe leaves that to the node."""
+def _with_cpus(config: RunConfig, journal: Journal) -> RunConfig:
+    """The recipe with the CPUs that each worker gets, if it leaves that to the node."""
     if config.compute.cpus is not None:
-        return order
+        return config
     compute = cluster.with_cpus(config.compute)
-    journal.event(
-        "cpus", text=f"each worker has {compute.cpus:g} CPUs of its node, of which images are decoded as well"
-    )
-    return replace(order, recipe=configs.as_mapping(config.model_copy(update={"compute": compute})))
+    journal.event("cpus", text=f"each worker has {compute.cpus:g} CPUs, its share of the node")
+    return config.model_copy(update={"compute": compute})
 
 
 def _run(config: RunConfig, order: WorkerConfig, seen: Watched, journal: Journal) -> bool:
     """Trains; False if the run was asked to stop before its workers had started."""
     run_dir, watch = Path(order.run_dir), seen.watch
     if config.compute.workers == 0:
-        worker.work(_with_cpus(replace(order, under_ray=False), config, journal), seen.beats)
+        recipe = configs.as_mapping(_with_cpus(config, journal))
+        worker.work(replace(order, recipe=recipe, under_ray=False), seen.beats)
         return True
     seen.beats.enter("starting Ray", UNWATCHED)
     if (run_dir / "stop").exists():
         return False
     with cluster.cluster(config.compute, run_dir / RAY_LOG) as connection:
         seen.beats.enter("waiting for the workers", UNWATCHED)
-        order = _with_cpus(order, config, journal)
-        order = replace(order, watch=watch.address(cluster.own_ip(config.compute)))
+        config = _with_cpus(config, journal)
+        address = watch.address(cluster.own_ip(config.compute))
+        order = replace(order, recipe=configs.as_mapping(config), watch=address)
         try:
             with watch.over_ray(cluster.gcs_address(config.compute)):
-                started = _fit(_trainer(cluster.with_cpus(config.compute), order), watch)
+                started = _fit(_trainer(config.compute, order), watch)
         except Exception as error:  # Ray wraps a worker's error in classes of its own
             if watch.error is not None:
                 connection.ends_within_s, connection.lost = 1.0, watch.ray_lost

@@ -61,7 +61,6 @@ from pipeline.training.state import TrainState
 from pipeline.training.step import MicroBatch, StepFunction
 
 ARITHMETIC = "arithmetic.json"  # in the run folder: the precision and compilation that the run has chosen
-OUT_OF_MEMORY, AT_ONCE = "training.batch_size", " A worker trains on"  # key and second sentence of the error
 EVALUATING = 3.0  # what follows the last batch gives no sign
 
 
@@ -110,26 +109,31 @@ def work(worker: WorkerConfig, beats: Beats | None = None) -> None:
         if message is None:
             raise
         config = run_config.from_mapping(worker.recipe, "the driver's recipe", stored=True)
-        described = out_of_memory(config, message)
+        known = fitting.remembered(run_dir)
+        described = out_of_memory(config, message, halved=known is not None and known.rows is None)
         records.leave_error(described, run_dir, ranks.rank())
         raise described from error
 
 
-def out_of_memory(config: RunConfig, message: str) -> AdaptNetError:
-    """The error of a rank that ran out of memory: ResourceError if more workers would help, else ConfigError."""
+def out_of_memory(config: RunConfig, message: str, *, halved: bool = False) -> AdaptNetError:
+    """The error of a rank that ran out of memory: ResourceError if more workers would help, else ConfigError.
+
+    halved: whether the next start tries half as many images at once.
+    """
     kind = ResourceError if ranks.world() < config.compute.most_workers else ConfigError
     world, trained, evaluated = ranks.world(), config.training.batch_size, config.evaluation.batch_size
     rows = _rows(config)
-    found = "the same command resumes with half as many at once"
-    auto = config.compute.max_batch_per_worker == "auto"
-    way_out = found if auto else f"set compute.max_batch_per_worker below {rows} or to auto, which splits a step"
+    way_out = f"set compute.max_batch_per_worker below {rows} or to auto, which splits a step"
+    if config.compute.max_batch_per_worker == "auto":
+        again = "the same command resumes with half as many at once"
+        way_out = again if halved else "give compute.max_batch_per_worker as a number"
     return kind(
-        f"{socket.gethostname()}: out of memory ({message}).{AT_ONCE} {rows} images of "
+        f"{socket.gethostname()}: out of memory ({message}). A worker trains on {rows} images of "
         f"{config.data.largest_side_px} px at once, of training.batch_size (={trained}), and evaluates "
         f"{evaluated // world} of {config.data.side_for_eval} px, of evaluation.batch_size (={evaluated}). Make these "
         f"smaller, or {way_out}. "
         "`adaptnet plan` estimates what a recipe needs; the same command resumes from the newest checkpoint",
-        key=OUT_OF_MEMORY,
+        key="training.batch_size",
         subject=trained,
     )
 
@@ -595,11 +599,12 @@ def train(context: RunContext, current: TrainState, events: RunEvents) -> bool:
     events.writer.event("started", step=current.step, total_steps=plan.total_steps, **facts)
     with _train_loader(context, current.step, events) as loader:
         rows = loader.stream.row_bounds(ranks.world())
-        max_batch = _max_batch(context, plan, current, loader, events)
+        need = fitting.Need(rows, config.data.largest_side_px, fitting.fewest_at_once(current.net, config.data))
+        max_batch = _max_batch(context, plan, current, loader, need, events)
         batches = _micro_batches(context, plan, loader, max_batch)
         take_step: StepFunction = step.train_step
         if config.compute.max_batch_per_worker == "auto":
-            take_step = fitting.remembering(context.run_dir, rows, max_batch, take_step)
+            take_step = fitting.remembering(context.run_dir, need, max_batch, take_step)
         if config.profile and ranks.rank() == 0:
             finished = _train_profiled(context, plan, current, batches, events, take_step)
         else:
@@ -640,20 +645,24 @@ def _facts(context: RunContext, current: TrainState) -> dict[str, object]:
 
 
 def _max_batch(
-    context: RunContext, plan: TrainingPlan, current: TrainState, loader: TrainLoader, events: RunEvents
+    context: RunContext,
+    plan: TrainingPlan,
+    current: TrainState,
+    loader: TrainLoader,
+    need: fitting.Need,
+    events: RunEvents,
 ) -> int | None:
     """The images in memory at once: the recipe's number, or the one that was found by trying. Collective."""
     config = context.config
     if config.compute.max_batch_per_worker != "auto":
         return config.compute.max_batch
     events.beats.enter("trying how many images fit", COMPILING)
-    known, rows = ranks.agree(fitting.remembered(context.run_dir)), loader.stream.row_bounds(ranks.world())
-    if known is not None and known.rows == rows:  # a start that tries again could find another number
+    known = ranks.agree(fitting.remembered(context.run_dir))
+    if known is not None and known.rows == need.rows:  # a start that tries again could find another number
         return known.max_batch
-    need = fitting.Need(rows, config.data.largest_side_px, fitting.fewest_at_once(current.net, config.data))
     loader.fill()  # what it needs is not left for the step
     found = fitting.fit(plan, current, need, known.max_batch if known else None)
-    events.writer.max_batch(found.max_batch, rows)
+    events.writer.max_batch(found.max_batch, need.rows)
     if found.failed:
         events.writer.event("max-batch", step=current.step, text=found.text(plan.batch_size))
     return found.max_batch

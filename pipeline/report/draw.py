@@ -57,10 +57,12 @@ class Picture:
 
 
 def picture(figure: Lines | Bars | HeatMap) -> Picture:
-    """Draws the figure as SVG and PNG; a heat map only in one width, as its cells need it."""
+    """Draws the figure as SVG and PNG; heat maps and many bars, which do not fit a phone, in one width only."""
     with style():
         drawing = draw(figure, WIDTH)
-        narrow = "" if isinstance(figure, HeatMap) else svg(f"{figure.name}-narrow", draw(figure, NARROW))
+        small = None if isinstance(figure, HeatMap) else draw(figure, NARROW)
+        fits = small is not None and small.canvas.bbox.width <= NARROW
+        narrow = svg(f"{figure.name}-narrow", small) if small is not None and fits else ""
         return Picture(svg(figure.name, drawing), narrow, png(drawing.canvas))
 
 

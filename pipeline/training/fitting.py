@@ -199,19 +199,19 @@ def remember(run_dir: Path, max_batch: int | None, rows: tuple[int, int] | None)
     write_json(run_dir / FILE, {"max_batch_per_worker": max_batch, "rows": list(rows) if rows else None})
 
 
-def remembering(run_dir: Path, rows: tuple[int, int], max_batch: int | None, take_step: StepFunction) -> StepFunction:
+def remembering(run_dir: Path, need: Need, max_batch: int | None, take_step: StepFunction) -> StepFunction:
     """`take_step`; if it runs out of memory, the next start begins with half of `max_batch`, and tries that.
 
-    rows: the fewest and the most images of a rank. Every rank that runs out writes the same.
+    Every rank that runs out writes the same; nothing if half is too little for the net.
     """
 
     def step(plan: TrainingPlan, state: TrainState, micros: Sequence[MicroBatch], meter: Meter, /) -> float:
         try:
             return take_step(plan, state, micros, meter)
         except (MemoryError, RuntimeError) as error:
-            if oom_message(error) is not None:
-                half = Need(rows, 0).largest(max_batch) // 2
-                remember(run_dir, max(1, half), None)
+            half = None if oom_message(error) is None else need.halved(max_batch)
+            if half is not None:
+                remember(run_dir, half, None)
             raise
 
     return step

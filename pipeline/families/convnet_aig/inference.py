@@ -207,6 +207,6 @@ def describe(kind: str, settings: Settings) -> str:
         "rate": "all blocks run, each scaled by how often its gate opens",
         "prob": "all blocks run, each scaled by the image's own gate",
         "shuffled": "control: each image runs the blocks that another image's gates chose",
-        "mask": "control: every image runs the same blocks, each as often as its gate opens",
+        "mask": "control: every image runs the same blocks, those whose gates open most often",
     }
     return found[str(settings.get("gates", settings.get("by")))]
