@@ -629,3 +629,17 @@ def test_a_single_training_has_bars_of_the_images_and_curves() -> None:
     logged = replace(net, curves=lambda: {"train/top1": [(1, 0.5), (2, 0.75)], "train/loss": [(1, 2.0), (2, 1.0)]})
     loss, top = general.training([net, logged])
     assert [series.y for series in loss.series] == [[2.0, 1.0]] and [series.y for series in top.series] == [[50, 75]]
+
+
+def test_bars_that_do_not_fit_a_phone_have_one_drawing_which_scrolls() -> None:
+    few, many = (
+        Bars("bars", "Bars", "", [f"c{n}" for n in range(count)], "share", {"one": [0.5] * count}) for count in (3, 60)
+    )
+    assert draw.picture(few).narrow and not draw.picture(many).narrow
+
+
+def test_a_stored_policy_that_its_family_does_not_know_is_shown_by_its_kind() -> None:
+    net = drawn_nets.three()[0]
+    for kind in ("", "of-another-time"):
+        report = replace(net.reports[0], kind=kind, settings={})
+        assert general.what(replace(net, family="convnet_aig"), report) == kind
