@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -64,6 +67,91 @@ def test_a_stopped_rank_is_told_and_the_run_restarts_with_the_same_weights(
     assert "(raylet)" not in printed
     assert events(run_dir, "resumed")
     assert weights(run_dir) == weights(whole)
+
+
+@pytest.fixture
+def file_server(images: Path, tmp_path: Path) -> Iterator[tuple[Path, psutil.Popen]]:
+    """A folder that shows the images, and the process that serves it: nothing can be read while that is stopped."""
+    if shutil.which("bindfs") is None or not Path("/dev/fuse").exists():
+        pytest.skip("needs bindfs (apt-get install bindfs) and /dev/fuse")
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    with psutil.Popen(["bindfs", "-f", str(images), str(mounted)], stderr=subprocess.PIPE) as served:
+        deadline = time.monotonic() + 30
+        while not mounted.is_mount() and served.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if not mounted.is_mount():
+            served.kill()
+            pytest.skip(f"bindfs cannot mount here: {served.stderr.read().decode().strip()}")
+        try:
+            yield mounted, served
+        finally:
+            served.send_signal(signal.SIGCONT)
+            subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+
+
+@pytest.mark.faults
+@pytest.mark.ray
+def test_images_that_cannot_be_read_are_told_and_the_run_goes_on_once_they_can(
+    images: Path, alone: Path, file_server: tuple[Path, psutil.Popen], tmp_path: Path
+) -> None:
+    """First the driver waits for them while it reads the index, then the rank between two steps."""
+    (mounted, served), run_dir = file_server, tmp_path / "run"
+    served.suspend()
+    small = ("compute.workers=1", "compute.hang_after_s=6", "compute.max_failures=9", "data.in_memory=false")
+    process = command(mounted, run_dir, *small)
+    log = run_dir.parent / f"{run_dir.name}.log"
+    wait_for(lambda: "no progress: the driver" in log.read_text(), "the driver's report", process=process)
+    assert 'File "pipeline/data/' in log.read_text()
+    served.resume()
+    wait_for(lambda: passed(run_dir, 5), "the first checkpoint", process=process)
+    served.suspend()
+    wait_for(lambda: bool(of_driver(run_dir, "restart")), "the rank's report", process=process)
+    assert "rank 0" in of_driver(run_dir, "hang")[-1]["reason"] and "waiting for data" in log.read_text()
+    assert "in _pread" in log.read_text() or "in stat" in log.read_text()
+    served.resume()
+    assert end_of(process) == 0, log_of(run_dir)
+    assert events(run_dir, "resumed")
+    assert weights(run_dir) == weights(alone)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, which `fsfreeze` can stop."""
+    image, mounted = tmp_path / "image", tmp_path / "disk"
+    mounted.mkdir()
+    with image.open("wb") as file:
+        file.truncate(200 << 20)
+    made = shutil.which("mkfs.ext4") and shutil.which("fsfreeze")
+    if not made or subprocess.run(["mkfs.ext4", "-q", str(image)]).returncode:
+        pytest.skip("needs mkfs.ext4 and fsfreeze")
+    if subprocess.run(["mount", "-o", "loop", str(image), str(mounted)], capture_output=True).returncode:
+        pytest.skip("mounting a file system of its own needs root and a loop device")
+    try:
+        yield mounted
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", str(mounted)], capture_output=True)
+        subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+
+
+@pytest.mark.faults
+@pytest.mark.ray
+@pytest.mark.parametrize("when", ["... restoring", "step 5/"])
+def test_a_run_folder_that_does_not_answer_is_told_whatever_the_run_does(
+    images: Path, alone: Path, disk: Path, tmp_path: Path, when: str
+) -> None:
+    run_dir = disk / "runs" / "run"
+    run_dir.parent.mkdir()
+    log = tmp_path / "run.log"
+    small = ("compute.workers=1", "compute.hang_after_s=6", "compute.max_failures=9")
+    process = command(images, run_dir, *small, log=log)
+    wait_for(lambda: when in log.read_text(), when, process=process)
+    subprocess.run(["fsfreeze", "--freeze", str(disk)], check=True)
+    wait_for(lambda: "has not answered since" in log.read_text(), "the report", 300, process=process)
+    subprocess.run(["fsfreeze", "--unfreeze", str(disk)], check=True)
+    assert end_of(process) == 0, log.read_text()
+    assert "rank 0" in of_driver(run_dir, "hang")[0]["reason"]
+    assert weights(run_dir) == weights(alone)
 
 
 @pytest.mark.faults

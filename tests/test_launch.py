@@ -128,15 +128,15 @@ test_launch.launch.train(config, pathlib.Path({str(run_dir)!r}))
     return subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
 
 
-def command(images: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    """The same run by the command, in a session of its own as from a terminal."""
+def command(images: Path, run_dir: Path, *overrides: str, log: Path | None = None) -> subprocess.Popen[bytes]:
+    """The same run by the command, in a session of its own as from a terminal; what it prints goes to `log`."""
     adaptnet = str(Path(sys.executable).parent / "adaptnet")
     line = [adaptnet, "train", "convnet_aig/toy", *settings(images), PATIENT, *overrides, "--run-dir", str(run_dir)]
-    with open(run_dir.parent / f"{run_dir.name}.log", "wb") as log:
+    with open(log or run_dir.parent / f"{run_dir.name}.log", "wb") as printed:
         return subprocess.Popen(
             line,
-            stdout=log,
-            stderr=log,
+            stdout=printed,
+            stderr=printed,
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # if these tests run behind `&`
         )

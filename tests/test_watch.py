@@ -186,10 +186,11 @@ def test_a_request_to_stop_ends_a_hang(
         assert isinstance(watch.end, ResourceError)
 
 
-def test_a_long_phase_and_a_slow_step_are_no_hang(tmp_path: Path) -> None:
+def test_a_long_phase_that_computes_and_a_slow_step_are_no_hang(tmp_path: Path) -> None:
     body = """
     beats.enter("compiling", 100.0)
-    time.sleep(3)
+    until = time.monotonic() + 3
+    while time.monotonic() < until: pass
     beats.enter("a step")
     for beats.step in range(12):
         time.sleep(0.25)
@@ -197,7 +198,43 @@ def test_a_long_phase_and_a_slow_step_are_no_hang(tmp_path: Path) -> None:
     with watching(tmp_path) as (watch, told):
         with process(tmp_path, watch, 0, body) as rank:
             assert rank.wait(60) == 0
-    assert not told
+    assert not told.events("hang")
+    assert len(told) == 1 and "compiling" in told[0]  # how long it may still take
+
+
+def test_a_long_phase_that_only_waits_is_told_and_left_alone(tmp_path: Path) -> None:
+    body = """
+    beats.enter("opening the images", 100.0)
+    read_the_batch()
+    beats.enter("a step")
+    while True: beats.count += 1; time.sleep(0.01)
+    """
+    with watching(tmp_path) as (watch, told):
+        with process(tmp_path, watch, 0, body) as rank:
+            wait_for(lambda: "stands still" in stall(tmp_path))
+            (tmp_path / "fifo").write_bytes(b"at last")
+            wait_for(lambda: bool(told.events("progress-again")) and not stall(tmp_path))
+            assert rank.is_running()
+    (event,) = told.events("hang")
+    assert "opening the images" in event["reason"] and "in read_the_batch" in told[0]
+
+
+def test_a_long_phase_ends_as_a_step_does_where_the_run_folder_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with watching(tmp_path) as (watch, told):
+        monkeypatch.setattr(watch._folder, "silent_s", lambda: 3600.0)
+        with process(tmp_path, watch, 0, 'beats.enter("restoring", 100.0)\nread_the_batch()') as rank:
+            assert rank.wait(60) == -signal.SIGKILL
+    assert "has not answered since" in told[-1]
+
+
+def test_a_driver_that_waits_in_a_long_phase_is_told(tmp_path: Path) -> None:
+    with watching(tmp_path) as (watch, told):
+        with process(tmp_path, watch, None, 'beats.enter("reading", 100.0)\nread_the_batch()') as driver:
+            wait_for(lambda: bool(told.events("hang")))
+            assert driver.is_running()
+    assert "the driver" in told[0] and "in read_the_batch" in told[0]
 
 
 def test_a_rank_ends_with_its_driver_even_if_it_is_stopped(tmp_path: Path) -> None:

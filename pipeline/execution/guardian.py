@@ -32,8 +32,9 @@ from pipeline.runs.beats import Beats, shared
 SIGNAL = signal.SIGRTMIN + 7  # the handler of faulthandler; nothing else in a training uses it
 GRACE_S = 3.0  # how long processes may take to end by themselves after the driver has died
 STEPS_PER_LIMIT = 20  # a limit is at least as long as so many median steps
-DUMP_WITHIN_S = 2.0
-CLK_TCK = os.sysconf("SC_CLK_TCK")
+BUSY = 0.5  # a process computes if it is seen running at this share of the looks
+DUMP_WITHIN_S = 3.0
+ASK_EVERY_S = 0.6  # how long a thread may take before the next one is asked for the lines
 PIDFD_GET_INFO, PIDFD_INFO_EXIT = 0xC040FF0B, 1 << 3  # Linux 6.15: how a process ended, for others than its parent
 STOPPED = "Tt"  # states in which a process cannot run a signal handler
 STATES = {
@@ -105,10 +106,13 @@ class Target:
             with suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
 
-    def signal_a_thread(self) -> None:
-        """Sends SIGNAL to the main thread, or to another one if that waits where no handler can run."""
+    def for_signals(self) -> list[int]:
+        """The threads that may run a signal's handler, the main thread first."""
         awake = [int(each["tid"]) for each in self.threads() if each["state"] not in "DZX"]
-        tid = self.pid if self.pid in awake or not awake else awake[0]
+        return sorted(awake or [self.pid], key=lambda tid: tid != self.pid)
+
+    def signal_thread(self, tid: int) -> None:
+        """Sends SIGNAL to one thread."""
         ctypes.CDLL(None).tgkill(self.pid, tid, int(SIGNAL))
 
     def ended_by(self) -> str:
@@ -157,17 +161,40 @@ def _oom_kills() -> int:
     return int(words[words.index("oom_kill") + 1]) if "oom_kill" in words else 0
 
 
+class Work:
+    """Whether a process or one below it computes: whether a thread of theirs runs, or would if it had a core."""
+
+    def __init__(self, pid: int, within_s: float) -> None:
+        self._pid, self._within_s = pid, within_s
+        self._seen: deque[tuple[float, bool]] = deque()  # (time, whether a thread ran), of the last `within_s` seconds
+
+    def forget(self) -> None:
+        self._seen.clear()
+
+    def busy(self) -> bool:
+        """Whether a thread ran at BUSY of the looks of the last `within_s` seconds; True of a first look."""
+        now = time.monotonic()
+        first = not self._seen
+        self._seen.append((now, first or any(map(_runs, (self._pid, *descendants(self._pid))))))
+        while now - self._seen[0][0] > self._within_s:
+            self._seen.popleft()
+        return sum(ran for _, ran in self._seen) >= BUSY * len(self._seen)
+
+
 class Pace:
     """When the signs of progress last changed, and how long a step takes."""
 
-    def __init__(self, beats: Beats, hang_after_s: float) -> None:
-        self._beats, self._hang_after_s = beats, hang_after_s
+    def __init__(self, beats: Beats, hang_after_s: float, work: Work) -> None:
+        self._beats, self._hang_after_s, self._work = beats, hang_after_s, work
         self._seen, self._units = b"", 0  # the memory as it was, and the steps and the other counted signs
         self._moved = self._counted = time.monotonic()
         self._steps: deque[float] = deque(maxlen=101)
 
     def look(self) -> dict[str, object]:
-        """Reads the beats: step, phase, age_s since the last change, limit_s of the phase, step_s of a median step."""
+        """Reads the beats: step, phase, age_s since the last change, limit_s of the phase, step_s of a median step.
+
+        busy: whether the process computes; looked at in a long phase only.
+        """
         beats, now = self._beats, time.monotonic()
         seen, units = bytes(beats), beats.step + beats.count
         if units > self._units:
@@ -177,6 +204,9 @@ class Pace:
         if seen != self._seen:
             self._seen, self._moved = seen, now
         step_s = median(self._steps or [0.0])
+        long = 1 < beats.patience < float("inf")
+        if not long:
+            self._work.forget()
         return {
             "step": beats.step,
             "phase": beats.phase.decode(errors="replace"),
@@ -184,6 +214,7 @@ class Pace:
             "limit_s": max(self._hang_after_s, STEPS_PER_LIMIT * step_s) * beats.patience,
             "patience": beats.patience,
             "step_s": step_s,
+            "busy": long and self._work.busy(),
         }
 
 
@@ -193,7 +224,8 @@ class Guardian:
     def __init__(self, order: GuardianOrder) -> None:
         self._order = order
         self._target = Target(order["pid"])
-        self._pace = Pace(shared(order["beats"]), order["hang_after_s"])
+        work = Work(order["pid"], order["hang_after_s"] / 2)
+        self._pace = Pace(shared(order["beats"]), order["hang_after_s"], work)
         self._poll_s = min(1.0, order["hang_after_s"] / 10)
         self._socket: socket.socket | None = None
         self._buffer = b""
@@ -321,14 +353,24 @@ class Guardian:
     # --- Python lines
 
     def _stacks(self) -> str:
-        """The Python lines of all threads; empty if the process is stopped, or does not write them in time."""
+        """The Python lines of all threads; empty if the process is stopped, or does not write them in time.
+
+        Any thread can write those of all. One that waits for a file server may run no handler although it sleeps, so
+        that the next one is asked.
+        """
         if self._target.state() in STOPPED:
             return ""
         before = os.fstat(self._order["dump"]).st_size
-        self._target.signal_a_thread()
-        deadline, size = time.monotonic() + DUMP_WITHIN_S, -1
-        while time.monotonic() < deadline and not (before < size == os.fstat(self._order["dump"]).st_size):
-            size = os.fstat(self._order["dump"]).st_size
+        start, threads = time.monotonic(), self._target.for_signals()
+        asked, size = 0, -1
+        while (waited_s := time.monotonic() - start) < DUMP_WITHIN_S:
+            now = os.fstat(self._order["dump"]).st_size
+            if before < size == now:
+                break
+            if now == before and asked < len(threads) and waited_s >= asked * ASK_EVERY_S:
+                self._target.signal_thread(threads[asked])
+                asked += 1
+            size = now
             time.sleep(0.1)
         return self._dump_since(before)
 
@@ -353,6 +395,12 @@ def born_at(pid: int) -> str:
     """When the process was started, in ticks since the machine was; empty if there is none."""
     fields = _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
+
+
+def _runs(pid: int) -> bool:
+    """Whether a thread of the process runs or waits for a core."""
+    stats = (_text(path) for path in Path(f"/proc/{pid}/task").glob("*/stat"))
+    return any(stat.rpartition(")")[2].split()[:1] == ["R"] for stat in stats)
 
 
 def main() -> None:

@@ -25,6 +25,8 @@ class Sight:
     """What a guardian has reported of its process; rank None is the driver. heard: on the driver's monotonic clock.
 
     thread: the identity of the thread that trains. age_s: seconds without a sign of progress when it was `heard`.
+    limit_s: how long this phase may be without one, `patience` times as long as a step may be. busy: whether it
+    computes, as it does while it compiles.
     stacks: the text of faulthandler. ended: how the process died.
     """
 
@@ -39,6 +41,7 @@ class Sight:
     limit_s: float = float("inf")
     patience: float = 1.0
     step_s: float = 0.0
+    busy: bool = False
     state: str = "S"
     stopped_s: float = 0.0
     stacks: str | None = None
@@ -66,6 +69,11 @@ class Sight:
 
     def since(self, now: float) -> str:
         return clock(self.age(now))
+
+    @property
+    def short_limit_s(self) -> float:
+        """How long a step may be without a sign; infinite in a phase that something else bounds."""
+        return self.limit_s / self.patience if self.limit_s < float("inf") else self.limit_s
 
 
 def clock(ago_s: float) -> str:
@@ -110,7 +118,7 @@ def _of_process(sight: Sight, now: float) -> Iterator[str]:
     if sight.stacks:
         yield from _threads(sight)
     elif sight.state not in STOPPED and sight.ended is None:
-        yield "  it has not said its Python lines within two seconds"
+        yield "  it has not said its Python lines within three seconds"
 
 
 def fatal_line(stacks: str) -> str:

@@ -4,6 +4,10 @@ Progress is judged, not speed. A run hangs if no rank gives a sign of progress w
 process is stopped, or if a guardian falls silent. The watch reports it, writes hang-<n>.txt and the journal, and with
 `compute.on_hang: restart` has the guardians kill the ranks, which Ray Train then starts again. It needs neither Ray nor
 the run folder for that: guardians speak over TCP, and a thread of its own writes files.
+
+A phase without regular signs, such as reading an index or compiling, has a longer limit. It is reported as early as a
+step is if its processes only wait, as for a mount that does not answer; the ranks are ended at the longer limit, or at
+the short one where the run folder does not answer either.
 """
 
 from __future__ import annotations
@@ -55,6 +59,8 @@ class RunWatch:
         self._stop_at: float | None = None  # when a request to stop was seen
         self._stop_reported = False
         self._hang: str | None = None  # the reported hang that is not over
+        self._left = False  # whether that hang ended nothing so far
+        self._long_phase: tuple[str, str] | None = None  # the newest one of which was said that it computes
         self._killed_for: str | None = None  # the hang for which the ranks of this start were killed
         self._ending = False  # whether the ranks of this start were killed
         self._end: str | None = None  # why there is no other start
@@ -121,14 +127,17 @@ class RunWatch:
             self._say_that_ray_is_frozen(ray)
         cause = ray if ends else self._frozen_rank(now)
         cause, helps = (cause, True) if cause is not None else (self._frozen_driver(now), False)
+        until = LEFT
+        if cause is None and (waiting := self._waiting(now)) is not None:
+            cause, until = waiting
         if cause is None and self._hang is not None:
-            if not self._ends_start():  # else its ranks were ended
+            if self._left:  # else its ranks were ended
                 self._folder.event("progress-again")
             self._hang = None
         end = helps and self._ends_start() and not self._ending
         if cause is not None and (self._hang is None or end):
-            self._hang = cause
-            self._act(cause, end=end)
+            self._hang, self._left = cause, not end
+            self._act(cause, end=end, until=until)
         self._folder.progress = self._progress(now)
         self._say_what_a_stop_waits_for(now)
 
@@ -168,21 +177,54 @@ class RunWatch:
         late = (each for each in self._guardians.sights() if each.rank is None and each.age(now) >= each.limit_s)
         return next((_stands_still(each, now) for each in late), None)
 
+    def _waiting(self, now: float) -> tuple[str, str] | None:
+        """Who waits in a long phase for longer than a step may take, though nobody computes, and until when it may."""
+        for sights in (self._ranks(), [sight for sight in self._guardians.sights() if sight.rank is None]):
+            late = all(sight.age(now) >= sight.short_limit_s for sight in sights)
+            told = self._hang is not None  # until there is a sign of progress
+            waiting = [sight for sight in sights if sight.patience > 1 and (told or not sight.busy)]
+            if late and waiting:
+                sight = max(waiting, key=lambda each: each.age(now))
+                ends = self._ends_start() and sight.rank is not None
+                until = clock(sight.age(now) - self._limit(sight))
+                return _stands_still(
+                    sight, now
+                ), f"it may take until {until}; then the ranks are ended" if ends else LEFT
+            if late and sights:
+                self._say_that_it_computes(max(sights, key=lambda each: each.age(now)), now)
+        return None
+
+    def _say_that_it_computes(self, sight: Sight, now: float) -> None:
+        phase = (sight.name, sight.phase)
+        if sight.patience > 1 and phase != self._long_phase:
+            self._long_phase = phase
+            until = clock(sight.age(now) - self._limit(sight))
+            self._notify(f"{sight.name}: {sight.phase} since {sight.since(now)}; it computes, and may until {until}")
+
     def _limit(self, sight: Sight) -> float:
-        """Seconds that a rank may be without a sign; fewer once the run was asked to stop."""
+        """Seconds that a rank may be without a sign; fewer once the run was asked to stop, or its folder is silent."""
+        limit_s = sight.limit_s
+        if not sight.busy and self._folder_is_silent():
+            limit_s = sight.short_limit_s
         if self._stop_at is None:
-            return sight.limit_s
-        return min(sight.limit_s, max(STOPS_WITHIN_S, 5 * sight.step_s) * sight.patience)
+            return limit_s
+        return min(limit_s, max(STOPS_WITHIN_S, 5 * sight.step_s) * sight.patience)
+
+    def _folder_is_silent(self) -> bool:
+        return self._folder.silent_s() > min(STOPS_WITHIN_S, self._compute.hang_after_s / 2)
 
     # --- acting
 
-    def _act(self, cause: str, *, end: bool) -> None:
-        """Reports the hang and writes it to the run folder and the journal; ends this start if `end`."""
+    def _act(self, cause: str, *, end: bool, until: str) -> None:
+        """Reports the hang and writes it to the run folder and the journal; ends this start if `end`.
+
+        until: what is said of a hang that ends nothing now.
+        """
         self._guardians.ask_for_stacks(1.0 if self._ray_died() else STACKS_WITHIN_S)
         self._hangs += 1
         name = f"hang-{self._hangs}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         text = self._text(cause)
-        self._notify(f"{text}\n\nwritten to {self._run_dir / name}; {self._next_step() if end else LEFT}")
+        self._notify(f"{text}\n\nwritten to {self._run_dir / name}; {self._next_step() if end else until}")
         everything = hang_report.all_lines(self._guardians.sights())
         self._folder.report(name, f"{text}\n\n{everything}\n")
         self._folder.event("hang", reason=cause, report=name)
@@ -212,7 +254,7 @@ class RunWatch:
 
     def _text(self, cause: str) -> str:
         remarks = []
-        if self._folder.silent_s() > STOPS_WITHIN_S:
+        if self._folder_is_silent():
             remarks.append(f"the run folder {self._run_dir} has not answered since {clock(self._folder.silent_s())}")
         concerned = self._ranks() or self._guardians.sights()
         return hang_report.text(cause, concerned, self._folder.last_event, remarks)
