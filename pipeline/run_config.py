@@ -80,7 +80,7 @@ class ComputeConfig(Config):
     start_patience_s: Annotated[float, Field(gt=0, le=1e6)] = 60.0  # how long to wait for the workers to start
     max_failures: Annotated[int, Field(ge=0, le=1_000_000)] = 3  # lost workers that a run survives
     # no progress for so long, and 20 median steps, is a hang; starting and saving may take 10 times as long, compiling
-    # 30 times, and are reported as early if they only wait
+    # 30 times, but are reported as early
     hang_after_s: Annotated[float, Field(gt=0, le=1e6)] = 60.0
     on_hang: Literal["restart", "report", "stop"] = "restart"  # within max_failures, from the newest checkpoint
     # HOST:PORT of a running Ray cluster, auto: the one on this machine; null: start Ray on this machine

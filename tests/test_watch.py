@@ -21,7 +21,7 @@ from jobs.schedulers.records import JobRecord
 from jobs.schedulers.submission import Resources
 from jobs.verbs import jobs
 from pipeline.errors import ResourceError
-from pipeline.execution import ray_processes
+from pipeline.execution import guardian, ray_processes
 from pipeline.execution.guardians import report_failures
 from pipeline.execution.watch import RunWatch
 from pipeline.execution.watched import WatchAddress
@@ -189,7 +189,7 @@ def test_a_request_to_stop_ends_a_hang(
 def test_a_long_phase_that_computes_and_a_slow_step_are_no_hang(tmp_path: Path) -> None:
     body = """
     beats.enter("compiling", 100.0)
-    until = time.monotonic() + 3
+    until = time.monotonic() + 6
     while time.monotonic() < until: pass
     beats.enter("a step")
     for beats.step in range(12):
@@ -197,9 +197,24 @@ def test_a_long_phase_that_computes_and_a_slow_step_are_no_hang(tmp_path: Path) 
     """
     with watching(tmp_path) as (watch, told):
         with process(tmp_path, watch, 0, body) as rank:
+            wait_for(lambda: bool(told.events("slow")))
             assert rank.wait(60) == 0
     assert not told.events("hang")
-    assert len(told) == 1 and "compiling" in told[0]  # how long it may still take
+    (event,) = told.events("slow")
+    assert "compiling" in event["reason"] and event["report"] in told[0]
+    assert 'File "<string>"' in (tmp_path / event["report"]).read_text()
+
+
+@pytest.mark.parametrize("others", ["wait", "compute"])
+def test_a_rank_that_waits_for_one_that_computes_is_no_hang(others: str, tmp_path: Path) -> None:
+    with watching(tmp_path) as (watch, told):
+        waits = process(tmp_path, watch, 0, 'beats.enter("compiling", 100.0)\nwait_for_the_others()')
+        other = {"wait": "read_the_batch()", "compute": "while True: pass"}[others]
+        with waits, process(tmp_path, watch, 1, f'beats.enter("saving", 50.0)\n{other}'):
+            wait_for(lambda: len(told) > 0)
+            kind = {"wait": "hang", "compute": "slow"}[others]
+            wait_for(lambda: bool(told.events(kind)))
+    assert len(told) == 1 and [len(told.events(each)) for each in ("hang", "slow")].count(0) == 1
 
 
 def test_a_long_phase_that_only_waits_is_told_and_left_alone(tmp_path: Path) -> None:
@@ -211,7 +226,7 @@ def test_a_long_phase_that_only_waits_is_told_and_left_alone(tmp_path: Path) -> 
     """
     with watching(tmp_path) as (watch, told):
         with process(tmp_path, watch, 0, body) as rank:
-            wait_for(lambda: "stands still" in stall(tmp_path))
+            wait_for(lambda: "only waits" in stall(tmp_path))
             (tmp_path / "fifo").write_bytes(b"at last")
             wait_for(lambda: bool(told.events("progress-again")) and not stall(tmp_path))
             assert rank.is_running()
@@ -219,14 +234,39 @@ def test_a_long_phase_that_only_waits_is_told_and_left_alone(tmp_path: Path) -> 
     assert "opening the images" in event["reason"] and "in read_the_batch" in told[0]
 
 
-def test_a_long_phase_ends_as_a_step_does_where_the_run_folder_is_silent(
+def test_a_rank_that_dies_after_it_was_told_makes_no_progress_again(tmp_path: Path) -> None:
+    with watching(tmp_path) as (watch, told):
+        with process(tmp_path, watch, 0, 'beats.enter("saving", 100.0)\nread_the_batch()') as rank:
+            wait_for(lambda: bool(told.events("hang")))
+            rank.kill()
+            wait_for(lambda: watch._hang is None)
+    assert not told.events("progress-again")
+
+
+def test_a_run_folder_that_does_not_answer_is_told_before_a_rank_has_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with watching(tmp_path) as (watch, told):
         monkeypatch.setattr(watch._folder, "silent_s", lambda: 3600.0)
-        with process(tmp_path, watch, 0, 'beats.enter("restoring", 100.0)\nread_the_batch()') as rank:
-            assert rank.wait(60) == -signal.SIGKILL
-    assert "has not answered since" in told[-1]
+        with process(tmp_path, watch, None, 'beats.enter("waiting", float("inf"))\nread_the_batch()') as driver:
+            wait_for(lambda: bool(told.events("hang")))
+            assert driver.is_running()
+    assert "has not answered since" in told[0]
+
+
+def test_the_length_of_a_phase_is_not_that_of_a_step() -> None:
+    beats = Beats()
+    pace = guardian.Pace(beats, 0.2, guardian.Work(os.getpid(), 0.1))
+    for name in ("starting", "opening", "restoring"):
+        beats.enter(name, 10.0)
+        pace.look()
+        time.sleep(0.1)
+    assert pace.look()["limit_s"] == pytest.approx(0.2 * 10)
+    beats.enter("a step")
+    for beats.step in (1, 2, 3):
+        pace.look()
+        time.sleep(0.1)
+    assert float(str(pace.look()["limit_s"])) >= 20 * 0.1
 
 
 def test_a_driver_that_waits_in_a_long_phase_is_told(tmp_path: Path) -> None:

@@ -44,6 +44,10 @@ class FolderThread:
         self._over.set()
         self._thread.join(within_s)
 
+    def forgive(self) -> None:
+        """Counts the folder as just heard: this process could not listen."""
+        self._passed = time.monotonic()
+
     def silent_s(self) -> float:
         """Seconds since the folder last answered."""
         return time.monotonic() - self._passed

@@ -107,9 +107,14 @@ class Target:
                 os.kill(self.pid, signal.SIGKILL)
 
     def for_signals(self) -> list[int]:
-        """The threads that may run a signal's handler, the main thread first."""
+        """The threads that may run SIGNAL's handler, the main thread first."""
         awake = [int(each["tid"]) for each in self.threads() if each["state"] not in "DZX"]
+        awake = [tid for tid in awake if not self._blocks_signal(tid)]
         return sorted(awake or [self.pid], key=lambda tid: tid != self.pid)
+
+    def _blocks_signal(self, tid: int) -> bool:
+        blocked = _text(self._proc / "task" / str(tid) / "status").partition("SigBlk:")[2].split()
+        return bool(blocked) and bool(int(blocked[0], 16) >> (SIGNAL - 1) & 1)
 
     def signal_thread(self, tid: int) -> None:
         """Sends SIGNAL to one thread."""
@@ -186,36 +191,46 @@ class Pace:
 
     def __init__(self, beats: Beats, hang_after_s: float, work: Work) -> None:
         self._beats, self._hang_after_s, self._work = beats, hang_after_s, work
-        self._seen, self._units = b"", 0  # the memory as it was, and the steps and the other counted signs
-        self._moved = self._counted = time.monotonic()
+        self._seen = Beats.from_buffer_copy(beats)
+        self._moved = time.monotonic()
+        self._stepped: float | None = None  # when the step last changed, once it has
         self._steps: deque[float] = deque(maxlen=101)
 
     def look(self) -> dict[str, object]:
         """Reads the beats: step, phase, age_s since the last change, limit_s of the phase, step_s of a median step.
 
-        busy: whether the process computes; looked at in a long phase only.
+        busy: whether the process computes; looked at in a long phase that may soon be one too long.
         """
-        beats, now = self._beats, time.monotonic()
-        seen, units = bytes(beats), beats.step + beats.count
-        if units > self._units:
-            self._steps.append((now - self._counted) / (units - self._units))
-        if units != self._units:
-            self._units, self._counted = units, now
-        if seen != self._seen:
-            self._seen, self._moved = seen, now
+        beats, now = Beats.from_buffer_copy(self._beats), time.monotonic()
+        self._time(beats, now)
+        if bytes(beats) != bytes(self._seen):
+            self._seen, self._moved = beats, now
         step_s = median(self._steps or [0.0])
-        long = 1 < beats.patience < float("inf")
-        if not long:
+        short_limit_s = max(self._hang_after_s, STEPS_PER_LIMIT * step_s)
+        busy = False
+        if 1 < beats.patience < float("inf") and now - self._moved >= short_limit_s / 2:
+            busy = self._work.busy()
+        else:
             self._work.forget()
         return {
             "step": beats.step,
             "phase": beats.phase.decode(errors="replace"),
-            "age_s": now - self._moved,
-            "limit_s": max(self._hang_after_s, STEPS_PER_LIMIT * step_s) * beats.patience,
+            "limit_s": short_limit_s * beats.patience,
             "patience": beats.patience,
             "step_s": step_s,
-            "busy": long and self._work.busy(),
+            "busy": busy,
+            "age_s": time.monotonic() - self._moved,
         }
+
+    def _time(self, beats: Beats, now: float) -> None:
+        """Notes how long a step took, or another sign within one phase; the length of a phase says nothing of it."""
+        before, steps = self._seen, beats.step - self._seen.step
+        if steps > 0:
+            if self._stepped is not None:
+                self._steps.append((now - self._stepped) / steps)
+            self._stepped = now
+        elif beats.phase == before.phase and beats.count > before.count:
+            self._steps.append((now - self._moved) / (beats.count - before.count))
 
 
 class Guardian:

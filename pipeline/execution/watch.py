@@ -6,8 +6,8 @@ process is stopped, or if a guardian falls silent. The watch reports it, writes 
 the run folder for that: guardians speak over TCP, and a thread of its own writes files.
 
 A phase without regular signs, such as reading an index or compiling, has a longer limit. It is reported as early as a
-step is if its processes only wait, as for a mount that does not answer; the ranks are ended at the longer limit, or at
-the short one where the run folder does not answer either.
+step is: as a hang if its processes only wait, as for a mount that does not answer, else in one line. The ranks are
+ended at the longer limit.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class RunWatch:
         self._stop_at: float | None = None  # when a request to stop was seen
         self._stop_reported = False
         self._hang: str | None = None  # the reported hang that is not over
-        self._left = False  # whether that hang ended nothing so far
-        self._long_phase: tuple[str, str] | None = None  # the newest one of which was said that it computes
+        self._hanging: list[Sight] = []  # the processes that hang, where nothing was ended
+        self._slow_reported = False  # whether a long phase that computes was told
         self._killed_for: str | None = None  # the hang for which the ranks of this start were killed
         self._ending = False  # whether the ranks of this start were killed
         self._end: str | None = None  # why there is no other start
@@ -113,6 +113,7 @@ class RunWatch:
             self._guardians.receive(POLL_S)
             if time.monotonic() - looked > 5 * POLL_S + 1:  # this process was stopped, or had no turn
                 self._guardians.forgive()
+                self._folder.forgive()
             looked = time.monotonic()
             self._guardians.kill_retired()
             self._look(looked)
@@ -131,12 +132,12 @@ class RunWatch:
         if cause is None and (waiting := self._waiting(now)) is not None:
             cause, until = waiting
         if cause is None and self._hang is not None:
-            if self._left:  # else its ranks were ended
+            if any(sight in self._guardians.sights() and _moves(sight, now) for sight in self._hanging):
                 self._folder.event("progress-again")
             self._hang = None
         end = helps and self._ends_start() and not self._ending
         if cause is not None and (self._hang is None or end):
-            self._hang, self._left = cause, not end
+            self._hang, self._hanging = cause, [] if end else self._ranks() or self._guardians.sights()
             self._act(cause, end=end, until=until)
         self._folder.progress = self._progress(now)
         self._say_what_a_stop_waits_for(now)
@@ -178,40 +179,50 @@ class RunWatch:
         return next((_stands_still(each, now) for each in late), None)
 
     def _waiting(self, now: float) -> tuple[str, str] | None:
-        """Who waits in a long phase for longer than a step may take, though nobody computes, and until when it may."""
-        for sights in (self._ranks(), [sight for sight in self._guardians.sights() if sight.rank is None]):
-            late = all(sight.age(now) >= sight.short_limit_s for sight in sights)
-            told = self._hang is not None  # until there is a sign of progress
-            waiting = [sight for sight in sights if sight.patience > 1 and (told or not sight.busy)]
-            if late and waiting:
-                sight = max(waiting, key=lambda each: each.age(now))
-                ends = self._ends_start() and sight.rank is not None
-                until = clock(sight.age(now) - self._limit(sight))
-                return _stands_still(
-                    sight, now
-                ), f"it may take until {until}; then the ranks are ended" if ends else LEFT
-            if late and sights:
-                self._say_that_it_computes(max(sights, key=lambda each: each.age(now)), now)
+        """Who only waits in a long phase for longer than a step may take, and until when it may."""
+        ranks = self._ranks()
+        slow = False
+        for sights in (ranks, [sight for sight in self._guardians.sights() if sight.rank is None]):
+            late = bool(sights) and not any(_moves(sight, now) for sight in sights)
+            in_long_phase = [sight for sight in sights if sight.patience > 1]
+            if late and in_long_phase:
+                sight = max(in_long_phase, key=lambda each: each.age(now))
+                busy = next((each for each in sights if each.busy), None)
+                if busy is None or self._hang is not None:  # what was told holds until there is a sign of progress
+                    return _stands_still(sight, now, "only waits"), self._until(sights, now)
+                slow = True
+                self._say_that_it_computes(busy, sights, now)
+        self._slow_reported = slow
+        silent_s = self._folder.silent_s()
+        if not ranks and silent_s >= self._compute.hang_after_s:
+            return f"the run folder {self._run_dir} has not answered since {clock(silent_s)}", LEFT
         return None
 
-    def _say_that_it_computes(self, sight: Sight, now: float) -> None:
-        phase = (sight.name, sight.phase)
-        if sight.patience > 1 and phase != self._long_phase:
-            self._long_phase = phase
-            until = clock(sight.age(now) - self._limit(sight))
-            self._notify(f"{sight.name}: {sight.phase} since {sight.since(now)}; it computes, and may until {until}")
+    def _say_that_it_computes(self, busy: Sight, sights: Sequence[Sight], now: float) -> None:
+        """One line, and where each thread stands in a file: it may compile, or wait without sleeping."""
+        if self._slow_reported:
+            return
+        self._slow_reported = True
+        self._guardians.ask_for_stacks(STACKS_WITHIN_S)
+        name = f"slow-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        reason = f"{busy.name}: {busy.phase} since {busy.since(now)}, with threads that run"
+        text = f"{reason}\n\n{self._text(reason)}\n\n{hang_report.all_lines(self._guardians.sights())}\n"
+        self._notify(f"{reason}; {self._until(sights, now)}. Where each thread stands: {self._run_dir / name}")
+        self._folder.report(name, text)
+        self._folder.event("slow", reason=reason, report=name)
+
+    def _until(self, sights: Sequence[Sight], now: float) -> str:
+        """What happens to these processes unless there is a sign of progress, and when."""
+        if not self._ends_start() or any(sight.rank is None for sight in sights):
+            return LEFT
+        until = clock(min(sight.age(now) - self._limit(sight) for sight in sights))  # a time to come
+        return f"unless there is progress until {until}, {self._next_step()}"
 
     def _limit(self, sight: Sight) -> float:
-        """Seconds that a rank may be without a sign; fewer once the run was asked to stop, or its folder is silent."""
-        limit_s = sight.limit_s
-        if not sight.busy and self._folder_is_silent():
-            limit_s = sight.short_limit_s
+        """Seconds that a rank may be without a sign; fewer once the run was asked to stop."""
         if self._stop_at is None:
-            return limit_s
-        return min(limit_s, max(STOPS_WITHIN_S, 5 * sight.step_s) * sight.patience)
-
-    def _folder_is_silent(self) -> bool:
-        return self._folder.silent_s() > min(STOPS_WITHIN_S, self._compute.hang_after_s / 2)
+            return sight.limit_s
+        return min(sight.limit_s, max(STOPS_WITHIN_S, 5 * sight.step_s) * sight.patience)
 
     # --- acting
 
@@ -254,7 +265,7 @@ class RunWatch:
 
     def _text(self, cause: str) -> str:
         remarks = []
-        if self._folder_is_silent():
+        if self._folder.silent_s() > min(STOPS_WITHIN_S, self._compute.hang_after_s / 2):
             remarks.append(f"the run folder {self._run_dir} has not answered since {clock(self._folder.silent_s())}")
         concerned = self._ranks() or self._guardians.sights()
         return hang_report.text(cause, concerned, self._folder.last_event, remarks)
@@ -284,6 +295,7 @@ class RunWatch:
         of = f"{self._failures} of {self._compute.max_failures} (compute.max_failures)"
         self._folder.event(kind, reason=self.reason, failure=of)
         self._guardians.retire(ENDS_WITHIN_S)
+        self._slow_reported = False
         self._ending, self._killed_for, self._rank_heard = False, None, self._rank_heard and kind == "failed"
         return self._end
 
@@ -297,5 +309,10 @@ class RunWatch:
         return RunProgress(step=step, phase=last.phase, moved=wall - last.age(now), written=wall, hang=self._hang)
 
 
-def _stands_still(sight: Sight, now: float) -> str:
-    return f"{sight.name} stands still since {sight.since(now)} in {sight.phase}, step {sight.step}"
+def _stands_still(sight: Sight, now: float, how: str = "stands still") -> str:
+    return f"{sight.name} {how} since {sight.since(now)} in {sight.phase}, step {sight.step}"
+
+
+def _moves(sight: Sight, now: float) -> bool:
+    """Whether there was a sign of progress within the limit of a step."""
+    return sight.age(now) < sight.short_limit_s

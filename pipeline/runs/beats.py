@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
-# Limits of phases without regular signs, as multiples of `compute.hang_after_s`. A process that only waits in such a
-# phase is reported after `hang_after_s` all the same.
+# Limits of phases without regular signs, as multiples of `compute.hang_after_s`, after which they are reported.
 LONG = 10.0
 COMPILING = 30.0
 UNWATCHED = float("inf")  # a phase that something else bounds
