@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import ContractError
 
@@ -33,6 +32,8 @@ def measure(net: nn.Module, *inputs: Tensor) -> Cost:
     """
     modes = {module: module.training for module in net.modules()}
     net.eval()
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton: a tenth of a second
+
     counter = FlopCounterMode(display=False)
     try:
         with torch.no_grad(), _unfused(), counter:

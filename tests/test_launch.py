@@ -447,3 +447,16 @@ def test_a_stop_ends_a_start_that_lasts_and_hides_no_failure() -> None:
     lasting.over.set()
     with fails(ResourceError, "disk"):
         launch._fit(failing, StoppingAtItsEnd())  # type: ignore[arg-type]
+
+
+def test_that_the_machine_ran_out_of_memory_is_told_without_rays_advice() -> None:
+    """Ray 2.60's text, as its raylet puts it together."""
+    error = RuntimeError(
+        "1 worker(s) were killed due to the node running low on memory.\n"
+        "Memory on the node (IP: 10.77.0.1, ID: 5f) was 22.91GB used / 23.54GB limit (0.973), which exceeds 0.95; "
+        "Ray killed 1 worker(s) based on the killing policy\n"
+        "Refer to the documentation on how to address the out of memory issue: somewhere. To disable it, set the"
+    )
+    told = launch._last_line(error)
+    assert "22.91GB used / 23.54GB limit" in told and "documentation" not in told
+    assert launch._last_line(ValueError("first\nlast.")) == "last"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.cli import data_home
+from jobs.cli import data_home, importing
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,9 +54,10 @@ def plan(
 
       adaptnet plan baseline/imagenet_resnet50 --nodes 8 --gpus-per-node 8 --images 1281167 --images-per-s 3000
     """
-    from pipeline import run_config
-    from pipeline.bench import advice
-    from pipeline.bench import plan as plans
+    with importing():
+        from pipeline import run_config
+        from pipeline.bench import advice
+        from pipeline.bench import plan as plans
 
     home = data_home() or ("nowhere" if images else None)
     config = run_config.load(recipe, overrides or (), data_home=home)

@@ -389,6 +389,7 @@ class Decoder:
         self._threads = ThreadPoolExecutor(config.threads, "adaptnet-resize") if not self.in_dali else None
         self._stream = torch.cuda.Stream(config.device) if config.gpu else None  # type: ignore[no-untyped-call]
         self._batches: deque[tuple[Sequence[Item], CropGeometry]] = deque()
+        self._fed: deque[list[Pixels]] = deque()  # what DALI reads of the batches that it decodes
 
     def put(self, images: Sequence[Item], geometry: CropGeometry) -> None:
         """Starts to decode a batch. Only without a resize by DALI may it hold more than bytes."""
@@ -398,7 +399,8 @@ class Decoder:
         encoded, windows = _to_decode(images, geometry)
         with decode_errors():
             feed = self._pipeline.feed_input
-            feed("encoded", [np.frombuffer(each, dtype=np.uint8) for each in encoded])
+            self._fed.append([np.frombuffer(each, dtype=np.uint8) for each in encoded])
+            feed("encoded", self._fed[-1])
             feed("start", np.ascontiguousarray(windows[:, :2]))
             feed("shape", np.ascontiguousarray(windows[:, 2:]))
             if self.in_dali:
@@ -424,6 +426,7 @@ class Decoder:
                 decoded = (np.asarray(picture) for picture in pictures)
                 squares = self._squares(_windows(images, decoded, geometry), geometry)
             self._pipeline.release_outputs()
+            self._fed.popleft()
         return squares
 
     def close(self) -> None:
@@ -524,11 +527,11 @@ def _pipeline(config: DecoderConfig, in_dali: bool) -> Pipeline:
         batch_size=config.most, num_threads=config.threads, device_id=device_id, prefetch_queue_depth=depth
     )
     def pipeline() -> DataNode:
-        def given(name: str, dtype: DALIDataType) -> DataNode:
-            return fn.external_source(name=name, dtype=dtype, ndim=1)
+        def given(name: str, dtype: DALIDataType, *, no_copy: bool = False) -> DataNode:
+            return fn.external_source(name=name, dtype=dtype, ndim=1, no_copy=no_copy)
 
         pictures = fn.decoders.image_slice(
-            given("encoded", types.UINT8),
+            given("encoded", types.UINT8, no_copy=True),  # DALI copies while it holds the GIL
             start=given("start", types.INT32),
             shape=given("shape", types.INT32),
             axis_names="HW",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,7 @@ if TYPE_CHECKING:  # importing Ray takes seconds
 
     from pipeline.compat.ray_train import Trainer
 
+RAYS_OF_MEMORY = re.compile(r"Memory on the node \([^)]*\) was [^()]*\([0-9.]+\)")
 RAY_LOG = "ray.log"  # what Ray's C++ code printed into the driver's standard error
 
 
@@ -465,6 +467,9 @@ def _lost(config: RunConfig, run_dir: Path, error: Exception, reason: str | None
 
 
 def _last_line(error: Exception) -> str:
+    of_memory = RAYS_OF_MEMORY.search(str(error))  # more telling than Ray's last line, which is advice on Ray
+    if of_memory is not None:
+        return f"{of_memory[0]}, and Ray ended a process"
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:500].rstrip(" .")
 
 
