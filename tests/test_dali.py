@@ -461,6 +461,21 @@ def test_bicubic_images_are_torchvisions(resize: Any) -> None:
     assert (bilinear.int() - theirs.int()).abs().max() > 4
 
 
+@pytest.mark.parametrize("resize", ["torch", "dali"])
+@pytest.mark.parametrize("sizes", [(0, 2, 3), (2, 0, 3, 0, 1), (3, 0)])
+def test_a_batch_without_images_changes_no_other(sizes: tuple[int, ...], resize: Any) -> None:
+    """As one of which no image decodes."""
+    config = DataConfig(root=Path("nowhere"), side_px=32, eval_resize_px=32)
+    decoder = Decoder(DecoderConfig(CPU, gpu=False, threads=2, most=3, resize=resize))
+    for size in sizes:
+        encoded = [images.png(32, 32, seed) for seed in range(size)]
+        decoder.put(encoded, config.eval_geometry(np.full((size, 2), 32, dtype=np.int32)))
+        expected = np.array([np.array(upright(each)) for each in encoded], dtype=np.uint8).reshape(size, 32, 32, 3)
+        assert np.array_equal(decoder.take().numpy(), expected)
+    assert not decoder._fed
+    decoder.close()
+
+
 def test_small_images_keep_their_pixels() -> None:
     encoded = [images.png(32, 32, seed) for seed in range(3)]
     config = DataConfig(root=Path("nowhere"), side_px=32, eval_resize_px=32)

@@ -243,6 +243,17 @@ def test_a_rank_that_dies_after_it_was_told_makes_no_progress_again(tmp_path: Pa
     assert not told.events("progress-again")
 
 
+def test_a_rank_that_waited_for_one_that_died_does_not_hang(tmp_path: Path) -> None:
+    with watching(tmp_path) as (watch, told):
+        with process(tmp_path, watch, 0, 'beats.enter("compiling", 100.0)\nwait_for_the_others()'):
+            with process(tmp_path, watch, 1, 'beats.enter("compiling", 100.0)\nwhile True: pass') as other:
+                wait_for(lambda: bool(told.events("slow")))
+                other.kill()
+                wait_for(lambda: bool(watch._guardians.deaths()))
+                time.sleep(3)
+    assert not told.events("hang")
+
+
 def test_a_run_folder_that_does_not_answer_is_told_before_a_rank_has_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,10 +274,27 @@ def test_the_length_of_a_phase_is_not_that_of_a_step() -> None:
         time.sleep(0.1)
     assert pace.look()["limit_s"] == pytest.approx(0.2 * 10)
     beats.enter("a step")
-    for beats.step in (1, 2, 3):
+    pace.look()
+    time.sleep(0.1)
+    beats.step = 1
+    assert float(str(pace.look()["limit_s"])) >= 20 * 0.1  # else a second step as slow as the first would be a hang
+    for _ in range(300):
+        beats.count += 1
         pace.look()
-        time.sleep(0.1)
-    assert float(str(pace.look()["limit_s"])) >= 20 * 0.1
+    beats.enter("a step")
+    assert float(str(pace.look()["limit_s"])) >= 20 * 0.1  # short batches of an evaluation do not count
+
+
+def test_a_report_that_takes_long_is_no_progress(tmp_path: Path) -> None:
+    with watching(tmp_path, on_hang="report") as (watch, told):
+        with process(tmp_path, watch, 0, "read_the_batch()") as rank:
+            (its,) = (each for each in rank.children() if "guardian" in " ".join(each.cmdline()))
+            wait_for(lambda: any(sight.limit_s < 1e9 for sight in watch._guardians.sights()))
+            its.suspend()
+            wait_for(lambda: len(told) > 0)
+            time.sleep(6)
+            its.resume()
+    assert len(told.events("hang")) == 1 and not told.events("progress-again")
 
 
 def test_a_driver_that_waits_in_a_long_phase_is_told(tmp_path: Path) -> None:

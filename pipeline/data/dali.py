@@ -394,7 +394,7 @@ class Decoder:
     def put(self, images: Sequence[Item], geometry: CropGeometry) -> None:
         """Starts to decode a batch. Only without a resize by DALI may it hold more than bytes."""
         self._batches.append((images, geometry))
-        if isinstance(images, Kept):
+        if isinstance(images, Kept) or not len(geometry):
             return
         encoded, windows = _to_decode(images, geometry)
         with decode_errors():

@@ -194,7 +194,8 @@ class Pace:
         self._seen = Beats.from_buffer_copy(beats)
         self._moved = time.monotonic()
         self._stepped: float | None = None  # when the step last changed, once it has
-        self._steps: deque[float] = deque(maxlen=101)
+        self._steps: deque[float] = deque(maxlen=101)  # how long the last ones took
+        self._signs: deque[float] = deque(maxlen=101)  # the same for the other signs of this phase
 
     def look(self) -> dict[str, object]:
         """Reads the beats: step, phase, age_s since the last change, limit_s of the phase, step_s of a median step.
@@ -205,7 +206,7 @@ class Pace:
         self._time(beats, now)
         if bytes(beats) != bytes(self._seen):
             self._seen, self._moved = beats, now
-        step_s = median(self._steps or [0.0])
+        step_s = max(median(self._steps or [0.0]), median(self._signs or [0.0]))
         short_limit_s = max(self._hang_after_s, STEPS_PER_LIMIT * step_s)
         busy = False
         if 1 < beats.patience < float("inf") and now - self._moved >= short_limit_s / 2:
@@ -225,12 +226,14 @@ class Pace:
     def _time(self, beats: Beats, now: float) -> None:
         """Notes how long a step took, or another sign within one phase; the length of a phase says nothing of it."""
         before, steps = self._seen, beats.step - self._seen.step
+        if beats.phase != before.phase:
+            self._signs.clear()
         if steps > 0:
-            if self._stepped is not None:
-                self._steps.append((now - self._stepped) / steps)
+            if self._stepped is not None or steps == 1:  # else the run was resumed at this step
+                self._steps.append((now - (self._stepped or self._moved)) / steps)
             self._stepped = now
         elif beats.phase == before.phase and beats.count > before.count:
-            self._steps.append((now - self._moved) / (beats.count - before.count))
+            self._signs.append((now - self._moved) / (beats.count - before.count))
 
 
 class Guardian:

@@ -65,6 +65,7 @@ class RunWatch:
         self._ending = False  # whether the ranks of this start were killed
         self._end: str | None = None  # why there is no other start
         self._failures = self._hangs = 0
+        self._looked = time.monotonic()
         self._rank_heard = False  # whether a rank of this start was heard of
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -108,15 +109,15 @@ class RunWatch:
         self._guardians.close()
 
     def _run(self) -> None:
-        looked = time.monotonic()
+        self._looked = time.monotonic()
         while not self._over.is_set():
             self._guardians.receive(POLL_S)
-            if time.monotonic() - looked > 5 * POLL_S + 1:  # this process was stopped, or had no turn
+            if time.monotonic() - self._looked > 5 * POLL_S + 1:  # this process was stopped, or had no turn
                 self._guardians.forgive()
                 self._folder.forgive()
-            looked = time.monotonic()
+            self._looked = time.monotonic()
             self._guardians.kill_retired()
-            self._look(looked)
+            self._look(self._looked)
 
     def _look(self, now: float) -> None:
         if self._stop_at is None and self._folder.stop_requested:
@@ -183,7 +184,7 @@ class RunWatch:
         ranks = self._ranks()
         slow = False
         for sights in (ranks, [sight for sight in self._guardians.sights() if sight.rank is None]):
-            late = bool(sights) and not any(_moves(sight, now) for sight in sights)
+            late = bool(sights) and not self._guardians.deaths() and not any(_moves(sight, now) for sight in sights)
             in_long_phase = [sight for sight in sights if sight.patience > 1]
             if late and in_long_phase:
                 sight = max(in_long_phase, key=lambda each: each.age(now))
@@ -203,7 +204,7 @@ class RunWatch:
         if self._slow_reported:
             return
         self._slow_reported = True
-        self._guardians.ask_for_stacks(STACKS_WITHIN_S)
+        self._ask_for_stacks(STACKS_WITHIN_S)
         name = f"slow-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         reason = f"{busy.name}: {busy.phase} since {busy.since(now)}, with threads that run"
         text = f"{reason}\n\n{self._text(reason)}\n\n{hang_report.all_lines(self._guardians.sights())}\n"
@@ -226,12 +227,16 @@ class RunWatch:
 
     # --- acting
 
+    def _ask_for_stacks(self, within_s: float) -> None:
+        self._guardians.ask_for_stacks(within_s)
+        self._looked = time.monotonic()  # it has listened meanwhile
+
     def _act(self, cause: str, *, end: bool, until: str) -> None:
         """Reports the hang and writes it to the run folder and the journal; ends this start if `end`.
 
         until: what is said of a hang that ends nothing now.
         """
-        self._guardians.ask_for_stacks(1.0 if self._ray_died() else STACKS_WITHIN_S)
+        self._ask_for_stacks(1.0 if self._ray_died() else STACKS_WITHIN_S)
         self._hangs += 1
         name = f"hang-{self._hangs}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         text = self._text(cause)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
-# Limits of phases without regular signs, as multiples of `compute.hang_after_s`, after which they are reported.
+# After what multiple of `compute.hang_after_s` a phase without regular signs is ended; it is reported after one.
 LONG = 10.0
 COMPILING = 30.0
 UNWATCHED = float("inf")  # a phase that something else bounds
