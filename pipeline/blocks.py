@@ -26,6 +26,17 @@ def conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.
     return [convolution, nn.BatchNorm2d(outputs)]
 
 
+def conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    """`conv_bn` and a ReLU in place."""
+    return nn.Sequential(*conv_bn(inputs, outputs, kernel, stride), nn.ReLU(inplace=True))
+
+
+def bottleneck(inputs: int, outputs: int, factor: int, stride: int) -> nn.Sequential:
+    """A 1x1 convolution to at most `factor` times the outputs, and a 3x3 one, each with BatchNorm and ReLU."""
+    inner = min(inputs, factor * outputs)
+    return nn.Sequential(*conv_bn_relu(inputs, inner, 1), *conv_bn_relu(inner, outputs, 3, stride))
+
+
 def he_fan_out(net: nn.Module) -> None:
     """Draws every convolution from N(0, 2 / (k² · C_out)); sets every BatchNorm2d to weight 1 and bias 0."""
     for module in net.modules():

@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "arrn-box": {**ARRN, "ladder_px": [16, 12, 6], "inner": ["M2x1", "F2x1"], "filters": ["box", "dct"], "drop": 0},
     "baseline": {"net": "cifar_resnet", "depth": 8, "resolutions_px": [8]},
     "baseline-stochastic": {"net": "cifar_preresnet", "depth": 8, "stochastic_depth": 0.5, "dropout": 0.3},
+    "baseline-msdnet": {"net": "msdnet", "stem": "cifar", "msdnet": {"exits": 3, "channels": 4, "growth": 4}},
     "baseline-torchvision": {"net": "torchvision:mnasnet0_5"},
     "baseline-timm": {"net": "timm:test_efficientnet"},
     "convnet_aig": {"depth": 8, "target_rate": 0.6, "gate_lr_factor": 0.5, "thresholds": [0.3, 0.7]},

@@ -15,10 +15,10 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 # A module imports only from layers to the left of its own; `pipeline` is the package itself.
 ORDER = """errors installation | compat | pipeline config | ranks cost figures weights | runs | data | family | blocks |
-families | training | tracking | recipes | run_config | evaluation | zoo | registry | execution | deploy | report |
-bench | tuning | jobs | api"""
+exits | families | training | tracking | recipes | run_config | evaluation | zoo | registry | execution | deploy |
+report | bench | tuning | jobs | api"""
 PLACE = {name: place for place, names in enumerate(ORDER.split("|")) for name in names.split()}
-FAMILY_MAY = {"errors", "config", "ranks", "cost", "figures", "weights", "family", "blocks"}
+FAMILY_MAY = {"errors", "config", "ranks", "cost", "figures", "weights", "family", "blocks", "exits"}
 FAMILY_MAY_OUTSIDE = {"torch", "torchvision", "numpy", "pydantic", *sys.stdlib_module_names}
 DOORS = {  # what only these modules import; a benchmark also calls the peers that it measures
     "nvidia": {"pipeline.compat.dali", "pipeline.data.dali", "pipeline.data.verdict", "pipeline.bench"},

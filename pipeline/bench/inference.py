@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from pipeline import cost
 from pipeline.bench.rows import chosen, interleave, on_threads
 from pipeline.config import validate
+from pipeline.exits.budget import shares, thresholds
+from pipeline.exits.net import ExitClassifier
+from pipeline.exits.policies import confidence, early_exit, measure
 from pipeline.families import arrn, baseline, convnet_aig, ranet, shape_adaptor
 from pipeline.families.arrn.inference import ArrnResolution
 from pipeline.families.convnet_aig.inference import Gates
 from pipeline.families.convnet_aig.model import Aig, AigConfig
-from pipeline.families.ranet.budget import shares, thresholds
-from pipeline.families.ranet.inference import confidence, early_exit, measure
-from pipeline.families.ranet.model import Classifier, Ranet
+from pipeline.families.ranet.model import Ranet
 from pipeline.families.shape_adaptor.bodies import Adaptor, Cells, resized
 from pipeline.families.shape_adaptor.inference import freeze
 from pipeline.family import AnyFamily
@@ -167,7 +168,7 @@ def ranet_pairs() -> Iterator[PolicyPair]:
     _settle(net, images)
     exits = net(images).exits.float()
     for classifier, spread in zip(net.classifiers, exits.std((0, 2)), strict=True):
-        assert isinstance(classifier, Classifier)
+        assert isinstance(classifier, ExitClassifier)
         classifier.fc.weight.div_(float(spread))
     confidences, costs = confidence(net(images).exits), measure(net, images)
     for batch, qs in ((256, (0.5, 0.8, 1.0, 1.5)), (32, (0.5, 1.0, 1.5)), (8, (1.0, 1.5)), (1, (1.0,))):

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import validate
+from pipeline.exits.net import ExitOutput
 from pipeline.families.ranet import together
 from pipeline.families.ranet.config import RanetConfig
-from pipeline.families.ranet.model import Ranet, RanetOutput, build
+from pipeline.families.ranet.model import Ranet, build
 from pipeline.families.ranet.objective import loss
 
 CLASSES, SIDE_PX, IMAGES = 5, 18, 6  # 18 px: the halved maps have 9 and 5
@@ -43,9 +44,9 @@ def batch(layout: torch.memory_format = torch.contiguous_format) -> Tensor:
 def stepped(net: Ranet, images: Tensor, exits: Sequence[int] | None = None) -> Step:
     """The exits' logits, the gradients of parameters and images, and the buffers after one forward and backward."""
     images = images.clone().requires_grad_()
-    output: RanetOutput = net(images)
+    output: ExitOutput = net(images)
     chosen = output.exits if exits is None else output.exits[:, list(exits)]
-    answer = RanetOutput(chosen[:, -1], chosen)
+    answer = ExitOutput(chosen[:, -1], chosen)
     net.zero_grad()
     loss(net.config, answer, torch.arange(IMAGES) % CLASSES).total.backward()
     gradients = {name: parameter.grad for name, parameter in net.named_parameters()}

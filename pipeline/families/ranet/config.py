@@ -15,8 +15,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.blocks import Stem
-from pipeline.config import fault, meant
+from pipeline.config import fault
 from pipeline.errors import JsonValue
+from pipeline.exits.budget import Budget, each_once
 from pipeline.family import FamilyConfig
 
 Count = Annotated[int, Field(ge=1, le=64)]
@@ -24,13 +25,6 @@ Channels = Annotated[int, Field(ge=1, le=4096)]
 STEM_STRIDE = {"cifar": 1, "imagenet": 4}
 MIN_COARSEST_PX = 2
 MOST_LAYERS = 5000  # beyond the deepest published net by far
-FEWEST_MACS = 1000.0
-
-
-def _a_budget(budget: float) -> str | None:
-    if budget <= 1 or budget >= FEWEST_MACS:
-        return None
-    return "above 1 a budget is in MACs per image, as in 2e7; write a share of the whole net's as 0.5"
 
 
 class RanetConfig(FamilyConfig):
@@ -56,9 +50,7 @@ class RanetConfig(FamilyConfig):
     reduction: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of the channels that a transition keeps
     exit_distillation: Annotated[float, Field(ge=0, le=1000)] = 0.0  # weight of what exits learn from the last one
     exit_temperature: Annotated[float, Field(gt=0, le=1000)] = 3.0  # of both answers in exit_distillation
-    budgets: tuple[
-        Annotated[float, Field(gt=0, le=1e15), meant(_a_budget)], ...
-    ] = ()  # one policy each; above 1: MACs per image, else a share
+    budgets: tuple[Budget, ...] = ()  # one policy each; above 1: MACs per image, else a share
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
@@ -103,8 +95,7 @@ class RanetConfig(FamilyConfig):
                     raise ValueError(f"reduction (={self.reduction:g}) leaves block {number} without a channel")
         if self.exit_distillation and self.num_exits == 1:
             raise fault("exit_distillation", "the net has one exit, so there is none that could learn from it")
-        if len({budget_name(budget) for budget in self.budgets}) < len(self.budgets):
-            raise ValueError(f"budgets (={list(self.budgets)}): each may occur once")
+        each_once(self.budgets)
         return self
 
     @property
@@ -213,8 +204,3 @@ def _subnetwork(config: RanetConfig, s: int, before: tuple[BlockPlan, ...]) -> t
         made.append(block)
         inputs = block.outputs
     return tuple(made)
-
-
-def budget_name(budget: float) -> str:
-    """E.g. budget-0.5 for half of the full net, budget-20M for 20 million MACs per image."""
-    return f"budget-{budget:g}" if budget <= 1 else f"budget-{budget / 1e6:g}M"

@@ -10,28 +10,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.blocks import conv_bn, he_fan_out, joined, take
+from pipeline.blocks import bottleneck, constant, conv_bn_relu, he_fan_out, joined, take
 from pipeline.errors import ConfigError
+from pipeline.exits.net import ExitClassifier, ExitNet
 from pipeline.families.ranet import together
 from pipeline.families.ranet.config import BlockPlan, RanetConfig
 from pipeline.families.ranet.growing import grow
 
 CIFAR_CLASSIFIER = 128  # channels of a classifier's convolutions
-
-
-@dataclass(frozen=True)
-class RanetOutput:
-    """logits [B, K] of the last exit; exits [B, E, K] of each."""
-
-    logits: Tensor
-    exits: Tensor
 
 
 def build(config: RanetConfig, num_classes: int) -> Ranet:
@@ -99,8 +91,8 @@ class FusedLayer(nn.Module):
         super().__init__()
         down = plan.down and number == plan.layers - 1
         own = plan.growth - plan.from_below
-        self.below = _bottleneck(plan.below[number], plan.from_below, plan.bottleneck_below, 1)
-        self.own = _bottleneck(plan.widths[number], own, plan.bottleneck, 2 if down else 1)
+        self.below = bottleneck(plan.below[number], plan.from_below, plan.bottleneck_below, 1)
+        self.own = bottleneck(plan.widths[number], own, plan.bottleneck, 2 if down else 1)
 
     def forward(self, x: Tensor, found: Tensor) -> Tensor:
         """x [B, C, H, W] and what `below` computed from the previous sub-network -> [B, C + growth, h, w]."""
@@ -117,7 +109,7 @@ class NormalLayer(nn.Module):
 
     def __init__(self, plan: BlockPlan, number: int) -> None:
         super().__init__()
-        self.own = _bottleneck(plan.widths[number], plan.growth, plan.bottleneck, 1)
+        self.own = bottleneck(plan.widths[number], plan.growth, plan.bottleneck, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C + growth, H, W]."""
@@ -132,9 +124,9 @@ class RanetBlock(nn.Module):
         layer = FusedLayer if plan.fused else NormalLayer
         self.layers = nn.ModuleList([layer(plan, number) for number in range(plan.layers)])
         self.down = plan.fused and plan.down
-        self.merge = _basic(plan.below[-1], plan.merged, 1) if plan.fused else None
+        self.merge = conv_bn_relu(plan.below[-1], plan.merged, 1) if plan.fused else None
         width = plan.widths[-1] + plan.merged
-        self.transition = None if plan.reduced is None else _basic(width, plan.reduced, 1)
+        self.transition = None if plan.reduced is None else conv_bn_relu(width, plan.reduced, 1)
 
     def forward(self, features: Features, below: Features | None) -> Tensor:
         """The block's output; features: those of x [B, C, H, W], to which the layers' outputs are added."""
@@ -177,20 +169,6 @@ class RanetBlock(nn.Module):
         return [getattr(layer, name) for layer in self.layers]
 
 
-class Classifier(nn.Module):
-    """Two convolutions with stride 2, global average pooling, one linear layer."""
-
-    def __init__(self, channels: int, hidden: int, num_classes: int) -> None:
-        super().__init__()
-        self.reduce = nn.Sequential(_basic(channels, hidden, 3, 2), _basic(hidden, hidden, 3, 2))
-        self.fc = nn.Linear(hidden, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> logits [B, K]."""
-        logits: Tensor = self.fc(self.reduce(x).mean(dim=(2, 3)))
-        return logits
-
-
 class Base(nn.ModuleList):
     """The base maps of all sub-networks, computed from the full image, from the finest to the coarsest."""
 
@@ -202,7 +180,7 @@ class Base(nn.ModuleList):
         return maps[:0:-1]
 
 
-class Ranet(nn.Module):
+class Ranet(ExitNet):
     """Submodules in the released order: `subnetworks` (lists of blocks), `classifiers` (one per exit), `base`."""
 
     def __init__(self, config: RanetConfig, num_classes: int) -> None:
@@ -210,24 +188,35 @@ class Ranet(nn.Module):
         exits = [block.outputs for blocks in config.plan for block in blocks if not block.fused]
         self.subnetworks = nn.ModuleList([nn.ModuleList(map(RanetBlock, blocks)) for blocks in config.plan])
         self.classifiers = nn.ModuleList(
-            [Classifier(c, CIFAR_CLASSIFIER if config.stem == "cifar" else c, num_classes) for c in exits]
+            [ExitClassifier(c, CIFAR_CLASSIFIER if config.stem == "cifar" else c, num_classes) for c in exits]
         )
         self.base = Base(_base(config))
         self.config = config
         he_fan_out(self.subnetworks)
         he_fan_out(self.classifiers)  # the base keeps torch's defaults, as in the released code
         for classifier in self.classifiers:
-            assert isinstance(classifier, Classifier)
+            assert isinstance(classifier, ExitClassifier)
             nn.init.zeros_(classifier.fc.bias)
 
-    def draw_noise(self, num_images: int) -> Tensor | None:
-        return None
+    def walk(self, images: Tensor) -> Walk:
+        """Raises ConfigError for images smaller than `RanetConfig.min_side_px`."""
+        return Walk(self, images)
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> RanetOutput:
-        """Runs all exits for all images. Raises ConfigError for images smaller than `RanetConfig.min_side_px`."""
-        walk = Walk(self, images)
-        exits = [classifier(walk.to_next_exit()) for classifier in self.classifiers]
-        return RanetOutput(exits[-1], torch.stack(exits, dim=1))
+    def ways(self) -> Sequence[Sequence[str]]:
+        """The base maps count towards the first exit."""
+        found, names = [], ["base"]
+        for s, plans in enumerate(self.config.plan):
+            for number, plan in enumerate(plans):
+                names.append(f"subnetworks.{s}.{number}")
+                if not plan.fused:
+                    found.append(names)
+                    names = []
+        return found
+
+    def facts(self, taken: Tensor) -> dict[str, Tensor]:
+        """`subnetworks` [B, S], 1 for the sub-network in which an image exits."""
+        owner = constant(self.config.subnetwork_of_exit, torch.long, taken.device)
+        return {"subnetworks": F.one_hot(owner[taken - 1], len(self.subnetworks))}
 
 
 class Walk:
@@ -294,15 +283,6 @@ class Walk:
             self._here.append(features)
 
 
-def _bottleneck(inputs: int, outputs: int, factor: int, stride: int) -> nn.Sequential:
-    inner = min(inputs, factor * outputs)
-    return nn.Sequential(*_basic(inputs, inner, 1), *_basic(inner, outputs, 3, stride))
-
-
-def _basic(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(*conv_bn(inputs, outputs, kernel, stride), nn.ReLU(inplace=True))
-
-
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     """x at the height and width `size`, bilinear with aligned corners and no antialias, as the released code.
 
@@ -320,12 +300,12 @@ def _base(config: RanetConfig) -> list[nn.Module]:
     widths = [config.channels * factor for factor in config.width_factors][::-1]
     scales = config.scales[::-1]
     if config.stem == "cifar":
-        made = [_basic(3, widths[0], 3)]
+        made = [conv_bn_relu(3, widths[0], 3)]
     else:
         convolution = nn.Conv2d(3, widths[0], 7, 2, 3)  # with a bias, alone among the convolutions
         pool = nn.MaxPool2d(3, 2, 1)
         made = [nn.Sequential(convolution, nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True), pool)]
     for number in range(1, len(widths)):
         stride = 1 if scales[number] == scales[number - 1] else 2
-        made.append(_basic(widths[number - 1], widths[number], 3, stride))
+        made.append(conv_bn_relu(widths[number - 1], widths[number], 3, stride))
     return list(made)

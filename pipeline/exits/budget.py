@@ -9,14 +9,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import exp, floor
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from pipeline.config import meant
 from pipeline.errors import ConfigError
 
+FEWEST_MACS = 1000.0
 LOG_Q = (-200.0, 200.0)  # where nearly all images exit at the first, or at the last exit
 ROUNDING = 1e-6  # added before a number of images is rounded down, so that n/E survives floating-point error
+
+
+def _a_budget(budget: float) -> str | None:
+    if budget <= 1 or budget >= FEWEST_MACS:
+        return None
+    return "above 1 a budget is in MACs per image, as in 2e7; write a share of the whole net's as 0.5"
+
+
+Budget = Annotated[float, Field(gt=0, le=1e15), meant(_a_budget)]  # above 1: MACs per image, else a share
+
+
+def budget_name(budget: float) -> str:
+    """E.g. budget-0.5 for half of the full net, budget-20M for 20 million MACs per image."""
+    return f"budget-{budget:g}" if budget <= 1 else f"budget-{budget / 1e6:g}M"
+
+
+def each_once(budgets: Sequence[float]) -> None:
+    """Raises ValueError if two budgets have the same name."""
+    if len({budget_name(budget) for budget in budgets}) < len(budgets):
+        raise ValueError(f"budgets (={list(budgets)}): each may occur once")
 
 
 def shares(log_q: float, num_exits: int) -> list[float]:
