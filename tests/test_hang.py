@@ -62,7 +62,8 @@ def test_a_stopped_rank_is_told_and_the_run_restarts_with_the_same_weights(
     printed = (run_dir.parent / f"{run_dir.name}.log").read_text()
     report = (run_dir / hang["report"]).read_text()
     for text in (printed, report):
-        assert f"process {victim.pid}" in text and "in train_step" in text  # where the other rank waits
+        assert f"process {victim.pid}" in text
+        assert "in train_step" in text or "in agree" in text  # where the other rank waits
         assert "last journal event" in text
     assert "(raylet)" not in printed
     assert events(run_dir, "resumed")
@@ -88,6 +89,7 @@ def file_server(images: Path, tmp_path: Path) -> Iterator[tuple[Path, psutil.Pop
         finally:
             served.send_signal(signal.SIGCONT)
             subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+            served.kill()  # another mount namespace may hold a copy of the mount, for which it would stay
 
 
 @pytest.mark.faults
