@@ -30,7 +30,7 @@ from pipeline.runs.records import Meta
 from pipeline.training import checkpoint
 
 SIDE_PX = 16
-CASES = ("arrn", "baseline", "convnet_aig-scaled", "convnet_aig-fixed", "ranet", "shape_adaptor")
+CASES = ("arrn", "baseline", "convnet_aig-scaled", "convnet_aig-fixed", "msdnet", "ranet", "shape_adaptor")
 RATES = [0.9, 0.55, 0.35, 1.0, 0.2, 0.6]
 WITHOUT_ONNX = "needs the extra `onnx`: onnx, onnxscript and onnxruntime"
 needs_onnx = pytest.mark.skipif(any(importlib.util.find_spec(n) is None for n in export.NEEDED), reason=WITHOUT_ONNX)

@@ -37,13 +37,15 @@ CASES: dict[str, dict[str, Any]] = {
     "arrn-box": {**ARRN, "ladder_px": [16, 12, 6], "inner": ["M2x1", "F2x1"], "filters": ["box", "dct"], "drop": 0},
     "baseline": {"net": "cifar_resnet", "depth": 8, "resolutions_px": [8]},
     "baseline-stochastic": {"net": "cifar_preresnet", "depth": 8, "stochastic_depth": 0.5, "dropout": 0.3},
-    "baseline-msdnet": {"net": "msdnet", "stem": "cifar", "msdnet": {"exits": 3, "channels": 4, "growth": 4}},
     "baseline-torchvision": {"net": "torchvision:mnasnet0_5"},
     "baseline-timm": {"net": "timm:test_efficientnet"},
     "convnet_aig": {"depth": 8, "target_rate": 0.6, "gate_lr_factor": 0.5, "thresholds": [0.3, 0.7]},
     "convnet_aig-scaled": {"depth": 8, "target_rate": 0.5, "scaled": ["rate", "prob"]}
     | {"controls": ["shuffled", "mask"]},
     "convnet_aig-fixed": {"depth": 14, "target_rate": [1.0, 0.5, 0.2, 1.0, 0.7, 0.9], "rate_reduction": "sum"},
+    "msdnet": {"exits": 3, "channels": 4, "growth": 4, "budgets": [0.5, 0.8]},
+    "msdnet-imagenet": {"stem": "imagenet", "exits": 2, "first_layers": 2, "layers": 2, "depth": "even", "channels": 4}
+    | {"width_factors": [1, 2, 2, 2], "growth": 2, **DISTILLED},
     "ranet": {**RANET, "width_factors": [4, 2, 1], "budgets": [0.5, 0.8]},
     "ranet-imagenet": {**RANET, "stem": "imagenet", "scales": [1, 2, 2], "width_factors": [2, 2, 1], "depth": "even"}
     | DISTILLED,

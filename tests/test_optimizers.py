@@ -186,7 +186,7 @@ def test_layers_follow_the_depth_and_their_rates_fall_towards_the_images() -> No
     )
 
 
-@pytest.mark.parametrize("name", ["arrn", "convnet_aig", "ranet", "shape_adaptor"])
+@pytest.mark.parametrize("name", ["arrn", "convnet_aig", "msdnet", "ranet", "shape_adaptor"])
 def test_every_family_has_an_order_of_layers_that_holds_each_weight_once(name: str) -> None:
     family = find(name)
     config = family.config()

@@ -5,6 +5,7 @@ Letters: B images, n of them still running, E exits, K classes.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ class ExitWalk(Protocol):
         """Keeps only the images at `places` (rising) among the present ones."""
 
 
+def is_head(name: str) -> bool:
+    """Whether a tensor's name is of the linear layer of an exit."""
+    return re.fullmatch(r"classifiers\.\d+\.fc\.\w+", name) is not None
+
+
 class ExitClassifier(nn.Module):
     """Two convolutions with stride 2, global average pooling, one linear layer."""
 
@@ -57,7 +63,7 @@ class ExitNet(nn.Module):
 
     @abstractmethod
     def walk(self, images: Tensor) -> ExitWalk:
-        """A walk over images [B, 3, H, W]. Raises ConfigError for images that are too small."""
+        """A walk over images [B, 3, H, W]. May raise ConfigError for images that are too small."""
 
     @abstractmethod
     def ways(self) -> Sequence[Sequence[str]]:
@@ -71,7 +77,7 @@ class ExitNet(nn.Module):
         return None
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> ExitOutput:
-        """Runs all exits for all images. Raises ConfigError for images that are too small."""
+        """Runs all exits for all images [B, 3, H, W]; see `walk`."""
         walk = self.walk(images)
         exits = [classifier(walk.to_next_exit()) for classifier in self.classifiers]
         return ExitOutput(exits[-1], torch.stack(exits, dim=1))

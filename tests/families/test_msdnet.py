@@ -11,8 +11,10 @@ from raised import fails
 from pipeline.config import validate
 from pipeline.errors import ConfigError
 from pipeline.exits.policies import confidence, early_exit, measure
-from pipeline.families.baseline.model import BaselineConfig
-from pipeline.families.baseline.msdnet import Msdnet, MsdnetConfig, MultiScaleLayer, build
+from pipeline.families.msdnet.config import MsdnetConfig
+from pipeline.families.msdnet.inference import load_pretrained
+from pipeline.families.msdnet.model import Msdnet, MultiScaleLayer, build
+from pipeline.families.msdnet.objective import layers
 
 NETS = {
     "growing": {"channels": 4, "growth": 4},
@@ -24,7 +26,7 @@ NETS = {
 
 def made(keys: dict[str, object], classes: int = 5, side_px: int = 32) -> tuple[Msdnet, torch.Tensor]:
     torch.manual_seed(3)
-    net = build(MsdnetConfig(**keys), "cifar", classes).eval()  # type: ignore[arg-type]
+    net = build(MsdnetConfig(**keys), classes).eval()  # type: ignore[arg-type]
     return net, torch.randn(9, 3, side_px, side_px)
 
 
@@ -83,18 +85,76 @@ def test_early_exits_answer_as_the_whole_net_and_cost_what_runs(keys: dict[str, 
     assert alone.tolist() == [costs.until(int(number) + 1) for number in taken]
 
 
+def test_the_whole_net_has_the_costs_of_its_plan_and_a_bottleneck_of_two_convolutions() -> None:
+    """Every layer and reduction, from the plan; the two scales that are dropped cost nothing afterwards."""
+    config = MsdnetConfig()
+    net, _ = made({}, 10)
+    total = 1024 * 27 * 16 + 256 * 9 * 16 * 32 + 64 * 9 * 32 * 64
+    for plans in config.plan:
+        for plan in plans:
+            for scale in range(plan.first, 3):
+                factor, area = 2**scale, 1024 // 4**scale
+                added = config.growth * factor // (2 if plan.reads_finer(scale) else 1)
+                total += area * _bottleneck(plan.width * factor, factor * added, added)
+                if plan.reads_finer(scale):
+                    inputs, inner = plan.width * factor // 2, min(plan.width * factor // 2, factor // 2 * added)
+                    total += 4 * area * inputs * inner + area * 9 * inner * added
+                if plan.reduced is not None:
+                    total += area * (plan.width + config.growth) * factor * plan.reduced * factor
+    classifiers = sum(16 * 9 * width * 4 * 128 + 4 * 9 * 128 * 128 + 1280 for width in (22, 34, 26, 50, 52))
+    assert measure(net, torch.zeros(1, 3, 32, 32)).cumulative[-1] == total + classifiers
+
+
+def _bottleneck(inputs: int, inner: int, outputs: int) -> int:
+    inner = min(inputs, inner)
+    return inputs * inner + 9 * inner * outputs
+
+
+def test_blocks_grow_by_their_number_or_not() -> None:
+    assert MsdnetConfig(layers=2, exits=4).block_layers == (1, 3, 5, 7)
+    assert MsdnetConfig(layers=2, first_layers=4, exits=4, depth="even").block_layers == (4, 2, 2, 2)
+
+
+def test_the_stem_for_imagenet_reduces_by_four_and_its_classifiers_are_as_wide_as_their_input() -> None:
+    net = build(MsdnetConfig(stem="imagenet", channels=4, growth=4, exits=3), 5).eval()
+    assert [each.shape[-1] for each in net.first(torch.zeros(1, 3, 64, 64))] == [16, 8, 4]
+    assert {each.reduce[0][0].out_channels for each in net.classifiers} == {32, 48}  # type: ignore[index,union-attr]
+
+
+def test_weights_are_drawn_as_in_the_paper_and_heads_begin_without_a_bias() -> None:
+    net = build(MsdnetConfig(), 10)
+    weight = net.blocks[2].layers[1].own[0][3].weight  # type: ignore[index,union-attr]
+    assert weight.shape[2:] == (3, 3)
+    assert float(weight.std()) == pytest.approx((2 / (9 * weight.shape[0])) ** 0.5, rel=0.2)
+    assert not any(classifier.fc.bias.any() for classifier in net.classifiers)  # type: ignore[union-attr,operator]
+
+
+def test_all_heads_are_the_last_layer_and_are_replaced_for_other_classes() -> None:
+    config = MsdnetConfig(exits=3, channels=4, growth=4)
+    net, other = build(config, 10), build(config, 5)
+    last = layers(config, net)[-1]
+    assert last == list(net.classifiers) and len(layers(config, net)) == 3 + 6 + 1
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    load_pretrained(config, other, net.state_dict(), new_head=True)
+    for name, value in other.state_dict().items():
+        same = before if ".fc." in name else net.state_dict()
+        assert torch.equal(value, same[name]), name
+
+
 @pytest.mark.parametrize(
     ("keys", "key"),
     [
-        ({"net": "msdnet", "depth": 20}, "depth"),
-        ({"net": "msdnet", "resolutions_px": [16]}, "resolutions_px"),
-        ({"net": "resnet50", "msdnet": {"exits": 3}}, "msdnet"),
-        ({"net": "msdnet", "msdnet": {"bottlenecks": [1]}}, "msdnet"),
-        ({"net": "msdnet", "msdnet": {"exits": 1}}, "msdnet"),
-        ({"net": "msdnet", "msdnet": {"channels": 1, "growth": 2, "reduction": 0.001}}, "msdnet"),
-        ({"net": "msdnet", "msdnet": {"budgets": [0.5, 0.5]}}, "msdnet"),
+        ({"bottlenecks": [1]}, "bottlenecks"),
+        ({"exits": 1}, "exits"),
+        ({"exits": 4, "depth": "even"}, "exits"),  # the last layer would have two scales
+        ({"growth": 5, "width_factors": [1, 3]}, "growth"),
+        ({"exits": 64, "layers": 64}, "exits"),
+        ({"channels": 1, "growth": 2, "reduction": 0.001}, "reduction"),
+        ({"budgets": [0.5, 0.5]}, "budgets"),
+        ({"exit_temperature": 2.0}, "exit_temperature"),
+        ({"exits": 1, "first_layers": 3, "exit_distillation": 1.0}, "exit_distillation"),
     ],
 )
 def test_keys_that_do_not_fit_are_refused(keys: dict[str, object], key: str) -> None:
     with fails(ConfigError, key):
-        validate(BaselineConfig, {"name": "baseline", **keys}, "family")
+        validate(MsdnetConfig, {"name": "msdnet", **keys}, "family")

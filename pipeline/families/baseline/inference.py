@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from pipeline import cost
 from pipeline.blocks import per_image
-from pipeline.exits import policies as of_exits
 from pipeline.families.baseline.model import BaselineConfig
 from pipeline.family import FixedPolicy, Policy, Prediction, Settings
 
@@ -91,18 +90,12 @@ def resolutions(config: BaselineConfig) -> Sequence[BaselineResolution]:
 
 
 def policies(config: BaselineConfig, net: nn.Module) -> Sequence[Policy]:
-    """`native` first, then the other resolutions, then `multi-crop` if the recipe asks for it; of an MSDNet its exits,
-    the last one first, `anytime` and the budgets.
-    """
-    if config.net == "msdnet":
-        return of_exits.policies(config.msdnet.exits, config.msdnet.budgets)
+    """`native` first, then the other resolutions, then `multi-crop` if the recipe asks for it."""
     return [*resolutions(config), *([MultiCrop()] if config.multi_crop else [])]
 
 
 def describe(kind: str, settings: Settings) -> str:
     """What a policy does, in a few words."""
-    if kind not in ("views", "resolution"):
-        return of_exits.describe(kind, settings)
     if kind == "views":
         return f"the mean answer to {settings['views']} views of each image"
     if not settings:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from pipeline.blocks import Logits, Stem, conv_bn, dropped, he_fan_out
 from pipeline.config import each_once, meant
 from pipeline.errors import ConfigError, JsonValue
-from pipeline.families.baseline import foreign, msdnet
-from pipeline.families.baseline.msdnet import MsdnetConfig
+from pipeline.families.baseline import foreign
 from pipeline.family import FamilyConfig
 
 TORCHVISION = (
@@ -51,7 +50,7 @@ MIN_SIDE_PX = {
 
 
 class BaselineConfig(FamilyConfig):
-    """`net` is one of TORCHVISION, cifar_resnet or cifar_preresnet of depth 6n+2, speedrun, msdnet, or a foreign net.
+    """`net` is one of TORCHVISION, or cifar_resnet or cifar_preresnet of depth 6n+2, or speedrun, or a foreign net.
 
     `torchvision:NAME` is any net of torchvision's that classifies images, `timm:NAME` any of timm's (the extra `timm`);
     `foreign` says how they are built.
@@ -76,18 +75,10 @@ class BaselineConfig(FamilyConfig):
         tuple[Annotated[int, Field(ge=8, le=8192)], ...], meant(each_once)
     ] = ()  # also evaluated at these, natively and down-and-up
     multi_crop: bool = False  # a policy that averages the answers to six views of an image
-    msdnet: MsdnetConfig = MsdnetConfig()  # the net `msdnet`, which has exits
 
     @classmethod
     def inert(cls, values: Mapping[str, JsonValue]) -> Mapping[str, str]:
         net = values["net"]
-        if net == "msdnet":
-            keys = (*(key for key in OF_OURS if key != "stem"), "resolutions_px", "multi_crop")
-            return dict.fromkeys(keys, "msdnet does not have it; its own keys are in family.msdnet")
-        return cls._inert_without_exits(net, values) | {"msdnet": f"it is for the net msdnet, not for {net}"}
-
-    @classmethod
-    def _inert_without_exits(cls, net: JsonValue, values: Mapping[str, JsonValue]) -> dict[str, str]:
         if foreign.is_foreign(str(net)):
             return dict.fromkeys(OF_OURS, f"{net} is built as its library builds it")
         if str(net).startswith("cifar"):
@@ -103,7 +94,7 @@ class BaselineConfig(FamilyConfig):
 
     @model_validator(mode="after")
     def _rules(self) -> BaselineConfig:
-        known = (*TORCHVISION, "cifar_resnet", "cifar_preresnet", "speedrun", "msdnet", "torchvision:NAME", "timm:NAME")
+        known = (*TORCHVISION, "cifar_resnet", "cifar_preresnet", "speedrun", "torchvision:NAME", "timm:NAME")
         if foreign.is_foreign(self.net):
             reason = foreign.why_unknown(self.net)
             if reason:
@@ -116,8 +107,8 @@ class BaselineConfig(FamilyConfig):
         least = MIN_SIDE_PX.get(self.net, 8)
         if any(side < least for side in self.resolutions_px):
             raise ValueError(f"resolutions_px (={list(self.resolutions_px)}): {self.net} needs at least {least} px")
-        if self.stem == "cifar" and not self.net.startswith(("resnet", "wide_resnet", "cifar", "mobilenet", "msdnet")):
-            raise ValueError(f"stem: cifar is for ResNets, MobileNets and MSDNets, not for {self.net}")
+        if self.stem == "cifar" and not self.net.startswith(("resnet", "wide_resnet", "cifar", "mobilenet")):
+            raise ValueError(f"stem: cifar is for ResNets and MobileNets, not for {self.net}")
         return self
 
 
@@ -142,8 +133,6 @@ def _build(config: BaselineConfig, num_classes: int) -> nn.Module:
         return foreign.build(config.net, num_classes)
     if config.net.startswith("cifar"):
         return CifarResNet(config, num_classes)
-    if config.net == "msdnet":
-        return msdnet.build(config.msdnet, config.stem, num_classes)
     if config.net == "speedrun":
         from pipeline.families.baseline import speedrun  # it imports torch's compiler, which takes as long as torch
 

@@ -1,7 +1,4 @@
-"""Cross-entropy, of an MSDNet the sum over its exits; one optimizer.
-
-The speed-run net's BatchNorm biases learn at 64 times the rate, without decay.
-"""
+"""Cross-entropy, one optimizer; the speed-run net's BatchNorm biases learn at 64 times the rate, without decay."""
 
 from __future__ import annotations
 
@@ -10,20 +7,14 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from pipeline.blocks import Logits
-from pipeline.exits import objective as of_exits
-from pipeline.exits.net import ExitOutput
 from pipeline.families.baseline.model import BaselineConfig
 from pipeline.family import Criterion, Loss, Params, cross_entropy
 
 BIAS_LR_FACTOR = 64.0  # Jordan, arXiv 2404.00498
 
 
-def loss(
-    config: BaselineConfig, output: Logits | ExitOutput, targets: Tensor, criterion: Criterion = cross_entropy
-) -> Loss:
-    """The criterion, by default cross-entropy; logged as `ce`. Of exits see `pipeline.exits.objective`."""
-    if isinstance(output, ExitOutput):
-        return of_exits.loss(output, targets, criterion)
+def loss(config: BaselineConfig, output: Logits, targets: Tensor, criterion: Criterion = cross_entropy) -> Loss:
+    """The criterion, by default cross-entropy; logged as `ce`."""
     ce = criterion(output.logits, targets)
     return Loss(ce, {"ce": ce.detach()})
 

@@ -7,8 +7,6 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from pipeline.exits import static as of_exits
-from pipeline.exits.net import ExitNet
 from pipeline.families.baseline.inference import BaselineResolution, resolutions
 from pipeline.families.baseline.model import BaselineConfig
 from pipeline.family import Report
@@ -30,9 +28,7 @@ class StaticBaseline(nn.Module):
 def static(
     config: BaselineConfig, net: nn.Module, reports: Sequence[Report]
 ) -> Mapping[str, Callable[[Tensor], nn.Module]]:
-    """`native`, and each resolution natively and down-and-up; of an MSDNet each exit."""
-    if isinstance(net, ExitNet):
-        return of_exits.static(net)
+    """`native`, and each resolution natively and down-and-up."""
     return {policy.name: partial(_at, policy, net) for policy in resolutions(config)}
 
 

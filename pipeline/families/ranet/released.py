@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from pipeline.exits.net import is_head
 from pipeline.families.ranet.config import RanetConfig
 from pipeline.weights import Loaded, load
 
@@ -28,11 +29,6 @@ def load_pretrained(
     """Fills `net` from our weights or the released code's; uses every tensor, as `load` does."""
     ours = {our_name(name): value for name, value in tensors.items()}
     return load(net, ours, head=is_head, new_head=new_head)
-
-
-def is_head(name: str) -> bool:
-    """Whether the name is of the linear layer of an exit."""
-    return re.fullmatch(r"classifiers\.\d+\.fc\.\w+", name) is not None
 
 
 def our_name(name: str) -> str:
