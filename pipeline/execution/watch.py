@@ -60,7 +60,7 @@ class RunWatch:
         self._stop_reported = False
         self._hang: str | None = None  # the reported hang that is not over
         self._hanging: list[Sight] = []  # the processes that hang, where nothing was ended
-        self._slow_reported = False  # whether a long phase that computes was told
+        self._slow_reported = False  # whether this long phase was already reported as one that computes
         self._killed_for: str | None = None  # the hang for which the ranks of this start were killed
         self._ending = False  # whether the ranks of this start were killed
         self._end: str | None = None  # why there is no other start
@@ -180,7 +180,10 @@ class RunWatch:
         return next((_stands_still(each, now) for each in late), None)
 
     def _waiting(self, now: float) -> tuple[str, str] | None:
-        """Who only waits in a long phase for longer than a step may take, and until when it may."""
+        """A process that has waited in a long phase for longer than a step may take: a sentence, and what happens next.
+
+        Reports a long phase in which a process computes, which is no hang.
+        """
         ranks = self._ranks()
         slow = False
         for sights in (ranks, [sight for sight in self._guardians.sights() if sight.rank is None]):
@@ -189,7 +192,7 @@ class RunWatch:
             if late and in_long_phase:
                 sight = max(in_long_phase, key=lambda each: each.age(now))
                 busy = next((each for each in sights if each.busy), None)
-                if busy is None or self._hang is not None:  # what was told holds until there is a sign of progress
+                if busy is None or self._hang is not None:  # a reported hang stays one until a sign of progress
                     return _stands_still(sight, now, "only waits"), self._until(sights, now)
                 slow = True
                 self._say_that_it_computes(busy, sights, now)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor, nn
 
 from pipeline.exits.net import ExitNet
 from pipeline.exits.policies import Exit
+from pipeline.family import Report
 
 
 class AtExit(nn.Module):
@@ -27,8 +28,9 @@ class AtExit(nn.Module):
         return logits
 
 
-def static(net: ExitNet) -> Mapping[str, Callable[[Tensor], nn.Module]]:
+def static(config: object, net: nn.Module, reports: Sequence[Report]) -> Mapping[str, Callable[[Tensor], nn.Module]]:
     """`exit-k` for each exit, the last first; budgets decide image by image and cannot be exported."""
+    assert isinstance(net, ExitNet)
     last = len(net.classifiers)
     return {Exit(number).name: partial(_at, net, number) for number in (last, *range(1, last))}
 

@@ -12,9 +12,9 @@ from pipeline.config import validate
 from pipeline.errors import ConfigError
 from pipeline.exits.policies import confidence, early_exit, measure
 from pipeline.families.msdnet.config import MsdnetConfig
+from pipeline.families.msdnet.depth import layers
 from pipeline.families.msdnet.inference import load_pretrained
 from pipeline.families.msdnet.model import Msdnet, MultiScaleLayer, build
-from pipeline.families.msdnet.objective import layers
 
 NETS = {
     "growing": {"channels": 4, "growth": 4},

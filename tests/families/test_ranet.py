@@ -18,12 +18,11 @@ from pipeline import cost, ranks
 from pipeline.config import validate
 from pipeline.errors import ConfigError
 from pipeline.exits.budget import expected, shares, solve, thresholds
-from pipeline.exits.objective import exit_divergence
+from pipeline.exits.objective import exit_divergence, loss
 from pipeline.exits.policies import Anytime, MacsBudget, batch_of, confidence, early_exit, measure
 from pipeline.families.ranet.config import RanetConfig
 from pipeline.families.ranet.inference import policies
 from pipeline.families.ranet.model import Ranet, Walk, build
-from pipeline.families.ranet.objective import loss
 from pipeline.families.ranet.released import load_pretrained
 from pipeline.family import Fitted, Prediction
 from pipeline.weights import Loaded

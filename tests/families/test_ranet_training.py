@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from pipeline.config import validate
 from pipeline.exits.net import ExitOutput
+from pipeline.exits.objective import loss
 from pipeline.families.ranet import together
 from pipeline.families.ranet.config import RanetConfig
 from pipeline.families.ranet.model import Ranet, build
-from pipeline.families.ranet.objective import loss
 
 CLASSES, SIDE_PX, IMAGES = 5, 18, 6  # 18 px: the halved maps have 9 and 5
 SHAPES = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pipeline.exits.objective import groups, loss, updates, whole
 from pipeline.exits.policies import describe
+from pipeline.exits.static import static
 from pipeline.families.msdnet.config import MsdnetConfig
-from pipeline.families.msdnet.inference import load_pretrained, policies, static
+from pipeline.families.msdnet.depth import layers
+from pipeline.families.msdnet.inference import load_pretrained, policies
 from pipeline.families.msdnet.model import build
-from pipeline.families.msdnet.objective import groups, layers, loss, updates, whole
 from pipeline.family import Family
 
 FAMILY = Family(

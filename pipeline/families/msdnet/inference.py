@@ -1,31 +1,21 @@
-"""The policies of the net, each of its exits as a module, and its weights by name."""
+"""The policies of the net, and its weights by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from pipeline.exits import policies as of_exits
-from pipeline.exits import static as modules
 from pipeline.exits.net import is_head
 from pipeline.families.msdnet.config import MsdnetConfig
-from pipeline.families.msdnet.model import Msdnet
-from pipeline.family import Policy, Report
+from pipeline.family import Policy
 from pipeline.weights import Loaded, load
 
 
 def policies(config: MsdnetConfig, net: nn.Module) -> Sequence[Policy]:
     """The last exit first, then the others, `anytime`, and the budgets."""
     return of_exits.policies(config.exits, config.budgets)
-
-
-def static(
-    config: MsdnetConfig, net: nn.Module, reports: Sequence[Report]
-) -> Mapping[str, Callable[[Tensor], nn.Module]]:
-    """`exit-k` for each exit; budgets decide image by image and cannot be exported."""
-    assert isinstance(net, Msdnet)
-    return modules.static(net)
 
 
 def load_pretrained(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pipeline.exits.objective import groups, loss, updates, whole
 from pipeline.exits.policies import describe
+from pipeline.exits.static import static
 from pipeline.families.ranet.config import RanetConfig
+from pipeline.families.ranet.depth import layers
 from pipeline.families.ranet.figures import figures
-from pipeline.families.ranet.inference import policies, static
+from pipeline.families.ranet.inference import policies
 from pipeline.families.ranet.model import build
-from pipeline.families.ranet.objective import groups, layers, loss, updates, whole
 from pipeline.families.ranet.released import load_pretrained
 from pipeline.family import Family
 
