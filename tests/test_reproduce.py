@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from raised import fails
 from jobs import cli
 from pipeline import family as families
 from pipeline.data import toy
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluation.robustness import ResolutionSweep
 from pipeline.execution import launch
 from pipeline.execution.launch import Result
@@ -30,6 +31,8 @@ from pipeline.runs import records
 from tuning.reproduce import claim as claims
 from tuning.reproduce import costs, measuring, results, running
 from tuning.reproduce.claim import ClaimConfig, LoadedClaim
+from tuning.reproduce.kept import KEPT, KeptRuns
+from tuning.reproduce.measuring import ClaimFigures
 from tuning.reproduce.running import Deadline
 from tuning.reproduce.verdict import difference, judge, overall
 
@@ -219,11 +222,21 @@ def train(run: SeedRun) -> Result:
     return launch.train(run.config, run.folder)
 
 
-def tried(home: Path, folder: Path, train_one: Callable[[SeedRun], Result] = train, count: int = 2) -> LoadedClaim:
+def figures(claim: LoadedClaim, folder: Path, keep: Path | None = None) -> ClaimFigures:
+    return ClaimFigures(claim, folder, KeptRuns(claim, keep))
+
+
+def tried(
+    home: Path,
+    folder: Path,
+    train_one: Callable[[SeedRun], Result] = train,
+    count: int = 2,
+    keep: Path | None = None,
+) -> None:
     claim = load(home)
-    running.open_folder(claim, folder, running.images_of(claim), resume=(folder / running.CLAIM).exists())
-    running.train(claim, running.plan(claim, folder, count), train_one, Deadline(None))
-    return claim
+    images = running.images_of(claim)
+    running.open_folder(claim, folder, images, resume=(folder / running.CLAIM).exists())
+    running.train(figures(claim, folder, keep), running.plan(claim, folder, count), train_one, Deadline(None), images)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +259,7 @@ def done(home: Path) -> Path:
 def test_seeds_come_outermost_and_no_finished_run_is_repeated(home: Path, done: Path) -> None:
     runs = running.plan(load(home), done, 2)
     assert [each.name for each in runs] == ["plain-s1", "gated-s1", "plain-s2", "gated-s2"]
-    assert set(running.remaining(load(home), runs).values()) == {0}
+    assert set(running.remaining(figures(load(home), done), runs).values()) == {0}
     tried(home, done)
     assert {records.attempts(each.run.folder) for each in runs} == {1}
 
@@ -372,3 +385,121 @@ def test_a_file_with_other_text_is_not_written_over(done: Path, tmp_path: Path) 
     with fails(ConfigError, "--results"):
         results.update(other, results.read(done))
     assert other.read_text() == "# Mine"
+
+
+# ---- kept runs
+
+
+@pytest.fixture(scope="module")
+def kept(home: Path, done: Path) -> Path:
+    """The folder of the kept runs of `done`."""
+    folder = home / "kept"
+    tried(home, done, no_training, keep=folder)
+    return folder
+
+
+def no_training(run: SeedRun) -> Result:
+    pytest.fail(f"{run.folder.name} is trained again")
+
+
+def same_table(a: Path, b: Path) -> bool:
+    first, second = results.read(a), results.read(b)
+    hours = first["hours"] == second["hours"]
+    return hours and results.rows(first) == results.rows(second) and first["policies"] == second["policies"]
+
+
+def test_kept_runs_alone_give_the_same_table(home: Path, done: Path, kept: Path, tmp_path: Path) -> None:
+    tried(home, tmp_path / "anew", no_training, keep=kept)
+    assert same_table(tmp_path / "anew", done) and len(list(kept.glob(f"*/{KEPT}"))) == 4
+    before = {path: path.stat().st_mtime_ns for path in kept.rglob("*")}
+    tried(home, done, no_training, keep=kept)
+    assert {path: path.stat().st_mtime_ns for path in kept.rglob("*")} == before
+
+
+def test_kept_runs_need_neither_run_folders_nor_images(
+    home: Path, done: Path, kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["reproduce", str(home / "tiny.yaml"), f"data.root={tmp_path}/gone", "tracking.register=null"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--run-dir", str(tmp_path / "anew"), "--keep", str(kept)])
+    assert not ended.value.code and "every run is finished" in capsys.readouterr().out
+    assert same_table(tmp_path / "anew", done)
+    with fails(DataError, "data.root"):
+        running.images_of(claims.load(str(home / "tiny.yaml"), [f"data.root={tmp_path}/gone"]))
+
+
+def test_a_claim_goes_on_elsewhere_from_its_kept_runs(home: Path, done: Path, kept: Path, tmp_path: Path) -> None:
+    """What is missing is trained, in another folder; the table is that of the claim that was never interrupted."""
+    shutil.copytree(kept, tmp_path / "kept", ignore=shutil.ignore_patterns("gated-s2", "plain-s1"))
+    trained = list[str]()
+
+    def train_and_note(run: SeedRun) -> Result:
+        trained.append(run.folder.name)
+        return train(run)
+
+    tried(home, tmp_path / "anew", train_and_note, keep=tmp_path / "kept")
+    assert trained == ["plain-s1", "gated-s2"]
+    first, second = results.read(tmp_path / "anew"), results.read(done)
+    assert results.rows(first) == results.rows(second) and first["policies"] == second["policies"]
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {path.name for path in kept.iterdir()}
+    assert results.page(figures(load(home), tmp_path / "anew", tmp_path / "kept"), first) is not None
+
+
+def test_a_kept_run_is_small_and_names_no_place(home: Path, kept: Path) -> None:
+    for folder in kept.iterdir():
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) < 100_000
+        assert not [path for path in files if str(home).encode() in path.read_bytes()]
+
+
+def test_kept_runs_of_other_rules_overrides_or_images_are_refused(home: Path, kept: Path, tmp_path: Path) -> None:
+    with fails(CheckpointError, "claim.overrides"):
+        KeptRuns(load(home, "training.epochs=2"), kept)
+    with fails(CheckpointError, "claim.images"):
+        KeptRuns(load(home), kept).check_images("others")
+    (tmp_path / "tiny.yaml").write_text(CLAIM.replace("more_than: -200", "more_than: -201"))
+    with fails(CheckpointError, "claim.sha256"):
+        KeptRuns(claims.load(str(tmp_path / "tiny.yaml"), [f"data.root={home}/images"]), kept)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:40] + bytes([b[40] ^ 1]) + b[41:], lambda _: b""])
+@pytest.mark.parametrize("name", [KEPT, "evaluations/final/gates-hard.npz", "evaluations/final/reports.json"])
+def test_a_damaged_kept_run_is_an_error(
+    home: Path, kept: Path, tmp_path: Path, name: str, damage: Callable[[bytes], bytes]
+) -> None:
+    shutil.copytree(kept, tmp_path / "kept")
+    path = tmp_path / "kept" / "gated-s1" / name
+    path.write_bytes(damage(path.read_bytes()))
+    with fails(CheckpointError, KEPT):
+        KeptRuns(load(home), tmp_path / "kept")
+
+
+def test_a_kept_run_without_a_file_is_an_error_and_one_of_another_claim_too(
+    home: Path, kept: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(kept, tmp_path / "kept")
+    (tmp_path / "kept" / "plain-s1" / "evaluations" / "claim-lower" / "native@8px.npz").unlink()
+    with fails(CheckpointError, KEPT):
+        KeptRuns(load(home), tmp_path / "kept")
+    shutil.copyfile(home / "tiny.yaml", tmp_path / "other.yaml")
+    with fails(CheckpointError, "claim.claim"):
+        KeptRuns(claims.load(str(tmp_path / "other.yaml"), [f"data.root={home}/images"]), kept)
+
+
+def test_a_folder_that_cannot_be_written_is_named(home: Path, done: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with fails(ConfigError, "--keep"):
+        KeptRuns(load(home), tmp_path / "file").add("plain", 1, done / "plain-s1", "images")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (claims.CLAIMS / "kept").glob("*")))
+def test_a_shipped_claims_section_is_what_its_kept_runs_give(name: str, tmp_path: Path) -> None:
+    section = re.search(
+        rf"^## {name}:.*?(?=^## |\Z)", (claims.CLAIMS / "RESULTS.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+    assert section is not None
+    command = re.search(rf"`adaptnet reproduce {name}(.*) --seeds (\d+)`", section[0])
+    assert command is not None
+    claim = claims.load(name, command[1].split(), data_home="/data")
+    measured = figures(claim, tmp_path, claims.CLAIMS / "kept" / name)
+    assert results.markdown(results.write(measured, int(command[2]))).rstrip() == section[0].rstrip()

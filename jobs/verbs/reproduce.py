@@ -14,8 +14,8 @@ from jobs.cli import INTERRUPTED, STOPPED, data_home
 if TYPE_CHECKING:
     from pipeline.execution.launch import Result
     from pipeline.execution.seeds import SeedRun
-    from tuning.reproduce.claim import LoadedClaim
     from tuning.reproduce.costs import ArmCost
+    from tuning.reproduce.measuring import ClaimFigures
     from tuning.reproduce.running import ClaimOutcome, ClaimRun
 
 SOME_FAILED = 1  # exit status when the training of an arm diverged
@@ -50,6 +50,10 @@ def reproduce(
     results: Annotated[
         Path | None, typer.Option(help="also write the claim's section into this file, e.g. tuning/claims/RESULTS.md")
     ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="keep what the verdict needs of each finished run here; do not repeat a run that it has"),
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="print what the claim costs here, and exit")] = False,
     listed: Annotated[
         bool, typer.Option("--list", is_eager=True, callback=_list_claims, help="print every shipped claim and exit")
@@ -65,6 +69,9 @@ def reproduce(
     --hours, the same command with --resume goes on: no finished run is repeated. runs/claims/CLAIM holds the runs,
     result.json and the page report/index.html.
 
+    --keep FOLDER keeps of each finished run its answers by image, some tens of kilobytes, so that a claim can go on
+    after the runs are gone, or on another machine. The shipped claims' kept runs are in tuning/claims/kept.
+
     Examples:
 
       adaptnet reproduce --list
@@ -74,29 +81,48 @@ def reproduce(
       adaptnet reproduce aig --hours 2 --results tuning/claims/RESULTS.md
 
       adaptnet reproduce aig --resume --seeds 5 data.root=packed/cifar10
+
+      adaptnet reproduce aig --keep tuning/claims/kept/aig
     """
     from jobs import environment
     from tuning.reproduce import claim as claims
     from tuning.reproduce import running
+    from tuning.reproduce.kept import KeptRuns
+    from tuning.reproduce.measuring import ClaimFigures
 
     layer = environment.recipe_layer()
     claim = claims.load(source, overrides or (), data_home=data_home(), environment=layer)
     folder, count = (run_dir or HOME / claim.name).absolute(), seeds or claim.config.seeds
     claim = claim.tracked(None if run_dir else Path("runs").absolute())
     runs = running.plan(claim, folder, count)
+    measured = ClaimFigures(claim, folder, KeptRuns(claim, keep.absolute() if keep else None))
+    images = ""
     if not plan:
         claims.check_policies(claim)
-        running.open_folder(claim, folder, running.images_of(claim), resume=resume)
-    _print_costs(claim, runs)
+        images = _images(measured, runs)
+        running.open_folder(claim, folder, images, resume=resume)
+    _print_costs(measured, runs)
     if plan:
         return
     received: set[int] = set()
-    outcome = running.train(claim, runs, lambda run: _train_one(run, received), running.Deadline(hours))
-    _print_outcome(claim, folder, outcome, results)
+    outcome = running.train(measured, runs, lambda run: _train_one(run, received), running.Deadline(hours), images)
+    _print_outcome(measured, outcome, results)
     if outcome.diverged:
         raise typer.Exit(SOME_FAILED)
     if outcome.left:
         raise typer.Exit(INTERRUPTED if signal.SIGINT in received else STOPPED)
+
+
+def _images(measured: ClaimFigures, runs: Sequence[ClaimRun]) -> str:
+    """The identity of the evaluated images; where every run is kept they need not be here."""
+    from tuning.reproduce import running
+
+    kept = measured.kept
+    if kept.images and all(kept.find(each.arm, each.run.config.seed) for each in runs):
+        return kept.images
+    images = running.images_of(measured.claim)
+    kept.check_images(images)
+    return images
 
 
 def _train_one(run: SeedRun, received: set[int]) -> Result:
@@ -106,10 +132,10 @@ def _train_one(run: SeedRun, received: set[int]) -> Result:
     return followed(run, (), received)
 
 
-def _print_costs(claim: LoadedClaim, runs: Sequence[ClaimRun]) -> None:
+def _print_costs(measured: ClaimFigures, runs: Sequence[ClaimRun]) -> None:
     from tuning.reproduce import costs, running
 
-    left = running.remaining(claim, runs)
+    claim, left = measured.claim, running.remaining(measured, runs)
     found = {arm: costs.of_arm(claim.arms[arm], count) for arm, count in left.items() if count}
     typer.echo(f"{claim.config.title}\nclaimed: {claim.config.claimed} ({claim.config.source})")
     typer.echo(_of_costs(found) if found else "every run is finished")
@@ -129,17 +155,17 @@ def _of_costs(found: Mapping[str, ArmCost]) -> str:
     return f"{tables.align(rows)}\n{whole}step of each arm; without evaluations, and without what compiling may save"
 
 
-def _print_outcome(claim: LoadedClaim, folder: Path, outcome: ClaimOutcome, results: Path | None) -> None:
+def _print_outcome(measured: ClaimFigures, outcome: ClaimOutcome, results: Path | None) -> None:
     from jobs import tables
     from tuning.reproduce import results as tried
 
-    result = tried.read(folder)
+    result = tried.read(measured.folder)
     typer.echo("\n" + tables.align(tried.rows(result), left=True))
-    typer.echo(f"{claim.name}: {result['verdict']}; {tried.origin(result)}")
+    typer.echo(f"{measured.claim.name}: {result['verdict']}; {tried.origin(result)}")
     if results is not None:
         tried.update(results, result)
         typer.echo(f"written into {results}")
-    page = tried.page(claim, folder, result)
+    page = tried.page(measured, result)
     if page is not None:
         typer.echo(f"page: {page}")
     for name, reason in outcome.diverged.items():

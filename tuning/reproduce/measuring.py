@@ -1,5 +1,7 @@
 """The figures of a statement, image by image and seed by seed, from the stored evaluations of the arms' runs.
 
+A kept run (`kept.KeptRuns`) counts instead of one in the claim's folder.
+
 Letters: S seeds, N images, K classes.
 """
 
@@ -14,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.deploy.evaluations import EVALUATIONS, Array, Stored
+from pipeline.deploy.evaluations import Array, Stored
 from pipeline.errors import ConfigError
 from pipeline.evaluation.comparing import Rows
 from pipeline.evaluation.evaluate import load_reports
@@ -23,10 +25,10 @@ from pipeline.family import Report
 from pipeline.figures import Arrays, hits
 from pipeline.runs import records, seed_runs
 from tuning.reproduce.claim import ClaimStatement, LoadedClaim, Quantity
+from tuning.reproduce.kept import KeptRuns, Origin, evaluation_of
 from tuning.reproduce.verdict import MeasuredDifference, difference
 
 SHUFFLES, SHUFFLE_SEED = 200, 0
-OF_CLAIM = "claim-"  # begins the folders of a claim's evaluations
 PER_IMAGE = {"top1": 100.0, "macs": 1e-6}  # what turns an image's number into the unit of the figure
 T = TypeVar("T")
 PerImage = NDArray[np.float64]  # [N]
@@ -42,10 +44,11 @@ class OfSeed:
 
 @dataclass
 class ClaimFigures:
-    """What the finished runs in a claim's folder give; each stored evaluation is read once."""
+    """What the finished runs in a claim's folder and the kept ones give; each stored evaluation is read once."""
 
     claim: LoadedClaim
     folder: Path
+    kept: KeptRuns
     _stored: dict[Path, Stored] = field(default_factory=dict)
     _arrays: dict[tuple[Path, str], Arrays] = field(default_factory=dict)
 
@@ -53,8 +56,21 @@ class ClaimFigures:
         """The folder of a run."""
         return seed_runs.folder_of(seed_runs.group_of(self.folder / arm), seed)
 
+    def place_of(self, arm: str, seed: int) -> Path:
+        """The folder that has the evaluations of a run: where it is kept, or its own."""
+        return self.kept.place(arm, seed) if self.kept.find(arm, seed) else self.run_of(arm, seed)
+
+    def origin(self, arm: str, seed: int) -> Origin:
+        """How long a run took, at which commit and on what."""
+        kept = self.kept.find(arm, seed)
+        return kept.origin if kept else Origin.of_run(self.run_of(arm, seed))
+
     def is_done(self, arm: str, seed: int) -> bool:
-        """Whether a run is finished, with all evaluations of the claim."""
+        """Whether a run is kept, or finished in the claim's folder with all evaluations of the claim."""
+        return self.kept.find(arm, seed) is not None or self.is_here(arm, seed)
+
+    def is_here(self, arm: str, seed: int) -> bool:
+        """Whether a run is finished in the claim's folder, with all evaluations of the claim."""
         run = self.run_of(arm, seed)
         done = records.read_status(run).finished
         return done and all((evaluation_of(run, name) / records.ABOUT).is_file() for name in self._names(arm))
@@ -63,13 +79,16 @@ class ClaimFigures:
         return [FINAL, *self.claim.config.evaluations_of(arm)]
 
     def begun(self, arm: str) -> tuple[int, ...]:
-        """The seeds of an arm whose training has begun, rising."""
-        planned = seed_runs.seeds_in(seed_runs.group_of(self.folder / arm))
-        return tuple(seed for seed in planned if (self.run_of(arm, seed) / "config.yaml").is_file())
+        """The seeds of an arm that are kept or whose training has begun, rising."""
+        here = {seed for seed in self._planned(arm) if (self.run_of(arm, seed) / "config.yaml").is_file()}
+        return tuple(sorted(here | self.kept.seeds_of(arm)))
+
+    def _planned(self, arm: str) -> set[int]:
+        return set(seed_runs.seeds_in(seed_runs.group_of(self.folder / arm)))
 
     def seeds_of(self, *arms: str) -> tuple[int, ...]:
         """The seeds of which all these arms are done, rising."""
-        found = [set(seed_runs.seeds_in(seed_runs.group_of(self.folder / arm))) for arm in arms]
+        found = [self._planned(arm) | self.kept.seeds_of(arm) for arm in arms]
         common = set.intersection(*found) if found else set()
         return tuple(sorted(seed for seed in common if all(self.is_done(arm, seed) for arm in arms)))
 
@@ -118,7 +137,7 @@ class ClaimFigures:
 
     def arrays(self, arm: str, seed: int, evaluation: str, policy: str) -> Arrays:
         """The stored arrays by image of a policy. Raises ConfigError if there are none."""
-        place = evaluation_of(self.run_of(arm, seed), evaluation)
+        place = evaluation_of(self.place_of(arm, seed), evaluation)
         if (place, policy) not in self._arrays:
             self.report(arm, seed, evaluation, policy)
             details = self._read(place).details(policy)
@@ -129,7 +148,7 @@ class ClaimFigures:
 
     def report(self, arm: str, seed: int, evaluation: str, policy: str) -> Report:
         """The report of a policy. Raises ConfigError if it was not evaluated."""
-        place = evaluation_of(self.run_of(arm, seed), evaluation)
+        place = evaluation_of(self.place_of(arm, seed), evaluation)
         by_name = {report.policy: report for report in self._read(place).reports}
         if policy not in by_name:
             raise _not_there(place, policy, f"it was not evaluated; evaluated were: {', '.join(by_name)}")
@@ -139,11 +158,6 @@ class ClaimFigures:
         if place not in self._stored:
             self._stored[place] = Stored(load_reports(place), place, records.read_about(place))
         return self._stored[place]
-
-
-def evaluation_of(run: Path, name: str) -> Path:
-    """The folder of an evaluation of a run, by its name in the claim."""
-    return run / EVALUATIONS / (name if name == FINAL else f"{OF_CLAIM}{name}")
 
 
 def mixture(macs: Sequence[float], target: float) -> list[float]:

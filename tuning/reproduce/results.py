@@ -6,7 +6,7 @@ A section is a function of result.json alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from pipeline.evaluation.over_seeds import Spread
 from pipeline.execution import seeds
 from pipeline.figures import Table
 from pipeline.report import report
-from pipeline.runs import journal, provenance
 from pipeline.runs.files import read_json, write_json, write_text
-from tuning.reproduce.claim import PUBLISHED, UNITS, ClaimStatement, LoadedClaim
-from tuning.reproduce.measuring import ClaimFigures, evaluation_of
+from tuning.reproduce.claim import PUBLISHED, UNITS, ClaimStatement
+from tuning.reproduce.kept import evaluation_of
+from tuning.reproduce.measuring import ClaimFigures
 from tuning.reproduce.verdict import MeasuredDifference, judge, overall
 
 RESULT, FORMAT = "result.json", 1
@@ -39,10 +39,10 @@ COLUMNS = ("statement", "published", "a", "b", "a - b", "claimed", "n", "verdict
 Json = Mapping[str, JsonValue]
 
 
-def write(claim: LoadedClaim, folder: Path, planned: int) -> Json:
-    """Writes result.json from the finished runs in the folder, and returns its content. planned: seeds in all."""
-    result = conclude(ClaimFigures(claim, folder), planned)
-    write_json(folder / RESULT, result)
+def write(measured: ClaimFigures, planned: int) -> Json:
+    """Writes result.json from the finished runs, and returns its content. planned: seeds in all."""
+    result = conclude(measured, planned)
+    write_json(measured.folder / RESULT, result)
     return result
 
 
@@ -64,7 +64,7 @@ def conclude(measured: ClaimFigures, planned: int) -> dict[str, JsonValue]:
     verdicts = [judge(found, more_than=each.more_than, less_than=each.less_than) for each, found in judged]
     statements = [_statement(*pair, verdict) for pair, verdict in zip(judged, verdicts, strict=True)]
     done = {arm: list(measured.seeds_of(arm)) for arm in claim.arms}
-    runs = [measured.run_of(arm, seed) for arm in claim.arms for seed in measured.begun(arm)]
+    origins = [measured.origin(arm, seed) for arm in claim.arms for seed in measured.begun(arm)]
     return {
         "format": FORMAT,
         "claim": claim.name,
@@ -76,9 +76,9 @@ def conclude(measured: ClaimFigures, planned: int) -> dict[str, JsonValue]:
         "verdict": overall(verdicts),
         "statements": _json(statements),
         "policies": _json([row for arm in claim.arms for row in _policies(measured, arm)]),
-        "hours": round(sum(map(_seconds, runs)) / 3600, 3),
-        "commits": _json(_facts(runs, _commit)),
-        "machines": _json(_facts(runs, _machine)),
+        "hours": round(sum(each.seconds for each in origins) / 3600, 3),
+        "commits": _json(sorted({each.commit for each in origins} - {""})),
+        "machines": _json(sorted({each.machine for each in origins})),
     }
 
 
@@ -99,7 +99,9 @@ def _statement(statement: ClaimStatement, found: MeasuredDifference | None, verd
 
 def _policies(measured: ClaimFigures, arm: str) -> list[dict[str, JsonValue]]:
     """Top-1 and MACs of each policy of an arm, over its seeds, from the evaluation after training."""
-    reports = {seed: load_reports(evaluation_of(measured.run_of(arm, seed), FINAL)) for seed in measured.seeds_of(arm)}
+    reports = {
+        seed: load_reports(evaluation_of(measured.place_of(arm, seed), FINAL)) for seed in measured.seeds_of(arm)
+    }
     return [
         {"arm": arm, "policy": each.policy, "top1": _spread(each.top1), "macs": _spread(each.macs)}
         for each in seeds.spreads(reports)
@@ -113,30 +115,6 @@ def _spread(found: Spread) -> JsonValue:
 def _json(value: object) -> JsonValue:
     plain: JsonValue = to_jsonable_python(value)
     return plain
-
-
-def _seconds(run: Path) -> float:
-    """How long a run computed: over its starts, from the first line of rank 0's journal to the last one."""
-    times: dict[int, list[float]] = {}
-    for record in journal.read_all(run / "journal" / "rank0.jsonl"):
-        times.setdefault(record["attempt"], []).append(record["time"])
-    return sum(max(each) - min(each) for each in times.values())
-
-
-def _facts(runs: Sequence[Path], fact: Callable[[Path], str]) -> list[str]:
-    return sorted({fact(run) for run in runs} - {""})
-
-
-def _commit(run: Path) -> str:
-    git = provenance.read(run).get("git")
-    return "" if not git else git["commit"][:10] + " with changes" * git["dirty"]
-
-
-def _machine(run: Path) -> str:
-    """What the run's latencies were measured on, and the number of CPUs."""
-    latencies = [entry for report in load_reports(evaluation_of(run, FINAL)) for entry in report.latency]
-    cpus = provenance.read(run).get("cpus")
-    return f"{latencies[0].device if latencies else 'unknown device'}, {cpus} CPUs"
 
 
 # ---- tables
@@ -232,14 +210,16 @@ def _markdown_table(cells: Sequence[Sequence[str]]) -> Iterator[str]:
             yield "|" + "---|" * len(row)
 
 
-def page(claim: LoadedClaim, folder: Path, result: Json) -> Path | None:
+def page(measured: ClaimFigures, result: Json) -> Path | None:
     """Writes the report's page about one seed of each arm, the statements first; None without a finished run.
 
-    Raises what `pipeline.report.report` raises.
+    A kept run whose own folder is gone is in the statements alone. Raises what `pipeline.report.report` raises.
     """
-    measured = ClaimFigures(claim, folder)
-    runs = [str(measured.run_of(arm, found[0])) for arm in claim.arms if (found := measured.seeds_of(arm))]
-    return report(runs, folder / REPORT, track=False, first=[table(result)]).page if runs else None
+    runs = []
+    for arm in measured.claim.arms:
+        here = [measured.run_of(arm, seed) for seed in measured.seeds_of(arm) if measured.is_here(arm, seed)]
+        runs += [str(run) for run in here[:1]]
+    return report(runs, measured.folder / REPORT, track=False, first=[table(result)]).page if runs else None
 
 
 def update(path: Path, result: Json) -> None:

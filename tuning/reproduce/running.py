@@ -21,7 +21,8 @@ from pipeline.runs import records, seed_runs
 from pipeline.runs.files import read_json, write_json
 from tuning.reproduce import results
 from tuning.reproduce.claim import ExtraEvaluation, LoadedClaim, override_texts
-from tuning.reproduce.measuring import ClaimFigures, evaluation_of
+from tuning.reproduce.kept import evaluation_of
+from tuning.reproduce.measuring import ClaimFigures
 
 CLAIM, CLAIM_FORMAT = "claim.json", 1
 ASKED_EVERY_S = 1.0
@@ -138,29 +139,39 @@ def _registered(run: SeedRun, *, first: bool) -> SeedRun:
 
 
 def train(
-    claim: LoadedClaim,
+    measured: ClaimFigures,
     runs: Sequence[ClaimRun],
     train_one: TrainOne,
     deadline: Deadline,
+    images: str,
 ) -> ClaimOutcome:
     """Trains and evaluates what is left of `runs` one after the other, and writes result.json after each.
 
-    A finished run is not repeated, an unfinished one resumes. A run that diverges keeps no other from training. Ends
-    after the run that was asked to stop. Raises what `train_one` raises but for that.
+    A finished or kept run is not repeated, an unfinished one resumes. Each finished run is kept, those of before too.
+    A run that diverges keeps no other from training. Ends after the run that was asked to stop. images: as of
+    `images_of`. Raises what `train_one` raises but for that.
     """
-    folder = runs[0].run.folder.parent
-    measured, outcome = ClaimFigures(claim, folder), ClaimOutcome()
+    claim, outcome = measured.claim, ClaimOutcome()
+    planned = len(runs) // len(claim.arms)
     for arm in claim.arms:
         seeds.create([each.run for each in runs if each.arm == arm])
+    for each in runs:
+        _keep(measured, each, images)
     for each in runs:
         if measured.is_done(each.arm, each.run.config.seed):
             continue
         if deadline.is_over or not _train(claim, each, train_one, deadline, outcome):
             break
-        results.write(claim, folder, len(runs) // len(claim.arms))
-    results.write(claim, folder, len(runs) // len(claim.arms))
+        _keep(measured, each, images)
+        results.write(measured, planned)
+    results.write(measured, planned)
     outcome.left = [each.name for each in runs if not measured.is_done(each.arm, each.run.config.seed)]
     return outcome
+
+
+def _keep(measured: ClaimFigures, each: ClaimRun, images: str) -> None:
+    if measured.is_here(each.arm, each.run.config.seed):
+        measured.kept.add(each.arm, each.run.config.seed, each.run.folder, images)
 
 
 def _train(
@@ -196,10 +207,7 @@ def _evaluate(run: Path, name: str, extra: ExtraEvaluation) -> None:
     )
 
 
-def remaining(claim: LoadedClaim, runs: Sequence[ClaimRun]) -> dict[str, int]:
+def remaining(measured: ClaimFigures, runs: Sequence[ClaimRun]) -> dict[str, int]:
     """The number of runs of each arm that are not done."""
-    measured = ClaimFigures(claim, runs[0].run.folder.parent)
-    return {
-        arm: sum(each.arm == arm and not measured.is_done(arm, each.run.config.seed) for each in runs)
-        for arm in claim.arms
-    }
+    left = [each.arm for each in runs if not measured.is_done(each.arm, each.run.config.seed)]
+    return {arm: left.count(arm) for arm in measured.claim.arms}
