@@ -157,6 +157,14 @@ def test_a_run_folder_that_does_not_answer_is_told_whatever_the_run_does(
     assert weights(run_dir) == weights(alone)
 
 
+def name_of(process: psutil.Process) -> str:
+    """Its name; "" once it has ended."""
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
+
+
 @pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])
@@ -179,6 +187,27 @@ def test_a_lost_ray_ends_the_run_with_one_sentence_and_the_same_command_resumes(
     again = command(images, run_dir, *small)
     assert end_of(again) == 0, log_of(run_dir)
     assert weights(run_dir) == weights(alone)
+
+
+@pytest.mark.faults
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+@pytest.mark.parametrize("after_s", [0.5, 3.0])
+def test_a_ray_that_dies_before_its_workers_start_ends_the_run_with_one_sentence(
+    images: Path, tmp_path: Path, name: str, after_s: float
+) -> None:
+    """While Ray starts, while it is asked for its resources, or while the workers are started."""
+    run_dir = tmp_path / "run"
+    process = command(images, run_dir, "compute.workers=1", "training.epochs=1")
+    wait_for(lambda: name in map(name_of, psutil.Process(process.pid).children(recursive=True)), name, process=process)
+    time.sleep(after_s)
+    family = psutil.Process(process.pid).children(recursive=True)
+    for victim in (each for each in family if name_of(each) == name):
+        victim.kill()
+    printed = tmp_path / "run.log"
+    assert end_of(process) == 2 and re.search(f"Ray's {name}|Ray could not be started", printed.read_text())
+    wait_for(lambda: not any(map(alive, family)), "the end of Ray's processes")
+    assert "Traceback" not in printed.read_text() and not CPP_LINE.search(printed.read_text())
 
 
 @pytest.mark.faults

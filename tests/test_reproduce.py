@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +30,11 @@ from pipeline.execution.launch import Result
 from pipeline.execution.seeds import SeedRun
 from pipeline.family import Policy
 from pipeline.runs import records
+from pipeline.runs.files import DamagedFile
 from tuning.reproduce import claim as claims
 from tuning.reproduce import costs, measuring, results, running
 from tuning.reproduce.claim import ClaimConfig, LoadedClaim
-from tuning.reproduce.kept import KEPT, KeptRuns
+from tuning.reproduce.kept import KEPT, KeptRuns, recipe_of
 from tuning.reproduce.measuring import ClaimFigures
 from tuning.reproduce.running import Deadline
 from tuning.reproduce.verdict import difference, judge, overall
@@ -398,19 +401,34 @@ def kept(home: Path, done: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def copied(kept: Path, tmp_path: Path) -> Path:
+    """A copy of the kept runs that may be damaged."""
+    return Path(shutil.copytree(kept, tmp_path / "copied"))
+
+
 def no_training(run: SeedRun) -> Result:
     pytest.fail(f"{run.folder.name} is trained again")
 
 
-def same_table(a: Path, b: Path) -> bool:
+def same(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> bool:
     first, second = results.read(a), results.read(b)
-    hours = first["hours"] == second["hours"]
-    return hours and results.rows(first) == results.rows(second) and first["policies"] == second["policies"]
+    return all(first[key] == second[key] for key in {*first, *second} - {*but})
 
 
-def test_kept_runs_alone_give_the_same_table(home: Path, done: Path, kept: Path, tmp_path: Path) -> None:
+def commanded(home: Path, run_dir: Path, keep: Path, *words: str, root: str = "") -> int:
+    """The exit status of the command."""
+    given = ["reproduce", str(home / "tiny.yaml"), f"data.root={root or home / 'images'}", "tracking.register=null"]
+    given += [f"tracking.uri=sqlite:///{home}/runs/mlflow.db", "--run-dir", str(run_dir), "--keep", str(keep), *words]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(given)
+    return int(ended.value.code or 0)
+
+
+def test_kept_runs_alone_give_the_same_result(home: Path, done: Path, kept: Path, tmp_path: Path) -> None:
     tried(home, tmp_path / "anew", no_training, keep=kept)
-    assert same_table(tmp_path / "anew", done) and len(list(kept.glob(f"*/{KEPT}"))) == 4
+    assert same(tmp_path / "anew", done) and len(list(kept.glob(f"*/{KEPT}"))) == 4
+    assert not list((tmp_path / "anew").glob("*-seeds"))
     before = {path: path.stat().st_mtime_ns for path in kept.rglob("*")}
     tried(home, done, no_training, keep=kept)
     assert {path: path.stat().st_mtime_ns for path in kept.rglob("*")} == before
@@ -419,30 +437,67 @@ def test_kept_runs_alone_give_the_same_table(home: Path, done: Path, kept: Path,
 def test_kept_runs_need_neither_run_folders_nor_images(
     home: Path, done: Path, kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["reproduce", str(home / "tiny.yaml"), f"data.root={tmp_path}/gone", "tracking.register=null"]
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*words, "--run-dir", str(tmp_path / "anew"), "--keep", str(kept)])
-    assert not ended.value.code and "every run is finished" in capsys.readouterr().out
-    assert same_table(tmp_path / "anew", done)
+    assert commanded(home, tmp_path / "anew", kept, root=f"{tmp_path}/gone") == 0
+    assert "every run is finished" in capsys.readouterr().out and same(tmp_path / "anew", done)
     with fails(DataError, "data.root"):
         running.images_of(claims.load(str(home / "tiny.yaml"), [f"data.root={tmp_path}/gone"]))
 
 
-def test_a_claim_goes_on_elsewhere_from_its_kept_runs(home: Path, done: Path, kept: Path, tmp_path: Path) -> None:
+def test_a_claim_goes_on_elsewhere_from_its_kept_runs(home: Path, done: Path, copied: Path, tmp_path: Path) -> None:
     """What is missing is trained, in another folder; the table is that of the claim that was never interrupted."""
-    shutil.copytree(kept, tmp_path / "kept", ignore=shutil.ignore_patterns("gated-s2", "plain-s1"))
-    trained = list[str]()
+    names, trained = {path.name for path in copied.iterdir()}, list[str]()
+    for name in ("gated-s2", "plain-s1"):
+        shutil.rmtree(copied / name)
 
     def train_and_note(run: SeedRun) -> Result:
         trained.append(run.folder.name)
         return train(run)
 
-    tried(home, tmp_path / "anew", train_and_note, keep=tmp_path / "kept")
-    assert trained == ["plain-s1", "gated-s2"]
-    first, second = results.read(tmp_path / "anew"), results.read(done)
-    assert results.rows(first) == results.rows(second) and first["policies"] == second["policies"]
-    assert {path.name for path in (tmp_path / "kept").iterdir()} == {path.name for path in kept.iterdir()}
-    assert results.page(figures(load(home), tmp_path / "anew", tmp_path / "kept"), first) is not None
+    tried(home, tmp_path / "anew", train_and_note, keep=copied)
+    assert trained == ["plain-s1", "gated-s2"] and {path.name for path in copied.iterdir()} == names
+    assert same(tmp_path / "anew", done, but=("hours",))
+    assert records.read_status(tmp_path / "anew" / "gated-seeds").finished
+    measured = figures(load(home), tmp_path / "anew", copied)
+    assert results.page(measured, results.read(tmp_path / "anew")) is not None
+
+
+def test_what_is_kept_gives_the_whole_result_whatever_else_has_begun(home: Path, done: Path, tmp_path: Path) -> None:
+    """A run that is not finished counts nowhere, and a finished seed beyond the plan is kept."""
+    partial = Path(shutil.copytree(done, tmp_path / "partial"))
+    (partial / "gated-s2" / "status.json").unlink()
+
+    def no_time(run: SeedRun) -> Result:
+        return Result(run.folder, False, 0, (), None, None, "", None)
+
+    tried(home, partial, no_time, keep=tmp_path / "kept")
+    tried(home, tmp_path / "anew", no_time, keep=tmp_path / "kept")
+    assert same(partial, tmp_path / "anew") and results.read(partial)["seeds"] == {"plain": [1, 2], "gated": [1]}
+    tried(home, Path(shutil.copytree(done, tmp_path / "whole")), no_training, count=1, keep=tmp_path / "all")
+    tried(home, tmp_path / "one", no_training, count=1, keep=tmp_path / "all")
+    assert same(tmp_path / "whole", tmp_path / "one") and same(tmp_path / "one", done)
+
+
+def test_an_evaluation_of_an_older_version_is_kept_too(home: Path, done: Path, tmp_path: Path) -> None:
+    """It does not say which labels share their logit."""
+    older = Path(shutil.copytree(done, tmp_path / "older"))
+    for path in older.glob("*/evaluations/*/*.npz"):
+        with np.load(path) as stored:
+            arrays = {name: stored[name] for name in stored if name != "tied"}
+        np.savez_compressed(path, **arrays)
+    tried(home, older, no_training, keep=tmp_path / "kept")
+    tried(home, tmp_path / "anew", no_training, keep=tmp_path / "kept")
+    assert same(older, tmp_path / "anew")
+
+
+def test_rows_that_are_not_all_images_in_order_are_kept(home: Path, done: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(done, tmp_path / "other"))
+    for path in other.glob("*/evaluations/*/*.npz"):
+        with np.load(path) as stored:
+            arrays = {name: stored[name] if name == "rows" else stored[name][1:] for name in stored}
+        np.savez_compressed(path, **{**arrays, "rows": arrays["rows"][1:] * 1000})
+    tried(home, other, no_training, keep=tmp_path / "kept")
+    tried(home, tmp_path / "anew", no_training, keep=tmp_path / "kept")
+    assert same(other, tmp_path / "anew") and not same(other, done)
 
 
 def test_a_kept_run_is_small_and_names_no_place(home: Path, kept: Path) -> None:
@@ -456,50 +511,111 @@ def test_kept_runs_of_other_rules_overrides_or_images_are_refused(home: Path, ke
     with fails(CheckpointError, "claim.overrides"):
         KeptRuns(load(home, "training.epochs=2"), kept)
     with fails(CheckpointError, "claim.images"):
-        KeptRuns(load(home), kept).check_images("others")
+        KeptRuns(load(home), kept).prepare("others")
     (tmp_path / "tiny.yaml").write_text(CLAIM.replace("more_than: -200", "more_than: -201"))
     with fails(CheckpointError, "claim.sha256"):
         KeptRuns(claims.load(str(tmp_path / "tiny.yaml"), [f"data.root={home}/images"]), kept)
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:40] + bytes([b[40] ^ 1]) + b[41:], lambda _: b""])
-@pytest.mark.parametrize("name", [KEPT, "evaluations/final/gates-hard.npz", "evaluations/final/reports.json"])
-def test_a_damaged_kept_run_is_an_error(
-    home: Path, kept: Path, tmp_path: Path, name: str, damage: Callable[[bytes], bytes]
-) -> None:
-    shutil.copytree(kept, tmp_path / "kept")
-    path = tmp_path / "kept" / "gated-s1" / name
-    path.write_bytes(damage(path.read_bytes()))
-    with fails(CheckpointError, KEPT):
-        KeptRuns(load(home), tmp_path / "kept")
-
-
-def test_a_kept_run_without_a_file_is_an_error_and_one_of_another_claim_too(
-    home: Path, kept: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(kept, tmp_path / "kept")
-    (tmp_path / "kept" / "plain-s1" / "evaluations" / "claim-lower" / "native@8px.npz").unlink()
-    with fails(CheckpointError, KEPT):
-        KeptRuns(load(home), tmp_path / "kept")
     shutil.copyfile(home / "tiny.yaml", tmp_path / "other.yaml")
     with fails(CheckpointError, "claim.claim"):
         KeptRuns(claims.load(str(tmp_path / "other.yaml"), [f"data.root={home}/images"]), kept)
 
 
-def test_a_folder_that_cannot_be_written_is_named(home: Path, done: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+@pytest.mark.parametrize("change", ["training.optimizer.lr=0.2", "data.eval_resize_px=18", "data.side_px=17"])
+def test_kept_runs_of_another_recipe_under_the_same_file_are_refused(home: Path, kept: Path, change: str) -> None:
+    """The claim names a recipe, and that file has changed since."""
+    claim, key = load(home), change.partition("=")[0]
+    plain = load(home, change).arms["plain"]
+    with fails(CheckpointError, key):
+        KeptRuns(replace(claim, arms={**claim.arms, "plain": plain}), kept)
+
+
+def test_a_kept_run_with_a_teacher_is_taken_wherever_the_teacher_lies(home: Path) -> None:
+    teacher = ["training.teacher.kind=trained", "training.teacher.source=/a/run"]
+    moved = ["training.teacher.kind=trained", "training.teacher.source=/another/run"]
+    first, second = (recipe_of(load(home, *words).arms["plain"], 1) for words in (teacher, moved))
+    assert first == second != recipe_of(load(home).arms["plain"], 1)
+
+
+FLIPPED = [lambda b: b[:-1], lambda b: b[: len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1 :]]
+
+
+@pytest.mark.parametrize("damage", [*FLIPPED, lambda _: b"", lambda _: b"[]", lambda _: None])
+@pytest.mark.parametrize("name", [KEPT, "evaluations/final/gates-hard.npz", "evaluations/final/reports.json"])
+def test_a_damaged_kept_run_is_an_error(
+    home: Path, copied: Path, name: str, damage: Callable[[bytes], bytes | None]
+) -> None:
+    path = copied / "gated-s1" / name
+    left = damage(path.read_bytes())
+    path.unlink() if left is None else path.write_bytes(left)
+    with fails(CheckpointError, KEPT):
+        KeptRuns(load(home), copied)
+
+
+def test_each_figure_of_a_kept_record_is_under_its_checksum(home: Path, copied: Path) -> None:
+    path = copied / "gated-s1" / KEPT
+    whole = json.loads(path.read_text())
+    for key, value in {"seconds": 1.0, "commit": "abc", "machine": "another", "sums": {}, "recipe": {}}.items():
+        path.write_text(json.dumps({**whole, key: value}))
+        with fails(CheckpointError, KEPT):
+            KeptRuns(load(home), copied)
+
+
+def test_a_kept_run_counts_under_its_own_name_alone(home: Path, copied: Path) -> None:
+    shutil.copytree(copied / "plain-s1", copied / ".plain-s1.aside")  # what a kill leaves
+    assert len(KeptRuns(load(home), copied)) == 4
+    (copied / "plain-s1").rename(copied / "plain-s7")
+    with fails(CheckpointError, KEPT):
+        KeptRuns(load(home), copied)
+    (copied / "plain-s7").rename(copied / "plain-s1.old")
     with fails(ConfigError, "--keep"):
-        KeptRuns(load(home), tmp_path / "file").add("plain", 1, done / "plain-s1", "images")
+        KeptRuns(load(home), copied)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (claims.CLAIMS / "kept").glob("*")))
-def test_a_shipped_claims_section_is_what_its_kept_runs_give(name: str, tmp_path: Path) -> None:
-    section = re.search(
-        rf"^## {name}:.*?(?=^## |\Z)", (claims.CLAIMS / "RESULTS.md").read_text(encoding="utf-8"), re.M | re.S
-    )
-    assert section is not None
-    command = re.search(rf"`adaptnet reproduce {name}(.*) --seeds (\d+)`", section[0])
+def test_a_folder_that_is_of_no_use_is_named_before_anything_is_trained(
+    home: Path, kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for words in ((), ("--plan",)):
+        assert commanded(home, tmp_path / "runs", tmp_path / "file", *words) == 2
+        assert commanded(home, tmp_path / "runs", kept.parent, *words) == 2  # it holds other folders
+    assert commanded(home, tmp_path / "runs", tmp_path / "file" / "kept") == 2
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "plain-s2").symlink_to(tmp_path / "nothing")
+    assert commanded(home, tmp_path / "runs", tmp_path / "kept") == 2
+    assert "Traceback" not in capsys.readouterr().err and not list((tmp_path / "runs").glob("plain-s1"))
+
+
+def test_a_run_without_answers_by_image_is_named_and_not_kept(home: Path, done: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(done, tmp_path / "broken"))
+    (broken / "gated-s1" / "evaluations" / "final" / "gates-hard.npz").write_bytes(b"PK")
+    with pytest.warns(DamagedFile), fails(ConfigError, "policy"):
+        KeptRuns(load(home), tmp_path / "kept").add("gated", 1, broken / "gated-s1", "images")
+    assert not (tmp_path / "kept" / "gated-s1").exists()
+
+
+def test_of_two_commands_that_keep_a_run_the_first_wins(home: Path, done: Path, tmp_path: Path) -> None:
+    one, two = KeptRuns(load(home), tmp_path / "kept"), KeptRuns(load(home), tmp_path / "kept")
+    one.add("plain", 1, done / "plain-s1", "images")
+    two.add("plain", 1, done / "plain-s1", "images")
+    assert one.find("plain", 1) == two.find("plain", 1) is not None
+
+
+def sections() -> dict[str, str]:
+    """{claim: its section} of the shipped results."""
+    path = claims.CLAIMS / "RESULTS.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return {match[1]: match[0] for match in re.finditer(r"^## ([^:\n]+):.*?(?=^## |\Z)", text, re.M | re.S)}
+
+
+def test_each_section_of_the_shipped_results_has_kept_runs() -> None:
+    assert set(sections()) == {path.name for path in (claims.CLAIMS / "kept").glob("*")}
+
+
+@pytest.mark.parametrize("name", sorted(sections()) or [pytest.param("", marks=pytest.mark.skip("no claim is tried"))])
+def test_a_section_of_the_shipped_results_is_what_its_kept_runs_give(name: str, tmp_path: Path) -> None:
+    section = sections()[name]
+    command = re.search(rf"`adaptnet reproduce {name}(.*) --seeds (\d+)`", section)
     assert command is not None
-    claim = claims.load(name, command[1].split(), data_home="/data")
+    claim = claims.load(name, shlex.split(command[1]), data_home="/data")
     measured = figures(claim, tmp_path, claims.CLAIMS / "kept" / name)
-    assert results.markdown(results.write(measured, int(command[2]))).rstrip() == section[0].rstrip()
+    assert results.markdown(results.write(measured, int(command[2]))).rstrip() == section.rstrip()

@@ -23,6 +23,7 @@ from jobs.verbs import jobs
 from pipeline.errors import ResourceError
 from pipeline.execution import guardian, ray_processes
 from pipeline.execution.guardians import report_failures
+from pipeline.execution.ray_processes import RayState
 from pipeline.execution.watch import RunWatch
 from pipeline.execution.watched import WatchAddress
 from pipeline.run_config import ComputeConfig
@@ -367,7 +368,7 @@ def test_a_hanging_run_is_listed_as_such_and_its_job_says_since_when(tmp_path: P
 
 def test_a_stopped_and_a_killed_process_of_ray_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with watching(tmp_path) as (watch, told), process(tmp_path, watch, 0, "while True: beats.count += 1") as rank:
-        with psutil.Popen(["sleep", "600"]) as raylet, watch.over_ray(None):
+        with psutil.Popen(["sleep", "600"]) as raylet, watch.over_ray(RayState(None, HANG_AFTER_S)):
             monkeypatch.setattr(ray_processes, "of_driver", lambda gcs: [psutil.Process(raylet.pid)])
             raylet.send_signal(signal.SIGSTOP)
             wait_for(lambda: bool(told.events("ray-frozen")))

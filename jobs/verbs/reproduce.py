@@ -69,8 +69,9 @@ def reproduce(
     --hours, the same command with --resume goes on: no finished run is repeated. runs/claims/CLAIM holds the runs,
     result.json and the page report/index.html.
 
-    --keep FOLDER keeps of each finished run its answers by image, some tens of kilobytes, so that a claim can go on
-    after the runs are gone, or on another machine. The shipped claims' kept runs are in tuning/claims/kept.
+    --keep FOLDER keeps of each finished run its reports and answers by image, without weights, so that a claim can go
+    on after the runs are gone, or on another machine. A run that is kept is neither trained nor registered again. The
+    kept runs from which the results of shipped claims were made are in tuning/claims/kept/CLAIM.
 
     Examples:
 
@@ -82,7 +83,7 @@ def reproduce(
 
       adaptnet reproduce aig --resume --seeds 5 data.root=packed/cifar10
 
-      adaptnet reproduce aig --keep tuning/claims/kept/aig
+      adaptnet reproduce aig --hours 2 --keep kept/aig
     """
     from jobs import environment
     from tuning.reproduce import claim as claims
@@ -118,10 +119,9 @@ def _images(measured: ClaimFigures, runs: Sequence[ClaimRun]) -> str:
     from tuning.reproduce import running
 
     kept = measured.kept
-    if kept.images and all(kept.find(each.arm, each.run.config.seed) for each in runs):
-        return kept.images
-    images = running.images_of(measured.claim)
-    kept.check_images(images)
+    all_kept = kept.images and all(kept.find(each.arm, each.run.config.seed) for each in runs)
+    images = str(kept.images) if all_kept else running.images_of(measured.claim)
+    kept.prepare(images)
     return images
 
 
@@ -138,6 +138,8 @@ def _print_costs(measured: ClaimFigures, runs: Sequence[ClaimRun]) -> None:
     claim, left = measured.claim, running.remaining(measured, runs)
     found = {arm: costs.of_arm(claim.arms[arm], count) for arm, count in left.items() if count}
     typer.echo(f"{claim.config.title}\nclaimed: {claim.config.claimed} ({claim.config.source})")
+    if measured.kept.folder is not None:
+        typer.echo(f"{len(measured.kept)} finished runs are kept in {measured.kept.folder}")
     typer.echo(_of_costs(found) if found else "every run is finished")
 
 

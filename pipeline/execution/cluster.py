@@ -5,21 +5,25 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import math
 import os
 import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, suppress
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from math import ceil
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
-from pipeline.errors import ResourceError
+from pipeline.errors import AdaptNetWarning, ResourceError
 from pipeline.execution import allocation, ray_messages, ray_processes, ray_token, sockets
+from pipeline.execution.ray_processes import RayState
 from pipeline.execution.ray_token import own_sigterm
 from pipeline.execution.sockets import HERE, connection_error, host_and_port
 from pipeline.installation import CODE
@@ -37,6 +41,7 @@ _frozen: list[tuple[threading.Thread, list[psutil.Process]]] = []  # ends that w
 class Connection:
     """A connection to Ray. ends_within_s: how long its end may take before it is given up. lost: Ray has died."""
 
+    ray: RayState
     ends_within_s: float = SHUTDOWN_S
     lost: bool = False
 
@@ -56,10 +61,9 @@ def cluster(compute: ComputeConfig, messages: Path | None = None) -> Iterator[Co
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    connection = Connection()
     if ray.is_initialized():
         _check_resources(compute)
-        yield connection
+        yield Connection(_state(compute))
         return
     _await_head(compute)
     with (
@@ -67,14 +71,54 @@ def cluster(compute: ComputeConfig, messages: Path | None = None) -> Iterator[Co
         ray_token.mode(ray_token.mode_for(compute.address)),
         _place(compute) as folder,
     ):
-        with own_sigterm():
+        with own_sigterm(), nullcontext() if folder is None else _ended_with_ray():
             _start(compute, folder)
+        connection = Connection(_state(compute))
         try:
-            _check_resources(compute)
+            _while_ray_lives(partial(_check_resources, compute), connection)
             yield connection
         finally:
             with own_sigterm():
                 _shut_down(connection, started_here=compute.address is None)
+
+
+def _state(compute: ComputeConfig) -> RayState:
+    """What is known of the processes of the Ray that has just been connected; it has seen those that live now."""
+    import ray
+
+    gcs = str(ray.get_runtime_context().gcs_address) if compute.address else None  # None: children of this process
+    state = RayState(gcs, compute.hang_after_s)
+    state.frozen()
+    return state
+
+
+def _while_ray_lives(ask: Callable[[], None], connection: Connection) -> None:
+    """Asks Ray in a thread, and gives it up if Ray has died: after a minute Ray would end this process.
+
+    Raises what `ask` raises, and ResourceError if one of Ray's processes has died; the connection is lost then.
+    """
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            ask()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="ask-ray", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.05)
+        died = connection.ray.frozen()
+        if died is not None and connection.ray.died:
+            connection.lost = True
+            raise ResourceError(
+                f"{died} before the workers were started; the same command starts again",
+                key="compute.address",
+                subject=died,
+            )
+    if raised:
+        raise raised[0]
 
 
 def _shut_down(connection: Connection, *, started_here: bool) -> None:
@@ -104,16 +148,49 @@ def _any_stopped() -> bool:
     return False
 
 
+@contextmanager
+def _ended_with_ray() -> Iterator[None]:
+    """Ends this process with a warning and status 2 if the block waits for a process of Ray that has died.
+
+    The block starts Ray in the main thread, where Ray's C++ code cannot be interrupted; after a minute Ray would end
+    this process with status 1 and without a word.
+    """
+    over = threading.Event()
+    thread = threading.Thread(target=_end_with_ray, args=(over,), name="ray-start", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _end_with_ray(over: threading.Event) -> None:
+    ray = RayState(None, STOPPED_S)
+    while not over.wait(POLL_S):
+        found = ray.frozen()
+        if not ray.died:
+            continue
+        if over.wait(STOPPED_S):  # Ray's own error is better
+            return
+        warnings.warn(f"{found} while Ray was started; the same command starts again", AdaptNetWarning, stacklevel=1)
+        _leave(ray_processes.of_driver(None), 2)
+
+
 def leave_frozen_ray(code: int) -> None:
     """Ends this process with `code` and without Python's last steps, in which Ray waits; returns if Ray has ended."""
     frozen = [processes for thread, processes in _frozen if thread.is_alive()]
-    if not frozen:
-        return
+    if frozen:
+        _leave(itertools.chain.from_iterable(frozen), code)
+
+
+def _leave(rays: Iterable[psutil.Process], code: int) -> NoReturn:
+    """Ends this process at once, and these of Ray."""
     sys.stdout.flush()
     sys.stderr.flush()
     with open(os.devnull, "w") as devnull:  # what Ray's C++ code says of its end
         os.dup2(devnull.fileno(), 2)
-        for process in itertools.chain.from_iterable(frozen):
+        for process in rays:
             with suppress(psutil.Error):
                 process.kill()
         os._exit(code)
@@ -210,13 +287,6 @@ def own_ip(compute: ComputeConfig) -> str:
     return ray.util.get_node_ip_address() if compute.address else HERE
 
 
-def gcs_address(compute: ComputeConfig) -> str | None:
-    """HOST:PORT of the connected cluster's GCS as Ray names it; None for one that this process has started."""
-    import ray
-
-    return str(ray.get_runtime_context().gcs_address) if compute.address else None
-
-
 def computes_on_gpu(compute: ComputeConfig) -> bool:
     """Whether the workers use GPUs; for device "auto", whether the connected cluster has any."""
     import ray
@@ -243,7 +313,7 @@ def cpu_share(compute: ComputeConfig, nodes: Sequence[Mapping[str, float]], *, g
     nodes: their resources, as Ray names them. At least 1.
     """
     used = [node for node in nodes if node.get("GPU" if gpu else "CPU")]
-    workers = ceil(compute.most_workers / max(1, len(used)))
+    workers = math.ceil(compute.most_workers / max(1, len(used)))
     each = 1.0 if compute.gpus_per_worker is None else compute.gpus_per_worker
     shares = [node.get("CPU", 0.0) / (node["GPU"] / max(1.0, each) if gpu else workers) for node in used]
     return float(max(1, int(min(shares, default=1.0))))

@@ -395,12 +395,9 @@ def _run(config: RunConfig, order: WorkerConfig, seen: Watched, journal: Journal
         return False
     with cluster.cluster(config.compute, run_dir / RAY_LOG) as connection:
         seen.beats.enter("waiting for the workers", UNWATCHED)
-        config = _with_cpus(config, journal)
-        address = watch.address(cluster.own_ip(config.compute))
-        order = replace(order, recipe=configs.as_mapping(config), watch=address)
         try:
-            with watch.over_ray(cluster.gcs_address(config.compute)):
-                started = _fit(_trainer(config.compute, order), watch)
+            with watch.over_ray(connection.ray):
+                started = _fit(partial(_train_under_ray, config, order, watch, journal), watch)
         except Exception as error:  # Ray wraps a worker's error in classes of its own
             if watch.error is not None:
                 connection.ends_within_s, connection.lost = 1.0, watch.ray_lost
@@ -421,8 +418,14 @@ def _run(config: RunConfig, order: WorkerConfig, seen: Watched, journal: Journal
         return started
 
 
-def _fit(trainer: Trainer, watch: RunWatch) -> bool:
-    """trainer.fit() in a thread, so that a Ray that does not answer can be given up. Raises what it raises.
+def _train_under_ray(config: RunConfig, order: WorkerConfig, watch: RunWatch, journal: Journal) -> None:
+    config = _with_cpus(config, journal)
+    address = watch.address(cluster.own_ip(config.compute))
+    _trainer(config.compute, replace(order, recipe=configs.as_mapping(config), watch=address)).fit()
+
+
+def _fit(train: Callable[[], None], watch: RunWatch) -> bool:
+    """`train()` in a thread, so that a Ray that does not answer can be given up. Raises what it raises.
 
     Returns False as soon as the run is asked to stop, if no worker has started by then.
     """
@@ -430,7 +433,7 @@ def _fit(trainer: Trainer, watch: RunWatch) -> bool:
 
     def fit() -> None:
         try:
-            trainer.fit()
+            train()
         except Exception as error:
             raised.append(error)
 

@@ -79,9 +79,9 @@ class RunWatch:
         return self._folder.journal(journal)
 
     @contextmanager
-    def over_ray(self, gcs: str | None) -> Iterator[None]:
-        """Watches Ray's own processes in the block: this process's, or this machine's of the cluster at `gcs`."""
-        self._ray = RayState(gcs, self._compute.hang_after_s)
+    def over_ray(self, ray: RayState) -> Iterator[None]:
+        """Watches Ray's own processes in the block."""
+        self._ray = ray
         try:
             yield
         finally:

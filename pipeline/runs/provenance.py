@@ -25,6 +25,7 @@ from pipeline.runs.files import read_json, write_text
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "nvidia-dali-cuda130", "numpy", "safetensors")
 KEPT = "git.json"  # file in a copy of a checkout that records the state of the original
 MAX_DIFF_CHARS = 5_000_000
+RESULTS = ("tuning/claims/kept", "tuning/claims/RESULTS.md")  # in a checkout; what runs write there changes no code
 
 
 class GitState(TypedDict):
@@ -96,7 +97,7 @@ def git_state(folder: Path) -> GitState | None:
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None or top is None or Path(top.strip()).resolve() != folder:
         return None
-    status = _git(folder, "status", "--porcelain")
+    status = _git(folder, "status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in RESULTS))
     branch = _git(folder, "rev-parse", "--abbrev-ref", "HEAD") or ""
     return {"commit": commit.strip(), "branch": branch.strip(), "dirty": bool(status)}
 

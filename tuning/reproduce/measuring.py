@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.deploy.evaluations import Array, Stored
+from pipeline.deploy.evaluations import Array
 from pipeline.errors import ConfigError
 from pipeline.evaluation.comparing import Rows
 from pipeline.evaluation.evaluate import load_reports
@@ -25,7 +25,7 @@ from pipeline.family import Report
 from pipeline.figures import Arrays, hits
 from pipeline.runs import records, seed_runs
 from tuning.reproduce.claim import ClaimStatement, LoadedClaim, Quantity
-from tuning.reproduce.kept import KeptRuns, Origin, evaluation_of
+from tuning.reproduce.kept import KeptRuns, Origin, arrays_of, evaluation_of, not_there
 from tuning.reproduce.verdict import MeasuredDifference, difference
 
 SHUFFLES, SHUFFLE_SEED = 200, 0
@@ -49,7 +49,7 @@ class ClaimFigures:
     claim: LoadedClaim
     folder: Path
     kept: KeptRuns
-    _stored: dict[Path, Stored] = field(default_factory=dict)
+    _reports: dict[Path, Mapping[str, Report]] = field(default_factory=dict)
     _arrays: dict[tuple[Path, str], Arrays] = field(default_factory=dict)
 
     def run_of(self, arm: str, seed: int) -> Path:
@@ -78,17 +78,9 @@ class ClaimFigures:
     def _names(self, arm: str) -> Sequence[str]:
         return [FINAL, *self.claim.config.evaluations_of(arm)]
 
-    def begun(self, arm: str) -> tuple[int, ...]:
-        """The seeds of an arm that are kept or whose training has begun, rising."""
-        here = {seed for seed in self._planned(arm) if (self.run_of(arm, seed) / "config.yaml").is_file()}
-        return tuple(sorted(here | self.kept.seeds_of(arm)))
-
-    def _planned(self, arm: str) -> set[int]:
-        return set(seed_runs.seeds_in(seed_runs.group_of(self.folder / arm)))
-
     def seeds_of(self, *arms: str) -> tuple[int, ...]:
         """The seeds of which all these arms are done, rising."""
-        found = [self._planned(arm) | self.kept.seeds_of(arm) for arm in arms]
+        found = [{*seed_runs.seeds_in(seed_runs.group_of(self.folder / arm)), *self.kept.seeds_of(arm)} for arm in arms]
         common = set.intersection(*found) if found else set()
         return tuple(sorted(seed for seed in common if all(self.is_done(arm, seed) for arm in arms)))
 
@@ -139,25 +131,18 @@ class ClaimFigures:
         """The stored arrays by image of a policy. Raises ConfigError if there are none."""
         place = evaluation_of(self.place_of(arm, seed), evaluation)
         if (place, policy) not in self._arrays:
-            self.report(arm, seed, evaluation, policy)
-            details = self._read(place).details(policy)
-            if details is None:
-                raise _not_there(place, policy, "its answers by image are missing; remove the folder and resume")
-            self._arrays[place, policy] = details
+            self._arrays[place, policy] = arrays_of(place, policy)
         return self._arrays[place, policy]
 
     def report(self, arm: str, seed: int, evaluation: str, policy: str) -> Report:
         """The report of a policy. Raises ConfigError if it was not evaluated."""
         place = evaluation_of(self.place_of(arm, seed), evaluation)
-        by_name = {report.policy: report for report in self._read(place).reports}
+        if place not in self._reports:
+            self._reports[place] = {report.policy: report for report in load_reports(place)}
+        by_name = self._reports[place]
         if policy not in by_name:
-            raise _not_there(place, policy, f"it was not evaluated; evaluated were: {', '.join(by_name)}")
+            raise not_there(place, policy, f"it was not evaluated; evaluated were: {', '.join(by_name)}")
         return by_name[policy]
-
-    def _read(self, place: Path) -> Stored:
-        if place not in self._stored:
-            self._stored[place] = Stored(load_reports(place), place, records.read_about(place))
-        return self._stored[place]
 
 
 def mixture(macs: Sequence[float], target: float) -> list[float]:
@@ -185,10 +170,6 @@ def _known(found: Mapping[str, T], name: str, what: str) -> Mapping[str, T]:
         known = ", ".join(each for each in found if each.startswith("facts.") or what == "facts")
         raise ConfigError(f"fact {name}: the policy has none of that name; known: {known}", key="fact", subject=name)
     return found
-
-
-def _not_there(place: Path, policy: str, why: str) -> ConfigError:
-    return ConfigError(f"{place}: policy {policy}: {why}", key="policy", subject=policy)
 
 
 def _arms(statement: ClaimStatement) -> list[str]:

@@ -6,6 +6,7 @@ A section is a function of result.json alone.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -64,7 +65,7 @@ def conclude(measured: ClaimFigures, planned: int) -> dict[str, JsonValue]:
     verdicts = [judge(found, more_than=each.more_than, less_than=each.less_than) for each, found in judged]
     statements = [_statement(*pair, verdict) for pair, verdict in zip(judged, verdicts, strict=True)]
     done = {arm: list(measured.seeds_of(arm)) for arm in claim.arms}
-    origins = [measured.origin(arm, seed) for arm in claim.arms for seed in measured.begun(arm)]
+    origins = [measured.origin(arm, seed) for arm in claim.arms for seed in done[arm]]
     return {
         "format": FORMAT,
         "claim": claim.name,
@@ -194,7 +195,7 @@ def _headline(result: Json) -> str:
 
 def origin(result: Json) -> str:
     """Hours, machine, commit, file and command."""
-    overrides = "".join(f" {text}" for text in _list_of_texts(result, "overrides"))
+    overrides = "".join(f" {shlex.quote(text)}" for text in _list_of_texts(result, "overrides"))
     machines, commits = (", ".join(_list_of_texts(result, key)) or "unknown" for key in ("machines", "commits"))
     return (
         f"{_number(result['hours']):.2f} hours on {machines}; commit {commits}; claim's file SHA-256 "

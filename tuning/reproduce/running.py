@@ -147,31 +147,34 @@ def train(
 ) -> ClaimOutcome:
     """Trains and evaluates what is left of `runs` one after the other, and writes result.json after each.
 
-    A finished or kept run is not repeated, an unfinished one resumes. Each finished run is kept, those of before too.
+    A finished or kept run is not repeated, an unfinished one resumes. Each finished run is kept, those of before too. A
+    kept run is no member of its arm's group of runs.
     A run that diverges keeps no other from training. Ends after the run that was asked to stop. images: as of
     `images_of`. Raises what `train_one` raises but for that.
     """
     claim, outcome = measured.claim, ClaimOutcome()
     planned = len(runs) // len(claim.arms)
     for arm in claim.arms:
-        seeds.create([each.run for each in runs if each.arm == arm])
-    for each in runs:
-        _keep(measured, each, images)
+        own = [each.run for each in runs if each.arm == arm and not measured.kept.find(arm, each.run.config.seed)]
+        if own:
+            seeds.create(own)
+        _keep(measured, arm, images)
     for each in runs:
         if measured.is_done(each.arm, each.run.config.seed):
             continue
         if deadline.is_over or not _train(claim, each, train_one, deadline, outcome):
             break
-        _keep(measured, each, images)
+        _keep(measured, each.arm, images)
         results.write(measured, planned)
     results.write(measured, planned)
     outcome.left = [each.name for each in runs if not measured.is_done(each.arm, each.run.config.seed)]
     return outcome
 
 
-def _keep(measured: ClaimFigures, each: ClaimRun, images: str) -> None:
-    if measured.is_here(each.arm, each.run.config.seed):
-        measured.kept.add(each.arm, each.run.config.seed, each.run.folder, images)
+def _keep(measured: ClaimFigures, arm: str, images: str) -> None:
+    """Keeps the finished runs of an arm."""
+    for seed in measured.seeds_of(arm):
+        measured.kept.add(arm, seed, measured.run_of(arm, seed), images)
 
 
 def _train(
