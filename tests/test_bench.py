@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from raised import fails
 
-from pipeline.bench import loader, training
+from pipeline import run_config
+from pipeline.bench import loader, record, training
+from pipeline.bench.record import CpuTime
 from pipeline.bench.rows import compare, interleave
+from pipeline.data import toy
 from pipeline.errors import ConfigError
 
 
@@ -57,3 +63,37 @@ def test_a_familys_step_is_compared_with_a_plain_net_of_nearly_the_same_macs() -
     assert pair.quotient == pytest.approx(pair.family.ms / pair.plain.ms * pair.plain.mmacs / pair.family.mmacs)
     with fails(ConfigError, "bench training", "arrn/toy"):
         next(training.training(["arrn/toy"]))
+
+
+BURNS = "import time; begin = time.process_time()\nwhile time.process_time() - begin < {}: pass"
+
+
+def test_cpu_time_is_that_of_this_process_and_of_all_below_it_in_the_block() -> None:
+    """Also of one whose parent has ended, and of one that was there before; sleep is none."""
+    twice = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {BURNS.format(1.0)!r}])"
+    before = subprocess.Popen([sys.executable, "-c", "input();" + BURNS.format(0.5)], stdin=subprocess.PIPE, text=True)
+    with before, CpuTime() as used:
+        before.communicate("go\n")
+        subprocess.run([sys.executable, "-c", twice], check=True)
+        began = time.process_time()
+        while time.process_time() - began < 0.5:
+            pass
+        time.sleep(1)
+    assert 1.9 - 3 * record.LOOKED_EVERY_S < used.cpu_s < 3.5 and used.wall_s > 3
+
+
+def test_each_training_of_the_record_has_its_own_seed_and_time(tmp_path: Path) -> None:
+    images = toy.make(tmp_path / "images", num_classes=2, train=24, val=8, side_px=16, seed=5)
+    small = ["family.depth=8", "data.side_px=16", "training.batch_size=8", "training.epochs=1", "compute.workers=0"]
+    config = run_config.load("baseline/toy", [*record.OVERRIDES, *small, f"data.root={images}"])
+    first, second = record.trained(config, 2)
+    assert (first.seed, second.seed) == (config.seed, config.seed + 1)
+    for each in (first, second):
+        assert each.cpu_s > 0 and each.wall_s > 0 and all(0 <= top1 <= 1 for top1 in each.top1.values())
+
+
+def test_the_record_is_the_speed_run_but_for_its_length_and_sees_the_test_images_once() -> None:
+    config = run_config.load(record.RECIPE, [*record.OVERRIDES, "data.root=unused"])
+    plain = run_config.load(record.RECIPE.partition(":")[0], ["data.root=unused"])
+    assert (config.family, config.data) == (plain.family, plain.data)
+    assert config.evaluation.every.unit == "epochs" and config.evaluation.every.value >= config.training.epochs

@@ -29,6 +29,8 @@ Examples:
   adaptnet bench step baseline/cifar10_small
 
   adaptnet bench inference ranet --threads 1
+
+  adaptnet bench cifar10 packed/cifar10
 """,
 )
 
@@ -210,6 +212,45 @@ def scaling(
         _print(bench.warnings(overrides or (), profiles.load(site), nodes=nodes, rounds=rounds))
     else:
         _print(bench.ranks(recipe, overrides or (), worlds=workers or (), rounds=rounds))
+
+
+@app.command(short_help="Measure the CPU time in which a small net learns CIFAR-10.")
+def cifar10(
+    root: Annotated[Path, typer.Argument(help="CIFAR-10, as `adaptnet data import cifar10` writes it")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    runs: Annotated[int, typer.Option(min=1, max=100, help="number of trainings, each with another seed")] = 3,
+) -> None:
+    """Trains baseline/cifar10_speedrun:record from random weights, several times, and prints top-1 of the test images
+    with the CPU time and the wall time of each training. Everything from its start to its evaluation counts, also of
+    Ray's processes. The net sees the test images once, at its end.
+
+    Examples:
+
+      adaptnet bench cifar10 packed/cifar10
+
+      adaptnet bench cifar10 packed/cifar10 --runs 1 training.epochs=10
+    """
+    from jobs import tables
+    from pipeline import run_config
+    from pipeline.bench import record
+    from pipeline.evaluation.over_seeds import spread
+
+    config = run_config.load(record.RECIPE, [*record.OVERRIDES, *(overrides or ()), f"data.root={root}"])
+    found, cells = [], list[list[str]]()
+    for each in record.trained(config, runs):
+        found.append(each)
+        figures = [f"{100 * value:.2f}" for value in each.top1.values()]
+        cells.append([str(each.seed), *figures, f"{each.cpu_s:,.0f}", f"{each.wall_s:,.0f}"])
+        typer.echo(f"seed {each.seed}: {each.cpu_s:,.0f} s of CPU time, {each.wall_s:,.0f} s", err=True)
+    columns = [[100 * each.top1[policy] for each in found] for policy in found[0].top1]
+    columns += [[each.cpu_s for each in found], [each.wall_s for each in found]]
+    spreads = [spread(column) for column in columns]
+    cells.append(["mean", *(f"{each.mean:,.2f}" for each in spreads)])
+    if runs > 1:
+        cells.append(["sd", *(f"{each.sd:,.2f}" for each in spreads)])
+    head = ["seed", *(f"{policy} top-1 %" for policy in found[0].top1), "CPU s", "wall s"]
+    typer.echo(tables.align([head, *cells]))
+    _print_precision(config.compute.device, config.training.precision)
 
 
 def _seconds(text: str) -> float:
