@@ -31,6 +31,7 @@ from pipeline.run_config import ComputeConfig
 
 SHUTDOWN_S = 60.0  # a living Ray ends within a second or two, on a busy machine later
 STOPPED_S = 5.0  # how long the end of a Ray may take one of whose processes is stopped
+STARTS_STOPPED_S = 30.0  # how long such a Ray is waited for before the workers start; it ends this process after 60
 POLL_S = 0.5
 HEALTH_CHECK_S = "0.5"  # how often Ray's controller polls the workers; a report waits for one poll
 
@@ -63,7 +64,7 @@ def cluster(compute: ComputeConfig, messages: Path | None = None) -> Iterator[Co
 
     if ray.is_initialized():
         _check_resources(compute)
-        yield Connection(_state(compute))
+        yield Connection(_state(compute, compute.hang_after_s))
         return
     _await_head(compute)
     with (
@@ -71,31 +72,31 @@ def cluster(compute: ComputeConfig, messages: Path | None = None) -> Iterator[Co
         ray_token.mode(ray_token.mode_for(compute.address)),
         _place(compute) as folder,
     ):
-        with own_sigterm(), nullcontext() if folder is None else _ended_with_ray():
+        with own_sigterm(), nullcontext() if folder is None else _ended_with_ray(compute):
             _start(compute, folder)
-        connection = Connection(_state(compute))
+        connection = Connection(_state(compute, compute.hang_after_s))
         try:
-            _while_ray_lives(partial(_check_resources, compute), connection)
+            _while_ray_answers(partial(_check_resources, compute), connection, compute)
             yield connection
         finally:
             with own_sigterm():
                 _shut_down(connection, started_here=compute.address is None)
 
 
-def _state(compute: ComputeConfig) -> RayState:
+def _state(compute: ComputeConfig, hang_after_s: float) -> RayState:
     """What is known of the processes of the Ray that has just been connected; it has seen those that live now."""
     import ray
 
     gcs = str(ray.get_runtime_context().gcs_address) if compute.address else None  # None: children of this process
-    state = RayState(gcs, compute.hang_after_s)
+    state = RayState(gcs, hang_after_s)
     state.frozen()
     return state
 
 
-def _while_ray_lives(ask: Callable[[], None], connection: Connection) -> None:
-    """Asks Ray in a thread, and gives it up if Ray has died: after a minute Ray would end this process.
+def _while_ray_answers(ask: Callable[[], None], connection: Connection, compute: ComputeConfig) -> None:
+    """Asks Ray in a thread, and gives it up if one of its processes has died or is stopped.
 
-    Raises what `ask` raises, and ResourceError if one of Ray's processes has died; the connection is lost then.
+    Raises what `ask` raises, and ResourceError if it is given up; the connection is lost then.
     """
     raised: list[Exception] = []
 
@@ -105,17 +106,18 @@ def _while_ray_lives(ask: Callable[[], None], connection: Connection) -> None:
         except Exception as error:
             raised.append(error)
 
+    state = _state(compute, min(compute.hang_after_s, STARTS_STOPPED_S))
     thread = threading.Thread(target=run, name="ask-ray", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(0.05)
-        died = connection.ray.frozen()
-        if died is not None and connection.ray.died:
+        found = state.frozen()
+        if found is not None:
             connection.lost = True
             raise ResourceError(
-                f"{died} before the workers were started; the same command starts again",
+                f"{found}, before the workers were started; the same command starts again",
                 key="compute.address",
-                subject=died,
+                subject=found,
             )
     if raised:
         raise raised[0]
@@ -149,14 +151,15 @@ def _any_stopped() -> bool:
 
 
 @contextmanager
-def _ended_with_ray() -> Iterator[None]:
-    """Ends this process with a warning and status 2 if the block waits for a process of Ray that has died.
+def _ended_with_ray(compute: ComputeConfig) -> Iterator[None]:
+    """Ends this process with a warning and status 2 if the block waits for a process of Ray that died or is stopped.
 
     The block starts Ray in the main thread, where Ray's C++ code cannot be interrupted; after a minute Ray would end
     this process with status 1 and without a word.
     """
     over = threading.Event()
-    thread = threading.Thread(target=_end_with_ray, args=(over,), name="ray-start", daemon=True)
+    state = RayState(None, min(compute.hang_after_s, STARTS_STOPPED_S))
+    thread = threading.Thread(target=_end_with_ray, args=(state, over), name="ray-start", daemon=True)
     thread.start()
     try:
         yield
@@ -165,16 +168,15 @@ def _ended_with_ray() -> Iterator[None]:
         thread.join()
 
 
-def _end_with_ray(over: threading.Event) -> None:
-    ray = RayState(None, STOPPED_S)
+def _end_with_ray(state: RayState, over: threading.Event) -> None:
     while not over.wait(POLL_S):
-        found = ray.frozen()
-        if not ray.died:
+        if state.frozen() is None or over.wait(STOPPED_S):  # Ray's own error is better
             continue
-        if over.wait(STOPPED_S):  # Ray's own error is better
-            return
-        warnings.warn(f"{found} while Ray was started; the same command starts again", AdaptNetWarning, stacklevel=1)
-        _leave(ray_processes.of_driver(None), 2)
+        if (found := state.frozen()) is not None:
+            warnings.warn(
+                f"{found}, while Ray was started; the same command starts again", AdaptNetWarning, stacklevel=1
+            )
+            _leave(ray_processes.of_driver(None), 2)
 
 
 def leave_frozen_ray(code: int) -> None:
