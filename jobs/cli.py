@@ -23,8 +23,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from pipeline.errors import AdaptNetError, AdaptNetWarning, ConfigError, without_secrets
+from pipeline.errors import AdaptNetError, ConfigError, without_secrets
 from pipeline.installation import module
+from pipeline.runs.files import DamagedFile
 from pipeline.training import memory
 
 VERBS = {  # the module jobs.verbs.<verb> is imported when the verb is used
@@ -175,7 +176,7 @@ def _run(arguments: Sequence[str] | None) -> None:
             stream.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("always", AdaptNetWarning)
+            warnings.simplefilter("always", DamagedFile)
             warnings.showwarning = _show_warning
             app(args=arguments, prog_name="adaptnet")
     except AdaptNetError as error:
@@ -201,8 +202,8 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Prints a warning; one of ours as a sentence."""
-    ours = issubclass(category, AdaptNetWarning)
+    """Prints a warning; one about a damaged file as a sentence."""
+    ours = issubclass(category, DamagedFile)
     text = f"adaptnet: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
     print(text, end="", file=file or sys.stderr)
 

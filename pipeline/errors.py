@@ -94,10 +94,6 @@ def from_record(record: Mapping[str, JsonValue]) -> AdaptNetError:
     return kind._rebuilt(record)
 
 
-class AdaptNetWarning(UserWarning):
-    """A sentence for the user; the command prints it as it is."""
-
-
 class ConfigError(AdaptNetError):
     """The user must change the recipe, an override or a command-line argument."""
 

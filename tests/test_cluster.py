@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from raised import fails
 from ray_here import Head
@@ -19,6 +20,8 @@ from pipeline.execution import allocation
 from pipeline.execution.allocation import Node
 from pipeline.execution.cluster import cluster, cpu_share, demand, with_cpus
 from pipeline.run_config import ComputeConfig
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_an_address_where_nothing_listens_is_an_error_after_start_patience_s() -> None:
@@ -149,3 +152,82 @@ def test_one_process_connects_to_clusters_with_a_token_without_one_and_to_its_ow
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = [f"{address} {ours}/pipeline/__init__.py!" for address in visits]
     assert done.stdout.splitlines() == [*lines, "{'127.0.0.1'} 0o700", str(2 * len(visits))]
+
+
+# ---- a Ray that is lost while it starts
+
+STAND_IN = "open('/proc/self/comm', 'w').write('gcs_server'); import time; time.sleep(600)"
+STARTS = """
+import signal, subprocess, sys, time
+sys.path.insert(0, {root!r})
+from pipeline.execution import cluster, ray_processes
+from pipeline.execution.cluster import _ended_with_ray
+
+cluster.GIVEN_UP_S, cluster.STOPPED_AT_START_S, cluster.POLL_S = {given_up_s}, 1.0, 0.2
+start = lambda code={stand_in!r}: subprocess.Popen([sys.executable, "-c", code])
+def seen(process):
+    while open(f"/proc/{{process.pid}}/comm").read().strip() != "gcs_server": time.sleep(0.05)
+{before}
+with _ended_with_ray(others):
+    {inside}
+    time.sleep(8)
+print("started", flush=True)
+for each in everything: each.kill()
+"""
+
+
+def starting(inside: str, before: str = "others, everything = (), []", given_up_s: float = 1.0) -> tuple[int, str, str]:
+    """(status, output, error) of a process in which `inside` runs while Ray, a stand-in, starts."""
+    code = STARTS.format(
+        root=str(ROOT), stand_in=STAND_IN, before=before, inside=inside.replace("\n", "\n    "), given_up_s=given_up_s
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+@pytest.mark.parametrize("signal_", ["SIGKILL", "SIGSTOP"])
+def test_a_start_that_waits_for_a_lost_process_of_ray_ends_in_one_sentence_and_leaves_none(signal_: str) -> None:
+    inside = "other, gcs = start(), start(); seen(other); seen(gcs); print(other.pid, gcs.pid, flush=True)\n"
+    inside += "time.sleep(2)\n"
+    code, printed, said = starting(inside + f"gcs.send_signal(signal.{signal_})")
+    assert code == 2 and "started" not in printed and "gcs_server" in said and "Traceback" not in said, said
+    deadline = time.monotonic() + 60
+    while any(lives(int(pid)) for pid in printed.split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("inside", "before"),
+    [
+        ("gcs = start(); seen(gcs); time.sleep(2); everything.append(gcs)", "others, everything = (), []"),
+        (  # of another run, below a process that this one has started
+            "run = start('import subprocess, sys, time; p = subprocess.Popen([sys.executable, \"-c\", '"
+            f"+ repr({STAND_IN!r}) + ']); time.sleep(3); p.kill(); p.wait(); time.sleep(600)'); everything.append(run)",
+            "others, everything = (), []",
+        ),
+        ("time.sleep(2); old.kill()", "old = start(); seen(old); others, everything = {old.pid}, []"),
+        (  # stopped for a while
+            "gcs = start(); seen(gcs); everything.append(gcs); time.sleep(1); gcs.send_signal(signal.SIGSTOP)\n"
+            "time.sleep(3); gcs.send_signal(signal.SIGCONT)",
+            "others, everything = (), []",
+        ),
+    ],
+    ids=["living", "of another run", "of an earlier start", "resumed"],
+)
+def test_a_start_goes_on_unless_its_own_ray_is_lost(inside: str, before: str) -> None:
+    code, printed, said = starting(inside, before, given_up_s=4.0)
+    assert (code, printed.split(), said) == (0, ["started"], "")
+
+
+def test_a_start_whose_ray_is_lost_is_left_to_its_own_error_first() -> None:
+    inside = "gcs = start(); seen(gcs); time.sleep(2); gcs.kill(); time.sleep(2)\nraise OSError('of Ray')"
+    code, _, said = starting(inside, given_up_s=6.0)
+    assert code == 1 and "of Ray" in said

@@ -11,8 +11,7 @@ import secrets
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from typing import NoReturn
 
 import psutil
 
-from pipeline.errors import AdaptNetWarning, ResourceError
+from pipeline.errors import AdaptNetError, ResourceError
 from pipeline.execution import allocation, ray_messages, ray_processes, ray_token, sockets
 from pipeline.execution.ray_processes import RayState
 from pipeline.execution.ray_token import own_sigterm
@@ -31,7 +30,8 @@ from pipeline.run_config import ComputeConfig
 
 SHUTDOWN_S = 60.0  # a living Ray ends within a second or two, on a busy machine later
 STOPPED_S = 5.0  # how long the end of a Ray may take one of whose processes is stopped
-STARTS_STOPPED_S = 30.0  # how long such a Ray is waited for before the workers start; it ends this process after 60
+STOPPED_AT_START_S = 10.0  # how long one may be stopped while Ray starts, until it is given up after
+GIVEN_UP_S = 40.0  # so many seconds: Ray's own error comes after 30, and after 60 Ray ends this process
 POLL_S = 0.5
 HEALTH_CHECK_S = "0.5"  # how often Ray's controller polls the workers; a report waits for one poll
 
@@ -60,22 +60,30 @@ def cluster(compute: ComputeConfig, messages: Path | None = None) -> Iterator[Co
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 all other processes of the node have priority
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a call after the end of a Ray must not start another
     import ray
 
+    if any(thread.is_alive() for thread, _ in _frozen):
+        raise ResourceError(
+            "the Ray of this process was lost, and there can be no other; start a new process", key="compute.address"
+        )
     if ray.is_initialized():
-        _check_resources(compute)
-        yield Connection(_state(compute, compute.hang_after_s))
+        connection = Connection(_state(compute, ()))
+        _while_ray_answers(partial(_check_resources, compute), connection, compute)
+        yield connection
         return
+    others = {each.pid for each in ray_processes.of_driver(None)}  # of an earlier start, which has failed
     _await_head(compute)
     with (
         ray_messages.into_file(messages),
         ray_token.mode(ray_token.mode_for(compute.address)),
         _place(compute) as folder,
     ):
-        with own_sigterm(), nullcontext() if folder is None else _ended_with_ray(compute):
+        with own_sigterm(), nullcontext() if folder is None else _ended_with_ray(others):
             _start(compute, folder)
-        connection = Connection(_state(compute, compute.hang_after_s))
+        connection = Connection(RayState(None, compute.hang_after_s, others))
         try:
+            connection.ray = _state(compute, others)
             _while_ray_answers(partial(_check_resources, compute), connection, compute)
             yield connection
         finally:
@@ -83,12 +91,12 @@ def cluster(compute: ComputeConfig, messages: Path | None = None) -> Iterator[Co
                 _shut_down(connection, started_here=compute.address is None)
 
 
-def _state(compute: ComputeConfig, hang_after_s: float) -> RayState:
+def _state(compute: ComputeConfig, others: Collection[int]) -> RayState:
     """What is known of the processes of the Ray that has just been connected; it has seen those that live now."""
     import ray
 
     gcs = str(ray.get_runtime_context().gcs_address) if compute.address else None  # None: children of this process
-    state = RayState(gcs, hang_after_s)
+    state = RayState(gcs, compute.hang_after_s, others)
     state.frozen()
     return state
 
@@ -96,7 +104,7 @@ def _state(compute: ComputeConfig, hang_after_s: float) -> RayState:
 def _while_ray_answers(ask: Callable[[], None], connection: Connection, compute: ComputeConfig) -> None:
     """Asks Ray in a thread, and gives it up if one of its processes has died or is stopped.
 
-    Raises what `ask` raises, and ResourceError if it is given up; the connection is lost then.
+    Raises what `ask` raises, and ResourceError if Ray is given up; the connection is lost then.
     """
     raised: list[Exception] = []
 
@@ -106,21 +114,26 @@ def _while_ray_answers(ask: Callable[[], None], connection: Connection, compute:
         except Exception as error:
             raised.append(error)
 
-    state = _state(compute, min(compute.hang_after_s, STARTS_STOPPED_S))
+    connection.ray.hang_after_s = min(compute.hang_after_s, ray_processes.STARTS_STOPPED_S)
     thread = threading.Thread(target=run, name="ask-ray", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(0.05)
-        found = state.frozen()
-        if found is not None:
-            connection.lost = True
-            raise ResourceError(
-                f"{found}, before the workers were started; the same command starts again",
-                key="compute.address",
-                subject=found,
-            )
+        _give_up(connection, connection.ray.frozen())
     if raised:
+        if not isinstance(raised[0], AdaptNetError):
+            _give_up(connection, connection.ray.frozen(at_once=True))
         raise raised[0]
+
+
+def _give_up(connection: Connection, frozen: str | None) -> None:
+    if frozen is not None:
+        connection.lost = True
+        raise ResourceError(
+            f"{frozen}, before the workers were started; the same command starts again",
+            key="compute.address",
+            subject=frozen,
+        )
 
 
 def _shut_down(connection: Connection, *, started_here: bool) -> None:
@@ -151,14 +164,13 @@ def _any_stopped() -> bool:
 
 
 @contextmanager
-def _ended_with_ray(compute: ComputeConfig) -> Iterator[None]:
-    """Ends this process with a warning and status 2 if the block waits for a process of Ray that died or is stopped.
+def _ended_with_ray(others: Collection[int]) -> Iterator[None]:
+    """Ends this process with a sentence and status 2 if the block waits for a process of Ray that died or is stopped.
 
     The block starts Ray in the main thread, where Ray's C++ code cannot be interrupted; after a minute Ray would end
-    this process with status 1 and without a word.
+    this process with status 1 and without a word. others: ids of processes that are not of this Ray.
     """
-    over = threading.Event()
-    state = RayState(None, min(compute.hang_after_s, STARTS_STOPPED_S))
+    over, state = threading.Event(), RayState(None, STOPPED_AT_START_S, others)
     thread = threading.Thread(target=_end_with_ray, args=(state, over), name="ray-start", daemon=True)
     thread.start()
     try:
@@ -169,14 +181,20 @@ def _ended_with_ray(compute: ComputeConfig) -> Iterator[None]:
 
 
 def _end_with_ray(state: RayState, over: threading.Event) -> None:
+    since: float | None = None  # when it was first seen
     while not over.wait(POLL_S):
-        if state.frozen() is None or over.wait(STOPPED_S):  # Ray's own error is better
+        found = state.frozen()
+        if found is None:
+            since = None
             continue
-        if (found := state.frozen()) is not None:
-            warnings.warn(
-                f"{found}, while Ray was started; the same command starts again", AdaptNetWarning, stacklevel=1
-            )
-            _leave(ray_processes.of_driver(None), 2)
+        since = since or time.monotonic()
+        if time.monotonic() - since < GIVEN_UP_S:  # an error of Ray's own is better
+            continue
+        found = state.frozen(at_once=True)
+        if found is not None and not over.is_set():
+            with suppress(Exception):
+                sys.stderr.write(f"adaptnet: {found}, while Ray was started; the same command starts again\n")
+            _leave(state.living(), 2)
 
 
 def leave_frozen_ray(code: int) -> None:
@@ -188,8 +206,9 @@ def leave_frozen_ray(code: int) -> None:
 
 def _leave(rays: Iterable[psutil.Process], code: int) -> NoReturn:
     """Ends this process at once, and these of Ray."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # nobody reads it any more
+            stream.flush()
     with open(os.devnull, "w") as devnull:  # what Ray's C++ code says of its end
         os.dup2(devnull.fileno(), 2)
         for process in rays:

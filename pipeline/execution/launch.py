@@ -395,6 +395,7 @@ def _run(config: RunConfig, order: WorkerConfig, seen: Watched, journal: Journal
         return False
     with cluster.cluster(config.compute, run_dir / RAY_LOG) as connection:
         seen.beats.enter("waiting for the workers", UNWATCHED)
+        _prepare_trainer()
         try:
             with watch.over_ray(connection.ray):
                 started = _fit(partial(_train_under_ray, config, order, watch, journal), watch)
@@ -416,6 +417,11 @@ def _run(config: RunConfig, order: WorkerConfig, seen: Watched, journal: Journal
             if failed is not None:
                 raise failed
         return started
+
+
+def _prepare_trainer() -> None:
+    """Imports what `_trainer` needs, which takes seconds: a request to stop must not find a thread that imports."""
+    from pipeline.compat import ray_train  # noqa: F401
 
 
 def _train_under_ray(config: RunConfig, order: WorkerConfig, watch: RunWatch, journal: Journal) -> None:

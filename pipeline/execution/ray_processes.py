@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import time
+from collections.abc import Collection
 from contextlib import suppress
 
 import psutil
@@ -12,11 +13,12 @@ import psutil
 from pipeline.execution.hang_report import clock
 
 NAMES = ("raylet", "gcs_server")
+STARTS_STOPPED_S = 30.0  # how long one may be stopped before the ranks start: after 60 s Ray ends the driver
 SESSION = re.compile(r"/session_[^/ ]+")
 
 
 def of_driver(gcs: str | None) -> list[psutil.Process]:
-    """The raylet and the GCS that serve this process: its children, or this machine's of the cluster at `gcs`.
+    """The raylet and the GCS that serve this process: its own children, or this machine's of the cluster at `gcs`.
 
     A worker that a raylet has just forked is left out: until it runs its own program it looks like the raylet.
     """
@@ -28,7 +30,7 @@ def of_driver(gcs: str | None) -> list[psutil.Process]:
 def _by_name(gcs: str | None) -> list[psutil.Process]:
     if gcs is None:
         with suppress(psutil.Error):
-            return [each for each in psutil.Process().children(recursive=True) if _name(each) in NAMES]
+            return [each for each in psutil.Process().children() if _name(each) in NAMES]
         return []
     ours = [each for each in psutil.process_iter(["name", "cmdline"]) if each.info["name"] in NAMES]
     words = {each: " ".join(each.info["cmdline"] or ()) for each in ours}
@@ -53,27 +55,38 @@ def _name(process: psutil.Process) -> str:
 
 
 class RayState:
-    """Looks at Ray's processes every now and then, and remembers since when one is stopped."""
+    """Looks at Ray's processes every now and then, and remembers since when one is stopped.
 
-    def __init__(self, gcs: str | None, hang_after_s: float) -> None:
-        self._gcs, self._hang_after_s = gcs, hang_after_s
+    hang_after_s: how long one may be stopped. others: ids of processes that are of no concern.
+    """
+
+    def __init__(self, gcs: str | None, hang_after_s: float, others: Collection[int] = ()) -> None:
+        self.hang_after_s = hang_after_s
+        self._gcs, self._others = gcs, frozenset(others)
         self._since: dict[int, float] = {}  # when a process was first seen stopped
         self._names: dict[int, str] = {}  # of the processes that were seen
         self._looked = 0.0
         self.died = False  # whether the process was killed, not stopped: Ray soon ends this process as well
         self._found: str | None = None
 
-    def frozen(self) -> str | None:
-        """Which process has died, or has been stopped for too long; None if all run."""
+    def frozen(self, *, at_once: bool = False) -> str | None:
+        """Which process has died, or has been stopped for too long; None if all run.
+
+        at_once: looks now, although it has just looked.
+        """
         now = time.monotonic()
-        if now - self._looked >= max(1.0, min(10.0, self._hang_after_s / 5)):
+        if at_once or now - self._looked >= max(1.0, min(10.0, self.hang_after_s / 5)):
             self._looked = now
             self._found = self._look(now)
         return self._found
 
+    def living(self) -> list[psutil.Process]:
+        """The processes that are looked at."""
+        return [each for each in of_driver(self._gcs) if each.pid not in self._others]
+
     def _look(self, now: float) -> str | None:
         states: dict[int, str] = {}
-        for process in of_driver(self._gcs):
+        for process in self.living():
             with suppress(psutil.Error):
                 self._names[process.pid], states[process.pid] = process.name(), process.status()
         for pid, name in self._names.items():
@@ -86,6 +99,6 @@ class RayState:
             since = self._since.setdefault(pid, now)
             if states[pid] != psutil.STATUS_STOPPED:
                 del self._since[pid]
-            elif now - since >= self._hang_after_s:
+            elif now - since >= self.hang_after_s:
                 return f"{what} is stopped (state T) since {clock(now - since)}"
         return None

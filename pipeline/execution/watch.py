@@ -24,7 +24,7 @@ from pipeline.execution.folder_thread import FolderThread
 from pipeline.execution.guardian import STATES
 from pipeline.execution.guardians import Guardians
 from pipeline.execution.hang_report import Sight, clock
-from pipeline.execution.ray_processes import RayState
+from pipeline.execution.ray_processes import STARTS_STOPPED_S, RayState
 from pipeline.execution.sockets import HERE
 from pipeline.execution.watched import WatchAddress
 from pipeline.run_config import ComputeConfig
@@ -150,8 +150,11 @@ class RunWatch:
         return [sight for sight in self._guardians.sights() if sight.rank is not None or self._compute.workers == 0]
 
     def _frozen_ray(self) -> str | None:
-        ray = self._ray
-        return ray.frozen() if ray is not None else None
+        ray, limit_s = self._ray, self._compute.hang_after_s
+        if ray is None:
+            return None
+        ray.hang_after_s = limit_s if self._rank_heard else min(limit_s, STARTS_STOPPED_S)
+        return ray.frozen()
 
     def _ray_died(self) -> bool:
         ray = self._ray

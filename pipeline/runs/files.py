@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.errors import AdaptNetWarning, JsonValue
+from pipeline.errors import JsonValue
 
 CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # some network file systems, unreadable folders
 
@@ -39,7 +39,7 @@ def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent))
 
 
-class DamagedFile(AdaptNetWarning):
+class DamagedFile(UserWarning):
     """A file of ours is damaged, and what is done without it."""
 
 
