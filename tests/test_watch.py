@@ -399,3 +399,24 @@ def test_private_beats_can_be_written() -> None:
         assert list(beats.over("ab")) == ["a", "b"]
         assert beats.phase == b"an evaluation"
     assert beats.phase == b""
+
+
+@pytest.mark.parametrize(
+    ("rank", "end", "said"),
+    [
+        (None, "os._exit(1)", "ended with exit code 1"),
+        (None, "os._exit(2)", ""),
+        (None, "os.kill(os.getpid(), signal.SIGKILL)", ""),
+        (None, "pass", ""),
+        (0, "os._exit(1)", ""),
+    ],
+)
+def test_a_driver_that_c_code_has_ended_is_told_by_its_guardian(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], rank: int | None, end: str, said: str
+) -> None:
+    with watching(tmp_path) as (watch, _), process(tmp_path, watch, rank, f"time.sleep(2); {end}") as ended:
+        (guardian_,) = ended.children()
+        ended.wait(60)
+        guardian_.wait(60)
+    told = capfd.readouterr().err
+    assert (said in told and told.count("adaptnet:") == 1) if said else "adaptnet:" not in told

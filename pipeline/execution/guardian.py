@@ -30,6 +30,8 @@ from typing import TypedDict
 from pipeline.runs.beats import Beats, shared
 
 SIGNAL = signal.SIGRTMIN + 7  # the handler of faulthandler; nothing else in a training uses it
+EXITED, OUT_OF_MEMORY = "ended with exit code ", "killed because the machine or its job ran out of memory"
+OWN_CODES = ("0", "2")  # with which a driver ends at once, having said why
 GRACE_S = 3.0  # how long processes may take to end by themselves after the driver has died
 STEPS_PER_LIMIT = 20  # a limit is at least as long as so many median steps
 BUSY = 0.5  # a process computes if it is seen running at this share of the looks
@@ -124,13 +126,13 @@ class Target:
         """How the process died, as far as the kernel says: "killed by signal 9 (SIGKILL)"."""
         status, rss = self._wait_status(), f"its memory was {self._last_rss / 2**30:.1f} GiB"
         if _oom_kills() > self._ooms and status in (None, signal.SIGKILL):
-            return f"killed because the machine or its job ran out of memory; {rss}"
+            return f"{OUT_OF_MEMORY}; {rss}"
         if status is None:
             return f"ended without an error of its own, as one that was killed (signal 9, SIGKILL); {rss}"
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             return f"killed by signal {number} ({signal.Signals(number).name})"
-        return f"ended with exit code {os.WEXITSTATUS(status)}"
+        return f"{EXITED}{os.WEXITSTATUS(status)}"
 
     def _wait_status(self) -> int | None:
         """The status as of wait(2); None where the kernel does not tell it to others than the parent."""
@@ -313,13 +315,26 @@ class Guardian:
 
     def _after_death(self) -> None:
         """Reports how the process died, with the lines that faulthandler wrote; ends what the driver has started."""
-        self._send({"ended": self._target.ended_by(), "stacks": self._dump_since(self._order["dump_from"])})
+        ended = self._target.ended_by()
+        self._send({"ended": ended, "stacks": self._dump_since(self._order["dump_from"])})
         if self._is_driver:
+            self._say_that_it_ended(ended)
             time.sleep(GRACE_S)
             for pid, born in self._children.items():
                 if born_at(pid) == born:
                     with suppress(OSError):
                         os.kill(pid, signal.SIGKILL)
+
+    def _say_that_it_ended(self, ended: str) -> None:
+        """What the driver could not say itself: Ray's C++ code ends one that it cannot connect, without a word."""
+        if ended.startswith(EXITED) and ended.removeprefix(EXITED) not in OWN_CODES:
+            ended += ", not by our code: see ray.log in the run's folder"
+        elif not ended.startswith(OUT_OF_MEMORY):
+            return
+        self._print(
+            f"the driver (process {self._target.pid} on {self._order['hello']['node']}) was {ended}; "
+            "the same command starts again"
+        )
 
     def _after_driver(self) -> None:
         """The driver is gone: its rank may end by itself, and is killed otherwise."""
