@@ -146,3 +146,8 @@ def test_the_verb_prints_lines_or_json_and_exits_with_1_after_a_fault(
             assert all(line.startswith(tuple(doctor.MARKS.values())) for line in lines) and len(lines) >= 7
             faults = [line.split()[1] for line in lines if line.startswith("FAULT")]
         assert faults[:1] == ["Ray"]
+
+
+def test_storage_of_which_only_the_root_exists_is_a_fault(tmp_path: Path) -> None:
+    assert doctor._storage(Path("/no-such-file-system/runs"), 0.0).state == "fault"
+    assert doctor._storage(tmp_path / "new" / "runs", 0.0).state == "ok"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,12 @@ def test_the_table_in_infras_readme_follows_from_the_formulas() -> None:
             shown = rows[name][column].strip().split()[0].replace(",", "")
             digits = max(1, len(shown.replace(".", "").strip("0")))
             assert float(shown) == pytest.approx(float(f"{value:.{digits}g}"), rel=1e-6), (name, workers, value)
+
+
+def test_a_batch_by_option_is_planned_as_it_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["baseline/imagenet_resnet50", "--images", "1281167", "--images-per-s", "3000", "training.scale_lr=linear"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", *words, "--nodes", "4", "--gpus-per-node", "8", "--batch-size", "4096"])
+    assert not ended.value.code
+    printed = capsys.readouterr().out
+    assert re.search(r"images per worker and step +128", printed) and "too small" not in printed

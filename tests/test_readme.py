@@ -139,3 +139,22 @@ def test_each_command_of_infras_readme_parses() -> None:
             parse(line)
     assert [line.split()[1] for line in lines if line.startswith("adaptnet")][-1] == "plan"
     assert second.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("adaptnet submit train")])
+def test_each_submitted_training_would_be_accepted(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line, comments=True)[1:]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, *([] if "--dry-run" in words else ["--dry-run"])])
+    assert not ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", VERBS, ids=" ".join)
+def test_each_verb_that_asks_a_tracking_server_honours_the_users_environment(words: tuple[str, ...]) -> None:
+    """Or its help says that each run's own server is asked."""
+    for param in VERBS[words].params:
+        if param.name == "uri":
+            assert param.envvar == "MLFLOW_TRACKING_URI" or re.search(r"default: .*\brun\b", param.help)

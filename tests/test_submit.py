@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import fake_schedulers
 import pytest
@@ -203,7 +204,8 @@ def test_gpus_are_requested_as_the_site_wants_it(
 ) -> None:
     """The run gets a worker for each of them, once; the command line keeps the site's way and its type."""
     (tmp_path / "s.yaml").write_text(text)
-    submission, (config,) = plan(SubmitOptions("train", IMAGENET, site="s.yaml", **options))  # type: ignore[arg-type]
+    given = SubmitOptions("train", IMAGENET, site="s.yaml", cpus_per_task=16, **options)  # type: ignore[arg-type]
+    submission, (config,) = plan(given)
     found = re.findall(r"^#SBATCH --((?:gpus|gres)[\w-]*)=(\S+)$", scripts.script(submission), re.MULTILINE)
     assert found == list(wanted.items()) and submission.resources.gpus_per_node == count
     assert (config.compute.device, config.compute.workers) == (
@@ -606,9 +608,10 @@ def test_a_dry_run_ends_with_a_summary_and_checks_the_images(
         assert run("submit", "train", *line) == 0, "the images may be on the nodes alone"
         summary = capsys.readouterr().out.rpartition("\n\n")[2]
         facts = dict(re.findall(r"^# (\w[\w ]*?) {2,}(.*)", summary, re.MULTILINE))
-        assert set(facts) == {"jobs", "GPUs", "images a GPU", "data", "logs", "next"}
+        assert set(facts) == {"jobs", "GPUs", "time limit", "images a GPU", "learning rate", "data", "logs", "next"}
         assert facts["images a GPU"].startswith("32 ") and str(root) in facts["data"]
         assert ("WARNING" in facts["data"]) is not readable
+        assert (facts["time limit"], facts["learning rate"]) == ("1,440 minutes (24 hours)", "0.1")
         assert facts["logs"] == str(tmp_path / "runs" / "baseline-imagenet_resnet50" / "slurm")
 
 
@@ -623,3 +626,82 @@ def test_the_summary_of_several_runs_names_the_folder_of_their_logs(
     (output,) = re.findall(r"^#SBATCH --output=(.*)", script, re.MULTILINE)
     assert output.startswith(facts["logs"] + "/") and Path(facts["logs"]).name == "slurm"
     assert facts["images a worker"].endswith("in the job's own process")
+
+
+def test_a_jobs_batch_and_rates_are_those_of_the_same_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jobs.verbs.train import _resolved
+
+    words = ["training.scale_lr=linear", f"data.root={tmp_path}"]
+    options = SubmitOptions("train", ["baseline/imagenet_resnet50", "--batch-size", "4096", *words], site="example")
+    _, (config,) = plan(options)
+    alone, _ = _resolved("baseline/imagenet_resnet50", list(words), 4096)
+    assert config.training == alone.training and config.training.reference_batch == 256
+    line = ["baseline/imagenet_resnet50", "--batch-size", "4096", *words, "--site", "example", "--dry-run"]
+    assert run("submit", "train", *line) == 0
+    assert re.search(r"# learning rate +1\.6\n", capsys.readouterr().out)
+
+
+def test_each_parameter_of_train_is_used_by_its_job_or_refused() -> None:
+    from typer.main import get_command
+
+    from jobs.verbs import submit as verb
+    from jobs.verbs import train
+
+    used = {"recipe", "overrides", "run_dir", "seeds", "allow_changed", "batch_size"}
+    assert {param.name for param in get_command(train.app).params} - {"help"} == used | set(verb.TRAIN_PRINTS)
+
+
+@pytest.mark.parametrize("option", ["--show", "--list", "--json"])
+def test_options_of_train_that_train_nothing_are_refused(option: str) -> None:
+    with fails(ConfigError, option):
+        plan(SubmitOptions("train", [*IMAGENET, option]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "key"),
+    [
+        (["training.batch_size=16"], {"nodes": "4", "gpus_per_node": "8", "cpus_per_task": 64}, "training.batch_size"),
+        (["compute.workers=64"], {"nodes": "4", "gpus_per_node": "8", "cpus_per_task": 64}, "compute.workers"),
+        ([], {"nodes": "4", "gpus_per_node": "h100:8"}, "--cpus-per-task"),
+        (["compute.cpus_per_worker=9"], {"gpus_per_node": "8", "cpus_per_task": 64}, "--cpus-per-task"),
+        (["compute.workers=8"], {"gpus_per_node": "2", "cpus_per_task": 8}, "compute.workers"),
+        (["tracking.uri=htp://x:5000"], {}, "tracking.uri"),
+        (["tracking.uri=tracking.vision:5000"], {}, "tracking.uri"),
+    ],
+)
+def test_a_training_that_could_not_start_on_its_nodes_is_refused_now(
+    overrides: list[str], options: dict[str, Any], key: str
+) -> None:
+    with fails(ConfigError, key):
+        plan(SubmitOptions("train", [*IMAGENET, *overrides], **options))
+
+
+def test_trainings_that_fit_on_their_nodes_are_not_refused() -> None:
+    for nodes, options in (
+        ("4", {"gpus_per_node": "8", "cpus_per_task": 8}),
+        ("1-4", {}),
+        ("2", {"cpus_per_task": 64}),
+    ):
+        plan(SubmitOptions("train", IMAGENET, nodes=nodes, **options))
+    plan(SubmitOptions("train", [*IMAGENET, "compute.workers=0"], gpus_per_node="8"))
+
+
+@pytest.mark.parametrize(
+    ("words", "near"), [(["--part", "gpu"], "--partition"), (["--allow-change", "a"], "--allow-changed"), (["-p"], "")]
+)
+def test_an_option_that_does_not_exist_is_one_of_submit(
+    words: list[str], near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("submit", "train", "baseline/toy", *words) == 2
+    said = capsys.readouterr().err
+    assert words[0] in said and near in said and "adaptnet submit --help" in said and "Usage: train" not in said
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY", "HF_TOKEN"])
+def test_a_secret_of_a_sites_environment_is_refused_and_not_shown(name: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(f"environment: {{{name}: geheim}}")
+    with pytest.raises(ConfigError) as caught:
+        profile.load(str(tmp_path / "s.yaml"))
+    assert name in str(caught.value) and "geheim" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +22,7 @@ ONE_LINE = r"^[^\x00-\x1f\x7f]+$"  # a line of the batch script would end at a n
 Text = Annotated[str, Field(pattern=ONE_LINE)]
 Option = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]  # a long option of sbatch, without its dashes
 MEMORY = ("mem", "mem-per-cpu", "mem-per-gpu")
+SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|API_?KEY", re.IGNORECASE)
 OURS = {  # options of sbatch that are set from elsewhere, and where
     **{name: f"the key {name}" for name in ("partition", "account", "qos", "constraint", "time", "exclude", "comment")},
     **{name: f"the key {name.replace('-', '_')}" for name in ("cpus-per-task", "mail-user", "mail-type")},
@@ -119,7 +121,7 @@ class SiteProfile(Config):
         if twice := sorted(set(self.nccl.variables) & set(self.environment)):
             raise configs.fault(f"environment.{twice[0]}", "the section nccl sets it too: give one of them")
         for name, value in self.environment.items():
-            if without_secrets(value) != value:
+            if without_secrets(value) != value or SECRET_NAME.search(name):
                 raise ValueError(f"environment.{name}: has a password, which every job's script would show; export it")
         gpus.check(self.gpus_per_node, self.extra)
         return self

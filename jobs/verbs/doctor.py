@@ -245,6 +245,9 @@ def _storage(folder: Path, least_free_gb: float) -> Finding:
     if free < least_free_gb:
         text = f"{existing} has {free:.1f} GB free, below {least_free_gb:g}; free some space{shared}"
         return Finding("storage", "fault", text)
+    if existing.parent == existing and folder.absolute() != existing:
+        fix = "is its file system mounted here? Otherwise make the folder"
+        return Finding("storage", "fault", f"{folder} does not exist, nor a folder above it but {existing}; {fix}")
     return Finding("storage", "ok", f"{existing} is writable, {free:,.0f} GB free on {kind or 'its disk'}{shared}")
 
 

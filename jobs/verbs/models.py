@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -34,7 +35,7 @@ Examples:
 app = typer.Typer(
     help=EXAMPLES, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
 )
-Uri = Annotated[str | None, typer.Option(help="tracking server; default: runs/mlflow.db")]
+Uri = Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="tracking server; default: runs/mlflow.db")]
 Licence = Annotated[str | None, typer.Option(help="licence of the weights; default: the registered one")]
 Note = Annotated[str | None, typer.Option(help="note for users; default: the registered one")]
 
@@ -74,7 +75,7 @@ def _list_zoo(name: str | None, uri: str | None) -> None:
     from jobs import tables
     from pipeline import zoo
 
-    if name is not None or uri is not None:
+    if name is not None or uri != os.environ.get("MLFLOW_TRACKING_URI"):
         raise ConfigError("--zoo lists all shipped nets; omit NAME and --uri", key="--zoo", subject=name or uri)
     names = zoo.names()
     if not names:

@@ -24,6 +24,9 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_com
 def plan(
     recipe: Annotated[str, typer.Argument(help="family/recipe, family/recipe:variant, or a path ending in .yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="training.batch_size; with training.scale_lr as for `adaptnet train`")
+    ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
     gpus_per_node: Annotated[
         int, typer.Option(min=0, help="GPUs of each node; 0: one worker on each node, on its CPUs")
@@ -60,7 +63,10 @@ def plan(
         from pipeline.bench import plan as plans
 
     home = data_home() or ("nowhere" if images else None)
-    config = run_config.load(recipe, overrides or (), data_home=home)
+    given = list(overrides or ())
+    if batch_size is not None:
+        given = run_config.with_batch_size(recipe, given, batch_size)
+    config = run_config.load(recipe, given, data_home=home)
     available = plans.images_of(config)
     if available is None and images is None:
         message = f"data.root (={config.data.root}) does not exist here; give the number of images with --images"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,10 @@ def report(
         bool, typer.Option("--track/--no-track", help="also upload it to the MLflow runs of the nets")
     ] = True,
     uri: Annotated[
-        str | None, typer.Option(help="tracking server; default: that of each run, or runs/mlflow.db")
+        str | None,
+        typer.Option(
+            help="tracking server; default: that of each run; of versions MLFLOW_TRACKING_URI, or runs/mlflow.db"
+        ),
     ] = None,
 ) -> None:
     """Writes a web page (DIR/index.html, one file that needs no network) about the stored evaluations of trained nets:
@@ -66,7 +70,8 @@ def report(
     """
     from pipeline.report import report as make
 
-    written = make(sources, out, groups=groups, uri=uri, track=track, data_set=published)
+    registry = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    written = make(sources, out, groups=groups, uri=uri, registry=registry, track=track, data_set=published)
     counts = {"net": written.num_nets, "policy": written.num_policies, "figure": written.num_figures}
     found = ", ".join(f"{count} {name if count == 1 else PLURALS[name]}" for name, count in counts.items())
     typer.echo(f"{found}: {written.page}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 VERBS = ("train", "sweep", "evaluate", "report")
 MOST_CHARS = 120  # of a run's name
+TRAIN_PRINTS = {"show": "--show", "listed": "--list", "as_json": "--json"}  # options of `train` that train nothing
 OF_PROFILE = (
     "partition",
     "account",
@@ -148,6 +150,9 @@ def run(options: SubmitOptions) -> None:
         _refuse_second(Path(job.home))
     _create_group(options, submission.jobs, configs)
     _write_recipes(submission.jobs, configs)
+    for line in _summary(submission, configs).splitlines():
+        if "WARNING" in line:
+            typer.echo(line.removeprefix("# "), err=True)
     for record in scheduler.submit(submission):
         remember_home(Path(record.home))
         typer.echo(
@@ -229,27 +234,83 @@ def _train(options: SubmitOptions, resources: Resources, profile: SiteProfile) -
     from pipeline.execution import launch
 
     parsed = _parsed(options)
+    _refuse_unused(parsed)
     variables = {**os.environ, **profile.environment}
     layer = environment.recipe_layer(variables)
+    recipe, batch_size = str(parsed["recipe"]), parsed["batch_size"]
     overrides = [*_placement(resources), *_strings(parsed["overrides"])]
+    if isinstance(batch_size, int):
+        overrides = run_config.with_batch_size(recipe, overrides, batch_size)
     allowed = [word for key in _strings(parsed["allow_changed"]) for word in ("--allow-changed", key)]
     jobs, configs = [], []
     for override, suffix in _array_overrides(options.array):
-        config = run_config.load(
-            str(parsed["recipe"]), [*overrides, *override], data_home=data_home(), environment=layer
-        )
+        config = run_config.load(recipe, [*overrides, *override], data_home=data_home(), environment=layer)
         _refuse_password(config.tracking.uri, options.where, variables)
+        _check_training(config, resources, on_slurm=options.where == "slurm")
         config = launch.absolute(config.model_copy(update={"name": _shortened(config.name + suffix)}))
         run_dir = Path("runs") / config.name
         if parsed["run_dir"]:
             given = Path(str(parsed["run_dir"]))
             run_dir = given.with_name(_shortened(given.name + suffix)) if suffix else given
         for run in _runs(config, run_dir.absolute(), options, parsed["seeds"]):
-            recipe = run.folder / "slurm" / "recipe.yaml"
+            stored = run.folder / "slurm" / "recipe.yaml"
             job = _job(options, resources, profile, home=run.folder, run_dir=run.folder, compute=run.config.compute)
-            jobs.append(replace(job, arguments=(str(recipe), "--run-dir", str(run.folder), *allowed)))
+            jobs.append(replace(job, arguments=(str(stored), "--run-dir", str(run.folder), *allowed)))
             configs.append(run.config)
     return jobs, configs
+
+
+def _refuse_unused(parsed: Mapping[str, object]) -> None:
+    """Raises ConfigError for an option of `train` that a job has no use for."""
+    for name, option in TRAIN_PRINTS.items():
+        if parsed[name]:
+            raise ConfigError(
+                f"submit train: {option} prints something and trains nothing; --dry-run shows what would be submitted",
+                key=option,
+            )
+    if parsed["recipe"] is None:
+        raise ConfigError("submit train: name a recipe; `adaptnet train --list` shows the shipped ones", key="recipe")
+
+
+def _check_training(config: RunConfig, resources: Resources, *, on_slurm: bool) -> None:
+    """Raises ConfigError for a training that could not start on these nodes, which its job would find out there."""
+    from pipeline.tracking.address import resolve_uri
+
+    resolve_uri(config.tracking.uri, Path("any"))
+    batch, most = config.training.batch_size, config.compute.most_workers
+    if batch < most:
+        raise ConfigError(
+            f"training.batch_size (={batch}): below the number of workers (={most}), each of which needs an image of "
+            "every step; use fewer nodes, or a larger batch with its learning rate (--batch-size, training.scale_lr)",
+            key="training.batch_size",
+            subject=batch,
+        )
+    if on_slurm and config.compute.address is None:
+        _check_room(config.compute, resources)
+
+
+def _check_room(compute: ComputeConfig, resources: Resources) -> None:
+    """Raises ConfigError if the workers do not fit on the nodes."""
+    from pipeline.execution import cluster
+
+    needs = _needs(compute, resources)
+    if needs is None:
+        return
+    one = {"CPU": needs.cpus, "GPU": needs.gpus}
+    node = {"CPU": float(resources.cpus_per_task), "GPU": float(resources.gpus_per_node)}
+    each = cluster.fitting(node, one)
+    pairs = {compute.fewest_workers: resources.nodes[0], compute.most_workers: resources.nodes[1]}
+    for workers, nodes in pairs.items():
+        if workers > each * nodes:
+            what = f"{needs.cpus:g} CPUs" + (f" and {needs.gpus:g} GPUs" if needs.gpus else "")
+            key = "--cpus-per-task" if node["CPU"] < needs.cpus * max(1.0, node["GPU"]) else "compute.workers"
+            raise ConfigError(
+                f"compute.workers (={workers}): a worker needs {what}, and a node of this job has {node['CPU']:g} CPUs "
+                f"(--cpus-per-task) and {node['GPU']:g} GPUs (--gpus-per-node), so {each * nodes} workers fit on "
+                f"{nodes} nodes; request more CPUs, GPUs or nodes, or set compute.workers or compute.cpus_per_worker",
+                key=key,
+                subject=workers,
+            )
 
 
 def _runs(config: RunConfig, run_dir: Path, options: SubmitOptions, seeds: object) -> list[SeedRun]:
@@ -420,7 +481,21 @@ def _parsed(options: SubmitOptions) -> dict[str, object]:
     from typer.main import get_command
 
     command = get_command(importlib.import_module(module(f"jobs.verbs.{options.verb}")).app)
-    return dict(command.make_context(options.verb, list(options.arguments or ())).params)
+    try:
+        return dict(command.make_context(f"adaptnet submit {options.verb}", list(options.arguments or ())).params)
+    except Exception as error:  # typer has a copy of click, whose NoSuchOption is private
+        unknown = getattr(error, "option_name", None)
+        if not isinstance(unknown, str) or type(error).__name__ != "NoSuchOption":
+            raise
+        own = [name for each in (get_command(app), command) for param in each.params for name in param.opts]
+        near = difflib.get_close_matches(unknown, [name for name in own if name.startswith("--")], 1)
+        hint = f"did you mean {near[0]}?" if near else "other options of sbatch belong into the site profile's `extra`"
+        raise ConfigError(
+            f"submit {options.verb}: no option {unknown}; {hint} `adaptnet submit --help` and `adaptnet "
+            f"{options.verb} --help` list them",
+            key=unknown,
+            subject=unknown,
+        ) from None
 
 
 def _strings(value: object) -> list[str]:
@@ -493,6 +568,7 @@ def _summary(submission: Submission, configs: Sequence[RunConfig]) -> str:
         "GPUs": f"{gpus} on each of {nodes} nodes"
         if gpus
         else f"none; {resources.cpus_per_task} CPUs of {nodes} nodes",
+        "time limit": f"{resources.minutes:,} minutes ({resources.minutes / 60:.3g} hours)",
         **(_of_training(configs[0], gpus > 0) if configs else {}),
         "logs": str(submission.folder),
         "next": f"the same command without --dry-run, then adaptnet jobs show {first.home}",
@@ -503,7 +579,12 @@ def _summary(submission: Submission, configs: Sequence[RunConfig]) -> str:
 def _of_training(config: RunConfig, on_gpus: bool) -> dict[str, str]:
     from pipeline.data.sources import layout
     from pipeline.errors import DataError
+    from pipeline.training.config import LR_SCALES
 
+    training = config.training
+    rate = training.optimizer.lr
+    if training.scale_lr != "none" and training.reference_batch:
+        rate *= LR_SCALES[training.scale_lr](training.batch_size / training.reference_batch)
     batch, workers = config.training.batch_size, config.compute.most_workers
     what = "images a GPU" if on_gpus else "images a worker"
     over = f"over {workers} workers" if workers else "in the job's own process"
@@ -513,4 +594,4 @@ def _of_training(config: RunConfig, on_gpus: bool) -> dict[str, str]:
         data = f"{config.data.root}, which is here"
     except DataError as error:
         data = f"WARNING: not readable on this machine; the job needs it on its nodes: {error}"
-    return {what: shares, "data": data}
+    return {what: shares, "learning rate": f"{rate:g}", "data": data}

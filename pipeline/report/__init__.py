@@ -58,6 +58,7 @@ def report(
     *,
     groups: Path | None = None,
     uri: str | None = None,
+    registry: str | None = None,
     track: bool = True,
     data_set: str | None = None,
     first: Sequence[Figure] = (),
@@ -67,8 +68,9 @@ def report(
     A source may also be several seeds of a recipe (the folder NAME-seeds, or a pattern such as runs/NAME-s*): then its
     figures are means with their spread, and every two such groups are compared. groups is a file {superclass: [class,
     ...]}. data_set: a name in published.yaml, whose published points are drawn too, or "none"; None: the name of the
-    evaluated folder decides (see `published`). first: as of `build`. With `track` the folder is also logged to the
-    nets' tracked runs, of a folder NAME-seeds to the parent; a server that cannot be reached gives a warning.
+    evaluated folder decides (see `published`). first: as of `build`. registry: where versions are looked up; None: uri.
+    With `track` the folder is also logged to the nets' tracked runs, of a folder NAME-seeds to the parent; a server
+    that cannot be reached gives a warning.
 
     Raises ConfigError for nets that cannot be compared, a net that is given twice, a pattern without a finished run,
     nets of a group that differ in more than the seed, a data set that the images cannot be, and a folder `out` that
@@ -77,7 +79,7 @@ def report(
     folder.check(out)
     members = [seed_groups.members(source) for source in sources]
     named = [source for given, found in zip(sources, members, strict=True) for source in found or [given]]
-    nets = [evaluations.find(source, uri) for source in named]
+    nets = [evaluations.find(source, registry or uri) for source in named]
     _refuse_duplicates(nets)
     evaluated = evaluations.together(nets)
     if groups is not None:
