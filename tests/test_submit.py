@@ -705,3 +705,16 @@ def test_a_secret_of_a_sites_environment_is_refused_and_not_shown(name: str, tmp
     with pytest.raises(ConfigError) as caught:
         profile.load(str(tmp_path / "s.yaml"))
     assert name in str(caught.value) and "geheim" not in str(caught.value)
+
+
+def test_the_table_of_a_profiles_keys_has_each_with_its_default() -> None:
+    text = (Path(__file__).parents[1] / "infra" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", text.partition("| key | default |")[2].partition("\n\n")[0], re.M
+    )
+    keys = {key: default for names, default in rows for key in re.findall(r"\w+", names)}
+    assert set(keys) == set(SiteProfile.model_fields)
+    for name, field in SiteProfile.model_fields.items():
+        if isinstance(field.default, int | float | str):
+            shown = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+            assert shown in keys[name], name

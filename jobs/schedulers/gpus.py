@@ -13,6 +13,13 @@ PER_NODE = ("gpus-per-node", "gpus-per-task")  # a job has one task on each node
 GRES = re.compile(r"(?:gres[:/])?gpu(?::(?P<type>[A-Za-z][\w.-]*))?(?::(?P<count>\d+))?")
 
 
+def typed(text: str) -> str:
+    """TYPE:NUMBER as it is. Raises ValueError for other text."""
+    if not re.fullmatch(TYPED, text):
+        raise ValueError("a number of GPUs or TYPE:NUMBER, e.g. 8 or h100:8")
+    return text
+
+
 def number(text: Value) -> int:
     """The GPUs in 4, "4" or "a100:4". Raises ValueError."""
     return int(str(text).rpartition(":")[2])

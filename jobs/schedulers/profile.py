@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from jobs.schedulers import gpus
 from jobs.schedulers.gpus import Value
@@ -83,7 +83,7 @@ class SiteProfile(Config):
     constraint: Text | None = None
     time: Text = "24h"
     # 4, or with a type: a100:4
-    gpus_per_node: Annotated[int, Field(ge=0, le=64)] | Annotated[str, Field(pattern=gpus.TYPED)] = 0
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] | Annotated[str, AfterValidator(gpus.typed)] = 0
     cpus_per_task: Annotated[int, Field(ge=1, le=4096)] = 1
     memory_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None
     modules: tuple[Text, ...] = ()  # loaded by `module load`

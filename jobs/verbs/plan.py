@@ -124,12 +124,15 @@ def _print(name: str, estimate: ResourcePlan, images: Images, cost: MachineProfi
             estimate.metrics_per_s, lambda rate: f"{rate:.3g} values/s to the journal and then to MLflow"
         ),
         "index": f"{size(estimate.index_bytes)}, shared by the workers of a node",
-        "speed of a worker": _known(cost.images_per_s, lambda rate: f"{rate:,.0f} images/s {cost.device}"),
+        "speed of a worker": _known(
+            cost.images_per_s, lambda rate: f"{rate:,.0f} images/s {cost.device}", "--images-per-s"
+        ),
         "speed of all workers": _known(estimate.images_per_s, lambda rate: f"{rate:,.0f} images/s at most"),
         "reading": _known(estimate.read_bytes_per_s, lambda rate: f"{size(rate)}/s from storage"),
         "decoding": _known(
             estimate.decode_cores,
             lambda cores: f"{cores:.1f} cores for each worker ({cost.decoded_per_s:,.0f} images/s per core)",
+            "--decoded-per-s",
         ),
         "time": _known(estimate.total_s, lambda seconds: f"{_span(seconds)} at least, without evaluations and saves"),
     }
@@ -140,8 +143,10 @@ def _print(name: str, estimate: ResourcePlan, images: Images, cost: MachineProfi
     typer.echo(tables.of_pairs(facts))
 
 
-def _known(value: float | None, as_text: Callable[[float], str]) -> str:
-    return as_text(value) if value is not None else "neither measured nor given"
+def _known(value: float | None, as_text: Callable[[float], str], option: str = "") -> str:
+    if value is not None:
+        return as_text(value)
+    return "neither measured nor given" + (f" ({option})" if option else "")
 
 
 def _every(seconds: float | None) -> str:

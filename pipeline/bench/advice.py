@@ -63,7 +63,7 @@ def _batch(config: RunConfig, plan: ResourcePlan, *, on_gpu: bool) -> Iterator[s
         )
     warmup = training.schedule.warmup_epochs
     if warmup < WARMUP_EPOCHS:
-        yield f"a larger batch needs a warm-up: training.schedule.warmup_epochs={WARMUP_EPOCHS} (={warmup:g})"
+        yield f"a larger batch needs a warm-up: training.schedule.warmup_epochs={WARMUP_EPOCHS}, now {warmup:g}"
 
 
 def _workers(config: RunConfig, plan: ResourcePlan, *, on_gpu: bool) -> Iterator[str]:
