@@ -443,10 +443,10 @@ def test_a_stop_ends_a_start_that_lasts_and_hides_no_failure() -> None:
             return True
 
     lasting, failing = Fitting(60), Fitting(0.1, ResourceError("the disk is full", key="disk"))
-    assert not launch._fit(lasting, Stopping())  # type: ignore[arg-type]
+    assert not launch._fit(lasting.fit, Stopping())  # type: ignore[arg-type]
     lasting.over.set()
     with fails(ResourceError, "disk"):
-        launch._fit(failing, StoppingAtItsEnd())  # type: ignore[arg-type]
+        launch._fit(failing.fit, StoppingAtItsEnd())  # type: ignore[arg-type]
 
 
 def test_that_the_machine_ran_out_of_memory_is_told_without_rays_advice() -> None:
