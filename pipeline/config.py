@@ -197,26 +197,28 @@ def shortened(value: object) -> str:
 
 def interpolate(mapping: Mapping[str, object], known: Mapping[str, str | None]) -> dict[str, object]:
     """`${name}` in every string of `mapping` replaced from `known`. Raises ConfigError for a name unknown or None."""
-    return {key: _interpolated(value, known) for key, value in mapping.items()}
+    return {key: _interpolated(value, known, key) for key, value in mapping.items()}
 
 
-def _interpolated(value: object, known: Mapping[str, str | None]) -> object:
+def _interpolated(value: object, known: Mapping[str, str | None], place: str) -> object:
     if isinstance(value, dict):
-        return interpolate(value, known)
+        return {key: _interpolated(each, known, f"{place}.{key}") for key, each in value.items()}
     if isinstance(value, list):
-        return [_interpolated(item, known) for item in value]
-    return re.sub(r"\$\{([^}]*)\}", lambda m: _lookup(m[1], known), value) if isinstance(value, str) else value
+        return [_interpolated(item, known, place) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"\$\{([^}]*)\}", lambda m: _lookup(m[1], known, f"{place} (={value})"), value)
 
 
-def _lookup(name: str, known: Mapping[str, str | None]) -> str:
+def _lookup(name: str, known: Mapping[str, str | None], where: str) -> str:
     if name not in known:
-        message = f"${{{name}}}: no such variable; known: {', '.join(known)}"
+        message = f"{where}: ${{{name}}}: no such variable; known: {', '.join(known)}"
         raise ConfigError(message, key=f"${{{name}}}", subject=name)
     value = known[name]
     if value is None:
         raise ConfigError(
-            f"${{{name}}} has no value here: set the environment variable ADAPTNET_DATA to the folder of your data "
-            "sets, or set the key itself, e.g. data.root=/path/to/set",
+            f"{where}: ${{{name}}} has no value here: set the environment variable ADAPTNET_DATA to the folder of your "
+            "data sets, or set this key itself, e.g. data.root=/path/to/set",
             key=f"${{{name}}}",
             subject=name,
         )

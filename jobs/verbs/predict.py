@@ -59,6 +59,8 @@ def predict(
             stream.reconfigure(errors="backslashreplace")
     wanted = parse_budget(budget) if budget is not None else None
     files = list(_files(images))
+    if files and not any(path.exists() for path in files):
+        raise ConfigError(f"{files[0]}: no such file or folder", key="images", subject=files[0])
     predictor = predicting.load(model, uri, device=device)
     choice = predictor.choose(wanted, policy, files)
     answers = predictor.answers(files, choice.policy, top=top, batch_size=batch_size)

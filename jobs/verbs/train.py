@@ -19,7 +19,7 @@ from jobs.cli import INTERRUPTED, STOPPED, data_home
 from jobs.run_lines import EvaluationPoint, best_of, duration, evaluations, percent
 from jobs.shown_recipe import RecipeSource
 from pipeline.errors import ConfigError
-from pipeline.runs import journal, lease
+from pipeline.runs import journal, lease, records
 
 if TYPE_CHECKING:
     from pipeline.execution.launch import Result
@@ -120,12 +120,12 @@ def _train_one(config: RunConfig, folder: Path, allow_changed: Sequence[str]) ->
     from pipeline.execution import seeds
 
     received: set[int] = set()
-    run = seeds.SeedRun(config, folder)
+    run, before = seeds.SeedRun(config, folder), records.read_status(folder)
     if seeds.is_member(config):  # a job of an array
         result = seeds.member(run, lambda each: followed(each, allow_changed, received))
     else:
         result = followed(run, allow_changed, received)
-    _print_result(result)
+    _print_result(result, trained=not before.finished or before.step != result.step)
     _print_next(result)
     if not result.finished:  # a nonzero status, so that a script does not run its next line
         raise _stopped(received)
@@ -235,7 +235,8 @@ def stop_on_signals(run_dir: Path, received: set[int] | None = None) -> Iterator
             signal.signal(number, handler)
 
 
-def _print_result(result: Result) -> None:
+def _print_result(result: Result, *, trained: bool = True) -> None:
+    """trained: whether it has just been trained; else it was finished before."""
     from jobs import tables
 
     if not result.finished:
@@ -244,12 +245,14 @@ def _print_result(result: Result) -> None:
         )
         typer.echo(f"stopped at step {result.step}; the same command {resumes}")
         return
+    if not trained:
+        typer.echo("this run was finished before; nothing was trained")
     typer.echo(f"finished at step {result.step}{_time_of(result.run_dir)}")
     if result.reports:
         typer.echo(tables.of_reports(result.reports))
     typer.echo(tables.of_pairs(_outcome(result)))
     if result.version:
-        typer.echo(f"registered as {result.version}, now @candidate")
+        typer.echo(f"registered as {result.version}" + ", now @candidate" * trained)
 
 
 def _outcome(result: Result) -> dict[str, str]:

@@ -136,7 +136,9 @@ class TrainingConfig(Config):
         if is_stored(info):
             return self
         if schedule.warmup_epochs > epochs:
-            raise fault("schedule.warmup_epochs", f"the training has {epochs:g} epochs, so the warm-up never ends")
+            raise fault(
+                "schedule.warmup_epochs", f"the training has {epochs:g} epochs, so the warm-up never ends; set it lower"
+            )
         if isinstance(schedule, WsdConfig) and schedule.warmup_epochs + schedule.decay_epochs > epochs:
             raise fault("schedule.decay_epochs", f"with the warm-up it is longer than the training's {epochs:g} epochs")
         late = [each for each in schedule.milestones if each >= epochs] if isinstance(schedule, StepsConfig) else []
