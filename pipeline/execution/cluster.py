@@ -22,6 +22,7 @@ import psutil
 
 from pipeline.errors import AdaptNetError, ResourceError
 from pipeline.execution import allocation, ray_messages, ray_processes, ray_token, sockets
+from pipeline.execution.asking import Asking
 from pipeline.execution.ray_processes import RayState
 from pipeline.execution.ray_token import own_sigterm
 from pipeline.execution.sockets import HERE, connection_error, host_and_port
@@ -106,24 +107,15 @@ def _while_ray_answers(ask: Callable[[], None], connection: Connection, compute:
 
     Raises what `ask` raises, and ResourceError if Ray is given up; the connection is lost then.
     """
-    raised: list[Exception] = []
-
-    def run() -> None:
-        try:
-            ask()
-        except Exception as error:
-            raised.append(error)
-
     connection.ray.hang_after_s = min(compute.hang_after_s, ray_processes.STARTS_STOPPED_S)
-    thread = threading.Thread(target=run, name="ask-ray", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.05)
+    asking = Asking(ask, "ask-ray")
+    while asking.lasts:
+        asking.wait(0.05)
         _give_up(connection, connection.ray.frozen())
-    if raised:
-        if not isinstance(raised[0], AdaptNetError):
+    if asking.error is not None:
+        if not isinstance(asking.error, AdaptNetError):
             _give_up(connection, connection.ray.frozen(at_once=True))
-        raise raised[0]
+        raise asking.error
 
 
 def _give_up(connection: Connection, frozen: str | None) -> None:

@@ -320,10 +320,10 @@ class Guardian:
         if self._is_driver:
             self._say_that_it_ended(ended)
             time.sleep(GRACE_S)
-            for pid, born in self._children.items():
-                if born_at(pid) == born:
-                    with suppress(OSError):
-                        os.kill(pid, signal.SIGKILL)
+            living = [pid for pid, born in self._children.items() if born_at(pid) == born]
+            for pid in living:
+                with suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _say_that_it_ended(self, ended: str) -> None:
         """What the driver could not say itself: Ray's C++ code ends one that it cannot connect, without a word."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from pipeline.errors import (
 from pipeline.evaluation import from_weights
 from pipeline.evaluation.evaluate import load_reports
 from pipeline.execution import cluster, teaching, worker
+from pipeline.execution.asking import Asking
 from pipeline.execution.guardians import report_failures
 from pipeline.execution.watch import RunWatch
 from pipeline.execution.watched import WatchAddress, watched
@@ -435,24 +435,13 @@ def _fit(train: Callable[[], None], watch: RunWatch) -> bool:
 
     Returns False as soon as the run is asked to stop, if no worker has started by then.
     """
-    raised: list[Exception] = []
-
-    def fit() -> None:
-        try:
-            train()
-        except Exception as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    while thread.is_alive() and watch.error is None:
-        thread.join(0.2)
-        if watch.stops_unstarted and thread.is_alive():
+    fitting = Asking(train, "fit")
+    while fitting.lasts and watch.error is None:
+        fitting.wait(0.2)
+        if watch.stops_unstarted and fitting.lasts:
             return False
-    if watch.error is not None:
-        raise watch.error
-    if raised:
-        raise raised[0]
+    if (error := watch.error or fitting.error) is not None:
+        raise error
     return True
 
 
