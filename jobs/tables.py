@@ -47,6 +47,9 @@ def of_reports(reports: Sequence[Report]) -> str:
     heading = ["policy", "images", "top-1 %", "top-5 %", "MMACs mean", "MMACs p95", "% of full"]
     heading += [text for size in sizes for text in (f"ms @{size}", f"img/s @{size}")]
     text = align([heading, *(_row(report) for report in reports)])
+    text += (
+        "\np95: 95 % of the images take at most these MACs; % of full: mean MACs over those of the net's own forward"
+    )
     if reports[0].latency:
         entry = reports[0].latency[0]
         precision = f", {entry.precision}" if entry.precision else ""

@@ -150,6 +150,8 @@ def _file(recipe: str) -> Path:
 
 def _hint(source: str, known: Sequence[str]) -> str:
     """The nearest recipe, and the recipes of that family; the families if the family is unknown as well."""
+    if "/" not in source and (named := _named(source, known)):
+        return f"; did you mean {named[0]}? Known of this name: {', '.join(named)}; or a path ending in .yaml"
     family = source.partition("/")[0]
     families = sorted({name.partition("/")[0] for name in known})
     near = get_close_matches(family, families, 1, 0.6)
@@ -157,3 +159,14 @@ def _hint(source: str, known: Sequence[str]) -> str:
     close = get_close_matches(source, own or known, 1, 0.4)
     there = f"recipes of {near[0]}: {', '.join(own)}" if own else f"families: {', '.join(families)}"
     return (f"; did you mean {close[0]}? " if close and own else ". ") + f"Known {there}; or a path ending in .yaml"
+
+
+def _named(bare: str, known: Sequence[str]) -> list[str]:
+    """The recipes whose name without the family is `bare`, or else contains it."""
+    for found in (
+        [each for each in known if each.partition("/")[2] == bare],
+        [each for each in known if bare and bare in each.partition("/")[2]],
+    ):
+        if found:
+            return found
+    return []

@@ -111,6 +111,35 @@ def test_a_limit_in_time_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         choosing.recommend(MANY, latency=parse_budget("1ms"))
 
 
+def test_recipes_that_train_within_an_hour_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = []
+    for peak in (1e9, 1e18):  # MACs a second
+        monkeypatch.setattr(choosing, "machine_peak", lambda peak=peak: peak)
+        first.append(choosing.recommend(PHOTOS)[0].candidate)
+    slow, fast = first
+    assert slow.tuned and fast.tuned and slow.macs < fast.macs and slow.hours < fast.hours * 1e9
+
+
+def test_a_limit_on_training_hours_leaves_out_what_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "machine_peak", lambda: 5e10)
+    everything = {each.candidate.recipe: each.candidate.hours for each in choosing.recommend(PHOTOS)}
+    most = sorted(everything.values())[0]
+    assert all(each.candidate.hours <= most for each in choosing.recommend(PHOTOS, max_hours=most))
+    with fails(ConfigError, "--max-hours", subject=1e-9):
+        choosing.recommend(PHOTOS, max_hours=1e-9)
+
+
+def test_training_hours_are_three_passes_of_all_images() -> None:
+    each = next(each for each in choosing.candidates(None) if each.recipe == "baseline/cifar10_resnet20")
+    images = each.config.training.epochs * MANY.images
+    assert choosing.training_hours(each, MANY, 3 * each.cost.macs * images) == pytest.approx(1 / 3600)
+
+
+def test_it_says_why_no_recipe_with_trained_weights_is_recommended() -> None:
+    for each in choosing.recommend(PHOTOS, max_macs=parse_budget("100M")):
+        assert not each.candidate.tuned and any("baseline/finetune" in reason for reason in each.reasons)
+
+
 def test_a_limit_below_every_net_is_refused() -> None:
     with fails(ConfigError, "--max-macs", subject="1k"):
         choosing.recommend(MANY, max_macs=parse_budget("1k"))

@@ -35,6 +35,19 @@ def test_toy_check_pack_and_info_work_in_sequence(tmp_path: Path, capsys: pytest
     assert "10, each of 4 to 4 training images: 00-disc" in printed and f"index        {packed}/index/" in printed
 
 
+@pytest.mark.parametrize(("good", "refused"), [(60, True), (120, False)])
+def test_check_says_whether_training_refuses_the_set(
+    good: int, refused: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "class"
+    folder.mkdir()
+    for number in range(good):
+        (folder / f"{number}.jpg").write_bytes(images.jpeg(8, 8))
+    (folder / "broken.jpg").write_bytes(images.truncated_jpeg())
+    assert run("data", "check", tmp_path, "--workers", 1) == 1
+    assert ("data.max_bad_share" in capsys.readouterr().out) is refused
+
+
 def test_a_user_error_is_one_message_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "info", tmp_path / "nothing") == 2
     printed = capsys.readouterr()

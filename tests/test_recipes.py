@@ -112,6 +112,15 @@ def test_an_unknown_recipe_or_variant_is_refused_with_the_nearest() -> None:
             run_config.load(name)
 
 
+@pytest.mark.parametrize(
+    ("bare", "recipe"), [("cifar10_resnet20", "baseline/cifar10_resnet20"), ("resnet20", "baseline/cifar10_resnet20")]
+)
+def test_a_name_without_its_family_is_refused_with_the_recipes_of_that_name(bare: str, recipe: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run_config.load(bare)
+    assert caught.value.key == "recipe" and recipe in str(caught.value)
+
+
 def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
     one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
     one.write_text(f"extends: {other}\n")

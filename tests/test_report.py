@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from raised import fails
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from jobs import cli
 from pipeline import family as families
@@ -31,7 +32,20 @@ from pipeline.errors import ConfigError, ContractError, ResourceError
 from pipeline.families.baseline import FAMILY as BASELINE
 from pipeline.family import Evaluated
 from pipeline.figures import Bars, HeatMap, Lines, Series, Table
-from pipeline.report import NO_IMAGES, build, cells, draw, fault_of, folder, general, grouped, report, style, training
+from pipeline.report import (
+    NO_IMAGES,
+    build,
+    cells,
+    confusion,
+    draw,
+    fault_of,
+    folder,
+    general,
+    grouped,
+    report,
+    style,
+    training,
+)
 from pipeline.report.resolutions import resolutions
 from pipeline.report.thumbnails import SIDE_PX, thumbnails
 
@@ -278,6 +292,39 @@ def test_of_many_classes_the_worst_and_best_are_drawn_and_the_csv_has_all(tmp_pa
     assert [row[0] for row in drawn[1:]] == ranked[:30] + ranked[-30:]
     assert [row[0] for row in read_csv(tmp_path / "out" / "classes.csv")[1:]] == classes
     assert "Of 200 classes, the 30 with the lowest" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_confusions_count_the_answers_of_the_most_accurate_policy() -> None:
+    classes, draw = ("ant", "bee", "oak"), np.random.default_rng(0)
+    labels, predicted = draw.integers(0, 2, 200), draw.integers(0, 3, 200)
+    stored = {"labels": labels, "predicted": predicted}
+    asked: list[str] = []
+
+    def details(policy: str) -> dict[str, Any]:
+        asked.append(policy)
+        return stored
+
+    net = drawn_nets.net("n", classes=classes, details=details)
+    matrix, table = confusion.confusions([net])
+    assert isinstance(matrix, HeatMap) and isinstance(table, Table)
+    assert set(asked) == {max(net.reports, key=lambda report: report.top1).policy}
+    wanted = multiclass_confusion_matrix(*map(torch.from_numpy, (predicted, labels)), 3, normalize="true")
+    for row, values in zip(wanted[:2].tolist(), matrix.values[:2], strict=True):
+        assert values == pytest.approx([100 * share for share in row])
+    assert list(matrix.values[2]) == [None] * 3, "no image is of this class"
+    assert sum(row[2] for row in table.rows) == (labels != predicted).sum()
+    assert [row[2] for row in table.rows] == sorted((row[2] for row in table.rows), reverse=True)
+    first = table.rows[0]
+    a, b = classes.index(first[0]), classes.index(first[1])
+    assert a != b and first[2] == ((labels == a) & (predicted == b)).sum()
+
+
+def test_of_many_classes_only_the_most_frequent_confusions_are_listed() -> None:
+    draw, classes = np.random.default_rng(0), [f"c{n}" for n in range(5_000)]
+    stored = {"labels": draw.integers(0, 5_000, 900), "predicted": draw.integers(0, 5_000, 900)}
+    (table,) = confusion.confusions([drawn_nets.net("n", classes=classes, details=lambda policy: stored)])
+    assert isinstance(table, Table) and len(table.rows) == confusion.MOST_PAIRS
+    assert not confusion.confusions([drawn_nets.net("n", classes=classes)])
 
 
 def test_classes_are_ordered_by_group_with_others_last(tmp_path: Path) -> None:

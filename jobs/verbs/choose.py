@@ -25,18 +25,20 @@ def choose(
     latency: Annotated[
         str | None, typer.Option(help="largest time of one image, measured here now, on the CPU: 5ms")
     ] = None,
+    max_hours: Annotated[float | None, typer.Option(help="longest training, in hours on this machine", min=0)] = None,
     table: Annotated[bool, typer.Option("--table", help="print all recipes as a Markdown table and exit")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ) -> None:
     """Recommends at most three shipped recipes for a folder of images: those whose nets, or some of their policies,
     are within the limits, with the reasons and the command that trains them. Where a class has few images, recipes that
-    start from trained weights come first. Nothing is trained; accuracy on your images is not predicted.
+    start from trained weights come first; recipes that train here for more than an hour come later. Nothing is trained;
+    accuracy on your images is not predicted.
 
     Examples:
 
       adaptnet choose --images /data/photos --max-macs 300M
 
-      adaptnet choose --images packed/photos --max-macs 4G --latency 50ms
+      adaptnet choose --images packed/photos --max-macs 4G --latency 50ms --max-hours 2
 
       adaptnet choose --table
     """
@@ -50,7 +52,7 @@ def choose(
     limits = _limit("--max-macs", max_macs, "macs"), _limit("--latency", latency, "ms")
     folder = _folder(images)
     say = partial(typer.echo, err=True)
-    found = choosing.recommend(folder, max_macs=limits[0], latency=limits[1], progress=say)
+    found = choosing.recommend(folder, max_macs=limits[0], latency=limits[1], max_hours=max_hours, progress=say)
     typer.echo(json.dumps(_mapping(folder, found), indent=1) if as_json else _text(folder, found))
 
 
@@ -118,6 +120,7 @@ def _mapping(folder: ImageFolder, found: list[Recommendation]) -> dict[str, obje
                 "macs": each.candidate.macs,
                 "policies": list(each.candidate.within),
                 "milliseconds": dict(each.candidate.ms),
+                "least_hours": each.candidate.hours,
                 "reasons": list(each.reasons),
                 "command": each.command,
             }

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -181,6 +182,7 @@ def check(
       adaptnet data check packed/imagenet --workers 16 --all
     """
     from pipeline.data.check import check as run
+    from pipeline.data.config import DataConfig
 
     with _progress() as progress:
         report = run(root, workers=workers, progress=progress)
@@ -190,7 +192,14 @@ def check(
     typer.echo(f"{root}: {report.images:,} images {checked} in {report.seconds:.1f} s; {len(report.bad):,} bad{left}")
     _print_bad(report.bad, show_all)
     _print_left_out(report.left_out)
-    if report.bad:
+    allowed: float = DataConfig.model_fields["max_bad_share"].default
+    if report.bad_share > allowed:
+        typer.echo(
+            f"Training refuses this set: {report.bad_share:.2%} of the images are bad or left out, and "
+            f"data.max_bad_share allows {allowed:.2%}. Mend them, raise the key, or train on what "
+            f"`adaptnet data pack {quote(str(root))} FOLDER` makes without them."
+        )
+    elif report.bad:
         typer.echo("Training replaces bad images by good ones; `adaptnet data pack` leaves them out of the packed set.")
     if report.bad or unused:
         raise typer.Exit(1)

@@ -42,7 +42,7 @@ def list_runs(folder: Annotated[Path, typer.Argument(help="folder that contains 
         if not folder.is_dir() and folder != Path("runs"):
             message = f"{folder}: no such folder; give a folder that contains run folders"
             raise ConfigError(message, key="folder", subject=folder)
-        typer.echo(f"{folder}: no runs here")
+        typer.echo(f"{folder.absolute()}: no runs here; give the folder that contains the run folders")
         return
     rows = [["run", "status", "step", "best top-1 %", "MLflow run", "unsent bytes"]]
     for run in runs:

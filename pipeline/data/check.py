@@ -34,6 +34,12 @@ class CheckReport:
     left_out: tuple[LeftOut, ...]  # all that is not used, by reason
     seconds: float
 
+    @property
+    def bad_share(self) -> float:
+        """The share of the images that training cannot use, as `data.max_bad_share` counts it for the whole root."""
+        lost = sum(each.count for each in self.left_out if each.lost)
+        return (len(self.bad) + lost) / max(1, self.images + lost)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:

@@ -32,6 +32,7 @@ _COMPANIONS = """.txt .md .rst .json .jsonl .csv .tsv .xml .yaml .yml .toml .ini
 .names"""  # texts, tables, programs: neither images nor holding any
 _BESIDE_A_SPLIT, _NO_IMAGES = frozenset(_FILLERS.split()), frozenset(_COMPANIONS.split())
 _EXTENSION = re.compile(r"\.[a-z][a-z0-9_+~-]{0,11}")
+_HEIC = frozenset({".heic", ".heif"})
 _IMAGENET = re.compile(
     r"n\d{8}(\.tar|(_\d+)+(_n\d{8})?\.jpe?g)|ILSVRC2012_(train|val|test)_\d{8}(_n\d{8})?\.jpe?g", re.I
 )
@@ -82,6 +83,8 @@ def why_no_image(name: str) -> tuple[str, bool | None] | None:
         return None
     if not extension:
         return "no extension", None
+    if extension in _HEIC:
+        return f"extension {extension} (convert it to JPEG, e.g. with heif-convert)", True
     if _EXTENSION.fullmatch(extension):
         return f"extension {extension}", extension not in _NO_IMAGES
     return "no extension of an image", True

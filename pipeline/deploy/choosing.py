@@ -1,8 +1,9 @@
 """Which shipped recipes suit a folder of images and a limit of cost, and why; and the table of all recipes.
 
-A recipe is suited by the size of its images, by whether it starts from trained weights where images are few, and by the
-policies of its net that are within the limit. Figures of accuracy are those of the recipes' headers: nothing here
-predicts an accuracy on other images.
+A recipe is suited by the size of its images, by whether it starts from trained weights where images are few, by the
+policies of its net that are within the limit, and by the time that its training takes on this machine. That time is a
+lower bound: the training's MACs at the peak of this machine's matrix products. Figures of accuracy are those of the
+recipes' headers: nothing here predicts an accuracy on other images.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from math import log2
 from pathlib import Path
@@ -29,10 +30,13 @@ from pipeline.deploy.net_costs import FIXED, NOWHERE, RecipeCost
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.evaluation.frontier import Budget, macs_text
 from pipeline.run_config import RunConfig
+from pipeline.training import speed
+from pipeline.training.loop import device_of
 
 POOREST = 1 / 8  # share of the net's MACs: a policy below it answers much worse than the net
 FEW_IMAGES = 500  # of a class, below which a recipe that starts from trained weights comes first
 MOST = 3  # recipes that are recommended
+SOON_HOURS = 1.0  # recipes whose training takes at least this long here come after the others
 ENLARGED = 2.0  # how much worse it is to enlarge images than to shrink them, in octaves of the side
 TRIALS = ("toy", "_small")  # ends of the names of recipes that only try the software
 LEARN_SHAPES = ("shape_adaptor",)  # families whose training changes the size of maps, and so the MACs
@@ -68,12 +72,16 @@ class ImageFolder:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe and the cost of its net. within: its policies within the limit; ms: their time of an image, if timed."""
+    """A recipe and the cost of its net. within: its policies within the limit; ms: their time of an image, if timed.
+
+    hours: its training takes at least this long on this machine.
+    """
 
     recipe: str
     config: RunConfig
     cost: RecipeCost
     within: tuple[str, ...]
+    hours: float = 0.0
     ms: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -106,17 +114,20 @@ def recommend(
     *,
     max_macs: Budget | None = None,
     latency: Budget | None = None,
+    max_hours: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Recommendation]:
     """At most MOST recipes, the one to try first at the front.
 
     max_macs in MACs an image; latency in ms for one image on this machine, which is then measured: `progress` gets a
-    line for each net. Raises ConfigError if no recipe's net is within the limits.
+    line for each net. max_hours leaves out a recipe whose training takes longer on this machine even at the peak of its
+    matrix products. Raises ConfigError if no recipe's net is within the limits.
     """
     found = candidates(max_macs)
     if not found:
         assert max_macs is not None
         raise _too_tight("--max-macs", max_macs, min(map(_cheapest, _all())))
+    found = _in_time(found, folder, max_hours)
     ranked = sorted(_fitting(found, folder), key=lambda each: _rank(each, folder))
     chosen = _distinct(_timed(ranked, latency, progress) if latency else iter(ranked))
     if not chosen:
@@ -126,7 +137,8 @@ def recommend(
             key="--latency",
             subject=latency.text,
         )
-    return [Recommendation(each, tuple(_reasons(each, folder)), _command(each, folder)) for each in chosen]
+    lacking = _no_weights(folder, found)
+    return [Recommendation(each, tuple(_reasons(each, folder, lacking)), _command(each, folder)) for each in chosen]
 
 
 def candidates(max_macs: Budget | None) -> list[Candidate]:
@@ -135,6 +147,60 @@ def candidates(max_macs: Budget | None) -> list[Candidate]:
     most = max_macs.amount if max_macs else float("inf")
     within = [(name, config, cost, tuple(cost.within(most))) for name, config, cost in _all()]
     return [Candidate(*each) for each in within if each[3]]
+
+
+def _in_time(found: Sequence[Candidate], folder: ImageFolder, most: float | None) -> list[Candidate]:
+    """Those whose training may take at most `most` hours here, each with its time."""
+    peak = machine_peak()
+    timed = [replace(each, hours=training_hours(each, folder, peak)) for each in found]
+    kept = [each for each in timed if most is None or each.hours <= most]
+    if not kept:
+        least = min(timed, key=lambda each: each.hours)
+        raise ConfigError(
+            f"--max-hours (={most:g}): the training of every recipe within the other limits takes longer on this "
+            f"machine; the shortest, {least.recipe}, at least {hours_text(least.hours)}. Allow more, train fewer "
+            "epochs (training.epochs) or on a faster machine",
+            key="--max-hours",
+            subject=most,
+        )
+    return kept
+
+
+def training_hours(each: Candidate, folder: ImageFolder, peak: float) -> float:
+    """The hours that the recipe's training on the folder takes at `peak` MACs a second.
+
+    A backward pass counts as two forward passes. Evaluations and the reading of images are not counted.
+    """
+    seen = each.config.training.epochs * folder.images
+    at = each.config.data.side_px / each.cost.side_px  # costs are those at the side of evaluation
+    return speed.PASSES * each.cost.macs * at**2 * seen / peak / 3600
+
+
+@cache
+def machine_peak() -> float:
+    """MACs a second of matrix products on this machine: all its GPUs, or its CPU in the faster precision."""
+    device = device_of("auto")
+    if device.type == "cuda":
+        return torch.cuda.device_count() * speed.matrix_peak(device, autocast=True)
+    return max(speed.matrix_peak(device, autocast=autocast) for autocast in (False, True))
+
+
+def hours_text(hours: float) -> str:
+    """For people, e.g. "40 s", "12 min", "3.1 hours", "12 days"."""
+    for most, unit, in_hours in ((1 / 60, "s", 1 / 3600), (1, "min", 1 / 60), (48, "hours", 1)):
+        if hours < most:
+            return f"{max(1, hours / in_hours):.{1 if unit == 'hours' else 0}f} {unit}"
+    return f"{hours / 24:,.0f} days"
+
+
+def _no_weights(folder: ImageFolder, found: Sequence[Candidate]) -> str:
+    """Why no recipe that starts from trained weights is among those found, where images are few; else nothing."""
+    if folder.images_a_class >= FEW_IMAGES or any(each.tuned for each in found):
+        return ""
+    tuned = [each for each in _all() if each[1].training.start_from is not None]
+    name, _config, cost = min(tuned, key=_cheapest)
+    why = f"takes {macs_text(cost.macs)} an image"
+    return f"; no recipe that starts from trained weights is within the limits: the cheapest, {name}, {why}"
 
 
 @cache
@@ -177,10 +243,12 @@ def _fitting(found: Sequence[Candidate], folder: ImageFolder) -> list[Candidate]
     return [each for each in found if _misfit(each, folder) <= best + 1 or (few and each.tuned)]
 
 
-def _rank(each: Candidate, folder: ImageFolder) -> tuple[bool, float, bool, float]:
-    """Smaller is better: weights for few images, then the side, then what can be had at once, then more MACs."""
-    few = folder.images_a_class < FEW_IMAGES
-    return (few and not each.tuned, _misfit(each, folder), not _downloads(each), -min(each.macs, each.cost.macs))
+def _rank(each: Candidate, folder: ImageFolder) -> tuple[bool, float, bool, bool, float]:
+    """Smaller is better: weights for few images, then the side, then a training that ends soon on this machine, then
+    what can be had at once, then more MACs."""
+    few, late = folder.images_a_class < FEW_IMAGES, each.hours > SOON_HOURS
+    macs = -min(each.macs, each.cost.macs)
+    return (few and not each.tuned, _misfit(each, folder), late, not _downloads(each), macs)
 
 
 def _misfit(each: Candidate, folder: ImageFolder) -> int:
@@ -217,7 +285,7 @@ def _timed(ranked: Sequence[Candidate], latency: Budget, progress: Callable[[str
             progress(f"{each.recipe}: {', '.join(f'{name} {ms:.3g} ms' for name, ms in times.items())}")
         within = tuple(name for name, ms in times.items() if ms <= latency.amount)
         if within:
-            yield Candidate(each.recipe, each.config, each.cost, within, times)
+            yield replace(each, within=within, ms=times)
 
 
 def measured_ms(each: Candidate) -> dict[str, float]:
@@ -243,20 +311,27 @@ def _median_ms(run: Callable[[], object]) -> float:
     return median(passed[1:])  # the first warms up
 
 
-def _reasons(each: Candidate, folder: ImageFolder) -> Iterator[str]:
+def _reasons(each: Candidate, folder: ImageFolder, lacking: str = "") -> Iterator[str]:
     cost = each.cost
     few = folder.images_a_class < FEW_IMAGES
     if each.tuned:
         why = f", and {folder.images_a_class:g} images a class are few" if few else ""
         yield f"starts from trained weights{why}"
+        if not _downloads(each):
+            name = Path(str(each.config.training.start_from)).name
+            yield f"FILE is the file of these weights, such as {name}: infra/docs/finetune.md says where to get it"
     elif few:
-        yield f"trained from scratch, for which {folder.images_a_class:g} images a class are few: expect less accuracy"
+        few_images = f"{folder.images_a_class:g} images a class are few"
+        yield f"trained from scratch, for which {few_images}: expect less accuracy{lacking}"
     yield f"reads images at {cost.side_px} px; yours have a median of {folder.side_px:.0f} px"
     if families.find(each.family).adaptive:
         known = len(cost.policies) + len(cost.deciding)
         yield f"adaptive: {len(each.within)} of its {known} policies are within the limit: {_some(each.within)}"
     when = " at the start of the training" if each.family in LEARN_SHAPES else ""
     yield f"at most {macs_text(each.macs)} an image{when}, {cost.parameters / 1e6:.3g} M parameters"
+    if each.hours:
+        epochs, least = each.config.training.epochs, hours_text(each.hours)
+        yield f"{epochs:g} epochs take {least} or more on this machine: their MACs at the speed of its matrix products"
     if each.ms:
         yield f"{min(each.ms[name] for name in each.within):.3g} to {max(each.ms.values()):.3g} ms an image here"
 

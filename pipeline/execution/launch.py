@@ -164,7 +164,7 @@ def _train(config: RunConfig, order: WorkerConfig, seen: Watched, progress: Prog
         with seen.watch.journal(uploader.journal):
             if not _is_finished(run_dir, fingerprint) and not _run(config, order, seen, uploader.journal):
                 _stopped_unstarted(run_dir, storage, fingerprint, uploader.journal)
-            beats.enter("registering the net", UNWATCHED)  # bounded by tracking.patience_s
+            beats.enter("sending the last records to the tracker", UNWATCHED)  # bounded by tracking.patience_s
             return conclude(config, run_dir, uploader)
 
 

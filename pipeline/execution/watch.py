@@ -293,7 +293,8 @@ class RunWatch:
         self._stop_reported = True
         ranks = self._ranks()
         what = "; ".join(f"{each.name}: {each.phase} since {each.since(now)}" for each in ranks[:8])
-        self._notify(f"the run was asked to stop, and waits for: {what or 'the workers, which have not started'}")
+        none = "the workers' processes to end" if self._rank_heard else "the workers, which have not started"
+        self._notify(f"the run was asked to stop, and waits for: {what or none}")
 
     # --- failures of a start
 

@@ -24,7 +24,7 @@ from pipeline.errors import ConfigError, ContractError
 from pipeline.evaluation.over_seeds import seed_of
 from pipeline.family import Evaluated
 from pipeline.figures import Bars, Figure, Gallery, HeatMap, Lines, Series, Table
-from pipeline.report import cells, folder, general, published, resolutions, seeds, training
+from pipeline.report import cells, confusion, folder, general, published, resolutions, seeds, training
 from pipeline.report.contact_sheet import contact_sheet
 from pipeline.report.page import Section, Shown, drawn, page
 from pipeline.report.published import PublishedPoint
@@ -226,18 +226,15 @@ def _sections(
     if of_seeds:
         yield Section("seeds", "Over seeds", of_seeds)
     yield Section("each-policy", "Each policy", general.policies(nets, whole))
-    curves = general.training(nets)
-    if curves:
-        yield Section("training", "Training", curves)
+    trained: list[Figure] = [*general.training(nets), *training.speeds(nets)]
+    if trained:
+        yield Section("training", "Training", trained)
     lower = resolutions.resolutions(nets)
     if lower:
         yield Section("resolutions", "Lower resolutions", lower)
-    classes = general.by_class(nets)
+    classes: list[Figure] = [*general.by_class(nets), *confusion.confusions(nets)]
     if classes:
         yield Section("classes", "Classes", classes)
-    speeds = training.speeds(nets)
-    if speeds:
-        yield Section("training", "Training", speeds)
     for name in dict.fromkeys(net.family for net in nets):
         figures = families_own(name, nets)
         if figures:

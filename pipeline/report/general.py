@@ -383,7 +383,9 @@ def _about(net: Evaluated) -> str:
     what = f"Means over {_of_seeds(net)}" if net.seeds else f"Step {net.step:,}"
     text = (
         f"{what}, {net.parameters:,} parameters, images of {net.side_px} px. ECE is the expected "
-        "calibration error; % of full is the mean MACs over those of the net's own forward; "
+        "calibration error: the mean distance between confidence and accuracy, from 0 to 1. p95 is the 95th "
+        "percentile, of MACs over the images and of ms over twenty batches. % of full is the mean MACs over those of "
+        "the net's own forward; "
     )
     first = net.reports[0]
     text += f"the checkpoint is {first.choice}; " if first.choice else ""
