@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # pipeline.family imports torch, which takes seconds
@@ -41,8 +43,11 @@ def byte_size(count: float) -> str:
     return decimal(round(count))
 
 
-def of_reports(reports: Sequence[Report]) -> str:
-    """One row for each policy: accuracy, MACs, share of the full net's MACs, latency by batch size."""
+def of_reports(reports: Sequence[Report], family: str | None = None) -> str:
+    """One row for each policy: accuracy, MACs, share of the full net's MACs, latency by batch size.
+
+    With the family's name, what its policies do is said below.
+    """
     sizes = [entry.batch for entry in reports[0].latency]
     heading = ["policy", "images", "top-1 %", "top-5 %", "MMACs mean", "MMACs p95", "% of full"]
     heading += [text for size in sizes for text in (f"ms @{size}", f"img/s @{size}")]
@@ -50,6 +55,7 @@ def of_reports(reports: Sequence[Report]) -> str:
     text += (
         "\np95: 95 % of the images take at most these MACs; % of full: mean MACs over those of the net's own forward"
     )
+    text += "".join(f"\n{line}" for line in _policies(reports, family))
     if reports[0].latency:
         entry = reports[0].latency[0]
         precision = f", {entry.precision}" if entry.precision else ""
@@ -58,6 +64,20 @@ def of_reports(reports: Sequence[Report]) -> str:
     if reports[0].unreadable:
         text += f"\nunreadable images, left out: {', '.join(reports[0].unreadable[:10])}"
     return text
+
+
+def _policies(reports: Sequence[Report], family: str | None) -> Iterator[str]:
+    """What the policies do: a line for the first of those that differ in a number alone."""
+    from pipeline import family as families
+
+    said = set[str]()
+    for report in reports if family else ():
+        with suppress(KeyError):  # a policy that this version of the family does not know
+            text = families.find(str(family)).describe(report.kind, report.settings)
+            form = re.sub(r"\d[\d.,]*", "", text)
+            if form not in said:
+                said.add(form)
+                yield f"{report.policy}: {text}"
 
 
 def _conditions(reports: Sequence[Report]) -> Iterator[str]:

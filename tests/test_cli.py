@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
+import drawn_nets
 import pytest
 from raised import fails
 
@@ -145,3 +147,11 @@ def test_runs_are_listed_with_their_best_top1(say, tmp_path: Path) -> None:
     code, text = say("runs", "list", str(tmp_path))
     assert code == 0 and text.splitlines()[0].split()[3:6] == ["best", "top-1", "%"]
     assert "70.00" in text and "mine" in text and "60.00" not in text
+
+
+def test_what_the_policies_do_is_said_once_for_each_kind() -> None:
+    drawn = [(n, drawn_nets.report(f"exit-{n}", 0, 3)) for n in (1, 2, 3)]
+    reports = [replace(report, kind="exit", settings={"exit": n}) for n, report in drawn]
+    said = [line for line in tables.of_reports(reports, "ranet").splitlines() if ": " in line]
+    assert sum("takes the answer of exit" in line for line in said) == 1
+    assert "takes the answer" not in tables.of_reports(reports)

@@ -82,7 +82,7 @@ def evaluate(
         progress=line_printer(typer.echo),
     )
     typer.echo(f"{done.what} on {done.root} (step {done.step})")
-    typer.echo(tables.of_reports(done.reports))
+    typer.echo(tables.of_reports(done.reports, done.family))
     for report in done.reports if facts else ():
         typer.echo(tables.of_facts(report, done.classes))
     if (attack or jpeg) and not sides:

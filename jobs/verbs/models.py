@@ -453,7 +453,7 @@ def import_weights(
     if done.remark:
         typer.echo(done.remark)
     if done.result.reports:
-        typer.echo(tables.of_reports(done.result.reports))
+        typer.echo(tables.of_reports(done.result.reports, config.family.name))
     typer.echo(f"run {folder}" + (f", registered as {done.result.version}" if done.result.version else ""))
 
 

@@ -125,7 +125,7 @@ def _train_one(config: RunConfig, folder: Path, allow_changed: Sequence[str]) ->
         result = seeds.member(run, lambda each: followed(each, allow_changed, received))
     else:
         result = followed(run, allow_changed, received)
-    _print_result(result, trained=not before.finished or before.step != result.step)
+    _print_result(result, config.family.name, trained=not before.finished or before.step != result.step)
     _print_next(result)
     if not result.finished:  # a nonzero status, so that a script does not run its next line
         raise _stopped(received)
@@ -168,7 +168,7 @@ def _train_seeds(config: RunConfig, count: int, folder: Path, allow_changed: Seq
     def train_one(run: SeedRun) -> Result:
         typer.echo(f"seed {run.config.seed}: {run.folder}")
         result = followed(run, allow_changed, received)
-        _print_result(result)
+        _print_result(result, run.config.family.name)
         return result
 
     outcome = seeds.train(runs, train_one)
@@ -235,7 +235,7 @@ def stop_on_signals(run_dir: Path, received: set[int] | None = None) -> Iterator
             signal.signal(number, handler)
 
 
-def _print_result(result: Result, *, trained: bool = True) -> None:
+def _print_result(result: Result, family: str, *, trained: bool = True) -> None:
     """trained: whether it has just been trained; else it was finished before."""
     from jobs import tables
 
@@ -249,7 +249,7 @@ def _print_result(result: Result, *, trained: bool = True) -> None:
         typer.echo("this run was finished before; nothing was trained")
     typer.echo(f"finished at step {result.step}{_time_of(result.run_dir)}")
     if result.reports:
-        typer.echo(tables.of_reports(result.reports))
+        typer.echo(tables.of_reports(result.reports, family))
     typer.echo(tables.of_pairs(_outcome(result)))
     if result.version:
         typer.echo(f"registered as {result.version}" + ", now @candidate" * trained)

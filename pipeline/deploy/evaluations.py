@@ -66,6 +66,7 @@ class Evaluation:
     classes: tuple[str, ...]
     reports: Sequence[Report]
     folder: Path
+    family: str
     clean: Sequence[Report] = ()
 
 
@@ -126,7 +127,7 @@ def evaluate(
     )
     records.write_about(home, about)
     clean = _clean(source, uri, splits.val.identity) if attack and not sweep else ()
-    return Evaluation(source, config.data.root, model.step, model.classes, reports, home, clean)
+    return Evaluation(source, config.data.root, model.step, model.classes, reports, home, config.family.name, clean)
 
 
 def _choice(model: Trained, config: RunConfig, source: str) -> tuple[str, dict[str, float]]:
