@@ -33,7 +33,7 @@ from pipeline.report.thumbnails import thumbnails
 from pipeline.runs import files
 
 NO_IMAGES = " The images are not available here; their names are shown instead."
-FIGURE_NAME = re.compile("[a-z0-9]+(-[a-z0-9]+)*")
+FIGURE_NAME = re.compile("[a-z0-9]+(--?[a-z0-9]+)*")  # two hyphens before the mark of a net
 
 
 @dataclass(frozen=True)
