@@ -221,7 +221,7 @@ def test_what_may_be_an_image_counts_in_max_bad_share(tmp_path: Path) -> None:
         "image outside the splits": 3,
         "link that leads nowhere": 2,
         "image outside class folders": 2,
-        "extension .heic": 1,
+        "extension .heic (convert it to JPEG, e.g. with heif-convert)": 1,
         "extension .npy": 1,
         "extension .zip": 1,
         "extension .gz": 1,

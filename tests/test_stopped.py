@@ -35,7 +35,7 @@ def test_a_stopped_run_names_the_checkpoint_that_it_resumes_from(
     assert not result.finished and names == [checkpoint.name_of(result.step)] and result.step < 2
     assert result.checkpoint is not None and Path(result.checkpoint).name == names[-1]
     assert read_status(run_dir).best is None and read_status(run_dir).last == names[-1]
-    train._print_result(result)
+    train._print_result(result, "baseline")
     assert f"resumes from {result.checkpoint}\n" in (text := capsys.readouterr().out) and "best" not in text
     assert summaries(run_dir)[0].status == "STOPPED"
     whole = launch.train(config, run_dir)
