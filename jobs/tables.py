@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # pipeline.family imports torch, which takes seconds
@@ -52,9 +51,7 @@ def of_reports(reports: Sequence[Report], family: str | None = None) -> str:
     heading = ["policy", "images", "top-1 %", "top-5 %", "MMACs mean", "MMACs p95", "% of full"]
     heading += [text for size in sizes for text in (f"ms @{size}", f"img/s @{size}")]
     text = align([heading, *(_row(report) for report in reports)])
-    text += (
-        "\np95: 95 % of the images take at most these MACs; % of full: mean MACs over those of the net's own forward"
-    )
+    text += "\np95: 95 % of the images take at most these MACs; % of full: mean MACs as a share of the whole net's"
     text += "".join(f"\n{line}" for line in _policies(reports, family))
     if reports[0].latency:
         entry = reports[0].latency[0]
@@ -72,12 +69,11 @@ def _policies(reports: Sequence[Report], family: str | None) -> Iterator[str]:
 
     said = set[str]()
     for report in reports if family else ():
-        with suppress(KeyError):  # a policy that this version of the family does not know
-            text = families.find(str(family)).describe(report.kind, report.settings)
-            form = re.sub(r"\d[\d.,]*", "", text)
-            if form not in said:
-                said.add(form)
-                yield f"{report.policy}: {text}"
+        text = families.described(str(family), report)
+        form = re.sub(r"\d[\d.,]*", "", text)
+        if form not in said:
+            said.add(form)
+            yield f"{report.policy}: {text}"
 
 
 def _conditions(reports: Sequence[Report]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from types import ModuleType
@@ -447,6 +448,16 @@ def find(name: str) -> AnyFamily:
         )
     family: AnyFamily = importlib.import_module(f"{_families().__name__}.{name}").FAMILY
     return family
+
+
+def described(name: str, report: Report) -> str:
+    """What the policy of a report of this family does, in a few words; of one that the family does not know, its kind.
+
+    Raises ConfigError if there is no such family.
+    """
+    with suppress(KeyError):
+        return find(name).describe(report.kind, report.settings)
+    return report.kind
 
 
 def _families() -> ModuleType:

@@ -35,15 +35,24 @@ def test_toy_check_pack_and_info_work_in_sequence(tmp_path: Path, capsys: pytest
     assert "10, each of 4 to 4 training images: 00-disc" in printed and f"index        {packed}/index/" in printed
 
 
-@pytest.mark.parametrize(("good", "refused"), [(60, True), (120, False)])
+@pytest.mark.parametrize(
+    ("train", "val", "unused", "refused"),
+    [
+        pytest.param(60, 0, "broken.jpg", True, id="more than 1 %"),
+        pytest.param(120, 0, "broken.jpg", False, id="less"),
+        pytest.param(60, 60, "broken.jpg", True, id="more than 1 % of train, less of all"),
+        pytest.param(60, 0, "a.heic", True, id="left out"),
+    ],
+)
 def test_check_says_whether_training_refuses_the_set(
-    good: int, refused: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: int, val: int, unused: str, refused: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "class"
-    folder.mkdir()
-    for number in range(good):
-        (folder / f"{number}.jpg").write_bytes(images.jpeg(8, 8))
-    (folder / "broken.jpg").write_bytes(images.truncated_jpeg())
+    for split, count in (("train", train), ("val", val)) if val else (("", train),):
+        folder = tmp_path / split / "class"
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / f"{number}.jpg").write_bytes(images.jpeg(8, 8))
+    (tmp_path / ("train" if val else "") / "class" / unused).write_bytes(images.truncated_jpeg())
     assert run("data", "check", tmp_path, "--workers", 1) == 1
     assert ("data.max_bad_share" in capsys.readouterr().out) is refused
 

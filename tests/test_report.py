@@ -319,6 +319,16 @@ def test_confusions_count_the_answers_of_the_most_accurate_policy() -> None:
     assert a != b and first[2] == ((labels == a) & (predicted == b)).sum()
 
 
+def test_confusions_of_several_seeds_are_counted_together() -> None:
+    def seed(predicted: int) -> Evaluated:
+        stored = {"labels": np.zeros(4, int), "predicted": np.full(4, predicted)}
+        return drawn_nets.net("n", classes=("ant", "bee", "oak"), details=lambda policy: stored)
+
+    both = replace(seed(0), details=lambda policy: None, seeds=(seed(1), seed(2)))
+    _, table = confusion.confusions([both])
+    assert isinstance(table, Table) and list(table.rows) == [["ant", "bee", 4, 50.0], ["ant", "oak", 4, 50.0]]
+
+
 def test_of_many_classes_only_the_most_frequent_confusions_are_listed() -> None:
     draw, classes = np.random.default_rng(0), [f"c{n}" for n in range(5_000)]
     stored = {"labels": draw.integers(0, 5_000, 900), "predicted": draw.integers(0, 5_000, 900)}

@@ -196,11 +196,13 @@ def check(
     if report.bad_share > allowed:
         typer.echo(
             f"Training refuses this set: {report.bad_share:.2%} of the images are bad or left out, and "
-            f"data.max_bad_share allows {allowed:.2%}. Mend them, raise the key, or train on what "
-            f"`adaptnet data pack {quote(str(root))} FOLDER` makes without them."
+            f"data.max_bad_share allows {allowed:.2%}. Repair or remove them, or raise data.max_bad_share, or pack the "
+            f"set: `adaptnet data pack {quote(str(root))} FOLDER` leaves them out."
         )
     elif report.bad:
-        typer.echo("Training replaces bad images by good ones; `adaptnet data pack` leaves them out of the packed set.")
+        typer.echo(
+            "Training replaces bad images by good ones, and evaluation leaves them out; `adaptnet data pack` leaves them out of the packed set."
+        )
     if report.bad or unused:
         raise typer.Exit(1)
 

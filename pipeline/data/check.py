@@ -34,11 +34,7 @@ class CheckReport:
     left_out: tuple[LeftOut, ...]  # all that is not used, by reason
     seconds: float
 
-    @property
-    def bad_share(self) -> float:
-        """The share of the images that training cannot use, as `data.max_bad_share` counts it for the whole root."""
-        lost = sum(each.count for each in self.left_out if each.lost)
-        return (len(self.bad) + lost) / max(1, self.images + lost)
+    bad_share: float  # of all images or of those of train, the larger: what training compares with data.max_bad_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +67,13 @@ def check(root: Path, *, workers: int | None = None, progress: Progress | None =
     wrong: list[tuple[str, str]] = []
     if (root / COMPLETE).exists():
         index = open_index(root)
-        left_out = index.meta.left_out
+        left_out, num_train = index.meta.left_out, index.meta.num_train
         crc32 = index.crc32
         assert crc32 is not None
         images = [StoredImage(index.file(n), *index.location(n), crc32=int(crc32[n])) for n in range(len(index))]
     else:
         listing = find(root)
-        images, left_out = list(stored_images(listing)), listing.left_out
+        images, left_out, num_train = list(stored_images(listing)), listing.left_out, listing.num_train
         wrong = list(listing.set_aside)
     tasks = [images[start : start + CHECKED_PER_TASK] for start in range(0, len(images), CHECKED_PER_TASK)]
     bad, done = list(wrong), 0
@@ -86,13 +82,25 @@ def check(root: Path, *, workers: int | None = None, progress: Progress | None =
         done += len(tasks[position])
         if progress:
             progress("checking", done, len(images))
+    names = {name for name, _ in bad}
+    train = [image.name in names for image in images[:num_train]]
     return CheckReport(
         images=len(images) + len(wrong),
         bad=tuple(sorted(bad)),
         checksums=any(image.crc32 is not None for image in images),
         left_out=left_out,
+        bad_share=max(
+            _share(len(bad), len(images) + len(wrong), left_out),
+            _share(sum(train), len(train), [each for each in left_out if each.split == "train"]),
+        ),
         seconds=time.monotonic() - started,
     )
+
+
+def _share(bad: int, images: int, left_out: Sequence[LeftOut]) -> float:
+    """The share of bad and lost images in these images and the lost ones."""
+    lost = sum(each.count for each in left_out if each.lost)
+    return (bad + lost) / max(1, images + lost)
 
 
 def check_images(images: Sequence[StoredImage]) -> list[tuple[str, str]]:

@@ -33,6 +33,7 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # with + offsets have 64 bits
 _SHORT, _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 3, 258, 339  # a type and two tags of TIFF
 _SAMPLE_FORMATS = {1: "integers", 2: "signed integers", 3: "floats"}
 _JPEG2000 = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")
+HEIC_WAY_OUT = "(convert it to JPEG, e.g. with heif-convert)"
 HEIC_BRANDS = ("heic", "heix", "hevc", "mif1", "msf1")
 _UNREAD = {  # formats that are named in messages, by their first bytes
     b"%PDF": "PDF",
@@ -104,7 +105,7 @@ def _not_an_image(encoded: bytes) -> str:
     start = encoded[:64].lstrip()
     if start[4:8] == b"ftyp":
         brand = start[8:12].decode("ascii", "replace")
-        heic = "not a readable format: HEIC (convert it to JPEG, e.g. with heif-convert)"
+        heic = f"not a readable format: HEIC {HEIC_WAY_OUT}"
         return heic if brand in HEIC_BRANDS else "a video, not an image"
     name = next((name for first, name in _UNREAD.items() if start.startswith(first)), None)
     return f"not a readable format: {name}" if name else "not an image (unknown first bytes)"

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from pipeline.data.image_headers import EXTENSIONS
+from pipeline.data.image_headers import EXTENSIONS, HEIC_WAY_OUT
 
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trainset", "trn"), "train"),
@@ -84,7 +84,7 @@ def why_no_image(name: str) -> tuple[str, bool | None] | None:
     if not extension:
         return "no extension", None
     if extension in _HEIC:
-        return f"extension {extension} (convert it to JPEG, e.g. with heif-convert)", True
+        return f"extension {extension} {HEIC_WAY_OUT}", True
     if _EXTENSION.fullmatch(extension):
         return f"extension {extension}", extension not in _NO_IMAGES
     return "no extension of an image", True

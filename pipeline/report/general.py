@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -286,9 +285,7 @@ def _row(point: Point) -> list[Cell]:
 
 def what(net: Evaluated, report: Report) -> str:
     """What a policy of the net does, in a few words; of one that the family does not know, its kind."""
-    with suppress(KeyError):
-        return families.find(net.family).describe(report.kind, report.settings)
-    return report.kind
+    return families.described(net.family, report)
 
 
 def _entries(nets: Sequence[Evaluated], size: int) -> list[Latency]:
