@@ -201,7 +201,8 @@ def check(
         )
     elif report.bad:
         typer.echo(
-            "Training replaces bad images by good ones, and evaluation leaves them out; `adaptnet data pack` leaves them out of the packed set."
+            "Training replaces bad images by good ones, and evaluation leaves them out; `adaptnet data pack` leaves "
+            "them out of the packed set."
         )
     if report.bad or unused:
         raise typer.Exit(1)
